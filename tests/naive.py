@@ -11,10 +11,12 @@ from saferlhf_fast.kernels import dispatch
 SIZES = (1, 63, 252, 507)
 POISONS = (float("nan"), -100.0, float("inf"))
 native = pytest.mark.skipif(dispatch.native_module()[0] is None, reason=f"_C: {dispatch.native_module()[1]}")
-# Where the row ops run: implementation and device.
+# Where the row ops run: implementation and device. In a process with TRITON_INTERPRET=1 that is Triton's interpreter alone.
 PLACES = [pytest.param("reference", "cpu", id="reference"), pytest.param("native", "cpu", id="native", marks=native)]
-if torch.cuda.is_available():
-    PLACES.append(pytest.param("auto", "cuda", id="cuda"))
+if dispatch.interpreted():
+    PLACES = [pytest.param("triton", "cpu", id="triton-interpreted")]
+elif torch.cuda.is_available():
+    PLACES += [pytest.param(impl, "cuda", id=f"{impl}-cuda") for impl in ("triton", "reference")]
 
 
 class Ragged:
