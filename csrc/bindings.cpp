@@ -5,8 +5,10 @@
 #include <stdexcept>
 
 #include "gae.h"
+#include "logit_rows.h"
 #include "ppo_lag_advantage.h"
 #include "ppo_loss.h"
+#include "token_logprob.h"
 #include "value_loss.h"
 
 namespace py = pybind11;
@@ -20,6 +22,15 @@ const void* in(Address address) { return reinterpret_cast<const void*>(address);
 saferlhf::Rows rows_of(Address offsets, Address mask, int64_t tokens, int64_t count, int64_t width) {
   return {static_cast<const int32_t*>(in(offsets)), static_cast<const uint8_t*>(in(mask)), tokens, count, width};
 }
+
+// temperatures: [count] or null; then `temperature` is everyone's.
+saferlhf::LogitRows logit_rows_of(Address logits, int64_t stride, Address ids, int64_t count, int64_t vocabulary,
+                                  Address temperatures, double temperature, double softcap, int dtype) {
+  return {in(logits), stride, static_cast<const int64_t*>(in(ids)), count, vocabulary,
+          static_cast<const float*>(in(temperatures)), float(temperature), float(softcap), dtype};
+}
+
+const float* floats(Address address) { return static_cast<const float*>(in(address)); }
 
 void raise_if(const char* error) {
   if (error != nullptr) throw py::value_error(error);
@@ -58,6 +69,24 @@ void value_loss_cpu(Address loss, Address gradient, Address statistics, Address 
                                     clip_value, token_mean, threads));
 }
 
+void token_logprob_cpu(Address logp, Address entropy, Address lse, Address logits, int64_t stride, Address ids,
+                       int64_t count, int64_t vocabulary, Address temperatures, double temperature, double softcap,
+                       int dtype, int threads) {
+  raise_if(saferlhf::token_logprob_cpu(
+      static_cast<float*>(out(logp)), static_cast<float*>(out(entropy)), static_cast<float*>(out(lse)),
+      logit_rows_of(logits, stride, ids, count, vocabulary, temperatures, temperature, softcap, dtype), threads));
+}
+
+void token_logprob_backward_cpu(Address gradient, int64_t gradient_stride, int gradient_dtype, Address logp, Address entropy,
+                                Address lse, Address grad_logp, Address grad_entropy, Address logits, int64_t stride,
+                                Address ids, int64_t count, int64_t vocabulary, Address temperatures, double temperature,
+                                double softcap, int dtype, int threads) {
+  raise_if(saferlhf::token_logprob_backward_cpu(
+      out(gradient), gradient_stride, gradient_dtype, floats(logp), floats(entropy), floats(lse), floats(grad_logp),
+      floats(grad_entropy),
+      logit_rows_of(logits, stride, ids, count, vocabulary, temperatures, temperature, softcap, dtype), threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -65,6 +94,8 @@ PYBIND11_MODULE(_C, module) {
   const py::call_guard<py::gil_scoped_release> released;
   module.def("gae_cpu", &gae_cpu, released);
   module.def("ppo_lag_advantage_cpu", &ppo_lag_advantage_cpu, released);
+  module.def("token_logprob_cpu", &token_logprob_cpu, released);
+  module.def("token_logprob_backward_cpu", &token_logprob_backward_cpu, released);
   module.def("ppo_loss_cpu", &ppo_loss_cpu, released);
   module.def("value_loss_cpu", &value_loss_cpu, released);
 #ifdef _OPENMP

@@ -8,7 +8,7 @@
 
 namespace saferlhf {
 
-enum Dtype : int { kFloat32 = 0, kFloat64 = 1 };
+enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 // Rows of flat tokens. Packed: row b is offsets[b] .. offsets[b + 1] and every token counts; what follows the last
 // offset belongs to no row. Padded: row b is b * width .. (b + 1) * width and mask (1 byte each) says what counts.
@@ -40,3 +40,4 @@ void count_valid(const Rows& rows, int64_t* counts_B, int64_t* sequences, int64_
 #define SAFERLHF_CLONES
 #endif
 #define SAFERLHF_INLINE inline __attribute__((always_inline))
+#define SAFERLHF_INLINED __attribute__((always_inline))  // on a lambda

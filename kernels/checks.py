@@ -6,6 +6,8 @@ the implementations. Shapes: N packed tokens, B rows, T padded width, C critics 
 
 import torch
 
+from .dispatch import checking
+
 
 def result_dtype(*tensors):
     """float64 when the first tensor is float64, else float32: what the ops compute in and return."""
@@ -77,6 +79,56 @@ def per_row(op, name, tensor, count, device):
         raise ValueError(f"{op}: {name}: expected floating point [B] = [{count}], got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
+
+
+def logits_and_ids(op, logits, ids):
+    """Floating point logits [..., V] and integer ids [...] on one device."""
+    if logits.dim() < 1 or ids.shape != logits.shape[:-1]:
+        raise ValueError(f"{op}: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last dimension, "
+                         f"got {tuple(ids.shape)}")
+    if not logits.dtype.is_floating_point or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(f"{op}: expected floating point logits and integer ids, got {logits.dtype}, {ids.dtype}")
+    if ids.device != logits.device:
+        raise ValueError(f"{op}: ids: expected device {logits.device} as logits, got {ids.device}")
+
+
+def temperature(op, value, shape, like):
+    """(number, None) or (1.0, [N]): one temperature for all tokens, or one per token, of `like`'s dtype and device.
+
+    A tensor is never read by the host.
+    """
+    if not isinstance(value, torch.Tensor):
+        if not value > 0:
+            raise ValueError(f"{op}: temperature: expected a number > 0 or a tensor of them, got {value}")
+        return float(value), None
+    if value.dim() and value.shape != shape or not value.dtype.is_floating_point:
+        raise ValueError(f"{op}: temperature: expected a number > 0, or floating point numbers of shape {tuple(shape)}, "
+                         f"got {value.dtype} {tuple(value.shape)}")
+    value = value.detach().to(device=like.device, dtype=result_dtype(like))
+    return 1.0, value.expand(shape).reshape(-1).contiguous()
+
+
+def softcap(op, value):
+    """0.0 for None, else the number, which must be > 0."""
+    if value is None:
+        return 0.0
+    if not value > 0:
+        raise ValueError(f"{op}: softcap: expected None or a number > 0, got {value}")
+    return float(value)
+
+
+def known_ids(op, ids, vocabulary, counted=None):
+    """On the CPU, or with checks switched on (SAFERLHF_CHECK=1): every id lies in the vocabulary, or ValueError.
+
+    counted: None, or where an id matters at all. Elsewhere nobody looks: knowing would make the host wait for the device.
+    """
+    if ids.numel() == 0 or not (ids.device.type == "cpu" or checking()):
+        return
+    outside = (ids < 0) | (ids >= vocabulary)
+    if counted is not None:
+        outside &= counted
+    if outside.any():
+        raise ValueError(f"{op}: ids: expected 0 <= id < {vocabulary}, got {ids[outside].reshape(-1)[0].item()}")
 
 
 def one_of(op, name, value, allowed):

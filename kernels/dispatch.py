@@ -28,13 +28,17 @@ class Op(NamedTuple):
 
 
 OPS = {
-    "token_logprob": Op("token_logprob", ("triton", "reference")),
-    "token_logprob_backward": Op("token_logprob", ("triton", "reference")),
+    "token_logprob": Op("token_logprob", ("triton", "native", "reference")),
+    "token_logprob_backward": Op("token_logprob", ("triton", "native", "reference")),
     "gae": Op("gae", ("native", "reference")),
     "ppo_lag_advantage": Op("ppo_lag_advantage", ("native", "reference")),
     "ppo_loss": Op("ppo_loss", ("native", "reference")),
     "value_loss": Op("value_loss", ("native", "reference")),
 }
+
+
+# Rooms whose fast versions work on rows of logits: in float32, whatever narrower type comes in.
+LOGIT_ROOMS = ("token_logprob", "linear_logprob", "ppo_loss_from_logits", "linear_ppo_loss")
 
 
 class Row(NamedTuple):
@@ -69,7 +73,12 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _triton_reason(device, dtype):
+def checking():
+    """True when SAFERLHF_CHECK=1 asks for checks that make the host wait for the device: ids outside the vocabulary."""
+    return os.environ.get("SAFERLHF_CHECK") == "1"
+
+
+def _triton_reason(op, device, dtype):
     if util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -79,16 +88,18 @@ def _triton_reason(device, dtype):
     return None
 
 
-def _native_reason(device, dtype):
+def _native_reason(op, device, dtype):
     module, reason = native_module()
     if module is None:
         return f"saferlhf_fast._C: {reason}"
+    if dtype == torch.float64 and OPS[op].room in LOGIT_ROOMS:
+        return f"the native version takes float32, bfloat16 and float16, not {dtype}"
     if device != "cpu":
         return f"the native version runs on the CPU, the tensors are on {device}"
     return None
 
 
-_WHY_NOT = {"reference": lambda device, dtype: None, "triton": _triton_reason, "native": _native_reason}
+_WHY_NOT = {"reference": lambda op, device, dtype: None, "triton": _triton_reason, "native": _native_reason}
 
 
 @lru_cache(maxsize=None)
@@ -107,14 +118,14 @@ def _choose(op, device, dtype, asked, from_environment, interpret):
     if asked != "auto" and not (from_environment and asked not in order):
         if asked not in order:
             raise NotImplementedError(f"{op}: there is no {asked} implementation; there is {', '.join(order)}")
-        problem = _WHY_NOT[asked](device, dtype)
+        problem = _WHY_NOT[asked](op, device, dtype)
         if problem is not None:
             remedy = f"; build it with `{BUILD_COMMAND}`" if asked == "native" and native_module()[0] is None else ""
             raise NotImplementedError(f"{op}: implementation {asked!r} cannot run here: {problem}{remedy}")
         return _load(op, asked), "asked for in " + (ENVIRONMENT if from_environment else "the call")
     passed_over = []
     for name in order:
-        problem = _WHY_NOT[name](device, dtype)
+        problem = _WHY_NOT[name](op, device, dtype)
         if problem is None:
             why = f"{name}: first that can run" + (f" ({'; '.join(passed_over)})" if passed_over else "")
             return _load(op, name), why
@@ -143,11 +154,11 @@ def table(device: str | None = None) -> list[Row]:
     for op, (room, order) in OPS.items():
         if op != room:
             continue
-        taken = next(name for name in order if _WHY_NOT[name](device, torch.float32) is None)
+        taken = next(name for name in order if _WHY_NOT[name](op, device, torch.float32) is None)
         for name in ("reference", "triton", "native"):
             if name not in order:
                 rows.append(Row(op, name, False, False, "does not exist; see kernels/README.md"))
                 continue
-            problem = _WHY_NOT[name](device, torch.float32)
+            problem = _WHY_NOT[name](op, device, torch.float32)
             rows.append(Row(op, name, problem is None, name == taken, problem or f"can run on {device}"))
     return rows

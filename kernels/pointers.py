@@ -4,7 +4,7 @@ import torch
 
 from .dispatch import native_module
 
-DTYPE_TAG = {torch.float32: 0, torch.float64: 1}  # csrc/common.h
+DTYPE_TAG = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common.h
 PARALLEL_TOKENS = 1 << 15  # below this, waking the other threads takes longer than the work
 
 

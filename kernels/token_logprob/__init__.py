@@ -6,27 +6,28 @@ from .. import checks
 from ..dispatch import choose
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("token_logprob(Tensor logits, Tensor ids, float temperature, bool entropy, bool inplace, str impl) "
-            "-> (Tensor, Tensor, Tensor)")
-_lib.define("token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tensor entropy, Tensor lse, "
-            "Tensor grad_logp, Tensor? grad_entropy, float temperature, str impl) -> Tensor")
+_lib.define("token_logprob(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, float softcap, "
+            "bool entropy, bool inplace, str impl) -> (Tensor, Tensor, Tensor)")
+_lib.define("token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tensor entropy, Tensor lse, Tensor? grad_logp, "
+            "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, str impl) -> Tensor")
 
 
-def _run(logits_NV, ids_N, temperature, entropy, inplace, impl):
+def _run(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
+    checks.known_ids("token_logprob", ids_N, logits_NV.shape[1])
     function, _ = choose("token_logprob", (logits_NV,), impl)
-    return function(logits_NV, ids_N, temperature, entropy)
+    return function(logits_NV, ids_N, temperature, temperature_N, softcap, entropy)
 
 
-def _fake(logits_NV, ids_N, temperature, entropy, inplace, impl):
+def _fake(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
     dtype, count = checks.result_dtype(logits_NV), logits_NV.shape[0]
     return (logits_NV.new_empty(count, dtype=dtype), logits_NV.new_empty(count if entropy else 0, dtype=dtype),
             logits_NV.new_empty(count, dtype=dtype))
 
 
 def _write_gradient(logits_NV, *rest, out_NV):
-    *tensors, temperature, impl = rest
+    *arguments, impl = rest
     function, _ = choose("token_logprob_backward", (logits_NV,), impl)
-    return function(logits_NV, *tensors, temperature, out_NV)
+    return function(logits_NV, *arguments, out_NV)
 
 
 def _run_backward(logits_NV, *rest):
@@ -38,31 +39,29 @@ def _fake_backward(logits_NV, *rest):
 
 
 def _setup(ctx, inputs, output):
-    logits_NV, ids_N, ctx.temperature, ctx.entropy, ctx.inplace, ctx.impl = inputs
+    logits_NV, ids_N, ctx.temperature, temperature_N, ctx.softcap, ctx.entropy, ctx.inplace, ctx.impl = inputs
     logp_N, entropy_N, lse_N = output
     ctx.mark_non_differentiable(lse_N)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N)
+    ctx.save_for_backward(logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N)
 
 
 def _backward(ctx, grad_logp_N, grad_entropy_N, _):
-    logits_NV, ids_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
-    if grad_logp_N is None and grad_entropy_N is None:
-        return None, None, None, None, None, None
-    if grad_logp_N is None:
-        grad_logp_N = torch.zeros_like(logp_N)
+    logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:
         grad_entropy_N = None
+    if grad_logp_N is None and grad_entropy_N is None:
+        return (None,) * 8
+    rest = (ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, ctx.temperature, temperature_N, ctx.softcap,
+            ctx.impl)
     if ctx.inplace:
         # Below autograd: the buffer is the caller's to destroy. The new version makes a second backward pass an error.
         with torch.no_grad():
-            gradient = _write_gradient(logits_NV.detach(), ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N,
-                                       ctx.temperature, ctx.impl, out_NV=logits_NV.detach())
+            gradient = _write_gradient(logits_NV.detach(), *rest, out_NV=logits_NV.detach())
         torch.autograd.graph.increment_version(logits_NV)
     else:
-        gradient = torch.ops.saferlhf_fast.token_logprob_backward(
-            logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, ctx.temperature, ctx.impl)
-    return gradient, None, None, None, None, None
+        gradient = torch.ops.saferlhf_fast.token_logprob_backward(logits_NV, *rest)
+    return (gradient, *[None] * 7)
 
 
 _lib.impl("token_logprob", _run, "CompositeExplicitAutograd")
@@ -72,37 +71,31 @@ torch.library.register_fake("saferlhf_fast::token_logprob_backward", _fake_backw
 torch.library.register_autograd("saferlhf_fast::token_logprob", _backward, setup_context=_setup, lib=_lib)
 
 
-def token_logprob(logits, ids, *, temperature=1.0, return_entropy=False, inplace_backward=False, impl="auto"):
+def token_logprob(logits, ids, *, temperature=1.0, softcap=None, return_entropy=False, inplace_backward=False, impl="auto"):
     """Log-prob of `ids` under softmax(logits / temperature), and its entropy in nats.
 
     Means the same as::
 
-        logp = torch.log_softmax(logits.float() / temperature, -1).gather(-1, ids[..., None]).squeeze(-1)
-        p = torch.softmax(logits.float() / temperature, -1)
-        entropy = torch.special.entr(p).sum(-1)
+        z = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
+        log_p = torch.log_softmax(z / temperature, -1)
+        logp = log_p.gather(-1, ids[..., None]).squeeze(-1);  entropy = torch.special.entr(log_p.exp()).sum(-1)
 
     logits: [..., V], any float dtype; -inf is allowed (probability 0). ids: [...], integers in 0..V-1; give only the
     tokens that count: there is no ignored id. An id outside the vocabulary raises ValueError on the CPU and gives NaN on
-    a device (knowing there would make the host wait). temperature: number > 0, read at run time.
+    a device, where knowing would make the host wait; with SAFERLHF_CHECK=1 it raises there too. temperature: number > 0,
+    or a tensor of them, 0-d or shaped as ids (no gradient flows to it). softcap: as Gemma caps its logits, or None.
     inplace_backward: the backward pass writes d logits into the memory of `logits`, which must not be needed again
-    (ignored for leaf tensors and under torch.compile). impl: "auto", "reference" or "triton".
+    (ignored for leaf tensors and under torch.compile). impl: "auto", "reference", "triton" or "native".
 
     Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp <= 0
-    always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; the reference's
-    rows do not depend on each other, nor do the Triton kernel's.
+    always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in every
+    implementation a row depends on no other row.
     """
-    if logits.dim() < 1 or ids.shape != logits.shape[:-1]:
-        raise ValueError(f"token_logprob: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last "
-                         f"dimension, got {tuple(ids.shape)}")
-    if not logits.dtype.is_floating_point or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-        raise ValueError(f"token_logprob: expected floating point logits and integer ids, got {logits.dtype}, {ids.dtype}")
-    if ids.device != logits.device:
-        raise ValueError(f"token_logprob: ids: expected device {logits.device} as logits, got {ids.device}")
-    if not temperature > 0:
-        raise ValueError(f"token_logprob: temperature: expected a number > 0, got {temperature}")
+    checks.logits_and_ids("token_logprob", logits, ids)
+    temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
     inplace = inplace_backward and not torch.compiler.is_compiling() and not logits.is_leaf
-    vocabulary = logits.shape[-1]
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
-        logits.reshape(ids.numel(), vocabulary), ids.reshape(-1), float(temperature), return_entropy, inplace, impl)
+        logits.reshape(ids.numel(), logits.shape[-1]), ids.reshape(-1), temperature, temperature_N,
+        checks.softcap("token_logprob", softcap), return_entropy, inplace, impl)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp
