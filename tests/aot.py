@@ -1,0 +1,213 @@
+"""Every Triton kernel of every room, compiled ahead of time for GPUs that are not here, with what ptxas made of it.
+
+TABLE below holds one entry per kernel that a room launches; tests/test_compile.py fails when one is missing. An entry says
+what a launch decides: the types of the arguments, the constexpr combinations and the configs (tile sizes, num_warps,
+num_stages). To add a kernel, add an entry:
+
+    Kernel("ppo_loss.triton_impl.loss_kernel",                           # below saferlhf_fast.kernels
+           types=dict(logits_NV="*x", ids_N="*i64", tokens="i32", clip="fp32"),
+           constants=dict(ENTROPY=(False, True)),                        # their product is compiled
+           configs=lambda room: [dict(BLOCK=room.BLOCK, num_warps=8)])   # read from the room: they cannot drift apart
+
+A type that is not given follows from the name: a shape suffix (grad_N, logits_NV) is "*fp32", a name that ends in "stride" is
+"i32" (what a launch makes of it as long as it is below 2^31). "x" stands for each of `dtypes` in turn; "y" is a second one,
+written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. `constants` may also name an argument that is None
+at some launches. Configs of triton.autotune are found by themselves. `spill` is the written reason why an entry may have a
+stack or local memory.
+
+Pointers are compiled as aligned to 16 bytes, as torch allocates them; integers both as multiples of 16 and not, which
+are two kernels to Triton, in the full product (--all). Without --all, integers are multiples of 16 and every architecture
+has one dtype: the whole table then takes about a minute.
+
+By hand:  python tests/aot.py 90 [--all] [part of a kernel's name]
+One JSON line per cubin: kernel, dtype, constants, options, registers, stack and local (bytes a thread), shared (static, bytes),
+dynamic (shared memory asked for at the launch, bytes); "error" where it did not compile. Not for a process with
+TRITON_INTERPRET: interpreter and compiler exclude each other.
+"""
+
+import ast
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = "saferlhf_fast.kernels"
+ARCHITECTURES = {80: "fp32", 90: "bf16", 100: "fp16"}  # sm: the dtype that is compiled without --all
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+
+
+class Kernel(NamedTuple):
+    """One launched kernel; see the docstring of the file."""
+
+    path: str
+    types: dict = {}
+    constants: dict = {}
+    configs: Callable = lambda room: [{}]
+    dtypes: tuple = ("fp32", "bf16", "fp16")
+    spill: str = ""
+
+
+class Variant(NamedTuple):
+    """aligned: whether integers are taken as multiples of 16. The rest as triton.compile takes it."""
+
+    dtype: str
+    aligned: bool
+    signature: dict
+    constants: dict
+    attributes: dict
+    options: dict
+
+
+def _token_logprob(room):
+    return [dict(BLOCK_V=room.BLOCK, num_warps=room.WARPS)]
+
+
+TABLE = [
+    Kernel("token_logprob.triton_impl.forward_kernel",
+           types=dict(logits_NV="*x", ids_N="*i64", vocabulary="i32", inverse_temperature="fp32"),
+           constants=dict(ENTROPY=(False, True)), configs=_token_logprob),
+    Kernel("token_logprob.triton_impl.backward_kernel",
+           types=dict(logits_NV="*x", out_NV="*y", ids_N="*i64", vocabulary="i32", inverse_temperature="fp32"),
+           constants=dict(ENTROPY=(False, True)), configs=_token_logprob, dtypes=("fp32", "bf16", "fp16", "fp32/bf16")),
+]
+
+
+def resolve(path):
+    """(module, name) of an entry's path."""
+    module, _, name = path.rpartition(".")
+    return import_module(f"{PACKAGE}.{module}"), name
+
+
+def jitted(kernel):
+    """The triton.jit function below autotune and heuristics."""
+    while not hasattr(kernel, "arg_names") or hasattr(kernel, "configs"):
+        kernel = kernel.fn
+    return kernel
+
+
+def _type(entry, name, x, y=None):
+    """The type of an argument where the entry's letters stand for the dtypes x and y."""
+    if name in entry.types:
+        pointer, kind = re.match(r"(\**)(.*)", entry.types[name]).groups()
+        return pointer + {"x": x, "y": y or x}.get(kind, kind)
+    if name.endswith("stride"):
+        return "i32"
+    if re.search(r"_[A-Z0-9]+$", name):
+        return "*fp32"
+    raise ValueError(f"{entry.path}: the type of {name} does not follow from its name: add it to `types`")
+
+
+def variants(entry, arch, everything=False):
+    """The Variants that an entry is compiled in for sm_`arch`."""
+    module, name = resolve(entry.path)
+    kernel = getattr(module, name)
+    configs = entry.configs(module)
+    if hasattr(kernel, "configs"):
+        configs = [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in kernel.configs]
+    names = jitted(kernel).arg_names
+    dtypes = [d for d in entry.dtypes if everything or "/" in d or d == ARCHITECTURES[arch] or len(entry.dtypes) == 1]
+    for dtype, config, aligned in itertools.product(dtypes, configs, (True, False) if everything else (True,)):
+        for values in itertools.product(*entry.constants.values()):
+            constants = {**dict(zip(entry.constants, values)), **{k: v for k, v in config.items() if k not in OPTIONS}}
+            signature, attributes = {}, {}
+            for at, argument in enumerate(names):
+                if argument in constants:
+                    signature[argument] = "constexpr"
+                    continue
+                signature[argument] = _type(entry, argument, *dtype.split("/"))
+                if signature[argument].startswith(("*", "i") if aligned else "*"):
+                    attributes[at,] = [["tt.divisibility", 16]]
+            options = {k: v for k, v in config.items() if k in OPTIONS}
+            yield Variant(dtype, aligned, signature, constants, attributes, options)
+
+
+def build(entry, arch, everything=False):
+    """(Variant, compiled kernel or the exception) for each variant of an entry; (None, exception) for a room that fails."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    try:
+        module, name = resolve(entry.path)
+        todo = list(variants(entry, arch, everything))
+    except Exception as error:
+        yield None, error
+        return
+    for variant in todo:
+        source = ASTSource(jitted(getattr(module, name)), variant.signature, variant.constants, variant.attributes)
+        try:
+            yield variant, triton.compile(source, target=GPUTarget("cuda", arch, 32), options=variant.options)
+        except Exception as error:
+            yield variant, error
+
+
+def usage(cubin):
+    """{"registers", "stack", "local", "shared"} of a cubin, by the cuobjdump that Triton brings."""
+    import triton
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
+    assert len(found) == 1, f"expected the usage of one kernel from cuobjdump, got: {text}"
+    return dict(zip(("registers", "stack", "shared", "local"), map(int, found[0])))
+
+
+def launched():
+    """The paths of the kernels that rooms launch: triton.jit functions that are subscripted with a grid somewhere below
+    kernels/, or that no other triton.jit function calls."""
+    defined, called, started = {}, set(), set()
+    for file in sorted((ROOT / "kernels").rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        path = ".".join(file.relative_to(ROOT / "kernels").with_suffix("").parts)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript) and isinstance(node.func.value, ast.Name):
+                started.add(node.func.value.id)
+            if isinstance(node, ast.FunctionDef) and any(_is_jit(decorator) for decorator in node.decorator_list):
+                defined.setdefault(node.name, []).append(f"{path}.{node.name}")
+                called |= {ast.unparse(c.func).split(".")[-1] for c in ast.walk(node) if isinstance(c, ast.Call)}
+    return {path for name, paths in defined.items() if name in started or name not in called for path in paths}
+
+
+def _is_jit(decorator):
+    text = ast.unparse(decorator)
+    return text.split("(")[0] in ("triton.jit", "jit")
+
+
+def compile_all(arch, cache, everything=False, timeout=280):
+    """The rows that `main` prints, from one process without TRITON_INTERPRET and with its own cache folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.update(TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
+    result = subprocess.run([sys.executable, __file__, str(arch), *(["--all"] if everything else [])], env=environment,
+                            cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+def main(arguments):
+    everything = "--all" in arguments
+    arch, *parts = [a for a in arguments if a != "--all"]
+    for entry in TABLE:
+        if parts and not any(part in entry.path for part in parts):
+            continue
+        for variant, compiled in build(entry, int(arch), everything):
+            row = {"kernel": entry.path}
+            if variant is not None:
+                row.update(dtype=variant.dtype, aligned=variant.aligned, **variant.options,
+                           constants={k: str(v) for k, v in variant.constants.items()})
+            if isinstance(compiled, Exception):
+                row["error"] = f"{type(compiled).__name__}: {compiled}"
+            else:
+                row.update(usage(compiled.asm["cubin"]), dynamic=compiled.metadata.shared)
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
