@@ -6,7 +6,9 @@ SEEDS  ?= 0
 # torch by name first and at one version: anything else that asks for "torch" would otherwise pull another build of it.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo proof test test-slow bench setup clean
+OLDEST := .venv-oldest
+
+.PHONY: demo proof test test-slow test-oldest bench setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed, under 5 minutes on two cores
 	$(BIN)/saferlhf-fast demo
@@ -19,6 +21,20 @@ test: setup      ## all tests but the slow ones, under 20 minutes on two cores
 
 test-slow: setup ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+# In a copy of the tree: an editable install there builds its own native module and leaves the one here alone.
+test-oldest: $(OLDEST)/.installed ## all but the slow tests on the oldest supported torch, triton, transformers and numpy
+	rm -rf $(OLDEST)/tree
+	mkdir $(OLDEST)/tree
+	git ls-files -coz --exclude-standard | tar -c --null -T - | tar -x -C $(OLDEST)/tree
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '$(OLDEST)/tree[train,eval,dev]'
+	cd $(OLDEST)/tree && SAFERLHF_DATA=$${SAFERLHF_DATA:-$(abspath ../shared)} ../bin/python -m pytest -m "not slow" $(ARGS)
+
+$(OLDEST)/.installed: constraints-oldest.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q $(shell grep '^torch==' constraints-oldest.txt)
+	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt setuptools wheel cmake ninja pybind11
+	touch $@
 
 bench: setup     ## pytest-benchmark: one file per op, one for a PPO-Lag step
 	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --timeout 1800
