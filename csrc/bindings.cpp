@@ -53,20 +53,22 @@ void ppo_lag_advantage_cpu(Address advantages, Address reward_returns, Address c
       kl_coeff, gamma, lam, clip_score, carry, threads));
 }
 
-void ppo_loss_cpu(Address loss, Address gradient, Address statistics, Address logp, Address old_logp, Address advantages,
-                  Address normalizer, Address scale, Address shift, Address offsets, Address mask, int64_t tokens,
-                  int64_t count, int64_t width, int dtype, double clip_ratio, bool token_mean, int threads) {
-  raise_if(saferlhf::ppo_loss_cpu(out(loss), out(gradient), out(statistics), in(logp), in(old_logp), in(advantages),
-                                  in(normalizer), in(scale), in(shift), rows_of(offsets, mask, tokens, count, width),
-                                  dtype, clip_ratio, token_mean, threads));
+void ppo_loss_cpu(Address loss, Address gradient, Address entropy_gradient, Address inverse, Address statistics, Address logp,
+                  Address old_logp, Address advantages, Address ref_logp, Address entropy, Address normalizer, Address scale,
+                  Address shift, Address offsets, Address mask, int64_t tokens, int64_t count, int64_t width, int dtype,
+                  double clip_ratio, double kl_coeff, bool k1, double entropy_coeff, bool token_mean, int threads) {
+  raise_if(saferlhf::ppo_loss_cpu(
+      out(loss), out(gradient), out(entropy_gradient), out(inverse), out(statistics),
+      {in(logp), in(old_logp), in(advantages), in(ref_logp), in(entropy), in(normalizer), in(scale), in(shift)},
+      rows_of(offsets, mask, tokens, count, width), dtype, {clip_ratio, kl_coeff, k1, entropy_coeff, token_mean}, threads));
 }
 
-void value_loss_cpu(Address loss, Address gradient, Address statistics, Address values, Address old_values,
+void value_loss_cpu(Address loss, Address gradient, Address inverse, Address statistics, Address values, Address old_values,
                     Address returns, Address normalizer, Address offsets, Address mask, int64_t tokens, int64_t count,
                     int64_t width, int64_t critics, int dtype, double clip_value, bool token_mean, int threads) {
-  raise_if(saferlhf::value_loss_cpu(out(loss), out(gradient), out(statistics), in(values), in(old_values), in(returns),
-                                    in(normalizer), rows_of(offsets, mask, tokens, count, width), critics, dtype,
-                                    clip_value, token_mean, threads));
+  raise_if(saferlhf::value_loss_cpu(out(loss), out(gradient), out(inverse), out(statistics), in(values), in(old_values),
+                                    in(returns), in(normalizer), rows_of(offsets, mask, tokens, count, width), critics,
+                                    dtype, clip_value, token_mean, threads));
 }
 
 void token_logprob_cpu(Address logp, Address entropy, Address lse, Address logits, int64_t stride, Address ids,

@@ -1,6 +1,7 @@
-// What the two clipped losses share: blocks, sums over lanes, the weight of a row's tokens.
+// What the two clipped losses share: blocks, sums over lanes, the reduction over rows.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <vector>
 
@@ -56,7 +57,7 @@ SAFERLHF_INLINE double block_sum(T* x, int n) {
   return sum;
 }
 
-// What one reduced loss divides by: the weight of each token of a row.
+// How a loss is reduced: the sum over rows of share(row) * (sum over the row's tokens), times `inverse`.
 struct Weights {
   std::vector<int64_t> counts_B;
   int64_t sequences = 0, tokens = 0;
@@ -70,11 +71,27 @@ struct Weights {
     const double divisor = normalizer ? *normalizer : double(token_mean ? tokens : sequences);
     inverse = divisor > 0 ? 1.0 / divisor : 0.0;
   }
-  double of_row(int64_t row) const {
-    if (counts_B[row] == 0) return 0.0;
-    return token_mean ? inverse : inverse / double(counts_B[row]);
-  }
+  double share(int64_t row) const { return token_mean || counts_B[row] == 0 ? 1.0 : 1.0 / double(counts_B[row]); }
 };
+
+// Sums over the tokens of one row: the loss, then what is reported as a mean over tokens.
+template <int K>
+using RowSums = std::array<double, K>;
+
+// The loss and the statistics [K + 1] (K - 1 means, sequences, tokens) from the sums of all rows, added in row order.
+template <typename T, size_t K>
+void report(T* loss, T* statistics, const std::array<double, K>* sums_B, const Weights& weights) {
+  std::array<double, K> total = {};
+  for (size_t row = 0; row < weights.counts_B.size(); ++row) {
+    total[0] += sums_B[row][0] * weights.share(int64_t(row));
+    for (size_t k = 1; k < K; ++k) total[k] += sums_B[row][k];
+  }
+  const double mean = weights.tokens > 0 ? 1.0 / double(weights.tokens) : 0.0;
+  *loss = T(total[0] * weights.inverse);
+  for (size_t k = 1; k < K; ++k) statistics[k - 1] = T(total[k] * mean);
+  statistics[K - 1] = T(weights.sequences);
+  statistics[K] = T(weights.tokens);
+}
 
 // A 0-d tensor of T as a double; `missing` when there is none.
 template <typename T>

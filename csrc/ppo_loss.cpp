@@ -1,155 +1,120 @@
-// The clipped policy loss on the CPU: blocks of 256 tokens, elementwise work vectorised, sums in double in a fixed order
-// (a row's sums are kept apart and added in row order, so the number of threads changes no bit).
+// The policy loss on the CPU: blocks of 256 tokens, elementwise work vectorised, sums in double in a fixed order (a row's
+// sums are kept apart and added in row order, so the number of threads changes no bit).
 #include "ppo_loss.h"
 
-#include <cmath>
 #include <cstring>
 
-#include "losses.h"
+#include "policy_terms.h"
 
 namespace saferlhf {
 namespace {
 
-constexpr double kLogRatioLimit = 20.0;
+using Sums = RowSums<7>;  // loss, outside, divergence, ratio, advantage, kl, entropy
 
-struct RowSums {
-  double loss = 0, outside = 0, divergence = 0, ratio = 0, advantage = 0;
+// One row: pointers at its first token.
+template <typename T>
+struct Row {
+  T *gradient, *entropy_gradient;
+  const T *logp, *old_logp, *advantages, *ref_logp, *entropy;
+  const uint8_t* mask;
+  int64_t length;
 };
 
-struct Scalars {
-  double clip_ratio, scale, shift;
-};
-
-// exp for |x| <= 20: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within 2 ulp, vectorisable.
-// NaN in, NaN out: the polynomial carries it.
-SAFERLHF_INLINE float exponential(float x) {
-  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the sum's low bits are round(x / ln2)
-  const float n = shifted - 12582912.0f;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  int32_t bits;
-  std::memcpy(&bits, &shifted, 4);
-  bits = int32_t(uint32_t(bits) << 23) + 0x3f800000;  // the exponent field of 2^n
-  float power;
-  std::memcpy(&power, &bits, 4);
-  return p * power;
-}
-
-SAFERLHF_INLINE double exponential(double x) { return std::exp(x); }
-
-// exp(x) - 1 - x without cancellation near 0, where the policies are close and this is what one looks at.
 template <typename T>
-SAFERLHF_INLINE T k3(T x, T ratio) {
-  const T series = x * x * T(0.5) * (1 + x * T(1.0 / 3) * (1 + x * T(1.0 / 4) * (1 + x * T(1.0 / 5) *
-                   (1 + x * T(1.0 / 6) * (1 + x * T(1.0 / 7) * (1 + x * T(1.0 / 8)))))));
-  const Bits<T> near = bits_where<T>((x < T(0.25)) & (x > T(-0.25)));
-  return keep(series, near) + keep(ratio - 1 - x, ~near);  // a select would become a branch: see losses.h
-}
-
-template <typename T>
-SAFERLHF_INLINE RowSums row_body(T* __restrict gradient, const T* __restrict logp, const T* __restrict old_logp,
-                                 const T* __restrict advantages, const uint8_t* mask,
-                                 int64_t length, double weight, const Scalars& s) {
-  const T low = T(1 - s.clip_ratio), high = T(1 + s.clip_ratio), limit = T(kLogRatioLimit);
-  const T scale = T(s.scale), shift = T(s.shift), w = T(weight);
-  RowSums sums;
-  for (int64_t start = 0; start < length; start += kBlock) {
-    const int n = int(length - start < kBlock ? length - start : kBlock);
-    T loss[kBlock], outside[kBlock], divergence[kBlock], ratios[kBlock], used[kBlock];
+SAFERLHF_INLINE Sums row_body(const Row<T>& row, T share, T scale, T shift, const PolicySettings& s) {
+  T* __restrict gradient = row.gradient;
+  const T *__restrict logp = row.logp, *__restrict old_logp = row.old_logp, *__restrict advantages = row.advantages;
+  const T clip_ratio = T(s.clip_ratio), kl_coeff = T(s.kl_coeff), entropy_coeff = T(s.entropy_coeff);
+  Sums sums = {};
+  for (int64_t start = 0; start < row.length; start += kBlock) {
+    const int n = int(row.length - start < kBlock ? row.length - start : kBlock);
+    T loss[kBlock], outside[kBlock], divergence[kBlock], ratio[kBlock], advantage[kBlock], extra[kBlock];
     uint8_t real[kBlock];
-    if (mask) std::memcpy(real, mask + start, n); else std::memset(real, 1, n);
+    if (row.mask) std::memcpy(real, row.mask + start, n); else std::memset(real, 1, n);
     for (int i = 0; i < n; ++i) {
-      // keep(), `&` and `|` instead of branches: this loop must become vector code.
+      // keep(), `&` and `|` instead of branches: this loop must become vector code. What is masked is read as 0.
       const Bits<T> on = bits_where<T>(real[i] != 0);
-      const T difference = keep(logp[start + i] - old_logp[start + i], on);
-      const T advantage = keep(advantages[start + i] * scale + shift, on);
-      const bool above = difference > limit, below = difference < -limit;
-      const T low_bounded = below ? -limit : difference;
-      const T bounded = above ? limit : low_bounded;
-      const T ratio = exponential(bounded);
-      const bool under = ratio < low, over = ratio > high;
-      const T low_clipped = under ? low : ratio;
-      const T clipped = over ? high : low_clipped;
-      const T plain = ratio * advantage, other = clipped * advantage;
-      const bool worse = plain > other;
-      loss[i] = worse ? other : plain;
-      gradient[start + i] = keep(-w * plain, on & bits_where<T>(!(worse | above | below)));
-      outside[i] = keep(T(1), on & bits_where<T>(under | over));
-      divergence[i] = k3(bounded, ratio);  // 0 where masked: the log-ratio is 0 there
-      ratios[i] = keep(ratio, on);
-      used[i] = advantage;
+      const T used = keep(advantages[start + i] * scale + shift, on);
+      const auto terms = policy_terms(keep(logp[start + i], on), keep(old_logp[start + i], on), used, clip_ratio);
+      loss[i] = terms.loss;
+      gradient[start + i] = keep(terms.d_logp * share, on);
+      outside[i] = keep(T(1), on & bits_where<T>(terms.outside));
+      divergence[i] = terms.divergence;
+      ratio[i] = keep(terms.ratio, on);
+      advantage[i] = used;
     }
-    sums.loss += block_sum(loss, n);
-    sums.outside += block_sum(outside, n);
-    sums.divergence += block_sum(divergence, n);
-    sums.ratio += block_sum(ratios, n);
-    sums.advantage += block_sum(used, n);
+    if (row.ref_logp) {
+      const T* __restrict ref_logp = row.ref_logp;
+      for (int i = 0; i < n; ++i) {
+        const Bits<T> on = bits_where<T>(real[i] != 0);
+        const auto terms = kl_terms(keep(ref_logp[start + i] - logp[start + i], on), s.k1);
+        loss[i] += kl_coeff * terms.kl;
+        gradient[start + i] += keep(kl_coeff * share * terms.d_logp, on);
+        extra[i] = terms.kl;
+      }
+      sums[5] += block_sum(extra, n);
+    }
+    if (row.entropy) {
+      const T* __restrict entropy = row.entropy;
+      T* __restrict entropy_gradient = row.entropy_gradient;
+      for (int i = 0; i < n; ++i) {
+        const Bits<T> on = bits_where<T>(real[i] != 0);
+        extra[i] = keep(entropy[start + i], on);
+        loss[i] -= entropy_coeff * extra[i];
+        entropy_gradient[start + i] = keep(-entropy_coeff * share, on);
+      }
+      sums[6] += block_sum(extra, n);
+    }
+    sums[0] += block_sum(loss, n);
+    sums[1] += block_sum(outside, n);
+    sums[2] += block_sum(divergence, n);
+    sums[3] += block_sum(ratio, n);
+    sums[4] += block_sum(advantage, n);
   }
   return sums;
 }
 
-SAFERLHF_CLONES RowSums row_sums(float* gradient, const float* logp, const float* old_logp, const float* advantages,
-                                 const uint8_t* mask, int64_t length, double weight, const Scalars& s) {
-  return row_body(gradient, logp, old_logp, advantages, mask, length, weight, s);
+SAFERLHF_CLONES Sums row_sums(const Row<float>& row, float share, float scale, float shift, const PolicySettings& s) {
+  return row_body(row, share, scale, shift, s);
 }
 
-SAFERLHF_CLONES RowSums row_sums(double* gradient, const double* logp, const double* old_logp, const double* advantages,
-                                 const uint8_t* mask, int64_t length, double weight, const Scalars& s) {
-  return row_body(gradient, logp, old_logp, advantages, mask, length, weight, s);
+SAFERLHF_CLONES Sums row_sums(const Row<double>& row, double share, double scale, double shift, const PolicySettings& s) {
+  return row_body(row, share, scale, shift, s);
 }
 
 template <typename T>
-void launch(void* loss, void* gradient_, void* statistics_, const void* logp_, const void* old_logp_,
-            const void* advantages_, const void* normalizer, const void* scale, const void* shift, const Rows& rows,
-            double clip_ratio, bool token_mean, int threads) {
-  T* gradient = static_cast<T*>(gradient_);
-  const T *logp = static_cast<const T*>(logp_), *old_logp = static_cast<const T*>(old_logp_);
-  const T* advantages = static_cast<const T*>(advantages_);
-  const double divisor = read_scalar<T>(normalizer, 0.0);
-  const Weights weights(rows, token_mean, normalizer ? &divisor : nullptr);
-  const Scalars scalars{clip_ratio, read_scalar<T>(scale, 1.0), read_scalar<T>(shift, 0.0)};
-  std::vector<RowSums> sums_B(rows.count);
+void launch(void* loss, void* gradient_, void* entropy_gradient_, void* inverse, void* statistics, const PolicyInputs& in,
+            const Rows& rows, const PolicySettings& settings, int threads) {
+  T *gradient = static_cast<T*>(gradient_), *entropy_gradient = static_cast<T*>(entropy_gradient_);
+  const double divisor = read_scalar<T>(in.normalizer, 0.0);
+  const Weights weights(rows, settings.token_mean, in.normalizer ? &divisor : nullptr);
+  const T scale = T(read_scalar<T>(in.scale, 1.0)), shift = T(read_scalar<T>(in.shift, 0.0));
+  std::vector<Sums> sums_B(rows.count);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows.count; ++row) {
     const int64_t at = rows.begin(row);
-    sums_B[row] = row_sums(gradient + at, logp + at, old_logp + at, advantages + at,
-                           rows.mask ? rows.mask + at : nullptr, rows.end(row) - at, weights.of_row(row), scalars);
+    const auto from = [at](const void* tokens) { return tokens ? static_cast<const T*>(tokens) + at : nullptr; };
+    const Row<T> one{gradient + at, entropy_gradient ? entropy_gradient + at : nullptr, from(in.logp), from(in.old_logp),
+                     from(in.advantages), from(in.ref_logp), from(in.entropy), rows.mask ? rows.mask + at : nullptr,
+                     rows.end(row) - at};
+    sums_B[row] = row_sums(one, T(weights.share(row)), scale, shift, settings);
   }
-  for (int64_t at = rows.covered(); at < rows.tokens; ++at) gradient[at] = T(0);
-  RowSums total;
-  for (int64_t row = 0; row < rows.count; ++row) {
-    total.loss += sums_B[row].loss * weights.of_row(row);
-    total.outside += sums_B[row].outside;
-    total.divergence += sums_B[row].divergence;
-    total.ratio += sums_B[row].ratio;
-    total.advantage += sums_B[row].advantage;
+  for (int64_t at = rows.covered(); at < rows.tokens; ++at) {
+    gradient[at] = T(0);
+    if (entropy_gradient) entropy_gradient[at] = T(0);
   }
-  const double share = weights.tokens > 0 ? 1.0 / double(weights.tokens) : 0.0;
-  *static_cast<T*>(loss) = T(-total.loss);
-  T* statistics = static_cast<T*>(statistics_);
-  statistics[0] = T(total.outside * share);
-  statistics[1] = T(total.divergence * share);
-  statistics[2] = T(total.ratio * share);
-  statistics[3] = T(total.advantage * share);
-  statistics[4] = T(weights.sequences);
-  statistics[5] = T(weights.tokens);
+  report(static_cast<T*>(loss), static_cast<T*>(statistics), sums_B.data(), weights);
+  *static_cast<T*>(inverse) = T(weights.inverse);
 }
 
 }  // namespace
 
-const char* ppo_loss_cpu(void* loss, void* gradient, void* statistics, const void* logp, const void* old_logp,
-                         const void* advantages, const void* normalizer, const void* scale, const void* shift,
-                         const Rows& rows, int dtype, double clip_ratio, bool token_mean, int threads) {
+const char* ppo_loss_cpu(void* loss, void* gradient, void* entropy_gradient, void* inverse, void* statistics,
+                         const PolicyInputs& inputs, const Rows& rows, int dtype, const PolicySettings& settings,
+                         int threads) {
   if (const char* error = check_rows(rows)) return error;
   const auto run = dtype == kFloat64 ? launch<double> : launch<float>;
-  run(loss, gradient, statistics, logp, old_logp, advantages, normalizer, scale, shift, rows, clip_ratio, token_mean,
-      threads);
+  run(loss, gradient, entropy_gradient, inverse, statistics, inputs, rows, settings, threads);
   return nullptr;
 }
 

@@ -155,7 +155,8 @@ def test_library_and_determinism(impl, device):
     scalar = torch.tensor(2.0, device=device)
     for extra in ((None, None, None), (scalar, scalar, scalar)):
         torch.library.opcheck(torch.ops.saferlhf_fast.ppo_loss,
-                              (logp, old_logp, advantages, batch.cu_seqlens, None, CLIP, False, *extra, impl))
+                              (logp, old_logp, advantages, None, None, batch.cu_seqlens, None, CLIP, 0.0, False, 0.0,
+                               False, *extra, impl))
 
     def call(x):
         return ppo_loss(x, old_logp, advantages, clip_ratio=CLIP, cu_seqlens=batch.cu_seqlens, impl=impl)[0] * 2

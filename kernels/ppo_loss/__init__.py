@@ -1,17 +1,19 @@
-"""ppo_loss: the clipped policy loss. The gradient is made in the forward pass; backward only scales it."""
+"""ppo_loss: the clipped policy loss. The gradients are made in the forward pass; backward only scales them."""
 
 import torch
 
 from .. import checks
 from ..dispatch import choose
+from ..losses import REDUCTIONS, scaled
 from .reference import STATISTICS
 
-REDUCTIONS = ("sequence-mean", "token-mean")
+KL_ESTIMATORS = ("k1", "k3")
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? cu_seqlens, Tensor? mask, "
-            "float clip_ratio, bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, str impl) "
-            "-> (Tensor, Tensor, Tensor)")
+_lib.define("ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? entropy, "
+            "Tensor? cu_seqlens, Tensor? mask, float clip_ratio, float kl_coeff, bool k1, float entropy_coeff, "
+            "bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, str impl) "
+            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 def _run(logp, *rest):
@@ -19,21 +21,24 @@ def _run(logp, *rest):
     return function(logp, *rest[:-1])
 
 
-def _fake(logp, *rest):
-    dtype = checks.result_dtype(logp)
-    return (logp.new_empty((), dtype=dtype), logp.new_empty(logp.shape, dtype=dtype),
-            logp.new_empty(len(STATISTICS), dtype=dtype))
+def _fake(logp, old_logp, advantages, ref_logp, entropy, *rest):
+    shapes = ((), logp.shape, 0 if entropy is None else logp.shape, (), len(STATISTICS))
+    return tuple(logp.new_empty(shape, dtype=checks.result_dtype(logp)) for shape in shapes)
 
 
 def _setup(ctx, inputs, output):
-    ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
+    logp, entropy = inputs[0], inputs[4]
+    ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
+    ctx.save_for_backward(*output[1:4])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, upstream, *_):
-    gradient, = ctx.saved_tensors
-    return ((gradient * upstream).to(ctx.dtype), *[None] * 10)
+    gradient, entropy_gradient, inverse = ctx.saved_tensors
+    to_logp, to_entropy = (
+        scaled(values, inverse, upstream, dtype) if ctx.needs_input_grad[index] else None
+        for index, values, dtype in zip((0, 4), (gradient, entropy_gradient), ctx.dtypes))
+    return (to_logp, None, None, None, to_entropy, *[None] * 11)
 
 
 _lib.impl("ppo_loss", _run, "CompositeExplicitAutograd")
@@ -41,33 +46,53 @@ torch.library.register_fake("saferlhf_fast::ppo_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::ppo_loss", _backward, setup_context=_setup, lib=_lib)
 
 
-def ppo_loss(logp, old_logp, advantages, *, clip_ratio, cu_seqlens=None, mask=None, reduction="sequence-mean",
-             normalizer=None, advantage_scale=None, advantage_shift=None, impl="auto"):
-    """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7), to be minimised.
+def ppo_loss(logp, old_logp, advantages, *, clip_ratio, cu_seqlens=None, mask=None, ref_logp=None, kl_coeff=0.0,
+             kl_estimator="k3", entropy=None, entropy_coeff=0.0, reduction="sequence-mean", normalizer=None,
+             advantage_scale=None, advantage_shift=None, impl="auto"):
+    """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7 and, with an entropy bonus, 9), to be minimised.
 
-    Means the same as, with A = advantages * advantage_scale + advantage_shift::
+    Means the same as, with A = advantages * advantage_scale + advantage_shift and clamp(x) = x.clamp(-20, 20)::
 
-        ratio = (logp - old_logp).clamp(-20, 20).exp()
-        loss = -mean(torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * A))
+        ratio = clamp(logp - old_logp).exp()
+        kl = logp - ref_logp                              # k1, or
+        kl = clamp(ref_logp - logp).exp() - 1 - clamp(ref_logp - logp)    # k3 (http://joschu.net/blog/kl-approx.html)
+        loss = mean(-torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * A)
+                    + kl_coeff * kl - entropy_coeff * entropy)
 
-    logp, old_logp, advantages: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a boolean `mask`.
+    logp, old_logp, advantages, ref_logp, entropy: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a
+    boolean `mask`; float32, bfloat16, float16 or float64. ref_logp: log-probs of a reference policy, for a KL penalty in
+    the loss, in nats times kl_coeff (safe-rlhf has it in the reward instead: `ppo_lag_advantage`); with kl_coeff=0 it is
+    only reported. entropy: of each token's distribution, in nats (see `token_logprob`).
     reduction: "sequence-mean" is the mean over sequences of each one's token mean (safe-rlhf; a sequence without a token
     counts for nothing), "token-mean" the mean over valid tokens. normalizer: number or 0-d tensor that takes the place
     of the local count of sequences (or tokens), so that micro-batches and ranks add up to the global mean.
     advantage_scale, advantage_shift: numbers or 0-d tensors (see `ppo_lag_advantage`'s whitening). impl: "auto",
-    "reference" or "native".
+    "reference", "triton" or "native".
 
-    Returns (loss [], stats), float64 for float64 logp, else float32. The gradient goes to logp only and is exactly 0
-    where masked; masked entries are never read. stats, 0-d, over this call's valid tokens: clip_fraction (share of
-    ratios outside 1 +- clip_ratio), approx_kl (mean of ratio - 1 - log ratio: k3), ratio (mean), advantage (mean, as
-    used), sequences (with a token), tokens. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns (loss [], stats), float64 for float64 logp, else float32. The gradient goes to logp and entropy only and is
+    exactly 0 where masked, or where clamp() cuts; masked entries are never read. stats, 0-d, over this call's valid
+    tokens: clip_fraction (share of ratios outside 1 +- clip_ratio), approx_kl (mean of ratio - 1 - log ratio: k3), ratio
+    (mean), advantage (mean, as used), sequences (with a token), tokens; with ref_logp also ref_kl, with entropy also
+    entropy (means). Raises ValueError for shapes, dtypes or devices that do not fit, and for a coefficient without its
+    tensor.
     """
-    checks.same_tokens("ppo_loss", ("logp", "old_logp", "advantages"), (logp, old_logp, advantages))
+    given = {"logp": logp, "old_logp": old_logp, "advantages": advantages}
+    given |= {name: tensor for name, tensor in (("ref_logp", ref_logp), ("entropy", entropy)) if tensor is not None}
+    checks.same_tokens("ppo_loss", list(given), list(given.values()))
     checks.one_of("ppo_loss", "reduction", reduction, REDUCTIONS)
+    checks.one_of("ppo_loss", "kl_estimator", kl_estimator, KL_ESTIMATORS)
     checks.not_negative("ppo_loss", "clip_ratio", clip_ratio)
+    for name, coefficient, tensor in (("ref_logp", kl_coeff, ref_logp), ("entropy", entropy_coeff, entropy)):
+        if tensor is None and coefficient != 0:
+            raise ValueError(f"ppo_loss: {name}: expected a tensor, since its coefficient is {coefficient}, got None")
     cu_seqlens, mask, _ = checks.rows("ppo_loss", "logp", logp.shape, logp.device, cu_seqlens, mask)
-    loss, _, statistics = torch.ops.saferlhf_fast.ppo_loss(
-        logp, old_logp.detach(), advantages.detach(), cu_seqlens, mask, clip_ratio, reduction == "token-mean",
+    loss, _, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss(
+        logp, old_logp.detach(), advantages.detach(), None if ref_logp is None else ref_logp.detach(), entropy, cu_seqlens,
+        mask, clip_ratio, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
         checks.scalar(normalizer, logp, "normalizer"), checks.scalar(advantage_scale, logp, "advantage_scale"),
         checks.scalar(advantage_shift, logp, "advantage_shift"), impl)
-    return loss, dict(zip(STATISTICS, statistics.unbind()))
+    stats = dict(zip(STATISTICS, statistics.unbind()))
+    for name, tensor in (("ref_kl", ref_logp), ("entropy", entropy)):
+        if tensor is None:
+            del stats[name]
+    return loss, stats

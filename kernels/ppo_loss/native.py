@@ -1,22 +1,24 @@
-"""The clipped policy loss and its gradient in one pass in C++ (csrc/ppo_loss.cpp)."""
-
-import torch
+"""The policy loss and its gradients in one pass in C++ (csrc/ppo_loss.cpp)."""
 
 from .. import pointers
 from ..checks import result_dtype
 from .reference import STATISTICS
 
 
-def ppo_loss(logp, old_logp, advantages, cu_seqlens, mask, clip_ratio, token_mean, normalizer, scale, shift):
-    """See the op. CPU tensors. Returns loss [], d loss / d logp shaped as logp, statistics [6]."""
+def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, kl_coeff, k1, entropy_coeff,
+             token_mean, normalizer, scale, shift):
+    """See the op and reference.py. CPU tensors."""
     dtype, tokens = result_dtype(logp), logp.numel()
-    inputs = [pointers.flat(tensor, dtype) for tensor in (logp, old_logp, advantages)]
-    loss, gradient = logp.new_empty((), dtype=dtype), torch.empty_like(inputs[0])
+    inputs = [None if tensor is None else pointers.flat(tensor, dtype)
+              for tensor in (logp, old_logp, advantages, ref_logp, entropy)]
+    loss, inverse = logp.new_empty((), dtype=dtype), logp.new_empty((), dtype=dtype)
+    gradient = logp.new_empty(logp.shape, dtype=dtype)
+    entropy_gradient = logp.new_empty(0 if entropy is None else logp.shape, dtype=dtype)
     statistics = logp.new_empty(len(STATISTICS), dtype=dtype)
     keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
     pointers.module().ppo_loss_cpu(
-        loss.data_ptr(), gradient.data_ptr(), statistics.data_ptr(), *[tensor.data_ptr() for tensor in inputs],
-        pointers.address(normalizer), pointers.address(scale), pointers.address(shift), *row_arguments,
-        pointers.DTYPE_TAG[dtype], clip_ratio, token_mean, pointers.threads(tokens))
+        loss.data_ptr(), gradient.data_ptr(), entropy_gradient.data_ptr(), inverse.data_ptr(), statistics.data_ptr(),
+        *map(pointers.address, inputs), *map(pointers.address, (normalizer, scale, shift)), *row_arguments,
+        pointers.DTYPE_TAG[dtype], clip_ratio, kl_coeff, k1, entropy_coeff, token_mean, pointers.threads(tokens))
     del keep
-    return loss, gradient, statistics
+    return loss, gradient, entropy_gradient, inverse, statistics

@@ -1,14 +1,15 @@
-"""The clipped policy loss and its gradient in plain torch, any float dtype: the definition."""
+"""The policy loss (clipped surrogate, KL, entropy) and its gradients in plain torch, any float dtype: the definition."""
 
 from typing import NamedTuple
 
 import torch
 
 from ..checks import result_dtype
-from ..layout import layout, weights
+from ..layout import layout
+from ..losses import shares, statistics
 
 LOG_RATIO_LIMIT = 20.0  # exp of more than this overflows sums in float32 long before it says anything
-STATISTICS = ("clip_fraction", "approx_kl", "ratio", "advantage", "sequences", "tokens")
+STATISTICS = ("clip_fraction", "approx_kl", "ratio", "advantage", "ref_kl", "entropy", "sequences", "tokens")
 
 
 class Terms(NamedTuple):
@@ -49,34 +50,33 @@ def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, kl_co
     return Terms(loss, d_logp, outside, divergence, ratio, kl)
 
 
-def ppo_loss(logp, old_logp, advantages, cu_seqlens, mask, clip_ratio, token_mean, normalizer, scale, shift):
-    """See the op. Returns loss [], d loss / d logp shaped as logp, statistics [6]."""
+def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, kl_coeff, k1, entropy_coeff,
+             token_mean, normalizer, scale, shift):
+    """See the op. Returns loss [], d loss / d logp shaped as logp, d loss / d entropy likewise (or [0]), both without the
+    factor `inverse` [], which follows, and statistics [8]."""
     dtype = result_dtype(logp)
     rows = layout("ppo_loss", logp.numel(), cu_seqlens, mask)
-    weight_N = weights(rows, token_mean, normalizer, dtype)
+    share_N, inverse = shares(rows, token_mean, normalizer, dtype)
+
+    def real(token_N):
+        return torch.where(rows.valid_N, token_N, 0)
 
     def read(tensor):
-        return torch.where(rows.valid_N, tensor.reshape(-1).to(dtype), 0)
+        return None if tensor is None else real(tensor.reshape(-1).to(dtype))
 
-    advantage_N = read(advantages)
+    advantage_N, entropy_N = read(advantages), read(entropy)
     if scale is not None:
         advantage_N = advantage_N * scale
     if shift is not None:
-        advantage_N = torch.where(rows.valid_N, advantage_N + shift, 0)
-    difference_N = read(logp) - read(old_logp)
-    log_ratio_N = difference_N.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio_N = log_ratio_N.exp()
-    plain_N = ratio_N * advantage_N
-    clipped_N = ratio_N.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage_N
-    loss = -(weight_N * torch.minimum(plain_N, clipped_N)).sum()
-    # A NaN must stay visible in the gradient, so the comparison names the tokens without one.
-    flat_N = (plain_N > clipped_N) | (difference_N.abs() > LOG_RATIO_LIMIT)
-    gradient_N = torch.where(flat_N, 0, -weight_N * plain_N)
-    tokens = rows.count_B.sum().to(dtype)
-    share = 1 / tokens.clamp(min=1)
-    outside_N = rows.valid_N & ((ratio_N < 1 - clip_ratio) | (ratio_N > 1 + clip_ratio))
-    divergence_N = torch.where(rows.valid_N, torch.expm1(log_ratio_N) - log_ratio_N, 0)
-    statistics = torch.stack([
-        outside_N.sum() * share, divergence_N.sum() * share, torch.where(rows.valid_N, ratio_N, 0).sum() * share,
-        advantage_N.sum() * share, (rows.count_B > 0).sum().to(dtype), tokens])
-    return loss, gradient_N.reshape(logp.shape), statistics
+        advantage_N = advantage_N + shift
+    advantage_N = real(advantage_N)
+    terms = policy_terms(read(logp), read(old_logp), advantage_N, read(ref_logp), entropy_N, clip_ratio, kl_coeff, k1,
+                         entropy_coeff)
+    loss = inverse * (share_N * terms.loss).sum()
+    entropy_gradient = logp.new_empty(0, dtype=dtype)
+    if entropy is not None:
+        entropy_gradient = (-entropy_coeff * share_N).reshape(logp.shape)
+    averaged = (terms.outside, terms.divergence, real(terms.ratio), advantage_N, terms.kl,
+                torch.zeros_like(advantage_N) if entropy is None else entropy_N)
+    return (loss, (share_N * terms.d_logp).reshape(logp.shape), entropy_gradient, inverse,
+            statistics(rows, dtype, averaged))

@@ -4,12 +4,12 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..ppo_loss import REDUCTIONS
+from ..losses import REDUCTIONS, scaled
 from .reference import STATISTICS
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define("value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? cu_seqlens, Tensor? mask, "
-            "float clip_value, bool token_mean, Tensor? normalizer, str impl) -> (Tensor, Tensor, Tensor)")
+            "float clip_value, bool token_mean, Tensor? normalizer, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
 def _run(values, *rest):
@@ -18,21 +18,21 @@ def _run(values, *rest):
 
 
 def _fake(values, *rest):
-    dtype, critics = checks.result_dtype(values), values.shape[0]
-    return (values.new_empty(critics, dtype=dtype), values.new_empty(values.shape, dtype=dtype),
-            values.new_empty((critics, len(STATISTICS)), dtype=dtype))
+    critics = values.shape[0]
+    shapes = (critics, values.shape, (), (critics, len(STATISTICS)))
+    return tuple(values.new_empty(shape, dtype=checks.result_dtype(values)) for shape in shapes)
 
 
 def _setup(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1], output[2])
+    ctx.save_for_backward(*output[1:3])
+    ctx.mark_non_differentiable(*output[1:])
 
 
 def _backward(ctx, upstream_C, *_):
-    gradient, = ctx.saved_tensors
+    gradient, inverse = ctx.saved_tensors
     upstream = upstream_C.reshape(-1, *[1] * (gradient.dim() - 1))
-    return ((gradient * upstream).to(ctx.dtype), *[None] * 8)
+    return (scaled(gradient, inverse, upstream, ctx.dtype), *[None] * 8)
 
 
 _lib.impl("value_loss", _run, "CompositeExplicitAutograd")
@@ -67,7 +67,7 @@ def value_loss(values, old_values, returns, *, clip_value, cu_seqlens=None, mask
     if single:
         values, old_values, returns = values[None], old_values[None], returns[None]
     cu_seqlens, mask, _ = checks.rows("value_loss", "values", values.shape[1:], values.device, cu_seqlens, mask)
-    loss_C, _, statistics = torch.ops.saferlhf_fast.value_loss(
+    loss_C, _, _, statistics = torch.ops.saferlhf_fast.value_loss(
         values, old_values.detach(), returns.detach(), cu_seqlens, mask, clip_value, reduction == "token-mean",
         checks.scalar(normalizer, values, "normalizer"), impl)
     if single:
