@@ -8,6 +8,7 @@
 #include "logit_rows.h"
 #include "ppo_lag_advantage.h"
 #include "ppo_loss.h"
+#include "ppo_loss_from_logits.h"
 #include "token_logprob.h"
 #include "value_loss.h"
 
@@ -89,6 +90,17 @@ void token_logprob_backward_cpu(Address gradient, int64_t gradient_stride, int g
       logit_rows_of(logits, stride, ids, count, vocabulary, temperatures, temperature, softcap, dtype), threads));
 }
 
+void ppo_rows_cpu(Address logp, Address entropy, Address gradient, int64_t gradient_stride, int gradient_dtype,
+                  Address old_logp, Address advantage, Address ref_logp, Address weight, Address logits, int64_t stride,
+                  Address ids, int64_t count, int64_t vocabulary, Address temperatures, double temperature, double softcap,
+                  int dtype, double clip_ratio, double kl_coeff, bool k1, double entropy_coeff, int threads) {
+  raise_if(saferlhf::ppo_rows_cpu(
+      static_cast<float*>(out(logp)), static_cast<float*>(out(entropy)), out(gradient), gradient_stride, gradient_dtype,
+      floats(old_logp), floats(advantage), floats(ref_logp), floats(weight),
+      logit_rows_of(logits, stride, ids, count, vocabulary, temperatures, temperature, softcap, dtype),
+      {clip_ratio, kl_coeff, entropy_coeff, k1}, threads));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -98,6 +110,7 @@ PYBIND11_MODULE(_C, module) {
   module.def("ppo_lag_advantage_cpu", &ppo_lag_advantage_cpu, released);
   module.def("token_logprob_cpu", &token_logprob_cpu, released);
   module.def("token_logprob_backward_cpu", &token_logprob_backward_cpu, released);
+  module.def("ppo_rows_cpu", &ppo_rows_cpu, released);
   module.def("ppo_loss_cpu", &ppo_loss_cpu, released);
   module.def("value_loss_cpu", &value_loss_cpu, released);
 #ifdef _OPENMP

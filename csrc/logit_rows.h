@@ -12,7 +12,7 @@
 
 namespace saferlhf {
 
-constexpr int kRowBlock = 4096;  // floats: 16 KiB
+constexpr int kRowBlock = 2048;  // floats: 8 KiB
 
 // The shape of a call: rows of `vocabulary` logits, row r at logits + r * stride elements.
 struct LogitRows {
@@ -45,6 +45,7 @@ SAFERLHF_INLINE float load_block(float* z, const T* x, int n, float inverse, flo
   int i = 0;
   for (; i + 4 * W <= whole; i += 4 * W) {
     for (int k = 0; k < 4; ++k) {
+      if (k & 1) __builtin_prefetch(x + kRowBlock + i / 2 + k / 2 * W, 0, 2);
       const F v = one(load_float<W>(x + i + k * W));
       store(z + i + k * W, v);
       top[k] = v > top[k] ? v : top[k];
@@ -69,7 +70,8 @@ SAFERLHF_INLINE float load_block(float* z, const T* x, int n, float inverse, flo
   return highest_lane<W>(top[0]);
 }
 
-// log-prob of the target, entropy and log-sum-exp of one row; NaN where the row has one, or is -inf throughout.
+// log-prob of the target, entropy and log-sum-exp of one row; NaN where the row has one. A row that is -inf throughout has no
+// distribution: lse is -inf there, the others NaN.
 template <int W, class T>
 SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, int64_t id, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
@@ -94,7 +96,10 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
     const float base = highest == -std::numeric_limits<float>::infinity() ? 0.0f : highest;
     F sum[2] = {F{}, F{}}, product[2] = {F{}, F{}};
     const int padded = (n + W - 1) / W * W;
+    // Memory is idle while exponentials are taken from the first cache: have the next block (or row) brought meanwhile.
+    const T* next = row + start + kRowBlock;
     const auto add = [&](int i, int k) SAFERLHF_INLINED {
+      if (i & W) __builtin_prefetch(next + i / 2 + kRowBlock / 2, 0, 2);
       const F t = load_float<W>(z + i) - base, e = exp_of<W>(t);
       sum[k] += e;
       product[k] += e * (t < -200.0f ? F{} - 200.0f : t);  // e is 0 there: 0 times -inf must be 0
@@ -113,7 +118,7 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
   s.lse = double(highest) + std::log(total);
   s.logp = target == highest ? -std::log1p(others) : gap - std::log(total);
   s.entropy = std::log(total) - (weighted + (mine > 0 ? mine * gap : 0.0)) / total;
-  if (highest == -std::numeric_limits<float>::infinity()) s.logp = s.lse = s.entropy = std::nan("");
+  if (highest == -std::numeric_limits<float>::infinity()) s.logp = s.entropy = std::nan("");
   if (s.entropy < 0) s.entropy = 0;
   return s;
 }

@@ -92,6 +92,29 @@ def logits_and_ids(op, logits, ids):
         raise ValueError(f"{op}: ids: expected device {logits.device} as logits, got {ids.device}")
 
 
+def head(op, hidden, weight, ids, bias):
+    """hidden [..., H], weight [V, H], bias [V] or None of one floating dtype and device, integer ids [...]."""
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: expected hidden [..., H] and weight [V, H], got {tuple(hidden.shape)}, {tuple(weight.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+            raise ValueError(f"{op}: {name}: expected {hidden.dtype} on {hidden.device} as hidden, "
+                             f"got {tensor.dtype} on {tensor.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
+    if not hidden.dtype.is_floating_point or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+        raise ValueError(f"{op}: expected floating point hidden states and integer ids, got {hidden.dtype}, {ids.dtype}")
+    if ids.shape != hidden.shape[:-1] or ids.device != hidden.device:
+        raise ValueError(f"{op}: ids: expected shape {tuple(hidden.shape[:-1])} on {hidden.device} as hidden without its last "
+                         f"dimension, got {tuple(ids.shape)} on {ids.device}")
+
+
+def chunk_tokens(op, value):
+    """None, or an integer >= 1."""
+    if value is not None and not (isinstance(value, int) and value >= 1):
+        raise ValueError(f"{op}: chunk_tokens: expected None or an integer >= 1, got {value!r}")
+
+
 def temperature(op, value, shape, like):
     """(number, None) or (1.0, [N]): one temperature for all tokens, or one per token, of `like`'s dtype and device.
 

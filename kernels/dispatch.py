@@ -30,10 +30,14 @@ class Op(NamedTuple):
 OPS = {
     "token_logprob": Op("token_logprob", ("triton", "native", "reference")),
     "token_logprob_backward": Op("token_logprob", ("triton", "native", "reference")),
+    "linear_logprob": Op("linear_logprob", ("native", "reference")),
+    "linear_logprob_backward": Op("linear_logprob", ("native", "reference")),
+    "linear_ppo_loss": Op("linear_ppo_loss", ("native", "reference")),
+    "ppo_loss_from_logits": Op("ppo_loss_from_logits", ("native", "reference")),
     "gae": Op("gae", ("native", "reference")),
     "ppo_lag_advantage": Op("ppo_lag_advantage", ("native", "reference")),
-    "ppo_loss": Op("ppo_loss", ("native", "reference")),
-    "value_loss": Op("value_loss", ("native", "reference")),
+    "ppo_loss": Op("ppo_loss", ("triton", "native", "reference")),
+    "value_loss": Op("value_loss", ("triton", "native", "reference")),
 }
 
 

@@ -25,6 +25,13 @@ def address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def unit_rows(out_NV):
+    """A matrix to write rows of contiguous elements into: out_NV itself, or a new one to copy from."""
+    if out_NV.stride(1) == 1 or out_NV.shape[1] <= 1:
+        return out_NV
+    return torch.empty_like(out_NV, memory_format=torch.contiguous_format)
+
+
 def rows(cu_seqlens, mask, tokens):
     """(keep, arguments): the row arguments of every native op, and the tensors that must live until the call is over."""
     if cu_seqlens is not None:

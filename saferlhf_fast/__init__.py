@@ -7,6 +7,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "token_logprob": "kernels.token_logprob",
+    "linear_logprob": "kernels.linear_logprob",
+    "linear_ppo_loss": "kernels.linear_ppo_loss",
+    "ppo_loss_from_logits": "kernels.ppo_loss_from_logits",
     "gae": "kernels.gae",
     "ppo_lag_advantage": "kernels.ppo_lag_advantage",
     "ppo_loss": "kernels.ppo_loss",

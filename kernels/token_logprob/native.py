@@ -33,8 +33,7 @@ def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp
                            temperature_N, softcap, out_NV):
     """Writes d logits into out_NV, which may lie over logits_NV (see the room's reference)."""
     keep, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
-    unit = out_NV.stride(1) == 1 or out_NV.shape[1] <= 1
-    target_NV = out_NV if unit else torch.empty_like(out_NV, memory_format=torch.contiguous_format)
+    target_NV = pointers.unit_rows(out_NV)
     vectors = [None if tensor is None else tensor.to(torch.float32).contiguous()
                for tensor in (logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N)]
     pointers.module().token_logprob_backward_cpu(
