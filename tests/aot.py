@@ -11,9 +11,10 @@ num_stages). To add a kernel, add an entry:
 
 A type that is not given follows from the name: a shape suffix (grad_N, logits_NV) is "*fp32", a name that ends in "stride" is
 "i32" (what a launch makes of it as long as it is below 2^31). "x" stands for each of `dtypes` in turn; "y" is a second one,
-written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. `constants` may also name an argument that is None
-at some launches. Configs of triton.autotune are found by themselves. `spill` is the written reason why an entry may have a
-stack or local memory.
+written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. `constants` may also name an argument that is not
+always given: (None, ...) compiles it as None and, by the ellipsis, as an argument. Where not every combination exists,
+`constants` is a list of such dicts. Configs of triton.autotune are found by themselves. `spill` is the written reason why an
+entry may have a stack or local memory, `narrow` why an offset may be 32 bits wide (see `narrow_offsets`).
 
 Pointers are compiled as aligned to 16 bytes, as torch allocates them; integers both as multiples of 16 and not, which
 are two kernels to Triton, in the full product (--all). Without --all, integers are multiples of 16 and every architecture
@@ -48,10 +49,11 @@ class Kernel(NamedTuple):
 
     path: str
     types: dict = {}
-    constants: dict = {}
+    constants: dict | list = {}
     configs: Callable = lambda room: [{}]
     dtypes: tuple = ("fp32", "bf16", "fp16")
     spill: str = ""
+    narrow: str = ""
 
 
 class Variant(NamedTuple):
@@ -111,21 +113,27 @@ def variants(entry, arch, everything=False):
     configs = entry.configs(module)
     if hasattr(kernel, "configs"):
         configs = [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in kernel.configs]
-    names = jitted(kernel).arg_names
     dtypes = [d for d in entry.dtypes if everything or "/" in d or d == ARCHITECTURES[arch] or len(entry.dtypes) == 1]
     for dtype, config, aligned in itertools.product(dtypes, configs, (True, False) if everything else (True,)):
-        for values in itertools.product(*entry.constants.values()):
-            constants = {**dict(zip(entry.constants, values)), **{k: v for k, v in config.items() if k not in OPTIONS}}
+        for values in combinations(entry):
+            constants = {**values, **{k: v for k, v in config.items() if k not in OPTIONS}}
             signature, attributes = {}, {}
-            for at, argument in enumerate(names):
-                if argument in constants:
-                    signature[argument] = "constexpr"
+            for at, param in enumerate(jitted(kernel).params):
+                if param.name in constants:
+                    signature[param.name] = "constexpr"
                     continue
-                signature[argument] = _type(entry, argument, *dtype.split("/"))
-                if signature[argument].startswith(("*", "i") if aligned else "*"):
+                kind = signature[param.name] = _type(entry, param.name, *dtype.split("/"))
+                if kind.startswith("*") or (aligned and kind.startswith("i") and not param.do_not_specialize):
                     attributes[at,] = [["tt.divisibility", 16]]
             options = {k: v for k, v in config.items() if k in OPTIONS}
             yield Variant(dtype, aligned, signature, constants, attributes, options)
+
+
+def combinations(entry):
+    """The {name: value} of an entry's `constants`; a name that stands for an argument at that launch is left out."""
+    for alternative in entry.constants if isinstance(entry.constants, list) else [entry.constants]:
+        for values in itertools.product(*alternative.values()):
+            yield {name: value for name, value in zip(alternative, values) if value is not ...}
 
 
 def build(entry, arch, everything=False):

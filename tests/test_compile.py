@@ -49,7 +49,7 @@ def test_entries_fit_their_kernels(entry):
     kernel = getattr(module, name)
     while not hasattr(kernel, "arg_names"):
         kernel = kernel.fn
-    assert set(entry.types) <= set(kernel.arg_names) and set(entry.constants) <= set(kernel.arg_names)
+    assert set(entry.types) <= set(kernel.arg_names)
     for variant in variants(entry, 90):
         assert set(variant.constants) <= set(kernel.arg_names)
         needed = {p.name for p in getattr(kernel, "params", []) if p.is_constexpr}
