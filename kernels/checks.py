@@ -6,7 +6,7 @@ the implementations. Shapes: N packed tokens, B rows, T padded width, C critics 
 
 import torch
 
-from .dispatch import checking
+from .dispatch import checking, interpreted
 
 
 def result_dtype(*tensors):
@@ -145,7 +145,8 @@ def known_ids(op, ids, vocabulary, counted=None):
 
     counted: None, or where an id matters at all. Elsewhere nobody looks: knowing would make the host wait for the device.
     """
-    if ids.numel() == 0 or not (ids.device.type == "cpu" or checking()):
+    looks = ids.device.type == "cpu" and not interpreted()     # the interpreter stands for a device
+    if ids.numel() == 0 or not (looks or checking()):
         return
     outside = (ids < 0) | (ids >= vocabulary)
     if counted is not None:

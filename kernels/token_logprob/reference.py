@@ -50,6 +50,8 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
         others_R1 = torch.logsumexp(z_RV.scatter(1, ids_N1[at], -torch.inf), dim=1, keepdim=True)
         gap_R1 = others_R1 - target_R1
         logp_R1 = -(gap_R1.clamp(min=0) + torch.log1p(torch.exp(-gap_R1.abs())))
+        # An infinite logit has no distribution: NaN, as log_softmax says. Then the others' sum is infinite, or the target is.
+        logp_R1 = torch.where((others_R1 == torch.inf) | (target_R1 == torch.inf), torch.nan, logp_R1)
         logp_N[at] = logp_R1.squeeze(1)
         lse_N[at] = torch.logaddexp(others_R1, target_R1).squeeze(1)
     return torch.where(known_N, logp_N, torch.nan), entropy_N, lse_N
