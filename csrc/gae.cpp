@@ -1,55 +1,64 @@
-// Generalised advantage estimation on the CPU. Sums run in double whatever the dtype: on one chain of dependent
-// multiply-adds that costs nothing, and long rows lose no digits.
+// Generalised advantage estimation on the CPU: see scan.h.
 #include "gae.h"
+
+#include "scan.h"
 
 namespace saferlhf {
 namespace {
 
-template <typename T>
-void scan_row(T* advantages, T* returns, const T* rewards, const T* values, const uint8_t* mask, int64_t length,
-              double gamma, double lam, bool carry) {
-  double next = 0.0, sum = 0.0;
-  for (int64_t t = length - 1; t >= 0; --t) {
-    if (mask != nullptr && !mask[t]) {
-      advantages[t] = returns[t] = T(0);
-      if (!carry) {
-        sum = gamma * next + gamma * lam * sum;
-        next = 0.0;
-      }
-      continue;
+struct Call {
+  void *advantages, *returns;
+  const void *rewards, *values;
+  Decay decay;
+};
+
+template <int W, class T>
+SAFERLHF_INLINE void scan_row(const Call& call, const uint8_t* mask, int64_t at, int64_t length) {
+  using D = Doubles<W / 2>;
+  T *advantages = static_cast<T*>(call.advantages) + at, *returns = static_cast<T*>(call.returns) + at;
+  const T *rewards = static_cast<const T*>(call.rewards) + at, *values = static_cast<const T*>(call.values) + at;
+  Handed<W / 2> handed(call.decay);
+  for_runs(mask, length, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
+    int64_t t = end - W / 2;
+    for (; t >= begin; t -= W / 2) {
+      const auto r = D::read(rewards + t), v = D::read(values + t), after = handed.step(r, v);
+      D::write(advantages + t, r - v + after);
+      D::write(returns + t, r + after);
     }
-    const double value = values[t];
-    sum = rewards[t] + gamma * next - value + gamma * lam * sum;
-    next = value;
-    advantages[t] = T(sum);
-    returns[t] = T(sum + value);
-  }
+    for (t += W / 2 - 1; t >= begin; --t) {
+      const double r = rewards[t], v = values[t], after = handed.step(r, v);
+      advantages[t] = T(r - v + after);
+      returns[t] = T(r + after);
+    }
+  }, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
+    handed.hole(end - begin, call.decay);
+    fill_zero(advantages, begin, end);
+    fill_zero(returns, begin, end);
+  });
 }
 
-template <typename T>
-void scan_rows(T* advantages, T* returns, const T* rewards, const T* values, const Rows& rows, double gamma, double lam,
-               bool carry, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows.count; ++row) {
-    const int64_t at = rows.begin(row);
-    scan_row(advantages + at, returns + at, rewards + at, values + at, rows.mask ? rows.mask + at : nullptr,
-             rows.end(row) - at, gamma, lam, carry);
-  }
-  for (int64_t at = rows.covered(); at < rows.tokens; ++at) advantages[at] = returns[at] = T(0);
+template <int W>
+SAFERLHF_INLINE void row_body(const Call& call, const uint8_t* mask, int64_t at, int64_t length, int dtype) {
+  if (dtype == kFloat64) scan_row<W, double>(call, mask, at, length);
+  else scan_row<W, float>(call, mask, at, length);
 }
+
+SAFERLHF_WIDTHS(row, (const Call& call, const uint8_t* mask, int64_t at, int64_t length, int dtype),
+                (call, mask, at, length, dtype))
 
 }  // namespace
 
 const char* gae_cpu(void* advantages, void* returns, const void* rewards, const void* values, const Rows& rows, int dtype,
                     double gamma, double lam, bool carry, int threads) {
   if (const char* error = check_rows(rows)) return error;
-  if (dtype == kFloat64) {
-    scan_rows(static_cast<double*>(advantages), static_cast<double*>(returns), static_cast<const double*>(rewards),
-              static_cast<const double*>(values), rows, gamma, lam, carry, threads);
-  } else {
-    scan_rows(static_cast<float*>(advantages), static_cast<float*>(returns), static_cast<const float*>(rewards),
-              static_cast<const float*>(values), rows, gamma, lam, carry, threads);
+  const Call call = {advantages, returns, rewards, values, Decay(gamma, lam, carry)};
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t index = 0; index < rows.count; ++index) {
+    const int64_t at = rows.begin(index);
+    row(call, rows.mask ? rows.mask + at : nullptr, at, rows.end(index) - at, dtype);
   }
+  const int64_t size = dtype == kFloat64 ? 8 : 4;
+  for (void* out : {advantages, returns}) fill_zero(static_cast<char*>(out), rows.covered() * size, rows.tokens * size);
   return nullptr;
 }
 

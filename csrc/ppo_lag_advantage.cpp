@@ -5,118 +5,144 @@
 #include <algorithm>
 #include <vector>
 
+#include "scan.h"
+
 namespace saferlhf {
 namespace {
 
+enum Sum { kKl, kShapedReward, kShapedCost, kRewardAdvantage, kCostAdvantage, kRewardReturn, kCostReturn, kSquare, kSums };
+
 struct RowSums {
   int64_t count = 0;
-  double advantage = 0, square = 0, kl = 0, shaped_reward = 0, shaped_cost = 0;
-  double reward_advantage = 0, cost_advantage = 0, reward_return = 0, cost_return = 0;
+  double of[kSums] = {};
 };
 
-struct Scalars {
-  double kl_coeff, gamma, decay, clip_score, multiplier;
-  bool carry;
+struct Call {
+  void *advantages, *reward_returns, *cost_returns;
+  const void *logp, *ref_logp, *reward, *cost, *reward_values, *cost_values;
+  double kl_coeff, clip_score, multiplier, weight;  // weight = 1 / (1 + multiplier)
+  Decay decay;
 };
 
 // NaN must stay NaN, which std::clamp promises for no argument order.
-double bounded(double x, double limit) { return x > limit ? limit : (x < -limit ? -limit : x); }
-
-template <typename T, bool kCost>
-RowSums shape_row(T* advantages, T* reward_returns, T* cost_returns, const T* logp, const T* ref_logp, double reward,
-                  double cost, const T* reward_values, const T* cost_values, const uint8_t* mask, int64_t length,
-                  const Scalars& s) {
-  RowSums sums;
-  double next_reward = 0, next_cost = 0, sum_reward = 0, sum_cost = 0;
-  const double weight = 1.0 / (1.0 + s.multiplier);
-  for (int64_t t = length - 1; t >= 0; --t) {
-    if (mask != nullptr && !mask[t]) {
-      advantages[t] = reward_returns[t] = T(0);
-      if (kCost) cost_returns[t] = T(0);
-      if (!s.carry) {
-        sum_reward = s.gamma * next_reward + s.decay * sum_reward;
-        sum_cost = s.gamma * next_cost + s.decay * sum_cost;
-        next_reward = next_cost = 0;
-      }
-      continue;
-    }
-    const double kl = double(logp[t]) - double(ref_logp[t]);
-    const bool last = sums.count == 0;  // going backwards, the first valid token met is the row's last
-    const double shaped = bounded(-s.kl_coeff * kl + (last ? reward : 0.0), s.clip_score);
-    const double value = reward_values[t];
-    sum_reward = shaped + s.gamma * next_reward - value + s.decay * sum_reward;
-    next_reward = value;
-    reward_returns[t] = T(sum_reward + value);
-    double advantage = sum_reward;
-    if (kCost) {
-      const double shaped_cost = bounded(s.kl_coeff * kl + (last ? cost : 0.0), s.clip_score);
-      const double cost_value = cost_values[t];
-      sum_cost = shaped_cost + s.gamma * next_cost - cost_value + s.decay * sum_cost;
-      next_cost = cost_value;
-      cost_returns[t] = T(sum_cost + cost_value);
-      advantage = (sum_reward - s.multiplier * sum_cost) * weight;
-      sums.shaped_cost += shaped_cost;
-      sums.cost_advantage += sum_cost;
-      sums.cost_return += sum_cost + cost_value;
-    }
-    advantages[t] = T(advantage);
-    ++sums.count;
-    sums.kl += kl;
-    sums.shaped_reward += shaped;
-    sums.reward_advantage += sum_reward;
-    sums.reward_return += sum_reward + value;
-    sums.advantage += advantage;
-    sums.square += advantage * advantage;
-  }
-  return sums;
+template <class V>
+SAFERLHF_INLINE V bounded(V x, V limit) {
+  const V below = x > limit ? limit : x;
+  return below < -limit ? -limit : below;
 }
 
-template <typename T>
-void write_statistics(T* statistics, const std::vector<RowSums>& sums_B) {
+// One row of T; kCost: with the cost's stream.
+template <int W, bool kCost, class T>
+SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* mask, int64_t index, int64_t at,
+                               int64_t length) {
+  constexpr int L = W / 2;
+  using D = Doubles<L>;
+  using V = typename D::Type;
+  T *advantages = static_cast<T*>(call.advantages) + at, *reward_returns = static_cast<T*>(call.reward_returns) + at;
+  T* cost_returns = kCost ? static_cast<T*>(call.cost_returns) + at : nullptr;
+  const T *logp = static_cast<const T*>(call.logp) + at, *ref_logp = static_cast<const T*>(call.ref_logp) + at;
+  const T* reward_values = static_cast<const T*>(call.reward_values) + at;
+  const T* cost_values = kCost ? static_cast<const T*>(call.cost_values) + at : nullptr;
+  const double reward = static_cast<const T*>(call.reward)[index];
+  const double cost = kCost ? double(static_cast<const T*>(call.cost)[index]) : 0.0;
+  const double kl_coeff = call.kl_coeff, limit = call.clip_score, multiplier = call.multiplier, weight = call.weight;
+  Handed<L> handed_reward(call.decay), handed_cost(call.decay);
+  V lanes[kSums] = {};
+
+  const auto token = [&](int64_t t, bool last) SAFERLHF_INLINED {
+    const double kl = double(logp[t]) - double(ref_logp[t]), v = reward_values[t];
+    const double r = bounded(-kl_coeff * kl + (last ? reward : 0.0), limit);
+    const double reward_return = r + handed_reward.step(r, v), reward_advantage = reward_return - v;
+    double advantage = reward_advantage;
+    if (kCost) {
+      const double w = cost_values[t], c = bounded(kl_coeff * kl + (last ? cost : 0.0), limit);
+      const double cost_return = c + handed_cost.step(c, w), cost_advantage = cost_return - w;
+      advantage = (reward_advantage - multiplier * cost_advantage) * weight;
+      cost_returns[t] = T(cost_return);
+      sums.of[kShapedCost] += c;
+      sums.of[kCostAdvantage] += cost_advantage;
+      sums.of[kCostReturn] += cost_return;
+    }
+    advantages[t] = T(advantage);
+    reward_returns[t] = T(reward_return);
+    sums.of[kKl] += kl;
+    sums.of[kShapedReward] += r;
+    sums.of[kRewardAdvantage] += reward_advantage;
+    sums.of[kRewardReturn] += reward_return;
+    sums.of[kSquare] += advantage * advantage;
+  };
+
+  const auto vector = [&](int64_t t) SAFERLHF_INLINED {
+    const V kl = D::read(logp + t) - D::read(ref_logp + t);
+    const V c = bounded(kl_coeff * kl, D::all(limit)), r = -c;  // the bound is symmetric
+    V v = D::read(reward_values + t);
+    const V reward_return = handed_reward.step(r, v) + r, reward_advantage = reward_return - v;
+    V advantage = reward_advantage;
+    if (kCost) {
+      v = D::read(cost_values + t);
+      const V cost_return = handed_cost.step(c, v) + c, cost_advantage = cost_return - v;
+      advantage = (reward_advantage - multiplier * cost_advantage) * weight;
+      D::write(cost_returns + t, cost_return);
+      lanes[kCostAdvantage] += cost_advantage;
+      lanes[kCostReturn] += cost_return;
+    }
+    D::write(advantages + t, advantage);
+    D::write(reward_returns + t, reward_return);
+    lanes[kKl] += kl;
+    lanes[kShapedCost] += c;
+    lanes[kRewardAdvantage] += reward_advantage;
+    lanes[kRewardReturn] += reward_return;
+    lanes[kSquare] += advantage * advantage;
+  };
+
+  for_runs(mask, length, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
+    int64_t t = end;
+    // Going backwards, the first valid token met is the row's last: the scores belong to it.
+    if (sums.count == 0) token(--t, true);
+    for (; t - begin >= L; t -= L) vector(t - L);
+    while (--t >= begin) token(t, false);
+    sums.count += end - begin;
+  }, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
+    handed_reward.hole(end - begin, call.decay);
+    handed_cost.hole(end - begin, call.decay);
+    fill_zero(advantages, begin, end);
+    fill_zero(reward_returns, begin, end);
+    if (kCost) fill_zero(cost_returns, begin, end);
+  });
+  lanes[kShapedReward] = -lanes[kShapedCost];
+  for (int i = 0; i < kSums; ++i) sums.of[i] += D::sum(lanes[i]);
+}
+
+template <int W>
+SAFERLHF_INLINE void row_body(RowSums& sums, const Call& call, const uint8_t* mask, int64_t index, int64_t at, int64_t length,
+                              int dtype) {
+  if (dtype == kFloat64) {
+    if (call.cost) shape_row<W, true, double>(sums, call, mask, index, at, length);
+    else shape_row<W, false, double>(sums, call, mask, index, at, length);
+  } else {
+    if (call.cost) shape_row<W, true, float>(sums, call, mask, index, at, length);
+    else shape_row<W, false, float>(sums, call, mask, index, at, length);
+  }
+}
+
+SAFERLHF_WIDTHS(row, (RowSums& sums, const Call& call, const uint8_t* mask, int64_t index, int64_t at, int64_t length,
+                      int dtype),
+                (sums, call, mask, index, at, length, dtype))
+
+template <class T>
+void write_statistics(T* statistics, const std::vector<RowSums>& sums_B, const Call& call) {
   double total[12] = {};
   for (const RowSums& row : sums_B) {
     if (row.count == 0) continue;
-    const double share = 1.0 / double(row.count);
-    const double values[12] = {double(row.count), row.advantage, row.square, 1.0, row.kl * share, row.kl,
-                               row.shaped_reward, row.shaped_cost, row.reward_advantage * share,
-                               row.cost_advantage * share, row.reward_return * share, row.cost_return * share};
+    const double share = 1.0 / double(row.count), *of = row.of;
+    const double advantage = (of[kRewardAdvantage] - call.multiplier * of[kCostAdvantage]) * call.weight;
+    const double values[12] = {double(row.count), advantage, of[kSquare], 1.0, of[kKl] * share, of[kKl],
+                               of[kShapedReward], of[kShapedCost], of[kRewardAdvantage] * share,
+                               of[kCostAdvantage] * share, of[kRewardReturn] * share, of[kCostReturn] * share};
     for (int i = 0; i < 12; ++i) total[i] += values[i];
   }
   const double sequences = std::max(total[3], 1.0);
   for (int i = 0; i < 12; ++i) statistics[i] = T(i < 4 ? total[i] : total[i] / sequences);
-}
-
-template <typename T>
-void shape_rows(T* advantages, T* reward_returns, T* cost_returns, T* statistics, const T* logp, const T* ref_logp,
-                const T* reward, const T* cost, const T* reward_values, const T* cost_values, const Rows& rows,
-                const Scalars& scalars, int threads) {
-  std::vector<RowSums> sums_B(rows.count);
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-  for (int64_t row = 0; row < rows.count; ++row) {
-    const int64_t at = rows.begin(row), length = rows.end(row) - at;
-    const uint8_t* mask = rows.mask ? rows.mask + at : nullptr;
-    sums_B[row] = cost == nullptr
-        ? shape_row<T, false>(advantages + at, reward_returns + at, nullptr, logp + at, ref_logp + at, reward[row], 0.0,
-                              reward_values + at, nullptr, mask, length, scalars)
-        : shape_row<T, true>(advantages + at, reward_returns + at, cost_returns + at, logp + at, ref_logp + at,
-                             reward[row], cost[row], reward_values + at, cost_values + at, mask, length, scalars);
-  }
-  for (int64_t at = rows.covered(); at < rows.tokens; ++at) {
-    advantages[at] = reward_returns[at] = T(0);
-    if (cost != nullptr) cost_returns[at] = T(0);
-  }
-  write_statistics(statistics, sums_B);
-}
-
-template <typename T>
-void launch(void* advantages, void* reward_returns, void* cost_returns, void* statistics, const void* logp,
-            const void* ref_logp, const void* reward, const void* cost, const void* reward_values,
-            const void* cost_values, const void* multiplier, const Rows& rows, Scalars scalars, int threads) {
-  scalars.multiplier = multiplier ? double(*static_cast<const T*>(multiplier)) : 0.0;
-  shape_rows(static_cast<T*>(advantages), static_cast<T*>(reward_returns), static_cast<T*>(cost_returns),
-             static_cast<T*>(statistics), static_cast<const T*>(logp), static_cast<const T*>(ref_logp),
-             static_cast<const T*>(reward), static_cast<const T*>(cost), static_cast<const T*>(reward_values),
-             static_cast<const T*>(cost_values), rows, scalars, threads);
 }
 
 }  // namespace
@@ -127,10 +153,22 @@ const char* ppo_lag_advantage_cpu(void* advantages, void* reward_returns, void* 
                                   const Rows& rows, int dtype, double kl_coeff, double gamma, double lam,
                                   double clip_score, bool carry, int threads) {
   if (const char* error = check_rows(rows)) return error;
-  const Scalars scalars{kl_coeff, gamma, gamma * lam, clip_score, 0.0, carry};
-  const auto run = dtype == kFloat64 ? launch<double> : launch<float>;
-  run(advantages, reward_returns, cost_returns, statistics, logp, ref_logp, reward, cost, reward_values, cost_values,
-      multiplier, rows, scalars, threads);
+  const double lambda = multiplier == nullptr ? 0.0
+      : dtype == kFloat64 ? *static_cast<const double*>(multiplier) : double(*static_cast<const float*>(multiplier));
+  const Call call = {advantages, reward_returns, cost_returns, logp, ref_logp, reward, cost, reward_values, cost_values,
+                     kl_coeff, clip_score, lambda, 1.0 / (1.0 + lambda), Decay(gamma, lam, carry)};
+  std::vector<RowSums> sums_B(rows.count);
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+  for (int64_t index = 0; index < rows.count; ++index) {
+    const int64_t at = rows.begin(index);
+    row(sums_B[index], call, rows.mask ? rows.mask + at : nullptr, index, at, rows.end(index) - at, dtype);
+  }
+  const int64_t size = dtype == kFloat64 ? 8 : 4;
+  for (void* out : {advantages, reward_returns, cost_returns}) {
+    if (out) fill_zero(static_cast<char*>(out), rows.covered() * size, rows.tokens * size);
+  }
+  if (dtype == kFloat64) write_statistics(static_cast<double*>(statistics), sums_B, call);
+  else write_statistics(static_cast<float*>(statistics), sums_B, call);
   return nullptr;
 }
 
