@@ -14,6 +14,11 @@ def result_dtype(*tensors):
     return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
 
 
+def constant(tensor):
+    """The tensor without its history; None stays None. (detach makes a new tensor even where there is none.)"""
+    return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
+
+
 def scalar(value, like, name):
     """A 0-d tensor of the ops' dtype on `like`'s device, from a number or a one-element tensor; None stays None.
 
@@ -25,18 +30,20 @@ def scalar(value, like, name):
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.dim() == 0 and value.dtype == dtype and value.device == like.device:
+            return constant(value)
         return value.detach().reshape(()).to(device=like.device, dtype=dtype)
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
 def same_tokens(op, names, tensors):
     """All of `tensors` have the first one's shape and device and are floating point."""
-    first = tensors[0]
+    shape, device = tensors[0].shape, tensors[0].device
     for name, tensor in zip(names, tensors):
-        if tensor.shape != first.shape:
-            raise ValueError(f"{op}: {name}: expected shape {tuple(first.shape)} as {names[0]}, got {tuple(tensor.shape)}")
-        if tensor.device != first.device:
-            raise ValueError(f"{op}: {name}: expected device {first.device} as {names[0]}, got {tensor.device}")
+        if tensor.shape != shape:
+            raise ValueError(f"{op}: {name}: expected shape {tuple(shape)} as {names[0]}, got {tuple(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: {name}: expected device {device} as {names[0]}, got {tensor.device}")
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{op}: {name}: expected a floating point dtype, got {tensor.dtype}")
 

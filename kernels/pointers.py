@@ -17,7 +17,7 @@ def module():
 
 def flat(tensor, dtype):
     """Contiguous, of `dtype`, never a gradient: a no-op for what is so already."""
-    return tensor.to(dtype).contiguous()
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
 
 
 def address(tensor):

@@ -46,4 +46,4 @@ def gae(rewards, values, *, gamma, lam, cu_seqlens=None, mask=None, masked="zero
     checks.one_of("gae", "masked", masked, ("zero", "carry"))
     cu_seqlens, mask, _ = checks.rows("gae", "rewards", rewards.shape, rewards.device, cu_seqlens, mask)
     return torch.ops.saferlhf_fast.gae(
-        rewards.detach(), values.detach(), cu_seqlens, mask, gamma, lam, masked == "carry", impl)
+        checks.constant(rewards), checks.constant(values), cu_seqlens, mask, gamma, lam, masked == "carry", impl)

@@ -80,11 +80,10 @@ def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, 
     checks.per_row(op, "reward", reward, count, logp.device)
     if cost is not None:
         checks.per_row(op, "cost", cost, count, logp.device)
-        cost, cost_values = cost.detach(), cost_values.detach()
     clip_score = float("inf") if clip_score is None else clip_score
     checks.not_negative(op, "clip_score", clip_score)
     advantages, reward_returns, cost_returns, statistics = torch.ops.saferlhf_fast.ppo_lag_advantage(
-        logp.detach(), ref_logp.detach(), reward.detach(), cost, reward_values.detach(), cost_values,
+        *map(checks.constant, (logp, ref_logp, reward, cost, reward_values, cost_values)),
         checks.scalar(multiplier, logp, "multiplier"), cu_seqlens, mask, kl_coeff, gamma, lam, clip_score,
         masked == "carry", impl)
     stats = dict(zip(STATISTICS, statistics.unbind()))
