@@ -33,11 +33,12 @@ def merged(local, ids_N, size, entropy, group):
     mean_N = torch.where(lse_N == -torch.inf, 0, lse_N - entropy_N) if entropy else torch.zeros_like(lse_N)
     target_N = torch.where(inside_N, torch.where(lse_N == -torch.inf, -torch.inf, logp_N + lse_N), 0)
     here = torch.stack([lse_N, target_N, mean_N, inside_N.to(lse_N.dtype)])
-    everyone = here.new_empty((dist.get_world_size(_resolve(group)), *here.shape))
-    dist.all_gather_into_tensor(everyone, here, group=_resolve(group))
-    lse_RN, target_RN, mean_RN, inside_RN = everyone.unbind(1)
+    everyone = here.new_empty(dist.get_world_size(_resolve(group)) * here.numel())
+    dist.all_gather_into_tensor(everyone, here.reshape(-1), group=_resolve(group))
+    lse_RN, target_RN, mean_RN, inside_RN = everyone.reshape(-1, *here.shape).unbind(1)
     lse_N = torch.logsumexp(lse_RN, dim=0)
     logp_N = torch.where(inside_RN.sum(0) == 1, (target_RN.sum(0) - lse_N).clamp(max=0), torch.nan)
     if entropy:
-        entropy_N = (lse_N - ((lse_RN - lse_N).exp() * mean_RN).sum(0)).clamp(min=0)
+        # The weights sum to 1: taken over lse - mean, their rounding is relative to the entropy, not to lse.
+        entropy_N = (torch.softmax(lse_RN, dim=0) * (lse_N - mean_RN)).sum(0).clamp(min=0)
     return logp_N, entropy_N, lse_N
