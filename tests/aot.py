@@ -14,7 +14,7 @@ A type that is not given follows from the name: a shape suffix (grad_N, logits_N
 written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. `constants` may also name an argument that is not
 always given: (None, ...) compiles it as None and, by the ellipsis, as an argument. Where not every combination exists,
 `constants` is a list of such dicts. Configs of triton.autotune are found by themselves. `spill` is the written reason why an
-entry may have a stack or local memory, `narrow` why an offset may be 32 bits wide (see `narrow_offsets`).
+entry may have a stack or local memory, `narrow` why an offset may be 32 bits wide (see tests/ttir.py).
 
 Pointers are compiled as aligned to 16 bytes, as torch allocates them; integers both as multiples of 16 and not, which
 are two kernels to Triton, in the full product (--all). Without --all, integers are multiples of 16 and every architecture
@@ -22,8 +22,8 @@ has one dtype: the whole table then takes about a minute.
 
 By hand:  python tests/aot.py 90 [--all] [part of a kernel's name]
 One JSON line per cubin: kernel, dtype, constants, options, registers, stack and local (bytes a thread), shared (static, bytes),
-dynamic (shared memory asked for at the launch, bytes); "error" where it did not compile. Not for a process with
-TRITON_INTERPRET: interpreter and compiler exclude each other.
+dynamic (shared memory asked for at the launch, bytes), narrow (the lines whose 32 bits an offset outgrows); "error" where it
+did not compile. Not for a process with TRITON_INTERPRET: interpreter and compiler exclude each other.
 """
 
 import ast
@@ -37,6 +37,8 @@ import tempfile
 from importlib import import_module
 from pathlib import Path
 from typing import Callable, NamedTuple
+
+from ttir import narrow_offsets
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "saferlhf_fast.kernels"
@@ -213,7 +215,8 @@ def main(arguments):
             if isinstance(compiled, Exception):
                 row["error"] = f"{type(compiled).__name__}: {compiled}"
             else:
-                row.update(usage(compiled.asm["cubin"]), dynamic=compiled.metadata.shared)
+                row.update(usage(compiled.asm["cubin"]), dynamic=compiled.metadata.shared,
+                           narrow=narrow_offsets(compiled.asm["ttir"]))
             print(json.dumps(row), flush=True)
 
 
