@@ -1,6 +1,10 @@
 // Row checks and counts; see common.h.
 #include "common.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 namespace saferlhf {
 
 const char* check_rows(const Rows& rows) {
@@ -29,6 +33,17 @@ void count_valid(const Rows& rows, int64_t* counts_B, int64_t* sequences, int64_
     *sequences += valid > 0;
     *tokens += valid;
   }
+}
+
+void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr std::uintptr_t kLarge = std::uintptr_t(1) << 21;
+  const std::uintptr_t start = reinterpret_cast<std::uintptr_t>(memory), from = (start + kLarge - 1) / kLarge * kLarge;
+  const std::uintptr_t end = (start + std::uintptr_t(bytes)) / kLarge * kLarge;
+  if (bytes >= int64_t(4 * kLarge) && end > from) madvise(reinterpret_cast<void*>(from), end - from, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace saferlhf

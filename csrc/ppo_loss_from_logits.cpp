@@ -59,6 +59,7 @@ const char* ppo_rows_cpu(float* logp, float* entropy, void* out, int64_t out_str
                          const float* advantage, const float* ref_logp, const float* weight, const LogitRows& rows,
                          const PolicyObjective& objective, int threads) {
   const PolicyRows p = {old_logp, advantage, ref_logp, weight, objective};
+  if (out != rows.logits) prefer_large_pages(out, rows.count * out_stride * size_of(out_dtype));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows.count; ++row) policy(logp, entropy, out, out_stride, out_dtype, p, rows, row);
   return nullptr;

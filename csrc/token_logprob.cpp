@@ -63,6 +63,7 @@ const char* token_logprob_backward_cpu(void* out, int64_t out_stride, int out_dt
                                        const float* lse, const float* grad_logp, const float* grad_entropy,
                                        const LogitRows& rows, int threads) {
   const Upstream up = {logp, entropy, lse, grad_logp, grad_entropy};
+  if (out != rows.logits) prefer_large_pages(out, rows.count * out_stride * size_of(out_dtype));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows.count; ++row) backward(out, out_stride, out_dtype, up, rows, row, row + 1);
   return nullptr;

@@ -45,6 +45,8 @@ struct Float16 {
   uint16_t bits;
 };
 
+inline int64_t size_of(int dtype) { return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2; }
+
 template <int W>
 SAFERLHF_INLINE typename Vector<W>::Float load_float(const float* from) {
   return load<typename Vector<W>::Float>(from);
