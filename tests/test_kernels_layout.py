@@ -38,7 +38,10 @@ def test_a_room_has_its_five_places(op):
     for name, file in files.items():
         assert (folder / file).exists() == (name in dispatch.OPS[op].order), f"{op}: {file} against the dispatcher"
     assert (folder / "__init__.py").exists()
-    assert (ROOT / "csrc" / f"{op}.cpp").exists() == ("native" in dispatch.OPS[op].order)
+    if "native" in dispatch.OPS[op].order:      # the linear ops' C++ is that of the rows they are made of
+        sources = re.findall(r"csrc/\w+\.cpp", (folder / "native.py").read_text())
+        assert sources and all((ROOT / source).exists() for source in sources)
+        assert f"csrc/{op}.cpp" in sources or op.startswith("linear_")
     assert (ROOT / "tests" / f"test_{op}.py").exists()
     assert (ROOT / "bench" / f"bench_{op}.py").exists()
     assert re.search(rf"^\| `{op}` \|", (ROOT / "kernels" / "README.md").read_text(), re.MULTILINE)
@@ -79,14 +82,20 @@ def test_auto_prefers_the_fast_version_and_says_why():
     assert function.__module__.endswith("gae.native" if module else "gae.reference")
     assert reason.startswith("native" if module else "reference")
     function, reason = dispatch.choose("token_logprob", tensors)
-    assert function.__module__.endswith("token_logprob.reference") and "needs a GPU" in reason
+    assert function.__module__.endswith("token_logprob.native" if module else "token_logprob.reference")
+    assert "needs a GPU" in reason
+    function, reason = dispatch.choose("token_logprob", (torch.zeros(2, dtype=torch.float64),))
+    assert function.__module__.endswith("token_logprob.reference") and "not torch.float64" in reason
 
 
 def test_an_implementation_asked_for_by_name_and_missing_raises(monkeypatch):
     with pytest.raises(NotImplementedError, match="Triton needs a GPU"):
         token_logprob(torch.zeros(2, 3), torch.tensor([0, 1]), impl="triton")
-    with pytest.raises(NotImplementedError, match="there is no triton implementation; there is native, reference"):
+    with pytest.raises(NotImplementedError, match="gae: implementation 'triton' cannot run here"):
         gae(torch.zeros(2), torch.zeros(2), gamma=1.0, lam=1.0, impl="triton")
+    monkeypatch.setitem(dispatch.OPS, "without_triton", dispatch.Op("gae", ("native", "reference")))
+    with pytest.raises(NotImplementedError, match="there is no triton implementation; there is native, reference"):
+        dispatch.choose("without_triton", (torch.zeros(2),), "triton")
     with pytest.raises(ValueError, match="is not one of auto, reference, triton, native"):
         gae(torch.zeros(2), torch.zeros(2), gamma=1.0, lam=1.0, impl="fast")
 
@@ -111,8 +120,10 @@ def test_the_environment_variable(monkeypatch):
     monkeypatch.setenv("SAFERLHF_IMPL", "reference")
     function, reason = dispatch.choose("gae", tensors)
     assert function.__module__.endswith("gae.reference") and "SAFERLHF_IMPL" in reason
-    monkeypatch.setenv("SAFERLHF_IMPL", "triton")   # gae has none: it goes on as with auto; token_logprob has one
-    assert dispatch.choose("gae", tensors)[1].startswith(("native", "reference"))
+    monkeypatch.setenv("SAFERLHF_IMPL", "triton")   # an op that has none goes on as with auto
+    monkeypatch.setitem(dispatch.OPS, "without_triton", dispatch.Op("gae", ("reference",)))
+    monkeypatch.setattr(dispatch, "_load", lambda op, name: name)
+    assert dispatch.choose("without_triton", tensors) == ("reference", "reference: first that can run")
     with pytest.raises(NotImplementedError, match="needs a GPU"):
         dispatch.choose("token_logprob", tensors)
     assert dispatch.choose("token_logprob", tensors, "reference")[1] == "asked for in the call"
