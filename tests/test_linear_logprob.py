@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_cases import BIG, Case
-from tolerance import assert_near
+from tolerance import TABLE, assert_near
 
 from saferlhf_fast import linear_logprob, token_logprob
 from saferlhf_fast.kernels import dispatch, linear
@@ -94,6 +94,26 @@ def test_vocabularies(impl, device, vocabulary):
         logp, entropy = linear_logprob(hidden, weight, ids, bias=bias, return_entropy=True, impl=impl)
     assert_near(logp, expected[0])
     assert_near(entropy, expected[1])
+
+
+@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_error_is_no_worse_than_plain_torch(impl, device, dtype):
+    """Log-prob and gradients in half precision: ours against float64 is at most plain torch's in that dtype, plus the table."""
+    (hidden, weight, _), ids = inputs_of(dtype, device, tokens=(4, 25), hidden=64, vocabulary=507)
+    exact = [leaf.detach().to("cpu", BIG).requires_grad_() for leaf in (hidden, weight)]
+    upstream = torch.linspace(-1, 2, ids.numel()).reshape(ids.shape)
+    expected, _ = definition(*exact, None, ids)
+    (expected * upstream).sum().backward()
+    ours = linear_logprob(hidden, weight, ids, impl=impl)
+    plain = torch.log_softmax(hidden @ weight.t(), -1).gather(-1, ids[..., None]).squeeze(-1)
+    errors = []
+    for logp in (ours, plain):
+        made = torch.autograd.grad((logp * upstream.to(logp)).sum(), (hidden, weight))
+        errors.append([(a.double().cpu() - b).abs().max() for a, b in zip(
+            (logp.detach(), *made), (expected.detach(), exact[0].grad, exact[1].grad))])
+    for mine, theirs in zip(*errors):
+        assert mine <= theirs + TABLE[torch.float32][1], errors
 
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)

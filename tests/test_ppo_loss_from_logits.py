@@ -54,6 +54,31 @@ def test_equals_float64(impl, device, dtype, options, inplace):
     assert set(stats) == set(expected_stats)
 
 
+@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("vocabulary", [1, 2, 63, 257, 32_000, 50_257, 151_936])
+def test_vocabularies(impl, device, vocabulary):
+    case = Case(lengths=(2,), hidden=3, vocabulary=vocabulary, device=device, slack=0)
+    leaf, logits = logits_of(case)
+    loss, _ = ppo_loss_from_logits(logits, *case.tokens(), clip_ratio=CLIP, mask=case.mask, entropy_coeff=0.1, impl=impl)
+    loss.backward()
+    exact = leaf.detach().to("cpu", BIG).requires_grad_()
+    expected, _ = definition(case, exact, clip_ratio=CLIP, entropy_coeff=0.1, with_reference=False)
+    assert_near(loss, expected)
+    assert_near(leaf.grad, torch.autograd.grad(expected, exact)[0])
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the kernel needs the interpreter or a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scaling_on_a_device(dtype):
+    from saferlhf_fast.kernels import scaling_triton
+    tensor = torch.randn(3, 1711).to(dtype)
+    for factor in (1.0, 0.37):
+        expected = (tensor.float() * factor).to(dtype)
+        got = scaling_triton.scale(tensor.clone(), torch.tensor(factor))
+        assert (got - expected).abs().max() <= 2 ** -8 * expected.abs().max()
+        assert factor != 1.0 or torch.equal(got, tensor)
+
+
 def table_near(gradient, expected, dtype, inplace):
     """Half precision is rounded once in the forward pass and once more by the upstream factor of 3."""
     assert_near(gradient, expected) if dtype in (torch.float32, BIG) else torch.testing.assert_close(
