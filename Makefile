@@ -8,7 +8,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 
 OLDEST := .venv-oldest
 
-.PHONY: demo proof test test-slow test-oldest bench setup clean
+.PHONY: demo proof test test-slow test-oldest bench bench-compare setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed, under 5 minutes on two cores
 	$(BIN)/saferlhf-fast demo
@@ -36,8 +36,11 @@ $(OLDEST)/.installed: constraints-oldest.txt
 	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt setuptools wheel cmake ninja pybind11
 	touch $@
 
-bench: setup     ## pytest-benchmark: one file per op, one for a PPO-Lag step
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --timeout 1800
+bench: setup     ## every op against its peers, in about ten minutes; writes bench/results/<device>-<date>.json and .md
+	BENCH_COMMAND="make bench" $(BIN)/python bench/run.py
+
+bench-compare: setup ## our versions again, against the stored results of this device: fails past 10 %
+	$(BIN)/python bench/compare.py
 
 setup: $(VENV)/.installed
 

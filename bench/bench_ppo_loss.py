@@ -1,43 +1,39 @@
-"""ppo_loss forward + backward: the formula in eager torch under autograd, the reference, the fast version.
+"""ppo_loss forward + backward: the formula in eager torch under autograd, torch.compile of it, ours.
 
 Floor: three inputs of tokens read, the gradient written, and the mask.
 """
 
-import pytest
-import shapes
 import torch
-from tolerance import assert_near
 
+import eager
+import shapes
+import versions
 from saferlhf_fast import ppo_loss
 
-
-def eager(logp, old_logp, advantages, mask):
-    ratio = (logp - old_logp).exp()
-    term = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return -((term * mask).sum(1) / mask.sum(1)).mean()
+OP = KIND = "ppo_loss"
 
 
-VERSIONS = {
-    "eager": eager,
-    "reference": lambda *inputs: ppo_loss(*inputs[:3], mask=inputs[3], clip_ratio=0.2, impl="reference")[0],
-    "auto": lambda *inputs: ppo_loss(*inputs[:3], mask=inputs[3], clip_ratio=0.2)[0],
-}
+def ours(impl):
+    return lambda logp, old_logp, advantages, mask: ppo_loss(logp, old_logp, advantages, mask=mask, clip_ratio=eager.CLIP,
+                                                             impl=impl)[0]
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("device, shape", [(device, shape) for device in shapes.devices() for shape in shapes.ROWS[device]],
-                         ids=lambda value: value if isinstance(value, str) else shapes.name(value))
-def test_forward_and_backward(measure, version, device, shape):
+@versions.cases(OP, KIND, shapes.ROWS)
+def test_forward_and_backward(measure, device, shape, version):
     mask, random = shapes.rows(shape, device)
     logp, advantages = random() - 2, random()
     old_logp = logp + 0.2 * random()
     logp.requires_grad_()
-    assert_near(VERSIONS[version](logp, old_logp, advantages, mask),
-                eager(logp.double(), old_logp.double(), advantages.double(), mask))
+    function = versions.call({"eager": eager.ppo_loss, "ours": ours}, KIND, version, device)
+    upstream = torch.rand((), device=device) + 0.5
 
     def step():
-        logp.grad = None
-        VERSIONS[version](logp, old_logp, advantages, mask).backward()
+        loss = function(logp, old_logp, advantages, mask)
+        return loss.detach(), torch.autograd.grad(loss, logp, upstream)[0]
 
+    wide = logp.detach().double().requires_grad_()
+    loss = eager.ppo_loss(wide, old_logp.double(), advantages.double(), mask)
+    measure.check(torch.float32, *zip(step(), (loss, torch.autograd.grad(loss, wide, upstream.double())[0])))
     measure(step, op="ppo_loss forward + backward", version=version, shape=shapes.name(shape), device=device,
-            bytes=4 * logp.nbytes + mask.nbytes, rounds=200)
+            reads=3 * logp.nbytes + mask.nbytes, writes=logp.nbytes, inputs=(logp, old_logp, advantages, mask),
+            auto=versions.is_auto(OP, version, device))

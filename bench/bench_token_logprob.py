@@ -1,42 +1,76 @@
-"""token_logprob: eager torch, the reference, and the fast version, forward and forward + backward.
+"""token_logprob: forward, forward with entropy, forward + backward; eager torch, ours, peers.
 
 Floor: the forward reads the logits once; forward + backward reads them twice and writes the gradient once.
 """
 
-import pytest
-import shapes
 import torch
-from tolerance import assert_near
 
+import eager
+import exact
+import shapes
+import versions
 from saferlhf_fast import token_logprob
 
-CASES = [(device, shape) for device in shapes.devices() for shape in shapes.LOGITS[device]]
-VERSIONS = {
-    "eager": lambda logits, ids: torch.log_softmax(logits.float(), -1).gather(-1, ids[:, None]).squeeze(-1),
-    "reference": lambda logits, ids: token_logprob(logits, ids, impl="reference"),
-    "auto": lambda logits, ids: token_logprob(logits, ids),
-}
+OP = "token_logprob"
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("device, shape", CASES, ids=lambda value: value if isinstance(value, str) else shapes.name(value))
-def test_forward(measure, version, device, shape):
+def ours(impl):
+    return lambda logits, ids: token_logprob(logits, ids, impl=impl)
+
+
+def ours_entropy(impl):
+    return lambda logits, ids: token_logprob(logits, ids, return_entropy=True, impl=impl)
+
+
+def forward(measure, device, shape, version, kind, own, op):
     logits, ids, _ = shapes.logits(shape, device)
-    assert_near(VERSIONS[version](logits[:64], ids[:64]), VERSIONS["eager"](logits[:64].double(), ids[:64]))
+    function = versions.call(own, kind, version, device)
+    given = logits._base if versions.trait(kind, version, "spare_row", False) else logits
+    rows = exact.rows_of(len(ids), device)
+    right = exact.of_logits(shape, device)[0]
     with torch.no_grad():
-        measure(lambda: VERSIONS[version](logits, ids), op="token_logprob forward", version=version,
-                shape=shapes.name(shape), device=device, bytes=logits.nbytes)
+        got = function(given, ids)
+        pairs = [(got, right)] if kind == "logprob" else [(got[0], right), (got[1][rows], exact.entropy_rows(logits, rows))]
+        measure.check(logits.dtype, *pairs)
+        del got
+        measure(lambda: function(given, ids), op=op, version=version, shape=shapes.name(shape), device=device,
+                reads=logits.nbytes, dtype=logits.dtype, inputs=(logits, ids), auto=versions.is_auto(OP, version, device))
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("device, shape", CASES, ids=lambda value: value if isinstance(value, str) else shapes.name(value))
-def test_forward_and_backward(measure, version, device, shape):
-    logits, ids, upstream = shapes.logits(shape, device)
-    logits.requires_grad_()
+@versions.cases(OP, "logprob", shapes.LOGITS)
+def test_forward(measure, device, shape, version):
+    forward(measure, device, shape, version, "logprob", {"eager": eager.logprob, "ours": ours}, "token_logprob forward")
+
+
+@versions.cases(OP, "logprob_entropy", shapes.LOGITS)
+def test_forward_with_entropy(measure, device, shape, version):
+    forward(measure, device, shape, version, "logprob_entropy", {"eager": eager.logprob_entropy, "ours": ours_entropy},
+            "token_logprob + entropy forward")
+
+
+@versions.cases(OP, "logprob", shapes.LOGITS, backward=True)
+def test_forward_and_backward(measure, device, shape, version):
+    clean, ids, upstream = shapes.logits(shape, device)
+    function = versions.call({"eager": eager.logprob, "ours": ours}, "logprob", version, device)
+    inplace = versions.trait("logprob", version, "inplace", False)
+    logits = (clean.clone() if inplace else clean.detach()).requires_grad_()
+
+    def restore():
+        with torch.no_grad():
+            logits.copy_(clean)
 
     def step():
-        logits.grad = None
-        VERSIONS[version](logits, ids).backward(upstream)
+        logp = function(logits, ids)
+        return logp.detach(), torch.autograd.grad(logp, logits, upstream)[0]
 
+    rows = exact.rows_of(len(ids), device)
+    logp, lse = exact.of_logits(shape, device)
+    if inplace:     # a kernel that is tuned at its first call spoils what it writes in place
+        step()
+        restore()
+    got, gradient = step()
+    measure.check(clean.dtype, (got, logp), (gradient[rows], exact.logits_gradient(clean, ids, lse, upstream, rows)))
+    del got, gradient
     measure(step, op="token_logprob forward + backward", version=version, shape=shapes.name(shape), device=device,
-            bytes=3 * logits.nbytes, rounds=10)
+            reads=2 * clean.nbytes, writes=clean.nbytes, dtype=clean.dtype, inputs=(logits, ids),
+            before=restore if inplace else None, auto=versions.is_auto(OP, version, device))

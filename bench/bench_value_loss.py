@@ -1,43 +1,39 @@
-"""value_loss of both critics, forward + backward: the formula in eager torch, the reference, the fast version.
+"""value_loss of both critics, forward + backward: the formula in eager torch, torch.compile of it, ours.
 
 Floor: three inputs of tokens read and the gradient written, for each critic, and the mask.
 """
 
-import pytest
-import shapes
 import torch
-from tolerance import assert_near
 
+import eager
+import shapes
+import versions
 from saferlhf_fast import value_loss
 
-
-def eager(values, old_values, returns, mask):
-    clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
-    term = torch.maximum((values - returns).square(), (clipped - returns).square())
-    return 0.5 * ((term * mask).sum(-1) / mask.sum(1)).mean(-1)
+OP = KIND = "value_loss"
 
 
-VERSIONS = {
-    "eager": eager,
-    "reference": lambda *inputs: value_loss(*inputs[:3], mask=inputs[3], clip_value=0.2, impl="reference")[0],
-    "auto": lambda *inputs: value_loss(*inputs[:3], mask=inputs[3], clip_value=0.2)[0],
-}
+def ours(impl):
+    return lambda values, old_values, returns, mask: value_loss(values, old_values, returns, mask=mask, clip_value=eager.CLIP,
+                                                                impl=impl)[0].sum()
 
 
-@pytest.mark.parametrize("version", VERSIONS)
-@pytest.mark.parametrize("device, shape", [(device, shape) for device in shapes.devices() for shape in shapes.ROWS[device]],
-                         ids=lambda value: value if isinstance(value, str) else shapes.name(value))
-def test_forward_and_backward(measure, version, device, shape):
+@versions.cases(OP, KIND, shapes.ROWS)
+def test_forward_and_backward(measure, device, shape, version):
     mask, random = shapes.rows(shape, device)
     old_values = torch.stack([random(), random()])
     values, returns = old_values + 0.2 * torch.stack([random(), random()]), torch.stack([random(), random()])
     values.requires_grad_()
-    assert_near(VERSIONS[version](values, old_values, returns, mask),
-                eager(values.double(), old_values.double(), returns.double(), mask))
+    function = versions.call({"eager": eager.value_loss, "ours": ours}, KIND, version, device)
+    upstream = torch.rand((), device=device) + 0.5
 
     def step():
-        values.grad = None
-        VERSIONS[version](values, old_values, returns, mask).sum().backward()
+        loss = function(values, old_values, returns, mask)
+        return loss.detach(), torch.autograd.grad(loss, values, upstream)[0]
 
+    wide = values.detach().double().requires_grad_()
+    loss = eager.value_loss(wide, old_values.double(), returns.double(), mask)
+    measure.check(torch.float32, *zip(step(), (loss, torch.autograd.grad(loss, wide, upstream.double())[0])))
     measure(step, op="value_loss forward + backward", version=version, shape=shapes.name(shape), device=device,
-            bytes=4 * values.nbytes + mask.nbytes, rounds=200)
+            reads=3 * values.nbytes + mask.nbytes, writes=values.nbytes, inputs=(values, old_values, returns, mask),
+            auto=versions.is_auto(OP, version, device))

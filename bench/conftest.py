@@ -1,11 +1,13 @@
-"""How speed is measured here: the device has finished before the clock is read, and results are right before it starts.
+"""How speed is measured here: results are right before the clock starts, and the device has finished before it is read.
 
-`measure` times one function and notes op, implementation, shape and the bytes that must move. Bytes over the median time
-stand beside the bandwidth of a plain copy, taken in the same run on the same device.
+`measure` checks and times one function and notes what table.py, targets.py and compare.py need. On a GPU times are those of the
+device (events), after the caches were overwritten; the pytest-benchmark figures beside them are those of the host, waiting.
+A peer that cannot be imported, gives wrong results or fails is skipped with its reason; a version of ours fails the run.
 """
 
 import datetime
-import functools
+import os
+import statistics
 import subprocess
 import sys
 import time
@@ -16,6 +18,23 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
+if (HERE.parent / "build" / "peers").is_dir():
+    sys.path.append(str(HERE.parent / "build" / "peers"))
+
+import ceilings  # noqa: E402
+import exact  # noqa: E402
+import memory  # noqa: E402
+import peers  # noqa: E402
+import versions  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = 8 << 20     # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
+FOREIGN = ("eager", "bare products")    # versions that are neither ours nor in peers.py
+
+
+def pytest_addoption(parser):
+    parser.addoption("--budget", type=float, default=None, help="seconds after which the rest is noted as not measured")
+    parser.addoption("--ours", action="store_true", help="our versions and eager torch only")
 
 
 def pytest_collect_file(file_path, parent):
@@ -28,35 +47,58 @@ def pytest_collect_file(file_path, parent):
         return pytest.Module.from_parent(parent, path=file_path)
 
 
-def synchronize(device):
-    if device == "cuda":
-        torch.cuda.synchronize()
+def version_of(item):
+    return item.callspec.params.get("version") if hasattr(item, "callspec") else None
 
 
-def device_name(device):
-    if device == "cuda":
+def foreign(item):
+    """True for a version that is not ours."""
+    version = version_of(item)
+    return version in FOREIGN or any(version in kind for kind in peers.PEERS.values())
+
+
+def pytest_collection_modifyitems(config, items):
+    """Ours, eager and the bare products first: a peer that breaks the device, or the end of the time, must not cost them."""
+    third = lambda item: foreign(item) and version_of(item) not in FOREIGN
+    if config.getoption("--ours"):
+        items[:] = [item for item in items if not third(item)]
+    items.sort(key=third)
+    config.started, config.not_measured, config.ceilings = time.monotonic(), [], None
+
+
+def not_measured(item, reason):
+    op = item.path.stem.removeprefix("bench_")
+    params = item.callspec.params if hasattr(item, "callspec") else {}
+    shape = params.get("shape")
+    item.config.not_measured.append({"op": op, "version": params.get("version", item.name), "reason": reason,
+                                     "shape": versions.shapes.name(shape) if shape else ""})
+    pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_pyfunc_call(pyfuncitem):
+    budget = pyfuncitem.config.getoption("--budget")
+    if budget and time.monotonic() - pyfuncitem.config.started > budget:
+        not_measured(pyfuncitem, f"the time ({budget:.0f} s) was up")
+    try:
+        return (yield)
+    except peers.Missing as missing:
+        not_measured(pyfuncitem, str(missing))
+    except Exception as error:
+        if not foreign(pyfuncitem):
+            raise
+        not_measured(pyfuncitem, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+
+
+def device_name():
+    if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return "cpu"
+        lines = []
     model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
     return f"{model}, {torch.get_num_threads()} thread(s)"
-
-
-@functools.cache
-def copy_bandwidth(device):
-    """GB/s of a plain copy, read and write counted: the best of ten, 256 MiB on a CPU and 2 GiB on a GPU."""
-    source = torch.randn((1 << 31 if device == "cuda" else 1 << 28) // 4, device=device)
-    target = torch.empty_like(source)
-    best = float("inf")
-    for _ in range(10):
-        synchronize(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * source.numel() * 4 / best / 1e9
 
 
 def commit():
@@ -65,26 +107,118 @@ def commit():
 
 
 def pytest_benchmark_update_machine_info(config, machine_info):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    machine_info.pop("node", None)  # a host's name says nothing about speed
-    machine_info.update(device=device_name(device), commit=commit(), date=datetime.date.today().isoformat(),
-                        torch=torch.__version__, copy_gb_s=round(copy_bandwidth(device), 1))
+    for name in ("node", "cpu"):    # a host's name says nothing about speed, and the list of CPU flags is long
+        machine_info.pop(name, None)
+    machine_info.update(device=device_name(), commit=commit(), date=datetime.date.today().isoformat(),
+                        torch=torch.__version__, threads=torch.get_num_threads(), cache_bytes=ceilings.cache_bytes(DEVICE),
+                        command=os.environ.get("BENCH_COMMAND", " ".join(["pytest", *config.invocation_params.args])))
+
+
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Adds the ceilings (taken at the start and again here) and what was not measured; drops the list of every round."""
+    found = ceilings.measure(DEVICE)
+    output_json["machine_info"]["ceilings"] = ceilings.better(config.ceilings or found, found)
+    output_json["not_measured"] = config.not_measured
+    for entry in output_json["benchmarks"]:
+        entry["stats"].pop("data", None)
+
+
+class Measure:
+    """The fixture: checks a result, then times, then asks for memory. Everything lands in extra_info."""
+
+    def __init__(self, benchmark, config):
+        self.benchmark, self.config, self.error = benchmark, config, None
+
+    def check(self, dtype, *pairs):
+        """Raises AssertionError when a (got, expected) pair is further apart than exact.LIMIT allows for `dtype`."""
+        self.error = max(exact.error(got, expected) for got, expected in pairs)
+        assert self.error <= exact.LIMIT[dtype], f"wrong: off by {self.error:.1e} of the largest value"
+
+    def __call__(self, step, *, op, version, shape, device, reads=0, writes=0, flops=0, dtype=torch.float32, inputs=(),
+                 before=None, auto=False, seconds=2.0):
+        """Times `step()` (which returns its outputs). reads, writes: bytes that must move; before: runs ahead of each call,
+        outside the clock. seconds: how long to go on; at least 5 rounds, at most 200, 3 where one takes over a second."""
+        assert self.error is not None, "the result is checked before it is timed"
+        flush = self._flush(device, reads + writes)
+
+        def ready():
+            if before is not None:
+                before()
+            flush()
+            ceilings.synchronize(device)
+
+        def waited():
+            result = step()
+            ceilings.synchronize(device)
+            return result
+
+        ready()
+        waited()
+        start = time.perf_counter()
+        ready()
+        waited()
+        once = time.perf_counter() - start
+        rounds = max(3 if once > 1 else 5, min(200, int(seconds / max(once, 1e-6))))
+        self.benchmark.group = f"{op} {shape}"
+        self.benchmark.extra_info.update(op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
+                                         writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,
+                                         warm=device == "cpu" and reads + writes < SMALL)
+        self.benchmark.pedantic(waited, setup=ready, rounds=rounds, warmup_rounds=1, iterations=1)
+        if self.benchmark.stats is None:
+            return
+        ready()
+        extra = {"peak": memory.above(step, inputs, device)}
+        if device == "cuda":
+            extra |= self._on_device(step, ready, min(rounds, 30))
+        else:
+            extra |= {"seconds": self.benchmark.stats.stats.median, "best": self.benchmark.stats.stats.min}
+        self.benchmark.extra_info.update(extra)
+
+    @staticmethod
+    def _flush(device, moved):
+        if device == "cpu" and moved < SMALL:
+            return lambda: None
+        size = 1 << 29 if device == "cuda" else ceilings.past_the_caches(device)
+        if Measure.buffer is None or Measure.buffer.nbytes != size:
+            Measure.buffer = torch.zeros(size // 4, device=device)
+        return Measure.buffer.sum if device == "cpu" else lambda: Measure.buffer.add_(1)
+
+    buffer = None
+
+    @staticmethod
+    def _on_device(step, ready, rounds):
+        """Seconds by events, the first of which waits behind the overwriting of the caches; and what Python needs per call."""
+        times = []
+        for _ in range(rounds):
+            ready()
+            Measure.buffer.add_(1)
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            step()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        found = {"seconds": statistics.median(times), "best": min(times)}
+        if found["seconds"] < 1e-3:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(100):
+                step()
+            torch.cuda.synchronize()
+            found["call"] = (time.perf_counter() - start) / 100
+        ready()
+        from torch.profiler import ProfilerActivity, profile
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            step()
+            torch.cuda.synchronize()
+        kernels = [event for event in seen.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        if kernels:     # none: the profiler sees nothing on this machine
+            found["launches"] = len(kernels)
+        return found
 
 
 @pytest.fixture
-def measure(benchmark):
-    """measure(function, op=, version=, shape=, device=, bytes=): rounds of single calls, each waited for."""
-
-    def run(function, *, op, version, shape, device, bytes, rounds=20):
-        def waited():
-            function()
-            synchronize(device)
-
-        benchmark.group = f"{op} {shape}"
-        benchmark.extra_info.update(op=op, version=version, shape=shape, bytes=bytes, device=device)
-        benchmark.pedantic(waited, rounds=rounds, warmup_rounds=3, iterations=1)
-        if benchmark.stats is not None:
-            rate = bytes / benchmark.stats.stats.median / 1e9
-            benchmark.extra_info.update(gb_s=round(rate, 2), copy_gb_s=round(copy_bandwidth(device), 1))
-
-    return run
+def measure(benchmark, request):
+    if request.config.ceilings is None and benchmark.enabled:
+        request.config.ceilings = ceilings.measure(DEVICE)
+    return Measure(benchmark, request.config)

@@ -1,58 +1,96 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: builds _C, runs the ops' tests and benches, writes bench/results/<device>-<date>.json
-# and the Markdown table made from it. No network: a missing Python package is taken as a wheel from the folder $WHEELS.
-# Meant to end in under ten minutes. Nothing is installed into the Python it runs with; PYTHON chooses another one.
+# Everything that needs a GPU, in one go: builds _C, runs each op's tests, measures the ops whose tests passed, and writes
+# bench/results/<device>-<date>.json and the Markdown table made from it. No network. Under ten minutes: the tests run side by
+# side and are stopped after TEST_SECONDS, the benches note as "not measured" what there was no time for.
 #
 #   WHEELS=/path/to/wheels bash bench/gpu.sh
-set -euo pipefail
+#
+# WHEELS   a folder of wheels: those that this Python lacks (peers, DeepSpeed, …) are installed, each without its dependencies,
+#          into a temporary folder, never into the Python it runs with.      PYTHON   another Python than python3
+# ROOMS    only these ops (default: all that dispatch.OPS names)             TEST_SECONDS   for the tests of one op (default 240)
+# REHEARSE=1   the same motions on a machine without a GPU: tiny shapes, nothing written to bench/results
+# Exit 0 only if the build, every test and every bench of ours went well. A failing test is printed and its op is not measured.
+set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-EXTRA=$(mktemp -d)
-trap 'rm -rf "$EXTRA"' EXIT
-export PYTHONPATH="$PWD:$EXTRA${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+WORK=$(mktemp -d)
+trap 'rm -rf "$WORK"' EXIT
+EXTRA=$WORK/site OUT=bench/results TEST_SECONDS=${TEST_SECONDS:-240} CODE=0 OPTIONS=()
+mkdir "$EXTRA"
+export PYTHONPATH="$PWD:$EXTRA${PYTHONPATH:+:$PYTHONPATH}" PATH="$EXTRA/bin:$PATH" PYTHONUNBUFFERED=1
+export BENCH_COMMAND="bash bench/gpu.sh"
+if [ -n "${REHEARSE:-}" ]; then export BENCH_TINY=1; OUT=$WORK/results; OPTIONS=(-k "not compile"); fi
 
-echo "== packages"
-# import name = name of the wheel
-for pair in pybind11=pybind11 cmake=cmake ninja=ninja pytest=pytest pytest_benchmark=pytest-benchmark \
-            pytest_timeout=pytest-timeout hypothesis=hypothesis setuptools=setuptools; do
-  if ! "$PYTHON" -c "import ${pair%%=*}" 2>/dev/null; then
-    # cmake and ninja may be programs of the system instead
-    if command -v "${pair##*=}" >/dev/null; then continue; fi
-    if [ -n "${WHEELS:-}" ] && "$PYTHON" -m pip install -q --no-index --find-links "$WHEELS" --target "$EXTRA" "${pair##*=}"; then
-      echo "${pair##*=}: from WHEELS"
-    else
-      echo "${pair##*=}: missing, and no wheel in WHEELS=${WHEELS:-(not set)}"
-    fi
+echo "== packages (${SECONDS} s)"
+if [ -n "${WHEELS:-}" ]; then
+  mapfile -t LACKING < <("$PYTHON" - "$WHEELS" <<'PY'
+import re, sys
+from importlib import metadata
+from pathlib import Path
+have = {re.sub(r"[-_.]+", "-", d.metadata["Name"] or "").lower() for d in metadata.distributions()}
+for wheel in sorted(Path(sys.argv[1]).glob("*.whl")):
+    if re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower() not in have:
+        print(wheel)
+PY
+)
+  for wheel in "${LACKING[@]}"; do
+    # one by one: a wheel for another Python must not keep the others out
+    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$EXTRA" --upgrade "$wheel" 2>"$WORK/pip" \
+      && echo "$(basename "$wheel"): from WHEELS" || echo "$(basename "$wheel"): not installed: $(grep -m1 ERROR "$WORK/pip")"
+  done
+fi
+for name in torch pytest pytest_benchmark hypothesis pybind11; do
+  "$PYTHON" -c "import $name" 2>/dev/null || { echo "$name is missing, and there is no wheel of it in WHEELS=${WHEELS:-(not set)}"; exit 1; }
+done
+for name in triton deepspeed pytest_timeout; do
+  "$PYTHON" -c "import $name" 2>/dev/null || echo "$name is missing: what needs it is left out"
+done
+TIMEOUT=(); "$PYTHON" -c "import pytest_timeout" 2>/dev/null && TIMEOUT=(--timeout "$TEST_SECONDS")
+
+echo "== device (${SECONDS} s)"
+"$PYTHON" - <<'PY' || exit 1
+import os, sys, torch
+if not torch.cuda.is_available() and not os.environ.get("REHEARSE"):
+    sys.exit("no CUDA device: bench/gpu.sh is for machines with one; `make bench` measures a CPU")
+print(torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU: a rehearsal", "torch", torch.__version__)
+PY
+
+echo "== build (${SECONDS} s)"
+"$PYTHON" setup.py -q build_ext --inplace || CODE=1
+"$PYTHON" -c "from saferlhf_fast.kernels import dispatch; print('_C:', dispatch.native_module()[1])" || exit 1
+
+echo "== tests, side by side (${SECONDS} s)"
+"$PYTHON" bench/run.py --rooms > "$WORK/rooms" || exit 1
+[ -n "${ROOMS:-}" ] && { for room in $ROOMS; do grep "^$room " "$WORK/rooms"; done; } > "$WORK/chosen" && mv "$WORK/chosen" "$WORK/rooms"
+check() {       # check NAME FILES: their output lands in $WORK/NAME.log, their exit code in $WORK/NAME.code
+  local name=$1; shift
+  OMP_NUM_THREADS=2 timeout -k 5 "$TEST_SECONDS" "$PYTHON" -m pytest "$@" -m "not slow" "${TIMEOUT[@]}" -p no:cacheprovider \
+    > "$WORK/$name.log" 2>&1
+  echo $? > "$WORK/$name.code"
+}
+while read -r room files; do
+  # shellcheck disable=SC2086  # file names without spaces
+  check "$room" $files &
+done < "$WORK/rooms"
+check layout tests/test_kernels_layout.py &
+wait
+BENCHES=()
+for room in layout $(cut -d' ' -f1 "$WORK/rooms"); do
+  code=$(cat "$WORK/$room.code")
+  echo "$room: $(tail -1 "$WORK/$room.log")"
+  if [ "$code" != 0 ]; then
+    CODE=1
+    echo "---- $room: the tests failed (exit $code$([ "$code" = 124 ] && echo ', out of time')); the end of their output:"
+    tail -60 "$WORK/$room.log"
+    echo "----"
+  elif [ "$room" != layout ]; then
+    BENCHES+=("bench/bench_$room.py")
   fi
 done
-export PATH="$EXTRA/bin:$PATH"
-# pytest-timeout is a convenience: its settings are dropped where it is missing
-TIMEOUT=(); "$PYTHON" -c "import pytest_timeout" 2>/dev/null && TIMEOUT=(--timeout 300)
+[ ${#BENCHES[@]} -gt 0 ] || { echo "no op's tests passed: nothing is measured"; exit 1; }
 
-echo "== device"
-"$PYTHON" - <<'PY'
-import torch, triton
-assert torch.cuda.is_available(), "no CUDA device: bench/gpu.sh is for machines with one; `make bench` measures a CPU"
-print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)
-PY
-NAME=$("$PYTHON" -c "import re, torch; print(re.sub(r'[^A-Za-z0-9]+', '-', torch.cuda.get_device_name()).strip('-').lower())")
-RESULT="bench/results/$NAME-$(date +%F)"
-mkdir -p bench/results
-
-echo "== build"
-"$PYTHON" setup.py -q build_ext --inplace
-"$PYTHON" -c "from saferlhf_fast.kernels import dispatch; print('_C:', dispatch.native_module()[1])"
-
-echo "== tests"
-OPS="token_logprob gae ppo_lag_advantage ppo_loss value_loss"
-TESTS=(); BENCHES=()
-for op in $OPS; do TESTS+=("tests/test_$op.py"); BENCHES+=("bench/bench_$op.py"); done
-"$PYTHON" -m pytest "${TESTS[@]}" tests/test_kernels_layout.py "${TIMEOUT[@]}" -p no:cacheprovider
-
-echo "== benches"
-# set -e: after a red test nothing is measured
-"$PYTHON" -m pytest "${BENCHES[@]}" --benchmark-only --benchmark-columns=median,iqr,rounds \
-  --benchmark-json="$RESULT.json" "${TIMEOUT[@]}" -p no:cacheprovider
-"$PYTHON" bench/table.py "$RESULT.json" > "$RESULT.md"
-cat "$RESULT.md"
-echo "wrote $RESULT.json and $RESULT.md"
+BUDGET=$((540 - SECONDS)); [ "$BUDGET" -ge 60 ] || BUDGET=60
+echo "== benches of ${#BENCHES[@]} ops, for $BUDGET s (${SECONDS} s)"
+timeout -k 5 $((BUDGET + 60)) "$PYTHON" bench/run.py --out "$OUT" "${BENCHES[@]}" --budget "$BUDGET" "${OPTIONS[@]}" || CODE=1
+echo "== end (${SECONDS} s): $([ "$CODE" = 0 ] && echo all well || echo 'something failed, see above')"
+exit "$CODE"

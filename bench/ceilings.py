@@ -1,0 +1,91 @@
+"""What this machine can do at best: copy and read bandwidth, matrix product rates on random data; and floors made from them.
+
+Measured in the run that uses them, twice (at its start and its end), the better of both counts. A floor is the bytes that
+must move over the bandwidth, or the operations that must be done over the product rate, whichever is longer: no
+implementation of the same data flow can beat it while its data lie in memory. Caches can.
+"""
+
+import time
+
+import torch
+
+import shapes
+
+
+def synchronize(device):
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def best(function, device, rounds):
+    """Seconds of the fastest of `rounds` calls, after two that warm up."""
+    times = []
+    for _ in range(rounds + 2):
+        synchronize(device)
+        start = time.perf_counter()
+        function()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[2:])
+
+
+def cache_bytes(device):
+    """The last-level cache as the machine names it, 0 where it does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    try:
+        with open("/sys/devices/system/cpu/cpu0/cache/index3/size") as file:
+            return int(file.read().strip().removesuffix("K")) * 1024
+    except (OSError, ValueError):
+        return 0
+
+
+def past_the_caches(device):
+    """Bytes of a buffer that does not fit: 1.1 x the last-level cache, within 64 MiB and 1 GiB; 2 GiB on a GPU."""
+    if shapes.TINY:
+        return 1 << 20
+    return 1 << 31 if device == "cuda" else min(max(int(1.1 * cache_bytes(device)), 1 << 26), 1 << 30)
+
+
+def _bandwidths(device):
+    source = torch.randn(past_the_caches(device) // 4 // 4096, 4096, device=device)
+    target, vector = torch.empty_like(source), torch.randn(4096, device=device)
+    copy = best(lambda: target.copy_(source), device, 8)
+    read = min(best(function, device, 6) for function in (lambda: source.sum(1), lambda: source.sum(), lambda: source @ vector))
+    return {"copy_gb_s": 2 * source.nbytes / copy / 1e9, "read_gb_s": source.nbytes / read / 1e9}
+
+
+def _product(device, dtype, sizes):
+    def rate(size):
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        return 2 * size ** 3 / best(lambda: left @ right, device, 6) / 1e12
+
+    return max(rate(size) for size in sizes)
+
+
+def measure(device):
+    """{"copy_gb_s", "read_gb_s", "float32_tflop_s" and, on CUDA, "bfloat16_tflop_s"}. A copy counts read and write."""
+    found = _bandwidths(device)
+    sizes = (64,) if shapes.TINY else (4096, 8192) if device == "cuda" else (1024, 2048)
+    found["float32_tflop_s"] = _product(device, torch.float32, sizes)
+    if device == "cuda":
+        found["bfloat16_tflop_s"] = _product(device, torch.bfloat16, sizes)
+    return found
+
+
+def better(first, second):
+    """The higher of each of two measurements."""
+    return {name: max(first[name], second[name]) for name in first}
+
+
+def floor(row, ceilings):
+    """Seconds below which the row's work cannot end, or None. row: a result's extra_info (reads, writes, flops, dtype)."""
+    reads, writes = row.get("reads", 0), row.get("writes", 0)
+    if not ceilings or not (reads or writes or row.get("flops")):
+        return None
+    rate = ceilings["copy_gb_s"] if writes else max(ceilings["read_gb_s"], ceilings["copy_gb_s"])
+    seconds = (reads + writes) / rate / 1e9
+    if row.get("flops"):
+        products = ceilings.get(f"{row['dtype']}_tflop_s")
+        return max(seconds, row["flops"] / products / 1e12) if products else None
+    return seconds

@@ -1,0 +1,146 @@
+"""Compares a fresh run with the stored results of the same device: `make bench-compare`. Exit 1 names each regression.
+
+What is compared are ratios within a run, so a slower or busier machine alone is no regression: our fastest round against eager
+torch's fastest round, and against the floor where the floor is near (stored ratio under 20). A ratio that is more than 10 % worse
+than the stored one is measured once more, with its eager row; the better of the two measurements counts.
+
+python bench/compare.py                      measures and compares with the newest stored file of this device
+python bench/compare.py STORED FRESH         compares two results files, measures nothing
+"""
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import ceilings  # noqa: E402
+import run  # noqa: E402
+from table import OURS  # noqa: E402
+
+WORSE, NEAR = 1.10, 20.0
+
+
+class Regression(NamedTuple):
+    """One ratio (time over `against`: smaller is better) that got worse."""
+
+    key: tuple[str, str, str]
+    against: str
+    was: float
+    now: float
+
+    def __str__(self):
+        op, shape, version = self.key
+        return (f"regression: {op}, {shape}, {version}: {self.now:.3g} x {self.against}, was {self.was:.3g} x "
+                f"({self.now / self.was - 1:+.0%})")
+
+
+def _rows(results):
+    return {(row["op"], row["shape"], row["version"]): row for row in (entry["extra_info"] for entry in results["benchmarks"])
+            if row.get("best")}
+
+
+def ratios(results):
+    """{(op, shape, version): {"eager": ratio, "the floor": ratio}} of our versions; a ratio that cannot be made is left out."""
+    rows, found = _rows(results), {}
+    for (op, shape, version), row in rows.items():
+        if version not in OURS:
+            continue
+        eager, floor = rows.get((op, shape, "eager")), ceilings.floor(row, results["machine_info"].get("ceilings"))
+        found[op, shape, version] = {}
+        if eager:
+            found[op, shape, version]["eager"] = row["best"] / eager["best"]
+        if floor:
+            found[op, shape, version]["the floor"] = row["best"] / floor
+    return found
+
+
+def regressions(stored, fresh):
+    """(list of Regression, list of keys that are stored and were not measured afresh), from two `ratios` tables."""
+    worse, gone = [], []
+    for key, before in stored.items():
+        if key not in fresh:
+            gone.append(key)
+            continue
+        for against, was in before.items():
+            now = fresh[key].get(against)
+            if against == "the floor" and was >= NEAR:
+                continue
+            if now is None:
+                gone.append((*key[:2], f"{key[2]} against {against}"))
+            elif now > was * WORSE:
+                worse.append(Regression(key, against, was, now))
+    return worse, gone
+
+
+def better(first, second):
+    """Two `ratios` tables as one, with the smaller of each ratio."""
+    merged = {key: dict(value) for key, value in first.items()}
+    for key, value in second.items():
+        for against, ratio in value.items():
+            merged.setdefault(key, {})[against] = min(ratio, merged.get(key, {}).get(against, ratio))
+    return merged
+
+
+def tests_of(worse, results):
+    """The pytest names of the rows that got worse and of their eager rows."""
+    wanted = {key for regression in worse for key in (regression.key, (*regression.key[:2], "eager"))}
+    names = {(entry["extra_info"].get("op"), entry["extra_info"].get("shape"), entry["extra_info"].get("version")):
+             entry["fullname"] for entry in results["benchmarks"]}
+    return sorted(names[key] for key in wanted if key in names)
+
+
+def newest(device, folder):
+    """The newest stored file of `device`, or None."""
+    return max(folder.glob(f"{run.slug(device)}-????-??-??.json"), default=None)
+
+
+def _measured(arguments):
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "results.json"
+        run.measure(path, arguments)
+        return json.loads(path.read_text()) if path.exists() and path.stat().st_size else None
+
+
+def report(worse, gone):
+    """Prints one line per finding; the exit code."""
+    for regression in worse:
+        print(regression)
+    for key in gone:
+        print("not measured any more:", ", ".join(key))
+    if not worse and not gone:
+        print("no regression past 10 %")
+    return 1 if worse or gone else 0
+
+
+def main(arguments, folder=HERE / "results", measured=_measured):
+    if len(arguments) == 2:
+        stored, fresh = (json.loads(Path(path).read_text()) for path in arguments)
+        return report(*regressions(ratios(stored), ratios(fresh)))
+    if not list(folder.glob("*.json")):
+        print(f"no stored results in {folder}: `make bench` writes them", file=sys.stderr)
+        return 2
+    os.environ.setdefault("BENCH_COMMAND", "make bench-compare")
+    fresh = measured(["--ours", *arguments])
+    if fresh is None:
+        print("nothing was measured", file=sys.stderr)
+        return 2
+    device = fresh["machine_info"]["device"]
+    path = newest(device, folder)
+    if path is None:
+        print(f"no stored results of this device ({device}) in {folder}: `make bench` writes them", file=sys.stderr)
+        return 2
+    stored, found = ratios(json.loads(path.read_text())), ratios(fresh)
+    worse, gone = regressions(stored, found)
+    if worse:
+        print(f"{len(worse)} ratio(s) worse than in {path.name}: measuring those once more")
+        again = measured(["--ours", *tests_of(worse, fresh)])
+        worse, gone = regressions(stored, better(found, ratios(again))) if again else (worse, gone)
+    return report(worse, gone)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

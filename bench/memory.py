@@ -1,0 +1,59 @@
+"""Peak memory of one call above its inputs and outputs.
+
+CUDA: the allocator's peak (torch.cuda.max_memory_allocated) above what was allocated before. CPU: the process's peak resident
+memory (VmHWM, reset through /proc/self/clear_refs) above what was resident before, so scratch that native code or a library
+takes for itself counts too, a page as soon as it is touched. Outputs are subtracted by their size unless they lie in an input.
+It is taken after warm-up: what a library keeps from call to call (packing buffers of a matrix product, say) is not in it.
+"""
+
+import ctypes
+import gc
+
+import torch
+
+
+def _status(name):
+    with open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith(name + ":"):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"{name} is not in /proc/self/status")
+
+
+def _tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in _tensors(part)]
+    return []
+
+
+def _new_bytes(result, inputs):
+    """Bytes of the storages in `result` that are not the inputs' own."""
+    storage = lambda tensor: tensor.untyped_storage()
+    old = {storage(tensor).data_ptr() for tensor in inputs}
+    new = {storage(tensor).data_ptr(): storage(tensor).nbytes() for tensor in _tensors(result)}
+    return sum(size for address, size in new.items() if address not in old)
+
+
+def above(step, inputs, device):
+    """Peak extra bytes of `step()`, or None where it cannot be known. step returns its outputs, gradients among them."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        try:
+            ctypes.CDLL(None).malloc_trim(0)    # what was freed earlier must not hide what is taken now
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")
+            before = _status("VmRSS")
+            result = step()
+            peak = _status("VmHWM")
+        except (OSError, AttributeError):
+            return None
+    return max(peak - before - _new_bytes(result, inputs), 0)

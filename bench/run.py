@@ -1,0 +1,81 @@
+"""Runs the benches and writes bench/results/<device>-<date>.json and the Markdown table beside it: `make bench`.
+
+python bench/run.py [--out FOLDER] [--rooms] [files of pytest] [options of pytest]
+    --out FOLDER   where the two files go (default: bench/results)
+    --rooms        prints each op and its test files, one op a line, and measures nothing
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def slug(device):
+    """A device's name as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
+
+
+def measure(path, arguments):
+    """Runs pytest over the benches; the results lie at `path` afterwards if anything was measured. Returns its exit code."""
+    files = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
+    options = [argument for argument in arguments if argument not in files]
+    command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "--benchmark-only", "-p", "no:cacheprovider", "-rs",
+               "--benchmark-columns=median,iqr,rounds", "--benchmark-quiet", f"--benchmark-json={path}", *options]
+    if subprocess.run([sys.executable, "-c", "import pytest_timeout"], capture_output=True).returncode == 0:
+        command.append("--timeout=900")
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+def rooms():
+    """{op: its test files}: tests/test_<op>.py and tests/test_<op>_*.py, each given to the op with the longest name."""
+    from saferlhf_fast.kernels import dispatch
+    ops = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
+    owner = lambda name: max((op for op in ops if name == op or name.startswith(op + "_")), key=len, default=None)
+    files = sorted(ROOT.glob("tests/test_*.py"))
+    return {op: [file for file in files if owner(file.stem.removeprefix("test_")) == op] for op in ops}
+
+
+def write(results, folder):
+    """The JSON and the table of loaded results, named after their device and date; returns the JSON's path."""
+    import table
+    machine = results["machine_info"]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug(machine['device'])}-{machine['date']}.json"
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.with_suffix(".md").write_text("\n".join(table.table(results)) + "\n")
+    return path
+
+
+def main(arguments):
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    if "--rooms" in arguments:
+        for op, files in rooms().items():
+            print(op, *(file.relative_to(ROOT) for file in files))
+        return 0
+    folder = HERE / "results"
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        folder = Path(arguments[at + 1]).resolve()
+        del arguments[at:at + 2]
+    os.environ.setdefault("BENCH_COMMAND", " ".join(["python bench/run.py", *arguments]))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "results.json"
+        code = measure(path, arguments)
+        if not path.exists() or not path.stat().st_size:
+            print("nothing was measured", file=sys.stderr)
+            return code or 1
+        written = write(json.loads(path.read_text()), folder)
+    print(written.with_suffix(".md").read_text())
+    print(f"wrote {written} and {written.with_suffix('.md').name}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
