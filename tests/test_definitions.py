@@ -183,6 +183,7 @@ def test_row_without_a_token():
         shaped(scores[:, 0], logp, ref_logp, mask, 0.3, 50.0, 1)
 
 
+@pytest.mark.filterwarnings("ignore:var.*degrees of freedom")
 def test_whitening():
     """Ours divides by the population's deviation, verl and TRL by the sample's: a factor of sqrt((n - 1) / n)."""
     mask, logp, ref_logp, values, cost_values, scores = batch()
