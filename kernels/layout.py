@@ -59,19 +59,24 @@ def per_token(value_B, rows):
     return value_B[rows.row_N]
 
 
-def weights(rows, token_mean, normalizer, dtype):
-    """weight_N such that the reduced loss is sum(weight * x): 0 where masked, and where there is nothing to divide by.
+def shares(rows, token_mean, normalizer, dtype):
+    """(share_N, inverse) such that the reduced loss is inverse * sum(share * x); share is 0 where masked.
 
-    sequence-mean: 1 / (tokens of the row * sequences with a token). token-mean: 1 / tokens. `normalizer` (0-d or None)
-    takes the place of the local count of sequences or tokens.
+    share: 1 / tokens of the row (sequence-mean) or 1 (token-mean). inverse: 1 / `normalizer` (0-d), or without one 1 / rows
+    with a token (or tokens) of this call; 0 where there is nothing to divide by.
     """
+    share_N = rows.valid_N.to(dtype)
+    if not token_mean:
+        share_N = share_N / per_token(rows.count_B.clamp(min=1).to(dtype), rows)
     if normalizer is None:
         normalizer = (rows.count_B.sum() if token_mean else (rows.count_B > 0).sum()).to(dtype)
-    inverse = torch.where(normalizer > 0, 1 / normalizer, 0)
-    weight_N = rows.valid_N.to(dtype) * inverse
-    if not token_mean:
-        weight_N = weight_N / per_token(rows.count_B.clamp(min=1).to(dtype), rows)
-    return weight_N
+    return share_N, torch.where(normalizer > 0, 1 / normalizer, 0)
+
+
+def weights(rows, token_mean, normalizer, dtype):
+    """weight_N = share * inverse: the reduced loss is sum(weight * x)."""
+    share_N, inverse = shares(rows, token_mean, normalizer, dtype)
+    return share_N * inverse
 
 
 def suffix_scan(add_N, decay_N, span):

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 
 from ..checks import result_dtype
-from ..layout import layout
-from ..losses import shares, statistics
+from ..layout import layout, shares
+from ..losses import statistics
 
 LOG_RATIO_LIMIT = 20.0  # exp of more than this overflows sums in float32 long before it says anything
 STATISTICS = ("clip_fraction", "approx_kl", "ratio", "advantage", "ref_kl", "entropy", "sequences", "tokens")

@@ -1,8 +1,17 @@
-"""The clipped policy loss in Triton. Here: the objective of one token, which the kernels that start from logits use too."""
+"""The policy loss and its gradients in Triton, in one launch: a program per row, the last one adds up what they found.
 
+`policy_terms`, the objective of one token, is also what the kernels use that start from logits.
+"""
+
+import torch
 import triton
 import triton.language as tl
 
+from ..counters import counter
+from ..losses_triton import config, count_tokens, is_last, report, span, token_mask, zero_tail
+from .reference import STATISTICS
+
+MEANS = tl.constexpr(len(STATISTICS) - 2)
 LOG_RATIO_LIMIT = tl.constexpr(20.0)  # as in reference.py
 
 
@@ -48,3 +57,80 @@ def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, kl_co
             d_logp += tl.where(tl.abs(gap) > LOG_RATIO_LIMIT, 0.0, -kl_coeff * (kl + near))
         loss += kl_coeff * kl
     return loss - entropy_coeff * entropy, d_logp, outside, divergence, ratio, kl
+
+
+@triton.jit(do_not_specialize=["positions", "rows", "token_mean"])
+def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_KP, counter, logp_N, old_logp_N, advantages_N,
+                ref_logp_N, entropy_N, cu_seqlens, mask_N, normalizer, scale, shift, positions, rows, width, token_mean,
+                clip_ratio, kl_coeff, entropy_coeff, K1: tl.constexpr, BLOCK: tl.constexpr):
+    row, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
+    begin, length = span(row, rows, positions, cu_seqlens, width)
+    count = count_tokens(mask_N, begin, length, BLOCK)
+    share = tl.where(token_mean != 0, 1.0, 1.0 / tl.maximum(count, 1.0))
+    by, plus = 1.0, 0.0
+    if scale is not None:
+        by = tl.load(scale)
+    if shift is not None:
+        plus = tl.load(shift)
+    zero_t = tl.zeros([BLOCK], tl.float32)
+    loss_t, outside_t, divergence_t, ratio_t = zero_t, zero_t, zero_t, zero_t
+    advantage_t, kl_t, entropy_t = zero_t, zero_t, zero_t
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        on = token_mask(mask_N, begin, at, length)
+        logp = tl.load(logp_N + begin + at, mask=on, other=0.0).to(tl.float32)
+        old_logp = tl.load(old_logp_N + begin + at, mask=on, other=0.0).to(tl.float32)
+        advantage = tl.load(advantages_N + begin + at, mask=on, other=0.0).to(tl.float32)
+        advantage = tl.where(on, advantage * by + plus, 0.0)
+        ref_logp, entropy = 0.0, 0.0
+        if ref_logp_N is not None:
+            ref_logp = tl.load(ref_logp_N + begin + at, mask=on, other=0.0).to(tl.float32)
+        if entropy_N is not None:
+            entropy = tl.load(entropy_N + begin + at, mask=on, other=0.0).to(tl.float32)
+            tl.store(entropy_gradient_N + begin + at, tl.where(on, -entropy_coeff * share, 0.0), mask=at < length)
+            entropy_t += entropy
+        token_loss, d_logp, outside, divergence, ratio, kl = policy_terms(
+            logp, old_logp, advantage, ref_logp, entropy, clip_ratio, kl_coeff, K1, entropy_coeff, ref_logp_N is not None)
+        tl.store(gradient_N + begin + at, tl.where(on, d_logp * share, 0.0), mask=at < length)
+        loss_t += token_loss
+        outside_t += outside.to(tl.float32)
+        divergence_t += divergence
+        ratio_t += tl.where(on, ratio, 0.0)
+        advantage_t += advantage
+        kl_t += kl
+    zero_tail(gradient_N, row, programs, rows, positions, cu_seqlens, BLOCK)
+    if entropy_N is not None:
+        zero_tail(entropy_gradient_N, row, programs, rows, positions, cu_seqlens, BLOCK)
+    mine = sums_KP + row
+    tl.store(mine, tl.sum(outside_t, 0))
+    tl.store(mine + programs, tl.sum(divergence_t, 0))
+    tl.store(mine + 2 * programs, tl.sum(ratio_t, 0))
+    tl.store(mine + 3 * programs, tl.sum(advantage_t, 0))
+    tl.store(mine + 4 * programs, tl.sum(kl_t, 0))
+    tl.store(mine + 5 * programs, tl.sum(entropy_t, 0))
+    tl.store(mine + 6 * programs, (count > 0).to(tl.float32))
+    tl.store(mine + 7 * programs, count)
+    tl.store(mine + 8 * programs, tl.sum(loss_t, 0) * share)
+    if is_last(counter, programs):
+        report(loss, inverse, statistics, sums_KP, programs * 0, rows, programs, normalizer, token_mean, MEANS, 16, BLOCK // 4)
+
+
+def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, kl_coeff, k1, entropy_coeff,
+             token_mean, normalizer, scale, shift):
+    """See the op and reference.py."""
+    inputs = [None if tensor is None else tensor.contiguous()
+              for tensor in (logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask)]
+    rows, width = (cu_seqlens.shape[0] - 1, 0) if mask is None else mask.shape
+    programs = max(rows, 1)
+
+    def new(*shape):
+        return logp.new_empty(shape, dtype=torch.float32)
+
+    loss, gradient, inverse, statistics = new(), new(*logp.shape), new(), new(len(STATISTICS))
+    entropy_gradient = new(0) if entropy is None else new(*logp.shape)
+    with torch.cuda.device(logp.get_device()):
+        loss_kernel[(programs,)](
+            loss, gradient, entropy_gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(logp.device),
+            *inputs, normalizer, scale, shift, logp.numel(), rows, width, int(token_mean), clip_ratio, kl_coeff, entropy_coeff,
+            K1=k1, **config(logp.numel(), programs))
+    return loss, gradient, entropy_gradient, inverse, statistics

@@ -3,8 +3,8 @@
 import torch
 
 from ..checks import result_dtype
-from ..layout import layout
-from ..losses import shares, statistics
+from ..layout import layout, shares
+from ..losses import statistics
 
 STATISTICS = ("clip_fraction", "value", "return", "error", "sequences", "tokens")
 

@@ -1,0 +1,82 @@
+"""The clipped value loss of one or two critics in Triton, in one launch: a program per critic and row, the last adds up."""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..counters import counter
+from ..losses_triton import config, count_tokens, is_last, report, span, token_mask, zero_tail
+from .reference import STATISTICS
+
+MEANS = tl.constexpr(len(STATISTICS) - 2)
+
+
+@triton.jit(do_not_specialize=["positions", "rows", "critics", "token_mean"])
+def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, values_CN, old_values_CN, returns_CN, cu_seqlens,
+                mask_N, normalizer, positions, rows, width, critics, token_mean, clip_value, BLOCK: tl.constexpr):
+    program, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
+    each = tl.maximum(rows, 1)  # programs of one critic
+    critic, row = program // each, program % each
+    begin, length = span(row, rows, positions, cu_seqlens, width)
+    count = count_tokens(mask_N, begin, length, BLOCK)
+    share = tl.where(token_mean != 0, 1.0, 1.0 / tl.maximum(count, 1.0))
+    gradient_N = gradient_CN + critic.to(tl.int64) * positions
+    from_here = critic.to(tl.int64) * positions + begin
+    zero_t = tl.zeros([BLOCK], tl.float32)
+    loss_t, outside_t, value_t, return_t, error_t = zero_t, zero_t, zero_t, zero_t, zero_t
+    for start in range(0, length, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        on = token_mask(mask_N, begin, at, length)
+        value = tl.load(values_CN + from_here + at, mask=on, other=0.0).to(tl.float32)
+        old = tl.load(old_values_CN + from_here + at, mask=on, other=0.0).to(tl.float32)
+        goal = tl.load(returns_CN + from_here + at, mask=on, other=0.0).to(tl.float32)
+        difference = value - old
+        far = tl.abs(difference) > clip_value
+        bounded = tl.where(difference > clip_value, clip_value, tl.where(difference < -clip_value, -clip_value, difference))
+        plain, other = value - goal, old + bounded - goal
+        plain_square, other_square = plain * plain, other * other
+        clipped_wins = other_square > plain_square      # false for NaN, which must stay visible
+        # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
+        whole = tl.where(far & (other_square == plain_square), 0.5, 1.0)
+        slope = tl.where(far & clipped_wins, 0.0, plain * whole)
+        tl.store(gradient_N + begin + at, tl.where(on, slope * share, 0.0), mask=at < length)
+        loss_t += 0.5 * tl.where(clipped_wins, other_square, plain_square)
+        outside_t += far.to(tl.float32)
+        value_t += value
+        return_t += goal
+        error_t += plain_square
+    zero_tail(gradient_N, row, each.to(tl.int64), rows, positions, cu_seqlens, BLOCK)
+    mine = sums_KP + program
+    tl.store(mine, tl.sum(outside_t, 0))
+    tl.store(mine + programs, tl.sum(value_t, 0))
+    tl.store(mine + 2 * programs, tl.sum(return_t, 0))
+    tl.store(mine + 3 * programs, tl.sum(error_t, 0))
+    tl.store(mine + 4 * programs, (count > 0).to(tl.float32))
+    tl.store(mine + 5 * programs, count)
+    tl.store(mine + 6 * programs, tl.sum(loss_t, 0) * share)
+    if is_last(counter, programs):
+        first = programs * 0
+        for _ in range(critics):
+            report(loss_C, inverse, statistics_CS, sums_KP, first, rows, programs, normalizer, token_mean, MEANS, 8, BLOCK // 4)
+            loss_C += 1
+            statistics_CS += MEANS + 2
+            first += each
+
+
+def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_mean, normalizer):
+    """See the op and reference.py. [C, N] or [C, B, T]."""
+    critics, positions = values.shape[0], values[0].numel()
+    rows, width = (cu_seqlens.shape[0] - 1, 0) if mask is None else mask.shape
+    programs = critics * max(rows, 1)
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (values, old_values, returns, cu_seqlens, mask)]
+
+    def new(*shape):
+        return values.new_empty(shape, dtype=torch.float32)
+
+    loss_C, gradient, inverse, statistics = new(critics), new(*values.shape), new(), new(critics, len(STATISTICS))
+    with torch.cuda.device(values.get_device()):
+        loss_kernel[(programs,)](
+            loss_C, gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(values.device),
+            *inputs, normalizer, positions, rows, width, critics, int(token_mean), clip_value,
+            **config(positions, max(rows, 1)))
+    return loss_C, gradient, inverse, statistics
