@@ -14,7 +14,8 @@ A type that is not given follows from the name: a shape suffix (grad_N, logits_N
 written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. `constants` may also name an argument that is not
 always given: (None, ...) compiles it as None and, by the ellipsis, as an argument. Where not every combination exists,
 `constants` is a list of such dicts. Configs of triton.autotune are found by themselves. `spill` is the written reason why an
-entry may have a stack or local memory, `narrow` why an offset may be 32 bits wide (see tests/ttir.py).
+entry may have a stack or local memory. `below` bounds integers, {name: bound}, where tests/ttir.py could otherwise take a
+32-bit product for one that passes 2^31; tests/test_addresses.py holds launches to it.
 
 Pointers are compiled as aligned to 16 bytes, as torch allocates them; integers both as multiples of 16 and not, which
 are two kernels to Triton, in the full product (--all). Without --all, integers are multiples of 16 and every architecture
@@ -55,7 +56,7 @@ class Kernel(NamedTuple):
     configs: Callable = lambda room: [{}]
     dtypes: tuple = ("fp32", "bf16", "fp16")
     spill: str = ""
-    narrow: str = ""
+    below: dict = {}
 
 
 class Variant(NamedTuple):
@@ -69,17 +70,26 @@ class Variant(NamedTuple):
     options: dict
 
 
-def _token_logprob(room):
-    return [dict(BLOCK_V=room.BLOCK, num_warps=room.WARPS)]
+def _rows(room):
+    """Configs of the kernels on rows of logits."""
+    options = import_module(f"{PACKAGE}.token_logprob.triton_impl").options
+    return [options(warps, capped, aligned)
+            for _, warps in room.WARPS for capped in (False, True) for aligned in (False, True)]
+
+
+LOGITS = dict(logits_NV="*x", ids_N="*i64", vocabulary="i32", temperature="fp32", per_row="i32", softcap="fp32")
+D_LOGITS = dict(LOGITS, out_NV="*y")  # may lie over wider logits
+NARROWED = ("fp32", "bf16", "fp16", "fp32/bf16")
 
 
 TABLE = [
-    Kernel("token_logprob.triton_impl.forward_kernel",
-           types=dict(logits_NV="*x", ids_N="*i64", vocabulary="i32", inverse_temperature="fp32"),
-           constants=dict(ENTROPY=(False, True)), configs=_token_logprob),
+    Kernel("token_logprob.triton_impl.forward_kernel", types=LOGITS, constants=dict(ENTROPY=(False, True)), configs=_rows),
     Kernel("token_logprob.triton_impl.backward_kernel",
-           types=dict(logits_NV="*x", out_NV="*y", ids_N="*i64", vocabulary="i32", inverse_temperature="fp32"),
-           constants=dict(ENTROPY=(False, True)), configs=_token_logprob, dtypes=("fp32", "bf16", "fp16", "fp32/bf16")),
+           types=dict(D_LOGITS, parts="i32", tiles="i32", has_logp="i32", has_entropy="i32"), configs=_rows, dtypes=NARROWED,
+           below=dict(parts=512, tiles=512)),  # parts * tiles tiles cover a row
+    Kernel("ppo_loss_from_logits.triton_impl.rows_kernel",
+           types=dict(D_LOGITS, upwards="i32", has_ref="i32", k1="i32", clip_ratio="fp32", kl_coeff="fp32",
+                      entropy_coeff="fp32"), configs=_rows, dtypes=NARROWED),
 ]
 
 
@@ -216,7 +226,7 @@ def main(arguments):
                 row["error"] = f"{type(compiled).__name__}: {compiled}"
             else:
                 row.update(usage(compiled.asm["cubin"]), dynamic=compiled.metadata.shared,
-                           narrow=narrow_offsets(compiled.asm["ttir"]))
+                           narrow=narrow_offsets(compiled.asm["ttir"], entry.below))
             print(json.dumps(row), flush=True)
 
 

@@ -278,12 +278,16 @@ class Recorder:
     """Takes a kernel's place: kernel[grid](...) notes (path, grid, arguments by name, keywords that the kernel lacks)."""
 
     def __init__(self, path, kernel, seen):
-        self.path, self.names, self.seen = path, aot.jitted(kernel).arg_names, seen
+        self.path, self.kernel, self.seen = path, kernel, seen
+
+    def __getattr__(self, name):
+        return getattr(self.kernel, name)
 
     def __getitem__(self, grid):
         def launch(*arguments, **keywords):
-            given = {**dict(zip(self.names, arguments)), **{k: v for k, v in keywords.items() if k in self.names}}
-            options = {k: v for k, v in keywords.items() if k not in self.names}
+            names = aot.jitted(self.kernel).arg_names
+            given = {**dict(zip(names, arguments)), **{k: v for k, v in keywords.items() if k in names}}
+            options = {k: v for k, v in keywords.items() if k not in names}
             self.seen.append((self.path, grid(given) if callable(grid) else grid, given, options))
         return launch
 
@@ -332,12 +336,13 @@ def test_launches(launch, packed, launches):
         x, *others = grid
         assert 0 < x < PAST and all(0 < n <= 65_535 for n in others), f"{path}: grid {grid}"
         entry = next(entry for entry in aot.TABLE if entry.path == path)
+        assert all(given[name] < bound for name, bound in entry.below.items()), f"{path}: {entry.below}"
         shown = {k: kind(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()} | options
         assert any(fits(variant, given, options) for variant in aot.variants(entry, 80)), f"{path}: not compiled: {shown}"
 
 
 BAD = """
-  tt.func public @row_sum(%out: !tt.ptr<f32> {tt.divisibility = 16 : i32}, %x: !tt.ptr<f32>, %stride: i32, %n: i32) {
+  tt.func public @row_sum(%out: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("out"(#loc)), %stride: i32 loc("stride"(#loc))) {
     %c1024_i32 = arith.constant 1024 : i32
     %row = tt.get_program_id x : i32
     %block = tt.get_program_id y : i32
@@ -363,7 +368,9 @@ BAD = """
 ], ids=["64 bits", "row * stride", "program * BLOCK", "no address"])
 def test_narrow_offsets_are_found(lines, bad):
     """What tests/test_compile.py relies on: 32-bit products are found where they become part of an address."""
-    assert narrow_offsets(BAD.replace("@\n", "\n    ".join(lines) + "\n")) == bad
+    text = BAD.replace("@\n", "\n    ".join(lines) + "\n")
+    assert narrow_offsets(text) == bad
+    assert narrow_offsets(text, dict(stride=1)) == (bad if "stride" not in str(bad) else [])
 
 
 if __name__ == "__main__":

@@ -6,17 +6,18 @@ RUNTIME = 2 ** 31 - 2 ** 20  # what a 32-bit number that only the launch knows m
 _NAME = r"%[\w.$-]+"
 
 
-def narrow_offsets(ttir):
+def narrow_offsets(ttir, below=None):
     """The lines of a kernel's ttir where a 32-bit number may pass 2^31 and then becomes part of an address.
 
     Upper bounds are carried from line to line: program_id(0), arguments and loaded numbers may be almost 2^31, program_id(1)
     and (2) 65,535, a loop's variable is below its end. So row * stride in 32 bits is found, and program_id(0) * BLOCK too.
+    below: {argument: bound} for arguments that stay below another number.
     """
     high, origin, found = {}, {}, []
     for line in ttir.splitlines():
-        line = line.split(" loc(")[0].strip()
+        line = re.sub(r" loc\((?:[^()]|\([^()]*\))*\)", "", line).strip()
         if line.startswith("tt.func"):
-            high.update(dict.fromkeys(re.findall(rf"({_NAME}): i32", line), RUNTIME))
+            high.update({name: (below or {}).get(name[1:], RUNTIME) for name in re.findall(rf"({_NAME}): i32", line)})
         loop = re.search(rf"scf\.for ({_NAME}) = \S+ to (\S+) step", line)
         if loop:
             high[loop[1]] = high.get(loop[2], RUNTIME)
@@ -48,6 +49,8 @@ def _highest(op, rest, operands):
         return RUNTIME if rest.startswith(" x") else 65535
     if op == "tt.make_range":
         return int(re.search(r"end = (\d+)", rest)[1])
+    if op == "arith.extui" and "i1" in rest:
+        return 1
     if op == "arith.muli":
         return operands[0] * operands[1]
     if op == "arith.addi":
