@@ -5,6 +5,7 @@ reason in saferlhf_fast/_C_failed.txt, which `saferlhf-fast info` shows.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,12 +35,21 @@ def build_native(target: Path):
     if cmake is None:
         raise RuntimeError("cmake is missing")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
+    settings = [*generator, f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                "-DCMAKE_BUILD_TYPE=Release"]
+    try:
+        run_cmake(cmake, settings, target)
+    except RuntimeError as error:
+        # Perhaps only nvcc is at fault. The module tells the reason itself (`_C.cuda_note`).
+        reason = re.sub(r"[^\w .,:/()=-]", " ", str(error))[:200]
+        run_cmake(cmake, [*settings, f"-DSAFERLHF_WITHOUT_CUDA=the build with it failed: {reason}"], target)
+
+
+def run_cmake(cmake, settings, target):
+    """Configures, builds and copies the module to `target`; RuntimeError when a step fails."""
     with tempfile.TemporaryDirectory() as folder:
-        for command in (
-            [cmake, "-S", str(ROOT), "-B", folder, *generator, f"-DPython_EXECUTABLE={sys.executable}",
-             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}", "-DCMAKE_BUILD_TYPE=Release"],
-            [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)],
-        ):
+        for command in ([cmake, "-S", str(ROOT), "-B", folder, *settings],
+                        [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)]):
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(first_error(result.stdout + result.stderr))

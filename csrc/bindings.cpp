@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
+#include <string>
 
 #include "gae.h"
 #include "logit_rows.h"
@@ -36,6 +37,31 @@ const float* floats(Address address) { return static_cast<const float*>(in(addre
 void raise_if(const char* error) {
   if (error != nullptr) throw py::value_error(error);
 }
+
+#ifndef SAFERLHF_WITHOUT_CUDA
+void raise_cuda(const char* error) {
+  if (error != nullptr) throw std::runtime_error(std::string("CUDA: ") + error);
+}
+
+void gae_cuda(Address advantages, Address returns, Address rewards, Address values, Address offsets, Address mask,
+              int64_t tokens, int64_t count, int64_t width, int dtype, double gamma, double lam, bool carry,
+              Address stream) {
+  raise_cuda(saferlhf::gae_cuda(out(advantages), out(returns), in(rewards), in(values),
+                                rows_of(offsets, mask, tokens, count, width), dtype, gamma, lam, carry, out(stream)));
+}
+
+void ppo_lag_advantage_cuda(Address advantages, Address reward_returns, Address cost_returns, Address statistics,
+                            Address logp, Address ref_logp, Address reward, Address cost, Address reward_values,
+                            Address cost_values, Address multiplier, Address offsets, Address mask, int64_t tokens,
+                            int64_t count, int64_t width, int dtype, double kl_coeff, double gamma, double lam,
+                            double clip_score, bool carry, Address partials, Address counter, Address stream) {
+  raise_cuda(saferlhf::ppo_lag_advantage_cuda(
+      out(advantages), out(reward_returns), out(cost_returns), out(statistics), in(logp), in(ref_logp), in(reward),
+      in(cost), in(reward_values), in(cost_values), in(multiplier), rows_of(offsets, mask, tokens, count, width), dtype,
+      kl_coeff, gamma, lam, clip_score, carry, static_cast<double*>(out(partials)), static_cast<int*>(out(counter)),
+      out(stream)));
+}
+#endif
 
 void gae_cpu(Address advantages, Address returns, Address rewards, Address values, Address offsets, Address mask,
              int64_t tokens, int64_t count, int64_t width, int dtype, double gamma, double lam, bool carry, int threads) {
@@ -118,5 +144,15 @@ PYBIND11_MODULE(_C, module) {
 #else
   module.attr("openmp") = false;
 #endif
+  // How many doubles ppo_lag_advantage_cuda works in; why there is no CUDA, where there is none.
+  module.attr("partials") = saferlhf::kPartials;
+#ifdef SAFERLHF_WITHOUT_CUDA
   module.attr("cuda") = false;
+  module.attr("cuda_note") = SAFERLHF_WITHOUT_CUDA;
+#else
+  module.attr("cuda") = true;
+  module.attr("cuda_note") = "";
+  module.def("gae_cuda", &gae_cuda, released);
+  module.def("ppo_lag_advantage_cuda", &ppo_lag_advantage_cuda, released);
+#endif
 }

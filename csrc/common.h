@@ -6,6 +6,12 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define SAFERLHF_BOTH __host__ __device__
+#else
+#define SAFERLHF_BOTH
+#endif
+
 namespace saferlhf {
 
 enum Dtype : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
@@ -19,9 +25,9 @@ struct Rows {
   int64_t count;
   int64_t width;  // padded only
 
-  int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
-  int64_t end(int64_t row) const { return offsets ? offsets[row + 1] : (row + 1) * width; }
-  int64_t covered() const { return offsets ? offsets[count] : count * width; }
+  SAFERLHF_BOTH int64_t begin(int64_t row) const { return offsets ? offsets[row] : row * width; }
+  SAFERLHF_BOTH int64_t end(int64_t row) const { return offsets ? offsets[row + 1] : (row + 1) * width; }
+  SAFERLHF_BOTH int64_t covered() const { return offsets ? offsets[count] : count * width; }
   bool valid(int64_t token) const { return mask == nullptr || mask[token] != 0; }
 };
 

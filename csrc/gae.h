@@ -10,4 +10,8 @@ namespace saferlhf {
 const char* gae_cpu(void* advantages, void* returns, const void* rewards, const void* values, const Rows& rows, int dtype,
                     double gamma, double lam, bool carry, int threads);
 
+// The same with device memory (offsets and mask too), in gae.cu. The host waits for nothing; offsets are trusted.
+const char* gae_cuda(void* advantages, void* returns, const void* rewards, const void* values, const Rows& rows, int dtype,
+                     double gamma, double lam, bool carry, void* stream);
+
 }  // namespace saferlhf

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation in C++ (csrc/gae.cpp)."""
+"""Generalised advantage estimation in C++ (csrc/gae.cpp) and CUDA (csrc/gae.cu)."""
 
 import torch
 
@@ -7,13 +7,17 @@ from ..checks import result_dtype
 
 
 def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
-    """See the op. CPU tensors; outputs shaped as rewards."""
+    """See the op. Outputs shaped as rewards. On a GPU the offsets are trusted."""
     dtype, tokens = result_dtype(rewards), rewards.numel()
     rewards, values = pointers.flat(rewards, dtype), pointers.flat(values, dtype)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
-    pointers.module().gae_cpu(
-        advantages.data_ptr(), returns.data_ptr(), rewards.data_ptr(), values.data_ptr(), *row_arguments,
-        pointers.DTYPE_TAG[dtype], gamma, lam, carry, pointers.threads(tokens))
+    arguments = (advantages.data_ptr(), returns.data_ptr(), rewards.data_ptr(), values.data_ptr(), *row_arguments,
+                 pointers.DTYPE_TAG[dtype], gamma, lam, carry)
+    if rewards.is_cuda:
+        with pointers.on(rewards.device):
+            pointers.module().gae_cuda(*arguments, pointers.stream(rewards.device))
+    else:
+        pointers.module().gae_cpu(*arguments, pointers.threads(tokens))
     del keep
     return advantages, returns
