@@ -44,6 +44,9 @@ OPS = {
 # Rooms whose fast versions work on rows of logits: in float32, whatever narrower type comes in.
 LOGIT_ROOMS = ("token_logprob", "linear_logprob", "ppo_loss_from_logits", "linear_ppo_loss")
 
+# Ops whose native version also runs on a GPU (csrc/*.cu).
+CUDA_OPS = ("gae", "ppo_lag_advantage")
+
 
 class Row(NamedTuple):
     """One line of `table()`. why: the reason for `available`, and whether "auto" takes it for float32 on `device`."""
@@ -98,6 +101,8 @@ def _native_reason(op, device, dtype):
         return f"saferlhf_fast._C: {reason}"
     if dtype == torch.float64 and OPS[op].room in LOGIT_ROOMS:
         return f"the native version takes float32, bfloat16 and float16, not {dtype}"
+    if device == "cuda" and op in CUDA_OPS:
+        return None if module.cuda else f"saferlhf_fast._C was built without CUDA: {module.cuda_note}"
     if device != "cpu":
         return f"the native version runs on the CPU, the tensors are on {device}"
     return None
