@@ -82,6 +82,17 @@ D_LOGITS = dict(LOGITS, out_NV="*y")  # may lie over wider logits
 NARROWED = ("fp32", "bf16", "fp16", "fp32/bf16")
 
 
+def _losses(room):
+    return list(import_module(f"{PACKAGE}.losses_triton").CONFIGS)
+
+
+TOKENS = dict(positions="i32", rows="i32", width="i32", token_mean="i32", counter="*i32", cu_seqlens="*i32", mask_N="*i1",
+              normalizer="*fp32", inverse="*fp32")
+POLICY = [dict(ref_logp_N=(None,), entropy_N=(None, ...), K1=(False,)), dict(entropy_N=(None, ...), K1=(False, True))]
+PACKED, PADDED = dict(mask_N=(None,)), dict(cu_seqlens=(None,))
+INPUTS = dict.fromkeys(("logp_N", "old_logp_N", "advantages_N", "ref_logp_N", "entropy_N"), "*x")
+
+
 TABLE = [
     Kernel("token_logprob.triton_impl.forward_kernel", types=LOGITS, constants=dict(ENTROPY=(False, True)), configs=_rows),
     Kernel("token_logprob.triton_impl.backward_kernel",
@@ -90,6 +101,17 @@ TABLE = [
     Kernel("ppo_loss_from_logits.triton_impl.rows_kernel",
            types=dict(D_LOGITS, upwards="i32", has_ref="i32", k1="i32", clip_ratio="fp32", kl_coeff="fp32",
                       entropy_coeff="fp32"), configs=_rows, dtypes=NARROWED),
+    Kernel("ppo_loss.triton_impl.loss_kernel",
+           types=dict(TOKENS, **INPUTS, loss="*fp32", statistics="*fp32", scale="*fp32", shift="*fp32", clip_ratio="fp32",
+                      kl_coeff="fp32", entropy_coeff="fp32"),
+           constants=[{**terms, **rows} for terms in POLICY for rows in (
+               PACKED, dict(PADDED, normalizer=(None,), scale=(None,), shift=(None,)))], configs=_losses),
+    Kernel("value_loss.triton_impl.loss_kernel",
+           types=dict(TOKENS, **dict.fromkeys(("values_CN", "old_values_CN", "returns_CN"), "*x"), critics="i32",
+                      clip_value="fp32"),
+           constants=[PACKED, dict(PADDED, normalizer=(None,))], configs=_losses),
+    Kernel("scaling_triton.scale_kernel", types=dict(tensor_N="*x", factor="*fp32", count="i32"),
+           configs=lambda room: [dict(BLOCK_N=room.BLOCK)]),
 ]
 
 

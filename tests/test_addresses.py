@@ -258,13 +258,13 @@ def launch_ppo_lag_advantage(room, packed):
 
 def launch_ppo_loss(room, packed):
     tensors, rows = token_arguments(5, packed)
-    room.ppo_loss(*tensors, *rows, 0.2, 0.1, False, 0.01, True, None, meta(), meta())
+    room.ppo_loss(*tensors, *rows, 0.2, 0.1, False, 0.01, True, *([meta()] * 3 if packed else [None] * 3))
 
 
 def launch_value_loss(room, packed):
     tensors, rows = token_arguments(3, packed)
     for critics in (1, 2):
-        room.value_loss(*(torch.stack([x] * critics) for x in tensors), *rows, 0.2, False, None)
+        room.value_loss(*(torch.stack([x] * critics) for x in tensors), *rows, 0.2, False, meta() if packed else None)
 
 
 LAUNCHES = {
