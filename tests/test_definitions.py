@@ -12,8 +12,7 @@ from others import (check_against_packages, chunked_logp, entropy_lse, entropy_p
                     log_softmax_gather, mean_of_means, nll_with_ignored, sample_whitened, shaped, surrogate, value_error)
 from tolerance import assert_near
 
-from saferlhf_fast import gae, ppo_lag_advantage, ppo_loss, token_logprob, value_loss
-from saferlhf_fast.kernels.ppo_loss.reference import policy_terms
+from saferlhf_fast import gae, linear_logprob, ppo_lag_advantage, ppo_loss, token_logprob, value_loss
 
 INFINITY = float("inf")
 
@@ -52,6 +51,18 @@ def test_softcap_same():
     """The cap comes before the temperature."""
     logits, ids = logits_and_ids(4, 6)
     assert_near(token_logprob(logits, ids, temperature=0.7, softcap=5.0), chunked_logp(logits, ids, 10, 0.7, 5.0))
+
+
+def test_linear_same():
+    """linear_logprob is token_logprob of hidden @ weight.T + bias: what TRL's chunked path computes, the cap included."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((12, 5), (37, 5), (37,)))
+    ids = torch.arange(12)
+    logp = linear_logprob(hidden, weight, ids, bias=bias, temperature=0.7, softcap=5.0)
+    assert_near(logp, chunked_logp(hidden @ weight.T + bias, ids, 10, 0.7, 5.0))
+    ids[3] = 37
+    with pytest.raises(ValueError, match="expected 0 <= id < 37"):
+        linear_logprob(hidden, weight, ids)
 
 
 def test_logp_dtype():
@@ -262,11 +273,14 @@ def test_statistics_of_the_policy():
     assert (stats["approx_kl"] - (old_logp - logp)[mask].mean()).abs() > 0.01
 
 
-def kl_term(logp, ref_logp, k1):
-    """Ours: (kl, d kl / d logp) of each token."""
-    zero = torch.zeros_like(logp)
-    terms = policy_terms(logp, logp, zero, ref_logp, None, 0.2, 1.0, k1, 0.0)
-    return terms.kl, terms.d_logp
+def kl_term(logp, ref_logp, estimator):
+    """Ours: (kl, d kl / d logp) of each token, from the loss of one token after another with advantage 0."""
+    leaf = logp.clone().requires_grad_()
+    zero = torch.zeros(1, dtype=logp.dtype)
+    kl = torch.stack([ppo_loss(one, one.detach(), zero, clip_ratio=0.2, ref_logp=ref, kl_coeff=1.0, kl_estimator=estimator)[0]
+                      for one, ref in zip(leaf.reshape(-1, 1), ref_logp.reshape(-1, 1))]).reshape(logp.shape)
+    kl.sum().backward()
+    return kl.detach(), leaf.grad
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
@@ -276,7 +290,7 @@ def test_kl_same(estimator):
     theirs = logp.clone().requires_grad_()
     expected = theirs - ref_logp if estimator == "k1" else k3(theirs, ref_logp)
     expected.sum().backward()
-    kl, d_kl = kl_term(logp, ref_logp, estimator == "k1")
+    kl, d_kl = kl_term(logp, ref_logp, estimator)
     assert_near(kl, expected)
     assert_near(d_kl, theirs.grad)
     if estimator == "k3":
@@ -286,7 +300,7 @@ def test_kl_same(estimator):
 def test_kl_limits():
     """k3 of a gap of 5 is 142: ours, TRL's and Liger's say so, verl says 10. A gap of 100 is inf without a limit."""
     gap = torch.tensor([5.0, 100.0])
-    kl, d_kl = kl_term(torch.zeros(2), gap, False)
+    kl, d_kl = kl_term(torch.zeros(2), gap, "k3")
     assert kl[0].item() == pytest.approx(k3(torch.zeros(1), gap[:1]).item(), rel=1e-6)
     assert kl[1].isfinite() and d_kl[1] == 0 and d_kl[0] < -100
     assert k3(torch.zeros(2), gap)[1].isinf()
