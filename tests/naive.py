@@ -17,6 +17,10 @@ if dispatch.interpreted():
     PLACES = [pytest.param("triton", "cpu", id="triton-interpreted")]
 elif torch.cuda.is_available():
     PLACES += [pytest.param(impl, "cuda", id=f"{impl}-cuda") for impl in ("triton", "reference")]
+# The same for the ops whose native version also runs on a GPU: dispatch.CUDA_OPS.
+SCAN_PLACES = list(PLACES)
+if torch.cuda.is_available() and not dispatch.interpreted() and getattr(dispatch.native_module()[0], "cuda", False):
+    SCAN_PLACES.append(pytest.param("native", "cuda", id="native-cuda"))
 
 
 class Ragged:

@@ -18,7 +18,7 @@ def by_loops(batch, rewards, values, gamma, lam):
     return batch.join(row[0] for row in rows), batch.join(row[1] for row in rows)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", naive.SIZES)
 def test_equals_the_loops(impl, device, dtype, size):
@@ -30,7 +30,7 @@ def test_equals_the_loops(impl, device, dtype, size):
         assert_near(ours, theirs)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("poison", naive.POISONS)
 @pytest.mark.parametrize("masked", ["zero", "carry"])
 def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison, masked):
@@ -76,7 +76,7 @@ def safe_rlhf_rule(rewards, values, mask, gamma, lam):
     return torch.where(mask, advantages, 0)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("masked, rule", [("carry", verl_rule), ("zero", safe_rlhf_rule)])
 def test_holes(impl, device, masked, rule):
     generator = torch.Generator().manual_seed(1)
@@ -89,7 +89,7 @@ def test_holes(impl, device, masked, rule):
     assert_near(returns, torch.where(mask, expected + values, 0))
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_empty_batches(impl, device):
     nothing = torch.zeros(0, device=device)
     offsets = torch.zeros(1, dtype=torch.int32, device=device)
@@ -99,7 +99,7 @@ def test_empty_batches(impl, device):
         assert gae(empty, empty, mask=empty.bool(), impl=impl, **SETTINGS)[1].shape == shape
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_a_tail_past_the_last_offset_is_masked(impl, device):
     rewards = torch.tensor([1.0, 2.0, 3.0, float("nan")], device=device)
     offsets = torch.tensor([0, 2, 3], dtype=torch.int32, device=device)
@@ -125,7 +125,7 @@ def test_any_lengths(lengths, gamma, lam, impl):
         assert_near(ours, theirs)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_bfloat16_strided_and_long(impl, device):
     values = torch.randn(9, 4, device=device).bfloat16().t()
     rewards = torch.randn(4, 18, device=device)[:, ::2]
@@ -146,7 +146,7 @@ def test_gradcheck_of_the_reference():
         assert torch.autograd.gradcheck(lambda r, v, carry=carry: reference.gae(r, v, None, mask, 0.9, 0.8, carry), inputs)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_library(impl, device):
     batch = naive.Ragged([3, 2], device=device)
     rewards, values = batch.tokens(), batch.tokens()

@@ -53,7 +53,7 @@ def by_loops(batch, inputs, multiplier, kl_coeff, gamma, lam, clip_score):
     return [batch.join(rows) for rows in (advantages, reward_returns, cost_returns)], stats
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", naive.SIZES)
 @pytest.mark.parametrize("on_tensor", [True, False])
@@ -72,7 +72,7 @@ def test_equals_the_loops(impl, device, dtype, size, on_tensor):
         assert_near(stats[name], torch.tensor(float(value), dtype=torch.float64), name)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("poison", naive.POISONS)
 def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison):
     batch = naive.Ragged([5, 0, 63, 1], device=device)
@@ -87,7 +87,7 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison):
         assert_near(other_stats[name], value, name)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_the_clamp_comes_after_the_score(impl, device):
     """logp - ref = 2, kl_coeff 1, score 9, bound 5: the last token's reward is clip(-2 + 9) = 5, not -2 + clip(9) = 3."""
     ones = torch.ones(2, device=device)
@@ -100,7 +100,7 @@ def test_the_clamp_comes_after_the_score(impl, device):
     assert cost_returns.tolist() == [2.0, -5.0]
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_without_cost_it_is_plain_ppo(impl, device):
     batch = naive.Ragged([7, 0, 4], device=device)
     inputs = inputs_of(batch)
@@ -118,7 +118,7 @@ def test_without_cost_it_is_plain_ppo(impl, device):
         ppo_lag_advantage(**inputs_of(batch), multiplier=None, cu_seqlens=batch.cu_seqlens, **SETTINGS)
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_whitening_leaves_advantages_alone_and_ppo_loss_applies_it(impl, device):
     batch = naive.Ragged([40, 3, 0, 25], device=device)
     inputs = inputs_of(batch, torch.float64)
@@ -139,7 +139,7 @@ def test_whitening_leaves_advantages_alone_and_ppo_loss_applies_it(impl, device)
     assert_near(shift, stats["advantage_shift"])
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_empty_batches(impl, device):
     nothing = torch.zeros(0, device=device)
     offsets = torch.zeros(1, dtype=torch.int32, device=device)
@@ -183,7 +183,7 @@ def test_gradcheck_of_the_reference():
     assert torch.autograd.gradcheck(call, (*tokens, *scores, multiplier))
 
 
-@pytest.mark.parametrize("impl, device", naive.PLACES)
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_library_and_determinism(impl, device):
     batch = naive.Ragged([3, 2], device=device)
     inputs = list(inputs_of(batch).values())
