@@ -126,7 +126,7 @@ def test_whitening_leaves_advantages_alone_and_ppo_loss_applies_it(impl, device)
     advantages, _, _, stats = ppo_lag_advantage(**inputs, whiten=True, **call)
     assert torch.equal(advantages, ppo_lag_advantage(**inputs, **call)[0])
     white = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()
-    rows = dict(cu_seqlens=batch.cu_seqlens, clip_ratio=0.2, impl=impl)
+    rows = dict(cu_seqlens=batch.cu_seqlens, clip_ratio=0.2)
     old = batch.tokens(torch.float64)
     loss, _ = ppo_loss(inputs["logp"], old, advantages, advantage_scale=stats["advantage_scale"],
                        advantage_shift=stats["advantage_shift"], **rows)
