@@ -180,6 +180,17 @@ def case_token_logprob(dtype=torch.float32, narrow=None):
     assert torch.equal(out, expected) and expected.isfinite().all()
 
 
+def case_ppo_loss_from_logits():
+    native, _ = both("ppo_loss_from_logits")
+    logits, beside, ids = logit_rows(torch.float32)
+    vectors = [torch.tensor(x) for x in ([-9.0, -2.0, -3.0], [1.0, -1.0, 0.5], [-8.0, -3.0, -2.0], [0.5, 0.25, 0.25])]
+    rest = (0.2, 0.1, False, 0.01, 0.7, None, 0.0)
+    expected = native(beside, ids, *vectors, *rest, beside)
+    got = native(logits, ids, *vectors, *rest, logits)
+    for mine, want in zip((*got, logits), (*expected, beside)):
+        assert torch.equal(mine, want) and want.isfinite().all() and (want != 0).any()
+
+
 CASES = {
     "gae": case_gae,
     "ppo_lag_advantage": case_ppo_lag_advantage,
@@ -188,6 +199,7 @@ CASES = {
     "value_loss of two": lambda: case_value_loss(2),
     "token_logprob": case_token_logprob,
     "token_logprob bfloat16": lambda: case_token_logprob(torch.bfloat16),
+    "ppo_loss_from_logits": case_ppo_loss_from_logits,
     "token_logprob narrow": lambda: case_token_logprob(torch.float32, torch.bfloat16),
 }
 
@@ -239,10 +251,10 @@ def launch_token_logprob_backward(room, packed):
     room.token_logprob_backward(logits, ids, *statistics, None, grads[1], 1.0, meta(MANY), 30.0, meta(MANY, VOCABULARY))
 
 
-def launch_ppo_rows(room, packed):
+def launch_ppo_loss_from_logits(room, packed):
     logits, ids = logit_arguments()
     vectors = [meta(MANY) for _ in range(4)]
-    room.ppo_rows(logits, ids, *vectors, 0.2, 0.1, False, 0.01, 0.7, None, 0.0, logits)
+    room.ppo_loss_from_logits(logits, ids, *vectors, 0.2, 0.1, False, 0.01, 0.7, None, 0.0, logits)
 
 
 def launch_gae(room, packed):
@@ -268,7 +280,8 @@ def launch_value_loss(room, packed):
 
 
 LAUNCHES = {
-    "token_logprob": (launch_token_logprob, launch_token_logprob_backward), "ppo_loss_from_logits": (launch_ppo_rows,),
+    "token_logprob": (launch_token_logprob, launch_token_logprob_backward),
+    "ppo_loss_from_logits": (launch_ppo_loss_from_logits,),
     "gae": (launch_gae,), "ppo_lag_advantage": (launch_ppo_lag_advantage,), "ppo_loss": (launch_ppo_loss,),
     "value_loss": (launch_value_loss,),
 }
