@@ -89,6 +89,17 @@ def test_holes(impl, device, masked, rule):
     assert_near(returns, torch.where(mask, expected + values, 0))
 
 
+@naive.native
+def test_a_nan_reaches_the_tokens_before_it_in_its_row_and_no_others():
+    batch = naive.Ragged([40, 61, 17])
+    rewards, values = batch.tokens(), batch.tokens()
+    clean = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl="native", **SETTINGS)[0]
+    rewards[40 + 23] = torch.nan
+    advantages = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl="native", **SETTINGS)[0]
+    assert advantages[40:64].isnan().all()
+    assert torch.equal(advantages[:40], clean[:40]) and torch.equal(advantages[64:], clean[64:])
+
+
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_empty_batches(impl, device):
     nothing = torch.zeros(0, device=device)

@@ -87,6 +87,39 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison):
         assert_near(other_stats[name], value, name)
 
 
+@naive.native
+@pytest.mark.parametrize("masked", ["zero", "carry"])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_holes_in_the_native_version(masked, share):
+    """Runs of valid tokens of any length, holes of any length, in rows longer than a vector: outputs and statistics."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = [torch.randn(7, 93, generator=generator) for _ in range(4)]
+    scores = [torch.randn(7, generator=generator) for _ in range(2)]
+    mask = torch.rand(7, 93, generator=generator) > share
+    mask[3] = False
+    tokens = [torch.where(mask, tensor, torch.nan) for tensor in tokens]
+    call = dict(multiplier=0.5, mask=mask, masked=masked, **SETTINGS)
+    *got, stats = ppo_lag_advantage(*tokens[:2], *scores, *tokens[2:], impl="native", **call)
+    double = [[tensor.double() for tensor in part] for part in (tokens, scores)]
+    *exact, exact_stats = ppo_lag_advantage(*double[0][:2], *double[1], *double[0][2:], impl="reference", **call)
+    for ours, theirs in zip((*got, *stats.values()), (*exact, *exact_stats.values())):
+        assert_near(ours, theirs)
+
+
+@naive.native
+def test_the_number_of_threads_changes_no_bit():
+    batch = naive.Ragged([9000, 1, 12_000, 5000, 9000])
+    inputs, threads, results = inputs_of(batch), torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            *got, stats = ppo_lag_advantage(**inputs, multiplier=0.5, cu_seqlens=batch.cu_seqlens, impl="native", **SETTINGS)
+            results.append((*got, *stats.values()))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other))
+
+
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_the_clamp_comes_after_the_score(impl, device):
     """logp - ref = 2, kl_coeff 1, score 9, bound 5: the last token's reward is clip(-2 + 9) = 5, not -2 + clip(9) = 3."""
