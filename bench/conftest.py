@@ -152,16 +152,23 @@ class Measure:
             ceilings.synchronize(device)
             return result
 
-        start = time.perf_counter()
+        def once():
+            start = time.perf_counter()
+            ready()
+            waited()
+            return time.perf_counter() - start
+
         ready()
+        start = time.perf_counter()
         peak = memory.above(waited, inputs, device)     # the second call: the check was the first
-        once = time.perf_counter() - start
-        rounds = max(3 if once > 1 else 5, min(200, int(seconds / max(once, 1e-6))))
+        took = time.perf_counter() - start
+        slow = took > 1
+        rounds = 3 if slow else max(5, min(200, int(seconds / min(once(), took))))
         self.benchmark.group = f"{op} {shape}"
         self.benchmark.extra_info.update(op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
                                          writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,
                                          warm=device == "cpu" and reads + writes < SMALL)
-        self.benchmark.pedantic(waited, setup=ready, rounds=rounds, warmup_rounds=int(once < 1), iterations=1)
+        self.benchmark.pedantic(waited, setup=ready, rounds=rounds, warmup_rounds=int(not slow), iterations=1)
         if self.benchmark.stats is None:
             return
         extra = {"peak": peak}

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +29,7 @@ def measure(path, arguments):
     options = [argument for argument in arguments if argument not in files]
     command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "--benchmark-only", "-p", "no:cacheprovider", "-rs",
                "--benchmark-columns=median,iqr,rounds", "--benchmark-quiet", f"--benchmark-json={path}", *options]
-    if subprocess.run([sys.executable, "-c", "import pytest_timeout"], capture_output=True).returncode == 0:
+    if find_spec("pytest_timeout"):
         command.append("--timeout=900")
     return subprocess.run(command, cwd=ROOT).returncode
 
