@@ -1,119 +1,277 @@
-"""Log-prob and entropy of given tokens in Triton: each logit is read once, backward may write into the logits.
+"""Log-prob and entropy of given tokens in Triton: each logit is read once, and once more for backward.
 
-One program per row, with an online softmax over blocks of the vocabulary: rows do not depend on each other, and a row's
-result does not depend on which others are in the batch. Row offsets are 64-bit. The forward kernel takes the row stride
-of the logits as it is, so slices need no copy when a row is contiguous.
+Forward is one program per row. A thread keeps its own running maximum and sums over the logits that it loads, 16 bytes at a
+time, so that threads meet only at the end of a row and a logit costs one exp2. z is a logit in units of log2(e) /
+temperature. The target's own term stays out of the sums: a confident token loses no digit to a subtraction.
+A row's bits depend on its values, its id, V and whether rows begin at multiples of 16 bytes; on no other row.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK = 4096  # of the vocabulary; a program's registers hold one block in float32
-WARPS = 8
+WARPS = ((1 << 31, 8),)  # (widest vocabulary, warps); chosen by registers and occupancy, not tuned on a device
+# Arguments whose value must not choose another kernel: what a launch knows of alignment is in ALIGNED.
+INTEGERS = ["logits_stride", "out_stride", "vocabulary", "parts", "tiles", "upwards", "per_row", "has_logp", "has_entropy",
+            "has_ref", "k1"]
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+FLOOR = tl.constexpr(-1e30)    # a z that is lower counts as -inf
+LOWEST = tl.constexpr(-300.0)  # stands for a lower exponent where it is multiplied by 2^-inf or e^-inf, which is 0
+
+
+@triton.constexpr_function
+def width(bits, aligned):
+    """W, how many logits of so many bits a thread loads at once: 16 bytes, or one where not all rows are aligned so."""
+    return 128 // bits if aligned else 1
+
+
+@triton.constexpr_function
+def depth(w, capped):
+    """R, how often a thread loads: a tile is [R, T, W] for T threads. Fewer where there is more else to hold."""
+    return 16 // w if w > 1 and not capped else 8 // w
 
 
 @triton.jit
-def forward_kernel(logp_N, entropy_N, lse_N, logits_NV, ids_N, row_stride, vocabulary, inverse_temperature,
-                   ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    row_V = logits_NV + row * row_stride
-    at_v = tl.arange(0, BLOCK_V)
-    highest = float("-inf")     # of the logits so far
-    total = 0.0                 # sum of exp(z - highest)
-    weighted = 0.0              # sum of exp(z - highest) * (z - highest)
-    for start in range(0, vocabulary, BLOCK_V):
-        inside_v = start + at_v < vocabulary
-        z_v = tl.load(row_V + start + at_v, mask=inside_v, other=float("-inf")).to(tl.float32) * inverse_temperature
-        new = tl.maximum(highest, tl.max(z_v, 0))
-        # While every logit was -inf there is nothing to subtract: -inf - -inf would be NaN.
-        base = tl.where(new == float("-inf"), 0.0, new)
-        down = tl.where(highest == float("-inf"), 0.0, highest - base)
-        scale = tl.where(highest == float("-inf"), 0.0, tl.exp(down))
-        e_v = tl.exp(z_v - base)
-        if ENTROPY:
-            # p = 0 times log p = -inf: the limit is 0.
-            weighted = scale * (weighted + down * total) + tl.sum(tl.where(e_v > 0, e_v * (z_v - base), 0.0), 0)
-        total = scale * total + tl.sum(e_v, 0)
-        highest = new
-    lse = highest + tl.log(total)
-    id = tl.load(ids_N + row).to(tl.int64)
-    known = (id >= 0) & (id < vocabulary)
-    # The same rounding as in the loop: log-sum-exp and target come from one float32 product.
-    target = tl.load(row_V + id, mask=known, other=0.0).to(tl.float32) * inverse_temperature
-    # z - lse may come out an ulp above 0 for a certain token; NaN must stay NaN.
-    logp = target - lse
-    logp = tl.where(logp > 0, 0.0, logp)
-    tl.store(logp_N + row, tl.where(known, logp, float("nan")))
-    tl.store(lse_N + row, lse)
-    if ENTROPY:
-        tl.store(entropy_N + row, tl.log(total) - weighted / total)
+def tanh(x):
+    """tanh(x) from exp; from its series near 0, where 1 - 2 / (exp(2x) + 1) would lose every digit."""
+    y = x * x
+    series = -17.0 / 315 + y * (62.0 / 2835 + y * (-1382.0 / 155925 + y * (21844.0 / 6081075)))
+    series = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * series))
+    return tl.where(y < 0.0625, series, 1 - 2 / (tl.exp(2 * x) + 1))
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) of x >= 0; from the series of atanh below 1, where 1 + x would lose digits of x."""
+    s = x / (2 + x)
+    y = s * s
+    series = 1 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9 + y * (1.0 / 11 + y * (1.0 / 13 + y / 15))))))
+    return tl.where(x < 1, 2 * s * series, tl.log(1 + x))
 
 
 @triton.jit
 def one_minus_p(logp):
-    """-expm1(logp) in float32: the series near 0, where 1 - exp would lose every digit."""
+    """-expm1(logp) of logp <= 0; the series near 0, where 1 - exp would lose every digit."""
     x = logp
     series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
     return tl.where(logp > -0.3, series, 1 - tl.exp(logp))
 
 
 @triton.jit
-def backward_kernel(out_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, out_stride,
-                    row_stride, vocabulary, inverse_temperature, ENTROPY: tl.constexpr, BLOCK_V: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    start = tl.program_id(1) * BLOCK_V
-    at_v = start + tl.arange(0, BLOCK_V)
-    inside_v = at_v < vocabulary
-    lse = tl.load(lse_N + row)
-    logp = tl.load(logp_N + row)
-    grad = tl.load(grad_logp_N + row).to(tl.float32) * inverse_temperature
-    id = tl.load(ids_N + row)
-    z_v = tl.load(logits_NV + row * row_stride + at_v, mask=inside_v, other=float("-inf")).to(tl.float32)
-    log_p_v = z_v * inverse_temperature - lse
-    p_v = tl.exp(log_p_v)
-    # logp is NaN for an id outside the vocabulary; its whole row must say so.
-    d_v = tl.where(at_v == id, grad * one_minus_p(logp), tl.where(logp != logp, logp, -grad * p_v))
+def finite(x):
+    """x, but not below LOWEST. Where x is NaN, what it is multiplied by must be NaN too."""
+    return tl.maximum(x, LOWEST)
+
+
+@triton.jit
+def columns(R: tl.constexpr, T: tl.constexpr, W: tl.constexpr):
+    """Columns of a tile [R, T, W] and the first of each W."""
+    first = (tl.arange(0, R)[:, None, None] * T + tl.arange(0, T)[None, :, None]) * W
+    return first + tl.arange(0, W)[None, None, :], first
+
+
+@triton.jit
+def tile(row_V, at, first, vocabulary, softcap, CAPPED: tl.constexpr):
+    """Logits of the columns `at` in float32, capped; -inf past the end."""
+    x = tl.load(row_V + at, mask=first < vocabulary, other=float("-inf")).to(tl.float32)
+    if CAPPED:
+        x = tl.where(first < vocabulary, softcap * tanh(x / softcap), float("-inf"))
+    return x
+
+
+@triton.jit
+def fold(x, scale, base, total, weighted, ENTROPY: tl.constexpr):
+    """Takes a tile [R, T, W] into what its T threads hold: as row_statistics gives it for a row."""
+    new = tl.maximum(base, tl.max(tl.max(x, 2), 0) * scale)
+    down = base - new
+    shrink = tl.exp2(down)
+    t = x * scale - new[None, :, None]
+    e = tl.exp2(t)
     if ENTROPY:
-        entropy = tl.load(entropy_N + row)
-        grad_entropy = tl.load(grad_entropy_N + row).to(tl.float32) * inverse_temperature
-        d_v -= grad_entropy * tl.where(p_v > 0, p_v * (log_p_v + entropy), 0.0)
-    tl.store(out_NV + row * out_stride + at_v, d_v.to(out_NV.dtype.element_ty), mask=inside_v)
+        weighted = shrink * (weighted + down * total) + tl.sum(tl.sum(e * finite(t), 2), 0)
+    return new, shrink * total + tl.sum(tl.sum(e, 2), 0), weighted
 
 
-def _rows(logits_NV):
-    """Logits whose rows are contiguous: themselves, or a copy."""
-    return logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+@triton.jit
+def row_statistics(row_V, id, vocabulary, scale, softcap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, R: tl.constexpr,
+                   T: tl.constexpr, W: tl.constexpr):
+    """(base, others, weighted) of a row without the column `id`: the highest z (FLOOR where there is none), the sum of
+    2^(z - base), the sum of 2^(z - base) * (z - base)."""
+    at, first = columns(R, T, W)
+    base = tl.full([T], FLOOR, tl.float32)
+    total = tl.zeros([T], tl.float32)
+    weighted = tl.zeros([T], tl.float32)
+    # The tile of `id` is the last one taken, so that the others need not look for it.
+    tiles = tl.cdiv(vocabulary, R * T * W)
+    last = tl.minimum(tl.maximum(id, 0), vocabulary - 1).to(tl.int32) // (R * T * W)
+    start = tl.where((last == 0) & (tiles > 1), R * T * W, 0)
+    x = tile(row_V, start + at, start + first, vocabulary, softcap, CAPPED)
+    for i in range(1, tiles):
+        # The next tile is on its way while this one is worked on.
+        start = tl.where(i == tiles - 1, last, i + (i >= last).to(tl.int32)) * (R * T * W)
+        following = tile(row_V, start + at, start + first, vocabulary, softcap, CAPPED)
+        base, total, weighted = fold(x, scale, base, total, weighted, ENTROPY)
+        x = following
+    x = tl.where(last * (R * T * W) + at == id, float("-inf"), x)
+    base, total, weighted = fold(x, scale, base, total, weighted, ENTROPY)
+    top = tl.max(base, 0)
+    down = base - top
+    shrink = tl.exp2(down)
+    return top, tl.sum(shrink * total, 0), tl.sum(shrink * (weighted + down * total), 0)
 
 
-def token_logprob(logits_NV, ids_N, temperature, entropy):
-    """(logp_N, entropy_N or [0], lse_N) in float32; lse is the log-sum-exp of logits / temperature."""
+@triton.jit
+def finish(base, others, weighted, target):
+    """(logp, entropy, lse, highest, total) from row_statistics and the target's z: the first three in nats, the highest z
+    of all, the sum of 2^(z - highest) over all."""
+    gap = (base - target + tl.log2(others)) * LN2
+    logp = 0.0 - (tl.where(gap < 0, 0.0, gap) + log1p(tl.exp(-tl.abs(gap))))
+    # No logit above FLOOR: there is no distribution.
+    logp = tl.where((base <= FLOOR) & (target <= FLOOR), float("nan"), logp)
+    highest = tl.maximum(base, target)
+    down, mine = base - highest, target - highest
+    rest = others * tl.exp2(down)
+    total = rest + tl.exp2(mine)
+    # Where the target is highest its term is 1 and the rest may be tiny.
+    log_total = tl.where(target >= base, log1p(rest), tl.log(total))
+    entropy = log_total - LN2 * ((weighted + down * others) * tl.exp2(down) + tl.exp2(mine) * finite(mine)) / total
+    return logp, tl.where(entropy < 0, 0.0, entropy), highest * LN2 + log_total, highest, total
+
+
+@triton.jit
+def row_head(row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED: tl.constexpr):
+    """(id, whether it is in the vocabulary, log2(e) / temperature, the target's z or -inf) of a row. The temperature is
+    temperature_N's where per_row is not 0; else nothing is read there."""
+    id = tl.load(ids_N + row)
+    known = (id >= 0) & (id < vocabulary)
+    scale = LOG2E / tl.load(temperature_N + row, mask=per_row != 0, other=temperature)
+    return id, known, scale, tile(row_V, id, tl.where(known, 0, vocabulary), vocabulary, softcap, CAPPED) * scale
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def forward_kernel(logp_N, entropy_N, lse_N, logits_NV, ids_N, temperature_N, logits_stride, vocabulary, temperature, per_row,
+                   softcap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
+    W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
+    R: tl.constexpr = depth(W, CAPPED)
+    row = tl.program_id(0).to(tl.int64)
+    row_V = logits_NV + row * logits_stride * W
+    id, known, scale, target = row_head(row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED)
+    base, others, weighted = row_statistics(row_V, id, vocabulary, scale, softcap, ENTROPY, CAPPED, R, T, W)
+    logp, entropy, lse, _, _ = finish(base, others, weighted, target)
+    tl.store(logp_N + row, tl.where(known, logp, float("nan")))
+    tl.store(lse_N + row, lse)
+    if ENTROPY:
+        tl.store(entropy_N + row, entropy)
+
+
+@triton.jit
+def gradient(x, at, id, scale, shift, plain, slope, target, softcap, CAPPED: tl.constexpr):
+    """d logits of the columns `at` from their capped logits x: with t = x * scale - shift, 2^t * (plain + slope * t), but
+    `target` at the column `id`; through the softcap."""
+    t = x * scale - shift
+    d = tl.where(at == id, target, tl.exp2(t) * (plain + slope * finite(t)))
+    if CAPPED:
+        u = x / softcap
+        d *= 1 - u * u
+    return d
+
+
+@triton.jit
+def target_gradient(logp, entropy, grad, grad_entropy):
+    """d of the target's z: from the log-prob itself, since 1 - p would lose everything at p near 1."""
+    return grad * one_minus_p(logp) - grad_entropy * tl.exp(logp) * (finite(logp) + entropy)
+
+
+@triton.jit(do_not_specialize=INTEGERS)
+def backward_kernel(out_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature_N, out_stride,
+                    logits_stride, vocabulary, parts, tiles, temperature, per_row, softcap, has_logp, has_entropy,
+                    CAPPED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
+    W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
+    R: tl.constexpr = depth(W, CAPPED)
+    row = (tl.program_id(0) // parts).to(tl.int64)
+    begin = (tl.program_id(0) % parts) * tiles
+    row_V, out_V = logits_NV + row * logits_stride * W, out_NV + row * out_stride * W
+    inverse = 1 / tl.load(temperature_N + row, mask=per_row != 0, other=temperature)
+    logp, lse, id = tl.load(logp_N + row), tl.load(lse_N + row), tl.load(ids_N + row).to(tl.int32)
+    grad = tl.load(grad_logp_N + row, mask=has_logp != 0, other=0.0).to(tl.float32) * inverse
+    grad_entropy = tl.load(grad_entropy_N + row, mask=has_entropy != 0, other=0.0).to(tl.float32) * inverse
+    entropy = tl.load(entropy_N + row, mask=has_entropy != 0, other=0.0)
+    # An id outside the vocabulary has made logp NaN, and its whole row must say so.
+    plain = tl.where(logp != logp, logp, -grad - grad_entropy * entropy)
+    target = target_gradient(logp, entropy, grad, grad_entropy)
+    at, first = columns(R, T, W)
+    for i in range(begin, begin + tiles):
+        start = i * (R * T * W)
+        x = tile(row_V, start + at, start + first, vocabulary, softcap, CAPPED)
+        if out_NV.dtype != logits_NV.dtype:
+            # Narrower elements over the same memory: every thread has read before one writes, and tiles go upwards.
+            tl.debug_barrier()
+        d = gradient(x, start + at, id, inverse * LOG2E, lse * LOG2E, plain, -grad_entropy * LN2, target, softcap, CAPPED)
+        tl.store(out_V + start + at, d.to(out_NV.dtype.element_ty), mask=start + first < vocabulary)
+
+
+def unit_rows(tensor_NV):
+    """The tensor itself, or a copy, with rows whose elements lie side by side."""
+    return tensor_NV if tensor_NV.stride(1) == 1 else tensor_NV.contiguous()
+
+
+def unit_target(out_NV):
+    """out_NV itself, or room of its shape with rows whose elements lie side by side."""
+    return out_NV if out_NV.stride(1) == 1 else torch.empty_like(out_NV, memory_format=torch.contiguous_format)
+
+
+def tiling(table, capped, out_NV, logits_NV):
+    """(options of a launch, W, tiles of a row). table: as WARPS. Aligned are rows that begin and end at 16 bytes."""
+    vocabulary, bits = logits_NV.shape[1], 8 * logits_NV.element_size()
+    w = width(bits, True)
+    aligned = vocabulary % w == 0 and all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) % w == 0 for tensor in (out_NV, logits_NV))
+    how = options(next(warps for limit, warps in table if vocabulary <= limit), capped, aligned)
+    w = width(bits, aligned)
+    return how, w, triton.cdiv(vocabulary, depth(w, capped) * how["T"] * w)
+
+
+def options(warps, capped, aligned):
+    """See tiling. ptxas aims at 32 or 40 registers and misses by a few where there is more to hold: there it may have 64."""
+    return dict(ALIGNED=aligned, T=32 * warps, CAPPED=capped, num_warps=warps, maxnreg=None if aligned and not capped else 64)
+
+
+def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy):
+    """(logp_N, entropy_N or [0], lse_N) in float32; lse is the log-sum-exp of the capped logits over the temperature."""
     count, vocabulary = logits_NV.shape
-    logits_NV, ids_N = _rows(logits_NV), ids_N.contiguous()
+    logits_NV, ids_N = unit_rows(logits_NV), ids_N.contiguous()
     logp_N, lse_N = (logits_NV.new_empty(count, dtype=torch.float32) for _ in range(2))
     entropy_N = logits_NV.new_empty(count if entropy else 0, dtype=torch.float32)
     if count:
-        block = min(BLOCK, triton.next_power_of_2(max(vocabulary, 16)))
+        per_row = temperature_N is not None
+        how, w, _ = tiling(WARPS, softcap > 0, logits_NV, logits_NV)
         with torch.cuda.device(logits_NV.get_device()):
-            forward_kernel[(count,)](logp_N, entropy_N, lse_N, logits_NV, ids_N, logits_NV.stride(0), vocabulary,
-                                     1.0 / temperature, ENTROPY=entropy, BLOCK_V=block, num_warps=WARPS)
+            forward_kernel[(count,)](
+                logp_N, entropy_N, lse_N, logits_NV, ids_N, temperature_N.contiguous() if per_row else logp_N,
+                logits_NV.stride(0) // w, vocabulary, float(temperature), int(per_row), float(softcap), ENTROPY=entropy, **how)
     return logp_N, entropy_N, lse_N
 
 
-def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature, out_NV):
-    """Writes d logits into out_NV, which may be logits_NV: every program reads its block before it writes it."""
+def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature,
+                           temperature_N, softcap, out_NV):
+    """Writes d logits into out_NV, which may be logits_NV or begin where each of its rows begins with narrower elements."""
     count, vocabulary = logits_NV.shape
     if count == 0 or vocabulary == 0:
         return out_NV
-    target_NV = out_NV if out_NV.stride(1) == 1 else torch.empty_like(out_NV, memory_format=torch.contiguous_format)
-    logits_NV, ids_N = _rows(logits_NV), ids_N.contiguous()
-    entropy = grad_entropy_N is not None
-    block = min(BLOCK, triton.next_power_of_2(max(vocabulary, 16)))
+    target_NV = unit_target(out_NV)
+    logits_NV, ids_N = unit_rows(logits_NV), ids_N.contiguous()
+    how, w, tiles = tiling(WARPS, softcap > 0, target_NV, logits_NV)
+    # Over its own logits in a narrower type a row is one program's, else each of its tiles is.
+    alone = target_NV.data_ptr() == logits_NV.data_ptr() and target_NV.dtype != logits_NV.dtype
+    parts = 1 if alone else tiles
+    given = [tensor is not None for tensor in (grad_logp_N, grad_entropy_N, temperature_N)]
+    vectors = [logp_N if tensor is None else tensor.contiguous() for tensor in (grad_logp_N, grad_entropy_N, temperature_N)]
     with torch.cuda.device(logits_NV.get_device()):
-        backward_kernel[(count, triton.cdiv(vocabulary, block))](
-            target_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N.contiguous(),
-            grad_entropy_N.contiguous() if entropy else logp_N, target_NV.stride(0), logits_NV.stride(0), vocabulary,
-            1.0 / temperature, ENTROPY=entropy, BLOCK_V=block, num_warps=WARPS)
+        backward_kernel[(count * parts,)](
+            target_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, *vectors, target_NV.stride(0) // w,
+            logits_NV.stride(0) // w, vocabulary, parts, tiles // parts, float(temperature), int(given[2]), float(softcap),
+            int(given[0]), int(given[1]), **how)
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)
     return out_NV
