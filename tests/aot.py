@@ -204,8 +204,8 @@ def usage(cubin):
 
 def launched():
     """The paths of the kernels that rooms launch: triton.jit functions that are subscripted with a grid somewhere below
-    kernels/, or that no other triton.jit function calls."""
-    defined, called, started = {}, set(), set()
+    kernels/, or that no other triton.jit function calls or hands on."""
+    defined, used, started = {}, set(), set()
     for file in sorted((ROOT / "kernels").rglob("*.py")):
         tree = ast.parse(file.read_text())
         path = ".".join(file.relative_to(ROOT / "kernels").with_suffix("").parts)
@@ -214,8 +214,9 @@ def launched():
                 started.add(node.func.value.id)
             if isinstance(node, ast.FunctionDef) and any(_is_jit(decorator) for decorator in node.decorator_list):
                 defined.setdefault(node.name, []).append(f"{path}.{node.name}")
-                called |= {ast.unparse(c.func).split(".")[-1] for c in ast.walk(node) if isinstance(c, ast.Call)}
-    return {path for name, paths in defined.items() if name in started or name not in called for path in paths}
+                used |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                used |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+    return {path for name, paths in defined.items() if name in started or name not in used for path in paths}
 
 
 def _is_jit(decorator):
