@@ -33,7 +33,7 @@ OPS = {
     "linear_logprob": Op("linear_logprob", ("native", "reference")),
     "linear_logprob_backward": Op("linear_logprob", ("native", "reference")),
     "linear_ppo_loss": Op("linear_ppo_loss", ("native", "reference")),
-    "ppo_loss_from_logits": Op("ppo_loss_from_logits", ("native", "reference")),
+    "ppo_loss_from_logits": Op("ppo_loss_from_logits", ("triton", "native", "reference")),
     "gae": Op("gae", ("triton", "native", "reference")),
     "ppo_lag_advantage": Op("ppo_lag_advantage", ("triton", "native", "reference")),
     "ppo_loss": Op("ppo_loss", ("triton", "native", "reference")),
