@@ -1,5 +1,9 @@
-"""gae: against Python loops, packed against padded, poisoned masks, holes, odd sizes, torch.library."""
+"""gae: against Python loops, packed against padded, poisoned masks, holes, odd sizes, torch.library.
 
+The last test runs this file again with the Triton version in triton's interpreter.
+"""
+
+import interpret
 import naive
 import pytest
 import torch
@@ -8,6 +12,7 @@ from hypothesis import strategies as st
 from tolerance import assert_near
 
 from saferlhf_fast import gae
+from saferlhf_fast.kernels import dispatch
 from saferlhf_fast.kernels.gae import reference
 
 SETTINGS = dict(gamma=0.97, lam=0.9)
@@ -22,6 +27,8 @@ def by_loops(batch, rewards, values, gamma, lam):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("size", naive.SIZES)
 def test_equals_the_loops(impl, device, dtype, size):
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton version takes no float64")
     batch = naive.Ragged([size, 1, 0, max(size // 2, 1)], seed=size, device=device)
     rewards, values = batch.tokens(dtype), batch.tokens(dtype)
     got = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
@@ -44,12 +51,13 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison, masked):
         assert (ours[~batch.mask] == 0).all()
 
 
-def test_both_implementations_give_the_same_bits_twice():
-    batch = naive.Ragged([252, 63])
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+def test_the_same_bits_twice(impl, device):
+    batch = naive.Ragged([252, 63, 700], device=device)
     rewards, values = batch.tokens(), batch.tokens()
-    for impl in ("reference", "auto"):
-        first = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
-        second = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
+    padded = batch.padded(rewards), batch.padded(values)
+    for tensors, rows in (((rewards, values), dict(cu_seqlens=batch.cu_seqlens)), (padded, dict(mask=batch.mask))):
+        first, second = (gae(*tensors, impl=impl, **rows, **SETTINGS) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
 
@@ -80,9 +88,11 @@ def safe_rlhf_rule(rewards, values, mask, gamma, lam):
 @pytest.mark.parametrize("masked, rule", [("carry", verl_rule), ("zero", safe_rlhf_rule)])
 def test_holes(impl, device, masked, rule):
     generator = torch.Generator().manual_seed(1)
-    rewards, values = (torch.randn(6, 40, generator=generator, dtype=torch.float64) for _ in range(2))
-    mask = torch.rand(6, 40, generator=generator) > 0.4
-    expected = rule(rewards, values, mask, 0.97, 0.9)
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    rewards, values = (torch.randn(6, 140, generator=generator).to(dtype) for _ in range(2))
+    mask = torch.rand(6, 140, generator=generator) > 0.4
+    mask[3] = False
+    expected = rule(rewards.double(), values.double(), mask, 0.97, 0.9)
     poisoned = [torch.where(mask, tensor, torch.nan).to(device) for tensor in (rewards, values)]
     advantages, returns = gae(*poisoned, mask=mask.to(device), masked=masked, impl=impl, **SETTINGS)
     assert_near(advantages, expected)
@@ -145,9 +155,79 @@ def test_bfloat16_strided_and_long(impl, device):
     expected = gae(rewards.double(), values.double(), mask=mask.contiguous(), impl="reference", **SETTINGS)[0]
     assert got.dtype == torch.float32
     assert_near(got, expected)
-    ones = torch.ones(131_072, device=device)
-    advantages, _ = gae(ones, 0 * ones, gamma=1.0, lam=1.0, impl=impl)
-    assert advantages[0].item() == 131_072
+
+
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+def test_long_rows(impl, device):
+    """131,072 whole numbers with gamma = lam = 1, where every float32 sum is exact; then fractions."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randint(-3, 4, (131_072,), generator=generator).float() for _ in range(2))
+    advantages, returns = gae(rewards.to(device), values.bfloat16().to(device), gamma=1.0, lam=1.0, impl=impl)
+    expected = rewards.flip(0).cumsum(0).flip(0)
+    assert torch.equal(returns.cpu(), expected) and torch.equal(advantages.cpu(), expected - values)
+    rewards, values = (torch.randn(20_000, generator=generator) for _ in range(2))
+    got = gae(rewards.to(device), values.to(device), gamma=1.0, lam=0.95, impl=impl)
+    for ours, exact in zip(got, naive.gae_row(rewards.tolist(), values.tolist(), 1.0, 0.95)):
+        assert_near(ours, torch.tensor(exact, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+def test_every_output_is_written(impl, device):
+    """Torch fills new tensors with NaN here: none may come through, neither of masked rows nor past the last offset."""
+    numbers = torch.ones(700, device=device)
+    mask = torch.zeros(7, 100, dtype=torch.bool, device=device)
+    mask[2, 3:50] = True
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+        for offsets in ([0], [0, 0], [0, 5, 5, 18], [0, 300, 700]):
+            offsets = torch.tensor(offsets, dtype=torch.int32, device=device)
+            for got in gae(numbers, numbers / 2, cu_seqlens=offsets, impl=impl, **SETTINGS):
+                assert (got[:offsets[-1]] != 0).all() and (got[offsets[-1]:] == 0).all()
+        for got in gae(numbers.view(7, 100), numbers.view(7, 100) / 2, mask=mask, impl=impl, **SETTINGS):
+            assert torch.isfinite(got).all() and torch.equal(got != 0, mask)
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+def test_seventy_thousand_rows(impl, device):
+    if dispatch.interpreted():
+        pytest.skip("a program a row: too many for the interpreter; the next test looks at the grid")
+    rewards, values = torch.randn(2, 70_000, device=device)
+    offsets = torch.arange(70_001, dtype=torch.int32, device=device)
+    packed = gae(rewards, values, cu_seqlens=offsets, impl=impl, **SETTINGS)
+    padded = gae(rewards[:, None], values[:, None], impl=impl, **SETTINGS)
+    for advantages, returns in (packed, [tensor[:, 0] for tensor in padded]):
+        assert_near(advantages, rewards - values)
+        assert_near(returns, rewards)
+
+
+class Recorder:
+    """In place of a kernel: remembers the grids and the options of its launches and runs nothing."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.launches.append((grid, options))
+
+
+def test_triton_launches_rows_along_x(monkeypatch):
+    triton_impl = pytest.importorskip("saferlhf_fast.kernels.gae.triton_impl")
+    recorder = Recorder()
+    monkeypatch.setattr(triton_impl, "gae_kernel", recorder)
+    many, one = torch.zeros(70_000), torch.zeros(1)
+    triton_impl.gae(many, many, torch.arange(70_001, dtype=torch.int32), None, 1.0, 1.0, False)
+    triton_impl.gae(many[:, None], many[:, None], None, torch.ones(70_000, 1, dtype=torch.bool), 1.0, 1.0, True)
+    triton_impl.gae(many[None], many[None], None, torch.ones(1, 70_000, dtype=torch.bool), 1.0, 1.0, False)
+    triton_impl.gae(one, one, torch.zeros(1, dtype=torch.int32), None, 1.0, 1.0, True)
+    assert [grid for grid, _ in recorder.launches] == [(70_000,), (70_000,), (1,), (1,)]
+    assert [options["CARRY"] for _, options in recorder.launches] == [False, True, False, False]
+    blocks = [(options["GROUPS"] * triton_impl.PER, options["num_warps"]) for _, options in recorder.launches]
+    smallest, largest = min(triton_impl.CONFIGS.items()), max(triton_impl.CONFIGS.items())
+    assert blocks == [smallest, smallest, largest, smallest]
 
 
 def test_gradcheck_of_the_reference():
@@ -184,3 +264,8 @@ def test_wrong_arguments():
             gae(tokens, **arguments, **SETTINGS)
     with pytest.raises(ValueError, match="mask: expected dtype torch.bool"):
         gae(torch.zeros(2, 2), torch.zeros(2, 2), mask=torch.ones(2, 2), **SETTINGS)
+
+
+@pytest.mark.skipif(dispatch.interpreted(), reason="this is the process that the test starts")
+def test_triton_in_the_interpreter():
+    interpret.run(__file__)
