@@ -67,7 +67,7 @@ def shares(rows, token_mean, normalizer, dtype):
     """
     share_N = rows.valid_N.to(dtype)
     if not token_mean:
-        share_N = share_N / per_token(rows.count_B.clamp(min=1).to(dtype), rows)
+        share_N = share_N * per_token(1 / rows.count_B.clamp(min=1).to(dtype), rows)
     if normalizer is None:
         normalizer = (rows.count_B.sum() if token_mean else (rows.count_B > 0).sum()).to(dtype)
     return share_N, torch.where(normalizer > 0, 1 / normalizer, 0)
