@@ -1,5 +1,9 @@
-"""ppo_lag_advantage: against loops written from the paper, every statistic, plain PPO, whitening, poison, torch.library."""
+"""ppo_lag_advantage: against loops written from the paper, every statistic, plain PPO, whitening, poison, torch.library.
 
+The last test runs this file again with the Triton version in triton's interpreter.
+"""
+
+import interpret
 import naive
 import pytest
 import torch
@@ -8,6 +12,7 @@ from hypothesis import strategies as st
 from tolerance import assert_near
 
 from saferlhf_fast import gae, ppo_lag_advantage, ppo_loss
+from saferlhf_fast.kernels import dispatch
 from saferlhf_fast.kernels.ppo_lag_advantage import reference, whitening
 
 SETTINGS = dict(kl_coeff=0.1, gamma=0.99, lam=0.95, clip_score=0.7)
@@ -58,6 +63,8 @@ def by_loops(batch, inputs, multiplier, kl_coeff, gamma, lam, clip_score):
 @pytest.mark.parametrize("size", naive.SIZES)
 @pytest.mark.parametrize("on_tensor", [True, False])
 def test_equals_the_loops(impl, device, dtype, size, on_tensor):
+    if impl == "triton" and dtype == torch.float64:
+        pytest.skip("the Triton version takes no float64")
     batch = naive.Ragged([size, 1, 0, max(size // 2, 1)], seed=size, device=device)
     inputs = inputs_of(batch, dtype)
     multiplier = torch.tensor(1.75, device=device) if on_tensor else 1.75
@@ -87,19 +94,20 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison):
         assert_near(other_stats[name], value, name)
 
 
-@naive.native
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("masked", ["zero", "carry"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_holes_in_the_native_version(masked, share):
+def test_holes(impl, device, masked, share):
     """Runs of valid tokens of any length, holes of any length, in rows longer than a vector: outputs and statistics."""
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randn(7, 93, generator=generator) for _ in range(4)]
     scores = [torch.randn(7, generator=generator) for _ in range(2)]
     mask = torch.rand(7, 93, generator=generator) > share
     mask[3] = False
-    tokens = [torch.where(mask, tensor, torch.nan) for tensor in tokens]
-    call = dict(multiplier=0.5, mask=mask, masked=masked, **SETTINGS)
-    *got, stats = ppo_lag_advantage(*tokens[:2], *scores, *tokens[2:], impl="native", **call)
+    tokens = [torch.where(mask, tensor, torch.nan).to(device) for tensor in tokens]
+    scores = [tensor.to(device) for tensor in scores]
+    call = dict(multiplier=0.5, mask=mask.to(device), masked=masked, **SETTINGS)
+    *got, stats = ppo_lag_advantage(*tokens[:2], *scores, *tokens[2:], impl=impl, **call)
     double = [[tensor.double() for tensor in part] for part in (tokens, scores)]
     *exact, exact_stats = ppo_lag_advantage(*double[0][:2], *double[1], *double[0][2:], impl="reference", **call)
     for ours, theirs in zip((*got, *stats.values()), (*exact, *exact_stats.values())):
@@ -153,14 +161,15 @@ def test_without_cost_it_is_plain_ppo(impl, device):
 
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_whitening_leaves_advantages_alone_and_ppo_loss_applies_it(impl, device):
+    dtype = torch.float32 if impl == "triton" else torch.float64
     batch = naive.Ragged([40, 3, 0, 25], device=device)
-    inputs = inputs_of(batch, torch.float64)
+    inputs = inputs_of(batch, dtype)
     call = dict(multiplier=0.5, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
     advantages, _, _, stats = ppo_lag_advantage(**inputs, whiten=True, **call)
     assert torch.equal(advantages, ppo_lag_advantage(**inputs, **call)[0])
     white = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()
     rows = dict(cu_seqlens=batch.cu_seqlens, clip_ratio=0.2)
-    old = batch.tokens(torch.float64)
+    old = batch.tokens(dtype)
     loss, _ = ppo_loss(inputs["logp"], old, advantages, advantage_scale=stats["advantage_scale"],
                        advantage_shift=stats["advantage_shift"], **rows)
     assert_near(loss, ppo_loss(inputs["logp"], old, white, **rows)[0])
@@ -203,6 +212,88 @@ def test_any_lengths(lengths, multiplier, kl_coeff, impl, whiten):
         assert_near(ours[batch.mask], theirs)
 
 
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+def test_a_row_of_131_072_tokens(impl, device):
+    """Every output and every sum, from bfloat16 numbers, against float64."""
+    batch = naive.Ragged([131_072, 3], device=device)
+    inputs = {name: tensor if name in ("reward", "cost") else tensor.bfloat16() for name, tensor in inputs_of(batch).items()}
+    call = dict(multiplier=0.5, cu_seqlens=batch.cu_seqlens, **SETTINGS)
+    *got, stats = ppo_lag_advantage(**inputs, impl=impl, **call)
+    *exact, exact_stats = ppo_lag_advantage(**{name: tensor.double() for name, tensor in inputs.items()}, impl="reference",
+                                            **call)
+    for ours, theirs in zip(got, exact):
+        assert ours.dtype == torch.float32
+        assert_near(ours, theirs)
+    for name, value in stats.items():
+        assert_near(value, exact_stats[name], name)
+
+
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+@pytest.mark.parametrize("with_cost", [True, False])
+def test_every_output_is_written_and_nothing_past_the_last_offset_read(impl, device, with_cost, monkeypatch):
+    """Torch fills new tensors with NaN here. More rows than programs, where the number of programs can be set."""
+    if dispatch.interpreted():
+        triton_impl = pytest.importorskip("saferlhf_fast.kernels.ppo_lag_advantage.triton_impl")
+        monkeypatch.setattr(triton_impl, "PROGRAMS", type(triton_impl.PROGRAMS)(4))
+    batch = naive.Ragged([5, 0, 140, 1, 60, 7, 2, 3, 0, 11], device=device)
+    inputs = inputs_of(batch)
+    if not with_cost:
+        inputs |= dict(cost=None, cost_values=None)
+    call = dict(multiplier=0.5 if with_cost else None, cu_seqlens=batch.cu_seqlens, **SETTINGS)
+    longer = {name: torch.cat([tensor, tensor.new_full((700,), torch.nan)]) if name in TOKENS and tensor is not None else tensor
+              for name, tensor in inputs.items()}
+    *expected, expected_stats = ppo_lag_advantage(**{name: None if tensor is None else tensor.double()
+                                                     for name, tensor in inputs.items()}, impl="reference", **call)
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3).isnan().all()
+        results = [ppo_lag_advantage(**longer, impl=impl, **call) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    (*got, stats), (*again, stats_again) = results
+    for ours, same, theirs in zip(got, again, expected):
+        if theirs is not None:
+            assert torch.equal(ours, same) and (ours[-700:] == 0).all()
+            assert_near(ours[:-700], theirs)
+    for name, value in stats.items():
+        assert torch.equal(value, stats_again[name])
+        assert_near(value, expected_stats[name], name)
+
+
+@pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
+def test_seventy_thousand_rows(impl, device):
+    if dispatch.interpreted():
+        pytest.skip("too many for the interpreter; the next test looks at the grid")
+    batch = naive.Ragged([1] * 70_000, slack=0, device=device)
+    inputs = inputs_of(batch)
+    packed = dict(inputs, cu_seqlens=batch.cu_seqlens)
+    padded = {name: value[:, None] if name in TOKENS else value for name, value in inputs.items()}
+    exact = ppo_lag_advantage(**{name: value.double() for name, value in inputs.items()}, cu_seqlens=batch.cu_seqlens,
+                              multiplier=0.5, impl="reference", **SETTINGS)
+    for call in (packed, padded):
+        *got, stats = ppo_lag_advantage(**call, multiplier=0.5, impl=impl, **SETTINGS)
+        for ours, theirs in zip((*got, *stats.values()), (*exact[:3], *exact[3].values())):
+            assert_near(ours.reshape(theirs.shape), theirs)
+
+
+def test_triton_launches_once_along_x(monkeypatch):
+    triton_impl = pytest.importorskip("saferlhf_fast.kernels.ppo_lag_advantage.triton_impl")
+    launches = []
+
+    class Recorder:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: launches.append(grid)
+
+    monkeypatch.setattr(triton_impl, "advantage_kernel", Recorder())
+    for rows in (70_000, 1024, 3, 0):
+        tokens, scores = torch.zeros(rows, 1), torch.zeros(rows)
+        offsets = torch.arange(rows + 1, dtype=torch.int32)
+        for shape, layout in ((tokens, (None, tokens == 0)), (tokens[:, 0], (offsets, None))):
+            triton_impl.ppo_lag_advantage(shape, shape, scores, None, shape, None, None, *layout, 0.1, 1.0, 1.0, 5.0, False)
+    assert launches == [(1024,)] * 4 + [(3,)] * 2 + [(1,)] * 2
+
+
 def test_gradcheck_of_the_reference():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 1, 0]], dtype=torch.bool)
     tokens = [torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(4)]
@@ -230,3 +321,8 @@ def test_library_and_determinism(impl, device):
         return ppo_lag_advantage(*tensors, multiplier, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)[0] * 2
 
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
+
+
+@pytest.mark.skipif(dispatch.interpreted(), reason="this is the process that the test starts")
+def test_triton_in_the_interpreter():
+    interpret.run(__file__)
