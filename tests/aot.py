@@ -93,6 +93,17 @@ PACKED, PADDED = dict(mask_N=(None,)), dict(cu_seqlens=(None,))
 INPUTS = dict.fromkeys(("logp_N", "old_logp_N", "advantages_N", "ref_logp_N", "entropy_N"), "*x")
 
 
+def _scans(room):
+    """Configs of the segmented scans."""
+    gae = import_module(f"{PACKAGE}.gae.triton_impl")
+    return [dict(GROUPS=block // gae.PER, num_warps=warps) for block, warps in gae.CONFIGS.items()]
+
+
+SCAN = dict(cu_seqlens="*i32", mask_N="*i1", rows="i32", width="i32", tokens="i32", decay="fp32", share="fp32")
+SCAN_ROWS = [dict(PACKED, CARRY=(False,)), dict(PADDED, CARRY=(False, True))]
+NO_COST = dict.fromkeys(("cost_returns_N", "cost_B", "cost_values_N", "multiplier"), (None,))
+
+
 TABLE = [
     Kernel("token_logprob.triton_impl.forward_kernel", types=LOGITS, constants=dict(ENTROPY=(False, True)), configs=_rows),
     Kernel("token_logprob.triton_impl.backward_kernel",
@@ -110,6 +121,12 @@ TABLE = [
            types=dict(TOKENS, **dict.fromkeys(("values_CN", "old_values_CN", "returns_CN"), "*x"), critics="i32",
                       clip_value="fp32"),
            constants=[PACKED, dict(PADDED, normalizer=(None,))], configs=_losses),
+    Kernel("gae.triton_impl.gae_kernel", types=dict(SCAN, rewards_N="*x", values_N="*x"), constants=SCAN_ROWS, configs=_scans),
+    Kernel("ppo_lag_advantage.triton_impl.advantage_kernel",
+           types=dict(SCAN, done="*i32", multiplier="*fp32", kl_coeff="fp32", clip_score="fp32", **dict.fromkeys(
+               ("logp_N", "ref_logp_N", "reward_B", "cost_B", "reward_values_N", "cost_values_N"), "*x")),
+           constants=[{**rows, **cost} for rows in SCAN_ROWS for cost in ({}, NO_COST)],
+           configs=lambda room: [dict(config, maxnreg=room.REGISTERS) for config in _scans(room)]),
     Kernel("scaling_triton.scale_kernel", types=dict(tensor_N="*x", factor="*fp32", count="i32"),
            configs=lambda room: [dict(BLOCK_N=room.BLOCK)]),
 ]
