@@ -34,7 +34,8 @@ SAFERLHF_INLINE Sums row_body(T* __restrict gradient, const T* __restrict values
       const T plain = now - goal, other = old + bounded - goal;
       const T plain_square = plain * plain, other_square = other * other;
       const bool clipped_wins = other_square > plain_square, tie = other_square == plain_square;
-      loss[i] = T(0.5) * (clipped_wins ? other_square : plain_square);
+      // A NaN anywhere is in other_square, which wins what cannot be compared.
+      loss[i] = T(0.5) * (plain_square >= other_square ? plain_square : other_square);
       // Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
       const T whole = far & tie ? T(0.5) : T(1);
       gradient[start + i] = keep(w * plain * whole, on & bits_where<T>(!(far & clipped_wins)));

@@ -35,12 +35,12 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
         bounded = tl.where(difference > clip_value, clip_value, tl.where(difference < -clip_value, -clip_value, difference))
         plain, other = value - goal, old + bounded - goal
         plain_square, other_square = plain * plain, other * other
-        clipped_wins = other_square > plain_square      # false for NaN, which must stay visible
         # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
         whole = tl.where(far & (other_square == plain_square), 0.5, 1.0)
-        slope = tl.where(far & clipped_wins, 0.0, plain * whole)
+        slope = tl.where(far & (other_square > plain_square), 0.0, plain * whole)
         tl.store(gradient_N + begin + at, tl.where(on, slope * share, 0.0), mask=at < length)
-        loss_t += 0.5 * tl.where(clipped_wins, other_square, plain_square)
+        # A NaN anywhere is in other_square, which wins what cannot be compared.
+        loss_t += 0.5 * tl.where(plain_square >= other_square, plain_square, other_square)
         outside_t += far.to(tl.float32)
         value_t += value
         return_t += goal
