@@ -14,21 +14,23 @@ struct Call {
 
 template <int W, class T>
 SAFERLHF_INLINE void scan_row(const Call& call, const uint8_t* mask, int64_t at, int64_t length) {
-  using D = Doubles<W / 2>;
+  using L = Lanes<W, T>;
   T *advantages = static_cast<T*>(call.advantages) + at, *returns = static_cast<T*>(call.returns) + at;
   const T *rewards = static_cast<const T*>(call.rewards) + at, *values = static_cast<const T*>(call.values) + at;
-  Handed<W / 2> handed(call.decay);
+  Handed<W, T> handed(call.decay);
   for_runs(mask, length, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
-    int64_t t = end - W / 2;
-    for (; t >= begin; t -= W / 2) {
-      const auto r = D::read(rewards + t), v = D::read(values + t), after = handed.step(r, v);
-      D::write(advantages + t, r - v + after);
-      D::write(returns + t, r + after);
-    }
-    for (t += W / 2 - 1; t >= begin; --t) {
-      const double r = rewards[t], v = values[t], after = handed.step(r, v);
+    int64_t t = end;
+    // Whole vectors last: rows that begin on a cache line then write whole lines.
+    for (int rest = (end - begin) % L::count; rest > 0; --rest) {
+      const double r = rewards[--t], v = values[t], after = handed.step(r, v);
       advantages[t] = T(r - v + after);
       returns[t] = T(r + after);
+    }
+    while (t > begin) {
+      t -= L::count;
+      const auto r = L::read(rewards + t), v = L::read(values + t), after = handed.step(r, v);
+      store(advantages + t, r - v + after);
+      store(returns + t, r + after);
     }
   }, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
     handed.hole(end - begin, call.decay);

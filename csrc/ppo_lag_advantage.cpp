@@ -1,5 +1,5 @@
-// KL shaping, two scans, combination and statistics on the CPU: each token is read once. Sums run in double. A row's sums
-// are kept apart and added in row order, so the number of threads changes no bit.
+// KL shaping, two scans, combination and statistics on the CPU: each token is read once. A row's sums are kept apart and
+// added in row order, in double, so the number of threads changes no bit.
 #include "ppo_lag_advantage.h"
 
 #include <algorithm>
@@ -35,9 +35,8 @@ SAFERLHF_INLINE V bounded(V x, V limit) {
 template <int W, bool kCost, class T>
 SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* mask, int64_t index, int64_t at,
                                int64_t length) {
-  constexpr int L = W / 2;
-  using D = Doubles<L>;
-  using V = typename D::Type;
+  using L = Lanes<W, T>;
+  using V = typename L::Type;
   T *advantages = static_cast<T*>(call.advantages) + at, *reward_returns = static_cast<T*>(call.reward_returns) + at;
   T* cost_returns = kCost ? static_cast<T*>(call.cost_returns) + at : nullptr;
   const T *logp = static_cast<const T*>(call.logp) + at, *ref_logp = static_cast<const T*>(call.ref_logp) + at;
@@ -46,8 +45,9 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
   const double reward = static_cast<const T*>(call.reward)[index];
   const double cost = kCost ? double(static_cast<const T*>(call.cost)[index]) : 0.0;
   const double kl_coeff = call.kl_coeff, limit = call.clip_score, multiplier = call.multiplier, weight = call.weight;
-  Handed<L> handed_reward(call.decay), handed_cost(call.decay);
+  Handed<W, T> handed_reward(call.decay), handed_cost(call.decay);
   V lanes[kSums] = {};
+  int added = 0;  // tokens in `lanes`
 
   const auto token = [&](int64_t t, bool last) SAFERLHF_INLINED {
     const double kl = double(logp[t]) - double(ref_logp[t]), v = reward_values[t];
@@ -73,21 +73,21 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
   };
 
   const auto vector = [&](int64_t t) SAFERLHF_INLINED {
-    const V kl = D::read(logp + t) - D::read(ref_logp + t);
-    const V c = bounded(kl_coeff * kl, D::all(limit)), r = -c;  // the bound is symmetric
-    V v = D::read(reward_values + t);
+    const V kl = L::read(logp + t) - L::read(ref_logp + t);
+    const V c = bounded(T(kl_coeff) * kl, L::all(T(limit))), r = -c;  // the bound is symmetric
+    V v = L::read(reward_values + t);
     const V reward_return = handed_reward.step(r, v) + r, reward_advantage = reward_return - v;
     V advantage = reward_advantage;
     if (kCost) {
-      v = D::read(cost_values + t);
+      v = L::read(cost_values + t);
       const V cost_return = handed_cost.step(c, v) + c, cost_advantage = cost_return - v;
-      advantage = (reward_advantage - multiplier * cost_advantage) * weight;
-      D::write(cost_returns + t, cost_return);
+      advantage = (reward_advantage - T(multiplier) * cost_advantage) * T(weight);
+      store(cost_returns + t, cost_return);
       lanes[kCostAdvantage] += cost_advantage;
       lanes[kCostReturn] += cost_return;
     }
-    D::write(advantages + t, advantage);
-    D::write(reward_returns + t, reward_return);
+    store(advantages + t, advantage);
+    store(reward_returns + t, reward_return);
     lanes[kKl] += kl;
     lanes[kShapedCost] += c;
     lanes[kRewardAdvantage] += reward_advantage;
@@ -95,12 +95,28 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
     lanes[kSquare] += advantage * advantage;
   };
 
+  // Lanes add up in T for a while, then in double.
+  const auto flush = [&]() {
+    lanes[kShapedReward] = -lanes[kShapedCost];
+    for (int i = 0; i < kSums; ++i) {
+      sums.of[i] += L::sum(lanes[i]);
+      lanes[i] = V{};
+    }
+    added = 0;
+  };
+
   for_runs(mask, length, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
     int64_t t = end;
     // Going backwards, the first valid token met is the row's last: the scores belong to it.
     if (sums.count == 0) token(--t, true);
-    for (; t - begin >= L; t -= L) vector(t - L);
-    while (--t >= begin) token(t, false);
+    // Whole vectors last: rows that begin on a cache line then write whole lines.
+    for (int rest = (t - begin) % L::count; rest > 0; --rest) token(--t, false);
+    while (t > begin) {
+      const int64_t stop = std::max(begin, t - 64 * L::count);
+      added += int(t - stop);
+      while (t > stop) vector(t -= L::count);
+      if (added >= 64 * L::count) flush();
+    }
     sums.count += end - begin;
   }, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
     handed_reward.hole(end - begin, call.decay);
@@ -109,8 +125,7 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
     fill_zero(reward_returns, begin, end);
     if (kCost) fill_zero(cost_returns, begin, end);
   });
-  lanes[kShapedReward] = -lanes[kShapedCost];
-  for (int i = 0; i < kSums; ++i) sums.of[i] += D::sum(lanes[i]);
+  flush();
 }
 
 template <int W>

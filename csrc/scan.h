@@ -4,11 +4,12 @@
 //   D_t = gamma * V_t + gamma * lam * A_t,   so that   A_t = r_t - V_t + D_{t+1}   and
 //   D_t = decay * D_{t+1} + decay * r_t + value * V_t    with decay = gamma * lam, value = gamma - decay.
 // One number of state: a masked token multiplies it by decay ("zero") or leaves it alone ("carry"), and no token needs its
-// neighbour's value. At lam = 1 the values drop out of the sum, and their rounding with them. Everything is summed in double.
+// neighbour's value. At lam = 1 the values drop out of the sum, and their rounding with them.
 #pragma once
 
 #include <cmath>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "common.h"
@@ -30,23 +31,23 @@ struct Decay {
   }
 };
 
-// L doubles in one vector: half as many as the floats of vector.h.
+// What a row of T is computed in: vectors of T as wide as the machine's.
+template <class T, int L>
+struct LanesOf {
+  typedef T Type __attribute__((vector_size(L * sizeof(T))));
+};
 template <int L>
-struct DoubleVector {
-  typedef double Type __attribute__((vector_size(L * 8)));
-  typedef int64_t Places __attribute__((vector_size(L * 8)));
+struct PlacesOf {
+  typedef int64_t Long __attribute__((vector_size(L * 8)));
+  typedef int32_t Int __attribute__((vector_size(L * 4)));
 };
 
-template <int L>
-struct Doubles {
-  using Type = typename DoubleVector<L>::Type;
-  using Places = typename DoubleVector<L>::Places;
-  using At = std::make_integer_sequence<int, L>;
+template <int W, class T>
+struct Lanes {
+  static constexpr int count = W * 4 / sizeof(T);
+  using Type = typename LanesOf<T, count>::Type;
+  using Places = std::conditional_t<sizeof(T) == 8, typename PlacesOf<count>::Long, typename PlacesOf<count>::Int>;
 
-  template <class T, int... at>
-  static SAFERLHF_INLINE Type read(const T* from, std::integer_sequence<int, at...>) {
-    return Type{double(from[at])...};  // __builtin_convertvector makes worse code of this
-  }
   template <int steps, int... at>
   static SAFERLHF_INLINE Type shift(Type x, Type then, std::integer_sequence<int, at...>) {
 #ifdef __clang__
@@ -55,67 +56,59 @@ struct Doubles {
     return __builtin_shuffle(x, then, Places{(at + steps)...});
 #endif
   }
-
-  static SAFERLHF_INLINE Type all(double x) { return x - Type{}; }
-  template <class T>
-  static SAFERLHF_INLINE Type read(const T* from) {
-    return read(from, At());
-  }
-  template <class T>
-  static SAFERLHF_INLINE void write(T* to, Type x) {
-    typedef T Narrow __attribute__((vector_size(L * sizeof(T))));
-    store(to, __builtin_convertvector(x, Narrow));
-  }
-  // The first lane everywhere.
-  static SAFERLHF_INLINE Type first(Type x) {
-#ifdef __clang__
-    return all(x[0]);
-#else
-    return __builtin_shuffle(x, Places{});
-#endif
-  }
   // Lane i becomes lane i + steps; what comes in at the end are the first lanes of `then`.
   template <int steps>
   static SAFERLHF_INLINE Type shift(Type x, Type then) {
-    return shift<steps>(x, then, At());
+    return shift<steps>(x, then, std::make_integer_sequence<int, count>());
   }
+  static SAFERLHF_INLINE Type all(T x) {
+#ifdef __clang__
+    return x - Type{};
+#else
+    return __builtin_shuffle(Type{x}, Places{});  // GCC makes one instruction of this, and a dozen of the line above
+#endif
+  }
+  static SAFERLHF_INLINE Type read(const T* from) { return load<Type>(from); }
   static SAFERLHF_INLINE double sum(Type x) {
     double total = 0;
-    for (int lane = 0; lane < L; ++lane) total += x[lane];
+    for (int lane = 0; lane < count; ++lane) total += x[lane];
     return total;
   }
 };
 
-// D of one stream, walking backwards.
-template <int L>
+// D of one stream, walking backwards. Inside a vector it is summed in T, from vector to vector in double: the error is a few
+// ulp of the sum of the terms' sizes, whatever the length of the row (tests/test_gae.py holds it to that).
+template <int W, class T>
 struct Handed {
-  using D = Doubles<L>;
-  using Type = typename D::Type;
-  Type state = {};  // D of the token after, in all lanes
-  Type powers;      // decay^L .. decay^1
-  double decay, value;
+  using L = Lanes<W, T>;
+  using Type = typename L::Type;
+  double state = 0;  // D of the token after
+  double decay, value, whole = 1;
+  Type powers;  // decay^count .. decay^1
 
   SAFERLHF_INLINE explicit Handed(const Decay& k) : decay(k.decay), value(k.value) {
-    double power = 1;
-    for (int lane = L - 1; lane >= 0; --lane) powers[lane] = power *= decay;
+    for (int lane = L::count - 1; lane >= 0; --lane) powers[lane] = T(whole *= decay);
   }
-  // D of the token after each of L tokens with rewards r and values v.
+  // D of the token after each token of a vector with rewards r and values v.
   SAFERLHF_INLINE Type step(Type r, Type v) {
-    Type sum = decay * r + value * v;  // becomes the sum over this token and those after it in the vector
-    sum += decay * D::template shift<1>(sum, Type{});
-    if constexpr (L > 2) sum += powers[L - 2] * D::template shift<2>(sum, Type{});
-    if constexpr (L > 4) sum += powers[L - 4] * D::template shift<4>(sum, Type{});
-    const Type after = D::template shift<1>(sum + powers * state, state);
-    state = D::first(sum) + powers[0] * state;  // all that waits for the vector before: one multiply-add
+    constexpr int n = L::count;
+    Type sum = T(decay) * r + T(value) * v;  // becomes the sum over this token and those after it in the vector
+    sum += T(decay) * L::template shift<1>(sum, Type{});
+    if constexpr (n > 2) sum += powers[n - 2] * L::template shift<2>(sum, Type{});
+    if constexpr (n > 4) sum += powers[n - 4] * L::template shift<4>(sum, Type{});
+    if constexpr (n > 8) sum += powers[n - 8] * L::template shift<8>(sum, Type{});
+    const Type before = L::all(T(state));
+    const Type after = L::template shift<1>(sum + powers * before, before);
+    state = double(sum[0]) + whole * state;  // all that waits for the vector before: one multiply-add
     return after;
   }
   // The same for one token.
   SAFERLHF_INLINE double step(double r, double v) {
-    const double after = state[0];
-    state = D::all(decay * after + decay * r + value * v);
+    const double after = state;
+    state = decay * after + decay * r + value * v;
     return after;
   }
-  SAFERLHF_INLINE void hole(int64_t length, const Decay& k) { state = D::all(k.through_hole(state[0], length)); }
+  SAFERLHF_INLINE void hole(int64_t length, const Decay& k) { state = k.through_hole(state, length); }
 };
 
 SAFERLHF_INLINE uint64_t eight_bytes(const uint8_t* from) { return load<uint64_t>(from); }

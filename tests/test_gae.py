@@ -100,6 +100,20 @@ def test_holes(impl, device, masked, rule):
 
 
 @naive.native
+@pytest.mark.parametrize("lam", [1.0, 0.9999, 0.99, 0.5])
+def test_the_error_of_the_native_version_does_not_grow_with_the_row(lam):
+    """8 ulp (of float32) of the sum of the terms' sizes, also 100,000 tokens before the end."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = torch.randn(100_000, generator=generator), 3 * torch.randn(100_000, generator=generator)
+    exact = [rewards.double(), values.double()]
+    advantages = gae(rewards, values, gamma=1.0, lam=lam, impl="native")[0].double()
+    error = (advantages - gae(*exact, gamma=1.0, lam=lam, impl="native")[0]).abs()
+    terms = lam * exact[0].abs() + (1 - lam) * exact[1].abs()
+    sizes = gae(terms, 0 * terms, gamma=1.0, lam=lam, impl="native")[0] + exact[0].abs() + exact[1].abs()
+    assert (error / sizes).max() < 8 * 2.0 ** -24
+
+
+@naive.native
 def test_a_nan_reaches_the_tokens_before_it_in_its_row_and_no_others():
     batch = naive.Ragged([40, 61, 17])
     rewards, values = batch.tokens(), batch.tokens()
