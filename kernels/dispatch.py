@@ -30,9 +30,9 @@ class Op(NamedTuple):
 OPS = {
     "token_logprob": Op("token_logprob", ("triton", "native", "reference")),
     "token_logprob_backward": Op("token_logprob", ("triton", "native", "reference")),
-    "linear_logprob": Op("linear_logprob", ("native", "reference")),
-    "linear_logprob_backward": Op("linear_logprob", ("native", "reference")),
-    "linear_ppo_loss": Op("linear_ppo_loss", ("native", "reference")),
+    "linear_logprob": Op("linear_logprob", ("triton", "native", "reference")),
+    "linear_logprob_backward": Op("linear_logprob", ("triton", "native", "reference")),
+    "linear_ppo_loss": Op("linear_ppo_loss", ("triton", "native", "reference")),
     "ppo_loss_from_logits": Op("ppo_loss_from_logits", ("triton", "native", "reference")),
     "gae": Op("gae", ("triton", "native", "reference")),
     "ppo_lag_advantage": Op("ppo_lag_advantage", ("triton", "native", "reference")),
