@@ -1,4 +1,6 @@
-"""What the tests of the two losses share: places with their dtypes, odd memory layouts, counts of threads."""
+"""What the tests of the two losses share: places with their dtypes, odd memory layouts, poisoned outputs, threads."""
+
+from contextlib import contextmanager
 
 import naive
 import pytest
@@ -36,6 +38,17 @@ def laid_out(tensor, layout):
     else:
         view = nan(*reversed(tensor.shape)).permute(*reversed(range(tensor.dim())))
     return view.copy_(tensor)
+
+
+@contextmanager
+def nan_memory():
+    """New memory is NaN: an output that is not written shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def with_threads(call):

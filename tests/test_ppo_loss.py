@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_kit import HERE, INTERPRETED, LAYOUTS, exact, laid_out, typed, with_threads
+from losses_kit import HERE, INTERPRETED, LAYOUTS, exact, laid_out, nan_memory, typed, with_threads
 from tolerance import assert_near
 
 from saferlhf_fast import ppo_loss
@@ -65,8 +65,9 @@ def by_loops(batch, tokens, token_mean=False, normalizer=None, scale=1.0, shift=
 def call(tokens, upstream=1.0, **arguments):
     """(loss, {name: gradient}, stats) of the op; the tensors of `tokens` are not touched."""
     leaves = {name: tensor.detach().requires_grad_(name in ("logp", "entropy")) for name, tensor in tokens.items()}
-    loss, stats = ppo_loss(**leaves, clip_ratio=CLIP, **arguments)
-    (upstream * loss).backward()
+    with nan_memory():
+        loss, stats = ppo_loss(**leaves, clip_ratio=CLIP, **arguments)
+        (upstream * loss).backward()
     return loss.detach(), {name: leaves[name].grad for name in ("logp", "entropy") if name in leaves}, stats
 
 
@@ -197,6 +198,9 @@ def test_nothing_to_learn_from(impl, device):
                                       advantage_scale=2.0, advantage_shift=1.0, impl=impl, **TERMS["k3 and entropy"])
         assert loss == 0 and all(value == 0 for value in stats.values())
         assert all((gradient == 0).all() for gradient in gradients.values())
+    tokens = inputs_of(naive.Ragged([3], device=device), terms="k3 and entropy")
+    loss, gradients, _ = call(tokens, normalizer=0, impl=impl, **TERMS["k3 and entropy"])
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
     nan = torch.full((4,), torch.nan, device=device)
     for offsets in ([0], [0, 0], [0, 0, 0]):
         loss, gradients, stats = call(dict.fromkeys(NAMES, nan), impl=impl, cu_seqlens=torch.tensor(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses_kit import HERE, INTERPRETED, LAYOUTS, exact, laid_out, typed, with_threads
+from losses_kit import HERE, INTERPRETED, LAYOUTS, exact, laid_out, nan_memory, typed, with_threads
 from tolerance import assert_near
 
 from saferlhf_fast import value_loss
@@ -45,8 +45,9 @@ def by_loops(batch, values, old_values, returns, token_mean=False, normalizer=No
 def call(values, old_values, returns, upstream=1.0, **arguments):
     """(loss, gradient, stats) of the op; `values` is not touched. upstream: a number, or one per critic."""
     leaf = values.detach().requires_grad_()
-    loss, stats = value_loss(leaf, old_values, returns, clip_value=CLIP, **arguments)
-    (upstream * loss).sum().backward()
+    with nan_memory():
+        loss, stats = value_loss(leaf, old_values, returns, clip_value=CLIP, **arguments)
+        (upstream * loss).sum().backward()
     return loss.detach(), leaf.grad, stats
 
 
@@ -159,6 +160,8 @@ def test_nothing_to_learn_from(impl, device):
         mask = torch.zeros(shape[-2:], dtype=torch.bool, device=device)
         loss, gradient, stats = call(nan, nan, nan, mask=mask, impl=impl)
         assert (loss == 0).all() and (gradient == 0).all() and all(value == 0 for value in stats.values())
+    loss, gradient, _ = call(*inputs_of(naive.Ragged([3], device=device)), normalizer=0, impl=impl)
+    assert loss == 0 and (gradient == 0).all()
     nan = torch.full((2, 4), torch.nan, device=device)
     for offsets in ([0], [0, 0], [0, 0, 0]):
         cu_seqlens = torch.tensor(offsets, dtype=torch.int32, device=device)
