@@ -6,7 +6,7 @@ import torch
 
 from ..checks import result_dtype
 from ..layout import layout, shares
-from ..losses import statistics
+from ..losses import statistics, total
 
 LOG_RATIO_LIMIT = 20.0  # exp of more than this overflows sums in float32 long before it says anything
 STATISTICS = ("clip_fraction", "approx_kl", "ratio", "advantage", "ref_kl", "entropy", "sequences", "tokens")
@@ -72,7 +72,7 @@ def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, cl
     advantage_N = real(advantage_N)
     terms = policy_terms(read(logp), read(old_logp), advantage_N, read(ref_logp), entropy_N, clip_ratio, kl_coeff, k1,
                          entropy_coeff)
-    loss = inverse * (share_N * terms.loss).sum()
+    loss = inverse * total(share_N * terms.loss)
     entropy_gradient = logp.new_empty(0, dtype=dtype)
     if entropy is not None:
         entropy_gradient = (-entropy_coeff * share_N).reshape(logp.shape)

@@ -4,7 +4,7 @@ import torch
 
 from ..checks import result_dtype
 from ..layout import layout, shares
-from ..losses import statistics
+from ..losses import statistics, total
 
 STATISTICS = ("clip_fraction", "value", "return", "error", "sequences", "tokens")
 
@@ -25,7 +25,7 @@ def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_
     clipped_CN = old_CN + difference_CN.clamp(-clip_value, clip_value)
     plain_error_CN, clipped_error_CN = value_CN - return_CN, clipped_CN - return_CN
     plain_square_CN, clipped_square_CN = plain_error_CN.square(), clipped_error_CN.square()
-    loss_C = 0.5 * inverse * (share_N * torch.maximum(plain_square_CN, clipped_square_CN)).sum(1)
+    loss_C = 0.5 * inverse * total(share_N * torch.maximum(plain_square_CN, clipped_square_CN))
     # Where the clipped square is the larger one the loss no longer depends on the value; a tie inside the range does.
     flat_CN = (clipped_square_CN > plain_square_CN) & (difference_CN.abs() > clip_value)
     # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
