@@ -39,9 +39,9 @@ def test_a_room_has_its_five_places(op):
         assert (folder / file).exists() == (name in dispatch.OPS[op].order), f"{op}: {file} against the dispatcher"
     assert (folder / "__init__.py").exists()
     if "native" in dispatch.OPS[op].order:      # the linear ops' C++ is that of the rows they are made of
-        sources = re.findall(r"csrc/\w+\.cpp", (folder / "native.py").read_text())
-        assert sources and all((ROOT / source).exists() for source in sources)
-        assert f"csrc/{op}.cpp" in sources or op.startswith("linear_")
+        sources = re.findall(r"csrc/(\w+)\.", (folder / "native.py").read_text())
+        assert sources and all((ROOT / "csrc" / f"{source}.cpp").exists() for source in sources)
+        assert op in sources or op.startswith("linear_")
     assert (ROOT / "tests" / f"test_{op}.py").exists()
     assert (ROOT / "bench" / f"bench_{op}.py").exists()
     assert re.search(rf"^\| `{op}` \|", (ROOT / "kernels" / "README.md").read_text(), re.MULTILINE)
