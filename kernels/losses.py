@@ -7,6 +7,7 @@ without `inverse`, so that one launch can write it before the global count is kn
 import torch
 
 REDUCTIONS = ("sequence-mean", "token-mean")
+KL_ESTIMATORS = ("k3", "k1")
 
 
 def total(value):

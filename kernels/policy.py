@@ -11,9 +11,8 @@ import torch
 from . import checks
 from .dispatch import choose
 from .layout import layout, weights
+from .losses import KL_ESTIMATORS, REDUCTIONS
 
-REDUCTIONS = ("sequence-mean", "token-mean")
-KL_ESTIMATORS = ("k3", "k1")
 HALF_HEADROOM = 6  # float16: the largest weighted advantage is brought to 2^5 .. 2^6, far from both ends of the range
 SCHEMA = ("Tensor ids, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? cu_seqlens, Tensor? mask, "
           "float clip_ratio, float kl_coeff, bool k1, float entropy_coeff, float temperature, Tensor? temperatures, "

@@ -4,10 +4,8 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..losses import REDUCTIONS, scaled
+from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
 from .reference import STATISTICS
-
-KL_ESTIMATORS = ("k1", "k3")
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define("ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? entropy, "
