@@ -11,15 +11,17 @@ num_stages). To add a kernel, add an entry:
 
 A type that is not given follows from the name: a shape suffix (grad_N, logits_NV) is "*fp32", a name that ends in "stride" is
 "i32" (what a launch makes of it as long as it is below 2^31). "x" stands for each of `dtypes` in turn; "y" is a second one,
-written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. `constants` may also name an argument that is not
-always given: (None, ...) compiles it as None and, by the ellipsis, as an argument. Where not every combination exists,
-`constants` is a list of such dicts. Configs of triton.autotune are found by themselves. `spill` is the written reason why an
-entry may have a stack or local memory. `below` bounds integers, {name: bound}, where tests/ttir.py could otherwise take a
-32-bit product for one that passes 2^31; tests/test_addresses.py holds launches to it.
+written "fp32/bf16" (x/y) in `dtypes`, x itself where there is no slash. A type may also be a descriptor,
+"tensordesc<x[N, H]>", with the names of constants for its sizes. `constants` may also name an argument that is not always
+given: (None, ...) compiles it as None and, by the ellipsis, as an argument. Where not every combination exists, `constants`
+is a list of such dicts. A config may say by `archs` and `dtypes` where it is chosen. Configs of triton.autotune are found by
+themselves. `spill` is the written reason why an entry may have a stack or local memory. `below` bounds integers,
+{name: bound}, where tests/ttir.py could otherwise take a 32-bit product for one that passes 2^31; tests/test_addresses.py
+holds launches to it.
 
 Pointers are compiled as aligned to 16 bytes, as torch allocates them; integers both as multiples of 16 and not, which
 are two kernels to Triton, in the full product (--all). Without --all, integers are multiples of 16 and every architecture
-has one dtype: the whole table then takes about a minute.
+has one dtype (of "fp32/bf16" the y).
 
 By hand:  python tests/aot.py 90 [--all] [part of a kernel's name]
 One JSON line per cubin: kernel, dtype, constants, options, registers, stack and local (bytes a thread), shared (static, bytes),
@@ -39,6 +41,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import torch
 from ttir import narrow_offsets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,6 +85,21 @@ D_LOGITS = dict(LOGITS, out_NV="*y")  # may lie over wider logits
 NARROWED = ("fp32", "bf16", "fp16", "fp32/bf16")
 
 
+def _fused(described):
+    """Configs of the head's product with the softmax in it, for tiles that come by descriptors or by pointers."""
+    def configs(room):
+        kinds = [(dtypes, aligned, arch) for dtypes in (("fp32",), ("bf16", "fp16")) for aligned in (False, True)
+                 for arch in ARCHITECTURES]
+        found = [dict(room.config(torch.float32 if dtypes == ("fp32",) else torch.bfloat16, aligned, arch // 10),
+                      dtypes=dtypes, archs=(arch,), SPLIT=room.SPLIT, GROUP=room.GROUP) for dtypes, aligned, arch in kinds]
+        return [config for config in found if config["DESCRIBED"] == described]
+    return configs
+
+
+HEAD = dict(bias_V="*x", ids_N="*i64", count="i32", vocabulary="i32", width="i32", splits="i32", temperature="fp32",
+            per_row="i32", softcap="fp32")
+
+
 def _losses(room):
     return list(import_module(f"{PACKAGE}.losses_triton").CONFIGS)
 
@@ -112,6 +130,13 @@ TABLE = [
     Kernel("ppo_loss_from_logits.triton_impl.rows_kernel",
            types=dict(D_LOGITS, upwards="i32", has_ref="i32", k1="i32", clip_ratio="fp32", kl_coeff="fp32",
                       entropy_coeff="fp32"), configs=_rows, dtypes=NARROWED),
+    Kernel("linear_logprob.triton_impl.fused_kernel", types=dict(HEAD, hidden="*x", weight="*x"),
+           constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(False)),
+    Kernel("linear_logprob.triton_impl.fused_kernel",
+           types=dict(HEAD, hidden="tensordesc<x[N, H]>", weight="tensordesc<x[V, H]>"),
+           constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(True)),
+    Kernel("linear_logprob.triton_impl.merge_kernel", types=dict(ids_N="*i64", vocabulary="i32", splits="i32"),
+           configs=lambda room: [dict(SPLIT=room.SPLIT, S=s, num_warps=1) for s in (1, 32, 256)], dtypes=("fp32",)),
     Kernel("ppo_loss.triton_impl.loss_kernel",
            types=dict(TOKENS, **INPUTS, loss="*fp32", statistics="*fp32", scale="*fp32", shift="*fp32", clip_ratio="fp32",
                       kl_coeff="fp32", entropy_coeff="fp32"),
@@ -145,9 +170,11 @@ def jitted(kernel):
     return kernel
 
 
-def _type(entry, name, x, y=None):
+def _type(entry, name, constants, x, y=None):
     """The type of an argument where the entry's letters stand for the dtypes x and y."""
     if name in entry.types:
+        if entry.types[name].startswith("tensordesc"):
+            return re.sub(r"\b([A-Z]+|x)\b", lambda found: str({**constants, "x": x}[found[0]]), entry.types[name])
         pointer, kind = re.match(r"(\**)(.*)", entry.types[name]).groups()
         return pointer + {"x": x, "y": y or x}.get(kind, kind)
     if name.endswith("stride"):
@@ -164,8 +191,11 @@ def variants(entry, arch, everything=False):
     configs = entry.configs(module)
     if hasattr(kernel, "configs"):
         configs = [{**c.kwargs, "num_warps": c.num_warps, "num_stages": c.num_stages} for c in kernel.configs]
-    dtypes = [d for d in entry.dtypes if everything or "/" in d or d == ARCHITECTURES[arch] or len(entry.dtypes) == 1]
+    dtypes = [d for d in entry.dtypes if everything or d.split("/")[-1] == ARCHITECTURES[arch] or len(entry.dtypes) == 1]
     for dtype, config, aligned in itertools.product(dtypes, configs, (True, False) if everything else (True,)):
+        config = dict(config)
+        if arch not in config.pop("archs", ARCHITECTURES) or dtype not in config.pop("dtypes", entry.dtypes):
+            continue
         for values in combinations(entry):
             constants = {**values, **{k: v for k, v in config.items() if k not in OPTIONS}}
             signature, attributes = {}, {}
@@ -173,7 +203,7 @@ def variants(entry, arch, everything=False):
                 if param.name in constants:
                     signature[param.name] = "constexpr"
                     continue
-                kind = signature[param.name] = _type(entry, param.name, *dtype.split("/"))
+                kind = signature[param.name] = _type(entry, param.name, constants, *dtype.split("/"))
                 if kind.startswith("*") or (aligned and kind.startswith("i") and not param.do_not_specialize):
                     attributes[at,] = [["tt.divisibility", 16]]
             options = {k: v for k, v in config.items() if k in OPTIONS}
@@ -241,7 +271,7 @@ def _is_jit(decorator):
     return text.split("(")[0] in ("triton.jit", "jit")
 
 
-def compile_all(arch, cache, everything=False, timeout=280):
+def compile_all(arch, cache, everything=False, timeout=580):
     """The rows that `main` prints, from one process without TRITON_INTERPRET and with its own cache folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.update(TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")

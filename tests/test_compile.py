@@ -28,6 +28,7 @@ def check(arch, rows):
     assert {row["kernel"] for row in rows} == set(entries)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch, tmp_path):
     check(arch, compile_all(arch, tmp_path))
