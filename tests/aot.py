@@ -98,6 +98,7 @@ def _fused(described):
 
 HEAD = dict(bias_V="*x", ids_N="*i64", count="i32", vocabulary="i32", width="i32", splits="i32", temperature="fp32",
             per_row="i32", softcap="fp32")
+SPLITS = dict(splits=2 ** 21)  # of 1024 columns each
 
 
 def _losses(room):
@@ -131,10 +132,10 @@ TABLE = [
            types=dict(D_LOGITS, upwards="i32", has_ref="i32", k1="i32", clip_ratio="fp32", kl_coeff="fp32",
                       entropy_coeff="fp32"), configs=_rows, dtypes=NARROWED),
     Kernel("linear_logprob.triton_impl.fused_kernel", types=dict(HEAD, hidden="*x", weight="*x"),
-           constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(False)),
+           constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(False), below=SPLITS),
     Kernel("linear_logprob.triton_impl.fused_kernel",
            types=dict(HEAD, hidden="tensordesc<x[N, H]>", weight="tensordesc<x[V, H]>"),
-           constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(True)),
+           constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(True), below=SPLITS),
     Kernel("linear_logprob.triton_impl.merge_kernel", types=dict(ids_N="*i64", vocabulary="i32", splits="i32"),
            configs=lambda room: [dict(SPLIT=room.SPLIT, S=s, num_warps=1) for s in (1, 32, 256)], dtypes=("fp32",)),
     Kernel("ppo_loss.triton_impl.loss_kernel",

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import linear
 from ..dispatch import interpreted
 from ..token_logprob import triton_impl as rows
-from ..token_logprob.triton_impl import FLOOR, LOG2E, finish, finite, tanh
+from ..token_logprob.triton_impl import FLOOR, INTEGERS, LOG2E, finish, finite, tanh
 
 SPLIT = 1024  # columns of a program
 GROUP = 16    # blocks of tokens that go through the vocabulary together, so that they find its tiles in the L2 cache
@@ -25,21 +25,23 @@ CONFIGS = {
     None: dict(N=128, V=128, H=64, num_warps=8, num_stages=3),
 }
 FLOAT32 = dict(N=64, V=64, H=32, num_warps=4, num_stages=2)  # sums of products in float32, without tensor cores
-DESCRIPTORS = (9, 10)  # where tiles are brought by the tensor memory accelerator
+UNALIGNED = dict(N=64, V=64, H=32, num_warps=4, num_stages=2)  # half precision, rows that do not begin at 16 bytes
+DESCRIPTORS = (9, 10)  # where aligned tiles of half precision are brought by the tensor memory accelerator
 
 
 @triton.jit
-def tile_logits(hidden, weight, n, v, first_n, first_v, width, hidden_stride, weight_stride, N: tl.constexpr, V: tl.constexpr,
-                H: tl.constexpr, DESCRIBED: tl.constexpr):
+def tile_logits(hidden, weight, n, v, first_n, first_v, width, hidden_stride, weight_stride, DESCRIBED: tl.constexpr,
+                W: tl.constexpr, N: tl.constexpr, V: tl.constexpr, H: tl.constexpr):
     """hidden @ weight.T of the tokens n from first_n and the columns v from first_v on, in float32."""
+    width *= W
     logits = tl.zeros([N, V], tl.float32)
     if DESCRIBED:
         for h in range(0, width, H):
-            logits = tl.dot(hidden.load([first_n, h]), weight.load([first_v, h]).T, logits)
+            logits = tl.dot(hidden.load([first_n.to(tl.int32), h]), weight.load([first_v, h]).T, logits)
     else:
         at_h = tl.arange(0, H)
-        hidden_NH = hidden + n.to(tl.int64)[:, None] * hidden_stride + at_h[None, :]
-        weight_HV = weight + v.to(tl.int64)[None, :] * weight_stride + at_h[:, None]
+        hidden_NH = hidden + n[:, None] * hidden_stride * W + at_h[None, :]
+        weight_HV = weight + v.to(tl.int64)[None, :] * weight_stride * W + at_h[:, None]
         for h in range(0, width, H):
             a = tl.load(hidden_NH + h, mask=(h + at_h < width)[None, :], other=0.0)
             b = tl.load(weight_HV + h, mask=(h + at_h < width)[:, None], other=0.0)
@@ -47,17 +49,17 @@ def tile_logits(hidden, weight, n, v, first_n, first_v, width, hidden_stride, we
     return logits
 
 
-@triton.jit(do_not_specialize=["count", "vocabulary", "splits", "per_row"])
+@triton.jit(do_not_specialize=INTEGERS)
 def fused_kernel(base_NS, others_NS, weighted_NS, target_NS, hidden, weight, bias_V, ids_N, temperature_N, hidden_stride,
                  weight_stride, count, vocabulary, width, splits, temperature, per_row, softcap, CAPPED: tl.constexpr,
-                 DESCRIBED: tl.constexpr, N: tl.constexpr, V: tl.constexpr, H: tl.constexpr, SPLIT: tl.constexpr,
-                 GROUP: tl.constexpr):
+                 DESCRIBED: tl.constexpr, W: tl.constexpr, N: tl.constexpr, V: tl.constexpr, H: tl.constexpr,
+                 SPLIT: tl.constexpr, GROUP: tl.constexpr):
     # Programs that run side by side: GROUP blocks of tokens times neighbouring splits.
-    program, blocks = tl.program_id(0), tl.cdiv(count, N)
+    program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(count, N)
     group = program // (GROUP * splits)
     members = tl.minimum(blocks - group * GROUP, GROUP)
     program -= group * GROUP * splits
-    first_n, split = (group * GROUP + program % members) * N, program // members
+    first_n, split = (group * GROUP + program % members) * N, (program // members).to(tl.int32)
     n = first_n + tl.arange(0, N)
     inside_n = n < count
     row_n = tl.minimum(n, count - 1)
@@ -71,7 +73,7 @@ def fused_kernel(base_NS, others_NS, weighted_NS, target_NS, hidden, weight, bia
     for first_v in range(split * SPLIT, tl.minimum(split * SPLIT + SPLIT, vocabulary), V):
         v = first_v + tl.arange(0, V)
         x = tile_logits(hidden, weight, row_n, tl.minimum(v, vocabulary - 1), first_n, first_v, width, hidden_stride,
-                        weight_stride, N, V, H, DESCRIBED)
+                        weight_stride, DESCRIBED, W, N, V, H)
         if bias_V is not None:
             x += tl.load(bias_V + v, mask=v < vocabulary, other=0.0).to(tl.float32)[None, :]
         if CAPPED:
@@ -87,14 +89,14 @@ def fused_kernel(base_NS, others_NS, weighted_NS, target_NS, hidden, weight, bia
         weighted_n = shrink_n * (weighted_n + down_n * total_n) + tl.sum(e * finite(t), 1)
         total_n = shrink_n * total_n + tl.sum(e, 1)
         base_n = new_n
-    at = n.to(tl.int64) * splits + split
+    at = n * splits + split
     tl.store(base_NS + at, base_n, mask=inside_n)
     tl.store(others_NS + at, total_n, mask=inside_n)
     tl.store(weighted_NS + at, weighted_n, mask=inside_n)
     tl.store(target_NS + at, target_n * scale_n, mask=inside_n)
 
 
-@triton.jit(do_not_specialize=["vocabulary", "splits"])
+@triton.jit(do_not_specialize=INTEGERS)
 def merge_kernel(logp_N, entropy_N, lse_N, base_NS, others_NS, weighted_NS, target_NS, ids_N, vocabulary, splits,
                  SPLIT: tl.constexpr, S: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
@@ -117,14 +119,13 @@ def merge_kernel(logp_N, entropy_N, lse_N, base_NS, others_NS, weighted_NS, targ
     tl.store(lse_N + row, lse)
 
 
-def config(dtype, major):
-    """The config for a dtype on a GPU of that major compute capability."""
-    return FLOAT32 if dtype == torch.float32 else CONFIGS.get(major, CONFIGS[None])
-
-
-def describable(*tensors):
-    """Whether tiles of these matrices can be described: rows that begin at multiples of 16 bytes."""
-    return all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 for tensor in tensors)
+def config(dtype, aligned, major):
+    """Options of a launch on a GPU of that major compute capability: tiles, W (what row lengths are multiples of)."""
+    if dtype == torch.float32:
+        return dict(FLOAT32, DESCRIBED=False, W=4 if aligned else 1)
+    if not aligned:
+        return dict(UNALIGNED, DESCRIBED=False, W=1)
+    return dict(CONFIGS.get(major, CONFIGS[None]), DESCRIBED=major in DESCRIPTORS, W=8)
 
 
 def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap):
@@ -136,21 +137,22 @@ def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_
     if hidden_NH.dtype == torch.bfloat16 and interpreted():
         hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()  # the interpreter multiplies bfloat16 bits as integers
     hidden_NH, weight_VH, ids_N = rows.unit_rows(hidden_NH), rows.unit_rows(weight_VH), ids_N.contiguous()
+    aligned = all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
+                  for tensor in (hidden_NH, weight_VH)) and width * hidden_NH.element_size() % 16 == 0
     major = torch.cuda.get_device_capability(hidden_NH.device)[0] if hidden_NH.device.type == "cuda" else DESCRIPTORS[0]
-    tiles = config(hidden_NH.dtype, major)
+    how = config(hidden_NH.dtype, aligned, major)
     splits = triton.cdiv(vocabulary, SPLIT)
     sums = [hidden_NH.new_empty((count, splits), dtype=torch.float32) for _ in range(4)]
-    described = hidden_NH.dtype != torch.float32 and major in DESCRIPTORS and describable(hidden_NH, weight_VH)
     hidden, weight = hidden_NH, weight_VH
-    if described:
-        hidden = TensorDescriptor.from_tensor(hidden_NH, [tiles["N"], tiles["H"]])
-        weight = TensorDescriptor.from_tensor(weight_VH, [tiles["V"], tiles["H"]])
+    if how["DESCRIBED"]:
+        hidden = TensorDescriptor.from_tensor(hidden_NH, [how["N"], how["H"]])
+        weight = TensorDescriptor.from_tensor(weight_VH, [how["V"], how["H"]])
     with torch.cuda.device(hidden_NH.get_device()):
-        fused_kernel[(triton.cdiv(count, tiles["N"]) * splits,)](
+        fused_kernel[(triton.cdiv(count, how["N"]) * splits,)](
             *sums, hidden, weight, bias_V, ids_N, logp_N if temperature_N is None else temperature_N.contiguous(),
-            hidden_NH.stride(0), weight_VH.stride(0), count, vocabulary, width, splits, float(temperature),
-            int(temperature_N is not None), float(softcap), CAPPED=softcap > 0, DESCRIBED=described, SPLIT=SPLIT, GROUP=GROUP,
-            **tiles)
+            hidden_NH.stride(0) // how["W"], weight_VH.stride(0) // how["W"], count, vocabulary, width // how["W"], splits,
+            float(temperature), int(temperature_N is not None), float(softcap), CAPPED=softcap > 0, SPLIT=SPLIT, GROUP=GROUP,
+            **how)
         merge_kernel[(count,)](logp_N, entropy_N, lse_N, *sums, ids_N, vocabulary, splits, SPLIT=SPLIT,
                                S=triton.next_power_of_2(splits), num_warps=1)
     return logp_N, entropy_N, lse_N

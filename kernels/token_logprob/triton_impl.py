@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 
 WARPS = ((1 << 31, 8),)  # (widest vocabulary, warps); chosen by registers and occupancy, not tuned on a device
-# Arguments whose value must not choose another kernel: what a launch knows of alignment is in ALIGNED.
+# Arguments whose value must not choose another kernel: what a launch knows of alignment it says in ALIGNED or W.
 INTEGERS = ["logits_stride", "out_stride", "vocabulary", "parts", "tiles", "upwards", "per_row", "has_logp", "has_entropy",
-            "has_ref", "k1"]
+            "has_ref", "k1", "count", "splits", "width", "hidden_stride", "weight_stride"]
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e30)    # a z that is lower counts as -inf
