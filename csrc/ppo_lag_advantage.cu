@@ -47,18 +47,20 @@ __device__ T bounded(T x, T limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
-// The place, counted from the tile's first token, of the last valid token in a team's tile; -1 when there is none.
-template <bool kBlock>
-__device__ int last_of_tile(int valid, int* shared) {
-  const unsigned some = __ballot_sync(kAll, valid != 0);
-  const int lane = some ? 31 - __clz(int(some)) : 0;
-  const int bits = __shfl_sync(kAll, valid, lane);
-  const int warp = kBlock ? threadIdx.x / 32 : 0;
-  int last = some ? (warp * 32 + lane) * kQuad + 31 - __clz(bits) : -1;
+// The place, counted from the tile's first token, of the last valid token in a team's tile; -4 when there is none.
+template <bool kBlock, int kChunks>
+__device__ int last_of_tile(const Quad (&quads)[kChunks], const Team<kBlock>& team, int* shared) {
+  int last = -kQuad;
+  for (int g = 0; g < kChunks; ++g) {
+    const unsigned some = __ballot_sync(kAll, quads[g].valid != 0);
+    const int lane = some ? 31 - __clz(int(some)) : 0;
+    const int bits = __shfl_sync(kAll, quads[g].valid, lane);
+    if (some) last = ((team.warp * kChunks + g) * 32 + lane) * kQuad + 31 - __clz(bits);
+  }
   if (kBlock) {
-    if (threadIdx.x % 32 == 0) shared[warp] = last;
+    if (threadIdx.x % 32 == 0) shared[team.warp] = last;
     __syncthreads();
-    for (int w = 0; w < int(blockDim.x) / 32; ++w) last = max(last, shared[w]);
+    for (int w = 0; w < team.warps; ++w) last = max(last, shared[w]);
   }
   return last;
 }
@@ -81,54 +83,77 @@ __device__ T sum_of_warp(T (&x)[kSums]) {
   return x[0] + __shfl_xor_sync(kAll, x[0], 1);
 }
 
-// One tile of one row; returns sum number lane / 4 over the warp's tokens. `last`: which of this thread's tokens is the row's
-// last valid one; out of 0..3 when none is.
-template <bool kBlock, bool kCost, typename T>
-__device__ T shape_tile(double (&state)[kCost ? 2 : 1], const Quad& quad, int last, T reward, T cost, int turn,
-                        const Vectors<T>& at, const Scalars<T>& s, const Mix<T>& mix, Shared<kCost>& shared) {
+// The rewards and costs of a thread's tokens, from what was read of logp (x[0]) and ref_logp (x[1]): costs in x[0], rewards in
+// x[1]. `last`: the place, counted from the chunk's first token of this thread, of the row's last valid token.
+template <bool kCost, typename T, int kIn>
+__device__ void shape(T (&x)[kIn][kQuad], T (&sums)[kSums], int last, T reward, T cost, const Scalars<T>& s) {
+  T edge = T(0);
+  for (int j = 0; j < kQuad; ++j) {
+    const T kl = x[0][j] - x[1][j], term = s.kl_coeff * kl;  // 0 where masked
+    edge = j == last ? term : edge;
+    x[0][j] = bounded(term, s.clip_score);
+    x[1][j] = -x[0][j];  // the bound is symmetric
+    sums[kKl] += kl;
+    sums[kShapedCost] += x[0][j];
+    sums[kShapedReward] -= x[0][j];
+  }
+  if (unsigned(last) < unsigned(kQuad)) {  // the scores belong to this token; the clamp comes after them
+    const T plain = bounded(edge, s.clip_score), r = bounded(reward - edge, s.clip_score);
+    const T c = bounded(cost + edge, s.clip_score);
+    for (int j = 0; j < kQuad; ++j) {
+      x[0][j] = j == last ? c : x[0][j];
+      x[1][j] = j == last ? r : x[1][j];
+    }
+    sums[kShapedReward] += r + plain;
+    sums[kShapedCost] += c - plain;
+  }
+}
+
+// One tile of one row, x as read from logp, ref_logp, reward_values and cost_values; returns sum number lane / 4 over the warp's
+// tokens. `last`: the place in the tile of the row's last valid token, anything else when it lies elsewhere.
+template <bool kBlock, bool kCost, typename T, int kChunks, int kIn>
+__device__ T shape_tile(T (&x)[kChunks][kIn][kQuad], double (&state)[kCost ? 2 : 1], const Quad (&quads)[kChunks],
+                        int last, T reward, T cost, int turn, const Vectors<T>& at, const Scalars<T>& s,
+                        const Mix<T>& mix, const Team<kBlock>& team, Shared<kCost>& shared) {
   constexpr int kStreams = kCost ? 2 : 1;
   const Decay<T>& k = s.decay;
-  T r[kQuad], c[kQuad], v[kQuad], w[kQuad], handed[kStreams], sums[kSums] = {};
-  quad.read(c, at.logp);
-  quad.read(r, at.ref_logp);
-  quad.read(v, at.reward_values);
-  if (kCost) quad.read(w, at.cost_values);
-  for (int j = 0; j < kQuad; ++j) {
-    const T kl = c[j] - r[j], term = s.kl_coeff * kl;  // 0 where masked
-    r[j] = bounded(j == last ? reward - term : -term, s.clip_score);
-    sums[kKl] += kl;
-    sums[kShapedReward] += r[j];
-    if (kCost) {
-      c[j] = bounded(j == last ? cost + term : term, s.clip_score);
-      sums[kShapedCost] += c[j];
-    }
+  T handed[kChunks][kStreams], decay[kQuad], sums[kSums] = {};
+  Map<T, kStreams> maps[kChunks];
+  for (int g = 0; g < kChunks; ++g) {
+    quads[g].keep(x[g]);
+    shape<kCost>(x[g], sums, last - team.place(g) * kQuad, reward, cost, s);
+    quads[g].decays(decay, k);
+    multiply(maps[g], 0, decay, x[g][1], x[g][2], k);
+    if constexpr (kCost) multiply(maps[g], 1, decay, x[g][0], x[g][3], k);
   }
-  Map<T, kStreams> map;
-  multiply(map, 0, quad, r, v, k);
-  if constexpr (kCost) multiply(map, 1, quad, c, w, k);
-  scan_tile<kBlock>(handed, state, map, quad.valid, turn, k, shared.chain);
-  for (int j = kQuad - 1; j >= 0; --j) {
-    const bool on = quad.valid >> j & 1;
-    const T reward_return = r[j] + handed[0];
-    T advantage = reward_return - v[j];
-    sums[kRewardAdvantage] += on ? advantage : T(0);
-    sums[kRewardReturn] += on ? reward_return : T(0);
-    handed[0] = quad.decay_of(j, k) * handed[0] + k.add(r[j], v[j]);
-    r[j] = reward_return;
-    if constexpr (kCost) {
-      const T cost_return = c[j] + handed[1], cost_advantage = cost_return - w[j];
-      sums[kCostAdvantage] += on ? cost_advantage : T(0);
-      sums[kCostReturn] += on ? cost_return : T(0);
-      handed[1] = quad.decay_of(j, k) * handed[1] + k.add(c[j], w[j]);
-      c[j] = cost_return;
-      advantage = (advantage - mix.multiplier * cost_advantage) * mix.weight;
+  scan_tile<kBlock>(handed, state, maps, quads, turn, k, team, shared.chain);
+  for (int g = 0; g < kChunks; ++g) {
+    quads[g].decays(decay, k);
+    for (int j = kQuad - 1; j >= 0; --j) {  // r becomes the return, v the advantage, and both are 0 where masked
+      const bool on = quads[g].valid >> j & 1;
+      T &r = x[g][1][j], &v = x[g][2][j];
+      const T after = handed[g][0];
+      handed[g][0] = decay[j] * after + k.add(r, v);
+      r = on ? r + after : T(0);
+      v = r - v;
+      sums[kRewardReturn] += r;
+      sums[kRewardAdvantage] += v;
+      if constexpr (kCost) {
+        T &c = x[g][0][j], &w = x[g][3][j];
+        const T cost_after = handed[g][1];
+        handed[g][1] = decay[j] * cost_after + k.add(c, w);
+        c = on ? c + cost_after : T(0);
+        w = c - w;
+        sums[kCostReturn] += c;
+        sums[kCostAdvantage] += w;
+        v = (v - mix.multiplier * w) * mix.weight;
+      }
+      sums[kSquare] += v * v;
     }
-    sums[kSquare] += on ? advantage * advantage : T(0);
-    v[j] = advantage;
+    quads[g].write(at.advantages, x[g][2]);
+    quads[g].write(at.reward_returns, x[g][1]);
+    if constexpr (kCost) quads[g].write(at.cost_returns, x[g][0]);
   }
-  quad.write(at.advantages, v);
-  quad.write(at.reward_returns, r);
-  if constexpr (kCost) quad.write(at.cost_returns, c);
   return sum_of_warp(sums);
 }
 
@@ -136,15 +161,14 @@ __device__ T shape_tile(double (&state)[kCost ? 2 : 1], const Quad& quad, int la
 template <bool kBlock, bool kCost, typename T>
 __device__ double statistic_of_row(double mine, int count, const Team<kBlock>& team, const Mix<T>& mix,
                                    Shared<kCost>& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;  // of the block: a team that is a warp writes its own place
   for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAll, count, step);
   if (lane % 4 == 0) shared.sums[warp][lane / 4] = mine;
   if (lane == 0) shared.counts[warp] = count;
   team.sync();
   if (team.rank >= kStatistics) return 0.0;
-  const int warps = team.size / 32;
   double total[kSums] = {}, tokens = 0;
-  for (int w = warp; w < warp + warps; ++w) {
+  for (int w = warp; w < warp + team.warps; ++w) {
     tokens += shared.counts[w];
     for (int i = 0; i < kSums; ++i) total[i] += shared.sums[w][i];
   }
@@ -157,7 +181,7 @@ __device__ double statistic_of_row(double mine, int count, const Team<kBlock>& t
     case 4: return total[kKl] / tokens;
     case 5: return total[kKl];
     case 6: return total[kShapedReward];
-    case 7: return total[kShapedCost];
+    case 7: return kCost ? total[kShapedCost] : 0.0;
     case 8: return total[kRewardAdvantage] / tokens;
     case 9: return total[kCostAdvantage] / tokens;
     case 10: return total[kRewardReturn] / tokens;
@@ -183,26 +207,41 @@ __device__ void add_up(T* statistics, double total, const Team<kBlock>& team, do
   __syncthreads();
   if (!shared.final) return;
   __threadfence();
-  for (int i = threadIdx.x / 32; i < kStatistics; i += warps) {
-    double sum = 0;
-    for (int block = lane; block < int(gridDim.x); block += 32) sum += __ldcg(partials + i * gridDim.x + block);
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
-    if (lane == 0) shared.statistics[0][i] = sum;
+  double sums[kStatistics] = {};
+  for (int block = threadIdx.x; block < int(gridDim.x); block += blockDim.x) {
+#pragma unroll
+    for (int i = 0; i < kStatistics; ++i) sums[i] += __ldcg(partials + i * gridDim.x + block);
+  }
+#pragma unroll
+  for (int i = 0; i < kStatistics; ++i) {
+    for (int step = 16; step > 0; step /= 2) sums[i] += __shfl_xor_sync(kAll, sums[i], step);
+    if (lane == 0) shared.statistics[threadIdx.x / 32][i] = sums[i];
   }
   __syncthreads();
   if (threadIdx.x < kStatistics) {
-    const double sequences = max(shared.statistics[0][3], 1.0), sum = shared.statistics[0][threadIdx.x];
-    statistics[threadIdx.x] = T(threadIdx.x < 4 ? sum : sum / sequences);
+    double sum = 0, sequences = 0;
+    for (int w = 0; w < warps; ++w) {
+      sum += shared.statistics[w][threadIdx.x];
+      sequences += shared.statistics[w][3];
+    }
+    statistics[threadIdx.x] = T(threadIdx.x < 4 ? sum : sum / max(sequences, 1.0));
   }
   if (threadIdx.x == 0) *counter = 0;
 }
 
+template <typename T>
+constexpr int kPerSM = sizeof(T) == 4 ? 2 : 1;  // blocks; what the registers allow without spilling
+
 template <typename T, bool kBlock, bool kCost>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 ? (kBlock ? 4 : 3) : 1) shape_kernel(T* statistics, const Vectors<T> at, const Rows rows, const Scalars<T> s,
-                                                            const T* multiplier, double* partials, int* counter) {
+__global__ void __launch_bounds__(kMaxThreads, kPerSM<T>)
+shape_kernel(T* statistics, const Vectors<T> at, const Rows rows, const Scalars<T> s, const T* multiplier, double* partials,
+             int* counter) {
+  constexpr int kChunks = Team<kBlock>::kChunks, kIn = kCost ? 4 : 3;
   __shared__ Shared<kCost> shared;
   const Team<kBlock> team;
   const T lambda = kCost ? *multiplier : T(0);
+  const T* from[kIn] = {at.logp, at.ref_logp, at.reward_values};
+  if (kCost) from[kIn - 1] = at.cost_values;
   const Mix<T> mix = {lambda, T(1) / (T(1) + lambda)};
   double total = 0;
   int turn = 0;
@@ -213,18 +252,26 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 ? (kBlock ? 4 : 3)
     double sum = 0, state[kCost ? 2 : 1] = {};
     bool seen = false;  // a valid token, in the tiles so far
     int count = 0;
-    for (int64_t high = (end - 1) / kQuad; high >= begin / kQuad; high -= team.size, turn ^= 1) {
-      const Quad quad(high - (team.size - 1) + team.rank, begin, end, rows, s.aligned);
-      int last = -1;
-      if (rows.mask == nullptr) {
-        last = end - 1 - quad.at < kQuad ? int(end - 1 - quad.at) : -1;
-      } else if (!seen) {
-        const int place = last_of_tile<kBlock>(quad.valid, shared.last);
-        seen = place >= 0;
-        last = seen ? place - team.rank * kQuad : -1;
+    for (int64_t high = (end - 1) / kQuad; high >= begin / kQuad; high -= team.quads(), turn ^= 1) {
+      const int64_t first = high - team.quads() + 1;
+      Quad quads[kChunks];
+      for (int g = 0; g < kChunks; ++g) {
+        quads[g] = Quad(first + team.place(g), begin, end, rows, s.aligned);
       }
-      sum += double(shape_tile<kBlock, kCost>(state, quad, last, reward, cost, turn, at, s, mix, shared));
-      count += __popc(quad.valid);
+      T x[kChunks][kIn][kQuad];
+      for (int g = 0; g < kChunks; ++g) quads[g].fetch(x[g], from);
+      for (int g = 0; g < kChunks; ++g) {
+        quads[g].look();
+        count += __popc(quads[g].valid);
+      }
+      int last = -kQuad;
+      if (rows.mask == nullptr) {
+        if (high == (end - 1) / kQuad) last = int(end - 1 - first * kQuad);
+      } else if (!seen) {
+        last = last_of_tile<kBlock>(quads, team, shared.last);
+        seen = last >= 0;
+      }
+      sum += double(shape_tile<kBlock, kCost>(x, state, quads, last, reward, cost, turn, at, s, mix, team, shared));
     }
     total += statistic_of_row<kBlock, kCost>(sum, count, team, mix, shared);
   }
@@ -237,7 +284,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 4 ? (kBlock ? 4 : 3)
 template <typename T>
 const char* run(T* statistics, Vectors<T> at, const Rows& rows, Scalars<T> s, const T* multiplier, double* partials,
                 int* counter, void* stream) {
-  const Shape shape(rows);
+  const Shape shape(rows, kPerSM<T>);
   const auto kernel = shape.block ? (at.cost ? shape_kernel<T, true, true> : shape_kernel<T, true, false>)
                                   : (at.cost ? shape_kernel<T, false, true> : shape_kernel<T, false, false>);
   return launch(kernel, shape, stream, statistics, at, rows, s, multiplier, partials, counter);

@@ -15,7 +15,7 @@ const char* ppo_lag_advantage_cpu(void* advantages, void* reward_returns, void* 
 
 // The same with device memory, in ppo_lag_advantage.cu: one launch, the host waits for nothing, offsets are trusted.
 // partials: kPartials doubles to work in. counter: one integer that is 0 and will be 0 again, not shared with another stream.
-constexpr int kStatistics = 12, kPartials = kStatistics * 1024;
+constexpr int kStatistics = 12, kPartials = kStatistics * 2048;
 const char* ppo_lag_advantage_cuda(void* advantages, void* reward_returns, void* cost_returns, void* statistics,
                                    const void* logp, const void* ref_logp, const void* reward, const void* cost,
                                    const void* reward_values, const void* cost_values, const void* multiplier,

@@ -1,9 +1,9 @@
-// What the two backward scans share on a GPU: the recurrence of scan.h, four tokens a thread, a team of threads per row.
+// What the two backward scans share on a GPU: the recurrence of scan.h, a team of threads per row.
 //
-// A token is the map D -> decay * D + add; a row is their product, taken from its end. A thread multiplies its four tokens,
-// a warp scans its 32 threads by shuffles, and the warps of a block are chained one after another through shared memory in
-// double: 128 tokens a step, so that long rows lose no digits. Every step has a fixed place, so equal inputs give equal bits.
-// A team is a block (long rows) or a warp (rows of up to 128 tokens); it walks over its row from the end in tiles.
+// A token is the map D -> decay * D + add; a row is their product, taken from its end. A thread multiplies four tokens, a
+// warp scans its 32 threads by shuffles (a chunk of 128 tokens, read and written 16 bytes a thread), and chunks are chained
+// one after another, in double, so that long rows lose no digits. Every step has a fixed place: equal inputs, equal bits.
+// A team is a block (two chunks a warp) or, for short rows, a warp (one chunk); it walks over its row from the end in tiles.
 //
 // Compiled by nvcc, and by a C++ compiler against tests/cuda_on_cpu/, which runs the threads of a block as fibers.
 #pragma once
@@ -17,16 +17,16 @@
 namespace saferlhf::cuda {
 
 constexpr unsigned kAll = 0xffffffffu;
-constexpr int kQuad = 4;            // tokens of a thread
-constexpr int kMaxThreads = 256;    // of a block
+constexpr int kQuad = 4;           // tokens of a thread in a chunk
+constexpr int kMaxThreads = 256;   // of a block
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr int kMaxBlocks = 1024;    // of a launch: enough for any GPU, few enough for one block to add up what they leave
+constexpr int kMaxBlocks = 2048;   // of a launch
 
 template <typename T>
 struct Decay {
   T decay, value;       // D_t = decay * (D_{t+1} + r_t) + value * V_t
   T quad;               // decay^4
-  double exact, chunk;  // decay, and decay^128
+  double exact, chunk;  // decay, and decay^128: rounding them would tell over a long row
   bool carry;           // a masked token passes D on as it is; else it multiplies it by decay
 
   Decay(double gamma, double lam, bool carry) : exact(gamma * lam), chunk(exact), carry(carry) {
@@ -38,83 +38,109 @@ struct Decay {
 
 template <bool kBlock>
 struct Team {
-  int rank, size;        // of this thread; of the team
-  int64_t first, apart;  // the team's first row, and how far it is to its next
+  static constexpr int kChunks = kBlock ? 2 : 1;  // of a warp in a tile
+  int rank, warp, warps;  // this thread and its warp in the team, of how many
+  int64_t first, apart;   // the team's first row, and how far it is to its next
 
   __device__ Team() {
-    const int warps = blockDim.x / 32;
+    const int all = blockDim.x / 32, mine = threadIdx.x / 32;
     rank = kBlock ? threadIdx.x : threadIdx.x % 32;
-    size = kBlock ? blockDim.x : 32;
-    first = kBlock ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * warps + threadIdx.x / 32;
-    apart = kBlock ? int64_t(gridDim.x) : int64_t(gridDim.x) * warps;
+    warp = kBlock ? mine : 0;
+    warps = kBlock ? all : 1;
+    first = kBlock ? int64_t(blockIdx.x) : int64_t(blockIdx.x) * all + mine;
+    apart = kBlock ? int64_t(gridDim.x) : int64_t(gridDim.x) * all;
   }
+  __device__ int quads() const { return warps * kChunks * 32; }  // of a tile
+  // Which quad of the tile is this thread's in chunk `chunk` of its warp.
+  __device__ int place(int chunk) const { return (warp * kChunks + chunk) * 32 + threadIdx.x % 32; }
   __device__ void sync() const {
     if (kBlock) __syncthreads();
     else __syncwarp();
   }
 };
 
+template <typename T>
+struct alignas(16) Sixteen {
+  static constexpr int count = 16 / sizeof(T);
+  T of[count];
+};
+
 // The four tokens 4 * quad .. 4 * quad + 3 of flat vectors, as far as they lie in the row begin .. end. Bit j is token j.
 struct Quad {
   int64_t at;     // the first token
   int inside;     // tokens of the row
-  int valid;      // tokens of the row that the mask does not hide
+  int valid;      // tokens of the row that the mask does not hide; known after look()
   bool together;  // all four may be read at once: 16-byte loads, none past the end of the vectors
+  uint32_t mask;  // of the four tokens, a byte each
 
-  __device__ Quad(int64_t quad, int64_t begin, int64_t end, const Rows& rows, bool aligned)
-      : at(quad * kQuad), inside(0), valid(0) {
-    for (int j = 0; j < kQuad; ++j) inside |= int(at + j >= begin && at + j < end) << j;
+  __device__ Quad() {}
+  __device__ Quad(int64_t quad, int64_t begin, int64_t end, const Rows& rows, bool aligned) : at(quad * kQuad) {
+    const int64_t before = begin - at, until = end - at;
+    const int low = before <= 0 ? 0 : before < kQuad ? int(before) : kQuad;
+    const int high = until <= 0 ? 0 : until < kQuad ? int(until) : kQuad;
+    inside = low < high ? (1 << high) - (1 << low) : 0;
     together = aligned && inside != 0 && at + kQuad <= rows.tokens;
-    if (rows.mask == nullptr || inside == 0) {
-      valid = inside;
-    } else if (together) {
-      const uint32_t bytes = *reinterpret_cast<const uint32_t*>(rows.mask + at);
-      for (int j = 0; j < kQuad; ++j) valid |= int((bytes >> (8 * j) & 0xff) != 0) << j;
-      valid &= inside;
+    mask = 0x01010101u;
+    if (rows.mask == nullptr || inside == 0) return;
+    if (together) {
+      mask = *reinterpret_cast<const uint32_t*>(rows.mask + at);
     } else {
-      for (int j = 0; j < kQuad; ++j) valid |= int((inside >> j & 1) && rows.mask[at + j] != 0) << j;
-    }
-  }
-
-  template <typename T>
-  struct alignas(16) Sixteen {
-    T of[16 / sizeof(T)];
-  };
-
-  // Values of the valid tokens, 0 for the others, which are never looked at.
-  template <typename T>
-  __device__ void read(T (&x)[kQuad], const T* from) const {
-    constexpr int kEach = 16 / sizeof(T);
-    if (together && valid) {
-      for (int i = 0; i < kQuad / kEach; ++i) {
-        const Sixteen<T> some = reinterpret_cast<const Sixteen<T>*>(from + at)[i];
-        for (int j = 0; j < kEach; ++j) x[i * kEach + j] = some.of[j];
+      for (int j = 0; j < kQuad; ++j) {
+        if (inside >> j & 1 && rows.mask[at + j] == 0) mask &= ~(0xffu << (8 * j));
       }
-      for (int j = 0; j < kQuad; ++j) x[j] = valid >> j & 1 ? x[j] : T(0);
-    } else {
-      for (int j = 0; j < kQuad; ++j) x[j] = valid >> j & 1 ? from[at + j] : T(0);
     }
   }
-  // The row's tokens; 0 where not valid.
+
+  // Apart from the constructor, which does not wait for the mask either.
+  __device__ void look() {
+    // The top bit of each byte that is not 0; then the four of them side by side.
+    const uint32_t on = (((mask & 0x7f7f7f7fu) + 0x7f7f7f7fu) | mask) & 0x80808080u;
+    valid = inside & int(((on >> 7) * 0x10204080u) >> 28);
+  }
+
+  // The row's tokens of several vectors; anything for others. Nothing here waits for what it reads: see keep(). Masked tokens
+  // are read, since waiting for the mask first would take as long again, but what they hold is never used.
+  template <typename T, int kVectors>
+  __device__ void fetch(T (&x)[kVectors][kQuad], const T* const (&from)[kVectors]) const {
+    if (together) {
+      for (int i = 0; i < kVectors; ++i) {
+        for (int part = 0; part < kQuad / Sixteen<T>::count; ++part) {
+          const Sixteen<T> some = reinterpret_cast<const Sixteen<T>*>(from[i] + at)[part];
+          for (int j = 0; j < Sixteen<T>::count; ++j) x[i][part * Sixteen<T>::count + j] = some.of[j];
+        }
+      }
+    } else {
+      for (int i = 0; i < kVectors; ++i) {
+        for (int j = 0; j < kQuad; ++j) x[i][j] = inside >> j & 1 ? from[i][at + j] : T(0);
+      }
+    }
+  }
+  // 0 in the place of what is not valid, whatever was read there.
+  template <typename T, int kVectors>
+  __device__ void keep(T (&x)[kVectors][kQuad]) const {
+    for (int i = 0; i < kVectors; ++i) {
+      for (int j = 0; j < kQuad; ++j) x[i][j] = valid >> j & 1 ? x[i][j] : T(0);
+    }
+  }
+  // The row's tokens.
   template <typename T>
   __device__ void write(T* to, const T (&x)[kQuad]) const {
-    constexpr int kEach = 16 / sizeof(T);
     if (together && inside == (1 << kQuad) - 1) {
-      for (int i = 0; i < kQuad / kEach; ++i) {
+      for (int part = 0; part < kQuad / Sixteen<T>::count; ++part) {
         Sixteen<T> some;
-        for (int j = 0; j < kEach; ++j) some.of[j] = valid >> (i * kEach + j) & 1 ? x[i * kEach + j] : T(0);
-        reinterpret_cast<Sixteen<T>*>(to + at)[i] = some;
+        for (int j = 0; j < Sixteen<T>::count; ++j) some.of[j] = x[part * Sixteen<T>::count + j];
+        reinterpret_cast<Sixteen<T>*>(to + at)[part] = some;
       }
     } else {
       for (int j = 0; j < kQuad; ++j) {
-        if (inside >> j & 1) to[at + j] = valid >> j & 1 ? x[j] : T(0);
+        if (inside >> j & 1) to[at + j] = x[j];
       }
     }
   }
-  // What token j does to D that comes from its right.
+  // What each token does to D that comes from its right.
   template <typename T>
-  __device__ T decay_of(int j, const Decay<T>& k) const {
-    return k.carry && !(valid >> j & 1) ? T(1) : k.decay;
+  __device__ void decays(T (&decay)[kQuad], const Decay<T>& k) const {
+    for (int j = 0; j < kQuad; ++j) decay[j] = !k.carry || valid >> j & 1 ? k.decay : T(1);
   }
 };
 
@@ -139,24 +165,24 @@ struct Chain {
   double add[2][kStreams][kMaxWarps];
 };
 
-// The product of a thread's four tokens with rewards r and values v, for stream s of `map`.
+// The product of four tokens with rewards r and values v, for stream `stream` of `map`.
 template <typename T, int kStreams>
-__device__ void multiply(Map<T, kStreams>& map, int s, const Quad& quad, const T (&r)[kQuad], const T (&v)[kQuad],
+__device__ void multiply(Map<T, kStreams>& map, int stream, const T (&decay)[kQuad], const T (&r)[kQuad], const T (&v)[kQuad],
                          const Decay<T>& k) {
-  T decay = T(1), add = T(0);
+  T product = T(1), add = T(0);
   for (int j = kQuad - 1; j >= 0; --j) {
-    add = quad.decay_of(j, k) * add + k.add(r[j], v[j]);
-    decay *= quad.decay_of(j, k);
+    add = decay[j] * add + k.add(r[j], v[j]);
+    product *= decay[j];
   }
-  map.decay = k.carry ? decay : k.quad;  // the latter is rounded once
-  map.add[s] = add;
+  map.decay = k.carry ? product : k.quad;  // the latter is rounded once
+  map.add[stream] = add;
 }
 
-// handed: D right of this thread's tokens, whose product is `map`. state: D right of the team's tile; becomes that left of it.
-template <bool kBlock, typename T, int kStreams>
-__device__ void scan_tile(T (&handed)[kStreams], double (&state)[kStreams], Map<T, kStreams> map, int valid, int turn,
-                          const Decay<T>& k, Chain<kStreams>& chain) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Each lane's map times those of the lanes after it.
+template <typename T, int kStreams>
+__device__ void scan_lanes(Map<T, kStreams>& map) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
   for (int step = 1; step < 32; step *= 2) {
     const T decay = __shfl_down_sync(kAll, map.decay, step);
     for (int s = 0; s < kStreams; ++s) {
@@ -165,36 +191,60 @@ __device__ void scan_tile(T (&handed)[kStreams], double (&state)[kStreams], Map<
     }
     if (lane + step < 32) map.decay *= decay;
   }
-  // The whole warp's decay, exact: its rounding would grow with the length of the row.
-  double whole = k.chunk;
-  if (k.carry) {
-    int count = __popc(valid);
-    for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAll, count, step);
-    whole = power(k.exact, count);
-  }
-  double mine[kStreams] = {};
-  if (kBlock) {
-    if (lane == 0) {
-      chain.decay[turn][warp] = whole;
-      for (int s = 0; s < kStreams; ++s) chain.add[turn][s][warp] = double(map.add[s]);
+}
+
+// handed: D right of this thread's tokens in each chunk, whose products are `maps`. state: D right of the team's tile; becomes
+// that left of it.
+template <bool kBlock, typename T, int kStreams, int kChunks>
+__device__ void scan_tile(T (&handed)[kChunks][kStreams], double (&state)[kStreams], Map<T, kStreams> (&maps)[kChunks],
+                          const Quad (&quads)[kChunks], int turn, const Decay<T>& k, const Team<kBlock>& team,
+                          Chain<kStreams>& chain) {
+  const int lane = threadIdx.x % 32;
+  double decay[kChunks], add[kChunks][kStreams];  // of whole chunks
+  for (int g = 0; g < kChunks; ++g) {
+    scan_lanes(maps[g]);
+    decay[g] = k.chunk;
+    if (k.carry) {
+      int count = __popc(quads[g].valid);
+      for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAll, count, step);
+      decay[g] = power(k.exact, count);
     }
-    __syncthreads();
-    for (int w = int(blockDim.x) / 32 - 1; w >= 0; --w) {
+    for (int s = 0; s < kStreams; ++s) add[g][s] = double(__shfl_sync(kAll, maps[g].add[s], 0));
+  }
+  if (kBlock) {  // D right of the warp, from the warps after it; then D left of the tile, with the others
+    if (lane == 0) {
+      double product = 1;
+      for (int g = 0; g < kChunks; ++g) product *= decay[g];
+      chain.decay[turn][team.warp] = product;
       for (int s = 0; s < kStreams; ++s) {
-        if (w == warp) mine[s] = state[s];
-        state[s] = chain.add[turn][s][w] + chain.decay[turn][w] * state[s];
+        double sum = 0;
+        for (int g = kChunks - 1; g >= 0; --g) sum = add[g][s] + decay[g] * sum;
+        chain.add[turn][s][team.warp] = sum;
       }
     }
-  } else {
-    for (int s = 0; s < kStreams; ++s) {
-      mine[s] = state[s];
-      state[s] = double(__shfl_sync(kAll, map.add[s], 0)) + whole * state[s];
+    __syncthreads();
+  }
+  double in[kStreams];
+  for (int s = 0; s < kStreams; ++s) in[s] = state[s];
+  if (kBlock) {
+    for (int w = team.warps - 1; w > team.warp; --w) {
+      for (int s = 0; s < kStreams; ++s) in[s] = chain.add[turn][s][w] + chain.decay[turn][w] * in[s];
+    }
+    for (int s = 0; s < kStreams; ++s) state[s] = in[s];
+    for (int w = team.warp; w >= 0; --w) {
+      for (int s = 0; s < kStreams; ++s) state[s] = chain.add[turn][s][w] + chain.decay[turn][w] * state[s];
     }
   }
-  const T decay = __shfl_down_sync(kAll, map.decay, 1);
-  for (int s = 0; s < kStreams; ++s) {
-    const T add = __shfl_down_sync(kAll, map.add[s], 1);
-    handed[s] = lane == 31 ? T(mine[s]) : add + decay * T(mine[s]);
+  for (int g = kChunks - 1; g >= 0; --g) {
+    const T after = __shfl_down_sync(kAll, maps[g].decay, 1);
+    for (int s = 0; s < kStreams; ++s) {
+      const T right = __shfl_down_sync(kAll, maps[g].add[s], 1);
+      handed[g][s] = lane == 31 ? T(in[s]) : right + after * T(in[s]);
+      in[s] = add[g][s] + decay[g] * in[s];
+    }
+  }
+  if (!kBlock) {
+    for (int s = 0; s < kStreams; ++s) state[s] = in[s];
   }
 }
 
@@ -212,12 +262,21 @@ struct Shape {
   bool block;  // a block per row; else a warp per row
   int threads, blocks;
 
-  explicit Shape(const Rows& rows) {
+  // per_sm: blocks of kMaxThreads that a multiprocessor holds at once; more blocks than that would only wait.
+  Shape(const Rows& rows, int per_sm) {
     const int64_t mean = rows.count > 0 ? rows.tokens / rows.count : 0;
     block = mean > 32 * kQuad;
-    threads = block && mean <= kMaxThreads / 2 * kQuad ? kMaxThreads / 2 : kMaxThreads;
-    const int64_t wanted = block ? rows.count : (rows.count + threads / 32 - 1) / (threads / 32);
-    blocks = int(wanted < 1 ? 1 : wanted < kMaxBlocks ? wanted : kMaxBlocks);
+    threads = kMaxThreads;
+    while (block && threads > 64 && mean <= threads * kQuad) threads /= 2;  // two chunks a warp: 8 tokens a thread in a tile
+    const int warps = threads / 32, each = block ? 1 : warps;
+    const int64_t wanted = (rows.count + each - 1) / each;
+    int device = 0, multiprocessors = 0;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+      cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    }
+    const int most = multiprocessors * per_sm * (kMaxWarps / warps);
+    const int limit = most < 1 ? 1 : most < kMaxBlocks ? most : kMaxBlocks;
+    blocks = int(wanted < 1 ? 1 : wanted < limit ? wanted : limit);
   }
 };
 

@@ -21,10 +21,10 @@ from saferlhf_fast.kernels.ppo_lag_advantage import reference as ppo_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
-PARTIALS = 12 * 1024    # csrc/ppo_lag_advantage.h
+PARTIALS = 12 * 2048    # csrc/ppo_lag_advantage.h
 SCALARS = dict(kl_coeff=0.1, gamma=0.99, lam=0.95, clip_score=0.7)
-# Rows of these lengths take a warp each (mean up to 128 tokens), a block of 128 threads (512) or of 256.
-LENGTHS = {"warp": [5, 0, 127, 1, 200, 63], "small block": [507, 63, 252, 0, 300], "block": [1030, 0, 2500, 700, 1]}
+# Rows of these lengths take a warp each (mean up to 128 tokens) or a block of so many threads.
+LENGTHS = {"warp": [5, 0, 127, 1, 200, 63], "64": [507, 63, 252, 0, 300], "128": [1030, 0, 2500, 700, 1], "256": [2500, 3000]}
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +224,12 @@ def test_nvcc_compiles_it_without_spills(source, tmp_path):
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("no nvcc")
-    result = subprocess.run([compiler, "-std=c++17", "-O3", "-arch=sm_90", "-cubin", "-Xptxas", "-v", source, "-o",
-                             tmp_path / "out.cubin"], capture_output=True, text=True, timeout=280)
+    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60).stdout.split()
+    targets = [name for name in ("sm_80", "sm_90", "sm_100") if name in known]
+    result = subprocess.run(
+        [compiler, "-std=c++17", "-O3", "--threads", "2", "-c", "-Xptxas", "-v", source, "-o", tmp_path / "out.o",
+         *[f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in targets]],
+        capture_output=True, text=True, timeout=280)
     assert result.returncode == 0, result.stderr
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert spills and all(found == ("0", "0", "0") for found in spills), result.stderr
+    assert len(spills) >= 4 * len(targets) and all(found == ("0", "0", "0") for found in spills), result.stderr
