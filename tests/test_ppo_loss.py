@@ -303,7 +303,7 @@ def test_wrong_arguments():
     tokens = torch.zeros(4)
     for problem, arguments in (
         ("reduction: expected one of", dict(reduction="mean")),
-        ("kl_estimator: expected one of k1, k3", dict(kl_estimator="k2")),
+        ("kl_estimator: expected one of k3, k1", dict(kl_estimator="k2")),
         ("clip_ratio: expected a number >= 0", dict(clip_ratio=-1.0)),
         ("ref_logp: expected a tensor, since its coefficient is 0.1", dict(kl_coeff=0.1)),
         ("entropy: expected a tensor, since its coefficient is -0.1", dict(entropy_coeff=-0.1)),
