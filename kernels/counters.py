@@ -17,4 +17,4 @@ def _counter(device, stream):
 
 def counter(device):
     """int32 [1], 0 between launches, for the current stream of `device`."""
-    return _counter(device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    return _counter(device, torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0)

@@ -1,6 +1,7 @@
 """csrc/*.cu without a GPU: the kernels run on the CPU (tests/cuda_on_cpu) against the references, and nvcc compiles them."""
 
 import ctypes
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -217,6 +218,27 @@ def test_the_emulation_notices_threads_that_wait_for_nobody(emulated):
     for which in (0, 1):
         with pytest.raises(AssertionError, match="threads wait for others"):
             call(emulated.broken, which, out)
+
+
+def test_a_build_that_fails_is_tried_again_without_cuda(monkeypatch, tmp_path):
+    """Whatever nvcc does wrong, the CPU part is built, and the module says why there is no CUDA."""
+    pytest.importorskip("pybind11")
+    monkeypatch.setattr("setuptools.setup", lambda **settings: None)
+    specification = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    tries = []
+
+    def run_cmake(cmake, settings, target):
+        tries.append(settings[-1])
+        if len(tries) == 1:
+            raise RuntimeError('nvcc fatal: "sm_999"; is odd')
+
+    monkeypatch.setattr(module, "run_cmake", run_cmake)
+    monkeypatch.setattr(module, "tool", lambda name: name)
+    module.build_native(tmp_path / "_C.so")
+    assert len(tries) == 2 and tries[1].startswith("-DSAFERLHF_WITHOUT_CUDA=the build with it failed: nvcc fatal")
+    assert not set(tries[1]) & set('";')    # would end the string or the list that CMake makes of it
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
