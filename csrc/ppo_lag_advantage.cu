@@ -163,6 +163,7 @@ __device__ double statistic_of_row(double mine, int count, const Team<kBlock>& t
                                    Shared<kCost>& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;  // of the block: a team that is a warp writes its own place
   for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAll, count, step);
+  if (!kBlock) __syncwarp();  // the last row's sums have been read; in a block the scans' barriers see to that
   if (lane % 4 == 0) shared.sums[warp][lane / 4] = mine;
   if (lane == 0) shared.counts[warp] = count;
   team.sync();
