@@ -142,6 +142,15 @@ def test_a_tail_past_the_last_offset_is_masked(impl, device):
     assert advantages.tolist() == [3.0, 2.0, 3.0, 0.0]
 
 
+def test_the_reference_holds_on_long_rows():
+    """131,072 tokens, gamma * lam = .9999: repeated squares of the decay in float32 are off by 1000 times the table."""
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(131_072, generator=generator) for _ in range(2))
+    got = gae(rewards, values, gamma=1.0, lam=0.9999, impl="reference")
+    for ours, exact in zip(got, naive.gae_row(rewards.tolist(), values.tolist(), 1.0, 0.9999)):
+        assert_near(ours, torch.tensor(exact, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("impl", ["reference", pytest.param("native", marks=naive.native)])
 @pytest.mark.parametrize("offsets", [[1, 4], [0, 5], [0, 3, 2, 4]])
 def test_bad_offsets_are_refused_on_the_cpu(impl, offsets):
