@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 SEEDS  ?= 0
+JOBS   ?= 2
 # torch by name first and at one version: anything else that asks for "torch" would otherwise pull another build of it.
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
@@ -16,8 +17,9 @@ demo: setup      ## the whole loop on the embedded world, one seed, under 5 minu
 proof: setup     ## the same on three seeds
 	$(BIN)/saferlhf-fast demo --seeds 0 1 2
 
-test: setup      ## all tests but the slow ones, under 20 minutes on two cores
-	$(BIN)/python -m pytest -m "not slow"
+# Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
+test: setup      ## all tests but the slow ones, under 20 minutes on two cores; JOBS=1 for one file at a time
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
 
 test-slow: setup ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
