@@ -138,9 +138,10 @@ def test_confident_tokens(vocabulary, others, certainty):
     logits[0, :others] = -gap.item()
     logits[0, vocabulary - 1] = 0.0
     ids = torch.tensor([vocabulary - 1], device=DEVICE)
-    (logp, _, _), d_expected = exact(logits, ids, (torch.ones(1, device=DEVICE), None), temperature=1.0)
-    got = rows.token_logprob(logits, ids, 1.0, None, 0.0, False)
+    (logp, entropy, _), d_expected = exact(logits, ids, (torch.ones(1, device=DEVICE), None), temperature=1.0)
+    got = rows.token_logprob(logits, ids, 1.0, None, 0.0, True)
     assert got[0].item() < 0 and got[0].item() == pytest.approx(logp.item(), rel=1e-5)
+    assert got[1].item() == pytest.approx(entropy.item(), rel=1e-5)
     d_got = rows.token_logprob_backward(logits, ids, *got, torch.ones(1, device=DEVICE), None, 1.0, None, 0.0,
                                         torch.empty_like(logits))
     assert d_got[0, -1].item() == pytest.approx(d_expected[0, -1].item(), rel=1e-4)
@@ -181,7 +182,7 @@ def test_padded_and_strided_rows(dtype):
 
 @here
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("vocabulary", [5, 9000, 9001])
+@pytest.mark.parametrize("vocabulary", [5, 25_000, 25_001])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 def test_gradients_over_wider_logits(dtype, vocabulary, softcap):
     """fp32 logits, half-precision gradient in the first half of each row's own memory: several tiles, each over read ones."""

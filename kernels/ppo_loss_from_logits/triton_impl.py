@@ -47,12 +47,11 @@ def rows_kernel(out_NV, logp_N, entropy_N, logits_NV, ids_N, old_logp_N, advanta
         _, by_k1, _, _, _, _ = policy_terms(logp, old_logp, advantage, ref_logp, 0.0, clip_ratio, kl_coeff, True, 0.0, True)
         _, by_k3, _, _, _, _ = policy_terms(logp, old_logp, advantage, ref_logp, 0.0, clip_ratio, kl_coeff, False, 0.0, True)
         d_logp = tl.where(k1 != 0, by_k1, by_k3)
-        inverse = scale * LN2  # 1 / temperature
+        inverse = scale * LN2  # 1 / temperature; a NaN in logp, of an id outside the vocabulary, reaches grad and the whole row
         grad, grad_entropy = weight * d_logp * inverse, -weight * entropy_coeff * inverse
         # d of a column with t = z - highest: -(grad + grad_entropy * (t * ln(2) - log(total) + entropy)) * 2^t / total
         plain = (-grad - grad_entropy * (entropy - tl.log(total))) / total
         slope = -grad_entropy * LN2 / total
-        plain = tl.where(logp != logp, logp, plain)
         special = target_gradient(logp, entropy, grad, grad_entropy)
         tiles = tl.cdiv(vocabulary, R * T * W)
         start = tl.where(upwards != 0, 0, tiles - 1) * (R * T * W)
