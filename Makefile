@@ -30,7 +30,8 @@ test-oldest: $(OLDEST)/.installed ## all but the slow tests on the oldest suppor
 	mkdir $(OLDEST)/tree
 	git ls-files -coz --exclude-standard | tar -c --null -T - | tar -x -C $(OLDEST)/tree
 	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '$(OLDEST)/tree[train,eval,dev]'
-	cd $(OLDEST)/tree && SAFERLHF_DATA=$${SAFERLHF_DATA:-$(abspath ../shared)} ../bin/python -m pytest -m "not slow" $(ARGS)
+	cd $(OLDEST)/tree && SAFERLHF_DATA=$${SAFERLHF_DATA:-$(abspath ../shared)} OMP_NUM_THREADS=1 ../bin/python -m pytest \
+		-m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 $(OLDEST)/.installed: constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
