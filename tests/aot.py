@@ -48,7 +48,7 @@ from ttir import narrow_offsets
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "saferlhf_fast.kernels"
 ARCHITECTURES = {80: "fp32", 90: "bf16", 100: "fp16"}  # sm: the dtype that is compiled without --all
-TRITON = version("triton")
+TRITON = tuple(map(int, version("triton").split(".")[:2]))
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 
 
@@ -145,7 +145,7 @@ TABLE = [
                       kl_coeff="fp32", entropy_coeff="fp32"),
            constants=[{**terms, **rows} for terms in POLICY for rows in (
                PACKED, dict(PADDED, normalizer=(None,), scale=(None,), shift=(None,)))], configs=_losses,
-           spill="8 bytes on sm_100 by the assembler of Triton 3.6, nothing by 3.7's" if TRITON < "3.7" else ""),
+           spill="8 bytes on sm_100 by the assembler of Triton 3.6, nothing by 3.7's" if TRITON < (3, 7) else ""),
     Kernel("value_loss.triton_impl.loss_kernel",
            types=dict(TOKENS, **dict.fromkeys(("values_CN", "old_values_CN", "returns_CN"), "*x"), critics="i32",
                       clip_value="fp32"),
