@@ -11,7 +11,7 @@ import triton.language as tl
 
 from ..ppo_loss.triton_impl import policy_terms
 from ..token_logprob.triton_impl import (INTEGERS, LN2, columns, depth, finish, gradient, row_head, row_statistics,
-                                         target_gradient, tile, tiling, unit_rows, unit_target, width)
+                                         store_target, tile, tiling, unit_rows, unit_target, width)
 
 
 # (widest vocabulary, warps): 32 warps of more than 32 registers are one program per multiprocessor, so that on an H200
@@ -52,7 +52,6 @@ def rows_kernel(out_NV, logp_N, entropy_N, logits_NV, ids_N, old_logp_N, advanta
         # d of a column with t = z - highest: -(grad + grad_entropy * (t * ln(2) - log(total) + entropy)) * 2^t / total
         plain = (-grad - grad_entropy * (entropy - tl.log(total))) / total
         slope = -grad_entropy * LN2 / total
-        special = target_gradient(logp, entropy, grad, grad_entropy)
         tiles = tl.cdiv(vocabulary, R * T * W)
         start = tl.where(upwards != 0, 0, tiles - 1) * (R * T * W)
         x = tile(row_V, start + at, start + first, vocabulary, softcap, CAPPED)
@@ -62,9 +61,10 @@ def rows_kernel(out_NV, logp_N, entropy_N, logits_NV, ids_N, old_logp_N, advanta
             if out_NV.dtype != logits_NV.dtype:
                 # Narrower elements over the same memory: every thread has read before one writes, and tiles go upwards.
                 tl.debug_barrier()
-            d = gradient(x, here + at, id, scale, highest, plain, slope, special, softcap, CAPPED)
+            d = gradient(x, scale, highest, plain, slope, softcap, CAPPED)
             tl.store(out_V + here + at, d.to(out_NV.dtype.element_ty), mask=here + first < vocabulary)
             x = following
+        store_target(out_V + id, target / scale, known, logp, entropy, grad, grad_entropy, softcap, CAPPED)
 
 
 def ppo_loss_from_logits(logits_NV, ids_N, old_logp_N, advantage_N, ref_logp_N, weight_N, clip_ratio, kl_coeff, k1,

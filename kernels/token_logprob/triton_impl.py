@@ -166,21 +166,30 @@ def forward_kernel(logp_N, entropy_N, lse_N, logits_NV, ids_N, temperature_N, lo
 
 
 @triton.jit
-def gradient(x, at, id, scale, shift, plain, slope, target, softcap, CAPPED: tl.constexpr):
-    """d logits of the columns `at` from their capped logits x: with t = x * scale - shift, 2^t * (plain + slope * t), but
-    `target` at the column `id`; through the softcap."""
+def gradient(x, scale, shift, plain, slope, softcap, CAPPED: tl.constexpr):
+    """d logits of all columns but the target's from their capped logits x: with t = x * scale - shift,
+    2^t * (plain + slope * t), through the softcap."""
     t = x * scale - shift
-    d = tl.where(at == id, target, tl.exp2(t) * (plain + slope * finite(t)))
-    if CAPPED:
-        u = x / softcap
-        d *= 1 - u * u
-    return d
+    d = tl.exp2(t) * (plain + slope * finite(t))
+    return through(d, x, softcap) if CAPPED else d
 
 
 @triton.jit
-def target_gradient(logp, entropy, grad, grad_entropy):
-    """d of the target's z: from the log-prob itself, since 1 - p would lose everything at p near 1."""
-    return grad * one_minus_p(logp) - grad_entropy * tl.exp(logp) * (finite(logp) + entropy)
+def through(d, x, softcap):
+    """The derivative by a logit from that by the capped logit x."""
+    u = x / softcap
+    return d * (1 - u * u)
+
+
+@triton.jit
+def store_target(out, x, owned, logp, entropy, grad, grad_entropy, softcap, CAPPED: tl.constexpr):
+    """Where `owned`, writes d of the target over what the tiles have left there: from the log-prob itself, since 1 - p would
+    lose everything at p near 1. x: its capped logit."""
+    d = grad * one_minus_p(logp) - grad_entropy * tl.exp(logp) * (finite(logp) + entropy)
+    if CAPPED:
+        d = through(d, x, softcap)
+    tl.debug_barrier()
+    tl.store(out, d.to(out.dtype.element_ty), mask=owned)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -192,14 +201,13 @@ def backward_kernel(out_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_log
     row = (tl.program_id(0) // parts).to(tl.int64)
     begin = (tl.program_id(0) % parts) * tiles
     row_V, out_V = logits_NV + row * logits_stride * W, out_NV + row * out_stride * W
-    inverse = 1 / tl.load(temperature_N + row, mask=per_row != 0, other=temperature)
-    logp, lse, id = tl.load(logp_N + row), tl.load(lse_N + row), tl.load(ids_N + row).to(tl.int32)
+    id, known, scale, target = row_head(row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED)
+    logp, shift, inverse = tl.load(logp_N + row), tl.load(lse_N + row) * LOG2E, scale * LN2
     grad = tl.load(grad_logp_N + row, mask=has_logp != 0, other=0.0).to(tl.float32) * inverse
     grad_entropy = tl.load(grad_entropy_N + row, mask=has_entropy != 0, other=0.0).to(tl.float32) * inverse
     entropy = tl.load(entropy_N + row, mask=has_entropy != 0, other=0.0)
     # An id outside the vocabulary has made logp NaN, and its whole row must say so.
     plain = tl.where(logp != logp, logp, -grad - grad_entropy * entropy)
-    target = target_gradient(logp, entropy, grad, grad_entropy)
     at, first = columns(R, T, W)
     for i in range(begin, begin + tiles):
         start = i * (R * T * W)
@@ -207,8 +215,10 @@ def backward_kernel(out_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_log
         if out_NV.dtype != logits_NV.dtype:
             # Narrower elements over the same memory: every thread has read before one writes, and tiles go upwards.
             tl.debug_barrier()
-        d = gradient(x, start + at, id, inverse * LOG2E, lse * LOG2E, plain, -grad_entropy * LN2, target, softcap, CAPPED)
+        d = gradient(x, scale, shift, plain, -grad_entropy * LN2, softcap, CAPPED)
         tl.store(out_V + start + at, d.to(out_NV.dtype.element_ty), mask=start + first < vocabulary)
+    owned = known & (id // (R * T * W) >= begin) & (id // (R * T * W) < begin + tiles)
+    store_target(out_V + id, target / scale, owned, logp, entropy, grad, grad_entropy, softcap, CAPPED)
 
 
 def unit_rows(tensor_NV):
