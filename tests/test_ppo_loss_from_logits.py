@@ -75,7 +75,8 @@ def test_scaling_on_a_device(dtype):
     for factor in (1.0, 0.37):
         expected = (tensor.float() * factor).to(dtype)
         got = scaling_triton.scale(tensor.clone(), torch.tensor(factor))
-        assert (got - expected).abs().max() <= 2 ** -8 * expected.abs().max()
+        # An ulp of bfloat16: the interpreter cuts where a GPU rounds.
+        assert (got - expected).abs().max() <= 2 ** -7 * expected.abs().max()
         assert factor != 1.0 or torch.equal(got, tensor)
 
 
