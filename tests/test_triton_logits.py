@@ -297,7 +297,7 @@ def test_fused_forward(dtype, count, width, vocabulary, poison, plain):
     hidden, weight, ids = head(count, width, vocabulary, dtype, poison)
     bias, temperature, softcap = None, None, 0.0
     if not plain:
-        bias, softcap = numbers(vocabulary, seed=5, dtype=dtype), 5.0
+        bias, softcap = numbers(2 * vocabulary, seed=5, dtype=dtype)[::2], 5.0
         temperature = torch.linspace(0.6, 1.4, count, device=DEVICE)
     got = linear.fused_forward(hidden, weight, ids, bias, 0.9, temperature, softcap)
     expected = linear_reference.linear_logprob(

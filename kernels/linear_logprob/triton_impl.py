@@ -1,9 +1,10 @@
 """linear_logprob in Triton. Without a gradient: one kernel in which logits never reach memory, and one that merges its sums.
 
 A program makes the logits of a block of tokens for SPLIT columns of the vocabulary, tile by tile, and folds each tile from its
-accumulators into running sums, as token_logprob does with logits that it loads. The sums of a token's splits are merged in
-their order by a second kernel. Tiles and splits depend on the dtype and the GPU alone: a token's result does not depend on
-the number of tokens. With a gradient: torch's matrix products in chunks around the kernels of token_logprob.
+accumulators into running sums, as token_logprob does with logits that it loads. The sums of a token's splits are merged by a
+second kernel, in one fixed order. Tiles and splits depend on dtype, alignment and GPU alone: a token's bits do not depend on
+other tokens or their number. With a gradient: torch's matrix products in chunks around the kernels of token_logprob, whose
+log-probs may differ from the fused kernel's in the last bits.
 """
 
 import torch
@@ -137,13 +138,14 @@ def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_
     if hidden_NH.dtype == torch.bfloat16 and interpreted():
         hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()  # the interpreter multiplies bfloat16 bits as integers
     hidden_NH, weight_VH, ids_N = rows.unit_rows(hidden_NH), rows.unit_rows(weight_VH), ids_N.contiguous()
-    aligned = all(tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0
-                  for tensor in (hidden_NH, weight_VH)) and width * hidden_NH.element_size() % 16 == 0
+    aligned = width * hidden_NH.element_size() % 16 == 0 and all(
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) * tensor.element_size() % 16 == 0 and tensor.stride(0) >= width
+        for tensor in (hidden_NH, weight_VH))
     major = torch.cuda.get_device_capability(hidden_NH.device)[0] if hidden_NH.device.type == "cuda" else DESCRIPTORS[0]
     how = config(hidden_NH.dtype, aligned, major)
     splits = triton.cdiv(vocabulary, SPLIT)
     sums = [hidden_NH.new_empty((count, splits), dtype=torch.float32) for _ in range(4)]
-    hidden, weight = hidden_NH, weight_VH
+    hidden, weight, bias_V = hidden_NH, weight_VH, None if bias_V is None else bias_V.contiguous()
     if how["DESCRIBED"]:
         hidden = TensorDescriptor.from_tensor(hidden_NH, [how["N"], how["H"]])
         weight = TensorDescriptor.from_tensor(weight_VH, [how["V"], how["H"]])
