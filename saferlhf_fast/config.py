@@ -154,16 +154,37 @@ class Logging:
 
 @frozen
 class Sampling:
-    """How responses are generated."""
+    """How responses are generated. Log-probs are scored under the same temperature, top-p, top-k and penalty."""
 
+    engine: Literal["auto", "generate", "continuous", "vllm", "vllm-server"] = "auto"
+    """What generates: transformers' generate or continuous batching, vLLM in this process, or a vLLM server; auto is generate
+    on a CPU and continuous on a GPU (docs/rollouts.md)."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs are scored at the same temperature."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the most likely tokens that together have this probability; 1 is all of them."""
+    top_k: NonNegativeInt = 0
+    """Sample from this many most likely tokens; 0 is all of them (tokens)."""
+    repetition_penalty: Positive = 1.0
+    """Logits of tokens of prompt and response so far are divided (below 0: multiplied) by this; 1 changes nothing."""
+    num_return_sequences: PositiveInt = 1
+    """Responses sampled for each prompt."""
+    stop: list[str] = field(default_factory=list)
+    """A response ends with the token that completes one of these texts, besides at its end token."""
     max_new_tokens: Optional[PositiveInt] = None
     """Longest response (tokens); what max_length leaves after the prompt when not given."""
     max_prompt_length: Optional[PositiveInt] = None
     """Prompts longer than this lose their beginning, never the assistant tag; max_length / 2 when not given (tokens)."""
     batch_size: Optional[PositiveInt] = None
     """Prompts generated at once on each device; all of a step's when not given."""
+    gather: bool = True
+    """Under ZeRO-3, gather the actor's weights once per rollout; false gathers layer by layer for each token, for models
+    that do not fit one device whole (generate only)."""
+    memory: Optional[OpenFraction] = None
+    """Share of a GPU's memory that continuous may take for its cache (of what is free; 0.8 when not given) and vllm for its
+    weights and cache (of all; 0.4 when not given)."""
+    server: str = "http://127.0.0.1:8000"
+    """Address of the server that vllm-server asks."""
 
 
 @frozen
