@@ -1,0 +1,49 @@
+"""Rollout engines: prompts in, responses of the current policy out. One interface, several engines (docs/rollouts.md).
+
+    generator = open_generator(actor, tokenizer, ends, sampling)
+    responses = generator.generate(prompts, seeds, limits)    # lists of ids, one seed and one limit each -> [Response]
+    generator.refresh()                                       # the weights have changed: an engine with its own takes them
+    generator.close()
+
+Order is kept. A sequence's sample depends on its prompt, its seed and the weights; on what else is sampled beside it only
+through the last bits of logits (vLLM: as far as vLLM keeps to that). A response holds at most its limit of tokens, the end
+token or the tokens of a stop string included. Every rank calls `generate` and `refresh`, if with no prompts.
+Log-probs are those of the distribution that was sampled: temperature, top-k, top-p and repetition penalty as in
+`generation.warp`, which scoring uses too.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+from .. import engine
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was sampled for one prompt."""
+
+    ids: list                        # up to and including the end token; no padding
+    logp: Optional[list]             # of each id under the sampling settings, nats; None: the engine does not tell
+    ended: bool                      # stopped by itself (end token or stop string), not at its limit
+
+
+def open_generator(actor, tokenizer, ends, sampling):
+    """-> the engine that `sampling.engine` names.
+
+    actor: an engine.Engine or engine.Frozen that holds a Policy · ends: ids that end a response. UserError when the engine
+    cannot run here.
+    """
+    name = sampling.engine
+    if name == "auto":
+        name = "continuous" if engine.device().type == "cuda" and (not actor.sharded or sampling.gather) else "generate"
+    if name == "generate":
+        from .hf import Generate as Chosen
+    elif name == "continuous":
+        from .continuous import Continuous as Chosen
+    elif name == "vllm":
+        from .vllm_local import LocalVLLM as Chosen
+    elif name == "vllm-server":
+        from .vllm_server import ServedVLLM as Chosen
+    else:
+        raise ValueError(f"sampling.engine: expected auto, generate, continuous, vllm or vllm-server, got {name}")
+    return Chosen(actor, tokenizer, ends, sampling)
