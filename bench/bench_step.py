@@ -1,0 +1,211 @@
+"""A whole PPO-Lag step against others': `python bench/bench_step.py --growth --processes --json auto` is the measurement.
+
+Every side runs in a process of its own, one after the other, on the same machine, with the same random models, the same prompts
+and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF rows). What a side is and is not stands in its
+file: step_ours.py (ours, and `unfused`: our padded form in plain torch), step_ref.py (the reference implementation's trainer),
+step_trl.py (the nearest that TRL has). The sides' log-probs, scores, values and critic losses on stored responses are compared
+before any ratio is made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up.
+
+On a CPU the peak is a process's peak resident memory (VmHWM), Python, libraries and models included; on CUDA it is torch's
+`max_memory_allocated`. Compare ratios of one run; a machine that does other work at the time is not measured.
+"""
+
+import argparse
+import datetime
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(ROOT), str(HERE)]
+
+import step_rows  # noqa: E402
+import step_work  # noqa: E402
+
+SIDES = ("ours", *step_rows.OTHERS)
+GROWTH = (4, 16)
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}     # of the check's sums, relative: bf16 rounds each log-prob to 3 digits
+EXAMPLES = """examples:
+  python bench/bench_step.py                                 ours, unfused, and ref and trl where they import
+  python bench/bench_step.py --only unfused --quick          8 prompts, one step: does it run?
+  PYTHONPATH=../safe-rlhf python bench/bench_step.py --only ref --json rows.json
+  python bench/bench_step.py --device cuda --model 1.5b --json auto
+
+The reference is found by `import safe_rlhf` (it needs optree), TRL by `import trl`; build/peers is looked into as well
+(bench/README.md). Without them their rows say "not run"."""
+
+
+def parser():
+    made = argparse.ArgumentParser(prog="bench/bench_step.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--json", metavar="FILE", help="write the rows, a list of {name, ours, other, ratio = other / ours, unit, "
+                      "device, commit, …}; auto: bench/results/step-<device>-<date>.json")
+    made.add_argument("--model", choices=sorted(step_work.SHAPES), default=None,
+                      help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), 0.5b on "
+                      "CUDA; 8b-lora: ours alone, adapters on one trunk, against 80 GB; tiny: for tests")
+    made.add_argument("--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)")
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
+    made.add_argument("--only", nargs="+", metavar="SIDE", choices=SIDES, default=SIDES,
+                      help=f"the sides to run beside ours: {', '.join(step_rows.OTHERS)} (default: all that import)")
+    for name in ("ref", "trl"):
+        made.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"run {name} where it imports")
+    made.add_argument("--growth", action="store_true", help="our side at 4 and 16 times the prompts too: tokens/s, peak memory")
+    made.add_argument("--processes", action="store_true", help="our side in two CPU processes (gloo) of one thread each too")
+    made.add_argument("--ptx", action="store_true", help="with the supervised loss on as many examples as prompts (not trl)")
+    made.add_argument("--repeat", type=int, default=2, metavar="N", help="measured steps after the warm-up (default: 2)")
+    made.add_argument("--quick", action="store_true", help="8 prompts and one step: shows that it runs, measures nothing")
+    made.add_argument("--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)")
+    made.add_argument("--micro", type=int, default=16, metavar="ROWS", help="rows of a padded micro-batch of ref and trl "
+                      "(default: 16, as in the reference's script); ours fill passes by tokens")
+    made.add_argument("--seed", type=int, default=8, help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
+                      "whose 32 responses come nearest to 2,100 tokens)")
+    made.add_argument("--data", metavar="FILE",
+                      help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} under SAFERLHF_DATA or ../shared)")
+    made.add_argument("--lengths", choices=("words", "tokens"), default="words",
+                      help="words: 4 tokens for 3 words; tokens: as --tokenizer counts")
+    made.add_argument("--tokenizer", metavar="FOLDER",
+                      help=f"with --lengths tokens (default: {step_work.TOKENIZER} beside the data)")
+    made.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)")
+    return made
+
+
+def importable(side):
+    """None, or why a side cannot run."""
+    if side in ("ref", "trl"):
+        return importlib.import_module(f"step_{side}").importable()
+    return None
+
+
+class Bench:
+    """Runs sides in processes of their own. results: {key: what step_side printed, or the reason for which it did not}."""
+
+    def __init__(self, options, folder):
+        self.options, self.folder = options, Path(folder)
+
+    def work(self, factor=1):
+        """The path of the work at `factor` times the prompts."""
+        path = self.folder / f"work-{factor}.json"
+        if not path.exists():
+            step_work.write_work(make_work(self.options, factor), path)
+        return path
+
+    def run(self, side, factor=1, processes=1, threads=None, check=True, repeat=None):
+        """-> the result of a side, or a sentence that begins with "not run" or "failed"."""
+        o = self.options
+        reason = importable(side)
+        if reason:
+            return f"not run: {reason}"
+        if side == "trl" and o.ptx:
+            return "not run: trl has no supervised loss beside its own"
+        recipe = {"device": o.device, "micro": o.micro, "repeat": o.repeat if repeat is None else repeat, "ptx": o.ptx,
+                  "threads": threads or o.threads, "check": check, "packing": side != "unfused"}
+        command = [sys.executable]
+        if processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        command += [str(HERE / "step_side.py"), side, str(self.work(factor)), json.dumps(recipe)]
+        more = (f", {factor} x the prompts" if factor > 1 else "") + (f", {processes} processes" if processes > 1 else "")
+        print(f"… {side}{more}", file=sys.stderr, flush=True)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=o.timeout, env=self.environment(side, recipe))
+        except subprocess.TimeoutExpired:
+            return f"failed: {side} took over {o.timeout} s"
+        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        if done.returncode or not lines:
+            told = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+            print("\n".join(told[-15:]), file=sys.stderr)
+            return f"failed: {told[-1][:200]}"
+        return json.loads(lines[-1])
+
+    def environment(self, side, recipe):
+        more = {"SAFERLHF_IMPL": "reference"} if side == "unfused" else {}
+        if recipe["threads"]:
+            more["OMP_NUM_THREADS"] = str(recipe["threads"])
+        return {**os.environ, **more}
+
+
+def compared(ours, other, tolerance):
+    """other, or why it is not compared: its numbers are not ours."""
+    if isinstance(ours, str) or isinstance(other, str):
+        return other
+    apart = step_rows.disagreements(ours, other, tolerance)
+    return f"failed: computes something else than ours: {', '.join(apart)}" if apart else other
+
+
+def measure(options):
+    """-> rows, without what all of them share."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(options, folder)
+        ours = bench.run("ours")
+        tolerance = TOLERANCE[step_work.SHAPES[options.model].dtype]
+        rows = []
+        if options.model == "8b-lora":
+            peak = None if isinstance(ours, str) else ours["peak"] / 1e9
+            return [step_rows.row("memory/80 GB", peak, 80.0 if peak else None, "GB", ours if isinstance(ours, str) else "")]
+        for side in step_rows.OTHERS:
+            wanted = side in options.only and getattr(options, side, True)
+            found = bench.run(side) if wanted else "not run: not asked for"
+            rows += step_rows.against(side, ours, compared(ours, found, tolerance))
+        if options.growth:
+            for factor in GROWTH:
+                rows += step_rows.grown(factor, ours, bench.run("ours", factor, check=False, repeat=1))
+        if options.processes:
+            one = bench.run("ours", threads=1, check=False, repeat=1)
+            rows += step_rows.divided(one, bench.run("ours", processes=2, threads=1, check=False, repeat=1), 2)
+        return rows
+
+
+def make_work(options, factor=1):
+    return step_work.make_work(options.model, options.prompts * factor, seed=options.seed, data=options.data,
+                               lengths=options.lengths, tokenizer=options.tokenizer)
+
+
+def shared(options, arguments):
+    """What every row says of the run."""
+    from conftest import commit, device_name
+    work = make_work(options)
+    longest = max(len(p) + len(r) for p, r in zip(work.prompts, work.responses))
+    return {"device": device_name(), "commit": commit(), "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python bench/bench_step.py", *arguments]),
+            "work": f"{options.model}, {len(work.prompts)} prompts, {work.tokens} response tokens, longest sequence {longest}, "
+                    f"{work.useful(options.micro):.0%} of the tokens in padded micro-batches of {options.micro} useful"}
+
+
+def main(arguments):
+    options = parser().parse_args(arguments)
+    import torch
+    if options.device == "auto":
+        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    options.model = options.model or ("0.5b" if options.device == "cuda" else "cpu-small")
+    if options.quick:
+        options.prompts, options.repeat, options.micro = min(options.prompts, 8), 1, min(options.micro, 4)
+    peers = ROOT / "build" / "peers"
+    if peers.is_dir():
+        sys.path.append(str(peers))
+    try:
+        common = shared(options, arguments)
+        rows = [found | common for found in measure(options)]
+    except step_work.Lacking as lacking:
+        print(lacking, file=sys.stderr)
+        return 2
+    print(f"Device: {common['device']}. Commit: {common['commit']}. Date: {common['date']}. Work: {common['work']}. "
+          f"Command: `{common['command']}`.\n")
+    print("\n".join(step_rows.table(rows, options.device, options.model)))
+    if options.json:
+        from run import slug
+        stored = HERE / "results" / f"step-{slug(common['device'])}-{common['date']}.json"
+        path = stored if options.json == "auto" else Path(options.json)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(f"\nwrote {path}")
+    return 1 if any(found["note"].startswith("failed") for found in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

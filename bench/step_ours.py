@@ -1,0 +1,142 @@
+"""Our side of bench_step.py: `saferlhf_fast.ppo_lag.loop`, whole, on random models, with a clock around its parts.
+
+`unfused` is the same with `engine.packing=false` and SAFERLHF_IMPL=reference, which bench_step.py sets: padded rows, every op in
+plain torch. The recipe is the default one of the stage, so micro-batches are filled by tokens, score and update share their
+passes where that is allowed, and the rollout engine is the device's default. The rollout part is sampling and packing, the score
+part what is asked without gradient, the update part the rest of a step, metrics on the host included.
+Left out: data, logging, evaluation, checkpoints.
+"""
+
+import dataclasses
+
+import torch
+
+import step_work
+from step_ref import now
+from step_words import one_word_an_id
+
+# what `loop` calls, by its names in saferlhf_fast.ppo_lag: whose time it is
+PARTS = {"sample": "rollout", "judge": "score", "ask_trained": "score", "advantages": "score"}
+
+
+class Limited:
+    """A rollout engine that ends each prompt's response at its own length: what makes the token counts of all sides equal."""
+
+    def __init__(self, engine, work):
+        self.engine = engine
+        self.limits = {tuple(ids): limit for ids, limit in zip(work.prompts, work.limits)}
+
+    def generate(self, prompts, seeds, limits):
+        return self.engine.generate(prompts, seeds, [self.limits[tuple(ids)] for ids in prompts])
+
+    def __getattr__(self, name):
+        return getattr(self.engine, name)
+
+
+def make_config(work, recipe):
+    """The stage's default recipe for this work."""
+    from saferlhf_fast import config
+    from saferlhf_fast.engine import world_size
+    return config.PPOConfig(
+        model="random", reward="random", cost="random", data="none", output="none", max_length=max(512, work.longest), seed=0,
+        ppo=config.PPO(batch_size=len(work.prompts) // world_size(), **recipe.get("ppo", {})),
+        engine=config.Engine(packing=recipe.get("packing", True), precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"),
+        sampling=config.Sampling(**recipe.get("sampling", {})))
+
+
+def make_cast(work, cfg, steps):
+    """The models of a PPO-Lag run from seeds: the same weights as on every side."""
+    from saferlhf_fast import cast, engine, models
+    from saferlhf_fast.generation import open_generator
+    from saferlhf_fast.policy import Policy
+    tokenizer, packing = one_word_an_id(work.shape.vocabulary), cfg.engine.packing
+
+    def scorer(seed, kind):
+        body, head = step_work.backbone(work.shape, seed)
+        score = models.ScoreModel(body, kind=kind)
+        with torch.no_grad():
+            score.score.weight.copy_(head)
+        score.packs &= packing
+        return score
+
+    def judge(seed, kind):
+        return cast.Judge(engine.Frozen(scorer(seed, kind), cfg.engine), tokenizer, cfg.template, False)
+
+    def critic(seed):
+        return engine.Engine(scorer(seed, "critic"), cfg.critic_optim, cfg.engine, steps)
+
+    reference = engine.Frozen(Policy(step_work.causal_lm(work.shape), packing), cfg.engine)
+    actor = engine.Engine(Policy(step_work.causal_lm(work.shape), packing), cfg.optim, cfg.engine, steps)
+    never = [work.shape.vocabulary]     # an end that no sample is: a random policy must not end where no other side does
+    made = cast.Cast(tokenizer, never, actor, reference, judge(1, "reward"), critic(1), judge(2, "cost"), critic(2),
+                     open_generator(actor, tokenizer, never, cfg.sampling))
+    return dataclasses.replace(made, generator=Limited(made.generator, work))
+
+
+class Side:
+    """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its numbers."""
+
+    def __init__(self, work, recipe):
+        from saferlhf_fast import data, engine, ppo_lag
+        from saferlhf_fast.lagrange import make_multiplier
+        self.work, self.page, self.steps, self.seconds = work, ppo_lag, [], {}
+        self.cfg = make_config(work, recipe)
+        engine.start(self.cfg.engine, 0)
+        self.device, self.processes = engine.device(), engine.world_size()
+        self.count = recipe["repeat"] + 1
+        self.cast = make_cast(work, self.cfg, self.count + 1)
+        self.multiplier = make_multiplier(self.cfg.multiplier, self.cfg.multiplier.threshold, self.device)
+        self.prompts = [data.PromptExample(ids, "", ()) for ids in work.prompts]
+        self.ptx = None
+        if recipe["ptx"]:
+            self.ptx = [data.SFTExample(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(work.prompts, work.responses)]
+        for name, part in PARTS.items():
+            if hasattr(ppo_lag, name):
+                setattr(ppo_lag, name, self._timed(getattr(ppo_lag, name), part))
+
+    def _timed(self, call, part):
+        def timed(*args, **more):
+            start = now(self.device)
+            result = call(*args, **more)
+            self.seconds[part] = self.seconds.get(part, 0.0) + now(self.device) - start
+            return result
+        return timed
+
+    def step(self):
+        """The next of the steps that `loop` took."""
+        if not self.steps:
+            self._run()
+        return self.steps.pop(0)
+
+    def _run(self):
+        self.seconds, self.start = {}, now(self.device)
+
+        def after_step(step, metrics, rollout, scored):
+            end = now(self.device)
+            split = {name: self.seconds.get(name, 0.0) for name in ("rollout", "score")}
+            tokens = sum(minibatch.tokens for minibatch in rollout.minibatches)
+            self.steps.append({**split, "update": end - self.start - sum(split.values()), "tokens": tokens})
+            self.seconds, self.start = {}, now(self.device)
+
+        self.page.loop(self.cast, self.prompts, self.ptx, self.multiplier, self.cfg, self.count, after_step)
+
+    def check(self):
+        """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
+        from saferlhf_fast import score
+        from saferlhf_fast.generation import Response
+        from saferlhf_fast.rollout import assemble
+        from saferlhf_fast.update import in_one_pass, update_in_one_pass
+        if self.processes > 1:
+            return {}
+        rollout = assemble(self.prompts, [Response(list(ids), None, True) for ids in self.work.responses], self.cast.tokenizer,
+                           self.cfg.pass_tokens())
+        scored = score.judge(rollout, self.cast, self.cfg)
+        asked = score.ask_trained(rollout, self.cast, self.cfg)
+        total = lambda tensor: tensor.double().sum().item()
+        found = {"logp": total(asked["logp_N"]), "ref_logp": total(scored.ref_logp_N), "reward": total(scored.reward_B),
+                 "reward_values": total(asked["reward_values_N"]), "cost": total(scored.cost_B),
+                 "cost_values": total(asked["cost_values_N"])}
+        assert in_one_pass(self.cfg, self.cast), "the default recipe trains in the pass that scores"
+        tally = update_in_one_pass(self.cast, rollout, scored, self.multiplier.value, self.cfg)
+        self.cast.generator.refresh()
+        return found | {f"{name}_critic_loss": total(tally.sums[f"{name}_critic_loss"]) for name in ("reward", "cost")}

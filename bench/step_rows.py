@@ -1,0 +1,113 @@
+"""Rows, targets and the table of bench_step.py.
+
+A row is {name, ours, other, ratio, unit, device, commit, date, command, work, note} with ratio = other ÷ ours: above 1 we are
+faster or smaller (for tokens/s it is below). What was not run has None for its numbers and the reason in `note`.
+"""
+
+import statistics
+
+PARTS = {"score+update": ("score", "update"), "step": ("rollout", "score", "update"), "rollout": ("rollout",),
+         "score": ("score",), "update": ("update",)}
+PROMISED = {"score+update": "s", "step": "s", "memory": "GiB"}     # rows of a side that was not run
+NOTES = {"ref": "", "trl": "GRPO: no critics, no λ", "unfused": ""}
+OTHERS = tuple(NOTES)
+
+# (row, kind of device, models) -> the least ratio that is wanted, and what is aimed at. memory: 1 / the largest share.
+TARGETS = {
+    ("score+update/ref", "cpu", ("cpu-small",)): (5.0, None),
+    ("step/ref", "cpu", ("cpu-small",)): (2.0, 3.0),
+    ("memory/ref", "cpu", ("cpu-small",)): (2.0, None),
+    ("step/ref", "cuda", ("0.5b", "1.5b")): (5.0, None),
+    ("memory/ref", "cuda", ("0.5b", "1.5b")): (2.5, None),
+    ("memory/80 GB", "cuda", ("8b-lora",)): (1.0, None),
+}
+
+
+def seconds(result, part):
+    """Median over the measured steps of the time of a part (a name of PARTS)."""
+    return statistics.median(sum(step[name] for name in PARTS[part]) for step in result["steps"])
+
+
+def tokens(result):
+    return statistics.median(step["tokens"] for step in result["steps"])
+
+
+def rate(result):
+    """Response tokens per second of whole steps."""
+    return tokens(result) / seconds(result, "step")
+
+
+def row(name, ours, other, unit, note=""):
+    return {"name": name, "ours": ours, "other": other, "ratio": other / ours if ours and other else None, "unit": unit,
+            "note": note}
+
+
+def against(name, ours, other):
+    """Rows of one other side. other: its result, or the reason for which there is none."""
+    if isinstance(other, str) or isinstance(ours, str):
+        note = other if isinstance(other, str) else f"ours: {ours}"
+        return [row(f"{part}/{name}", None, None, unit, note) for part, unit in PROMISED.items()]
+    found = [row(f"{part}/{name}", seconds(ours, part), seconds(other, part), "s", NOTES[name]) for part in PARTS]
+    return [*found, row(f"tokens per second/{name}", rate(ours), rate(other), "tokens/s", NOTES[name]),
+            row(f"memory/{name}", gib(ours["peak"]), gib(other["peak"]), "GiB", NOTES[name])]
+
+
+def grown(factor, base, result):
+    """Rows of our side at `factor` times the prompts, against itself at one time."""
+    if isinstance(result, str) or isinstance(base, str):
+        note = result if isinstance(result, str) else base
+        return [row(f"growth/{factor}x", None, None, "tokens/s", note), row(f"growth memory/{factor}x", None, None, "GiB", note)]
+    return [row(f"growth/{factor}x", rate(result), rate(base), "tokens/s"),
+            row(f"growth memory/{factor}x", gib(result["peak"]), gib(base["peak"]), "GiB")]
+
+
+def divided(one, two, count):
+    """The row of `count` processes of one thread against as many times one such process: what is lost in between."""
+    if isinstance(two, str) or isinstance(one, str):
+        return [row(f"processes/{count}", None, None, "tokens/s", two if isinstance(two, str) else one)]
+    found = row(f"processes/{count}", rate(two), count * rate(one), "tokens/s")
+    return [found | {"note": f"efficiency {rate(two) / (count * rate(one)):.0%} of {count} times one process of one thread"}]
+
+
+def gib(count):
+    return None if count is None else count / (1 << 30)
+
+
+def target(found, device, model):
+    """-> (least ratio, aim) for a row, or None."""
+    return next((limits for (name, where, models), limits in TARGETS.items()
+                 if name == found["name"] and where == device and model in models), None)
+
+
+def verdict(found, device, model):
+    """-> "met", "missed" or "not measured", with the target; "" where there is none."""
+    limits = target(found, device, model)
+    if limits is None:
+        return ""
+    least, aim = limits
+    said = f"≥ {least:g}" + (f", aim {aim:g}" if aim else "")
+    if found["ratio"] is None:
+        return f"{said}: not measured"
+    return f"{said}: {'met' if found['ratio'] >= least else 'missed'}"
+
+
+def disagreements(ours, other, tolerance):
+    """Names of the check's sums in which two sides differ by more than a relative tolerance."""
+    shared = set(ours["check"]) & set(other["check"])
+    scale = lambda name: max(abs(ours["check"][name]), abs(other["check"][name]), 1e-3)
+    return sorted(name for name in shared if abs(ours["check"][name] - other["check"][name]) > tolerance * scale(name))
+
+
+def number(value, unit):
+    return "not measured" if value is None else f"{value:.3g} {unit}"
+
+
+def table(rows, device, model):
+    """Lines of Markdown."""
+    lines = ["| row | ours | other | other ÷ ours | target |", "|---|---:|---:|---:|---|"]
+    for found in rows:
+        ratio = "not measured" if found["ratio"] is None else f"{found['ratio']:.2f}"
+        verdicts = "; ".join(filter(None, (verdict(found, device, model), found["note"])))
+        lines.append(f"| {found['name']} | {number(found['ours'], found['unit'])} | {number(found['other'], found['unit'])} | "
+                     f"{ratio} | {verdicts} |")
+    return lines

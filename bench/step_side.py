@@ -1,0 +1,66 @@
+"""One side of bench_step.py in a process of its own: `python bench/step_side.py SIDE WORK.json RECIPE`, for bench_step.py only.
+
+A process per side, because the peak is the process's: on a CPU its peak resident memory from start to end (VmHWM: Python,
+libraries and models included), on CUDA torch's `max_memory_allocated` over the measured steps, models included. The last line
+of stdout is a JSON object: seconds of each step by part, tokens, peak, the numbers of the check. Nothing is measured twice: the
+check (score and update on stored responses) is also the warm-up of both, and the first step is the warm-up of the rollout.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+SIDES = ("ours", "unfused", "ref", "trl")
+
+
+def peak(device):
+    """Bytes: see above. None where the kernel does not say."""
+    if device == "cuda":
+        import torch
+        return torch.cuda.max_memory_allocated()
+    import memory
+    try:
+        return memory._status("VmHWM")
+    except OSError:
+        return None
+
+
+def measure(side, work, recipe):
+    """-> what the parent reads. recipe: device, micro, repeat, ptx, and what a side makes of them."""
+    import torch
+    if recipe["threads"]:
+        torch.set_num_threads(recipe["threads"])
+    start = time.perf_counter()
+    made = importlib.import_module("step_ours" if side == "unfused" else f"step_{side}").Side(work, recipe)
+    built = time.perf_counter() - start
+    checked = made.check() if recipe["check"] else {}
+    if recipe["device"] == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    steps = [made.step() for _ in range(recipe["repeat"] + 1)]
+    return {"steps": steps[1:], "warmup": steps[0], "check": checked, "peak": peak(recipe["device"]), "built": built,
+            "threads": torch.get_num_threads(), "notes": getattr(made, "notes", [])}
+
+
+def main(side, path, recipe):
+    sys.path[:0] = [str(HERE.parent), str(HERE)]
+    peers = HERE.parent / "build" / "peers"
+    if peers.is_dir():
+        sys.path.append(str(peers))
+    recipe = json.loads(recipe)
+    if recipe["device"] != "cuda":
+        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
+    import step_work
+    if side == "ref":
+        import step_ref
+        step_ref.stand_in()
+    result = measure(side, step_work.load_work(path), recipe)
+    sys.stdout.flush()
+    print("\n" + json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,189 @@
+"""The work of bench_step.py, the same for every side: models from seeds, prompts and responses of real lengths, random ids.
+
+Lengths are those of rows of PKU-SafeRLHF (`--data`): a prompt in the reference's template, and one of its two answers. A length
+in words becomes tokens at 4 tokens for 3 words, about what a vocabulary of 32,000 needs for English; `--lengths tokens` counts
+with the tokenizer in `--tokenizer` instead (the 512 pieces of stories260k: 3.5 tokens a word). Texts are not used otherwise:
+ids are random, weights are random, so what is measured is speed and memory, never quality.
+
+What this leaves out: records shorter than a word, and how fast a data set is read.
+"""
+
+import gzip
+import json
+import math
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("SAFERLHF_DATA", ROOT.parent / "shared"))
+ROWS = "data/preference/pku_saferlhf_safe_over_unsafe.jsonl.gz"
+TOKENIZER = "models/stories260k"
+
+UNK, BOS, EOS, PAD = 0, 1, 2, 3     # ids that no prompt and no response holds, but for the one EOS at a response's end
+FIRST = 4
+TEMPLATE_TOKENS = 18                # "BEGINNING OF CONVERSATION: USER: … ASSISTANT:" in Llama's pieces, <s> included
+TEMPLATE = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"
+TOKENS_PER_WORD = 4 / 3
+
+
+class Lacking(Exception):
+    """Something that the measurement needs is not there; the text says what."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model: layers, widths, heads, vocabulary, and the dtype that it is measured in. family: a transformers model_type."""
+
+    family: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    dtype: str = "float32"
+    tied: bool = False
+    head_dim: int = 0               # 0: hidden / heads
+
+    def config(self):
+        """-> a transformers config; attention is SDPA, dropout is off (both the defaults of these families)."""
+        import transformers
+        kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[self.family]
+        more = {"head_dim": self.head_dim} if self.head_dim else {}
+        return kind(vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
+                    num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+                    max_position_embeddings=2048, tie_word_embeddings=self.tied, bos_token_id=BOS, eos_token_id=EOS,
+                    pad_token_id=PAD, **more)
+
+
+SHAPES = {
+    "tiny": Shape("llama", 2, 32, 48, 4, 4, 64),
+    "cpu-small": Shape("llama", 4, 256, 688, 8, 8, 32000),
+    "0.5b": Shape("qwen2", 24, 896, 4864, 14, 2, 151936, "bfloat16", tied=True),
+    "1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 151936, "bfloat16", tied=True),
+    "8b-lora": Shape("llama", 32, 4096, 14336, 32, 8, 128256, "bfloat16"),
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Prompts and responses as ids. A response's length counts its end token."""
+
+    prompts: list
+    responses: list
+    model: str
+
+    @property
+    def shape(self):
+        return SHAPES[self.model]
+
+    @property
+    def limits(self):
+        """Response tokens of each prompt."""
+        return [len(ids) for ids in self.responses]
+
+    @property
+    def tokens(self):
+        """Response tokens of all."""
+        return sum(self.limits)
+
+    @property
+    def longest(self):
+        """Longest prompt + longest response: what a padded batch of all is wide."""
+        return max(map(len, self.prompts)) + max(self.limits)
+
+    def useful(self, micro):
+        """Share of real tokens in padded micro-batches of `micro` rows."""
+        rows = list(zip(map(len, self.prompts), self.limits))
+        real = sum(map(sum, rows))
+        parts = [rows[at:at + micro] for at in range(0, len(rows), micro)]
+        return real / sum(len(part) * (max(p for p, _ in part) + max(r for _, r in part)) for part in parts)
+
+
+def read_rows(path=None):
+    """-> [(prompt, first answer, second answer)] of a PKU-SafeRLHF file; Lacking when it is not there."""
+    path = Path(path) if path else SHARED / ROWS
+    if not path.exists():
+        raise Lacking(f"no real lengths: {path.name} is not there; --data names such a file, or SAFERLHF_DATA the folder that "
+                      f"holds {ROWS}")
+    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    with opened as file:
+        records = [json.loads(line) for line in file if line.strip()]
+    names = [("safe_response", "unsafe_response"), ("response_0", "response_1")]
+    found = next((pair for pair in names if records and pair[0] in records[0]), None)
+    if found is None:
+        got = sorted(records[0]) if records else "none"
+        raise Lacking(f"{path.name}: expected records with a prompt and two responses, got {got}")
+    return [(record["prompt"], *(record[name] for name in found)) for record in records]
+
+
+def word_lengths(prompt, response):
+    """-> tokens of a prompt in its template, tokens of a response with its end token."""
+    tokens = lambda text: max(1, math.ceil(len(text.split()) * TOKENS_PER_WORD))
+    return TEMPLATE_TOKENS + tokens(prompt), tokens(response) + 1
+
+
+def token_lengths(path=None):
+    """-> a function as word_lengths that counts with the tokenizer of a folder."""
+    path = Path(path) if path else SHARED / TOKENIZER
+    if not path.is_dir():
+        raise Lacking(f"no tokenizer: {path.name} is not there; --tokenizer names its folder")
+    from transformers import AutoTokenizer
+    tokenizer = AutoTokenizer.from_pretrained(str(path))
+    tokenizer.model_max_length = 1 << 30
+    count = lambda text, special: len(tokenizer(text, add_special_tokens=special)["input_ids"])
+    return lambda prompt, response: (count(TEMPLATE.format(prompt), True), max(1, count(response, False)) + 1)
+
+
+def make_work(model, count, *, seed=8, data=None, lengths="words", tokenizer=None, max_length=512):
+    """`count` prompts with their responses. The same arguments give the same ids, and a larger count keeps the first ones.
+
+    Rows are drawn without repetition (as long as there are enough), the answer by chance; max_length cuts responses.
+    """
+    rows = read_rows(data)
+    draw = random.Random(seed)
+    order = []
+    while len(order) < count:
+        order += draw.sample(range(len(rows)), len(rows))
+    measure = token_lengths(tokenizer) if lengths == "tokens" else word_lengths
+    prompts, responses = [], []
+    for index in order[:count]:
+        prompt, *answers = rows[index]
+        p, r = measure(prompt, draw.choice(answers))
+        p = min(p, max_length // 2)
+        ids = lambda n: [draw.randrange(FIRST, SHAPES[model].vocabulary) for _ in range(n)]
+        prompts.append([BOS, *ids(p - 1)])
+        responses.append([*ids(min(r, max_length - p) - 1), EOS])
+    return Work(prompts, responses, model)
+
+
+def write_work(work, path):
+    Path(path).write_text(json.dumps(asdict(work)))
+
+
+def load_work(path):
+    return Work(**json.loads(Path(path).read_text()))
+
+
+# ---------------------------------------------------------------- models
+
+
+def causal_lm(shape, seed=0, device="cpu"):
+    """A random causal LM in fp32, the same on every side. The reference is the actor's copy, as at a run's start."""
+    import torch
+    import transformers
+    torch.manual_seed(seed)
+    with torch.device(device):
+        return transformers.AutoModelForCausalLM.from_config(shape.config(), dtype=torch.float32)
+
+
+def backbone(shape, seed, device="cpu"):
+    """A random backbone in fp32 for the score model `seed` (1: reward, 2: cost), and the weight of its head [1, hidden]."""
+    import torch
+    import transformers
+    torch.manual_seed(seed)
+    with torch.device(device):
+        model = transformers.AutoModel.from_config(shape.config(), dtype=torch.float32)
+        return model, torch.randn(1, shape.hidden) * 0.02
