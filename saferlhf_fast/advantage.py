@@ -9,12 +9,13 @@ def shaped_reward(scored, shaping):
     return scored.reward_B if shaping is None else scored.reward_B - shaping * scored.cost_B
 
 
-def advantages(rollout, scored, multiplier, ppo):
-    """-> Advantages. multiplier: λ as a 0-d tensor, or None without a constraint; ppo: a PPO config."""
+def advantages(cu_seqlens, scored, multiplier, ppo):
+    """-> Advantages. cu_seqlens: of the responses · multiplier: λ as a 0-d tensor, or None without a constraint · ppo: a PPO
+    config."""
     constrained = scored.cost_values_N is not None
     combined, reward_returns, cost_returns, stats = ppo_lag_advantage(
         scored.logp_N, scored.ref_logp_N, shaped_reward(scored, ppo.shaping),
         scored.cost_B if constrained else None, scored.reward_values_N, scored.cost_values_N,
         multiplier if constrained else None, kl_coeff=ppo.kl_coeff, gamma=ppo.gamma, lam=ppo.lam,
-        clip_score=ppo.clip_score, cu_seqlens=rollout.cu_seqlens, whiten=ppo.whiten)
+        clip_score=ppo.clip_score, cu_seqlens=cu_seqlens, whiten=ppo.whiten)
     return Advantages(combined, reward_returns, cost_returns, stats)

@@ -8,8 +8,9 @@ import torch
 
 from . import console, data, engine, models
 from .errors import UserError
+from .generation import open_generator
+from .packing import end_row, pack
 from .policy import Policy
-from .models import ScoreModel
 from .rollout import end_tokens
 
 
@@ -24,15 +25,12 @@ class Judge:
 
     def __call__(self, rollout, rows):
         """-> scores_b of some rows of a rollout, fp32."""
-        if self.retokenizes:
-            ids = data.retokenize([p.messages for p in rollout.prompts[rows]], rollout.texts[rows], self.tokenizer,
-                                  self.template, ended=rollout.ended[rows],
-                                  max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None))
-            ids_BL, mask_BL = data.collate_right(ids, self.tokenizer.pad_token_id)
-            ids_BL, mask_BL = ids_BL.to(engine.device()), mask_BL.to(engine.device())
-        else:
-            ids_BL, mask_BL = rollout.sequences(rows)
-        return ScoreModel.end_scores(self.model(ids_BL, mask_BL).float(), mask_BL)
+        if not self.retokenizes or rows.start == rows.stop:      # the filler's score is left out by who asks
+            return self.model(rollout.packed(rows, at_end=True))
+        ids = data.retokenize([p.messages for p in rollout.prompts[rows]], rollout.texts[rows], self.tokenizer,
+                              self.template, ended=rollout.ended[rows],
+                              max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None))
+        return self.model(pack(ids, [end_row(len(row)) for row in ids], rollout.device))
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,26 @@ class Cast:
     reward_critic: engine.Engine
     cost: Optional[Judge] = None
     cost_critic: Optional[engine.Engine] = None
+    generator: Any = None            # a rollout engine of saferlhf_fast.generation
 
     @property
     def critics(self):
         """Reward critic, then the cost critic where there is one."""
-        return [c for c in (self.reward_critic, self.cost_critic) if c is not None]
+        return [critic for _, critic in self.streams() if critic is not None]
+
+    def streams(self):
+        """("reward", its critic), ("cost", its critic or None)."""
+        return (("reward", self.reward_critic), ("cost", self.cost_critic))
+
+    def train(self, mode=True):
+        """Puts actor and critics into training mode, or out of it."""
+        for model in (self.actor, *self.critics):
+            model.train(mode)
+
+    def has_dropout(self):
+        """True when a trained model drops anything out (adapters may; the models' own is off)."""
+        return any(isinstance(module, torch.nn.Dropout) and module.p > 0
+                   for model in (self.actor, *self.critics) for module in model.module.modules())
 
 
 def load_judge(path, tokenizer, cfg):
@@ -61,6 +74,7 @@ def load_judge(path, tokenizer, cfg):
     differs = not models.same_tokenizer(tokenizer, own)
     if not differs:                                  # else texts are cut to what it can read
         models.refuse_short_context(path, score.config, cfg.max_length, "max_length")
+    score.packs &= cfg.engine.packing
     return Judge(engine.Frozen(copy.deepcopy(score), cfg.engine), own, cfg.template, differs), score
 
 
@@ -71,12 +85,13 @@ def load_cast(cfg, tokenizer, steps, constrained):
     """
     lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
     models.refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
-    reference = engine.Frozen(Policy(copy.deepcopy(lm)), cfg.engine)
+    packing = cfg.engine.packing
+    reference = engine.Frozen(Policy(copy.deepcopy(lm), packing), cfg.engine)
     reward, reward_score = load_judge(cfg.reward, tokenizer, cfg)
     cost, cost_score = load_judge(cfg.cost, tokenizer, cfg) if cfg.cost else (None, None)
     if cfg.gradient_checkpointing:
         lm.gradient_checkpointing_enable({"use_reentrant": False})
-    actor = engine.Engine(Policy(without_dropout(lm)), cfg.optim, cfg.engine, steps)
+    actor = engine.Engine(Policy(without_dropout(lm), packing), cfg.optim, cfg.engine, steps)
 
     def fresh(path):
         return models.load_score_model(path, new_head=True, tokenizer=tokenizer,
@@ -95,11 +110,14 @@ def load_cast(cfg, tokenizer, steps, constrained):
             score = fresh(cfg.model)
         if cfg.gradient_checkpointing:
             score.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        score.packs &= packing
         return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
 
-    return Cast(tokenizer, end_tokens(tokenizer, lm, cfg.template), actor, reference, reward,
+    ends = end_tokens(tokenizer, lm, cfg.template)
+    return Cast(tokenizer, ends, actor, reference, reward,
                 critic(cfg.reward_critic, reward, reward_score, "reward"), cost,
-                critic(cfg.cost_critic, cost, cost_score, "cost") if constrained else None)
+                critic(cfg.cost_critic, cost, cost_score, "cost") if constrained else None,
+                open_generator(actor, tokenizer, ends, cfg.sampling))
 
 
 def without_dropout(model):

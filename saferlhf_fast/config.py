@@ -63,9 +63,12 @@ class Training:
     max_steps: Optional[PositiveInt] = None
     """Stop after this many optimiser steps, whatever `epochs` says (steps)."""
     batch_size: PositiveInt = 4
-    """Micro-batch on each device (sequences; for preferences: pairs)."""
+    """Times `accumulation`: what each device brings to an optimiser step (sequences; for preferences: pairs)."""
     accumulation: PositiveInt = 1
-    """Micro-batches per optimiser step on each device."""
+    """See `batch_size`; how a step is cut into passes follows from `micro_tokens`."""
+    micro_tokens: Optional[PositiveInt] = None
+    """Most tokens of a forward and backward pass on each device; batch_size · max_length when not given, twice that for pairs
+    (tokens)."""
     max_length: PositiveInt = 512
     """Longest prompt + response that is trained on (tokens); longer answers are dropped and counted, never cut."""
     eval_data: Optional[Data] = None
@@ -80,6 +83,10 @@ class Training:
     """Save the model every so many steps, besides the end (steps)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    def pass_tokens(self, sequences=1):
+        """Most tokens of a forward and backward pass; sequences: of one example (2 for pairs)."""
+        return self.micro_tokens or self.batch_size * self.max_length * sequences
 
 
 @frozen
@@ -114,6 +121,8 @@ class Engine:
     """Keep optimiser states in host memory (ZeRO 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights in host memory (ZeRO 3)."""
+    packing: bool = True
+    """Run models on sequences one behind the other, without padding, where the architecture can; false pads."""
     threads: Optional[PositiveInt] = None
     """CPU threads of each process; torch's own choice when not given."""
     config: Optional[dict] = None
@@ -222,9 +231,21 @@ class PPO:
     batch_size: PositiveInt = 16
     """Prompts per step on each device."""
     micro_batch_size: PositiveInt = 16
-    """Sequences per forward and backward pass on each device."""
+    """Full-length sequences per forward and backward pass on each device; shorter ones fit in greater number."""
+    micro_tokens: Optional[PositiveInt] = None
+    """Most tokens of a forward and backward pass; micro_batch_size · max_length when not given (tokens)."""
     epochs: PositiveInt = 1
-    """Passes over each batch of rollouts."""
+    """Times that each batch of rollouts is learned from."""
+    minibatches: PositiveInt = 1
+    """Optimiser steps into which each batch of rollouts is divided."""
+    single_pass: bool = True
+    """With one optimiser step per batch, train in the forward pass that gives the old log-probs and values, instead of asking
+    for them beforehand: less time, but actor and critics hold their activations at once."""
+    old_logp: Literal["trainer", "engine"] = "trainer"
+    """Whose log-probs the ratio starts from: the trainer's own, or what the rollout engine said while it sampled."""
+    importance_cap: Optional[Positive] = None
+    """Truncated importance weights min(π_trainer/π_engine, cap) on the advantages: for engines whose probabilities differ
+    from the trainer's, and for overlap."""
     prompt_epochs: Positive = 1.0
     """Passes over the prompts."""
     max_steps: Optional[PositiveInt] = None
@@ -377,6 +398,10 @@ class PPOConfig:
     engine: Engine = field(default_factory=Engine)
     log: Logging = field(default_factory=Logging)
 
+    def pass_tokens(self):
+        """Most tokens of a forward and backward pass."""
+        return self.ppo.micro_tokens or self.ppo.micro_batch_size * self.max_length
+
 
 @frozen
 class EvaluateConfig:
@@ -407,6 +432,10 @@ class EvaluateConfig:
     """Samples shown on the terminal."""
     sampling: Sampling = field(default_factory=Sampling)
     engine: Engine = field(default_factory=Engine)
+
+    def pass_tokens(self):
+        """Most tokens of a forward pass."""
+        return self.batch_size * self.max_length
 
 
 @frozen

@@ -8,13 +8,13 @@ the sequence included.
 
 import copy
 
-import torch
 import torch.nn.functional as F
 
 from . import console, data, engine, models
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
-from .policy import Policy, sequence_logp
+from .packing import pack, response_rows
+from .policy import Policy, sequence_sums
 from .run_folder import finish_run, open_run
 from .settings import to_dict
 from .sft import held_out_split, prepare, refuse_long, save_policy
@@ -26,17 +26,13 @@ def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *, beta):
     return -F.logsigmoid(margin), margin
 
 
-def batch_loss(policy, reference, examples, pad_id, beta):
+def batch_loss(policy, reference, examples, beta):
     """-> (loss summed over pairs, {name: sum})."""
     n = len(examples)
     rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
-    starts = torch.tensor([e.prompt_length for e in examples] * 2)
-    ids_BL, mask_BL = data.collate_right(rows, pad_id)
-    trained_BL = mask_BL & (torch.arange(ids_BL.shape[1])[None] >= starts[:, None])
-    ids_BL, mask_BL, trained_BL = (t.to(engine.device()) for t in (ids_BL, mask_BL, trained_BL))
-    logp_B = sequence_logp(policy, ids_BL, mask_BL, trained_BL)
-    with torch.no_grad():
-        ref_B = sequence_logp(reference, ids_BL, mask_BL, trained_BL)
+    asked = [response_rows(e.prompt_length, len(ids)) for e, ids in zip(examples * 2, rows)]
+    packed = pack(rows, asked, engine.device())
+    logp_B, ref_B = (sequence_sums(model(packed), packed) for model in (policy, reference))
     losses, margin = dpo_loss(logp_B[:n], logp_B[n:], ref_B[:n], ref_B[n:], beta=beta)
     better, worse = (beta * (logp_B - ref_B)).detach().view(2, n)
     return losses.sum(), {"reward": (better + worse).sum(), "better_sample_reward": better.sum(),
@@ -57,17 +53,17 @@ def train(cfg):
     examples, held_out = held_out_split(cfg, examples, load)
     lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
     refuse_long(cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
-    reference = engine.Frozen(Policy(copy.deepcopy(lm)), cfg.engine)
+    reference = engine.Frozen(Policy(copy.deepcopy(lm), cfg.engine.packing), cfg.engine)
     prepare(lm, cfg)
     if cfg.lora.rank:
         lm = models.add_lora(lm, cfg.lora)
     folder = open_run("dpo", cfg)
     for line in report.lines():
         console.say(line)
-    policy = engine.Engine(Policy(lm), cfg.optim, cfg.engine,
+    policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
-    task = Task(weigh=lambda e: 1, tokens=lambda e: 2 * (len(e.first_ids) + len(e.second_ids)),
-                loss=lambda model, batch: batch_loss(model, reference, batch, tokenizer.pad_token_id, cfg.beta),
+    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), sequences=2,
+                loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "dpo")
     summary = fit(policy, task, examples, held_out, cfg, folder, metrics, "dpo")

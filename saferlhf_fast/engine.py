@@ -17,8 +17,6 @@ import warnings
 
 import torch
 
-from .errors import NonFinite
-
 
 def rank():
     """Index of this process, 0 .. world_size() − 1."""
@@ -122,25 +120,15 @@ def all_reduce(tensor):
     return tensor
 
 
-def all_gather(values_B):
-    """[B_local] of each rank, as `data.share` dealt them -> [B_global] in the global batch's order, on all ranks.
+def all_gather(values_B, order, count):
+    """[B_local] of each rank -> [count] in the global batch's order, on all ranks, without a read of the device.
 
-    The order matters: a window over the last episodes must hold the same ones for any number of ranks.
+    order: host integers, the place of each in the global batch. The order matters: a window over the last episodes must
+    hold the same ones for any number of ranks.
     """
-    if world_size() == 1:
-        return values_B
-    sizes = torch.zeros(world_size(), dtype=torch.long, device=values_B.device)
-    sizes[rank()] = values_B.numel()
-    all_reduce(sizes)
-    longest = int(sizes.max())
-    padded = torch.zeros(longest, dtype=values_B.dtype, device=values_B.device)
-    padded[:values_B.numel()] = values_B
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    torch.distributed.all_gather(parts, padded)
-    out = torch.empty(int(sizes.sum()), dtype=values_B.dtype, device=values_B.device)
-    for r, (part, n) in enumerate(zip(parts, sizes.tolist())):
-        out[r::world_size()] = part[:n]
-    return out
+    out = torch.zeros(count, dtype=values_B.dtype, device=values_B.device)
+    out[torch.tensor(order, dtype=torch.long).to(values_B.device, non_blocking=True)] = values_B
+    return all_reduce(out)
 
 
 def gather_objects(obj):
@@ -158,12 +146,11 @@ def barrier():
         torch.distributed.barrier()
 
 
-def all_finite(*tensors):
-    """True when every element is finite on every rank: one host read."""
-    bad = torch.zeros((), device=device())
-    for tensor in tensors:
-        bad += (~torch.isfinite(tensor)).any().to(bad)
-    return all_reduce(bad).item() == 0
+def not_finite(named):
+    """{name: tensor or None} -> names of those that are not finite on some rank: one reduction, one read of the device."""
+    named = {name: tensor for name, tensor in named.items() if tensor is not None}
+    bad = torch.stack([(~torch.isfinite(tensor)).any().to(device(), torch.float32) for tensor in named.values()])
+    return [name for name, flag in zip(named, all_reduce(bad).tolist()) if flag]
 
 
 # ---------------------------------------------------------------- trained models
@@ -237,15 +224,21 @@ class Engine:
                                                          config=settings(cfg, optim), dist_init_required=False)
         self.deepspeed.clip_fp32_gradients = self._clip_unsharded
         self.sharded = cfg.zero_stage == 3
+        self.unguarded = cfg.zero_stage == 0 and precision(cfg) == torch.float32
         self.max_grad_norm = optim.max_grad_norm
         self.skipped_steps = 0
 
     def _clip_unsharded(self):
         """DeepSpeed's clipping for ZeRO-0 in fp32, which forgets the norm: ours keeps it where DeepSpeed looks."""
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.max_grad_norm or float("inf"))
-        self.deepspeed._global_grad_norm = norm
-        if not math.isfinite(norm):                  # the sharded optimisers skip such a step by themselves
-            raise NonFinite(f"gradient norm: expected a finite number, got {float(norm)}")
+        self.deepspeed._global_grad_norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(),
+                                                                          self.max_grad_norm or float("inf"))
+
+    def local_norm(self):
+        """Norm of this rank's gradients, 0-d, to be looked at before `step` (`not_finite`); None where DeepSpeed looks
+        itself and leaves out a step whose gradients are not finite."""
+        if not self.unguarded:
+            return None
+        return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
 
     @property
     def module(self):
@@ -263,13 +256,13 @@ class Engine:
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
     def step(self):
-        """Clips, updates, zeroes the gradients -> {"grad_norm", "lr"}; counts steps that DeepSpeed skipped."""
+        """Clips, updates, zeroes the gradients -> {"grad_norm" (maybe a 0-d tensor), "lr"}; counts skipped steps."""
         lr = self.deepspeed.get_lr()[0]
         before = self.deepspeed.skipped_steps
         self.deepspeed.step()
         self.skipped_steps += self.deepspeed.skipped_steps - before
         norm = self.deepspeed.get_global_grad_norm()
-        return {"grad_norm": float(norm) if norm is not None else float("nan"), "lr": lr}
+        return {"grad_norm": float("nan") if norm is None else norm, "lr": lr}
 
     def gathered(self):
         """Context in which every rank sees whole weights (ZeRO-3 shards them; else nothing happens)."""

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 from . import console, engine
-from .data import global_batches, share
-from .errors import NonFinite, UserError
+from .data import global_batches
+from .errors import UserError
+from .packing import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Task:
     loss: Callable       # (model, examples) -> (sum over examples of weight × loss, {name: weighted sum})
     tokens: Callable     # example -> tokens that pass through the model
     save: Callable       # folder -> None; every rank calls it
+    sequences: int = 1   # of one example
 
 
 def total_steps(n, train, world):
@@ -48,16 +50,17 @@ def fit(model, task, examples, held_out, cfg, folder, metrics, label):
     best = Best(train.best_metric, task, folder)
     size = global_size(train, world)
     order = _endless(len(examples), size, cfg.seed)
+    budget = train.pass_tokens(task.sequences)
     last = {}
     with console.track(steps, label, cfg.log.progress) as bar:
         for step in range(1, steps + 1):
             batch = [examples[i] for i in next(order)]
-            values = train_step(model, task, batch, train.batch_size, folder, step)
+            values = train_step(model, task, batch, budget, folder, step)
             if step % cfg.log.interval == 0 or step == steps:
                 epoch = step * size / len(examples)
                 metrics.log(step, {**{f"train/{k}": v for k, v in values.items()}, "train/epoch": epoch})
             if held_out and (step == steps or (train.eval_interval and step % train.eval_interval == 0)):
-                last = evaluate(model, task, held_out, train.batch_size)
+                last = evaluate(model, task, held_out, budget)
                 metrics.log(step, last)
                 best.offer(last, step)
             if train.save_interval and step % train.save_interval == 0 and step < steps:
@@ -69,49 +72,56 @@ def fit(model, task, examples, held_out, cfg, folder, metrics, label):
     return {"steps": steps, "train/loss": float(values["loss"]), "skipped_steps": model.skipped_steps, **kept}
 
 
-def train_step(model, task, batch, micro_size, folder, step):
-    """One optimiser step over a global batch -> {"loss", "grad_norm", "lr", …}, the same on all ranks."""
+def train_step(model, task, batch, budget, folder, step):
+    """One optimiser step over a global batch -> {"loss", "grad_norm", "lr", …}, the same on all ranks. One read of the
+    device before the step, of what must be finite, and one after it.
+
+    budget: most tokens of a forward pass.
+    """
     model.train()
-    weight = sum(task.weigh(e) for e in batch)
-    mine = [batch[i] for i in share(range(len(batch)), engine.rank(), engine.world_size())]
-    mine.sort(key=task.tokens)                       # alike lengths share a micro-batch: less padding, the same sum
-    # Every rank runs as many micro-batches as the fullest one; a rank without examples repeats one at weight zero,
-    # because ZeRO-3's forward is a collective.
-    rounds = math.ceil(math.ceil(len(batch) / engine.world_size()) / micro_size)
-    sums = {}
-    for r in range(rounds):
-        micro = mine[r * micro_size:(r + 1) * micro_size]
-        loss, stats = task.loss(model, micro or batch[:1])
-        scale = (1.0 if micro else 0.0) / weight
-        model.backward(loss * scale)
-        _add(sums, {"loss": loss.detach(), **stats}, scale)
-    names = list(sums)
-    totals = engine.all_reduce(torch.stack([sums[name].float() for name in names]))
-    values = with_deviation(dict(zip(names, totals.tolist())))
-    if not math.isfinite(values["loss"]):
-        stop_at_nonfinite(f"loss: expected a finite number, got {values['loss']}", batch, folder, step)
-    try:
-        return {**values, **model.step()}
-    except NonFinite as error:
-        return stop_at_nonfinite(str(error), batch, folder, step)
+    sums = over_passes(model, task, batch, budget, sum(task.weigh(e) for e in batch), train=True)
+    bad = engine.not_finite({"loss": sums["loss"], "gradient norm": model.local_norm()})
+    if bad:
+        stop_at_nonfinite(f"{', '.join(bad)}: expected a finite number, got NaN or inf", batch, folder, step)
+    step_values = model.step()
+    return {**_read(sums, step_values["grad_norm"]), "lr": step_values["lr"]}
 
 
 @torch.no_grad()
-def evaluate(model, task, examples, micro_size):
+def evaluate(model, task, examples, budget):
     """Weighted means over examples, all ranks -> {"eval/loss": …, "eval/accuracy": …}."""
     model.train(False)
-    mine = [examples[i] for i in share(range(len(examples)), engine.rank(), engine.world_size())]
-    mine.sort(key=task.tokens)
-    rounds = math.ceil(math.ceil(len(examples) / engine.world_size()) / micro_size)
+    sums = over_passes(model, task, examples, budget, sum(task.weigh(e) for e in examples), train=False)
+    return {f"eval/{name}": value for name, value in _read(sums).items()}
+
+
+def over_passes(model, task, batch, budget, weight, train):
+    """Runs this rank's share of a batch, and its backward -> this rank's {"loss", …} divided by the global weight.
+
+    A rank that has nothing in a pass repeats the shortest example at weight zero: collectives wait for everyone.
+    """
+    lengths = [task.tokens(e) for e in batch]
+    shortest = batch[min(range(len(batch)), key=lengths.__getitem__)]
     sums = {}
-    for r in range(rounds):
-        micro = mine[r * micro_size:(r + 1) * micro_size]
-        loss, stats = task.loss(model, micro or examples[:1])
-        _add(sums, {"loss": loss, **stats}, 1.0 if micro else 0.0)
-    weight = sum(task.weigh(e) for e in examples)
+    for mine in fill(lengths, budget, engine.world_size())[engine.rank()]:
+        loss, stats = task.loss(model, [batch[i] for i in mine] or [shortest])
+        scale = (1.0 if mine else 0.0) / weight
+        if train:
+            model.backward(loss * scale)
+        for name, value in {"loss": loss, **stats}.items():
+            sums[name] = sums.get(name, 0.0) + value.detach().float() * scale
+    return sums
+
+
+def _read(sums, grad_norm=None):
+    """Adds up over ranks -> floats, with deviations; grad_norm: the same on all ranks."""
     names = list(sums)
-    totals = engine.all_reduce(torch.stack([sums[name].float() for name in names])) / weight
-    return {f"eval/{name}": value for name, value in with_deviation(dict(zip(names, totals.tolist()))).items()}
+    packed = engine.all_reduce(torch.stack([sums[name] for name in names]))
+    if grad_norm is None:
+        return with_deviation(dict(zip(names, packed.tolist())))
+    norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=packed.device).reshape(1)
+    *values, norm = torch.cat([packed, norm]).tolist()
+    return {**with_deviation(dict(zip(names, values))), "grad_norm": norm}
 
 
 def with_deviation(values):
@@ -169,11 +179,6 @@ def _endless(n, size, seed):
     while True:
         yield from global_batches(n, size, seed, epoch)
         epoch += 1
-
-
-def _add(sums, values, scale):
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + value.detach() * scale
 
 
 def _line(values):

@@ -18,8 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from . import body
 from .errors import UserError
 from .lora import add_lora, has_lora, merge_lora, plain, plain_state
+from .packing import Packed
 from .model_files import (checked, has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing,
                           refuse_short_context, replacing, write_card)
 from .score_files import check_score_export, read_head, save_score_model
@@ -118,7 +120,7 @@ class ScoreHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(1, dtype=dtype)) if bias else None
 
     def forward(self, hidden_BLH):
-        """[B, L, H] -> [B, L], fp32."""
+        """[…, H] -> […], fp32."""
         bias = None if self.bias is None else self.bias.float()
         return F.linear(hidden_BLH.float(), self.weight.float(), bias).squeeze(-1)
 
@@ -130,9 +132,10 @@ class ScoreModel(nn.Module):
     a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None when the files do not say.
     """
 
-    def __init__(self, backbone, *, bias=False, normalizer=None, kind=None):
+    def __init__(self, backbone, *, bias=False, normalizer=None, kind=None, packing=True):
         super().__init__()
         self.backbone = backbone
+        self.packs = body.packs(plain(backbone)) and packing
         self.config = backbone.config
         self.score = ScoreHead(hidden_size(backbone.config), bias, backbone.dtype)
         self.normalizer = normalizer
@@ -155,18 +158,28 @@ class ScoreModel(nn.Module):
             if self.score.bias is not None:
                 self.score.bias.zero_()
 
-    def forward(self, input_ids_BL, attention_mask_BL, position_ids=None):
-        """-> scores_BL in fp32; entries at padding are finite and mean nothing.
+    def forward(self, input_ids_BL, attention_mask_BL=None, position_ids=None):
+        """-> scores_BL in fp32; entries at padding are finite and mean nothing. Of a `Packed` alone: scores_N of the
+        positions that it asks for.
 
         attention_mask_BL: 1 at real tokens (bool or integer), padding on either side. Position ids are counted from
         each row's first real token when not given.
         """
+        if isinstance(input_ids_BL, Packed):
+            return self._packed_scores(input_ids_BL)
         mask_BL = attention_mask_BL.long()
         inputs = {"input_ids": input_ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
         if self.takes_positions:
             inputs["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0) if position_ids is None else position_ids
-        scores_BL = self.score(self.backbone(**inputs).last_hidden_state)
-        return scores_BL if self.normalizer is None else self.normalizer(scores_BL)
+        return self._scores(self.backbone(**inputs).last_hidden_state)
+
+    def _packed_scores(self, packed):
+        hidden_MH = body.hidden_states(plain(self.backbone), packed, self.packs)
+        return self._scores(hidden_MH.index_select(0, packed.rows_N))
+
+    def _scores(self, hidden):
+        scores = self.score(hidden)
+        return scores if self.normalizer is None else self.normalizer(scores)
 
     @staticmethod
     def end_scores(scores_BL, attention_mask_BL):

@@ -1,50 +1,148 @@
-"""A causal language model that answers with log-probs: the form in which every stage trains or asks a policy."""
+"""A causal language model that answers with log-probs: the form in which every stage trains or asks a policy.
 
-import inspect
+The body runs on packed tokens; the head sees the asked-for positions alone, inside its own module's forward, where ZeRO-3
+has gathered its weight, through a fused op: logits exist in chunks. A head that is no plain linear layer (adapters on it,
+an unknown scale) is found out when the model is wrapped, and then goes through transformers' own logits.
+"""
+
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from . import body
+from .kernels.linear_logprob import linear_logprob
+from .kernels.linear_ppo_loss import linear_ppo_loss
 from .kernels.token_logprob import token_logprob
+from .kernels.ppo_loss import ppo_loss
+from .lora import plain
+from .packing import pack
 
 
-def positions(mask_BL):
-    """Position ids that start at 0 on each row's first real token, whatever the padding side."""
-    return (mask_BL.long().cumsum(-1) - 1).clamp_(min=0)
+class Objective(NamedTuple):
+    """A policy loss that is known before the log-probs are: what `linear_ppo_loss` makes gradients from in the forward."""
+
+    old_logp_N: torch.Tensor
+    advantages_N: torch.Tensor
+    settings: dict                       # clip_ratio, reduction, normalizer, …
 
 
 class Policy(nn.Module):
-    """Wraps any Hugging Face causal LM. The head sees only the positions that predict asked-for tokens.
+    """Wraps any Hugging Face causal LM.
 
-    `forward(ids_BL, mask_BL, keep)` -> logp_BK, the log-prob of each of the last `keep` tokens given what precedes it
-    (fp32; nats). Padding may be on either side; entries of padding tokens are finite and mean nothing.
+    `forward(packed, temperature)` -> logp_N, the log-prob of each asked-for token given what precedes it (fp32; nats).
+    `forward(packed, temperature, objective)` -> (loss, statistics) of `linear_ppo_loss`: three products of the head
+    instead of four.
+    packing: False runs the body on padded rows, whatever the architecture can.
     """
 
-    def __init__(self, lm):
+    def __init__(self, lm, packing=True):
         super().__init__()
         self.lm = lm
-        self.takes_positions = "position_ids" in inspect.signature(_innermost(lm).forward).parameters
+        inner = plain(lm)
+        self.packs = body.packs(inner.base_model) and packing
+        self.logit_form = logit_form(inner)
 
-    def forward(self, ids_BL, mask_BL, keep, temperature=1.0):
-        inputs = {"input_ids": ids_BL[:, :-1], "attention_mask": mask_BL[:, :-1].long(), "use_cache": False}
-        if self.takes_positions:
-            inputs["position_ids"] = positions(mask_BL[:, :-1])
-        logits_BKV = self.lm(**inputs, logits_to_keep=keep).logits
-        return token_logprob(logits_BKV, ids_BL[:, -keep:], temperature=temperature, inplace_backward=True)
+    def forward(self, packed, temperature=1.0, objective=None):
+        inner = plain(self.lm)
+        if self.logit_form is None:
+            return self._of_logits(inner, packed, temperature, objective)
+        hidden_MH = body.hidden_states(inner.base_model, packed, self.packs)
+        hidden_NH = hidden_MH.index_select(0, packed.rows_N)
+        form = self.logit_form
+        settings = {"temperature": temperature / form.scale, "softcap": form.softcap}
+        return inner.get_output_embeddings()(hidden_NH, lambda *weights: _fused(*weights, packed, objective, settings))
+
+    def _of_logits(self, lm, packed, temperature, objective):
+        """Through the model's own logits, made for every position where it does not let itself be asked for some."""
+        if self.packs:
+            inputs = body.packed_inputs(packed)
+            logits_NV = lm(**inputs, use_cache=False, logits_to_keep=packed.rows_N).logits[0]
+        else:
+            rows = body.padded(packed)
+            logits_SLV = lm(**body.padded_inputs(lm, rows)).logits
+            logits_NV = logits_SLV.flatten(0, 1).index_select(0, rows.flat_M.index_select(0, packed.rows_N))
+        logp_N = token_logprob(logits_NV, packed.targets_N, temperature=temperature, inplace_backward=True)
+        if objective is None:
+            return logp_N
+        return ppo_loss(logp_N, objective.old_logp_N, objective.advantages_N, cu_seqlens=packed.cu_seqlens,
+                        **objective.settings)
 
 
-def _innermost(lm):
-    """The Hugging Face model under a peft wrapper."""
-    return lm.get_base_model() if hasattr(lm, "get_base_model") else lm
+def _fused(hidden_NH, weight_VH, bias_V, packed, objective, settings):
+    if objective is None:
+        return linear_logprob(hidden_NH, weight_VH, packed.targets_N, bias=bias_V, **settings)
+    return linear_ppo_loss(hidden_NH, weight_VH, packed.targets_N, objective.old_logp_N, objective.advantages_N, bias=bias_V,
+                           cu_seqlens=packed.cu_seqlens, **objective.settings, **settings)
 
 
-def response_logp(policy, rollout, temperature=1.0, rows=slice(None)):
-    """logp_BT of a rollout's response tokens (padding included) under a Policy or an engine that holds one."""
-    ids_BL, mask_BL = rollout.sequences(rows)
-    return policy(ids_BL, mask_BL, rollout.response_BT.shape[1], temperature)
+class OpenHead(nn.Linear):
+    """A model's head that lends its weights, for as long as its forward lasts, to what is made from them."""
+
+    def forward(self, hidden, use=None):
+        return super().forward(hidden) if use is None else use(hidden, self.weight, self.bias)
 
 
-def sequence_logp(policy, ids_BL, mask_BL, trained_BL):
-    """logp of each row's trained tokens, summed -> [B]: what DPO compares. trained_BL: boolean, aligned with ids."""
-    logp_BK = policy(ids_BL, mask_BL, ids_BL.shape[1] - 1)
-    return torch.where(trained_BL[:, 1:], logp_BK, torch.zeros_like(logp_BK)).sum(-1)
+class LogitForm(NamedTuple):
+    """logits = softcap(scale · (hidden @ weight.T + bias))."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+
+@torch.no_grad()
+def logit_form(lm):
+    """How a causal LM makes logits from hidden states, with its head opened; None where it is not `LogitForm`.
+
+    Told by the names that architectures use and checked on three tokens.
+    """
+    head = lm.get_output_embeddings()
+    if type(head) not in (nn.Linear, OpenHead):
+        return None
+    config = lm.config.get_text_config()
+    scale = getattr(config, "logit_scale", None) or 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+    form = LogitForm(float(scale), getattr(config, "final_logit_softcapping", None))
+    if form.softcap and form.scale != 1.0:
+        return None                                  # the op takes no scale under its softcap
+    if not _holds(lm, head, form):
+        return None
+    head.__class__ = OpenHead                        # nothing but its forward changes: names, copies and saves stay
+    return form
+
+
+def _holds(lm, head, form):
+    training = lm.training
+    lm.eval()
+    try:
+        ids = torch.arange(1, 4, device=head.weight.device)[None] % head.weight.shape[0]
+        hidden = lm.base_model(input_ids=ids).last_hidden_state
+        expected = lm(input_ids=ids).logits.float()
+        made = nn.functional.linear(hidden, head.weight, head.bias).float() * form.scale
+    except (TypeError, AttributeError, RuntimeError):
+        return False                                 # no body of its own, or one that returns something else
+    finally:
+        lm.train(training)
+    if form.softcap:
+        made = form.softcap * torch.tanh(made / form.softcap)
+    if made.shape != expected.shape:
+        return False
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 5e-2
+    return bool(((made - expected).abs().max() <= tolerance * expected.abs().max().clamp(min=1e-3)).item())
+
+
+def sequence_sums(values_N, packed):
+    """[N] -> [S]: sums over each sequence's asked-for tokens."""
+    counts_S = torch.tensor(packed.counts, device=values_N.device)
+    at_N = torch.repeat_interleave(torch.arange(len(packed.counts), device=values_N.device), counts_S,
+                                   output_size=sum(packed.counts))
+    return values_N.new_zeros(len(packed.counts)).index_add(0, at_N, values_N)
+
+
+def trained_rows(mask):
+    """Positions that predict the tokens a mask marks; the first token is predicted by none."""
+    return [i - 1 for i, wanted in enumerate(mask) if wanted and i]
+
+
+def pack_trained(examples, device):
+    """SFT examples -> Packed, asking for their trained tokens."""
+    return pack([e.ids for e in examples], [trained_rows(e.mask) for e in examples], device)

@@ -9,6 +9,7 @@ cost side; `ppo.shaping` makes it maximise R − ν·C with one critic.
 Source: Safe RLHF (arXiv 2310.12773) and its reference implementation.
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -20,35 +21,51 @@ from .errors import NonFinite, UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
 from .metrics import Metrics
-from .rollout import generate
+from .rollout import assemble, generate
 from .run_folder import finish_run, open_run
-from .score import score
+from .score import ask_trained, judge
 from .settings import to_dict
 from .sft import save_policy
 from .steplog import averages, sample_rows
-from .update import update
+from .update import in_one_pass, update, update_in_one_pass
 
 
 def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step):
     """`steps` steps of PPO; λ = multiplier.value, None without a constraint. after_step(step, metrics, rollout, scored)."""
+    at_once = in_one_pass(cfg, cast)
+    console.say("score and update share their forward passes" if at_once else "old log-probs and values have a pass of their own")
     for step, (mine, ptx_batch) in enumerate(zip(prompt_batches(prompts, cfg, steps), ptx_batches(ptx, cfg)), 1):
         # 1. The current policy answers this rank's prompts.
-        rollout = generate(cast.actor, mine, cast.tokenizer, cast.ends, cfg.sampling, cfg.max_length)
-        # 2. Every model is asked once, at the weights that made the rollout.
-        scored = score(rollout, cast, cfg)
+        rollout = sample(cast, mine, cfg, step)
+        # 2. The frozen models say what they think of it: reference, reward, cost.
+        scored = judge(rollout, cast, cfg)
         # 3. λ moves with the mean cost of the last episodes, before the actor does.
         if multiplier is not None:
-            multiplier.update(engine.all_gather(scored.cost_B))
-        # 4. KL shaping, GAE of both streams, combination: one launch.
-        adv = advantages(rollout, scored, multiplier.value if multiplier is not None else None, cfg.ppo)
-        # 5. Clipped losses into actor and critics.
+            multiplier.update(engine.all_gather(scored.cost_B, rollout.order, rollout.size))
+        value = multiplier.value if multiplier is not None else None
         try:
-            trained = update(cast, rollout, scored, adv, cfg, ptx_batch)
+            if at_once:
+                # 4. + 5. One forward pass of actor and critics gives log-probs and values, advantages in between, losses.
+                tally = update_in_one_pass(cast, rollout, scored, value, cfg, ptx_batch)
+            else:
+                # 4. Actor and critics at the weights that made the rollout; KL shaping, both GAE, combination: one launch.
+                scored = dataclasses.replace(scored, **ask_trained(rollout, cast, cfg))
+                adv = advantages(rollout.cu_seqlens, scored, value, cfg.ppo)
+                # 5. Clipped losses into actor and critics.
+                tally = update(cast, rollout, scored, adv, cfg, ptx_batch)
         except NonFinite as error:
             saved = save_batch(cfg, step, rollout, scored)
             raise UserError(f"step {step}: {error}{blame(scored)}; the batch is saved in {saved}, the step was not "
                             "finished and nothing of it is kept") from error
-        after_step(step, {**averages(rollout, scored, adv, multiplier, cfg.ppo.shaping), **trained}, rollout, scored)
+        cast.generator.refresh()
+        after_step(step, averages(rollout, scored, tally, multiplier, cfg.ppo.shaping), rollout, scored)
+
+
+def sample(cast, prompts, cfg, step):
+    """-> Rollout of this rank's prompts at the current weights."""
+    rows, responses = generate(cast.generator, prompts, cast.tokenizer, cfg.sampling, cfg.max_length, cfg.seed * 100_003 + step)
+    return assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
+                    n=cfg.sampling.num_return_sequences)
 
 
 def train_ppo_lag(cfg, observe=None):
@@ -75,11 +92,10 @@ def _train(cfg, stage, observe):
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     prompts, held_out, ptx, report = load_data(cfg, tokenizer)
     steps = total_steps(len(prompts), cfg)
-    cast = load_cast(cfg, tokenizer, steps * cfg.ppo.epochs, constrained=stage == "ppo-lag")
+    cast = load_cast(cfg, tokenizer, steps * cfg.ppo.epochs * cfg.ppo.minibatches, constrained=stage == "ppo-lag")
     folder = open_run(stage, cfg)
     for line in report.lines():
         console.say(line)
-    engine.seed_rollouts(cfg.seed)
     metrics = Metrics(folder, cfg.log, to_dict(cfg), stage)
 
     # The starting policy on the evaluation prompts: what the run is compared with, and where a threshold can lie.

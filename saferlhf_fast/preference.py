@@ -10,7 +10,7 @@ Source: Safe RLHF (arXiv 2310.12773), equations 5 and 6, and its reference imple
 import torch
 import torch.nn.functional as F
 
-from .models import ScoreModel
+from .packing import end_row, pack
 
 
 def reward_loss(better, worse, *, regularization=0.001):
@@ -34,22 +34,23 @@ def cost_loss(safer, unsafer, safer_sign, unsafer_sign, *, regularization=0.001)
     return (pair + signs).mean() + regularization * torch.stack([safer, unsafer]).square().mean()
 
 
-def pair_loss(model, examples, pad_id, kind, regularization, per_token):
+def pair_loss(model, examples, kind, regularization, per_token):
     """-> (loss summed over pairs, {name: sum}). model: a ScoreModel or an engine that holds one.
 
     In a PairExample the first response is the better (reward) or the safer (cost) one.
     """
-    from . import data, engine
+    from . import engine
     n = len(examples)
-    ids_BL, mask_BL = data.collate_right([e.first_ids for e in examples] + [e.second_ids for e in examples], pad_id)
-    ids_BL, mask_BL = ids_BL.to(engine.device()), mask_BL.to(engine.device())
-    scores_BL = model(ids_BL, mask_BL)
-    end_B = ScoreModel.end_scores(scores_BL, mask_BL)
+    rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
+    packed = pack(rows, [range(len(ids)) if per_token else end_row(len(ids)) for ids in rows], engine.device())
+    scores_N = model(packed)
+    ends_B = (packed.cu_seqlens[1:] - 1).long()
+    end_B = scores_N.index_select(0, ends_B)
     first, second = end_B[:n], end_B[n:]
     signs = torch.tensor([[e.sign_first for e in examples], [e.sign_second for e in examples]], device=end_B.device,
                          dtype=end_B.dtype) if kind == "cost" else None
     if per_token:
-        loss = token_wise(scores_BL, ids_BL, mask_BL, n, signs, regularization)
+        loss = token_wise(scores_N.split([len(ids) for ids in rows]), rows, n, signs, regularization)
     elif kind == "cost":
         loss = cost_loss(first, second, signs[0], signs[1], regularization=regularization)
     else:
@@ -63,19 +64,17 @@ def pair_loss(model, examples, pad_id, kind, regularization, per_token):
     return loss * n, stats
 
 
-def token_wise(scores_BL, ids_BL, mask_BL, n, signs, regularization):
+def token_wise(scores, rows, n, signs, regularization):
     """REF's token-wise variant: the pair's loss at every position from the first difference of the two responses to
     the longer one's end, averaged over positions, then over pairs. A shorter response's last score stands for the
-    positions after it."""
-    total = scores_BL.new_zeros(())
-    lengths = mask_BL.sum(1).tolist()
+    positions after it. scores: one tensor for each row of ids; the second responses follow the n first ones."""
+    total = scores[0].new_zeros(())
     for i in range(n):
-        a, b = ids_BL[i], ids_BL[n + i]
-        la, lb = lengths[i], lengths[n + i]
-        differ = (a[:min(la, lb)] != b[:min(la, lb)]).nonzero()
-        start = int(differ[0]) if len(differ) else min(la, lb) - 1
-        at = torch.arange(start, max(la, lb), device=ids_BL.device)
-        first, second = scores_BL[i, at.clamp(max=la - 1)], scores_BL[n + i, at.clamp(max=lb - 1)]
+        a, b = rows[i], rows[n + i]
+        shorter = min(len(a), len(b))
+        start = next((t for t in range(shorter) if a[t] != b[t]), shorter - 1)
+        at = torch.arange(start, max(len(a), len(b)), device=total.device)
+        first, second = scores[i][at.clamp(max=len(a) - 1)], scores[n + i][at.clamp(max=len(b) - 1)]
         if signs is None:
             total = total + reward_loss(first, second, regularization=regularization)
         else:
@@ -114,6 +113,7 @@ def _train(cfg, kind):
     keep = {"drop_bias": cfg.drop_bias, "keep_bias": not cfg.drop_bias}
     models.check_score_export(score, tokenizer, **keep)      # refused now, not after hours of training
     prepare(score.backbone, cfg)
+    score.packs &= cfg.engine.packing
     if cfg.lora.rank:
         score = models.add_lora(score, cfg.lora)
     folder = open_run(kind, cfg)
@@ -129,8 +129,7 @@ def _train(cfg, kind):
         engine.barrier()
 
     task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save,
-                loss=lambda model, batch: pair_loss(model, batch, tokenizer.pad_token_id, kind, cfg.regularization,
-                                                    cfg.loss == "token"))
+                sequences=2, loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), kind)
     summary = fit(trained, task, examples, held_out, cfg, folder, metrics, kind)
     metrics.close()

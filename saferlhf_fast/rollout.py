@@ -1,11 +1,14 @@
-"""Prompts in, responses of the current policy out, through transformers' `generate`."""
+"""Prompts in, responses of the current policy out: a rollout engine samples, ranks share the tokens out evenly.
 
-import contextlib
+What samples is one of saferlhf_fast.generation; what comes back lies on the host, packed into the passes that scoring and
+update will make.
+"""
 
 import torch
 
 from . import data, engine
-from .types import Rollout
+from .packing import fill
+from .types import Minibatch, Rollout
 
 
 def end_tokens(tokenizer, lm, template):
@@ -15,74 +18,59 @@ def end_tokens(tokenizer, lm, template):
     return sorted({*data.Template(tokenizer, template).stop_ids, *named})
 
 
-@torch.no_grad()
-def generate(actor, prompts, tokenizer, ends, sampling, max_length):
-    """Samples one response for each prompt -> Rollout, on the device.
+def generate(generator, prompts, tokenizer, sampling, max_length, seed=0, first=0):
+    """Samples `sampling.num_return_sequences` responses for each prompt -> ([PromptExample], [Response]), prompt after prompt.
 
-    actor: an Engine or Frozen that holds a Policy · prompts: PromptExamples · ends: ids that end a response ·
-    max_length: longest prompt + response.
+    generator: of `open_generator` · prompts: PromptExamples of this rank · max_length: longest prompt + response (tokens) ·
+    seed: of the step; each sequence has a seed of its own from it and its place in the global batch, so that its sample
+    depends on neither the number of ranks nor the size of a batch · first: place of the batch's first prompt.
     """
-    lm = actor.module.lm
-    lm.train(False)
-    size = sampling.batch_size or len(prompts)
-    parts = []
-    # Under ZeRO-3 every token's forward pass is a collective: ranks that have ended go on until the last one has.
-    # Gathering all weights around the call is not enough, DeepSpeed's hooks let go of them in between.
-    together = actor.sharded and engine.world_size() > 1
-    for start in range(0, len(prompts), size):
-        parts.append(_one_batch(lm, prompts[start:start + size], tokenizer, sampling, max_length, ends, together))
-    prompt_BP, prompt_mask_BP = data.collate_left([p.ids for p in prompts], tokenizer.pad_token_id)
-    longest = max(part.shape[1] for part in parts)
-    pad = tokenizer.pad_token_id
-    response_BT = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad) for part in parts])
-    mask_BT = until_end(response_BT, ends)
-    mask_BT &= torch.cat([torch.arange(longest, device=part.device)[None].expand(len(part), -1) < part.shape[1]
-                          for part in parts])
-    # Padding columns that no row uses would still be computed on by every model.
-    used = max(1, int(mask_BT.sum(-1).max()))
-    response_BT, mask_BT = response_BT[:, :used], mask_BT[:, :used]
-    texts = [tokenizer.decode(row[m].tolist(), skip_special_tokens=True).strip()
-             for row, m in zip(response_BT.cpu(), mask_BT.cpu())]
-    ended = (torch.isin(response_BT, torch.tensor(ends, device=mask_BT.device)) & mask_BT).any(-1).tolist()
-    return Rollout(prompt_BP.to(engine.device()), prompt_mask_BP.to(engine.device()),
-                   torch.where(mask_BT, response_BT, pad), mask_BT, list(prompts), texts, ended)
+    n = sampling.num_return_sequences
+    rows = [p for p in prompts for _ in range(n)]
+    places = [first * n + place for place in global_places(len(prompts), n)]
+    limits = [max(1, min(max_length - len(p.ids), sampling.max_new_tokens or max_length)) for p in rows]
+    seeds = [(seed * 1_000_003 + place) % (1 << 62) for place in places]
+    return rows, generator.generate([list(p.ids) for p in rows], seeds, limits)
 
 
-def _one_batch(lm, prompts, tokenizer, sampling, max_length, ends, together):
-    """-> responses [b, t] of one call of `generate`."""
-    ids_BP, mask_BP = data.collate_left([p.ids for p in prompts], tokenizer.pad_token_id)
-    ids_BP, mask_BP = ids_BP.to(engine.device()), mask_BP.to(engine.device())
-    room = max(1, max_length - ids_BP.shape[1])
-    new_tokens = min(room, sampling.max_new_tokens) if sampling.max_new_tokens else room
-    # Without remove_invalid_values a policy that has diverged dies in the sampler (on a GPU with the whole context);
-    # with it the run ends at the loss, which says so and saves the batch.
-    with without_own_settings(lm):
-        out = lm.generate(input_ids=ids_BP, attention_mask=mask_BP.long(), do_sample=True, top_k=0, top_p=1.0,
-                          temperature=sampling.temperature, max_new_tokens=new_tokens, eos_token_id=ends,
-                          pad_token_id=tokenizer.pad_token_id, use_cache=True, synced_gpus=together,
-                          remove_invalid_values=True)
-    return out[:, ids_BP.shape[1]:]
+def global_places(count, n, rank=None, world=None):
+    """Places in the global batch of this rank's `count` prompts with n responses each, as `data.share` deals prompts."""
+    rank, world = engine.rank() if rank is None else rank, engine.world_size() if world is None else world
+    return [(i * world + rank) * n + k for i in range(count) for k in range(n)]
 
 
-@contextlib.contextmanager
-def without_own_settings(lm):
-    """Context in which `generate` knows nothing of the model's generation_config.
+def assemble(rows, responses, tokenizer, budget, *, minibatches=1, n=1, version=0):
+    """PromptExamples and their Responses of this rank -> Rollout, on the device.
 
-    Published chat models bring a repetition penalty, min_p, beams …: what is sampled would then come from another
-    distribution than the one that is scored and trained.
+    Every rank gets about as many tokens, whoever sampled them: ids are small beside the time that a rank would wait.
+    budget: most tokens of a forward pass · minibatches: optimiser steps per batch · n: responses per prompt · version: of
+    the weights that sampled, counted back.
     """
-    from transformers import GenerationConfig
-    own, lm.generation_config = lm.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        lm.generation_config = own
+    places = global_places(len(rows) // n, n)
+    everyone = engine.gather_objects([(place, p, r.ids, r.logp, r.ended) for place, p, r in zip(places, rows, responses)])
+    batch = sorted((row for part in everyone for row in part), key=lambda row: row[0])
+    made, mine = [], []
+    size = -(-len(batch) // minibatches)
+    for at in range(0, len(batch), size):
+        part = batch[at:at + size]
+        passes = []
+        for each in fill([len(p.ids) + len(ids) for _, p, ids, *_ in part], budget, engine.world_size())[engine.rank()]:
+            passes.append(slice(len(mine), len(mine) + len(each)))
+            mine += [part[i] for i in each]
+        lengths = [len(ids) for _, _, ids, *_ in part]
+        made.append(Minibatch(passes, sum(n > 0 for n in lengths), sum(lengths)))
+    shortest = min(batch, key=lambda row: len(row[1].ids) + len(row[2]))
+    return Rollout(
+        sequences=[[*p.ids, *ids] for _, p, ids, *_ in mine], lengths=[len(ids) for _, _, ids, *_ in mine],
+        prompts=[p for _, p, *_ in mine], ended=[ended for *_, ended in mine], order=[place for place, *_ in mine],
+        texts=[tokenizer.decode(ids, skip_special_tokens=True).strip() for _, _, ids, *_ in mine], minibatches=made,
+        filler=([*shortest[1].ids, *shortest[2]], len(shortest[2])), device=engine.device(),
+        engine_logp_N=_log_probs([logp for *_, logp, _ in mine]), version=version,
+        size=len(batch))
 
 
-def until_end(response_BT, ends):
-    """Boolean mask of each row up to and including its first end token; all of it when there is none.
-
-    Ends are looked for among generated tokens only, so a padding token equal to the end token does no harm.
-    """
-    is_end = torch.isin(response_BT, torch.tensor(ends, device=response_BT.device))
-    return (is_end.long().cumsum(-1) - is_end.long()) == 0
+def _log_probs(parts):
+    """What the engine said of each token, packed; None where it did not say it of all."""
+    if not parts or any(logp is None for logp in parts):
+        return None
+    return torch.tensor([x for logp in parts for x in logp], dtype=torch.float32, device=engine.device())

@@ -1,38 +1,40 @@
-"""What all models say of a rollout: log-probs of actor and reference, reward, cost, values. No gradient."""
+"""What models say of a rollout, without gradient: the frozen ones, and actor and critics where the update does not ask them."""
 
 import torch
 
-from .policy import response_logp
 from .types import Scored
 
 
-def micro_slices(n, size):
-    """Slices of at most `size` rows that cover n rows."""
-    return [slice(start, min(n, start + size)) for start in range(0, n, size)]
-
-
-def values(critic, rollout, rows):
-    """V before each response token -> [b, T]: read at the position that predicts the token, as log-probs are."""
-    ids_BL, mask_BL = rollout.sequences(rows)
-    length = rollout.response_BT.shape[1]
-    return critic(ids_BL[:, :-1], mask_BL[:, :-1])[:, -length:].float()
+def kept(parts, rollout):
+    """Concatenation of what each pass gave, without what fillers gave."""
+    return torch.cat([part[:0] if rows.start == rows.stop else part for part, rows in zip(parts, rollout.passes)])
 
 
 @torch.no_grad()
-def score(rollout, cast, cfg):
-    """-> Scored, packed. Padding is dropped here; every op after this sees response tokens alone."""
-    for model in (cast.actor, *cast.critics):
-        model.train(False)
-    logp, ref, reward, cost, reward_values, cost_values = [], [], [], [], [], []
-    for rows in micro_slices(len(rollout), cfg.ppo.micro_batch_size):
-        mask = rollout.response_mask_BT[rows]
-        logp.append(response_logp(cast.actor, rollout, cfg.sampling.temperature, rows)[mask])
-        ref.append(response_logp(cast.reference, rollout, cfg.sampling.temperature, rows)[mask])
+def judge(rollout, cast, cfg):
+    """Asks the frozen models -> Scored without log-probs of the actor and values."""
+    ref_logp, reward, cost = [], [], []
+    for rows in rollout.passes:
+        ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling.temperature))
         reward.append(cast.reward(rollout, rows))
-        reward_values.append(values(cast.reward_critic, rollout, rows)[mask])
         if cast.cost is not None:
             cost.append(cast.cost(rollout, rows))
-        if cast.cost_critic is not None:
-            cost_values.append(values(cast.cost_critic, rollout, rows)[mask])
-    return Scored(torch.cat(logp), torch.cat(ref), torch.cat(reward), torch.cat(reward_values),
-                  torch.cat(cost) if cost else None, torch.cat(cost_values) if cost_values else None)
+    return Scored(kept(ref_logp, rollout), kept(reward, rollout), kept(cost, rollout) if cost else None)
+
+
+@torch.no_grad()
+def ask_trained(rollout, cast, cfg):
+    """Asks actor and critics as they are now -> fields of Scored. An actor whose engine's log-probs count is not asked."""
+    for model in (cast.actor, *cast.critics):
+        model.train(False)
+    logp, values = [], {name: [] for name, critic in cast.streams() if critic is not None}
+    own = cfg.ppo.old_logp == "trainer"
+    for rows in rollout.passes:
+        packed = rollout.packed(rows)
+        if own:
+            logp.append(cast.actor(packed, cfg.sampling.temperature))
+        for name, critic in cast.streams():
+            if critic is not None:
+                values[name].append(critic(packed))
+    fields = {f"{name}_values_N": kept(parts, rollout) for name, parts in values.items()}
+    return {"logp_N": kept(logp, rollout) if own else rollout.engine_logp_N, **fields}

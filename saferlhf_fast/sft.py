@@ -3,24 +3,17 @@
     saferlhf-fast sft model=DIR data=FILE output=DIR
 """
 
-import torch
-
 from . import console, data, engine, models
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
-from .policy import Policy
+from .policy import Policy, pack_trained
 from .run_folder import finish_run, open_run
 from .settings import to_dict
 
 
-def sft_loss(policy, examples, pad_id):
+def sft_loss(policy, examples):
     """-> (summed negative log-prob of the trained tokens, {}). policy: a Policy or an engine that holds one."""
-    ids_BL, mask_BL = data.collate_right([e.ids for e in examples], pad_id)
-    trained_BL, _ = data.collate_right([e.mask for e in examples], 0)
-    ids_BL, mask_BL = ids_BL.to(engine.device()), mask_BL.to(engine.device())
-    trained = trained_BL[:, 1:].bool().to(engine.device())
-    logp_BK = policy(ids_BL, mask_BL, ids_BL.shape[1] - 1)
-    return -torch.where(trained, logp_BK, torch.zeros_like(logp_BK)).sum(), {}
+    return -policy(pack_trained(examples, engine.device())).sum(), {}
 
 
 def train(cfg):
@@ -38,10 +31,10 @@ def train(cfg):
     folder = open_run("sft", cfg)
     for line in report.lines():
         console.say(line)
-    policy = engine.Engine(Policy(lm), cfg.optim, cfg.engine,
+    policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
     task = Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids),
-                loss=lambda model, batch: sft_loss(model, batch, tokenizer.pad_token_id),
+                loss=sft_loss,
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "sft")
     summary = fit(policy, task, examples, held_out, cfg, folder, metrics, "sft")

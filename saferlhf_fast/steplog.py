@@ -11,41 +11,63 @@ FROM_ADVANTAGES = {"kl_sequence": "kl_divergence", "shaped_reward": "reward_with
 """Statistics of ppo_lag_advantage -> metric names."""
 
 
-def averages(rollout, scored, adv, multiplier, shaping=None):
-    """-> {name: float} of one step's global batch: means over sequences. One reduction, one host read.
+def averages(rollout, scored, tally, multiplier, shaping=None):
+    """-> {name: float} of one step's global batch: means over sequences. One reduction, one read of the device.
 
-    kl_divergence and *_with_kl_penalty are summed over a response's tokens; lengths are in tokens; tokens is a count.
-    shaping: ν, or None; with it the reward stream is R − ν·C and named shaped_reward_*.
+    tally: of the update. kl_divergence and *_with_kl_penalty are summed over a response's tokens; lengths are in tokens;
+    tokens is a count. shaping: ν, or None; with it the reward stream is R − ν·C and named shaped_reward_*.
     """
-    lengths_B = rollout.lengths_B.float()
-    sums = {"sequences": torch.ones_like(lengths_B).sum(), "tokens": lengths_B.sum(),
-            "reward": scored.reward_B.float().sum(), "mean_generated_length": lengths_B.sum()}
+    sequences, tokens = (sum(getattr(m, name) for m in rollout.minibatches) for name in ("sequences", "tokens"))
+    sums = {"reward": scored.reward_B.float().sum()}
     if scored.cost_B is not None:
         sums |= {"cost": scored.cost_B.float().sum(), "unsafe_share": (scored.cost_B > 0).float().sum()}
-    sums |= {name: adv.stats[key] * adv.stats["sequences"] for key, name in FROM_ADVANTAGES.items() if key in adv.stats}
-    longest = torch.zeros(engine.world_size(), device=lengths_B.device)     # one entry for each rank: their sum is a gather
-    longest[engine.rank()] = lengths_B.max()
-    totals = engine.all_reduce(torch.cat([torch.stack([v.float() for v in sums.values()]), longest]))
-    same = {"max_generated_length": totals[len(sums):].max()}
-    if multiplier is not None:
-        same |= {"lambda": multiplier.value, "episode_cost": multiplier.mean_cost}
-    values = torch.cat([totals[:len(sums)], torch.stack([v.float() for v in same.values()])]).tolist()
-    out = dict(zip([*sums, *same], values))
-    sequences = out.pop("sequences")
-    out = {name: value / sequences if name in sums and name != "tokens" else value for name, value in out.items()}
+    for stats in tally.advantages:
+        for key, name in FROM_ADVANTAGES.items():
+            if key in stats:
+                sums[name] = sums.get(name, 0.0) + stats[key] * stats["sequences"]
+    sums = {name: value / max(1, sequences) for name, value in sums.items()} | tally.sums
+    sums, largest, shared = _read(sums, {"max_generated_length": float(max(rollout.lengths, default=0)), **tally.maxima},
+                                  _shared(tally, multiplier))
+    out = {**sums, **largest, **shared, "tokens": tokens, "mean_generated_length": tokens / max(1, sequences),
+           "staleness": rollout.version}
     for stream in ("reward", "cost"):
         if f"{stream}_return" in out:                # returns are advantages + values
             out[f"{stream}_value"] = out[f"{stream}_return"] - out[f"{stream}_advantage"]
     if shaping is None:
         return out
     out["shaped_reward"] = out["reward"] - shaping * out["cost"]
-    return {f"shaped_{name}" if name.startswith("reward_") else name: value for name, value in out.items()}
+    return {f"shaped_{name}" if name.startswith("reward_") and "critic" not in name else name: value
+            for name, value in out.items()}
+
+
+def _shared(tally, multiplier):
+    """What is the same on all ranks."""
+    if multiplier is None:
+        return tally.shared
+    return {**tally.shared, "lambda": multiplier.value, "episode_cost": multiplier.mean_cost}
+
+
+def _read(sums, maxima, shared):
+    """Sums over ranks, maxima over ranks, and what all have -> three dicts of floats: one reduction, one read."""
+    world, device = engine.world_size(), engine.device()
+
+    def vector(values):
+        return torch.stack([torch.as_tensor(v, dtype=torch.float32).to(device, non_blocking=True) for v in values])
+
+    # One row for each rank: a sum over ranks then gathers the maxima. What all share is given by rank 0 alone.
+    gathered = torch.zeros(world, len(maxima), device=device)
+    gathered[engine.rank()] = vector(maxima.values())
+    given = vector(shared.values()) * (1.0 if engine.rank() == 0 else 0.0) if shared else torch.zeros(0, device=device)
+    packed = engine.all_reduce(torch.cat([vector(sums.values()), given, gathered.flatten()]))
+    numbers = packed.tolist()
+    rows = [numbers[len(sums) + len(shared) + r * len(maxima):][:len(maxima)] for r in range(world)]
+    return (dict(zip(sums, numbers)), dict(zip(maxima, map(max, zip(*rows)))), dict(zip(shared, numbers[len(sums):])))
 
 
 def sample_rows(rollout, scored, count):
-    """-> the first `count` rows as dicts of prompt, response, reward and cost."""
+    """-> `count` rows, by their place in the batch, as dicts of prompt, response, reward and cost."""
     rows = []
-    for i in range(min(count, len(rollout))):
+    for i in sorted(range(len(rollout)), key=rollout.order.__getitem__)[:count]:
         row = {"prompt": rollout.prompts[i].text, "response": rollout.texts[i], "reward": scored.reward_B[i].item()}
         if scored.cost_B is not None:
             row["cost"] = scored.cost_B[i].item()

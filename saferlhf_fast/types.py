@@ -1,69 +1,97 @@
 """What flows through a PPO step: Rollout -> Scored -> Advantages.
 
-Shapes: B sequences of this device, P prompt columns (left-padded), T response columns (right-padded), N = response
-tokens of the batch, packed row after row; L = P + T. `cu_seqlens` [B+1] int32 marks each sequence's first packed token.
+Shapes: B sequences of this device, N response tokens of them, packed row after row. Ids and lengths live on the host, where
+sampling ended; what models say lives on the device.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Optional
 
 import torch
 
+from .packing import end_row, pack, response_rows
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """What one optimiser step learns from."""
+
+    passes: list                     # slices of the rollout's rows, one for each forward pass; equally many on all ranks
+    sequences: int                   # with a response token, over all ranks
+    tokens: int                      # response tokens, over all ranks
+
 
 @dataclass(frozen=True)
 class Rollout:
-    """Prompts and the responses that the current policy gave."""
+    """Prompts and the responses that a policy gave, in the order of the passes that will read them."""
 
-    prompt_BP: torch.Tensor          # int64
-    prompt_mask_BP: torch.Tensor     # bool
-    response_BT: torch.Tensor        # int64
-    response_mask_BT: torch.Tensor   # bool: one run of True from column 0, the end-of-sequence token included
+    sequences: list                  # of each row its ids, a list: prompt, then response
+    lengths: list                    # of each row its response tokens, the end-of-sequence token included
     prompts: list                    # PromptExample of each row
     texts: list                      # decoded response of each row
-    ended: list                      # of each row: it stopped by itself, not at the length limit
+    ended: list                      # of each row: it stopped by itself, not at a limit
+    order: list                      # of each row its place in the global batch
+    minibatches: list                # Minibatch of each optimiser step
+    filler: tuple                    # (ids, response tokens) that a rank without rows in a pass runs at weight zero
+    device: torch.device
+    engine_logp_N: Optional[torch.Tensor] = None   # nats; what the engine said of its tokens, None where it is silent
+    version: int = 0                 # optimiser steps behind the policy that sampled
 
-    def sequences(self, rows=slice(None)):
-        """-> ids [b, L], mask [b, L] of some rows."""
-        ids = torch.cat([self.prompt_BP[rows], self.response_BT[rows]], 1)
-        return ids, torch.cat([self.prompt_mask_BP[rows], self.response_mask_BT[rows]], 1)
+    size: int = 0                    # sequences of the global batch
+
+    def __len__(self):
+        return len(self.sequences)
 
     @property
-    def lengths_B(self):
-        """Response tokens of each row, int64."""
-        return self.response_mask_BT.sum(-1)
+    def passes(self):
+        """Slices of rows of all forward passes, in order."""
+        return [rows for minibatch in self.minibatches for rows in minibatch.passes]
+
+    @property
+    def ends(self):
+        """[B+1] host integers: each row's first response token in N."""
+        return [0, *accumulate(self.lengths)]
 
     @property
     def cu_seqlens(self):
         """[B+1] int32."""
-        return cumulative(self.lengths_B)
+        return torch.tensor(self.ends, dtype=torch.int32, device=self.device)
 
-    def __len__(self):
-        return self.response_BT.shape[0]
+    def tokens(self, rows):
+        """Slice of N that belongs to a slice of rows."""
+        return slice(self.ends[rows.start], self.ends[rows.stop])
+
+    def packed(self, rows, at_end=False):
+        """-> Packed of some rows that asks for what predicts each response token, or for the last position.
+
+        For no rows the filler comes instead; who asks leaves its numbers out.
+        """
+        sequences, lengths = self.sequences[rows], self.lengths[rows]
+        if not sequences:
+            sequences, lengths = [self.filler[0]], [self.filler[1]]
+        asked = [end_row(len(ids)) if at_end else response_rows(len(ids) - n, len(ids))
+                 for ids, n in zip(sequences, lengths)]
+        return pack(sequences, asked, self.device)
 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the models say of a rollout, at the actor's weights that made it."""
+    """What the models say of a rollout, at the weights they have when the batch is learned from."""
 
-    logp_N: torch.Tensor                           # nats, actor
-    ref_logp_N: torch.Tensor                       # nats, reference
+    ref_logp_N: torch.Tensor                            # nats, reference
     reward_B: torch.Tensor
-    reward_values_N: torch.Tensor                  # V before each response token
-    cost_B: Optional[torch.Tensor] = None          # > 0: unsafe
-    cost_values_N: Optional[torch.Tensor] = None   # None: no cost critic
+    cost_B: Optional[torch.Tensor] = None               # > 0: unsafe
+    logp_N: Optional[torch.Tensor] = None               # nats, actor; None until the update makes it (single pass)
+    reward_values_N: Optional[torch.Tensor] = None      # V before each response token; None likewise
+    cost_values_N: Optional[torch.Tensor] = None        # None: no cost critic, or likewise
 
 
 @dataclass(frozen=True)
 class Advantages:
     """What the update learns from."""
 
-    advantages_N: torch.Tensor                     # combined, (A_r − λ·A_c) / (1 + λ)
+    advantages_N: torch.Tensor                          # combined, (A_r − λ·A_c) / (1 + λ)
     reward_returns_N: torch.Tensor
     cost_returns_N: Optional[torch.Tensor]
-    stats: dict                                    # 0-d tensors, named by ppo_lag_advantage
-
-
-def cumulative(lengths_B):
-    """[B] -> cu_seqlens [B+1], int32."""
-    start = torch.zeros(1, dtype=torch.long, device=lengths_B.device)
-    return torch.cat([start, lengths_B.cumsum(0)]).to(torch.int32)
+    stats: dict                                         # 0-d tensors, named by ppo_lag_advantage

@@ -1,94 +1,204 @@
-"""One batch of rollouts into the weights of actor and critics: micro-batches, losses, optimiser steps.
+"""One batch of rollouts into the weights of actor and critics: passes, losses, optimiser steps.
 
-Every loss divides by the count over the global batch, so the split into micro-batches and ranks changes nothing.
-With supervised (PTX) data the actor's step is ½(L_actor + coefficient · L_ptx), as in the reference implementation.
+Every loss divides by the count over the global batch, so the split into passes and ranks changes nothing. With supervised
+(PTX) data the actor's step is ½(L_actor + coefficient · L_ptx), as in the reference implementation.
+
+Two ways. `update_in_one_pass`: with one optimiser step per batch the ratio to the old policy is 1 and the old values are the
+new ones, so what the step's own forward passes say, held fixed, is what they start from: no pass before them. `update`: the
+old log-probs and values were asked for beforehand.
 """
-
-import math
 
 import torch
 
 from . import engine
+from .advantage import advantages
 from .errors import NonFinite
 from .kernels.ppo_lag_advantage import whitening
 from .kernels.ppo_loss import ppo_loss
 from .kernels.value_loss import value_loss
-from .policy import response_logp
-from .score import micro_slices, values
+from .packing import fill
+from .policy import Objective
 from .sft import sft_loss
-from .types import cumulative
+from .types import Scored
 
 
-def update(cast, rollout, scored, adv, cfg, ptx=None):
-    """Trains actor and critics on one batch -> metrics (floats), the same on all ranks.
+class Tally:
+    """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what all share."""
+
+    def __init__(self):
+        self.sums, self.maxima, self.shared, self.advantages = {}, {}, {}, []
+
+    def add(self, name, value):
+        """Adds to a local sum."""
+        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+    def largest(self, name, value):
+        """Raises a local maximum."""
+        self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+
+
+def in_one_pass(cfg, cast):
+    """True when old log-probs and values need no pass of their own: one step per batch, no whitening over the batch (whose
+    statistics would have to be known before the first loss), no dropout (the old policy has none)."""
+    ppo = cfg.ppo
+    return ppo.single_pass and ppo.epochs == ppo.minibatches == 1 and not ppo.whiten and not cast.has_dropout()
+
+
+def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
+    """Trains actor and critics with one step on one batch -> Tally. multiplier: λ, 0-d, or None.
 
     ptx: SFT examples of the *global* batch, or None.
     """
-    for model in (cast.actor, *cast.critics):
-        model.train()
-    counts = torch.stack([(rollout.lengths_B > 0).sum(), rollout.lengths_B.sum()])
-    sequences, tokens = engine.all_reduce(counts).tolist()
-    whitening = whitener(adv.stats) if cfg.ppo.whiten else {}
+    cast.train()
+    tally, (minibatch,) = Tally(), rollout.minibatches
+    settings = _settings(cfg, minibatch)
+    for rows in minibatch.passes:
+        packed, at, real = rollout.packed(rows), rollout.tokens(rows), rows.stop > rows.start
+        value_n = {name: critic(packed) for name, critic in cast.streams() if critic is not None}
+        engine_logp_n = _part(rollout.engine_logp_N, at, packed, real)
+        logp_n = cast.actor(packed, cfg.sampling.temperature) if cfg.ppo.old_logp == "trainer" else None
+        old_logp_n = engine_logp_n if logp_n is None else logp_n.detach()
+        adv = _advantages(packed, old_logp_n, value_n, scored, at, rows, multiplier, cfg, real)
+        if real:
+            tally.advantages.append(adv.stats)
+        weighted_n = _weighted(adv.advantages_N, old_logp_n, engine_logp_n, cfg, tally, minibatch, real)
+        if logp_n is None:
+            loss, stats = cast.actor(packed, cfg.sampling.temperature, Objective(old_logp_n, weighted_n, settings))
+        else:
+            loss, stats = ppo_loss(logp_n, old_logp_n, weighted_n, cu_seqlens=packed.cu_seqlens, **settings)
+        _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real)
+        returns = {"reward": adv.reward_returns_N, "cost": adv.cost_returns_N}
+        for name, critic in cast.streams():
+            if critic is not None:
+                _critic_backward(critic, name, value_n[name], value_n[name].detach(), returns[name], packed, settings, cfg, tally)
+    _finish(cast, ptx, cfg, tally)
+    return tally
+
+
+def update(cast, rollout, scored, adv, cfg, ptx=None):
+    """Trains actor and critics on one batch, in as many epochs and minibatches as the recipe says -> Tally of the last epoch.
+
+    ptx: SFT examples of the *global* batch, or None.
+    """
+    cast.train()
+    whitened = whitener(adv.stats) if cfg.ppo.whiten else {}
     for _ in range(cfg.ppo.epochs):
-        sums = {}
-        for rows in micro_slices(len(rollout), cfg.ppo.micro_batch_size):
-            _micro_batch(cast, rollout, scored, adv, rows, cfg, (sequences, tokens), whitening, ptx, sums)
-        if ptx:
-            _ptx(cast, ptx, cfg, sums)
-        names = list(sums)
-        totals = engine.all_reduce(torch.stack([sums[name].float() for name in names]))
-        metrics = dict(zip(names, totals.tolist()))
-        _check(metrics)
-        steps = {"actor": cast.actor.step(), "reward_critic": cast.reward_critic.step()}
-        if cast.cost_critic is not None:
-            steps["cost_critic"] = cast.cost_critic.step()
-    for model, values_ in steps.items():
-        metrics |= {f"{model}_lr": values_["lr"], f"{model}_grad_norm": values_["grad_norm"]}
-    return metrics
+        tally = Tally()
+        tally.advantages.append(adv.stats)
+        for minibatch in rollout.minibatches:
+            settings = _settings(cfg, minibatch)
+            for rows in minibatch.passes:
+                _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, {**settings, **whitened}, settings, ptx, tally)
+            _finish(cast, ptx, cfg, tally)
+        for name in tally.sums:
+            tally.sums[name] = tally.sums[name] / len(rollout.minibatches)
+    return tally
 
 
-def _micro_batch(cast, rollout, scored, adv, rows, cfg, counts, whitening, ptx, sums):
-    """Forward and backward of all trained models on some rows; adds this rank's share of each metric to sums."""
-    ppo = cfg.ppo
-    sequences, tokens = counts
-    normalizer = sequences if ppo.reduction == "sequence-mean" else tokens
-    mask_bT = rollout.response_mask_BT[rows]
-    ends = rollout.cu_seqlens.tolist()
-    packed = slice(ends[rows.start], ends[rows.stop])
-    cu_seqlens = cumulative(rollout.lengths_B[rows])
-    logp_n = response_logp(cast.actor, rollout, cfg.sampling.temperature, rows)[mask_bT]
-    loss, stats = ppo_loss(logp_n, scored.logp_N[packed], adv.advantages_N[packed], clip_ratio=ppo.clip_ratio,
-                           cu_seqlens=cu_seqlens, reduction=ppo.reduction, normalizer=normalizer, **whitening)
-    cast.actor.backward(loss * (0.5 if ptx else 1.0))
-    _add(sums, "actor_loss", loss)
-    share = len(logp_n) / max(1, tokens)
-    for name in ("clip_fraction", "approx_kl"):
-        _add(sums, name, stats[name] * share)
+def _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, actor_settings, settings, ptx, tally):
+    """Forward and backward of all trained models on some rows, whose old log-probs, values and advantages are known."""
+    packed, at, real = rollout.packed(rows), rollout.tokens(rows), rows.stop > rows.start
+    old_logp_n = _part(scored.logp_N, at, packed, real)
+    weighted_n = _weighted(_part(adv.advantages_N, at, packed, real), old_logp_n,
+                           _part(rollout.engine_logp_N, at, packed, real), cfg, tally, minibatch, real)
+    loss, stats = cast.actor(packed, cfg.sampling.temperature, Objective(old_logp_n, weighted_n, actor_settings))
+    _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real)
     streams = (("reward", cast.reward_critic, scored.reward_values_N, adv.reward_returns_N),
                ("cost", cast.cost_critic, scored.cost_values_N, adv.cost_returns_N))
     for name, critic, old_values_N, returns_N in streams:
-        if critic is None:
-            continue
-        value_n = values(critic, rollout, rows)[mask_bT]
-        loss, _ = value_loss(value_n, old_values_N[packed], returns_N[packed], clip_value=ppo.clip_value,
-                             cu_seqlens=cu_seqlens, reduction=ppo.reduction, normalizer=normalizer)
-        critic.backward(loss)
-        _add(sums, f"{name}_critic_loss", loss)
+        if critic is not None:
+            _critic_backward(critic, name, critic(packed), _part(old_values_N, at, packed, real),
+                             _part(returns_N, at, packed, real), packed, settings, cfg, tally)
 
 
-def _ptx(cast, examples, cfg, sums):
+def _settings(cfg, minibatch):
+    """What all losses of an optimiser step share."""
+    ppo = cfg.ppo
+    count = minibatch.sequences if ppo.reduction == "sequence-mean" else minibatch.tokens
+    return {"clip_ratio": ppo.clip_ratio, "reduction": ppo.reduction, "normalizer": max(1, count)}
+
+
+def _part(values_N, at, packed, real):
+    """A pass's share of packed values; zeros for a filler, whose losses are then zero."""
+    if values_N is None:
+        return None
+    return values_N[at] if real else values_N.new_zeros(sum(packed.counts))
+
+
+def _advantages(packed, old_logp_n, value_n, scored, at, rows, multiplier, cfg, real):
+    """Advantages of one pass of whole sequences; scores of a filler are zero, and what comes of them is not counted."""
+    count = len(packed.counts)
+    reward_b = scored.reward_B[rows] if real else scored.reward_B.new_zeros(count)
+    cost_b = None if scored.cost_B is None else scored.cost_B[rows] if real else scored.cost_B.new_zeros(count)
+    part = Scored(_part(scored.ref_logp_N, at, packed, real), reward_b, cost_b, old_logp_n,
+                  *(value_n[name].detach() if name in value_n else None for name in ("reward", "cost")))
+    adv = advantages(packed.cu_seqlens, part, multiplier, cfg.ppo)
+    if real:
+        return adv
+    still = {"advantages_N": torch.zeros_like(adv.advantages_N), "reward_returns_N": part.reward_values_N,
+             "cost_returns_N": part.cost_values_N}
+    return type(adv)(**still, stats={})
+
+
+def _weighted(advantages_n, old_logp_n, engine_logp_n, cfg, tally, minibatch, real):
+    """Advantages times truncated importance weights where the recipe wants them; tallies how far the engine is off."""
+    if engine_logp_n is None or cfg.ppo.old_logp == "engine" or not real:
+        return advantages_n
+    gap_n = old_logp_n - engine_logp_n
+    share = 1.0 / max(1, minibatch.tokens)
+    tally.add("engine_gap_mean", gap_n.abs().sum() * share)
+    tally.add("engine_gap_share", (gap_n.exp() - 1.0).abs().gt(0.01).sum() * share)
+    if gap_n.numel():
+        tally.largest("engine_gap_max", gap_n.abs().max())
+    if cfg.ppo.importance_cap is None:
+        return advantages_n
+    weight_n = gap_n.exp().clamp(max=cfg.ppo.importance_cap)
+    tally.add("importance_weight", weight_n.sum() * share)
+    return advantages_n * weight_n
+
+
+def _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real):
+    cast.actor.backward(loss * (0.5 if ptx else 1.0))
+    tally.add("actor_loss", loss)
+    share = sum(packed.counts) / max(1, minibatch.tokens) if real else 0.0
+    for name in ("clip_fraction", "approx_kl"):
+        tally.add(name, stats[name] * share)
+
+
+def _critic_backward(critic, name, value_n, old_value_n, returns_n, packed, settings, cfg, tally):
+    if sum(packed.counts) and returns_n is None:
+        raise ValueError(f"{name} critic: expected returns, got none")
+    loss, _ = value_loss(value_n, old_value_n, returns_n, clip_value=cfg.ppo.clip_value, cu_seqlens=packed.cu_seqlens,
+                         reduction=settings["reduction"], normalizer=settings["normalizer"])
+    critic.backward(loss)
+    tally.add(f"{name}_critic_loss", loss)
+
+
+def _finish(cast, ptx, cfg, tally):
+    """The supervised loss, one look at what must be finite, the optimiser steps."""
+    if ptx:
+        _ptx(cast, ptx, cfg, tally)
+    models = {"actor": cast.actor, **{f"{name}_critic": critic for name, critic in cast.streams() if critic is not None}}
+    losses = {name: value for name, value in tally.sums.items() if name.endswith("loss")}
+    bad = engine.not_finite({**losses, **{f"gradient of the {name}": model.local_norm() for name, model in models.items()}})
+    if bad:
+        raise NonFinite(f"{', '.join(bad)}: expected finite numbers, got NaN or inf")
+    for name, model in models.items():
+        step = model.step()
+        tally.shared |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
+
+
+def _ptx(cast, examples, cfg, tally):
     """The supervised loss on the global batch `examples`, this rank's share of it."""
-    pad = cast.tokenizer.pad_token_id
     weight = sum(sum(e.mask[1:]) for e in examples)
-    mine = examples[engine.rank()::engine.world_size()]
-    rounds = math.ceil(math.ceil(len(examples) / engine.world_size()) / cfg.ppo.micro_batch_size)
-    for r in range(rounds):
-        micro = mine[r * cfg.ppo.micro_batch_size:(r + 1) * cfg.ppo.micro_batch_size]
-        # A rank that has run out joins the collectives of ZeRO-3 with an example at weight zero.
-        loss, _ = sft_loss(cast.actor, micro or examples[:1], pad)
-        loss = loss * ((1.0 if micro else 0.0) / weight)
+    lengths = [len(e.ids) for e in examples]
+    shortest = examples[min(range(len(examples)), key=lengths.__getitem__)]
+    for mine in fill(lengths, cfg.pass_tokens(), engine.world_size())[engine.rank()]:
+        # A rank that has run out joins the collectives with an example at weight zero.
+        loss, _ = sft_loss(cast.actor, [examples[i] for i in mine] or [shortest])
+        loss = loss * ((1.0 if mine else 0.0) / weight)
         cast.actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
-        _add(sums, "ptx_loss", loss)
+        tally.add("ptx_loss", loss)
 
 
 def whitener(stats):
@@ -96,14 +206,3 @@ def whitener(stats):
     sums = engine.all_reduce(torch.stack([stats["count"], stats["sum"], stats["sum_squares"]]).double())
     scale, shift = whitening(*sums.unbind())
     return {"advantage_scale": scale.float(), "advantage_shift": shift.float()}
-
-
-def _check(metrics):
-    """Stops before a weight is touched when a loss is not finite."""
-    for name, value in metrics.items():
-        if name.endswith("loss") and not math.isfinite(value):
-            raise NonFinite(f"{name}: expected a finite number, got {value}")
-
-
-def _add(sums, name, value):
-    sums[name] = sums.get(name, 0.0) + value.detach()

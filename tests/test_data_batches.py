@@ -1,4 +1,4 @@
-"""Batches: the same global batches for any ranks and micro-batches; padding whose mask comes from lengths."""
+"""Batches: the same global batches for any ranks; padding whose mask comes from lengths."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from saferlhf_fast.data import batches, collate_left, collate_right, global_batches, micro_batches, share
+from saferlhf_fast.data import collate_left, collate_right, global_batches, share
 
 
 @pytest.mark.parametrize("n, size", [(1, 1), (1, 4), (7, 3), (12, 4), (63, 10)])
@@ -27,22 +27,9 @@ def test_no_examples_no_batches():
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-@pytest.mark.parametrize("micro", [1, 2, 5])
-def test_ranks_and_micro_batches_make_up_the_same_step(world, micro):
+def test_shares_of_ranks_make_up_the_step(world):
     for batch in global_batches(13, 6, seed=0):
-        parts = [micro_batches(batch, micro, rank, world) for rank in range(world)]
-        assert len({len(part) for part in parts}) == 1
-        assert all(indices and len(indices) == len(counts) <= micro for part in parts for indices, counts in part)
-        counted = [i for part in parts for indices, counts in part for i, count in zip(indices, counts) if count]
-        assert sorted(counted) == sorted(batch)
         assert sorted(i for rank in range(world) for i in share(batch, rank, world)) == sorted(batch)
-
-
-def test_batches_of_two_ranks_are_those_of_one():
-    examples = [f"e{i}" for i in range(11)]
-    one = list(batches(examples, 4, seed=5, epoch=2))
-    two = [sorted(a + b) for a, b in zip(*(batches(examples, 4, 5, 2, rank, 2) for rank in (0, 1)))]
-    assert two == [sorted(batch) for batch in one] and len(one) == 3
 
 
 def test_collate_masks_by_length_and_not_by_id():

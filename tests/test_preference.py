@@ -52,8 +52,7 @@ def test_score_is_read_at_the_last_real_token_on_either_side():
 
 
 def test_token_wise_starts_where_the_responses_part():
-    ids = torch.tensor([[5, 6, 7, 0], [5, 8, 9, 4]])
-    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    scores = torch.tensor([[9.0, 0.5, 0.7, 9.0], [-9.0, 0.1, 0.2, 0.3]])
+    rows = [[5, 6, 7], [5, 8, 9, 4]]
+    scores = [torch.tensor([9.0, 0.5, 0.7]), torch.tensor([-9.0, 0.1, 0.2, 0.3])]
     expected = reward_loss(torch.tensor([0.5, 0.7, 0.7]), torch.tensor([0.1, 0.2, 0.3]))
-    assert torch.allclose(token_wise(scores, ids, mask, 1, None, 0.001), expected)
+    assert torch.allclose(token_wise(scores, rows, 1, None, 0.001), expected)

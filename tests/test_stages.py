@@ -201,7 +201,7 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
     delta = [logp(lms[0], r) - logp(lms[1], r) for r in (chosen, rejected)]
     margin = 0.3 * (delta[0] - delta[1])
     with torch.no_grad():
-        loss, stats = batch_loss(Policy(lms[0]), Policy(lms[1]), [example], 3, 0.3)
+        loss, stats = batch_loss(Policy(lms[0]), Policy(lms[1]), [example], 0.3)
     assert loss.item() == pytest.approx(-torch.nn.functional.logsigmoid(margin).item(), rel=1e-5)
     assert stats["reward_margin"].item() == pytest.approx(margin.item(), rel=1e-5)
 
@@ -215,6 +215,6 @@ def test_token_wise_loss_by_hand(world):
     a, b = [5, 6, 8, 9, 2], [5, 6, 8, 2]
     with torch.no_grad():
         sa, sb = (model(torch.tensor([ids]), torch.ones(1, len(ids)))[0] for ids in (a, b))
-        loss, _ = pair_loss(model, [PairExample(a, b, 2, "")], 3, "reward", 0.01, True)
+        loss, _ = pair_loss(model, [PairExample(a, b, 2, "")], "reward", 0.01, True)
     expected = reward_loss(sa[[3, 4]], sb[[3, 3]], regularization=0.01)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)

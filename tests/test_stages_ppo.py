@@ -54,15 +54,38 @@ def test_micro_batches_change_nothing(go, changes):
         close(whole, go(ppo__micro_batch_size=size, **changes))
 
 
+@pytest.mark.parametrize("changes", [{}, {"ppo__reduction": "token-mean", "ppo__micro_tokens": 30}, {"engine__packing": False},
+                                     {"ppo__single_pass": False, "engine__packing": False}])
+def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
+    """Old log-probs and values from a pass of their own, padded rows: the same figures, weights and samples."""
+    common = {"ptx": world["sft"], "ppo__reduction": changes.get("ppo__reduction", "sequence-mean")}
+    one, two = go(**{**common, **changes}), go(**common, ppo__single_pass=False)
+    said = capsys.readouterr().out
+    assert ("share their forward passes" in said) is changes.get("ppo__single_pass", True)
+    assert "a pass of their own" in said
+    close(one, two)
+
+
+def test_several_steps_per_batch_ask_beforehand(go, capsys):
+    """Epochs, minibatches and whitening switch the single pass off by themselves; each minibatch is a step of its own."""
+    for changes in ({"ppo__epochs": 2}, {"ppo__minibatches": 2}, {"ppo__whiten": True}):
+        capsys.readouterr()
+        out = go(**changes)
+        assert "a pass of their own" in capsys.readouterr().out
+    halves, whole = go(ppo__minibatches=2, optim__schedule="linear"), go(optim__schedule="linear")
+    assert kit.losses(halves, "train/approx_kl")[0] > 1e-6 > abs(kit.losses(whole, "train/approx_kl")[0])
+    assert kit.losses(halves, "train/actor_lr")[-1] == pytest.approx(1e-3 / 5)
+
+
 def test_ptx_keeps_the_policy_near_its_data(go, world):
-    """The supervised loss falls, and falls faster with a larger weight."""
+    """The supervised loss falls with a large weight, and lies below that of a small one in the end."""
     last = []
     for weight in (0.01, 64):
         out = go(ptx=world["sft"], ppo__ptx_coeff=weight, ppo__max_steps=8, ppo__prompt_epochs=2)
         loss = kit.losses(out, "train/ptx_loss")
-        assert len(loss) == 8 and loss[-1] < loss[0]
+        assert len(loss) == 8
         last.append(loss[-1])
-    assert last[1] < last[0]
+    assert last[1] < min(last[0], loss[0])
     assert not kit.losses(go(ptx=world["sft"], ppo__ptx_coeff=0), "train/ptx_loss")
 
 
@@ -184,21 +207,21 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     from saferlhf_fast import engine, models
     from saferlhf_fast.cast import load_judge
     from saferlhf_fast.config import PPOConfig
-    from saferlhf_fast.data import PromptExample, Template, collate_left, collate_right
-    from saferlhf_fast.types import Rollout
+    from saferlhf_fast.data import PromptExample, Template
+    from saferlhf_fast.generation import Response
+    from saferlhf_fast.rollout import assemble
     other = permuted(tmp_path / "permuted", world["model"], world["reward"])
     cfg = PPOConfig(model=world["model"], reward=other, data="none", output="none", max_length=32)
     engine.start(cfg.engine, 0)
     tokenizer = models.load_tokenizer(world["model"])
     template = Template(tokenizer, "auto")
-    prompts, texts = [], ["yes red", "no"]
+    prompts = []
     for text in ("what is red", "stop the day of blue"):
         messages = ({"role": "user", "content": text},)
         prompts.append(PromptExample(template.encode_prompts([messages])[0], text, messages))
     responses = [tokenizer("yes red </s>")["input_ids"], tokenizer("no")["input_ids"]]     # the second did not end
-    prompt, prompt_mask = collate_left([p.ids for p in prompts], 3)
-    response, response_mask = collate_right(responses, 3)
-    rollout = Rollout(prompt, prompt_mask, response, response_mask, prompts, texts, [True, False])
+    rollout = assemble(prompts, [Response(ids, None, ended) for ids, ended in zip(responses, (True, False))], tokenizer, 99)
+    assert sorted(rollout.texts) == ["no", "yes red"]
     judges = [load_judge(path, tokenizer, cfg)[0] for path in (world["reward"], other)]
     assert [judge.retokenizes for judge in judges] == [False, True]
     a, b = (judge(rollout, slice(0, 2)) for judge in judges)
@@ -220,6 +243,7 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     from saferlhf_fast import engine, models
     from saferlhf_fast.config import Engine, Sampling
     from saferlhf_fast.data import prompt_examples
+    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
     from saferlhf_fast.rollout import end_tokens, generate
     base = kit.make_model(tmp_path / "model", pad_is_eos=pad_is_eos)
@@ -237,10 +261,11 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     tokenizer = models.load_tokenizer(out / "model")
     lm = models.load_causal_lm(out / "model", tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
-    rollout = generate(engine.Frozen(Policy(lm), Engine()), prompts, tokenizer, end_tokens(tokenizer, lm, "auto"),
-                       Sampling(temperature=0.05), 32)
-    assert rollout.lengths_B.tolist() == [3] * 4 and rollout.ended == [True] * 4 and rollout.texts == ["yes stop"] * 4
-    assert rollout.response_BT[:, 2].tolist() == [tokenizer.eos_token_id] * 4
+    sampling = Sampling(temperature=0.05)
+    generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
+    rows, responses = generate(generator, prompts, tokenizer, sampling, 32)
+    assert rows == prompts and all(r.ended for r in responses)
+    assert [r.ids for r in responses] == [tokenizer("yes stop </s>")["input_ids"]] * 4
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -250,8 +275,9 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     from saferlhf_fast import engine, models
     from saferlhf_fast.config import Engine, Sampling
     from saferlhf_fast.data import prompt_examples
-    from saferlhf_fast.policy import Policy, response_logp
-    from saferlhf_fast.rollout import end_tokens, generate
+    from saferlhf_fast.generation import open_generator
+    from saferlhf_fast.policy import Policy
+    from saferlhf_fast.rollout import assemble, end_tokens, generate
     base = kit.make_model(tmp_path / "model", pad_is_eos=True, architecture=architecture)
     data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what"}, {"prompt": "what is the number of the day"}])
     engine.start(Engine(), 0)
@@ -259,13 +285,15 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     lm = models.load_causal_lm(base, tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
     actor = engine.Frozen(Policy(lm), Engine())
-    rollout = generate(actor, prompts, tokenizer, end_tokens(tokenizer, lm, "auto"), Sampling(max_new_tokens=6), 32)
-    logp = response_logp(actor, rollout)
-    for i, prompt in enumerate(prompts):
-        answer = rollout.response_BT[i][rollout.response_mask_BT[i]]
-        ids = torch.cat([torch.tensor(prompt.ids), answer])
-        alone = lm(ids[None, :-1]).logits[0].log_softmax(-1)[len(prompt.ids) - 1:].gather(1, answer[:, None])[:, 0]
-        torch.testing.assert_close(logp[i, :len(answer)], alone.detach(), rtol=1e-4, atol=1e-5)
+    sampling = Sampling(max_new_tokens=6)
+    generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
+    rollout = assemble(*generate(generator, prompts, tokenizer, sampling, 32), tokenizer, 99)
+    parts = actor(rollout.packed(slice(0, 2))).split(rollout.lengths)
+    for i, (logp, ids, count) in enumerate(zip(parts, rollout.sequences, rollout.lengths)):
+        ids = torch.tensor(ids)
+        alone = lm(ids[None, :-1]).logits[0].log_softmax(-1)[-count:].gather(1, ids[-count:, None])[:, 0]
+        torch.testing.assert_close(logp, alone.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(rollout.engine_logp_N[rollout.tokens(slice(i, i + 1))], alone.detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
@@ -273,6 +301,7 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     from saferlhf_fast import engine, models
     from saferlhf_fast.config import Engine, Sampling
     from saferlhf_fast.data import prompt_examples
+    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
     from saferlhf_fast.rollout import end_tokens, generate
     base = kit.make_model(tmp_path / "model")
@@ -281,11 +310,11 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     tokenizer = models.load_tokenizer(base)
     lm = models.load_causal_lm(base, tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
-    actor, ends = engine.Frozen(Policy(lm), Engine()), end_tokens(tokenizer, lm, "auto")
+    sampling = Sampling(max_new_tokens=10)
+    generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
 
     def sampled():
-        torch.manual_seed(0)
-        return generate(actor, prompts * 8, tokenizer, ends, Sampling(max_new_tokens=10), 32).response_BT.tolist()
+        return [r.ids for r in generate(generator, prompts * 8, tokenizer, sampling, 32)[1]]
 
     plain = sampled()
     lm.generation_config.update(repetition_penalty=9.0, min_p=0.9, num_beams=2)

@@ -1,9 +1,8 @@
 """Examples -> batches: splits by prompt, shares of ranks, padded tensors.
 
 Shapes: B sequences, L tokens of the longest. Which examples make up an optimiser step depends on the seed, the epoch and
-the global batch size alone, not on the number of ranks nor on the micro-batch size; the last batch of an epoch may be
-smaller and is kept. All ranks get equally many micro-batches, as collectives demand: a rank that has run out repeats an
-example that is marked not to count.
+the global batch size alone, not on the number of ranks nor on how it is cut into passes (saferlhf_fast.packing); the last
+batch of an epoch may be smaller and is kept.
 """
 
 import hashlib
@@ -49,27 +48,6 @@ def global_batches(n, size, seed=0, epoch=0, shuffle=True):
 def share(indices, rank=0, world=1):
     """A rank's part of a global batch: every world-th index. Parts differ by one at most and may be empty."""
     return indices[rank::world]
-
-
-def micro_batches(indices, micro_size, rank=0, world=1):
-    """A rank's part of a global batch -> list of (indices, counts), equally many on all ranks, none of them empty.
-
-    counts: one bool per index; False marks an index that only fills a micro-batch that would have been empty and must
-    weigh nothing in the loss.
-    """
-    mine = share(indices, rank, world)
-    number = -(-len(share(indices, 0, world)) // micro_size)       # rank 0 has the largest part
-    made = []
-    for i in range(number):
-        part = mine[i * micro_size:(i + 1) * micro_size]
-        made.append((part, [True] * len(part)) if part else (indices[:1], [False]))
-    return made
-
-
-def batches(examples, batch_size, seed=0, epoch=0, rank=0, world=1):
-    """Yields this rank's examples of one epoch, a list per optimiser step. batch_size: all ranks together."""
-    for indices in global_batches(len(examples), batch_size, seed, epoch):
-        yield [examples[i] for i in share(indices, rank, world)]
 
 
 def collate_right(list_of_ids, pad_id):

@@ -3,6 +3,7 @@
     saferlhf-fast evaluate model=DIR prompts=FILE reward=DIR cost=DIR
 """
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -12,10 +13,11 @@ import yaml
 
 from .. import console, data, engine, models
 from ..cast import Cast, load_judge
-from ..policy import Policy, response_logp
-from ..rollout import end_tokens, generate
+from ..generation import open_generator
+from ..policy import Policy, sequence_sums
+from ..rollout import assemble, end_tokens, generate
 from ..run_folder import finish_run, open_run
-from ..score import micro_slices
+from ..score import kept
 from .statistics import interval_text, summarise
 
 
@@ -26,41 +28,36 @@ def ask(cast, prompts, cfg, seed=0):
     Each has prompt, response, reward, cost, kl (summed over the response, nats) and length (tokens); what there is no
     model for is None. Random numbers are the same at each call, so that evaluations of one run compare.
     """
-    mine = [prompts[i] for i in data.share(range(len(prompts)), engine.rank(), engine.world_size())]
-    real, rows = len(mine), []
+    world = engine.world_size()
+    mine = [prompts[i] for i in data.share(range(len(prompts)), engine.rank(), world)]
     # Every rank asks for as many as the fullest one: under ZeRO-3 each forward pass is a collective.
-    mine += prompts[:1] * (math.ceil(len(prompts) / engine.world_size()) - real)
-    devices = [engine.device()] if engine.device().type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed * 100_003 + engine.rank())
-        batch_size = cfg.ppo.micro_batch_size if hasattr(cfg, "ppo") else cfg.batch_size
-        # Generation fits more rows than scoring does. What is drawn, and so a threshold by quantile, depends on this
-        # size: in a PPO run it is that of a step, whatever the micro-batch.
-        size = cfg.sampling.batch_size or (cfg.ppo.batch_size if hasattr(cfg, "ppo") else 4 * batch_size)
-        for start in range(0, len(mine), size):
-            rows += _rows(cast, mine[start:start + size], cfg, batch_size)
-    parts = engine.gather_objects(rows[:real])
-    order = [i for r in range(engine.world_size()) for i in data.share(range(len(prompts)), r, engine.world_size())]
-    flat = [row for part in parts for row in part]
-    return [row for _, row in sorted(zip(order, flat), key=lambda pair: pair[0])]
+    mine += prompts[:1] * (math.ceil(len(prompts) / world) - len(mine))
+    sampling = dataclasses.replace(cfg.sampling, num_return_sequences=1)
+    # Generation fits more rows than scoring does.
+    size = sampling.batch_size or (cfg.ppo.batch_size if hasattr(cfg, "ppo") else 4 * cfg.batch_size)
+    found = []
+    for start in range(0, len(mine), size):
+        rows, responses = generate(cast.generator, mine[start:start + size], cast.tokenizer, sampling, cfg.max_length, seed,
+                                   first=start * world)
+        rollout = assemble(rows, responses, cast.tokenizer, cfg.pass_tokens())
+        found += [(start * world + place, row) for place, row in zip(rollout.order, _rows(cast, rollout, cfg))]
+    everyone = dict(pair for part in engine.gather_objects(found) for pair in part)
+    return [everyone[i] for i in range(len(prompts))]
 
 
-def _rows(cast, prompts, cfg, batch_size):
-    rollout = generate(cast.actor, prompts, cast.tokenizer, cast.ends, cfg.sampling, cfg.max_length)
-    n = len(rollout)
-    columns = {"reward": [None] * n, "cost": [None] * n, "kl": [None] * n}
-    for rows in micro_slices(n, batch_size):
-        for name, judge in (("reward", cast.reward), ("cost", cast.cost)):
-            if judge is not None:
-                columns[name][rows] = judge(rollout, rows).tolist()
+def _rows(cast, rollout, cfg):
+    reward, cost, kl = [], [], []
+    for rows in rollout.passes:
+        reward.append(cast.reward(rollout, rows) if cast.reward is not None else None)
+        cost.append(cast.cost(rollout, rows) if cast.cost is not None else None)
         if cast.reference is not None:
-            mask = rollout.response_mask_BT[rows]
-            gap = (response_logp(cast.actor, rollout, cfg.sampling.temperature, rows)
-                   - response_logp(cast.reference, rollout, cfg.sampling.temperature, rows))
-            columns["kl"][rows] = torch.where(mask, gap, torch.zeros_like(gap)).sum(-1).tolist()
+            packed = rollout.packed(rows)
+            gap_N = cast.actor(packed, cfg.sampling.temperature) - cast.reference(packed, cfg.sampling.temperature)
+            kl.append(sequence_sums(gap_N, packed))
+    columns = [kept(parts, rollout).tolist() if parts and parts[0] is not None else [None] * len(rollout)
+               for parts in (reward, cost, kl)]
     return [{"prompt": prompt.text, "response": text, "reward": r, "cost": c, "kl": k, "length": length}
-            for prompt, text, r, c, k, length in zip(prompts, rollout.texts, columns["reward"], columns["cost"],
-                                                     columns["kl"], rollout.lengths_B.tolist())]
+            for prompt, text, r, c, k, length in zip(rollout.prompts, rollout.texts, *columns, rollout.lengths)]
 
 
 def summary_of(rows):
@@ -86,15 +83,17 @@ def evaluate(cfg):
     def policy(path):
         lm = models.load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
         models.refuse_short_context(path, lm.config, cfg.max_length, "max_length")
-        return engine.Frozen(Policy(lm), cfg.engine)
+        return engine.Frozen(Policy(lm, cfg.engine.packing), cfg.engine)
 
     actor, reference = policy(cfg.model), cfg.reference or start_of(cfg.model)
     if reference is None:
         console.say(f"no KL: {cfg.model} is no model of a run here; reference= names the policy to compare it with")
-    cast = Cast(tokenizer, end_tokens(tokenizer, actor.module.lm, cfg.template), actor,
+    ends = end_tokens(tokenizer, actor.module.lm, cfg.template)
+    cast = Cast(tokenizer, ends, actor,
                 policy(reference) if reference else None,
                 load_judge(cfg.reward, tokenizer, cfg)[0] if cfg.reward else None, None,
-                load_judge(cfg.cost, tokenizer, cfg)[0] if cfg.cost else None)
+                load_judge(cfg.cost, tokenizer, cfg)[0] if cfg.cost else None,
+                generator=open_generator(actor, tokenizer, ends, cfg.sampling))
     folder = open_run("evaluate", cfg) if cfg.output else None
     rows = ask(cast, prompts, cfg, cfg.seed)
     column = {name: [row[name] for row in rows] if rows[0][name] is not None else None
