@@ -33,9 +33,7 @@ def open_generator(actor, tokenizer, ends, sampling):
     actor: an engine.Engine or engine.Frozen that holds a Policy · ends: ids that end a response. UserError when the engine
     cannot run here.
     """
-    name = sampling.engine
-    if name == "auto":
-        name = "continuous" if engine.device().type == "cuda" and (not actor.sharded or sampling.gather) else "generate"
+    name = _fitting(actor, sampling) if sampling.engine == "auto" else sampling.engine
     if name == "generate":
         from .hf import Generate as Chosen
     elif name == "continuous":
@@ -47,3 +45,11 @@ def open_generator(actor, tokenizer, ends, sampling):
     else:
         raise ValueError(f"sampling.engine: expected auto, generate, continuous, vllm or vllm-server, got {name}")
     return Chosen(actor, tokenizer, ends, sampling)
+
+
+def _fitting(actor, sampling):
+    """What `auto` means: continuous batching on a GPU where the model allows it, else generate."""
+    if engine.device().type != "cuda" or (actor.sharded and not sampling.gather):
+        return "generate"
+    from .continuous import refusal
+    return "generate" if refusal(actor.module.lm) else "continuous"

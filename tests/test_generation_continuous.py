@@ -1,0 +1,158 @@
+"""Rollouts through continuous batching, on the CPU: the same samples as `generate`, sequence for sequence."""
+
+import generation_kit
+import pytest
+import torch
+
+from saferlhf_fast import attention
+from saferlhf_fast.config import Sampling
+from saferlhf_fast.errors import UserError
+from saferlhf_fast.generation import continuous, open_generator
+
+ENDS = [2]
+ALL = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return generation_kit.llama()
+
+
+def sampled(lm, engine, prompts, seeds, limits, ends=ENDS, **sampling):
+    generator = open_generator(generation_kit.actor(lm), generation_kit.tokenizer(), ends, Sampling(engine=engine, **sampling))
+    made = generator.generate(prompts, seeds, limits)
+    generator.refresh()
+    generator.close()
+    return made
+
+
+def same(got, expected):
+    assert [(r.ids, r.ended) for r in got] == [(r.ids, r.ended) for r in expected]
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(torch.tensor(a.logp), torch.tensor(b.logp), rtol=1e-4, atol=3e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"repetition_penalty": 1.4}, ALL])
+def test_samples_are_those_of_generate(lm, settings):
+    prompts, seeds, limits = generation_kit.prompts(), [50 + i for i in range(7)], [9, 1, 30, 4, 17, 12, 2]
+    got = sampled(lm, "continuous", prompts, seeds, limits, **settings)
+    same(got, sampled(lm, "generate", prompts, seeds, limits, **settings))
+    assert len({len(r.ids) for r in got}) > 3
+
+
+def test_batches_and_several_responses_per_prompt(lm):
+    prompts, seeds, limits = generation_kit.prompts(2) * 3, list(range(6)), [12] * 6
+    whole = sampled(lm, "continuous", prompts, seeds, limits)
+    same(sampled(lm, "continuous", prompts, seeds, limits, batch_size=4), whole)
+    assert len({tuple(r.ids) for r in whole}) == 6
+
+
+def test_ends_and_stop_strings(lm):
+    tokenizer = generation_kit.tokenizer()
+    prompts, seeds, limits = generation_kit.prompts(8), list(range(8)), [25] * 8
+    free = sampled(lm, "generate", prompts, seeds, limits, ends=[])
+    stop = [tokenizer.decode(free[0].ids[3:5]), tokenizer.decode(free[1].ids[:1])]
+    ends = [2, free[2].ids[4]]
+    got = sampled(lm, "continuous", prompts, seeds, limits, ends=ends, stop=stop)
+    same(got, sampled(lm, "generate", prompts, seeds, limits, ends=ends, stop=stop))
+    assert len(got[1].ids) == 1 and 1 < sum(r.ended for r in got) <= 8
+
+
+def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
+    """A cache with room for two of five sequences: the others wait, are put off, and start again with what they had."""
+    prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [60, 50, 40, 60, 30]
+    full = continuous.settings
+
+    def small(*args):
+        config = full(*args)
+        if hasattr(config, "page_size"):
+            config.page_size = 8
+        else:
+            config.block_size = 8
+        config.num_blocks = 18
+        config.allow_block_sharing = False
+        return config
+
+    monkeypatch.setattr(continuous, "settings", small)
+    restarts = []
+    from transformers.generation.continuous_batching.requests import RequestState
+    again = RequestState.create_equivalent_initial_request
+    monkeypatch.setattr(RequestState, "create_equivalent_initial_request",
+                        lambda self: restarts.append(len(self.generated_tokens)) or again(self))
+    got = sampled(lm, "continuous", prompts, seeds, limits, ends=[], repetition_penalty=1.2)
+    same(got, sampled(lm, "generate", prompts, seeds, limits, ends=[], repetition_penalty=1.2))
+    assert any(restarts)
+
+
+def test_our_attention_for_packed_sequences_is_put_aside_and_put_back(lm):
+    prompts, seeds, limits = generation_kit.prompts(3), [1, 2, 3], [6] * 3
+    expected = sampled(lm, "continuous", prompts, seeds, limits)
+    own = generation_kit.llama()
+    assert attention.install(own)
+    ours = own.config._attn_implementation
+    same(sampled(own, "continuous", prompts, seeds, limits), expected)
+    assert own.config._attn_implementation == ours != lm.config._attn_implementation
+
+
+def test_sliding_windows_and_softcaps():
+    import transformers
+    torch.manual_seed(0)
+    lm = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, sliding_window=6, attn_implementation="eager")).eval()
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.mul_(4.0) if parameter.dim() > 1 else None
+    prompts, seeds, limits = generation_kit.prompts(4), list(range(4)), [14, 3, 9, 6]
+    same(sampled(lm, "continuous", prompts, seeds, limits), sampled(lm, "generate", prompts, seeds, limits))
+
+
+def test_adapters_answer(lm):
+    import peft
+    torch.manual_seed(0)
+    wrapped = peft.get_peft_model(generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear",
+                                                                         task_type="CAUSAL_LM")).eval()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    prompts, seeds, limits = generation_kit.prompts(3), [4, 5, 6], [8] * 3
+    got = sampled(wrapped, "continuous", prompts, seeds, limits)
+    same(got, sampled(wrapped, "generate", prompts, seeds, limits))
+    assert [r.ids for r in got] != [r.ids for r in sampled(lm, "generate", prompts, seeds, limits)]
+
+
+def test_weights_are_the_trained_ones_at_every_rollout():
+    lm = generation_kit.llama()
+    prompts, seeds, limits = generation_kit.prompts(3), [4, 5, 6], [8] * 3
+    generator = open_generator(generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, Sampling(engine="continuous"))
+    before = generator.generate(prompts, seeds, limits)
+    with torch.no_grad():
+        lm.lm_head.weight += 0.5 * torch.randn(lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    after = generator.generate(prompts, seeds, limits)
+    same(after, sampled(lm, "generate", prompts, seeds, limits))
+    assert [r.ids for r in before] != [r.ids for r in after]
+
+
+def test_an_error_in_the_thread_that_generates_is_raised_here(lm, monkeypatch):
+    def broken(*_):
+        raise ValueError("no such luck")
+
+    monkeypatch.setattr(continuous.Sampler, "__call__", broken)
+    with pytest.raises(RuntimeError, match="continuous batching: no such luck"):
+        sampled(lm, "continuous", generation_kit.prompts(2), [0, 1], [4, 4])
+    assert lm.config._attn_implementation == "sdpa"
+
+
+def test_what_it_cannot_run_is_refused():
+    import transformers
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=61, hidden_size=16, state_size=4,
+                                                                   num_hidden_layers=2, intermediate_size=32))
+    with pytest.raises(UserError, match="continuous cannot run a MambaForCausalLM .*expected sampling.engine=generate"):
+        sampled(mamba, "continuous", [[5]], [0], [1])
+    sharded = generation_kit.actor(generation_kit.llama(), sharded=True)
+    with pytest.raises(UserError, match="expected sampling.gather=true"):
+        open_generator(sharded, None, ENDS, Sampling(engine="continuous", gather=False))
+
+
+def test_no_prompts(lm):
+    assert sampled(lm, "continuous", [], [], []) == []
