@@ -194,6 +194,8 @@ class Sampling:
     weights and cache (of all; 0.4 when not given)."""
     server: str = "http://127.0.0.1:8000"
     """Address of the server that vllm-server asks."""
+    server_weights: Optional[str] = None
+    """Folder through which the server gets new weights, under the same path on its machine; a temporary one when not given."""
 
 
 @frozen
