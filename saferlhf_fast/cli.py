@@ -23,6 +23,7 @@ COMMANDS = {
     "dpo": "optimise the policy on preferences directly, without score models",
     "evaluate": "mean reward, mean cost, unsafe share, KL and length of a policy",
     "run": "several of these stages, one after the other, from one recipe",
+    "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is loaded",
     "demo": "the whole loop on an embedded world: no data, no network, minutes on two cores",
     "info": "versions, device, and which implementation of each op runs here and why",
 }
@@ -93,6 +94,10 @@ def _dispatch(command, words, wants_help):
     missing = [name for name in NEEDED if util.find_spec(name) is None]
     if missing:
         raise UserError(f"{command} needs {', '.join(missing)}: pip install 'saferlhf-fast[train]'")
+    if command == "plan":
+        from saferlhf_fast import plan
+        print(plan.help_text()) if wants_help else plan.main(words)
+        return 0
     from saferlhf_fast import explain
     if wants_help:
         print(explain.help_text(command))

@@ -59,9 +59,7 @@ def check(stage, cfg, produced=(), prefix=""):
 
     produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written before keys.
     """
-    problem = _contradiction(stage, cfg)
-    if problem:
-        raise UserError(f"{prefix}{problem}")
+    check_settings(stage, cfg, prefix)
     if hasattr(cfg, "log"):
         check_trackers(cfg.log.trackers, f"{prefix}log.trackers")
     for key, value, kind in listed(cfg):
@@ -72,6 +70,13 @@ def check(stage, cfg, produced=(), prefix=""):
             continue
         path = Path(value).expanduser()
         _check_model(at, path) if kind == "model" else _check_data(at, path)
+
+
+def check_settings(stage, cfg, prefix=""):
+    """Refuses settings that contradict each other; prefix: written before keys."""
+    problem = _contradiction(stage, cfg)
+    if problem:
+        raise UserError(f"{prefix}{problem}")
 
 
 def _contradiction(stage, cfg):
@@ -109,7 +114,30 @@ def _ppo_contradiction(stage, cfg):
         return "multiplier.init: expected above 0 for the exponential rule, which cannot leave 0; got 0"
     if stage == "ppo-lag" and multiplier.init > multiplier.max:
         return f"multiplier.init: expected at most multiplier.max ({multiplier.max:g}), got {multiplier.init:g}"
-    evaluation = cfg.evaluation
+    ppo = cfg.ppo
+    if ppo.shared_critic and stage == "ppo":
+        return "ppo.shared_critic: only in the stage ppo-lag; without a constraint there is one critic anyway"
+    if ppo.shared_critic and cfg.cost_critic is not None:
+        return "cost_critic: expected none with ppo.shared_critic, which starts from reward_critic or the reward model"
+    if ppo.importance_cap is not None and ppo.old_logp == "engine":
+        return "ppo.importance_cap: only with ppo.old_logp=trainer; from the engine's log-probs the ratio itself corrects"
+    if ppo.minibatches > ppo.batch_size:
+        return f"ppo.minibatches: expected at most ppo.batch_size ({ppo.batch_size}), got {ppo.minibatches}"
+    return _trunk_contradiction(cfg) or _evaluation_contradiction(cfg.evaluation)
+
+
+def _trunk_contradiction(cfg):
+    if not cfg.lora.rank:
+        return None
+    if cfg.engine.zero_stage == 3:
+        return "engine.zero_stage: expected 0, 1 or 2 with lora.rank, got 3; the frozen base lies on every device whole"
+    for name in ("reward_critic", "cost_critic"):
+        if getattr(cfg, name) is not None:
+            return f"{name}: expected none with lora.rank, whose critics are adapters on {cfg.model}"
+    return None
+
+
+def _evaluation_contradiction(evaluation):
     if (evaluation.select or evaluation.interval) and evaluation.data is None and evaluation.fraction == 0:
         name = "select" if evaluation.select else "interval"
         return f"evaluation.{name}: needs something to evaluate on: evaluation.fraction or evaluation.data"

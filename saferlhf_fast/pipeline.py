@@ -111,6 +111,15 @@ def run(recipe, overrides=None):
 
 def plan(recipe, overrides):
     """Returns (top settings, steps) of a recipe, everything validated: settings, inputs, outputs. Changes nothing."""
+    top, steps = steps_of(recipe, overrides)
+    for i, step in enumerate(steps):
+        inputs.check(step.kind, step.cfg, [earlier.cfg.output for earlier in steps[:i]], f"{step.name}.")
+    _check_outputs(top, steps)
+    return top, steps
+
+
+def steps_of(recipe, overrides):
+    """Returns (top settings, steps) of a recipe, settings validated; models, data and outputs are not looked at."""
     raw = read_recipe(recipe)
     if "stages" not in raw:
         raise UserError(f"{recipe}: no stages; a recipe of one stage is started with: saferlhf-fast sft {recipe}")
@@ -127,12 +136,11 @@ def plan(recipe, overrides):
             raise UserError(f"{recipe}: stages.{i}.{kind}: expected a mapping of settings, got {show(given)}")
         common = {"output": f"{top.output}/{name}", "seed": top.seed, "overwrite": top.overwrite}
         cfg = build(kind, {**common, **given}, origin, f"{name}.")
-        inputs.check(kind, cfg, produced, f"{name}.")
+        inputs.check_settings(kind, cfg, f"{name}.")
         if cfg.output in produced:
             raise UserError(f"{recipe}: {name}.output: {cfg.output} is another stage's output too")
         produced.append(cfg.output)
         steps.append(Step(name, kind, cfg))
-    _check_outputs(top, steps)
     return top, steps
 
 

@@ -1,0 +1,85 @@
+"""Footprints of the passes of a stage: each model's, over the worst batch that a recipe allows.
+
+The worst batch fills a pass with sequences of the greatest length. Deep models are run with a few layers and twice as many,
+and the rest is a straight line: layers of a model are alike, or alike in a short cycle.
+"""
+
+import functools
+import json
+
+import torch
+
+from . import sizes
+from .trace import Footprint, Tracker, footprint_of, standing_in_for
+
+CYCLE = 6            # layers: kinds of layers (full and sliding attention, say) come in cycles of 1, 2, 3 or 6
+DEEP = 3 * CYCLE     # layers from which on it pays
+
+
+def lengths_of(tokens, longest):
+    """Lengths of the sequences of a pass: as long as may be; one that is longer than the budget has a pass of its own."""
+    whole, rest = divmod(max(tokens, longest), longest)
+    return (longest,) * whole + ((rest,) if rest else ())
+
+
+def asked_rows(asked, length):
+    """Positions whose hidden state is asked for. asked: "end", "all", or how many tokens at the end are predicted."""
+    if asked == "end":
+        return range(length - 1, length)
+    if asked == "all":
+        return range(length)
+    return range(max(0, length - 1 - asked), length - 1)
+
+
+@functools.lru_cache(maxsize=256)
+def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False, objective=False):
+    """-> Footprint of a packed pass. objective: the head makes the policy loss itself (`linear_ppo_loss`)."""
+    def measure(blueprint):
+        from ..packing import pack
+        meta = torch.device("meta")
+        packed = pack([[0] * n for n in lengths], [asked_rows(asked, n) for n in lengths], meta)
+
+        def call(module):
+            if not objective:
+                return module(packed)
+            from ..policy import Objective
+            known_N = torch.empty(sum(packed.counts), device=meta)
+            return module(packed, 1.0, Objective(known_N, known_N, {"clip_ratio": 0.2, "normalizer": 1}))[0]
+
+        return footprint_of(sizes.build(blueprint), call, device, train=train, keep_gradients=keep_gradients)
+
+    return _by_layers(measure, blueprint)
+
+
+@functools.lru_cache(maxsize=64)
+def of_prompts(blueprint, sequences, tokens, device):
+    """-> Footprint of the forward pass over prompts that fills the key-value cache, which is in it."""
+    def measure(blueprint):
+        module = sizes.build(blueprint).lm
+        ids = torch.zeros(sequences, tokens, dtype=torch.long, device="meta")
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        with Tracker(device) as tracker, standing_in_for(device), torch.no_grad():
+            tracker.know([*module.parameters(), *module.buffers(), *inputs.values()])
+            module(**inputs, use_cache=True, logits_to_keep=1)
+        return Footprint(0, tracker.peak, 0, 0)
+
+    return _by_layers(measure, blueprint._replace(checkpointing=False, lora=()))
+
+
+def _by_layers(measure, blueprint):
+    """measure(blueprint), by two runs of fewer layers where there are many."""
+    depth = json.loads(blueprint.config).get("num_hidden_layers")
+    if not isinstance(depth, int) or depth <= DEEP or blueprint.remote:
+        return measure(blueprint)
+    few, more = (measure(with_layers(blueprint, n)) for n in (CYCLE, 2 * CYCLE))
+    return Footprint(*(b + (b - a) * (depth - 2 * CYCLE) // CYCLE for a, b in zip(few, more)))
+
+
+def with_layers(blueprint, layers):
+    """The same model with its first few layers."""
+    values = json.loads(blueprint.config)
+    depth = values["num_hidden_layers"]
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == depth:
+            values[key] = value[:layers]
+    return blueprint._replace(config=json.dumps({**values, "num_hidden_layers": layers}, sort_keys=True))

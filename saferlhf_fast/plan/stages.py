@@ -1,0 +1,365 @@
+"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of sft.py, preference.py,
+dpo.py, cast.py, score.py and update.py, in bytes.
+
+A moment is a sum of parts (`PARTS`); a stage's peak is its largest moment. What runs one after the other (passes of a step,
+optimiser steps of several models) counts by its worst turn.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import torch
+
+from .. import engine as engine_module
+from . import footprints, sizes, states
+from .footprints import lengths_of
+
+PARTS = ("weights", "gradients", "optimiser", "buffers", "activations", "logits", "cache")
+"""What a moment's bytes are spent on; buffers are DeepSpeed's (buckets, gathered weights)."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ANY = 1 << 30        # asked-for tokens: as many as a sequence has
+
+
+class Hardware(NamedTuple):
+    """What a plan is made for."""
+
+    gpus: int
+    memory: int                          # bytes of each
+    device: str = "cuda"                 # or cpu: one process for each of `gpus`
+
+
+class Model(NamedTuple):
+    """A model of a stage."""
+
+    role: str
+    start: str                           # the folder or name whose configuration it has
+    blueprint: sizes.Blueprint
+    count: sizes.Count
+    states: states.States
+    trained: bool
+
+
+class Moment(NamedTuple):
+    """A point of a stage with the bytes of each part."""
+
+    name: str
+    parts: dict
+
+    @property
+    def total(self):
+        """Bytes on one device."""
+        return sum(self.parts.values())
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """What a stage needs."""
+
+    name: str
+    kind: str
+    models: list                         # Model
+    use: dict                            # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
+    moments: list                        # Moment
+    host: int                            # bytes of host memory per process: what is offloaded
+
+    @property
+    def worst(self):
+        """The largest moment."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+def plan_stage(name, kind, cfg, hardware, earlier):
+    """-> StagePlan. earlier: {output folder: path it starts from} of the stages before it in the same recipe."""
+    cast = Cast(name, kind, cfg, hardware, earlier)
+    build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": _ppo, "ppo-lag": _ppo,
+             "evaluate": _evaluate}[kind]
+    moments = build(cast)
+    return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models))
+
+
+class Cast:
+    """Makes the models of a stage and keeps the worst that each was seen to take."""
+
+    def __init__(self, name, kind, cfg, hardware, earlier):
+        self.name, self.kind, self.cfg, self.hardware, self.earlier = name, kind, cfg, hardware, earlier
+        self.device = hardware.device
+        precision = cfg.engine.precision
+        self.precision = ("bf16" if self.device == "cuda" else "fp32") if precision == "auto" else precision
+        self.width = DTYPES[self.precision].itemsize
+        self.models, self.use = [], {}
+
+    def add(self, role, key, kind, optim=None, lora=None, checkpointing=False):
+        """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen."""
+        start = getattr(self.cfg, key)
+        config, remote = sizes.config_of(start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code)
+        targets = lora.target_modules if lora is not None and lora.rank else ()
+        blueprint = sizes.Blueprint(
+            config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
+            (lora.rank, targets if isinstance(targets, str) else tuple(targets)) if lora is not None and lora.rank else (),
+            getattr(self.cfg.engine, "packing", True))
+        count = sizes.count(blueprint)
+        settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
+        zero = states.zero_settings(engine_module.settings(settings, optim))
+        if optim is None:
+            made = states.frozen(count, self.width, zero, self.hardware.gpus)
+        else:
+            made = states.trained(count, self.width, zero, self.hardware.gpus, states.MOMENTS[getattr(optim, "kind", "adamw")],
+                                  self.device == "cpu")
+        self.models.append(Model(role, start, blueprint, count, made, optim is not None))
+        self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
+        return self.models[-1]
+
+    def footprint(self, model, lengths, asked, **options):
+        """-> Footprint of a pass of a model, noted in `use`."""
+        made = footprints.of_pass(model.blueprint, lengths, asked, self.device, **options)
+        self.note(model, activations=made.peak - made.head - made.gradients, logits=made.head)
+        return made
+
+    def note(self, model, **parts):
+        """Remembers the worst of what a model takes."""
+        for name, size in parts.items():
+            self.use[model.role][name] = max(self.use[model.role][name], size)
+
+    def resident(self, done=None, late=True):
+        """Parts of what all models (or those in `done`) have for the whole run. late: with what the first step brings."""
+        made = [model.states for model in (self.models if done is None else done)]
+        total = dict.fromkeys(PARTS, 0)
+        for part in made:
+            total["weights"] += part.weights
+            total["optimiser"] += part.optimizer - (0 if late else part.late)
+            if part.sharded:
+                total["gradients"] += part.gradients
+                total["buffers"] += part.bucket
+            if self.device == "cpu":                  # there is no other memory to offload to
+                total["optimiser"] += part.host
+        return total
+
+
+def add(*parts, **more):
+    """Sum of parts."""
+    return {name: sum(part.get(name, 0) for part in (*parts, more)) for name in PARTS}
+
+
+def worst(name, candidates):
+    """The largest of several turns of a moment -> Moment."""
+    return Moment(name, max(candidates, key=lambda parts: sum(parts.values())))
+
+
+# ---------------------------------------------------------------- moments that stages share
+
+
+def held(models, filling=False):
+    """Gradients and buckets from the first backward pass of a step to its end. filling: during that first pass, where
+    gradients that stay as they are come one by one, and are in the pass's footprint."""
+    parts = [model.states for model in models if not model.states.sharded]
+    return {"gradients": sum(p.gradients for p in parts if not (filling and p.whole)), "buffers": sum(p.bucket for p in parts)}
+
+
+def forward(model, made):
+    """Turns of a forward pass."""
+    return {"activations": made.forward - made.head, "logits": made.head,
+            "buffers": model.states.gathered + model.states.fetching}
+
+
+def alive(model, made):
+    """What a forward pass leaves for backward."""
+    return {"activations": made.saved, "buffers": model.states.gathered}
+
+
+def backward(model, made):
+    """Turns of a backward pass: in the middle, and at its end, when ZeRO reduces what is left."""
+    yield {"activations": made.backward - made.head - made.gradients, "logits": made.head, "gradients": made.gradients,
+           "buffers": model.states.gathered + model.states.backward}
+    yield {"buffers": model.states.epilogue}
+
+
+def asking(cast, model, lengths, asked):
+    """A pass without gradient."""
+    return forward(model, cast.footprint(model, lengths, asked, train=False))
+
+
+def loading(cast):
+    """Each model on its way to DeepSpeed, beside those that are there."""
+    turns = []
+    for i, model in enumerate(cast.models):
+        before = cast.resident(cast.models[:i], late=False)
+        turns.append(add(before, {"weights": model.states.load}))
+    return worst("loading", turns)
+
+
+def stepping(cast):
+    """The optimisers' steps, one model after the other; those to come still hold their gradients."""
+    turns, trained = [], [model for model in cast.models if model.trained]
+    for i, model in enumerate(trained):
+        turns.append(add(cast.resident(), held(trained[i:]), {"gradients": model.states.step}))
+    return worst("optimiser step", turns)
+
+
+def passes_of(tokens, budget):
+    """Passes of a step, at least."""
+    return -(-tokens // max(1, budget))
+
+
+# ---------------------------------------------------------------- supervised stages
+
+
+def _checkpointed(cfg):
+    train = getattr(cfg, "train", None)
+    return (train or cfg).gradient_checkpointing
+
+
+def _supervised(cast, kind, asked, per_example, reference=False):
+    cfg = cast.cfg
+    if reference:
+        frozen = cast.add("reference", "model", "policy")
+    model = cast.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora, _checkpointed(cfg))
+    budget = cfg.train.pass_tokens(per_example)
+    # An example of several sequences is not cut: its pass is as long as they are together.
+    lengths = lengths_of(max(budget, per_example * cfg.train.max_length), cfg.train.max_length)
+    several = passes_of(cfg.train.batch_size * cfg.train.accumulation * per_example * cfg.train.max_length, budget) > 1
+    made = cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
+    before = add(cast.resident(), held([model], not several))
+    turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
+    if reference:
+        turns.append(add(before, alive(model, made), asking(cast, frozen, lengths, asked)))
+    return [loading(cast), worst("forward and backward", turns), stepping(cast)]
+
+
+def _sft(cast):
+    return _supervised(cast, "policy", ANY, 1)
+
+
+def _preference(cast):
+    return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end", 2)
+
+
+def _dpo(cast):
+    return _supervised(cast, "policy", ANY, 2, reference=True)
+
+
+# ---------------------------------------------------------------- policy optimisation
+
+
+def _ppo(cast):
+    cfg, ppo = cast.cfg, cast.cfg.ppo
+    saving = {"checkpointing": cfg.gradient_checkpointing}
+    reference = cast.add("reference", "model", "policy")
+    judges = [cast.add(f"{name} model", name, "score") for name in ("reward", "cost") if getattr(cfg, name)]
+    actor = cast.add("actor", "model", "policy", cfg.optim, **saving)
+    names = ["reward", "cost"] if cast.kind == "ppo-lag" else ["reward"]
+    critics = [cast.add(f"{name} critic", f"{name}_critic" if getattr(cfg, f"{name}_critic") else name, "score",
+                        cfg.critic_optim, **saving) for name in names]
+    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
+    asked = cfg.sampling.max_new_tokens or ANY
+    several = passes_of(ppo.batch_size * cfg.sampling.num_return_sequences * cfg.max_length, cfg.pass_tokens()) > 1
+    return [loading(cast), *rollout(cast, actor, ppo.batch_size),
+            _scoring(cast, reference, judges, actor, critics, lengths, asked),
+            *_updating(cast, actor, critics, lengths, asked, several), stepping(cast)]
+
+
+def in_one_pass(cfg):
+    """As update.in_one_pass says; a recipe cannot bring dropout but through adapters."""
+    ppo, lora = cfg.ppo, getattr(cfg, "lora", None)
+    dropout = lora is not None and lora.rank and lora.dropout
+    return ppo.single_pass and ppo.epochs == ppo.minibatches == 1 and not ppo.whiten and not dropout
+
+
+def _scoring(cast, reference, judges, actor, critics, lengths, asked):
+    turns = [asking(cast, reference, lengths, asked), *(asking(cast, judge, lengths, "end") for judge in judges)]
+    if not in_one_pass(cast.cfg):
+        turns += [asking(cast, model, lengths, asked) for model in (actor, *critics)]
+    return worst("scoring", [add(cast.resident(), turn) for turn in turns])
+
+
+def _updating(cast, actor, critics, lengths, asked, several):
+    """The update's passes and, where there is supervised data, those over it."""
+    cfg = cast.cfg
+    ptx = cfg.ptx is not None and cfg.ppo.ptx_coeff > 0
+    together = in_one_pass(cfg)
+    objective = not together or cfg.ppo.old_logp == "engine"
+    made = {model.role: cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole,
+                                       objective=objective and model is actor) for model in (actor, *critics)}
+    before, turns, graphs = add(cast.resident(), held([actor, *critics], not several)), [], []
+    for model in (*critics, actor) if together else ():
+        turns.append(add(before, *graphs, forward(model, made[model.role])))
+        graphs.append(alive(model, made[model.role]))
+    done = []
+    for model in (actor, *critics):
+        others = [alive(m, made[m.role]) for m in (*critics, actor) if m not in (*done, model)] if together else []
+        earlier = {} if several else {"gradients": sum(m.states.gradients for m in done if m.states.whole)}
+        turns.append(add(before, earlier, *others, forward(model, made[model.role]) if not together else {}))
+        turns += [add(before, earlier, *others, turn) for turn in backward(model, made[model.role])]
+        done.append(model)
+    moments = [worst("update", turns)]
+    if ptx:
+        trained = cast.footprint(actor, lengths, ANY)
+        before = add(cast.resident(), held([actor, *critics]))
+        turns = [forward(actor, trained), *backward(actor, trained)]
+        moments.append(worst("supervised loss", [add(before, turn) for turn in turns]))
+    return moments
+
+
+# ---------------------------------------------------------------- generation
+
+
+def rollout(cast, actor, prompts):
+    """Moments of generation: over the prompts, and at its end, when the cache is full."""
+    cfg, sampling = cast.cfg, cast.cfg.sampling
+    name = sampling.engine
+    if name == "auto":
+        name = "continuous" if cast.device == "cuda" and (not actor.states.sharded or sampling.gather) else "generate"
+    before = cast.resident()
+    if actor.states.sharded and sampling.gather:
+        before = add(before, {"buffers": cast.width * actor.count.all})
+    elif actor.states.sharded:
+        before = add(before, {"buffers": actor.states.gathered + actor.states.fetching})
+    if name == "vllm-server":
+        return []
+    if name == "vllm":
+        share = sampling.memory or 0.4
+        return [Moment("rollout (vLLM)", add(before, {"cache": int(share * cast.hardware.memory)}))]
+    rows = prompts * sampling.num_return_sequences
+    rows = min(rows, sampling.batch_size or rows)
+    longest = cfg.max_length
+    first = min(sampling.max_prompt_length or longest // 2, longest)
+    longest = min(longest, first + (sampling.max_new_tokens or longest))
+    cache = rows * sizes.cache_bytes(actor.blueprint, longest)
+    if name == "continuous":
+        return [_continuous(cast, actor, before, cache, sampling)]
+    cast.note(actor, cache=cache)
+    logits = rows * _vocabulary(actor) * (cast.width + 3 * 4)     # a step's, and float32 copies while a token is picked
+    start = footprints.of_prompts(actor.blueprint, rows, first, cast.device)
+    filled = rows * sizes.cache_bytes(actor.blueprint, first)
+    growing = cache // _layers(actor)                 # one layer's keys and values move to where there is room
+    return [worst("rollout", [add(before, {"cache": filled, "activations": start.forward - filled}),
+                              add(before, {"cache": cache + growing, "logits": logits})])]
+
+
+def _continuous(cast, actor, before, cache, sampling):
+    """The paged cache takes a share of what is free, and no more than all rows can fill: it waits where there is none."""
+    free = max(0, cast.hardware.memory - sum(before.values()))
+    cache = min(cache, int((sampling.memory or 0.8) * free))
+    cast.note(actor, cache=cache)
+    return Moment("rollout", add(before, {"cache": cache}))
+
+
+def _layers(model):
+    import json
+    values = json.loads(model.blueprint.config)
+    return values.get("num_hidden_layers") or values.get("n_layer") or 1
+
+
+def _vocabulary(model):
+    return sizes.build(model.blueprint).lm.get_input_embeddings().weight.shape[0]
+
+
+def _evaluate(cast):
+    cfg = cast.cfg
+    actor = cast.add("policy", "model", "policy")
+    asked = [(cast.add(f"{name} model", name, "score"), "end") for name in ("reward", "cost") if getattr(cfg, name)]
+    if cfg.reference:
+        asked.append((cast.add("reference", "reference", "policy"), ANY))
+    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
+    turns = [asking(cast, model, lengths, rows) for model, rows in [(actor, ANY), *asked]]
+    return [loading(cast), *rollout(cast, actor, cfg.batch_size),
+            worst("scoring", [add(cast.resident(), turn) for turn in turns])]

@@ -1,0 +1,102 @@
+"""A plan as people read it, on a terminal of 100 columns or in a file, and as JSON."""
+
+from .. import console
+from .stages import PARTS
+
+GIB = 2 ** 30
+
+
+def gib(size):
+    """Bytes as GiB; a dash for nothing."""
+    if not size:
+        return "–"
+    return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
+
+
+def parameters(count):
+    """6738415616 as 6.74B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return str(count)
+
+
+def show(results, hardware, usable):
+    """Prints all stages. results: (StagePlan, Advice or None) of each."""
+    what = "GPU" if hardware.device == "cuda" else "process"
+    for plan, advice in results:
+        console.say("")
+        _models(plan, hardware, what)
+        _moments(plan, usable, what)
+        if advice is not None:
+            _options(plan, advice, usable)
+    console.say("")
+    _verdicts(results, hardware, usable, what)
+
+
+def _models(plan, hardware, what):
+    rows = []
+    for model in plan.models:
+        held, use = model.states, plan.use[model.role]
+        trained = f", {parameters(model.count.trained)} trained" if 0 < model.count.trained < model.count.all and \
+            model.trained else ""
+        rows.append([model.role, parameters(model.count.all) + trained, gib(held.weights), gib(held.gradients),
+                     gib(held.optimizer), gib(use["activations"]), gib(use["logits"]), gib(use["cache"])])
+    console.result_table(f"{plan.name}: GiB per {what}, {hardware.gpus} {what}{'s' * (hardware.gpus > 1)}",
+                         ["model", "parameters", "weights", "gradients", "optimiser", "activations", "logits", "cache"], rows)
+
+
+def _moments(plan, usable, what):
+    rows = [[moment.name, *(gib(moment.parts[part]) for part in PARTS), gib(moment.total)] for moment in plan.moments]
+    console.result_table(f"{plan.name}: at its worst moments", ["moment", *PARTS, "together"], rows)
+    host = f"; {gib(plan.host)} GiB of host memory per process" if plan.host else ""
+    console.say(f"  peak {gib(plan.worst.total)} GiB per {what} of {gib(usable)} usable ({plan.worst.name}){host}: "
+                f"{verdict(plan, usable)}")
+
+
+def verdict(plan, usable):
+    """Fits, fits if the plan is right, or not."""
+    if plan.worst.total > usable:
+        return "does not fit"
+    return "fits" if 1.15 * plan.worst.total <= usable else "fits, with less to spare than the plan may be off by (15 %)"
+
+
+def _options(plan, advice, usable):
+    rows = [[option.choice.words(plan.name), option.choice.cost, gib(option.alone), gib(option.together),
+             "yes" if option.fits else "no"] for option in advice.tried]
+    if rows:
+        console.result_table(f"{plan.name}: what makes it fit, cheapest first (peak in GiB)",
+                             ["setting", "costs", "alone", "with those above", "fits"], rows)
+    if advice.enough:
+        words = " ".join(choice.words(plan.name) for choice in advice.enough)
+        console.say(f"  to type: {words}   (peak {gib(advice.peak)} GiB)")
+    else:
+        console.say(f"  nothing that was tried is enough: {gib(advice.peak)} GiB at the least; more GPUs, shorter sequences "
+                    "(max_length) or a smaller model")
+
+
+def _verdicts(results, hardware, usable, what):
+    rows = [[plan.name, gib(plan.worst.total), plan.worst.name, verdict(plan, usable).split(",")[0]] for plan, _ in results]
+    if len(rows) > 1:
+        console.result_table("all stages", ["stage", "peak", "moment", "fits"], rows)
+    left = hardware.memory - usable
+    if left:
+        console.say(f"Of {gib(hardware.memory)} GiB {gib(left)} are left to CUDA, NCCL and fragmentation. Every sequence counts "
+                    "as long as max_length allows.")
+
+
+def as_dict(results, hardware, usable):
+    """The same, for machines; sizes in bytes."""
+    stages = []
+    for plan, advice in results:
+        models = [{"role": m.role, "start": m.start, "parameters": m.count.all,
+                   "trained": m.count.trained if m.trained else 0, **m.states._asdict(), **plan.use[m.role]}
+                  for m in plan.models]
+        stages.append({"stage": plan.name, "kind": plan.kind, "models": models, "host": plan.host,
+                       "moments": [{"moment": m.name, "total": m.total, **m.parts} for m in plan.moments],
+                       "peak": plan.worst.total, "fits": plan.worst.total <= usable,
+                       "options": [] if advice is None else [
+                           {"setting": o.choice.words(plan.name), "costs": o.choice.cost, "alone": o.alone,
+                            "together": o.together, "fits": o.fits} for o in advice.tried],
+                       "type": [] if advice is None else [choice.words(plan.name) for choice in advice.enough]})
+    return {"device": hardware.device, "gpus": hardware.gpus, "memory": hardware.memory, "usable": usable, "stages": stages}
