@@ -50,3 +50,8 @@ def naive(lm, prompt, seed, limit, ends, sampling):
         if token in ends:
             return ids[len(prompt):], logp, True
     return ids[len(prompt):], logp, False
+
+
+def settings(**changes):
+    from saferlhf_fast.config import Sampling
+    return Sampling(**changes)

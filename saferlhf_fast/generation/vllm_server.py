@@ -1,0 +1,145 @@
+"""Responses from a vLLM server, asked over its OpenAI-compatible HTTP interface; new weights go to it as files.
+
+    VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
+
+Every sequence is one request with its own seed and limit, many under way at once; the server batches them. After an update
+the weights are written to a folder that the server sees under the same path, and it is told to read them
+(`/collective_rpc` reload_weights, `/reset_prefix_cache`: that is what its development mode is for; such a server must not be
+reachable by others). No process group spans trainer and server. The trainer needs no vLLM, only the server does.
+
+Leaves out: transfer by NCCL or CUDA IPC, and starting the server. Written after the source of vLLM 0.33.
+"""
+
+import http.client
+import json
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from .. import engine, models
+from ..errors import UserError
+from . import Response
+from .warp import plain
+from .whole import whole
+
+AT_ONCE = 256
+"""Requests under way at a time, of each rank."""
+TRIES = 4
+"""How often a request is sent, when the server does not answer or answers that it cannot for now."""
+PAUSE = 1.0
+"""Wait before the second try, doubled before each further one (seconds)."""
+TIMEOUT = 3600.0
+"""Longest wait for an answer (seconds)."""
+
+
+class ServedVLLM:
+    """A rollout engine (see saferlhf_fast.generation)."""
+
+    def __init__(self, actor, tokenizer, ends, sampling):
+        self.actor, self.tokenizer, self.ends, self.sampling = actor, tokenizer, list(ends), sampling
+        self.server = Server(sampling.server, getattr(actor.module.lm.config, "_name_or_path", "") or "MODEL")
+        self.model = self.server.ask("/v1/models")["data"][0]["id"]
+        self._check_log_probs()
+        self.folder, self.own_folder, self.pushed = sampling.server_weights, None, False
+
+    def _check_log_probs(self):
+        """The server must say log-probs of what it sampled from, not of the model's plain distribution."""
+        if plain(self.sampling) and self.sampling.temperature == 1.0:
+            return
+        told = self.server.ask("/server_info?config_format=json")["vllm_config"]
+        mode = told.get("model_config", {}).get("logprobs_mode") if isinstance(told, dict) else None
+        if mode != "processed_logprobs":
+            raise UserError(f"sampling.server: expected a server with --logprobs-mode processed_logprobs, got {mode}; "
+                            f"{self.server.advice}")
+
+    def generate(self, prompts, seeds, limits):
+        if not self.pushed:
+            self.refresh()
+        with ThreadPoolExecutor(max_workers=min(AT_ONCE, max(1, len(prompts)))) as pool:
+            return list(pool.map(self._one, prompts, seeds, limits))
+
+    def _one(self, prompt, seed, limit):
+        settings = self.sampling
+        answer = self.server.ask("/v1/completions", {
+            "model": self.model, "prompt": prompt, "max_tokens": limit, "seed": seed % (1 << 63),
+            "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k, "min_p": 0.0,
+            "repetition_penalty": settings.repetition_penalty, "stop": settings.stop, "stop_token_ids": self.ends,
+            "ignore_eos": True,                      # the ends are ours
+            "include_stop_str_in_output": True, "skip_special_tokens": False, "add_special_tokens": False,
+            "logprobs": 0, "return_token_ids": True})
+        choice = answer["choices"][0]
+        ids, logp = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
+        if not ids or logp is None or len(logp) != len(ids):
+            raise UserError(f"sampling.server: expected token_ids and as many token_logprobs, got {_short(choice)}; "
+                            f"{self.server.advice}")
+        return Response(ids, logp, choice["finish_reason"] == "stop")
+
+    def refresh(self):
+        """Writes the weights and has the server read them; every rank waits for it."""
+        if engine.rank() == 0 and self.folder is None:
+            self.own_folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-weights-")
+            self.folder = self.own_folder.name
+        failed = None
+        with whole(self.actor) as lm:
+            if engine.rank() == 0:
+                target = Path(self.folder).resolve() / "weights"
+                try:
+                    models.save_causal_lm(target, lm, self.tokenizer)
+                    self.server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
+                    self.server.ask("/reset_prefix_cache", {})
+                except UserError as error:
+                    failed = error
+                except OSError as error:
+                    failed = UserError(f"sampling.server_weights: {target}: {error}")
+        failed = next((error for error in engine.gather_objects(failed) if error is not None), None)
+        if failed is not None:                       # on every rank: none is left waiting for the others
+            raise failed
+        self.pushed = True
+
+    def close(self):
+        """The server goes on; a temporary folder of weights goes."""
+        if self.own_folder is not None:
+            self.own_folder.cleanup()
+            self.own_folder = self.folder = None
+
+
+class Server:
+    """JSON over HTTP, with retries while the server is not there or busy; what it refuses is a UserError."""
+
+    def __init__(self, address, model):
+        self.address = address.rstrip("/")
+        self.advice = (f"start it with: VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs "
+                       "--generation-config vllm")
+
+    def ask(self, path, body=None):
+        """GET, or POST of a body -> what the answer's JSON says ({} when it has none)."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        for attempt in range(TRIES):
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+                    text = answer.read()
+                    return json.loads(text) if text else {}
+            except urllib.error.HTTPError as error:
+                said = error.read().decode(errors="replace")
+                trouble = f"{path} answered {error.code}: {_short(said)}"
+                if error.code == 404:
+                    trouble += "; " + self.advice
+                if error.code < 500 and error.code not in (408, 429):
+                    break
+            except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
+                trouble = f"no answer ({getattr(error, 'reason', error)}); {self.advice}"
+            except json.JSONDecodeError:
+                trouble = f"{path} answered {_short(text.decode(errors='replace'))}, expected JSON"
+                break
+        raise UserError(f"sampling.server: {self.address}: {trouble}")
+
+
+def _short(value):
+    text = " ".join(str(value).split())
+    return text if len(text) <= 200 else text[:199] + "…"
