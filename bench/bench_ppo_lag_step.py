@@ -22,8 +22,8 @@ def step(tmp_path_factory):
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.cast import load_cast
     from saferlhf_fast.config import PPO, PPOConfig, Sampling
-    from saferlhf_fast.rollout import generate
-    from saferlhf_fast.score import score
+    from saferlhf_fast.ppo_lag import sample
+    from saferlhf_fast.score import ask_trained, judge
     folder = tmp_path_factory.mktemp("step")
     tokenizer = kit.make_tokenizer(extra=[f"w{i}" for i in range(VOCABULARY - 40)])
     torch.manual_seed(0)
@@ -42,37 +42,37 @@ def step(tmp_path_factory):
     draw = torch.Generator().manual_seed(1)
     prompts = [data.PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
                for _ in range(PROMPTS)]
-    rollout = generate(cast.actor, prompts, tokenizer, cast.ends, cfg.sampling, cfg.max_length)
-    scored = score(rollout, cast, cfg)
-    adv = advantages(rollout, scored, torch.tensor(1.0, device=engine.device()), cfg.ppo)
-    return dataclasses.make_dataclass("Step", ["cast", "cfg", "prompts", "rollout", "scored", "adv"])(
-        cast, cfg, prompts, rollout, scored, adv)
+    from types import SimpleNamespace
+    made = SimpleNamespace(cast=cast, cfg=cfg, prompts=prompts, multiplier=torch.tensor(1.0, device=engine.device()))
+    made.rollout = sample(cast, prompts, cfg, 0)
+    made.scored = judge(made.rollout, cast, cfg)
+    made.asked = dataclasses.replace(made.scored, **ask_trained(made.rollout, cast, cfg))
+    made.adv = advantages(made.rollout.cu_seqlens, made.asked, made.multiplier, cfg.ppo)
+    return made
 
 
-PARTS = ("rollout", "score", "advantages", "update", "whole")
+PARTS = ("rollout", "judge", "ask_trained", "advantages", "update", "update_in_one_pass", "whole")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_step(step, benchmark, part):
     from saferlhf_fast import engine
     from saferlhf_fast.advantage import advantages
-    from saferlhf_fast.rollout import generate
-    from saferlhf_fast.score import score
-    from saferlhf_fast.update import update
-    multiplier = torch.tensor(1.0, device=engine.device())
-
-    def roll():
-        return generate(step.cast.actor, step.prompts, step.cast.tokenizer, step.cast.ends, step.cfg.sampling,
-                        step.cfg.max_length)
+    from saferlhf_fast.ppo_lag import sample
+    from saferlhf_fast.score import ask_trained, judge
+    from saferlhf_fast.update import update, update_in_one_pass
+    cast, cfg, rollout, multiplier = step.cast, step.cfg, step.rollout, step.multiplier
 
     def whole():
-        rollout = roll()
-        scored = score(rollout, step.cast, step.cfg)
-        return update(step.cast, rollout, scored, advantages(rollout, scored, multiplier, step.cfg.ppo), step.cfg)
+        fresh = sample(cast, step.prompts, cfg, 0)
+        return update_in_one_pass(cast, fresh, judge(fresh, cast, cfg), multiplier, cfg)
 
-    run = dict(zip(PARTS, (roll, lambda: score(step.rollout, step.cast, step.cfg),
-                           lambda: advantages(step.rollout, step.scored, multiplier, step.cfg.ppo),
-                           lambda: update(step.cast, step.rollout, step.scored, step.adv, step.cfg), whole)))[part]
+    run = {"rollout": lambda: sample(cast, step.prompts, cfg, 0), "judge": lambda: judge(rollout, cast, cfg),
+           "ask_trained": lambda: ask_trained(rollout, cast, cfg),
+           "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multiplier, cfg.ppo),
+           "update": lambda: update(cast, rollout, step.asked, step.adv, cfg),
+           "update_in_one_pass": lambda: update_in_one_pass(cast, rollout, step.scored, multiplier, cfg),
+           "whole": whole}[part]
 
     def waited():
         run()
@@ -80,6 +80,6 @@ def test_step(step, benchmark, part):
             torch.cuda.synchronize()
 
     benchmark.group = f"ppo_lag_step {PROMPTS}x{PROMPT_LENGTH}+{NEW_TOKENS}"
-    benchmark.extra_info.update(tokens=int(step.rollout.lengths_B.sum()), device=str(engine.device()))
+    benchmark.extra_info.update(tokens=sum(rollout.lengths), device=str(engine.device()))
     benchmark.pedantic(waited, rounds=5, warmup_rounds=1, iterations=1)
     assert all(torch.isfinite(p).all() for p in itertools.islice(step.cast.actor.module.parameters(), 3))

@@ -1,17 +1,19 @@
 """The models of a PPO run: actor, reference, reward and cost model, their critics, loaded and handed to DeepSpeed."""
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
 
-from . import console, data, engine, models
+from . import adapters, console, data, engine, models
 from .errors import UserError
 from .generation import open_generator
 from .packing import end_row, pack
 from .policy import Policy
 from .rollout import end_tokens
+from .trunk import OnTrunk, PolicyOnTrunk, ScoreOnTrunk, Trunk
 
 
 @dataclass(frozen=True)
@@ -49,22 +51,45 @@ class Cast:
 
     @property
     def critics(self):
-        """Reward critic, then the cost critic where there is one."""
-        return [critic for _, critic in self.streams() if critic is not None]
+        """The critics there are: reward, then cost; or one for both."""
+        if self.cost_critic is None:
+            return [Critic(self.reward_critic, ("reward",))]
+        if self.cost_critic is self.reward_critic:
+            return [Critic(self.reward_critic, ("reward", "cost"))]
+        return [Critic(self.reward_critic, ("reward",)), Critic(self.cost_critic, ("cost",))]
 
-    def streams(self):
-        """("reward", its critic), ("cost", its critic or None)."""
-        return (("reward", self.reward_critic), ("cost", self.cost_critic))
+    @property
+    def trained(self):
+        """Engines of all trained models."""
+        return [self.actor, *(critic.engine for critic in self.critics)]
 
     def train(self, mode=True):
         """Puts actor and critics into training mode, or out of it."""
-        for model in (self.actor, *self.critics):
+        for model in self.trained:
             model.train(mode)
 
     def has_dropout(self):
         """True when a trained model drops anything out (adapters may; the models' own is off)."""
         return any(isinstance(module, torch.nn.Dropout) and module.p > 0
-                   for model in (self.actor, *self.critics) for module in model.module.modules())
+                   for model in self.trained for module in whole(model.module).modules())
+
+
+def whole(module):
+    """A trained module with the base that it stands on, if it is an adapter."""
+    return module.trunk.lm if isinstance(module, OnTrunk) else module
+
+
+@dataclass(frozen=True)
+class Critic:
+    """A trained model that gives values of one stream, or of both by two heads."""
+
+    engine: engine.Engine
+    names: tuple
+
+    def __call__(self, packed):
+        """-> {"reward": values_N, …} before each asked-for token, fp32."""
+        values = self.engine(packed)
+        return {self.names[0]: values} if len(self.names) == 1 else dict(zip(self.names, values.unbind(-1)))
 
 
 def load_judge(path, tokenizer, cfg):
@@ -85,39 +110,82 @@ def load_cast(cfg, tokenizer, steps, constrained):
     """
     lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
     models.refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
+    if cfg.gradient_checkpointing:
+        lm.gradient_checkpointing_enable({"use_reentrant": False})
+    cast = (cast_on_trunk if cfg.lora.rank else cast_of_models)(cfg, lm, tokenizer, steps, constrained)
+    ends = end_tokens(tokenizer, lm, cfg.template)
+    return dataclasses.replace(cast, ends=ends, generator=open_generator(cast.actor, tokenizer, ends, cfg.sampling))
+
+
+def cast_of_models(cfg, lm, tokenizer, steps, constrained):
+    """-> Cast of separate models, all of whose weights are trained."""
     packing = cfg.engine.packing
     reference = engine.Frozen(Policy(copy.deepcopy(lm), packing), cfg.engine)
     reward, reward_score = load_judge(cfg.reward, tokenizer, cfg)
     cost, cost_score = load_judge(cfg.cost, tokenizer, cfg) if cfg.cost else (None, None)
-    if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
     actor = engine.Engine(Policy(without_dropout(lm), packing), cfg.optim, cfg.engine, steps)
+    shared = constrained and cfg.ppo.shared_critic
+    reward_critic = load_critic(cfg, "reward", cfg.reward_critic, reward, reward_score, tokenizer, steps, shared)
+    cost_critic = reward_critic if shared else None
+    if constrained and not shared:
+        cost_critic = load_critic(cfg, "cost", cfg.cost_critic, cost, cost_score, tokenizer, steps)
+    return Cast(tokenizer, [], actor, reference, reward, reward_critic, cost, cost_critic)
 
+
+def load_critic(cfg, name, path, judge, score, tokenizer, steps, two_heads=False):
+    """-> Engine of a critic: from its own path, or from its judge's ScoreModel where that reads the actor's ids."""
     def fresh(path):
-        return models.load_score_model(path, new_head=True, tokenizer=tokenizer,
-                                       trust_remote_code=cfg.trust_remote_code)
+        return models.load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
 
-    def critic(path, judge, score, name):
-        if path is not None:
-            own = models.load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
-            if not models.same_tokenizer(tokenizer, own):
-                raise UserError(f"{name}_critic: {path} has another tokenizer than {cfg.model}, whose ids it would read; "
-                                "expected a model with the same one")
-            score = fresh(path)
-        elif judge.retokenizes:
-            console.say(f"{name}: another tokenizer than the actor's, so the critic starts from {cfg.model} with a new "
-                        f"head; {name}_critic names another start")
-            score = fresh(cfg.model)
-        if cfg.gradient_checkpointing:
-            score.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        score.packs &= packing
-        return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
+    if path is not None:
+        own = models.load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
+        if not models.same_tokenizer(tokenizer, own):
+            raise UserError(f"{name}_critic: {path} has another tokenizer than {cfg.model}, whose ids it would read; "
+                            "expected a model with the same one")
+        score = fresh(path)
+    elif judge.retokenizes:
+        console.say(f"{name}: another tokenizer than the actor's, so the critic starts from {cfg.model} with a new "
+                    f"head; {name}_critic names another start")
+        score = fresh(cfg.model)
+    if cfg.gradient_checkpointing:
+        score.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    score.packs &= cfg.engine.packing
+    if two_heads:
+        score.add_head()
+    return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
 
-    ends = end_tokens(tokenizer, lm, cfg.template)
-    return Cast(tokenizer, ends, actor, reference, reward,
-                critic(cfg.reward_critic, reward, reward_score, "reward"), cost,
-                critic(cfg.cost_critic, cost, cost_score, "cost") if constrained else None,
-                open_generator(actor, tokenizer, ends, cfg.sampling))
+
+def cast_on_trunk(cfg, lm, tokenizer, steps, constrained):
+    """-> Cast of adapters on one frozen base; score models of another base are whole models beside it."""
+    trunk = Trunk(without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)), cfg.lora, cfg.engine.packing)
+    trunk.add("actor")
+    saved = {"reward": adapters.of_score(cfg.reward, cfg.model),
+             "cost": adapters.of_score(cfg.cost, cfg.model) if cfg.cost else None}
+
+    def judge(name, path):
+        if saved[name] is None:
+            return load_judge(path, tokenizer, cfg)[0]
+        trunk.add(name, saved[name])
+        model = engine.Frozen(ScoreOnTrunk(trunk, name, saved[name].head), cfg.engine)
+        return Judge(model, tokenizer, cfg.template, False)
+
+    def critic(role, start, heads=1):
+        trunk.add(role, start)
+        head = None if start is None or heads > 1 else start.head
+        return engine.Engine(ScoreOnTrunk(trunk, role, head, heads), cfg.critic_optim, cfg.engine, steps)
+
+    reward = judge("reward", cfg.reward)
+    cost = judge("cost", cfg.cost) if cfg.cost else None
+    for name, found in saved.items():
+        if found is None and getattr(cfg, name):
+            console.say(f"{name}: a whole model beside the trunk, whose critic starts without it; trained with lora.rank on "
+                        f"{cfg.model} it would be an adapter")
+    shared = constrained and cfg.ppo.shared_critic
+    reward_critic = critic("critic" if shared else "reward_critic", saved["reward"], 2 if shared else 1)
+    cost_critic = reward_critic if shared else critic("cost_critic", saved["cost"]) if constrained else None
+    actor = engine.Engine(PolicyOnTrunk(trunk, "actor"), cfg.optim, cfg.engine, steps)
+    reference = engine.Frozen(PolicyOnTrunk(trunk, None), cfg.engine)
+    return Cast(tokenizer, [], actor, reference, reward, reward_critic, cost, cost_critic)
 
 
 def without_dropout(model):

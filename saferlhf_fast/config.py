@@ -91,10 +91,13 @@ class Training:
 
 @frozen
 class Optimizer:
-    """AdamW and its learning-rate schedule."""
+    """What turns gradients into steps, and its learning-rate schedule."""
 
+    kind: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
+    """adamw; adamw-8bit, whose states take a quarter (pip install 'saferlhf-fast[8bit]'); or adafactor, whose states take next
+    to nothing (ZeRO 0 only)."""
     learning_rate: Positive = 2e-5
-    """Peak learning rate."""
+    """Peak learning rate; the same scale for all kinds."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Shape of the learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
@@ -102,9 +105,9 @@ class Optimizer:
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; not applied to biases and norms."""
     betas: tuple[OpenFraction, OpenFraction] = (0.9, 0.95)
-    """Adam's β1 and β2."""
+    """Adam's β1 and β2; adafactor has neither."""
     eps: Positive = 1e-8
-    """Adam's ε."""
+    """Adam's ε; adafactor has its own."""
     max_grad_norm: NonNegative = 1.0
     """Clip the global gradient norm to this; 0 switches clipping off."""
 
@@ -243,6 +246,8 @@ class PPO:
     single_pass: bool = True
     """With one optimiser step per batch, train in the forward pass that gives the old log-probs and values, instead of asking
     for them beforehand: less time, but actor and critics hold their activations at once."""
+    shared_critic: bool = False
+    """One critic with two heads, for reward and cost, instead of two critics: a forward and a backward pass less."""
     old_logp: Literal["trainer", "engine"] = "trainer"
     """Whose log-probs the ratio starts from: the trainer's own, or what the rollout engine said while it sampled."""
     importance_cap: Optional[Positive] = None
@@ -398,6 +403,7 @@ class PPOConfig:
         default_factory=lambda: Optimizer(learning_rate=5e-6, schedule="constant", weight_decay=0.0))
     evaluation: Evaluation = field(default_factory=Evaluation)
     engine: Engine = field(default_factory=Engine)
+    lora: Lora = field(default_factory=Lora)
     log: Logging = field(default_factory=Logging)
 
     def pass_tokens(self):

@@ -18,6 +18,7 @@ from .cast import Cast, load_judge
 from .config import DemoConfig
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
+from .generation import open_generator
 from .policy import Policy
 from .ppo_lag import train_ppo, train_ppo_lag
 from .preference import train_cost, train_reward
@@ -133,10 +134,10 @@ def answers(model, prompts, temperature, seed, cfg):
     messages = [({"role": "user", "content": p},) for p in prompts]
     examples = [data.PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)]
     mine = data.share(range(len(prompts)), engine.rank(), engine.world_size())
-    engine.seed_rollouts(seed)
-    texts = generate(policy, [examples[i] for i in mine], tokenizer,
-                     end_tokens(tokenizer, policy.module.lm, "auto"), recipe.sampling(temperature, 256),
-                     recipe.MAX_LENGTH).texts
+    sampling = recipe.sampling(temperature, 256)
+    generator = open_generator(policy, tokenizer, end_tokens(tokenizer, policy.module.lm, "auto"), sampling)
+    _, responses = generate(generator, [examples[i] for i in mine], tokenizer, sampling, recipe.MAX_LENGTH, seed)
+    texts = [tokenizer.decode(r.ids, skip_special_tokens=True).strip() for r in responses]
     parts = engine.gather_objects(dict(zip(mine, texts)))
     merged = {i: text for part in parts for i, text in part.items()}
     return [merged[i] for i in range(len(prompts))]
@@ -166,9 +167,10 @@ def judged(world, folder, where, seed, cfg, sizes):
         return engine.Frozen(Policy(models.load_causal_lm(path, tokenizer=tokenizer)), settings.engine)
 
     actor = policy(settings.model)
-    cast = Cast(tokenizer, end_tokens(tokenizer, actor.module.lm, "auto"), actor, policy(settings.reference),
-                load_judge(settings.reward, tokenizer, settings)[0], None,
-                load_judge(settings.cost, tokenizer, settings)[0])
+    ends = end_tokens(tokenizer, actor.module.lm, "auto")
+    cast = Cast(tokenizer, ends, actor, policy(settings.reference), load_judge(settings.reward, tokenizer, settings)[0], None,
+                load_judge(settings.cost, tokenizer, settings)[0],
+                generator=open_generator(actor, tokenizer, ends, settings.sampling))
     prompts, _ = data.prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)
     rows = ask(cast, prompts, settings, seed)
     write(Path(folder) / f"test-{where}.jsonl", rows)

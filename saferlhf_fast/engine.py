@@ -17,6 +17,8 @@ import warnings
 
 import torch
 
+from . import optimizers
+
 
 def rank():
     """Index of this process, 0 .. world_size() − 1."""
@@ -46,7 +48,7 @@ def precision(cfg):
 def start(cfg, seed):
     """Joins the processes (idempotent) and seeds this one; call first in every stage.
 
-    Every rank gets the same seed: models and data orders must agree. `seed_rollouts` makes sampling differ by rank.
+    Every rank gets the same seed: models and data orders must agree. Sampling has a seed for each sequence.
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
@@ -88,11 +90,6 @@ def seed_all(seed):
     torch.manual_seed(seed)
 
 
-def seed_rollouts(seed):
-    """Seeds sampling, differently on each rank."""
-    torch.manual_seed(seed * 100_003 + rank())
-
-
 def _deepspeed():
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -103,11 +100,17 @@ def _deepspeed():
         warnings.simplefilter("ignore")
         import deepspeed
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    deepspeed.utils.logger.addFilter(_tells)
     if not torch.cuda.is_available():
         # Shared-memory collectives are compiled for 35 s inside init_distributed on the CPU; gloo does without. Set
         # before it is asked for: asking would try out the compiler on every op, and show its complaints.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def _tells(record):
+    """False for DeepSpeed's warning that it has not tried an optimiser of ours with ZeRO: tests/test_optimizers.py has."""
+    return "untested optimizer" not in record.getMessage()
 
 
 # ---------------------------------------------------------------- collectives
@@ -213,14 +216,10 @@ class Engine:
         """module: nn.Module in fp32 on the CPU · optim: Optimizer config · cfg: Engine config · total_steps: of the
         whole run, for the schedule."""
         module = module.to(device())
-        trained = [p for p in module.parameters() if p.requires_grad]
-        groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
-                  {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]
-        adam = torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.learning_rate, betas=optim.betas,
-                                 eps=optim.eps, fused=True)
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, learning_rate_factor(optim, total_steps))
-        with _quiet():
-            self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=adam, lr_scheduler=schedule,
+        optimizer = optimizers.build(module, optim, cfg.zero_stage)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim, total_steps))
+        with _quiet(), optimizers.untouched(optimizer):
+            self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, lr_scheduler=schedule,
                                                          config=settings(cfg, optim), dist_init_required=False)
         self.deepspeed.clip_fp32_gradients = self._clip_unsharded
         self.sharded = cfg.zero_stage == 3
@@ -252,7 +251,9 @@ class Engine:
         return self
 
     def backward(self, loss):
-        """loss: scalar, this micro-batch's share of the global batch's loss (see the file's docstring)."""
+        """loss: scalar, this micro-batch's share of the global batch's loss (see the file's docstring). A module whose
+        weights stand on a base that others use too may have a `before_backward` to make it its own."""
+        getattr(self.module, "before_backward", lambda: None)()
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
     def step(self):

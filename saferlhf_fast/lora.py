@@ -16,22 +16,28 @@ def add_lora(model, cfg):
     """
     import peft
     from .models import ScoreModel
-    targets = cfg.target_modules if isinstance(cfg.target_modules, str) else list(cfg.target_modules)
     is_score = isinstance(model, ScoreModel)
-    lora = peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
-                           task_type=None if is_score else "CAUSAL_LM")
+    lora = lora_config(cfg, None if is_score else "CAUSAL_LM")
     try:
         with warnings.catch_warnings():
             # GPT-2's layers keep their weight transposed; peft notices, corrects itself and says so for each.
             warnings.filterwarnings("ignore", message="fan_in_fan_out")
             wrapped = peft.get_peft_model(model.backbone if is_score else model, lora)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: expected names of linear layers of the model, got {targets!r}: "
+        raise UserError(f"lora.target_modules: expected names of linear layers of the model, got {cfg.target_modules!r}: "
                         f"{str(error).splitlines()[0]}") from error
     if not is_score:
         return wrapped
     model.backbone = wrapped
     return model
+
+
+def lora_config(cfg, task_type):
+    """A `config.Lora` -> peft's config."""
+    import peft
+    targets = cfg.target_modules if isinstance(cfg.target_modules, str) else list(cfg.target_modules)
+    return peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
+                           task_type=task_type)
 
 
 def has_lora(model):

@@ -112,17 +112,18 @@ class Normalizer:
 
 
 class ScoreHead(nn.Module):
-    """Linear(H, 1) in fp32, whatever the weights' dtype. A module of its own: ZeRO-3 gathers a module's own weights."""
+    """Linear(H, outputs) in fp32, whatever the weights' dtype. A module of its own: ZeRO-3 gathers a module's own weights."""
 
-    def __init__(self, hidden_size, bias=False, dtype=None):
+    def __init__(self, hidden_size, bias=False, dtype=None, outputs=1):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(1, hidden_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
 
     def forward(self, hidden_BLH):
-        """[…, H] -> […], fp32."""
+        """[…, H] -> […], or […, outputs] where there are several; fp32."""
         bias = None if self.bias is None else self.bias.float()
-        return F.linear(hidden_BLH.float(), self.weight.float(), bias).squeeze(-1)
+        scores = F.linear(hidden_BLH.float(), self.weight.float(), bias)
+        return scores.squeeze(-1) if len(self.weight) == 1 else scores
 
 
 class ScoreModel(nn.Module):
@@ -157,6 +158,15 @@ class ScoreModel(nn.Module):
             self.score.weight.normal_(0.0, std)
             if self.score.bias is not None:
                 self.score.bias.zero_()
+
+    def add_head(self):
+        """A second head, drawn anew, beside the one there is: a critic of two streams. Its scores are [..., 2]."""
+        first = self.score.weight.detach().clone()
+        self.score = ScoreHead(first.shape[1], outputs=2, dtype=first.dtype)
+        self.init_head()
+        with torch.no_grad():
+            self.score.weight[:1].copy_(first)
+        self.normalizer = None
 
     def forward(self, input_ids_BL, attention_mask_BL=None, position_ids=None):
         """-> scores_BL in fp32; entries at padding are finite and mean nothing. Of a `Packed` alone: scores_N of the

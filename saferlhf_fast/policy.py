@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from . import body
+from .generation import warp
 from .kernels.linear_logprob import linear_logprob
 from .kernels.linear_ppo_loss import linear_ppo_loss
 from .kernels.token_logprob import token_logprob
@@ -26,13 +27,18 @@ class Objective(NamedTuple):
     advantages_N: torch.Tensor
     settings: dict                       # clip_ratio, reduction, normalizer, …
 
+    def loss(self, logp_N, packed):
+        """(loss, statistics) of log-probs that were made otherwise."""
+        return ppo_loss(logp_N, self.old_logp_N, self.advantages_N, cu_seqlens=packed.cu_seqlens, **self.settings)
+
 
 class Policy(nn.Module):
     """Wraps any Hugging Face causal LM.
 
-    `forward(packed, temperature)` -> logp_N, the log-prob of each asked-for token given what precedes it (fp32; nats).
-    `forward(packed, temperature, objective)` -> (loss, statistics) of `linear_ppo_loss`: three products of the head
-    instead of four.
+    `forward(packed, sampling)` -> logp_N, the log-prob of each asked-for token given what precedes it, under the distribution
+    that such a Sampling config samples from (fp32; nats); None: the model's own.
+    `forward(packed, sampling, objective)` -> (loss, statistics) of `linear_ppo_loss`: three products of the head instead of
+    four.
     packing: False runs the body on padded rows, whatever the architecture can.
     """
 
@@ -43,17 +49,17 @@ class Policy(nn.Module):
         self.packs = body.packs(inner.base_model) and packing
         self.logit_form = logit_form(inner)
 
-    def forward(self, packed, temperature=1.0, objective=None):
+    def forward(self, packed, sampling=None, objective=None):
         inner = plain(self.lm)
         if self.logit_form is None:
-            return self._of_logits(inner, packed, temperature, objective)
+            logp_N = self._of_logits(inner, packed, sampling)
+            return logp_N if objective is None else objective.loss(logp_N, packed)
         hidden_MH = body.hidden_states(inner.base_model, packed, self.packs)
         hidden_NH = hidden_MH.index_select(0, packed.rows_N)
-        form = self.logit_form
-        settings = {"temperature": temperature / form.scale, "softcap": form.softcap}
-        return inner.get_output_embeddings()(hidden_NH, lambda *weights: _fused(*weights, packed, objective, settings))
+        return inner.get_output_embeddings()(
+            hidden_NH, lambda *weights: _fused(*weights, packed, sampling, objective, self.logit_form))
 
-    def _of_logits(self, lm, packed, temperature, objective):
+    def _of_logits(self, lm, packed, sampling):
         """Through the model's own logits, made for every position where it does not let itself be asked for some."""
         if self.packs:
             inputs = body.packed_inputs(packed)
@@ -62,18 +68,32 @@ class Policy(nn.Module):
             rows = body.padded(packed)
             logits_SLV = lm(**body.padded_inputs(lm, rows)).logits
             logits_NV = logits_SLV.flatten(0, 1).index_select(0, rows.flat_M.index_select(0, packed.rows_N))
-        logp_N = token_logprob(logits_NV, packed.targets_N, temperature=temperature, inplace_backward=True)
-        if objective is None:
-            return logp_N
-        return ppo_loss(logp_N, objective.old_logp_N, objective.advantages_N, cu_seqlens=packed.cu_seqlens,
-                        **objective.settings)
+        if is_plain(sampling):
+            return token_logprob(logits_NV, packed.targets_N, temperature=_temperature(sampling), inplace_backward=True)
+        context = warp.context_of(packed.ids_M, packed.lengths, packed.rows_N)
+        scores_NV = warp.warp(logits_NV.float(), sampling, context.seen(slice(None)), packed.targets_N)
+        return scores_NV.log_softmax(-1).gather(1, packed.targets_N[:, None]).squeeze(1)
 
 
-def _fused(hidden_NH, weight_VH, bias_V, packed, objective, settings):
-    if objective is None:
-        return linear_logprob(hidden_NH, weight_VH, packed.targets_N, bias=bias_V, **settings)
-    return linear_ppo_loss(hidden_NH, weight_VH, packed.targets_N, objective.old_logp_N, objective.advantages_N, bias=bias_V,
-                           cu_seqlens=packed.cu_seqlens, **objective.settings, **settings)
+def is_plain(sampling):
+    """True when nothing but a temperature shapes the distribution: what the fused ops score."""
+    return sampling is None or warp.plain(sampling)
+
+
+def _temperature(sampling):
+    return 1.0 if sampling is None else sampling.temperature
+
+
+def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, form):
+    settings = {"bias": bias_V, "temperature": _temperature(sampling) / form.scale, "softcap": form.softcap}
+    if is_plain(sampling) and objective is not None:
+        return linear_ppo_loss(hidden_NH, weight_VH, packed.targets_N, objective.old_logp_N, objective.advantages_N,
+                               cu_seqlens=packed.cu_seqlens, **objective.settings, **settings)
+    if is_plain(sampling):
+        return linear_logprob(hidden_NH, weight_VH, packed.targets_N, **settings)
+    context = warp.context_of(packed.ids_M, packed.lengths, packed.rows_N)
+    logp_N = warp.warped_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N, sampling, context)
+    return logp_N if objective is None else objective.loss(logp_N, packed)
 
 
 class OpenHead(nn.Linear):

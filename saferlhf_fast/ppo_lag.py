@@ -64,8 +64,12 @@ def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step):
 def sample(cast, prompts, cfg, step):
     """-> Rollout of this rank's prompts at the current weights."""
     rows, responses = generate(cast.generator, prompts, cast.tokenizer, cfg.sampling, cfg.max_length, cfg.seed * 100_003 + step)
-    return assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
-                    n=cfg.sampling.num_return_sequences)
+    rollout = assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
+                       n=cfg.sampling.num_return_sequences)
+    if rollout.engine_logp_N is None and (cfg.ppo.old_logp == "engine" or cfg.ppo.importance_cap is not None):
+        key = "importance_cap" if cfg.ppo.old_logp == "trainer" else "old_logp"
+        raise UserError(f"ppo.{key}: needs the log-probs of the rollout engine, and sampling.engine={cfg.sampling.engine} gave none")
+    return rollout
 
 
 def train_ppo_lag(cfg, observe=None):
@@ -126,7 +130,7 @@ def _train(cfg, stage, observe):
     summary = {"steps": steps, "kept_step": keep.step, "before": summary_of(before), "after": summary_of(after),
                "threshold": threshold if multiplier is not None else None,
                "multiplier": keep.multiplier_then,
-               "skipped_steps": sum(model.skipped_steps for model in (cast.actor, *cast.critics)),
+               "skipped_steps": sum(model.skipped_steps for model in cast.trained),
                "data": report.as_dict()}
     finish_run(folder, summary)
     return summary

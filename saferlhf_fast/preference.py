@@ -93,7 +93,7 @@ def train_cost(cfg):
 
 
 def _train(cfg, kind):
-    from . import console, data, engine, models
+    from . import adapters, console, data, engine, models
     from .fit import Task, fit, total_steps
     from .metrics import Metrics
     from .run_folder import finish_run, open_run
@@ -126,6 +126,8 @@ def _train(cfg, kind):
             if engine.rank() == 0:
                 models.save_score_model(path, trained.module, tokenizer, kind=kind, **keep,
                                         card={"stage": kind, "model": cfg.model, "data": report.as_dict()})
+                if cfg.lora.rank and trained.module.score.bias is None and trained.module.normalizer is None:
+                    adapters.save_score(path / "adapter", trained.module, cfg.model)
         engine.barrier()
 
     task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save,

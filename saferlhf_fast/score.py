@@ -15,7 +15,7 @@ def judge(rollout, cast, cfg):
     """Asks the frozen models -> Scored without log-probs of the actor and values."""
     ref_logp, reward, cost = [], [], []
     for rows in rollout.passes:
-        ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling.temperature))
+        ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling))
         reward.append(cast.reward(rollout, rows))
         if cast.cost is not None:
             cost.append(cast.cost(rollout, rows))
@@ -25,16 +25,16 @@ def judge(rollout, cast, cfg):
 @torch.no_grad()
 def ask_trained(rollout, cast, cfg):
     """Asks actor and critics as they are now -> fields of Scored. An actor whose engine's log-probs count is not asked."""
-    for model in (cast.actor, *cast.critics):
-        model.train(False)
-    logp, values = [], {name: [] for name, critic in cast.streams() if critic is not None}
+    cast.train(False)
+    logp, values = [], []
     own = cfg.ppo.old_logp == "trainer"
     for rows in rollout.passes:
         packed = rollout.packed(rows)
         if own:
-            logp.append(cast.actor(packed, cfg.sampling.temperature))
-        for name, critic in cast.streams():
-            if critic is not None:
-                values[name].append(critic(packed))
-    fields = {f"{name}_values_N": kept(parts, rollout) for name, parts in values.items()}
+            logp.append(cast.actor(packed, cfg.sampling))
+        made = {}
+        for critic in cast.critics:
+            made |= critic(packed)
+        values.append(made)
+    fields = {f"{name}_values_N": kept([part[name] for part in values], rollout) for name in values[0]}
     return {"logp_N": kept(logp, rollout) if own else rollout.engine_logp_N, **fields}

@@ -19,7 +19,7 @@ from .kernels.value_loss import value_loss
 from .packing import fill
 from .policy import Objective
 from .sft import sft_loss
-from .types import Scored
+from .types import Advantages, Scored
 
 
 class Tally:
@@ -54,23 +54,24 @@ def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
     settings = _settings(cfg, minibatch)
     for rows in minibatch.passes:
         packed, at, real = rollout.packed(rows), rollout.tokens(rows), rows.stop > rows.start
-        value_n = {name: critic(packed) for name, critic in cast.streams() if critic is not None}
+        value_n = {}
+        for critic in cast.critics:
+            value_n |= critic(packed)
         engine_logp_n = _part(rollout.engine_logp_N, at, packed, real)
-        logp_n = cast.actor(packed, cfg.sampling.temperature) if cfg.ppo.old_logp == "trainer" else None
+        logp_n = cast.actor(packed, cfg.sampling) if cfg.ppo.old_logp == "trainer" else None
         old_logp_n = engine_logp_n if logp_n is None else logp_n.detach()
         adv = _advantages(packed, old_logp_n, value_n, scored, at, rows, multiplier, cfg, real)
         if real:
             tally.advantages.append(adv.stats)
         weighted_n = _weighted(adv.advantages_N, old_logp_n, engine_logp_n, cfg, tally, minibatch, real)
         if logp_n is None:
-            loss, stats = cast.actor(packed, cfg.sampling.temperature, Objective(old_logp_n, weighted_n, settings))
+            loss, stats = cast.actor(packed, cfg.sampling, Objective(old_logp_n, weighted_n, settings))
         else:
             loss, stats = ppo_loss(logp_n, old_logp_n, weighted_n, cu_seqlens=packed.cu_seqlens, **settings)
         _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real)
-        returns = {"reward": adv.reward_returns_N, "cost": adv.cost_returns_N}
-        for name, critic in cast.streams():
-            if critic is not None:
-                _critic_backward(critic, name, value_n[name], value_n[name].detach(), returns[name], packed, settings, cfg, tally)
+        for critic in cast.critics:
+            _critic_backward(critic, value_n, {name: value.detach() for name, value in value_n.items()}, adv, packed,
+                             settings, cfg, tally)
     _finish(cast, ptx, cfg, tally)
     return tally
 
@@ -101,14 +102,12 @@ def _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, actor_settings
     old_logp_n = _part(scored.logp_N, at, packed, real)
     weighted_n = _weighted(_part(adv.advantages_N, at, packed, real), old_logp_n,
                            _part(rollout.engine_logp_N, at, packed, real), cfg, tally, minibatch, real)
-    loss, stats = cast.actor(packed, cfg.sampling.temperature, Objective(old_logp_n, weighted_n, actor_settings))
+    loss, stats = cast.actor(packed, cfg.sampling, Objective(old_logp_n, weighted_n, actor_settings))
     _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real)
-    streams = (("reward", cast.reward_critic, scored.reward_values_N, adv.reward_returns_N),
-               ("cost", cast.cost_critic, scored.cost_values_N, adv.cost_returns_N))
-    for name, critic, old_values_N, returns_N in streams:
-        if critic is not None:
-            _critic_backward(critic, name, critic(packed), _part(old_values_N, at, packed, real),
-                             _part(returns_N, at, packed, real), packed, settings, cfg, tally)
+    old_value_n = {name: _part(getattr(scored, f"{name}_values_N"), at, packed, real) for name in ("reward", "cost")}
+    returns = Advantages(weighted_n, *(_part(part, at, packed, real) for part in (adv.reward_returns_N, adv.cost_returns_N)), {})
+    for critic in cast.critics:
+        _critic_backward(critic, critic(packed), old_value_n, returns, packed, settings, cfg, tally)
 
 
 def _settings(cfg, minibatch):
@@ -137,7 +136,7 @@ def _advantages(packed, old_logp_n, value_n, scored, at, rows, multiplier, cfg, 
         return adv
     still = {"advantages_N": torch.zeros_like(adv.advantages_N), "reward_returns_N": part.reward_values_N,
              "cost_returns_N": part.cost_values_N}
-    return type(adv)(**still, stats={})
+    return Advantages(**still, stats={})
 
 
 def _weighted(advantages_n, old_logp_n, engine_logp_n, cfg, tally, minibatch, real):
@@ -165,27 +164,33 @@ def _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real):
         tally.add(name, stats[name] * share)
 
 
-def _critic_backward(critic, name, value_n, old_value_n, returns_n, packed, settings, cfg, tally):
-    if sum(packed.counts) and returns_n is None:
-        raise ValueError(f"{name} critic: expected returns, got none")
-    loss, _ = value_loss(value_n, old_value_n, returns_n, clip_value=cfg.ppo.clip_value, cu_seqlens=packed.cu_seqlens,
-                         reduction=settings["reduction"], normalizer=settings["normalizer"])
-    critic.backward(loss)
-    tally.add(f"{name}_critic_loss", loss)
+def _critic_backward(critic, value_n, old_value_n, adv, packed, settings, cfg, tally):
+    """One backward of a critic, for the losses of all streams that it has a head for."""
+    returns = {"reward": adv.reward_returns_N, "cost": adv.cost_returns_N}
+    total = 0.0
+    for name in critic.names:
+        loss, _ = value_loss(value_n[name], old_value_n[name], returns[name], clip_value=cfg.ppo.clip_value,
+                             cu_seqlens=packed.cu_seqlens, reduction=settings["reduction"],
+                             normalizer=settings["normalizer"])
+        tally.add(f"{name}_critic_loss", loss)
+        total = total + loss
+    critic.engine.backward(total)
 
 
 def _finish(cast, ptx, cfg, tally):
     """The supervised loss, one look at what must be finite, the optimiser steps."""
     if ptx:
         _ptx(cast, ptx, cfg, tally)
-    models = {"actor": cast.actor, **{f"{name}_critic": critic for name, critic in cast.streams() if critic is not None}}
     losses = {name: value for name, value in tally.sums.items() if name.endswith("loss")}
-    bad = engine.not_finite({**losses, **{f"gradient of the {name}": model.local_norm() for name, model in models.items()}})
+    models = [(cast.actor, ("actor",)), *((c.engine, tuple(f"{name}_critic" for name in c.names)) for c in cast.critics)]
+    norms = {f"gradient of {' and '.join(names)}": model.local_norm() for model, names in models}
+    bad = engine.not_finite({**losses, **norms})
     if bad:
         raise NonFinite(f"{', '.join(bad)}: expected finite numbers, got NaN or inf")
-    for name, model in models.items():
+    for model, names in models:
         step = model.step()
-        tally.shared |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
+        for name in names:
+            tally.shared |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
 
 
 def _ptx(cast, examples, cfg, tally):

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from saferlhf_fast import attention, body, models
+from saferlhf_fast.config import Sampling
+from saferlhf_fast.generation import warp
 from saferlhf_fast.packing import end_row, fill, pack, padded, response_rows
 from saferlhf_fast.policy import Objective, Policy, sequence_sums, trained_rows
 
@@ -119,7 +121,7 @@ def test_packed_is_one_sequence_at_a_time(name):
     for packing in (True, False):
         policy = Policy(lm, packing)
         assert policy.packs is (packs and packing) and (policy.logit_form is not None) is fused
-        logp_N = policy(responses(), 0.7)
+        logp_N = policy(responses(), Sampling(temperature=0.7))
         torch.testing.assert_close(logp_N, expected_N, rtol=1e-4, atol=2e-5)
         got = gradients(lm, (logp_N * weight_N).sum())
         assert sorted(got) == sorted(expected)
@@ -220,18 +222,36 @@ def test_the_fused_objective_is_the_loss_of_the_log_probs(name):
     """Untied, tied, softcapped and scaled heads: loss, statistics and gradients of both forms."""
     from saferlhf_fast import ppo_loss
     lm = make_lm(name)
-    policy, packed = Policy(lm), responses()
+    policy, packed, cool = Policy(lm), responses(), Sampling(temperature=0.8)
     draw = torch.Generator().manual_seed(1)
-    old_N = policy(packed, 0.8).detach() + 0.3 * torch.randn(16, generator=draw)
+    old_N = policy(packed, cool).detach() + 0.3 * torch.randn(16, generator=draw)
     advantages_N = torch.randn(16, generator=draw)
     settings = {"clip_ratio": 0.2, "reduction": "sequence-mean", "normalizer": 7}
-    loss, stats = ppo_loss(policy(packed, 0.8), old_N, advantages_N, cu_seqlens=packed.cu_seqlens, **settings)
+    loss, stats = ppo_loss(policy(packed, cool), old_N, advantages_N, cu_seqlens=packed.cu_seqlens, **settings)
     expected = gradients(lm, loss)
-    fused, fused_stats = policy(packed, 0.8, Objective(old_N, advantages_N, settings))
+    fused, fused_stats = policy(packed, cool, Objective(old_N, advantages_N, settings))
     assert fused.item() == pytest.approx(loss.item(), rel=1e-5) and stats["clip_fraction"] == fused_stats["clip_fraction"] > 0
     got = gradients(lm, fused)
     for key in expected:
         torch.testing.assert_close(got[key], expected[key], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere", "Mamba"])
+@pytest.mark.parametrize("shape", [{"top_p": 0.7}, {"top_k": 5, "temperature": 0.6}, {"repetition_penalty": 1.4, "top_p": 0.9}])
+def test_what_is_scored_is_what_is_sampled(name, shape):
+    """Top-p, top-k and penalties shape the log-probs too: against `warp` on plain logits, one sequence at a time."""
+    lm, sampling = make_lm(name), Sampling(**shape)
+    expected = []
+    for ids, start in zip(SEQUENCES, STARTS):
+        for t in range(start, len(ids)):
+            logits = lm(input_ids=torch.tensor([ids[:t]])).logits[0, -1:].float()
+            target = torch.tensor([ids[t]])
+            scores = warp.warp(logits, sampling, torch.tensor([ids[:t]]), target)
+            expected.append(scores.log_softmax(-1)[0, ids[t]])
+    logp_N = Policy(lm)(responses(), sampling)
+    torch.testing.assert_close(logp_N, torch.stack(expected), rtol=1e-4, atol=1e-4)
+    loss, _ = Policy(lm)(responses(), sampling, Objective(logp_N.detach(), torch.ones(16), {"clip_ratio": 0.2}))
+    assert loss.item() == pytest.approx(-1.0, rel=1e-5)
 
 
 def test_a_wrapped_model_is_still_itself(tmp_path):

@@ -77,6 +77,61 @@ def test_several_steps_per_batch_ask_beforehand(go, capsys):
     assert kit.losses(halves, "train/actor_lr")[-1] == pytest.approx(1e-3 / 5)
 
 
+def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
+    """`generate` samples with the trainer's own weights: what it says differs in the last bits alone. Taken as old ones, or
+    with importance weights of 1, they change nothing."""
+    plain = go()
+    assert all(gap < 1e-4 for gap in kit.losses(plain, "train/engine_gap_max"))
+    assert kit.losses(plain, "train/engine_gap_share") == [0.0] * 3 and len(kit.losses(plain, "train/engine_gap_mean")) == 3
+    for changes in ({"ppo__old_logp": "engine"}, {"ppo__old_logp": "engine", "ppo__epochs": 2}, {"ppo__importance_cap": 2.0}):
+        other = go(**changes)
+        if "ppo__epochs" not in changes:
+            assert kit.losses(other, "train/actor_loss") == pytest.approx(kit.losses(plain, "train/actor_loss"), rel=1e-3, abs=1e-5)
+        assert ("train/engine_gap_mean" in kit.rows(other)[1]) is (changes.get("ppo__old_logp") is None)
+    assert kit.losses(other, "train/importance_weight") == pytest.approx([1.0] * 3, abs=1e-4)
+
+
+def test_importance_weights_are_truncated():
+    """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a filler is counted."""
+    from types import SimpleNamespace
+    from saferlhf_fast.config import PPO
+    from saferlhf_fast.update import Tally, _weighted
+    cfg, tally = SimpleNamespace(ppo=PPO(importance_cap=2.0)), Tally()
+    ratio = torch.tensor([0.5, 1.0, 1.005, 4.0])
+    engine_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0])
+    advantages = torch.tensor([1.0, -1.0, 2.0, 3.0])
+    minibatch = SimpleNamespace(tokens=4)
+    got = _weighted(advantages, engine_logp + ratio.log(), engine_logp, cfg, tally, minibatch, True)
+    torch.testing.assert_close(got, advantages * ratio.clamp(max=2.0))
+    assert tally.sums["engine_gap_share"].item() == pytest.approx(0.5)
+    assert tally.sums["engine_gap_mean"].item() == pytest.approx(ratio.log().abs().mean().item(), rel=1e-5)
+    assert tally.maxima["engine_gap_max"].item() == pytest.approx(ratio.log().abs().max().item(), rel=1e-5)
+    assert torch.equal(_weighted(advantages, engine_logp, engine_logp, cfg, tally, minibatch, False), advantages)
+
+
+def test_the_step_reads_the_device_twice(go, monkeypatch):
+    """Between rollout and metrics nothing asks the device for a number but one packed look at what must be finite; the
+    metrics are a second read. DeepSpeed's own reads are not counted, nor the checks that CPU tensors alone get."""
+    import traceback
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
+        real = getattr(torch.Tensor, name)
+
+        def spied(self, *args, real=real, name=name):
+            frames = [f for f in traceback.extract_stack() if "saferlhf_fast" in f.filename]
+            inside = [f for f in frames if f.name in ("judge", "update_in_one_pass", "averages", "update", "ask_trained")]
+            last = traceback.extract_stack()[-2]
+            if inside and "saferlhf_fast" in last.filename and last.name not in ("known_ids", "check_offsets"):
+                reads.append((last.name, name))
+            return real(self, *args)
+        monkeypatch.setattr(torch.Tensor, name, spied)
+    go(ppo__max_steps=1)
+    assert reads == [("not_finite", "tolist"), ("_read", "tolist")], reads
+    reads.clear()
+    go(ppo__max_steps=1, ppo__single_pass=False)
+    assert reads == [("not_finite", "tolist"), ("_read", "tolist")], reads
+
+
 def test_ptx_keeps_the_policy_near_its_data(go, world):
     """The supervised loss falls with a large weight, and lies below that of a small one in the end."""
     last = []

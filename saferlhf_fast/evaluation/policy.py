@@ -52,7 +52,7 @@ def _rows(cast, rollout, cfg):
         cost.append(cast.cost(rollout, rows) if cast.cost is not None else None)
         if cast.reference is not None:
             packed = rollout.packed(rows)
-            gap_N = cast.actor(packed, cfg.sampling.temperature) - cast.reference(packed, cfg.sampling.temperature)
+            gap_N = cast.actor(packed, cfg.sampling) - cast.reference(packed, cfg.sampling)
             kl.append(sequence_sums(gap_N, packed))
     columns = [kept(parts, rollout).tolist() if parts and parts[0] is not None else [None] * len(rollout)
                for parts in (reward, cost, kl)]

@@ -1,0 +1,101 @@
+"""One frozen base for a whole PPO run, and a low-rank adapter (peft) for each role on it.
+
+The actor is the base with its adapter; the reference is the base alone; critics, and score models that were trained as
+adapters of the same base, are the base with theirs and a head of their own. A role's engine holds its adapter and head alone,
+so gradients, optimiser states and clipping are per role, as with separate models, and the base lies in memory once.
+
+Which adapter is on is state of the base: every forward sets it, and so does every backward (`before_backward`), since
+activation checkpointing runs the forward again there. Leaves out: ZeRO-3, whose hooks belong to one engine.
+"""
+
+import torch
+from torch import nn
+
+from . import adapters, body
+from .lora import plain
+from .models import ScoreHead, hidden_size
+from .policy import Policy
+
+
+class Trunk:
+    """A causal LM with adapters, one of which is on at a time.
+
+    lm: on its device, in its dtype; frozen here · lora: a Lora config.
+    """
+
+    def __init__(self, lm, lora, packing=True):
+        lm.requires_grad_(False)
+        self.lora, self.lm = lora, None
+        self.base = lm
+        self.packs = body.packs(lm.base_model) and packing
+        self.packing = packing
+        self.layers = []
+
+    def add(self, role, saved=None):
+        """A new adapter, which changes nothing yet; saved: an `adapters.Saved` to begin with, its rank included."""
+        self.lm = adapters.add(self.lm or self.base, self.lora if saved is None else saved.config, role)
+        self.layers = adapters.layers(self.lm)
+        if saved is not None:
+            adapters.load(self.lm, role, saved.state)
+
+    def use(self, role):
+        """Switches a role's adapter on, all others off; None: the base alone."""
+        adapters.use(self.layers, role)
+
+    def weights(self, role):
+        """The parameters of a role's adapter."""
+        return adapters.parameters(self.lm, role)
+
+
+class OnTrunk(nn.Module):
+    """What roles share: their weights are an adapter's, and the base is not theirs."""
+
+    def __init__(self, trunk, role):
+        super().__init__()
+        self.role = role
+        self.adapter = nn.ParameterList(trunk.weights(role) if role else [])
+        object.__setattr__(self, "trunk", trunk)     # not a submodule: an engine must not see the base
+
+    def train(self, mode=True):
+        self.trunk.lm.train(mode)
+        return super().train(mode)
+
+    def before_backward(self):
+        """What is run again in the backward must be run with this adapter."""
+        self.trunk.use(self.role)
+
+
+class PolicyOnTrunk(OnTrunk):
+    """A `Policy` on the trunk: the actor, or the reference (role None)."""
+
+    def __init__(self, trunk, role):
+        super().__init__(trunk, role)
+        object.__setattr__(self, "policy", Policy(trunk.lm, trunk.packing))
+
+    @property
+    def lm(self):
+        """The causal LM with this role's adapter on."""
+        self.trunk.use(self.role)
+        return self.trunk.lm
+
+    def forward(self, packed, sampling=None, objective=None):
+        self.trunk.use(self.role)
+        return self.policy(packed, sampling, objective)
+
+
+class ScoreOnTrunk(OnTrunk):
+    """A score model or critic on the trunk: one number per asked-for position, or one for each of several heads."""
+
+    def __init__(self, trunk, role, head=None, heads=1):
+        """head: weight [heads, H] to start from; drawn as a new score model's when None."""
+        super().__init__(trunk, role)
+        config = plain(trunk.lm).config
+        self.score = ScoreHead(hidden_size(config), outputs=heads)
+        std = getattr(config.get_text_config(), "initializer_range", None) or 0.02
+        with torch.no_grad():
+            self.score.weight.normal_(0.0, std) if head is None else self.score.weight.copy_(head)
+
+    def forward(self, packed):
+        self.trunk.use(self.role)
+        hidden_MH = body.hidden_states(plain(self.trunk.lm).base_model, packed, self.trunk.packs)
+        return self.score(hidden_MH.index_select(0, packed.rows_N))
