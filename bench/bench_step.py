@@ -47,7 +47,7 @@ def parser():
                       "device, commit, …}; auto: bench/results/step-<device>-<date>.json")
     made.add_argument("--model", choices=sorted(step_work.SHAPES), default=None,
                       help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), 0.5b on "
-                      "CUDA; 8b-lora: ours alone, adapters on one trunk, against 80 GB; tiny: for tests")
+                      "CUDA; 8b-lora: ours alone, adapters on one trunk, against 80 GB; tiny, tiny-lora: for tests")
     made.add_argument("--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
     made.add_argument("--only", nargs="+", metavar="SIDE", choices=SIDES, default=SIDES,
@@ -62,6 +62,8 @@ def parser():
     made.add_argument("--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)")
     made.add_argument("--micro", type=int, default=16, metavar="ROWS", help="rows of a padded micro-batch of ref and trl "
                       "(default: 16, as in the reference's script); ours fill passes by tokens")
+    made.add_argument("--micro-tokens", type=int, default=None, metavar="N", help="ppo.micro_tokens of ours and unfused "
+                      "(default: 1024 for cpu-small, 2048 for 8b-lora, else the recipe's)")
     made.add_argument("--seed", type=int, default=8, help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
                       "whose 32 responses come nearest to 2,100 tokens)")
     made.add_argument("--data", metavar="FILE",
@@ -103,7 +105,8 @@ class Bench:
         if side == "trl" and o.ptx:
             return "not run: trl has no supervised loss beside its own"
         recipe = {"device": o.device, "micro": o.micro, "repeat": o.repeat if repeat is None else repeat, "ptx": o.ptx,
-                  "threads": threads or o.threads, "check": check, "packing": side != "unfused"}
+                  "threads": threads or o.threads, "check": check, "packing": side != "unfused",
+                  "micro_tokens": o.micro_tokens or step_work.MICRO_TOKENS.get(o.model), "lora": step_work.RANKS.get(o.model, 0)}
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
@@ -143,9 +146,8 @@ def measure(options):
         ours = bench.run("ours")
         tolerance = TOLERANCE[step_work.SHAPES[options.model].dtype]
         rows = []
-        if options.model == "8b-lora":
-            peak = None if isinstance(ours, str) else ours["peak"] / 1e9
-            return [step_rows.row("memory/80 GB", peak, 80.0 if peak else None, "GB", ours if isinstance(ours, str) else "")]
+        if options.model in step_work.RANKS:
+            return [step_rows.in_80_gb(ours)]
         for side in step_rows.OTHERS:
             wanted = side in options.only and getattr(options, side, True)
             found = bench.run(side) if wanted else "not run: not asked for"
@@ -167,12 +169,14 @@ def make_work(options, factor=1):
 def shared(options, arguments):
     """What every row says of the run."""
     from conftest import commit, device_name
-    work = make_work(options)
+    work, micro = make_work(options), options.micro
     longest = max(len(p) + len(r) for p, r in zip(work.prompts, work.responses))
+    ours = options.micro_tokens or step_work.MICRO_TOKENS.get(options.model, 16 * 512)
     return {"device": device_name(), "commit": commit(), "date": datetime.date.today().isoformat(),
             "command": " ".join(["python bench/bench_step.py", *arguments]),
-            "work": f"{options.model}, {len(work.prompts)} prompts, {work.tokens} response tokens, longest sequence {longest}, "
-                    f"{work.useful(options.micro):.0%} of the tokens in padded micro-batches of {options.micro} useful"}
+            "work": f"{options.model}, {len(work.prompts)} prompts, {work.tokens} response tokens, longest sequence {longest}; "
+                    f"ref and trl in micro-batches of {micro} rows ({work.useful(micro):.0%} of whose tokens are useful), "
+                    f"ours in passes of at most {ours} tokens"}
 
 
 def main(arguments):

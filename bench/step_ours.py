@@ -34,43 +34,49 @@ class Limited:
 
 
 def make_config(work, recipe):
-    """The stage's default recipe for this work."""
+    """The stage's default recipe for this work; `lora` and `micro_tokens` of the bench's own recipe where it has them."""
     from saferlhf_fast import config
     from saferlhf_fast.engine import world_size
     return config.PPOConfig(
-        model="random", reward="random", cost="random", data="none", output="none", max_length=max(512, work.longest), seed=0,
-        ppo=config.PPO(batch_size=len(work.prompts) // world_size(), **recipe.get("ppo", {})),
-        engine=config.Engine(packing=recipe.get("packing", True), precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"),
-        sampling=config.Sampling(**recipe.get("sampling", {})))
+        model="random", reward=SEEDS["reward"], cost=SEEDS["cost"], data="none", output="none", seed=0,
+        max_length=max(512, work.longest), lora=config.Lora(rank=recipe["lora"]),
+        ppo=config.PPO(batch_size=len(work.prompts) // world_size(), micro_tokens=recipe["micro_tokens"]),
+        engine=config.Engine(packing=recipe["packing"], precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"))
+
+
+SEEDS = {"reward": "random 1", "cost": "random 2"}      # the "paths" of the score models: what seed they are made from
 
 
 def make_cast(work, cfg, steps):
-    """The models of a PPO-Lag run from seeds: the same weights as on every side."""
-    from saferlhf_fast import cast, engine, models
-    from saferlhf_fast.generation import open_generator
-    from saferlhf_fast.policy import Policy
-    tokenizer, packing = one_word_an_id(work.shape.vocabulary), cfg.engine.packing
+    """The Cast that `load_cast` makes when what it reads from files is made from seeds instead.
 
-    def scorer(seed, kind):
-        body, head = step_work.backbone(work.shape, seed)
-        score = models.ScoreModel(body, kind=kind)
+    With `lora` the score models are adapters of the actor's base, so that there is one trunk.
+    """
+    from saferlhf_fast import adapters, cast, engine, lora, models
+    from saferlhf_fast.generation import open_generator
+    tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
+
+    def score_model(path, **ignored):
+        body, head = step_work.backbone(work.shape, int(path.split()[1]), where)
+        score = models.ScoreModel(body)
         with torch.no_grad():
             score.score.weight.copy_(head)
-        score.packs &= packing
         return score
 
-    def judge(seed, kind):
-        return cast.Judge(engine.Frozen(scorer(seed, kind), cfg.engine), tokenizer, cfg.template, False)
+    def adapter(path, base):
+        return adapters.Saved(lora.lora_config(cfg.lora, "CAUSAL_LM"), {}, torch.randn(1, work.shape.hidden) * 0.02)
 
-    def critic(seed):
-        return engine.Engine(scorer(seed, "critic"), cfg.critic_optim, cfg.engine, steps)
+    def random_adapter(model, role, state):
+        for parameter in adapters.parameters(model, role):
+            torch.nn.init.normal_(parameter, 0.0, 0.01)
 
-    reference = engine.Frozen(Policy(step_work.causal_lm(work.shape), packing), cfg.engine)
-    actor = engine.Engine(Policy(step_work.causal_lm(work.shape), packing), cfg.optim, cfg.engine, steps)
+    models.load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
+    models.load_score_model, models.load_tokenizer = score_model, lambda path, **ignored: tokenizer
+    adapters.of_score, adapters.load = adapter, random_adapter
+    made = cast.load_cast(cfg, tokenizer, steps, constrained=True)
     never = [work.shape.vocabulary]     # an end that no sample is: a random policy must not end where no other side does
-    made = cast.Cast(tokenizer, never, actor, reference, judge(1, "reward"), critic(1), judge(2, "cost"), critic(2),
-                     open_generator(actor, tokenizer, never, cfg.sampling))
-    return dataclasses.replace(made, generator=Limited(made.generator, work))
+    generator = open_generator(made.actor, tokenizer, never, cfg.sampling)
+    return dataclasses.replace(made, ends=never, generator=Limited(generator, work))
 
 
 class Side:

@@ -69,6 +69,13 @@ def divided(one, two, count):
     return [found | {"note": f"efficiency {rate(two) / (count * rate(one)):.0%} of {count} times one process of one thread"}]
 
 
+def in_80_gb(ours):
+    """The row of a step that has to fit into 80 GB."""
+    if isinstance(ours, str):
+        return row("memory/80 GB", None, None, "GB", ours)
+    return row("memory/80 GB", ours["peak"] / 1e9, 80.0, "GB", f"step {seconds(ours, 'step'):.2f} s, {rate(ours):.0f} tokens/s")
+
+
 def gib(count):
     return None if count is None else count / (1 << 30)
 

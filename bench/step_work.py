@@ -60,11 +60,16 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape("llama", 2, 32, 48, 4, 4, 64),
+    "tiny-lora": Shape("llama", 2, 32, 48, 4, 4, 64),
     "cpu-small": Shape("llama", 4, 256, 688, 8, 8, 32000),
     "0.5b": Shape("qwen2", 24, 896, 4864, 14, 2, 151936, "bfloat16", tied=True),
     "1.5b": Shape("qwen2", 28, 1536, 8960, 12, 2, 151936, "bfloat16", tied=True),
     "8b-lora": Shape("llama", 32, 4096, 14336, 32, 8, 128256, "bfloat16"),
 }
+
+# of ours: most tokens of a pass where it is not the recipe's 16 x 512, and the rank of adapters on one trunk
+MICRO_TOKENS = {"cpu-small": 1024, "8b-lora": 2048}
+RANKS = {"8b-lora": 16, "tiny-lora": 2}
 
 
 @dataclass(frozen=True)
