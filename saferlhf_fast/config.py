@@ -253,6 +253,9 @@ class PPO:
     importance_cap: Optional[Positive] = None
     """Truncated importance weights min(π_trainer/π_engine, cap) on the advantages: for engines whose probabilities differ
     from the trainer's, and for overlap."""
+    overlap: bool = False
+    """Sample and score the next batch while this one is learned from: it is one step stale when its turn comes, which
+    importance_cap (or old_logp=engine) corrects. Needs memory for a copy of the policy."""
     prompt_epochs: Positive = 1.0
     """Passes over the prompts."""
     max_steps: Optional[PositiveInt] = None

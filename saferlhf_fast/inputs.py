@@ -123,7 +123,20 @@ def _ppo_contradiction(stage, cfg):
         return "ppo.importance_cap: only with ppo.old_logp=trainer; from the engine's log-probs the ratio itself corrects"
     if ppo.minibatches > ppo.batch_size:
         return f"ppo.minibatches: expected at most ppo.batch_size ({ppo.batch_size}), got {ppo.minibatches}"
-    return _trunk_contradiction(cfg) or _evaluation_contradiction(cfg.evaluation)
+    return _overlap_contradiction(cfg) or _trunk_contradiction(cfg) or _evaluation_contradiction(cfg.evaluation)
+
+
+def _overlap_contradiction(cfg):
+    if not cfg.ppo.overlap:
+        return None
+    if cfg.ppo.importance_cap is None and cfg.ppo.old_logp == "trainer":
+        return "ppo.overlap: needs ppo.importance_cap (2.0 is common) or ppo.old_logp=engine, since its batches are a step stale"
+    if cfg.engine.zero_stage == 3 or cfg.lora.rank:
+        got = "3" if cfg.engine.zero_stage == 3 else "one trunk (lora.rank)"
+        return f"ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got {got}"
+    if cfg.sampling.engine == "vllm-server" and cfg.evaluation.interval:
+        return "evaluation.interval: expected none with ppo.overlap and sampling.engine=vllm-server, which is busy sampling then"
+    return None
 
 
 def _trunk_contradiction(cfg):

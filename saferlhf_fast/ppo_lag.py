@@ -21,6 +21,7 @@ from .errors import NonFinite, UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
 from .metrics import Metrics
+from .overlap import rollouts_ahead, step_seed
 from .rollout import assemble, generate
 from .run_folder import finish_run, open_run
 from .score import ask_trained, judge
@@ -34,9 +35,11 @@ def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step):
     """`steps` steps of PPO; λ = multiplier.value, None without a constraint. after_step(step, metrics, rollout, scored)."""
     at_once = in_one_pass(cfg, cast)
     console.say("score and update share their forward passes" if at_once else "old log-probs and values have a pass of their own")
-    for step, (mine, ptx_batch) in enumerate(zip(prompt_batches(prompts, cfg, steps), ptx_batches(ptx, cfg)), 1):
-        # 1. The current policy answers this rank's prompts.
-        rollout = sample(cast, mine, cfg, step)
+    batches = prompt_batches(prompts, cfg, steps)
+    rollouts = rollouts_ahead(cast, batches, cfg) if cfg.ppo.overlap else rollouts_now(cast, batches, cfg)
+    # 1. The current policy answers this rank's prompts, or the one before it has while the last step was made.
+    for step, (rollout, ptx_batch) in enumerate(zip(rollouts, ptx_batches(ptx, cfg)), 1):
+        refuse_silence(rollout, cfg)
         # 2. The frozen models say what they think of it: reference, reward, cost.
         scored = judge(rollout, cast, cfg)
         # 3. λ moves with the mean cost of the last episodes, before the actor does.
@@ -57,19 +60,29 @@ def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step):
             saved = save_batch(cfg, step, rollout, scored)
             raise UserError(f"step {step}: {error}{blame(scored)}; the batch is saved in {saved}, the step was not "
                             "finished and nothing of it is kept") from error
-        cast.generator.refresh()
+        if not cfg.ppo.overlap or step == steps:
+            cast.generator.refresh()
         after_step(step, averages(rollout, scored, tally, multiplier, cfg.ppo.shaping), rollout, scored)
 
 
-def sample(cast, prompts, cfg, step):
+def rollouts_now(cast, batches, cfg):
+    """Yields the Rollout of each batch of prompts, sampled by the policy as it is when it is asked for."""
+    for step, mine in enumerate(batches, 1):
+        yield sample(cast, mine, cfg, step)
+
+
+def sample(cast, mine, cfg, step):
     """-> Rollout of this rank's prompts at the current weights."""
-    rows, responses = generate(cast.generator, prompts, cast.tokenizer, cfg.sampling, cfg.max_length, cfg.seed * 100_003 + step)
-    rollout = assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
-                       n=cfg.sampling.num_return_sequences)
+    rows, responses = generate(cast.generator, mine, cast.tokenizer, cfg.sampling, cfg.max_length, step_seed(cfg, step))
+    return assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
+                    n=cfg.sampling.num_return_sequences)
+
+
+def refuse_silence(rollout, cfg):
+    """UserError when the recipe starts from log-probs that the rollout engine does not tell."""
     if rollout.engine_logp_N is None and (cfg.ppo.old_logp == "engine" or cfg.ppo.importance_cap is not None):
         key = "importance_cap" if cfg.ppo.old_logp == "trainer" else "old_logp"
         raise UserError(f"ppo.{key}: needs the log-probs of the rollout engine, and sampling.engine={cfg.sampling.engine} gave none")
-    return rollout
 
 
 def train_ppo_lag(cfg, observe=None):

@@ -4,9 +4,12 @@ What samples is one of saferlhf_fast.generation; what comes back lies on the hos
 update will make.
 """
 
+from typing import NamedTuple, Optional
+
 import torch
 
 from . import data, engine
+from .generation import Response
 from .packing import fill
 from .types import Minibatch, Rollout
 
@@ -39,38 +42,56 @@ def global_places(count, n, rank=None, world=None):
     return [(i * world + rank) * n + k for i in range(count) for k in range(n)]
 
 
-def assemble(rows, responses, tokenizer, budget, *, minibatches=1, n=1, version=0):
+class Sampled(NamedTuple):
+    """One sequence between sampling and packing. It travels between ranks."""
+
+    place: int                       # in the global batch
+    prompt: data.PromptExample
+    response: Response
+    verdict: Optional[tuple] = None  # (ref_logp list, reward, cost or None) of `score.verdicts`, where it was asked already
+
+    @property
+    def ids(self):
+        return [*self.prompt.ids, *self.response.ids]
+
+
+def assemble(rows, responses, tokenizer, budget, *, minibatches=1, n=1, version=0, verdicts=None):
     """PromptExamples and their Responses of this rank -> Rollout, on the device.
 
     Every rank gets about as many tokens, whoever sampled them: ids are small beside the time that a rank would wait.
-    budget: most tokens of a forward pass · minibatches: optimiser steps per batch · n: responses per prompt · version: of
-    the weights that sampled, counted back.
+    budget: most tokens of a forward pass · minibatches: optimiser steps per batch · n: responses per prompt · version:
+    PPO steps that the policy has made since it sampled · verdicts: what frozen models said already.
     """
     places = global_places(len(rows) // n, n)
-    everyone = engine.gather_objects([(place, p, r.ids, r.logp, r.ended) for place, p, r in zip(places, rows, responses)])
-    batch = sorted((row for part in everyone for row in part), key=lambda row: row[0])
+    mine = [Sampled(*row) for row in zip(places, rows, responses, verdicts or [None] * len(rows))]
+    batch = sorted((row for part in engine.gather_objects(mine) for row in part), key=lambda row: row.place)
+    return arrange(batch, tokenizer, budget, minibatches, version, engine.rank(), engine.world_size())
+
+
+def arrange(batch, tokenizer, budget, minibatches=1, version=0, rank=0, world=1):
+    """The global batch, [Sampled], -> Rollout of one rank. No collective."""
     made, mine = [], []
     size = -(-len(batch) // minibatches)
     for at in range(0, len(batch), size):
         part = batch[at:at + size]
         passes = []
-        for each in fill([len(p.ids) + len(ids) for _, p, ids, *_ in part], budget, engine.world_size())[engine.rank()]:
+        for each in fill([len(row.ids) for row in part], budget, world)[rank]:
             passes.append(slice(len(mine), len(mine) + len(each)))
             mine += [part[i] for i in each]
-        lengths = [len(ids) for _, _, ids, *_ in part]
+        lengths = [len(row.response.ids) for row in part]
         made.append(Minibatch(passes, sum(n > 0 for n in lengths), sum(lengths)))
-    shortest = min(batch, key=lambda row: len(row[1].ids) + len(row[2]))
+    shortest = min(batch, key=lambda row: len(row.ids))
     return Rollout(
-        sequences=[[*p.ids, *ids] for _, p, ids, *_ in mine], lengths=[len(ids) for _, _, ids, *_ in mine],
-        prompts=[p for _, p, *_ in mine], ended=[ended for *_, ended in mine], order=[place for place, *_ in mine],
-        texts=[tokenizer.decode(ids, skip_special_tokens=True).strip() for _, _, ids, *_ in mine], minibatches=made,
-        filler=([*shortest[1].ids, *shortest[2]], len(shortest[2])), device=engine.device(),
-        engine_logp_N=_log_probs([logp for *_, logp, _ in mine]), version=version,
-        size=len(batch))
+        sequences=[row.ids for row in mine], lengths=[len(row.response.ids) for row in mine],
+        prompts=[row.prompt for row in mine], ended=[row.response.ended for row in mine], order=[row.place for row in mine],
+        texts=[tokenizer.decode(row.response.ids, skip_special_tokens=True).strip() for row in mine], minibatches=made,
+        filler=(shortest.ids, len(shortest.response.ids)), device=engine.device(),
+        engine_logp_N=packed_numbers([row.response.logp for row in mine]), version=version, size=len(batch),
+        verdicts=[row.verdict for row in mine])
 
 
-def _log_probs(parts):
-    """What the engine said of each token, packed; None where it did not say it of all."""
-    if not parts or any(logp is None for logp in parts):
+def packed_numbers(parts):
+    """Lists of numbers, one for each sequence -> one fp32 tensor; None where a list is missing."""
+    if not parts or any(part is None for part in parts):
         return None
-    return torch.tensor([x for logp in parts for x in logp], dtype=torch.float32, device=engine.device())
+    return torch.tensor([x for part in parts for x in part], dtype=torch.float32, device=engine.device())

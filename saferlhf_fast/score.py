@@ -2,6 +2,7 @@
 
 import torch
 
+from .rollout import packed_numbers
 from .types import Scored
 
 
@@ -12,7 +13,10 @@ def kept(parts, rollout):
 
 @torch.no_grad()
 def judge(rollout, cast, cfg):
-    """Asks the frozen models -> Scored without log-probs of the actor and values."""
+    """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and values."""
+    if rollout.verdicts and rollout.verdicts[0] is not None:
+        ref_logp, reward, cost = zip(*rollout.verdicts)
+        return Scored(packed_numbers(ref_logp), packed_numbers([reward]), packed_numbers([cost]) if cast.cost is not None else None)
     ref_logp, reward, cost = [], [], []
     for rows in rollout.passes:
         ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling))
@@ -20,6 +24,13 @@ def judge(rollout, cast, cfg):
         if cast.cost is not None:
             cost.append(cast.cost(rollout, rows))
     return Scored(kept(ref_logp, rollout), kept(reward, rollout), kept(cost, rollout) if cost else None)
+
+
+def verdicts(rollout, cast, cfg):
+    """Asks the frozen models -> for each row of a rollout (ref_logp list, reward, cost or None), on the host."""
+    scored = judge(rollout, cast, cfg)
+    cost = [None] * len(rollout) if scored.cost_B is None else scored.cost_B.tolist()
+    return list(zip((part.tolist() for part in scored.ref_logp_N.split(rollout.lengths)), scored.reward_B.tolist(), cost))
 
 
 @torch.no_grad()

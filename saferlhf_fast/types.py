@@ -36,9 +36,10 @@ class Rollout:
     filler: tuple                    # (ids, response tokens) that a rank without rows in a pass runs at weight zero
     device: torch.device
     engine_logp_N: Optional[torch.Tensor] = None   # nats; what the engine said of its tokens, None where it is silent
-    version: int = 0                 # optimiser steps behind the policy that sampled
+    version: int = 0                 # PPO steps that the policy has made since it sampled
 
     size: int = 0                    # sequences of the global batch
+    verdicts: tuple = ()             # of each row what frozen models said while others were sampled; None: not asked yet
 
     def __len__(self):
         return len(self.sequences)

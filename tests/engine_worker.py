@@ -27,7 +27,7 @@ def run(stage, micro_batches, precision):
             loss = (trained(a.to(engine.precision(cfg))).float() - b).square().sum() / 20
             total += loss.detach()
             trained.backward(loss)
-        rows.append([engine.all_reduce(total).item(), trained.step()["grad_norm"]])
+        rows.append([engine.all_reduce(total).item(), float(trained.step()["grad_norm"])])
     state = trained.state_dict()
     return rows + [[v.float().abs().sum().item() for v in state.values()]] if state is not None else None
 
@@ -35,7 +35,8 @@ def run(stage, micro_batches, precision):
 if __name__ == "__main__":
     engine.start(Engine(precision="fp32"), 0)
     out = {f"{s}/{m}": run(s, m, sys.argv[2]) for s in STAGES for m in MICRO_BATCHES}
-    gathered = engine.all_gather(torch.arange(5.0)[engine.rank()::engine.world_size()]).tolist()
+    mine = list(range(5))[engine.rank()::engine.world_size()]
+    gathered = engine.all_gather(torch.tensor(mine, dtype=torch.float32), mine, 5).tolist()
     if engine.rank() == 0:
         json.dump({"runs": out, "gathered": gathered}, open(sys.argv[1], "w"))
     engine.finish()

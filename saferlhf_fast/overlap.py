@@ -1,0 +1,97 @@
+"""Sampling ahead: while one batch is learned from, the next is sampled by the weights before that step, in a thread.
+
+The batch is then one PPO step stale when its turn comes, which importance weights correct (ppo.importance_cap, or
+ppo.old_logp=engine). A batch is sampled in portions of sampling.batch_size prompts, and the frozen models are asked about each
+portion as soon as it is there. An engine that samples with the trainer's own weights gets a copy of the policy, which takes
+the weights over between two steps; one that has its own takes them then too.
+
+On CUDA the thread has a stream of its own. Leaves out ZeRO-3 (two threads must not start collectives) and one trunk (whose
+adapter is state of the shared base).
+"""
+
+import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import torch
+
+from . import engine
+from .generation import open_generator
+from .generation.whole import twin
+from .rollout import Sampled, arrange, assemble, generate
+from .score import verdicts
+
+
+def rollouts_ahead(cast, batches, cfg):
+    """Yields the Rollout of each batch of prompts: the first at once, then each sampled during the step before its own."""
+    if cfg.sampling.engine == "vllm-server":         # it has the weights that were pushed last
+        snapshot, source = None, cast.generator
+    else:
+        snapshot = Snapshot(cast.actor)
+        source = open_generator(snapshot, cast.tokenizer, cast.ends, cfg.sampling)
+    threads = ThreadPoolExecutor(1, "rollout")
+    stream = torch.cuda.Stream() if engine.device().type == "cuda" else None
+    steps = enumerate(batches, 1)
+    try:
+        pending = _begin(threads, stream, source, cast, next(steps, None), cfg)
+        while pending is not None:
+            step, future = pending
+            rows, responses, said = future.result()
+            rollout = assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
+                               n=cfg.sampling.num_return_sequences, version=min(1, step - 1), verdicts=said)
+            if snapshot is not None:                 # the weights after the step before: the next batch's
+                snapshot.take()
+            source.refresh()
+            pending = _begin(threads, stream, source, cast, next(steps, None), cfg)
+            yield rollout
+    finally:
+        threads.shutdown(wait=True, cancel_futures=True)
+        if source is not cast.generator:
+            source.close()
+
+
+def _begin(threads, stream, source, cast, numbered, cfg):
+    """Starts to sample a batch -> (step, its future), or None after the last."""
+    if numbered is None:
+        return None
+    step, prompts = numbered
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream())          # the copied weights are there
+    return step, threads.submit(_sample, stream, source, cast, prompts, cfg, step)
+
+
+def _sample(stream, source, cast, prompts, cfg, step):
+    """In the thread -> (PromptExamples, Responses, verdicts)."""
+    portion = cfg.sampling.batch_size or len(prompts)
+    rows, responses, said = [], [], []
+    with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+        for start in range(0, len(prompts), portion):
+            new = generate(source, prompts[start:start + portion], cast.tokenizer, cfg.sampling, cfg.max_length,
+                           step_seed(cfg, step), first=start * engine.world_size())
+            local = arrange([Sampled(i, *row) for i, row in enumerate(zip(*new))], cast.tokenizer, cfg.pass_tokens())
+            found = dict(zip(local.order, verdicts(local, cast, cfg)))
+            rows, responses, said = rows + new[0], responses + new[1], said + [found[i] for i in range(len(found))]
+        if stream is not None:
+            stream.synchronize()
+    return rows, responses, said
+
+
+def step_seed(cfg, step):
+    """Seed of a step's rollout."""
+    return cfg.seed * 100_003 + step
+
+
+class Snapshot:
+    """A copy of an actor's policy that a rollout engine can sample with while the actor learns; see engine.Frozen."""
+
+    def __init__(self, actor):
+        self.actor, self.sharded = actor, False
+        self.module = SimpleNamespace(lm=twin(actor.module.lm).eval())
+        for parameter in self.module.lm.parameters():
+            parameter.data = parameter.data.clone()
+
+    @torch.no_grad()
+    def take(self):
+        """Takes the actor's weights over."""
+        for mine, theirs in zip(self.module.lm.parameters(), self.actor.module.lm.parameters()):
+            mine.copy_(theirs)
