@@ -53,7 +53,7 @@ def plan(recipe, overrides, hardware, stage=None, options=True):
         does_not_fit = options and made.worst.total > room
         results.append((made, advise(name, kind, cfg, hardware, dict(earlier), room) if does_not_fit else None))
         if cfg.output:
-            earlier[cfg.output] = cfg.model
+            earlier[cfg.output] = cfg
     return results
 
 

@@ -32,19 +32,24 @@ def asked_rows(asked, length):
 
 
 @functools.lru_cache(maxsize=256)
-def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False, objective=False):
-    """-> Footprint of a packed pass. objective: the head makes the policy loss itself (`linear_ppo_loss`)."""
+def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False, objective=False, shape=()):
+    """-> Footprint of a packed pass. objective: the head makes the policy loss itself (`linear_ppo_loss`) · shape: top-p,
+    top-k and penalty of the distribution that is scored, () for none."""
     def measure(blueprint):
+        from ..config import Sampling
         from ..packing import pack
+        from ..policy import Objective
         meta = torch.device("meta")
         packed = pack([[0] * n for n in lengths], [asked_rows(asked, n) for n in lengths], meta)
 
         def call(module):
-            if not objective:
+            if blueprint.kind == "score":
                 return module(packed)
-            from ..policy import Objective
+            sampling = Sampling(**dict(zip(("top_p", "top_k", "repetition_penalty"), shape)))
+            if not objective:
+                return module(packed, sampling)
             known_N = torch.empty(sum(packed.counts), device=meta)
-            return module(packed, 1.0, Objective(known_N, known_N, {"clip_ratio": 0.2, "normalizer": 1}))[0]
+            return module(packed, sampling, Objective(known_N, known_N, {"clip_ratio": 0.2, "normalizer": 1}))[0]
 
         return footprint_of(sizes.build(blueprint), call, device, train=train, keep_gradients=keep_gradients)
 

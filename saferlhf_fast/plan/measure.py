@@ -35,6 +35,7 @@ CASES = {
     "dpo": ("dpo", {"train": {**TRAIN, "batch_size": 2}}),
     "ppo-lag": ("ppo-lag", PPO),
     "ppo-lag two passes": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "single_pass": False}}),
+    "ppo-lag lora": ("ppo-lag", {**PPO, "lora": {"rank": 8}}),
     "ppo-lag checkpointing": ("ppo-lag", {**PPO, "gradient_checkpointing": True}),
 }
 """Name -> stage and its settings; models and data are added."""

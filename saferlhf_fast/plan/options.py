@@ -95,7 +95,10 @@ def _possible(cfg, chosen, choice):
     stage = next((c.value for c in reversed(chosen) if c.key == "engine.zero_stage"), cfg.engine.zero_stage)
     if choice.key == "engine.offload_optimizer":
         return stage > 0
-    return stage == 3 if choice.key == "engine.offload_parameters" else True
+    if choice.key == "engine.offload_parameters":
+        return stage == 3
+    on_trunk = hasattr(cfg, "ppo") and (cfg.lora.rank or any(c.key == "lora.rank" for c in (*chosen, choice)))
+    return not (on_trunk and (stage == 3 or choice.value == 3 and choice.key == "engine.zero_stage"))
 
 
 def choices(cfg, hardware):

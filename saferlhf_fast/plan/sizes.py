@@ -28,6 +28,7 @@ class Blueprint(NamedTuple):
     checkpointing: bool = False
     lora: tuple = ()                     # (rank, target modules); () trains all weights
     packing: bool = True
+    dropout: bool = True                 # False: switched off, as in policy optimisation
 
 
 class Count(NamedTuple):
@@ -46,11 +47,11 @@ class Count(NamedTuple):
 def config_of(path, key, earlier, remote_code):
     """-> (text of config.json, folder for remote code or ""). UserError with `key` when there is none.
 
-    earlier: {output folder: the path that its stage starts from} of the stages before this one.
+    earlier: {output folder: config of its stage} of the stages before this one.
     """
-    for output, start in earlier.items():
-        if _inside(path, output) and not (Path(path).expanduser() / "config.json").is_file():
-            return config_of(start, key, {o: s for o, s in earlier.items() if o != output}, remote_code)
+    output = made_by(path, earlier)
+    if output is not None and not (Path(path).expanduser() / "config.json").is_file():
+        return config_of(earlier[output].model, key, {o: cfg for o, cfg in earlier.items() if o != output}, remote_code)
     try:
         checked(path)
     except UserError as error:
@@ -62,6 +63,11 @@ def config_of(path, key, earlier, remote_code):
     values = {**config.to_dict(), "architectures": None}       # a score model and its backbone are one here
     text = json.dumps({**values, "model_type": config.model_type}, sort_keys=True, default=str)
     return text, str(path) if hasattr(config, "auto_map") and remote_code else ""
+
+
+def made_by(path, earlier):
+    """The output folder of an earlier stage that a path lies in, or None."""
+    return next((output for output in earlier if _inside(path, output)), None)
 
 
 def _inside(path, folder):
@@ -85,6 +91,7 @@ def build(blueprint):
     """-> the module as a stage would hand it to DeepSpeed, on the meta device: a Policy or a ScoreModel."""
     from transformers import AutoModel, AutoModelForCausalLM
     from .. import models
+    from ..cast import without_dropout
     from ..policy import Policy
     maker = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
     options = {"trust_remote_code": True} if blueprint.remote else {}
@@ -94,6 +101,8 @@ def build(blueprint):
         if blueprint.kind == "score" and model.config.get_text_config() is not model.config:
             model = getattr(model, "language_model", model)
         models.train_every_row(model)
+        if not blueprint.dropout:
+            without_dropout(model)
         if blueprint.checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         if blueprint.kind == "policy":

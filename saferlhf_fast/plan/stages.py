@@ -69,10 +69,11 @@ class StagePlan:
 
 
 def plan_stage(name, kind, cfg, hardware, earlier):
-    """-> StagePlan. earlier: {output folder: path it starts from} of the stages before it in the same recipe."""
+    """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
+    from .ppo import evaluate, ppo
     cast = Cast(name, kind, cfg, hardware, earlier)
-    build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": _ppo, "ppo-lag": _ppo,
-             "evaluate": _evaluate}[kind]
+    build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": ppo, "ppo-lag": ppo,
+             "evaluate": evaluate}[kind]
     moments = build(cast)
     return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models))
 
@@ -88,16 +89,17 @@ class Cast:
         self.width = DTYPES[self.precision].itemsize
         self.models, self.use = [], {}
 
-    def add(self, role, key, kind, optim=None, lora=None, checkpointing=False):
-        """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen."""
+    def add(self, role, key, kind, optim=None, lora=None, checkpointing=False, shared=False):
+        """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen ·
+        shared: its base belongs to another model, so that adapter and head alone are its own."""
         start = getattr(self.cfg, key)
         config, remote = sizes.config_of(start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code)
-        targets = lora.target_modules if lora is not None and lora.rank else ()
-        blueprint = sizes.Blueprint(
-            config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
-            (lora.rank, targets if isinstance(targets, str) else tuple(targets)) if lora is not None and lora.rank else (),
-            getattr(self.cfg.engine, "packing", True))
+        blueprint = sizes.Blueprint(config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
+                                    adapter_of(lora), self.cfg.engine.packing, not hasattr(self.cfg, "ppo"))
         count = sizes.count(blueprint)
+        if shared:
+            own = count.trained if blueprint.lora else 0
+            count = count._replace(all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0)
         settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
         zero = states.zero_settings(engine_module.settings(settings, optim))
         if optim is None:
@@ -133,6 +135,14 @@ class Cast:
             if self.device == "cpu":                  # there is no other memory to offload to
                 total["optimiser"] += part.host
         return total
+
+
+def adapter_of(lora):
+    """A Lora config -> what a Blueprint says of it."""
+    if lora is None or not lora.rank:
+        return ()
+    targets = lora.target_modules
+    return lora.rank, targets if isinstance(targets, str) else tuple(targets)
 
 
 def add(*parts, **more):
@@ -173,9 +183,9 @@ def backward(model, made):
     yield {"buffers": model.states.epilogue}
 
 
-def asking(cast, model, lengths, asked):
-    """A pass without gradient."""
-    return forward(model, cast.footprint(model, lengths, asked, train=False))
+def asking(cast, model, lengths, asked, shape=()):
+    """A pass without gradient. shape: of the scored distribution (see `footprints.of_pass`)."""
+    return forward(model, cast.footprint(model, lengths, asked, train=False, shape=shape))
 
 
 def loading(cast):
@@ -235,131 +245,3 @@ def _preference(cast):
 
 def _dpo(cast):
     return _supervised(cast, "policy", ANY, 2, reference=True)
-
-
-# ---------------------------------------------------------------- policy optimisation
-
-
-def _ppo(cast):
-    cfg, ppo = cast.cfg, cast.cfg.ppo
-    saving = {"checkpointing": cfg.gradient_checkpointing}
-    reference = cast.add("reference", "model", "policy")
-    judges = [cast.add(f"{name} model", name, "score") for name in ("reward", "cost") if getattr(cfg, name)]
-    actor = cast.add("actor", "model", "policy", cfg.optim, **saving)
-    names = ["reward", "cost"] if cast.kind == "ppo-lag" else ["reward"]
-    critics = [cast.add(f"{name} critic", f"{name}_critic" if getattr(cfg, f"{name}_critic") else name, "score",
-                        cfg.critic_optim, **saving) for name in names]
-    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
-    asked = cfg.sampling.max_new_tokens or ANY
-    several = passes_of(ppo.batch_size * cfg.sampling.num_return_sequences * cfg.max_length, cfg.pass_tokens()) > 1
-    return [loading(cast), *rollout(cast, actor, ppo.batch_size),
-            _scoring(cast, reference, judges, actor, critics, lengths, asked),
-            *_updating(cast, actor, critics, lengths, asked, several), stepping(cast)]
-
-
-def in_one_pass(cfg):
-    """As update.in_one_pass says; a recipe cannot bring dropout but through adapters."""
-    ppo, lora = cfg.ppo, getattr(cfg, "lora", None)
-    dropout = lora is not None and lora.rank and lora.dropout
-    return ppo.single_pass and ppo.epochs == ppo.minibatches == 1 and not ppo.whiten and not dropout
-
-
-def _scoring(cast, reference, judges, actor, critics, lengths, asked):
-    turns = [asking(cast, reference, lengths, asked), *(asking(cast, judge, lengths, "end") for judge in judges)]
-    if not in_one_pass(cast.cfg):
-        turns += [asking(cast, model, lengths, asked) for model in (actor, *critics)]
-    return worst("scoring", [add(cast.resident(), turn) for turn in turns])
-
-
-def _updating(cast, actor, critics, lengths, asked, several):
-    """The update's passes and, where there is supervised data, those over it."""
-    cfg = cast.cfg
-    ptx = cfg.ptx is not None and cfg.ppo.ptx_coeff > 0
-    together = in_one_pass(cfg)
-    objective = not together or cfg.ppo.old_logp == "engine"
-    made = {model.role: cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole,
-                                       objective=objective and model is actor) for model in (actor, *critics)}
-    before, turns, graphs = add(cast.resident(), held([actor, *critics], not several)), [], []
-    for model in (*critics, actor) if together else ():
-        turns.append(add(before, *graphs, forward(model, made[model.role])))
-        graphs.append(alive(model, made[model.role]))
-    done = []
-    for model in (actor, *critics):
-        others = [alive(m, made[m.role]) for m in (*critics, actor) if m not in (*done, model)] if together else []
-        earlier = {} if several else {"gradients": sum(m.states.gradients for m in done if m.states.whole)}
-        turns.append(add(before, earlier, *others, forward(model, made[model.role]) if not together else {}))
-        turns += [add(before, earlier, *others, turn) for turn in backward(model, made[model.role])]
-        done.append(model)
-    moments = [worst("update", turns)]
-    if ptx:
-        trained = cast.footprint(actor, lengths, ANY)
-        before = add(cast.resident(), held([actor, *critics]))
-        turns = [forward(actor, trained), *backward(actor, trained)]
-        moments.append(worst("supervised loss", [add(before, turn) for turn in turns]))
-    return moments
-
-
-# ---------------------------------------------------------------- generation
-
-
-def rollout(cast, actor, prompts):
-    """Moments of generation: over the prompts, and at its end, when the cache is full."""
-    cfg, sampling = cast.cfg, cast.cfg.sampling
-    name = sampling.engine
-    if name == "auto":
-        name = "continuous" if cast.device == "cuda" and (not actor.states.sharded or sampling.gather) else "generate"
-    before = cast.resident()
-    if actor.states.sharded and sampling.gather:
-        before = add(before, {"buffers": cast.width * actor.count.all})
-    elif actor.states.sharded:
-        before = add(before, {"buffers": actor.states.gathered + actor.states.fetching})
-    if name == "vllm-server":
-        return []
-    if name == "vllm":
-        share = sampling.memory or 0.4
-        return [Moment("rollout (vLLM)", add(before, {"cache": int(share * cast.hardware.memory)}))]
-    rows = prompts * sampling.num_return_sequences
-    rows = min(rows, sampling.batch_size or rows)
-    longest = cfg.max_length
-    first = min(sampling.max_prompt_length or longest // 2, longest)
-    longest = min(longest, first + (sampling.max_new_tokens or longest))
-    cache = rows * sizes.cache_bytes(actor.blueprint, longest)
-    if name == "continuous":
-        return [_continuous(cast, actor, before, cache, sampling)]
-    cast.note(actor, cache=cache)
-    logits = rows * _vocabulary(actor) * (cast.width + 3 * 4)     # a step's, and float32 copies while a token is picked
-    start = footprints.of_prompts(actor.blueprint, rows, first, cast.device)
-    filled = rows * sizes.cache_bytes(actor.blueprint, first)
-    growing = cache // _layers(actor)                 # one layer's keys and values move to where there is room
-    return [worst("rollout", [add(before, {"cache": filled, "activations": start.forward - filled}),
-                              add(before, {"cache": cache + growing, "logits": logits})])]
-
-
-def _continuous(cast, actor, before, cache, sampling):
-    """The paged cache takes a share of what is free, and no more than all rows can fill: it waits where there is none."""
-    free = max(0, cast.hardware.memory - sum(before.values()))
-    cache = min(cache, int((sampling.memory or 0.8) * free))
-    cast.note(actor, cache=cache)
-    return Moment("rollout", add(before, {"cache": cache}))
-
-
-def _layers(model):
-    import json
-    values = json.loads(model.blueprint.config)
-    return values.get("num_hidden_layers") or values.get("n_layer") or 1
-
-
-def _vocabulary(model):
-    return sizes.build(model.blueprint).lm.get_input_embeddings().weight.shape[0]
-
-
-def _evaluate(cast):
-    cfg = cast.cfg
-    actor = cast.add("policy", "model", "policy")
-    asked = [(cast.add(f"{name} model", name, "score"), "end") for name in ("reward", "cost") if getattr(cfg, name)]
-    if cfg.reference:
-        asked.append((cast.add("reference", "reference", "policy"), ANY))
-    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
-    turns = [asking(cast, model, lengths, rows) for model, rows in [(actor, ANY), *asked]]
-    return [loading(cast), *rollout(cast, actor, cfg.batch_size),
-            worst("scoring", [add(cast.resident(), turn) for turn in turns])]

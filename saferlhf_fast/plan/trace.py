@@ -88,6 +88,7 @@ def footprint_of(module, call, device, *, train=True, keep_gradients=False):
     counts for the moment in which it is made.
     """
     hooks = []
+    module.train(train)
     with Tracker(device) as tracker, standing_in_for(device), torch.set_grad_enabled(train):
         tracker.know([*module.parameters(), *module.buffers()])
         out = call(module)
@@ -183,6 +184,9 @@ def standing_in_for(device):
     real, real_varlen = functional.scaled_dot_product_attention, attention._varlen
 
     def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        if dropout_p and device == "cpu":             # a CPU's flash attention drops nothing out: all scores are written
+            return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal,
+                                                                     scale=scale, enable_gqa=enable_gqa)[0]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)      # torch makes an additive one
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal,
@@ -193,7 +197,9 @@ def standing_in_for(device):
         return attention._torch_varlen if fits else None
 
     functional.scaled_dot_product_attention, attention._varlen = flash, varlen
+    linear.WORKSPACE["meta"] = linear.WORKSPACE[device]
     try:
         yield
     finally:
         functional.scaled_dot_product_attention, attention._varlen = real, real_varlen
+        linear.WORKSPACE.pop("meta", None)

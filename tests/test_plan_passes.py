@@ -1,0 +1,169 @@
+"""What the plan says of passes, against what torch's allocator hands out when the same pass runs on this CPU."""
+
+import json
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from saferlhf_fast.models import ScoreModel
+from saferlhf_fast.packing import pack
+from saferlhf_fast.plan import footprints, sizes
+from saferlhf_fast.plan.trace import Tracker, footprint_of
+from saferlhf_fast.policy import Objective, Policy
+
+SHAPE = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+LLAMA = {**SHAPE, "model_type": "llama", "intermediate_size": 172, "num_key_value_heads": 2, "tie_word_embeddings": True}
+GPT2 = {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 64, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": False}
+LENGTHS = (96, 96, 96, 40)
+
+
+def blueprint(values, kind="policy", **more):
+    return sizes.Blueprint(json.dumps(values, sort_keys=True), kind, torch.float32, **more)
+
+
+def real(values, kind="policy", packing=True, checkpointing=False):
+    """The module of a blueprint, with weights."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    values = dict(values)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(0)
+    model = (AutoModelForCausalLM if kind == "policy" else AutoModel).from_config(config)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return (Policy if kind == "policy" else ScoreModel)(model, packing=packing).train()
+
+
+def allocated(step):
+    """(bytes that step() leaves behind in what it returns, most bytes at once), by the allocator's own events."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = step()
+    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    now = peak = 0
+    for _, size in events:
+        now += size
+        peak = max(peak, now)
+    return now, peak, kept
+
+
+def measured(module, asked):
+    """(held between forward and backward, most in forward, most in both) of a pass over LENGTHS."""
+    ids = [[7] * n for n in LENGTHS]
+    packed = pack(ids, [footprints.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
+    module(packed).sum().backward()                   # libraries take what they keep
+    for p in module.parameters():
+        p.grad = None
+        p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    saved, forward, out = allocated(lambda: module(packed))
+    _, above, _ = allocated(lambda: out.sum().backward())
+    return saved, forward, saved + above
+
+
+CASES = {
+    "llama": (LLAMA, {}, 1 << 30),
+    "tied head, few rows": (LLAMA, {}, 8),
+    "checkpointing": (LLAMA, {"checkpointing": True}, 1 << 30),
+    "padded": (LLAMA, {"packing": False}, 1 << 30),
+    "qwen3": (QWEN, {}, 1 << 30),
+    "gpt2": (GPT2, {}, 1 << 30),
+    "score": (LLAMA, {"kind": "score"}, "end"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_pass_takes_what_the_allocator_hands_out(case):
+    values, options, asked = CASES[case]
+    plan = footprints.of_pass(blueprint(values, **options), LENGTHS, asked, "cpu")
+    saved, forward, both = measured(real(values, **options), asked)
+    assert plan.saved == pytest.approx(saved, rel=0.03)
+    assert plan.peak == pytest.approx(max(forward, both), rel=0.05)
+    assert plan.forward == pytest.approx(forward, rel=0.05)
+
+
+def test_without_gradient_a_pass_keeps_nothing():
+    plan = footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", train=False)
+    module = real(LLAMA).eval()
+    packed = pack([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
+    with torch.no_grad():
+        module(packed)
+        _, peak, _ = allocated(lambda: module(packed))
+    assert plan.saved == plan.backward == 0
+    assert plan.forward == pytest.approx(peak, rel=0.05)
+
+
+def test_the_head_s_own_loss_holds_its_gradient_from_forward_on():
+    plain, objective = (footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known) for known in (0, 1))
+    vocabulary, width, rows = LLAMA["vocab_size"], LLAMA["hidden_size"], sum(LENGTHS) - len(LENGTHS)
+    # d weight and d hidden take the place of the hidden states and of three numbers for each row.
+    assert objective.saved - plain.saved == pytest.approx(4 * vocabulary * width, rel=0.05)
+    module = real(LLAMA)
+    packed = pack([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
+    known_N = torch.zeros(rows)
+    terms = Objective(known_N, known_N, {"clip_ratio": 0.2, "normalizer": 1})
+    module(packed, None, terms)[0].backward()
+    saved, _, kept = allocated(lambda: module(packed, None, terms)[0])
+    assert objective.saved == pytest.approx(saved, rel=0.03)
+
+
+def test_gradients_that_are_kept_are_counted_and_told_apart():
+    module = sizes.build(blueprint(LLAMA))
+    weights = 4 * sum(p.numel() for p in module.parameters())
+    for lengths, share in (((2,), 0.6), ((512,), 0.0)):   # few tokens: gradients are the most; many: the start of backward is
+        packed = pack([[0] * n for n in lengths], [range(n - 1) for n in lengths], torch.device("meta"))
+        kept = footprint_of(module, lambda m: m(packed), "cpu", keep_gradients=True)  # noqa: B023
+        passing = footprint_of(module, lambda m: m(packed), "cpu")                    # noqa: B023
+        assert share * weights <= kept.gradients <= weights and passing.gradients == 0
+        assert passing.backward <= kept.backward <= passing.backward + weights
+        assert all(p.grad is None for p in module.parameters())
+
+
+def test_layers_beyond_a_few_are_a_straight_line():
+    deep = blueprint({**LLAMA, "num_hidden_layers": 26})
+    packed = pack([[0] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("meta"))
+    whole = footprint_of(sizes.build(deep), lambda m: m(packed), "cpu")
+    assert footprints.of_pass(deep, LENGTHS, 1 << 30, "cpu") == whole
+
+
+def test_kinds_of_layers_keep_their_cycle():
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    values = {**SHAPE, "model_type": "gemma3_text", "intermediate_size": 172, "num_key_value_heads": 2, "head_dim": 16,
+              "num_hidden_layers": 24, "layer_types": kinds * 4, "sliding_window": 32}
+    fewer = json.loads(footprints.with_layers(blueprint(values), 12).config)
+    assert fewer["layer_types"] == kinds * 2 and fewer["num_hidden_layers"] == 12
+
+
+def test_a_gpu_has_larger_chunks_of_logits_and_float32_sums():
+    half = blueprint({**LLAMA, "vocab_size": 50000})._replace(dtype=torch.bfloat16)
+    rows = sum(LENGTHS) - len(LENGTHS)
+    gpu, cpu = (footprints.of_pass(half, LENGTHS, 1 << 30, device) for device in ("cuda", "cpu"))
+    logits, d_weight = 4 * 50000, 4 * 50000 * 64
+    assert gpu.head == pytest.approx(rows * logits + d_weight + 4 * rows * 64, rel=0.01)
+    chunk = (64 << 20) // logits // 16 * 16
+    assert cpu.head == pytest.approx(chunk * logits + 2 * d_weight, rel=0.02)
+
+
+def test_scoring_a_cut_distribution_takes_more_than_a_plain_one():
+    plain, cut = (footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape) for shape in ((), (0.9, 0, 1.1)))
+    assert cut.peak > plain.peak
+
+
+def test_the_tracker_frees_what_is_freed():
+    with Tracker("cpu") as tracker:
+        a = torch.empty(1000, device="meta")
+        b = a.view(10, 100) + 1
+        assert tracker.now == 8000
+        del a
+        assert tracker.now == 4000 and tracker.peak == 8000
+        b.exp_()
+        assert tracker.now == 4000
+        del b
+    assert tracker.now == 0
+
+
+def test_lengths_fill_a_pass():
+    assert footprints.lengths_of(1000, 300) == (300, 300, 300, 100)
+    assert footprints.lengths_of(100, 300) == (300,)
+    assert list(footprints.asked_rows(3, 10)) == [6, 7, 8]
+    assert list(footprints.asked_rows(1 << 30, 4)) == [0, 1, 2]
+    assert list(footprints.asked_rows("end", 4)) == [3] and list(footprints.asked_rows("all", 2)) == [0, 1]
