@@ -54,8 +54,9 @@ class Generate:
     def _batch(self, lm, rows, together):
         """Fills rows (longest prompt first) with their responses."""
         ids_BL, mask_BL = data.collate_left([row.prompt for row in rows], self.tokenizer.pad_token_id or 0)
-        ids_BL, mask_BL = ids_BL.to(engine.device()), mask_BL.to(engine.device()).long()
-        numbers_BT = uniforms([row.seed for row in rows], [row.limit for row in rows]).to(ids_BL.device)
+        device = engine.device() if self.actor.sharded else lm.device
+        ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device).long()
+        numbers_BT = uniforms([row.seed for row in rows], [row.limit for row in rows]).to(device)
         cache = None if together else selectable_cache(lm)
         share = LIVE_SHARE if cache is not None else 0.0
         step = 0
