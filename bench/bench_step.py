@@ -4,7 +4,8 @@ Every side runs in a process of its own, one after the other, on the same machin
 and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF rows). What a side is and is not stands in its
 file: step_ours.py (ours, and `unfused`: our padded form in plain torch), step_ref.py (the reference implementation's trainer),
 step_trl.py (the nearest that TRL has). The sides' log-probs, scores, values and critic losses on stored responses are compared
-before any ratio is made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up.
+before any ratio is made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up
+(the reference's is its check and a short rollout; the steps of `--growth` are too long to need one).
 
 On a CPU the peak is a process's peak resident memory (VmHWM), Python, libraries and models included; on CUDA it is torch's
 `max_memory_allocated`. Compare ratios of one run; a machine that does other work at the time is not measured.
@@ -15,6 +16,7 @@ import datetime
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,8 +98,11 @@ class Bench:
             step_work.write_work(make_work(self.options, factor), path)
         return path
 
-    def run(self, side, factor=1, processes=1, threads=None, check=True, repeat=None):
-        """-> the result of a side, or a sentence that begins with "not run" or "failed"."""
+    def run(self, side, factor=1, processes=1, threads=None, check=True, warmup=1, repeat=None):
+        """-> the result of a side, or a sentence that begins with "not run" or "failed".
+
+        factor: times the prompts · check: compare its numbers · warmup: steps that are not counted · repeat: steps that are.
+        """
         o = self.options
         reason = importable(side)
         if reason:
@@ -105,7 +110,7 @@ class Bench:
         if side == "trl" and o.ptx:
             return "not run: trl has no supervised loss beside its own"
         recipe = {"device": o.device, "micro": o.micro, "repeat": o.repeat if repeat is None else repeat, "ptx": o.ptx,
-                  "threads": threads or o.threads, "check": check, "packing": side != "unfused",
+                  "warmup": warmup, "threads": threads or o.threads, "check": check, "packing": side != "unfused",
                   "micro_tokens": o.micro_tokens or step_work.MICRO_TOKENS.get(o.model), "lora": step_work.RANKS.get(o.model, 0)}
         command = [sys.executable]
         if processes > 1:
@@ -113,13 +118,18 @@ class Bench:
         command += [str(HERE / "step_side.py"), side, str(self.work(factor)), json.dumps(recipe)]
         more = (f", {factor} x the prompts" if factor > 1 else "") + (f", {processes} processes" if processes > 1 else "")
         print(f"… {side}{more}", file=sys.stderr, flush=True)
+        # a session of its own: torch.distributed.run's children must end with it
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+                                   env=self.environment(side, recipe))
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=o.timeout, env=self.environment(side, recipe))
+            out, errors = process.communicate(timeout=o.timeout)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
             return f"failed: {side} took over {o.timeout} s"
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            told = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+        lines = [line for line in out.splitlines() if line.startswith("{")]
+        if process.returncode or not lines:
+            told = [line for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
             print("\n".join(told[-15:]), file=sys.stderr)
             return f"failed: {told[-1][:200]}"
         return json.loads(lines[-1])
@@ -150,11 +160,11 @@ def measure(options):
             return [step_rows.in_80_gb(ours)]
         for side in step_rows.OTHERS:
             wanted = side in options.only and getattr(options, side, True)
-            found = bench.run(side) if wanted else "not run: not asked for"
+            found = bench.run(side, warmup=int(side != "ref")) if wanted else "not run: not asked for"
             rows += step_rows.against(side, ours, compared(ours, found, tolerance))
         if options.growth:
             for factor in GROWTH:
-                rows += step_rows.grown(factor, ours, bench.run("ours", factor, check=False, repeat=1))
+                rows += step_rows.grown(factor, ours, bench.run("ours", factor, check=False, warmup=0, repeat=1))
         if options.processes:
             one = bench.run("ours", threads=1, check=False, repeat=1)
             rows += step_rows.divided(one, bench.run("ours", processes=2, threads=1, check=False, repeat=1), 2)

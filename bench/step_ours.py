@@ -89,7 +89,7 @@ class Side:
         self.cfg = make_config(work, recipe)
         engine.start(self.cfg.engine, 0)
         self.device, self.processes = engine.device(), engine.world_size()
-        self.count = recipe["repeat"] + 1
+        self.count = recipe["warmup"] + recipe["repeat"]
         self.cast = make_cast(work, self.cfg, self.count + 1)
         self.multiplier = make_multiplier(self.cfg.multiplier, self.cfg.multiplier.threshold, self.device)
         self.prompts = [data.PromptExample(ids, "", ()) for ids in work.prompts]

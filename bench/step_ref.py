@@ -248,7 +248,13 @@ class Side:
         return found
 
     def check(self):
-        """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
+        """Scores and updates once on the stored responses -> sums that other sides can be compared with.
+
+        Also the warm-up: of `rollout` by two prompts, so that the minute of a whole step is not spent on it.
+        """
+        self.trainer.set_eval()
+        self.row = 0
+        self.trainer.rollout({name: tensor[:2] for name, tensor in self.batch.items()})
         self.seconds, parts, micro = {}, [], self.trainer.args.per_device_train_batch_size
         self.trainer.set_eval()
         width = max(self.work.limits)

@@ -2,8 +2,8 @@
 
 A process per side, because the peak is the process's: on a CPU its peak resident memory from start to end (VmHWM: Python,
 libraries and models included), on CUDA torch's `max_memory_allocated` over the measured steps, models included. The last line
-of stdout is a JSON object: seconds of each step by part, tokens, peak, the numbers of the check. Nothing is measured twice: the
-check (score and update on stored responses) is also the warm-up of both, and the first step is the warm-up of the rollout.
+of stdout is a JSON object: seconds of each step by part, tokens, peak, the numbers of the check (score and update on stored
+responses). The first `warmup` steps are not counted; where that is 0, the check warms up.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def peak(device):
 
 
 def measure(side, work, recipe):
-    """-> what the parent reads. recipe: device, micro, repeat, ptx, and what a side makes of them."""
+    """-> what the parent reads. recipe: see bench_step.Bench.run."""
     import torch
     if recipe["threads"]:
         torch.set_num_threads(recipe["threads"])
@@ -40,9 +40,9 @@ def measure(side, work, recipe):
     checked = made.check() if recipe["check"] else {}
     if recipe["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    steps = [made.step() for _ in range(recipe["repeat"] + 1)]
-    return {"steps": steps[1:], "warmup": steps[0], "check": checked, "peak": peak(recipe["device"]), "built": built,
-            "threads": torch.get_num_threads(), "notes": getattr(made, "notes", [])}
+    steps = [made.step() for _ in range(recipe["warmup"] + recipe["repeat"])]
+    return {"steps": steps[recipe["warmup"]:], "check": checked, "peak": peak(recipe["device"]), "built": built,
+            "threads": torch.get_num_threads()}
 
 
 def main(side, path, recipe):

@@ -67,14 +67,14 @@ class Side:
         args = GRPOConfig(
             output_dir=self.folder.name, per_device_train_batch_size=micro, gradient_accumulation_steps=count // micro,
             num_generations=2, max_completion_length=max(work.limits), beta=0.01, learning_rate=1e-5, max_grad_norm=1.0,
-            max_steps=recipe["repeat"] + 2, bf16=shape.dtype == "bfloat16", use_cpu=self.device.type == "cpu",
+            max_steps=recipe["warmup"] + recipe["repeat"], bf16=shape.dtype == "bfloat16", use_cpu=self.device.type == "cpu",
             gradient_checkpointing=False, reward_weights=[1.0, -1.0], save_strategy="no", report_to="none", logging_steps=10 ** 6,
             disable_tqdm=True, model_init_kwargs={"dtype": shape.dtype}, seed=0)
         where = "cuda" if self.device.type == "cuda" else "cpu"
         self.trainer = GRPOTrainer(
             model=path, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict({"prompt": prompts}),
             reward_funcs=[reward_model(shape, seed, where) for seed in (1, 2)], reward_processing_classes=[tokenizer] * 2)
-        self.trainer._get_train_sampler = lambda dataset=None: list(range(count)) * (count // micro) * (recipe["repeat"] + 2)
+        self.trainer._get_train_sampler = lambda dataset=None: list(range(count)) * (count // micro) * args.max_steps
         self._wrap(Ends(work.limits, self.device), LogitsProcessorList, TrainerCallback)
         self.steps = []
 
@@ -115,15 +115,11 @@ class Side:
         trainer.add_callback(Clock())
 
     def check(self):
-        """Its first step: warms up everything. Its numbers are another objective's, so none is compared."""
-        self.trainer.train()
-        self.steps.pop(0)
+        """Nothing: its numbers are another objective's."""
         return {}
 
     def step(self):
         """The next of the steps that `train()` took."""
         if not self.steps:
-            self.check()
+            self.trainer.train()
         return self.steps.pop(0)
-
-
