@@ -12,10 +12,14 @@ import torch
 WORKSPACE = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of float32 logits in a chunk
 
 
+def chunk_size(vocabulary, device):
+    """Tokens whose logits fit the workspace, a multiple of 16."""
+    return max(16, WORKSPACE.get(device.type, 1 << 30) // (4 * max(vocabulary, 1)) // 16 * 16)
+
+
 def chunks(count, vocabulary, chunk_tokens, device):
-    """Slices of tokens. chunk_tokens: None chooses by workspace, in multiples of 16."""
-    if chunk_tokens is None:
-        chunk_tokens = max(16, WORKSPACE.get(device.type, 1 << 30) // (4 * max(vocabulary, 1)) // 16 * 16)
+    """Slices of tokens. chunk_tokens: None chooses by workspace."""
+    chunk_tokens = chunk_tokens or chunk_size(vocabulary, device)
     return [slice(at, min(at + chunk_tokens, count)) for at in range(0, count, chunk_tokens)]
 
 
@@ -33,6 +37,13 @@ def product(a, b, out, add=False):
 def held(dtype):
     """In what d hidden waits for backward: float16 may overflow before the upstream factor and 1/Z come in."""
     return torch.float32 if dtype == torch.float16 else dtype
+
+
+def scaled(gradient, factor, kind):
+    """gradient * factor in float32, rounded once to `kind`; no second float32 tensor on the way."""
+    if gradient.dtype == kind or torch.compiler.is_compiling():
+        return (gradient * factor).to(kind)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=kind))
 
 
 class Head(NamedTuple):

@@ -17,6 +17,7 @@ from .kernels.linear_ppo_loss import linear_ppo_loss
 from .kernels.token_logprob import token_logprob
 from .kernels.ppo_loss import ppo_loss
 from .lora import plain
+from .on_policy import loss_of, on_policy_loss
 from .packing import pack
 
 
@@ -38,7 +39,7 @@ class Policy(nn.Module):
     `forward(packed, sampling)` -> logp_N, the log-prob of each asked-for token given what precedes it, under the distribution
     that such a Sampling config samples from (fp32; nats); None: the model's own.
     `forward(packed, sampling, objective)` -> (loss, statistics) of `linear_ppo_loss`: three products of the head instead of
-    four.
+    four. `forward(packed, sampling, between=f)` -> loss of `on_policy_loss`, whose advantages f makes from the log-probs.
     packing: False runs the body on padded rows, whatever the architecture can.
     """
 
@@ -49,15 +50,15 @@ class Policy(nn.Module):
         self.packs = body.packs(inner.base_model) and packing
         self.logit_form = logit_form(inner)
 
-    def forward(self, packed, sampling=None, objective=None):
+    def forward(self, packed, sampling=None, objective=None, between=None):
         inner = plain(self.lm)
         if self.logit_form is None:
             logp_N = self._of_logits(inner, packed, sampling)
-            return logp_N if objective is None else objective.loss(logp_N, packed)
+            return _of_logp(logp_N, packed, objective, between)
         hidden_MH = body.hidden_states(inner.base_model, packed, self.packs)
         hidden_NH = hidden_MH.index_select(0, packed.rows_N)
         return inner.get_output_embeddings()(
-            hidden_NH, lambda *weights: _fused(*weights, packed, sampling, objective, self.logit_form))
+            hidden_NH, lambda *weights: _fused(*weights, packed, sampling, objective, between, self.logit_form))
 
     def _of_logits(self, lm, packed, sampling):
         """Through the model's own logits, made for every position where it does not let itself be asked for some."""
@@ -84,15 +85,25 @@ def _temperature(sampling):
     return 1.0 if sampling is None else sampling.temperature
 
 
-def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, form):
+def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, between, form):
     settings = {"bias": bias_V, "temperature": _temperature(sampling) / form.scale, "softcap": form.softcap}
     if is_plain(sampling) and objective is not None:
         return linear_ppo_loss(hidden_NH, weight_VH, packed.targets_N, objective.old_logp_N, objective.advantages_N,
                                cu_seqlens=packed.cu_seqlens, **objective.settings, **settings)
+    if is_plain(sampling) and between is not None:
+        return on_policy_loss(hidden_NH, weight_VH, bias_V, packed.targets_N, packed.counts, between, settings["temperature"],
+                              form.softcap)
     if is_plain(sampling):
         return linear_logprob(hidden_NH, weight_VH, packed.targets_N, **settings)
     context = warp.context_of(packed.ids_M, packed.lengths, packed.rows_N)
     logp_N = warp.warped_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N, sampling, context)
+    return _of_logp(logp_N, packed, objective, between)
+
+
+def _of_logp(logp_N, packed, objective, between):
+    """What was asked for, from log-probs with graph."""
+    if between is not None:
+        return loss_of(logp_N, packed.counts, between)
     return logp_N if objective is None else objective.loss(logp_N, packed)
 
 

@@ -78,9 +78,9 @@ class PolicyOnTrunk(OnTrunk):
         self.trunk.use(self.role)
         return self.trunk.lm
 
-    def forward(self, packed, sampling=None, objective=None):
+    def forward(self, *args, **kwargs):
         self.trunk.use(self.role)
-        return self.policy(packed, sampling, objective)
+        return self.policy(*args, **kwargs)
 
 
 class ScoreOnTrunk(OnTrunk):

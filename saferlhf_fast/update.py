@@ -4,9 +4,11 @@ Every loss divides by the count over the global batch, so the split into passes 
 (PTX) data the actor's step is ½(L_actor + coefficient · L_ptx), as in the reference implementation.
 
 Two ways. `update_in_one_pass`: with one optimiser step per batch the ratio to the old policy is 1 and the old values are the
-new ones, so what the step's own forward passes say, held fixed, is what they start from: no pass before them. `update`: the
-old log-probs and values were asked for beforehand.
+new ones, so what the step's own forward passes say is what they start from, and no pass comes before them. `update`: the old
+log-probs and values were asked for beforehand.
 """
+
+from itertools import accumulate
 
 import torch
 
@@ -19,7 +21,7 @@ from .kernels.value_loss import value_loss
 from .packing import fill
 from .policy import Objective
 from .sft import sft_loss
-from .types import Advantages, Scored
+from .types import Scored
 
 
 class Tally:
@@ -53,27 +55,81 @@ def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
     tally, (minibatch,) = Tally(), rollout.minibatches
     settings = _settings(cfg, minibatch)
     for rows in minibatch.passes:
-        packed, at, real = rollout.packed(rows), rollout.tokens(rows), rows.stop > rows.start
+        packed = rollout.packed(rows)
         value_n = {}
         for critic in cast.critics:
             value_n |= critic(packed)
-        engine_logp_n = _part(rollout.engine_logp_N, at, packed, real)
-        logp_n = cast.actor(packed, cfg.sampling) if cfg.ppo.old_logp == "trainer" else None
-        old_logp_n = engine_logp_n if logp_n is None else logp_n.detach()
-        adv = _advantages(packed, old_logp_n, value_n, scored, at, rows, multiplier, cfg, real)
-        if real:
-            tally.advantages.append(adv.stats)
-        weighted_n = _weighted(adv.advantages_N, old_logp_n, engine_logp_n, cfg, tally, minibatch, real)
-        if logp_n is None:
-            loss, stats = cast.actor(packed, cfg.sampling, Objective(old_logp_n, weighted_n, settings))
+        between = Between(packed, rollout, rows, scored, value_n, multiplier, cfg, minibatch, settings, tally)
+        if cfg.ppo.old_logp == "trainer":
+            loss = cast.actor(packed, cfg.sampling, between=between)
         else:
-            loss, stats = ppo_loss(logp_n, old_logp_n, weighted_n, cu_seqlens=packed.cu_seqlens, **settings)
-        _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real)
+            adv_n = between.advantages(slice(0, len(packed.counts)), slice(0, len(between.engine_logp_n)), between.engine_logp_n)
+            loss, stats = cast.actor(packed, cfg.sampling, Objective(between.engine_logp_n, adv_n, settings))
+            between.count(stats)
+        cast.actor.backward(loss * (0.5 if ptx else 1.0))
+        tally.add("actor_loss", loss)
+        old_value_n = {name: value.detach() for name, value in value_n.items()}
         for critic in cast.critics:
-            _critic_backward(critic, value_n, {name: value.detach() for name, value in value_n.items()}, adv, packed,
-                             settings, cfg, tally)
+            _critic_backward(critic, value_n, old_value_n, between.returns(), packed, settings, cfg, tally)
     _finish(cast, ptx, cfg, tally)
     return tally
+
+
+class Between:
+    """What lies between a pass's log-probs and its losses: advantages, importance weights, the policy loss, for whole
+    sequences at a time. Called by the actor's head (saferlhf_fast.on_policy) with the log-probs that are old and new at once.
+    """
+
+    def __init__(self, packed, rollout, rows, scored, value_n, multiplier, cfg, minibatch, settings, tally):
+        self.packed, self.multiplier, self.cfg = packed, multiplier, cfg
+        self.minibatch, self.settings, self.tally = minibatch, settings, tally
+        self.real, at = rows.stop > rows.start, rollout.tokens(rows)
+        count = len(packed.counts)
+        self.ref_logp_n = _part(scored.ref_logp_N, at, packed, self.real)
+        self.engine_logp_n = _part(rollout.engine_logp_N, at, packed, self.real)
+        self.reward_b, self.cost_b = (
+            None if part is None else part[rows] if self.real else part.new_zeros(count)
+            for part in (scored.reward_B, scored.cost_B))
+        self.value_n = {name: value.detach() for name, value in value_n.items()}
+        self.return_parts = []
+
+    def __call__(self, sequences, tokens, logp_c):
+        """-> (loss, d loss / d logp_c) of a chunk, whose ratio is 1."""
+        advantages_c = self.advantages(sequences, tokens, logp_c)
+        with torch.enable_grad():
+            leaf = logp_c.detach().requires_grad_()
+            loss, stats = ppo_loss(leaf, logp_c, advantages_c, cu_seqlens=self._offsets(sequences), **self.settings)
+        grad_c, = torch.autograd.grad(loss, leaf)
+        self.count(stats)
+        return loss.detach(), grad_c
+
+    def advantages(self, sequences, tokens, old_logp_c):
+        """Of some sequences, importance weights included; zeros for a filler."""
+        values = [self.value_n[name][tokens] if name in self.value_n else None for name in ("reward", "cost")]
+        if not self.real:                            # nothing is learned from it: its returns are its values
+            self.return_parts.append(values)
+            return torch.zeros_like(old_logp_c)
+        scored = Scored(self.ref_logp_n[tokens], self.reward_b[sequences],
+                        None if self.cost_b is None else self.cost_b[sequences], old_logp_c, *values)
+        adv = advantages(self._offsets(sequences), scored, self.multiplier, self.cfg.ppo)
+        self.tally.advantages.append(adv.stats)
+        self.return_parts.append([adv.reward_returns_N, adv.cost_returns_N])
+        engine_logp_c = None if self.engine_logp_n is None else self.engine_logp_n[tokens]
+        return _weighted(adv.advantages_N, old_logp_c, engine_logp_c, self.cfg, self.tally, self.minibatch, True)
+
+    def returns(self):
+        """{"reward": returns_n, "cost": … or None} of the whole pass, once all chunks were here."""
+        return {name: None if parts[0] is None else torch.cat(parts)
+                for name, parts in zip(("reward", "cost"), zip(*self.return_parts))}
+
+    def count(self, stats):
+        """Tallies a policy loss's statistics, each token as much as any other of the minibatch."""
+        if self.real:
+            _count(stats, self.minibatch, self.tally)
+
+    def _offsets(self, sequences):
+        counts = self.packed.counts[sequences]
+        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(self.ref_logp_n.device, non_blocking=True)
 
 
 def update(cast, rollout, scored, adv, cfg, ptx=None):
@@ -103,9 +159,12 @@ def _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, actor_settings
     weighted_n = _weighted(_part(adv.advantages_N, at, packed, real), old_logp_n,
                            _part(rollout.engine_logp_N, at, packed, real), cfg, tally, minibatch, real)
     loss, stats = cast.actor(packed, cfg.sampling, Objective(old_logp_n, weighted_n, actor_settings))
-    _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real)
+    cast.actor.backward(loss * (0.5 if ptx else 1.0))
+    tally.add("actor_loss", loss)
+    if real:
+        _count(stats, minibatch, tally)
     old_value_n = {name: _part(getattr(scored, f"{name}_values_N"), at, packed, real) for name in ("reward", "cost")}
-    returns = Advantages(weighted_n, *(_part(part, at, packed, real) for part in (adv.reward_returns_N, adv.cost_returns_N)), {})
+    returns = {"reward": _part(adv.reward_returns_N, at, packed, real), "cost": _part(adv.cost_returns_N, at, packed, real)}
     for critic in cast.critics:
         _critic_backward(critic, critic(packed), old_value_n, returns, packed, settings, cfg, tally)
 
@@ -122,21 +181,6 @@ def _part(values_N, at, packed, real):
     if values_N is None:
         return None
     return values_N[at] if real else values_N.new_zeros(sum(packed.counts))
-
-
-def _advantages(packed, old_logp_n, value_n, scored, at, rows, multiplier, cfg, real):
-    """Advantages of one pass of whole sequences; scores of a filler are zero, and what comes of them is not counted."""
-    count = len(packed.counts)
-    reward_b = scored.reward_B[rows] if real else scored.reward_B.new_zeros(count)
-    cost_b = None if scored.cost_B is None else scored.cost_B[rows] if real else scored.cost_B.new_zeros(count)
-    part = Scored(_part(scored.ref_logp_N, at, packed, real), reward_b, cost_b, old_logp_n,
-                  *(value_n[name].detach() if name in value_n else None for name in ("reward", "cost")))
-    adv = advantages(packed.cu_seqlens, part, multiplier, cfg.ppo)
-    if real:
-        return adv
-    still = {"advantages_N": torch.zeros_like(adv.advantages_N), "reward_returns_N": part.reward_values_N,
-             "cost_returns_N": part.cost_values_N}
-    return Advantages(**still, stats={})
 
 
 def _weighted(advantages_n, old_logp_n, engine_logp_n, cfg, tally, minibatch, real):
@@ -156,17 +200,14 @@ def _weighted(advantages_n, old_logp_n, engine_logp_n, cfg, tally, minibatch, re
     return advantages_n * weight_n
 
 
-def _actor_backward(cast, loss, stats, packed, minibatch, ptx, tally, real):
-    cast.actor.backward(loss * (0.5 if ptx else 1.0))
-    tally.add("actor_loss", loss)
-    share = sum(packed.counts) / max(1, minibatch.tokens) if real else 0.0
+def _count(stats, minibatch, tally):
+    """A policy loss's statistics are means over its tokens: here their share of the minibatch's."""
     for name in ("clip_fraction", "approx_kl"):
-        tally.add(name, stats[name] * share)
+        tally.add(name, stats[name] * stats["tokens"] / max(1, minibatch.tokens))
 
 
-def _critic_backward(critic, value_n, old_value_n, adv, packed, settings, cfg, tally):
+def _critic_backward(critic, value_n, old_value_n, returns, packed, settings, cfg, tally):
     """One backward of a critic, for the losses of all streams that it has a head for."""
-    returns = {"reward": adv.reward_returns_N, "cost": adv.cost_returns_N}
     total = 0.0
     for name in critic.names:
         loss, _ = value_loss(value_n[name], old_value_n[name], returns[name], clip_value=cfg.ppo.clip_value,

@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..linear import held
+from ..linear import held, scaled
 from ..ppo_loss.reference import STATISTICS
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -55,16 +55,9 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, upstream, *_):
     *made, unscale = ctx.saved_tensors
     factor = upstream * unscale
-    d_hidden, d_weight, d_bias = (_scaled(gradient, factor, kind) if want else None
+    d_hidden, d_weight, d_bias = (scaled(gradient, factor, kind) if want else None
                                   for gradient, kind, want in zip(made, ctx.kinds, ctx.wanted))
     return d_hidden, d_weight, d_bias, *[None] * (2 + len(shared.Policy._fields))
-
-
-def _scaled(gradient, factor, kind):
-    """gradient * factor in float32, rounded once to `kind`; no second float32 tensor on the way."""
-    if gradient.dtype == kind or torch.compiler.is_compiling():
-        return (gradient * factor).to(kind)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=kind))
 
 
 _lib.impl("linear_ppo_loss", _run, "CompositeExplicitAutograd")
