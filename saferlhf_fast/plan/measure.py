@@ -30,12 +30,17 @@ CASES = {
     "sft bf16": ("sft", {"train": TRAIN, "engine": {"precision": "bf16"}}),
     "sft zero-2": ("sft", {"train": TRAIN, "engine": {"zero_stage": 2}}),
     "sft zero-3 bf16": ("sft", {"train": TRAIN, "engine": {"zero_stage": 3, "precision": "bf16"}}),
+    "sft 8-bit": ("sft", {"train": {**TRAIN, "gradient_checkpointing": True}, "optim": {"kind": "adamw-8bit"}}),
+    "sft adafactor": ("sft", {"train": {**TRAIN, "gradient_checkpointing": True}, "optim": {"kind": "adafactor"}}),
+    "sft offload": ("sft", {"train": TRAIN, "engine": {"zero_stage": 2, "offload_optimizer": True}}),
     "sft padded": ("sft", {"train": TRAIN, "engine": {"packing": False}}),
     "reward": ("reward", {"train": {**TRAIN, "batch_size": 2}}),
     "dpo": ("dpo", {"train": {**TRAIN, "batch_size": 2}}),
     "ppo-lag": ("ppo-lag", PPO),
     "ppo-lag two passes": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "single_pass": False}}),
     "ppo-lag lora": ("ppo-lag", {**PPO, "lora": {"rank": 8}}),
+    "ppo-lag shared critic": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "shared_critic": True}}),
+    "ppo-lag overlap": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "overlap": True, "importance_cap": 2.0}}),
     "ppo-lag checkpointing": ("ppo-lag", {**PPO, "gradient_checkpointing": True}),
 }
 """Name -> stage and its settings; models and data are added."""
@@ -135,7 +140,7 @@ def _child(folder, case):
     for _ in range(2):
         toy.backward(toy(torch.ones(2, 8, dtype=engine.precision(cfg.engine))).float().sum())
         toy.step()
-    (torch.ones(256, 256) @ torch.ones(256, 256)).sum()
+    (torch.ones(2048, 512) @ torch.ones(512, 2048)).sum()    # the buffers that a matrix product keeps
     del toy
     before, peak, real = _resident("VmRSS"), {}, console.track
 

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+from ..errors import UserError
+from ..inputs import check_settings
 from .stages import plan_stage
 
 WORTH = 0.98             # an option that leaves more of the peak than this is no help
@@ -20,18 +22,19 @@ class Choice(NamedTuple):
     key: str
     value: object
     cost: str
+    also: str = ""                       # another key that gets the same value
 
-    def words(self, stage):
-        """As it is typed."""
+    def words(self, stage=None):
+        """As it is typed, for a stage of a recipe or alone."""
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
-        return f"{stage}.{self.key}={value}"
+        return " ".join(f"{stage + '.' if stage else ''}{key}={value}" for key in (self.key, self.also) if key)
 
 
 class Option(NamedTuple):
     """A choice that was tried, and what came of it (bytes)."""
 
     choice: Choice
-    alone: int
+    alone: int | None                    # None: it cannot stand alone
     together: int
     fits: bool
 
@@ -52,53 +55,55 @@ def changed(cfg, key, value):
 
 def advise(name, kind, cfg, hardware, earlier, usable):
     """-> Advice for a stage whose peak is above `usable` bytes."""
-    @functools.lru_cache(maxsize=None)
-    def peak(chosen):
+    def after(chosen):
         new = cfg
         for choice in chosen:
-            new = changed(new, choice.key, choice.value)
-        return plan_stage(name, kind, new, hardware, earlier).worst.total
+            for key in (choice.key, choice.also):
+                new = changed(new, key, choice.value) if key else new
+        return new
 
-    base, kept, tried = peak(()), (), []
+    @functools.lru_cache(maxsize=None)
+    def peak(chosen):
+        """Bytes, or None where the settings do not go together."""
+        new = after(chosen)
+        return plan_stage(name, kind, new, hardware, earlier).worst.total if _possible(kind, new) else None
+
+    kept, tried = (), []
     for choice in choices(cfg, hardware):
-        if not _possible(cfg, kept, choice):
+        new = (*(k for k in kept if k.key != choice.key), choice)
+        together = peak(new)
+        if together is None or together > WORTH * peak(kept):
             continue
-        alone = peak((choice,)) if _possible(cfg, (), choice) else None
-        rest = tuple(k for k in kept if k.key != choice.key)
-        together = peak((*rest, choice))
-        if together > WORTH * peak(kept):
-            continue
-        kept = (*rest, choice)
-        tried.append(Option(choice, alone, together, together <= usable))
+        kept = new
+        tried.append(Option(choice, peak((choice,)), together, together <= usable))
         if together <= usable:
             break
     if peak(kept) > usable:
-        return Advice(tried, [], min([base, *(option.together for option in tried)]))
-    kept = _relaxed(cfg, kept, [option.choice for option in tried], lambda chosen: peak(chosen) <= usable)
+        return Advice(tried, [], peak(kept))
+    kept = _relaxed(kept, [option.choice for option in tried],
+                    lambda chosen: peak(chosen) is not None and peak(chosen) <= usable)
     return Advice(tried, list(kept), peak(kept))
 
 
-def _relaxed(cfg, kept, tried, fits):
+def _relaxed(kept, tried, fits):
     """Without what is not needed after all, and with milder values (those tried before) of what is."""
     for choice in kept:
         milder = [other for other in tried[:tried.index(choice)] if other.key == choice.key]
         for other in (None, *milder):
             new = tuple(other if k is choice else k for k in kept if k is not choice or other is not None)
-            if all(_possible(cfg, new[:i], k) for i, k in enumerate(new)) and fits(new):
+            if fits(new):
                 kept = new
                 break
     return kept
 
 
-def _possible(cfg, chosen, choice):
-    """Whether a choice goes with those before it: offload needs sharded states."""
-    stage = next((c.value for c in reversed(chosen) if c.key == "engine.zero_stage"), cfg.engine.zero_stage)
-    if choice.key == "engine.offload_optimizer":
-        return stage > 0
-    if choice.key == "engine.offload_parameters":
-        return stage == 3
-    on_trunk = hasattr(cfg, "ppo") and (cfg.lora.rank or any(c.key == "lora.rank" for c in (*chosen, choice)))
-    return not (on_trunk and (stage == 3 or choice.value == 3 and choice.key == "engine.zero_stage"))
+def _possible(kind, cfg):
+    """Whether settings go together, as the stage itself would find."""
+    try:
+        check_settings(kind, cfg)
+    except UserError:
+        return False
+    return True
 
 
 def choices(cfg, hardware):
@@ -112,18 +117,22 @@ def choices(cfg, hardware):
     owner, at = (cfg.train, "train.") if hasattr(cfg, "train") else (cfg, "")
     if getattr(owner, "gradient_checkpointing", True) is False:
         yield Choice(f"{at}gradient_checkpointing", True, "a third more time in passes")
+    if hasattr(cfg, "ppo") and cfg.ppo.overlap:
+        yield Choice("ppo.overlap", False, "rollout and update take turns")
     if hasattr(cfg, "ppo") and cfg.ppo.single_pass:
         yield Choice("ppo.single_pass", False, "a forward pass more of each trained model")
     if hardware.gpus > 1:
         yield from _sharding(cfg, (3,))
-    if trains and hasattr(cfg.optim, "kind") and cfg.optim.kind == "adamw":
-        yield Choice("optim.kind", "adamw-8bit", "8-bit moments")
+    if trains and cfg.optim.kind == "adamw":
+        yield Choice("optim.kind", "adamw-8bit", "moments in 8 bits", "critic_optim.kind" if hasattr(cfg, "ppo") else "")
     if trains and not cfg.engine.offload_optimizer:
         if cfg.engine.zero_stage == 0 and hardware.gpus == 1:
             yield from _sharding(cfg, (2,))
         yield Choice("engine.offload_optimizer", True, "the step runs on the CPU")
-    if trains and hasattr(cfg, "lora") and cfg.lora.rank == 0:
-        yield Choice("lora.rank", LORA_RANK, "adapters alone are trained")
+    if hasattr(cfg, "ppo") and cfg.cost and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
+        yield Choice("ppo.shared_critic", True, "one critic with two heads")
+    if trains and cfg.lora.rank == 0:
+        yield Choice("lora.rank", LORA_RANK, "adapters alone are trained" + (", on one base" if hasattr(cfg, "ppo") else ""))
     if not cfg.engine.offload_parameters and hardware.gpus > 1:
         yield Choice("engine.offload_parameters", True, "weights cross the bus in every pass")
 

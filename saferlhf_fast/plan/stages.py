@@ -105,8 +105,7 @@ class Cast:
         if optim is None:
             made = states.frozen(count, self.width, zero, self.hardware.gpus)
         else:
-            made = states.trained(count, self.width, zero, self.hardware.gpus, states.MOMENTS[getattr(optim, "kind", "adamw")],
-                                  self.device == "cpu")
+            made = states.trained(count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu")
         self.models.append(Model(role, start, blueprint, count, made, optim is not None))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
@@ -232,7 +231,7 @@ def _supervised(cast, kind, asked, per_example, reference=False):
     turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
     if reference:
         turns.append(add(before, alive(model, made), asking(cast, frozen, lengths, asked)))
-    return [loading(cast), worst("forward and backward", turns), stepping(cast)]
+    return [loading(cast), worst("passes", turns), stepping(cast)]
 
 
 def _sft(cast):

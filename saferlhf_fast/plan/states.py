@@ -20,8 +20,8 @@ PERSISTENT = 10 ** 5     # stage3_param_persistence_threshold: smaller weights a
 BUCKET = 5 * 10 ** 8     # reduce_bucket_size
 FLATTENED = 5 * 10 ** 8  # elements of gradients that ZeRO-0 adds up over ranks at once
 SUB_GROUP = 10 ** 9      # sub_group_size: weights that ZeRO-3 updates at once
-MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.1, "adafactor": 0.1}
-"""Bytes per trained parameter that an optimiser remembers."""
+MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.03, "adafactor": 0.02}
+"""Bytes per trained parameter that an optimiser remembers (optimizers.py); of Adafactor, rows and columns of matrices."""
 
 
 class States(NamedTuple):
@@ -79,12 +79,16 @@ def frozen(count, width, zero, gpus):
                   host=on_host)
 
 
-def trained(count, width, zero, gpus, moments=8.0, on_cpu=False):
-    """A model under an optimiser. moments: bytes that it remembers of each parameter · on_cpu: DeepSpeed's bucket takes
-    only as much memory as is written to."""
+def trained(count, width, zero, gpus, kind="adamw", on_cpu=False):
+    """A model under an optimiser. kind: as in optim.kind · on_cpu: DeepSpeed's bucket takes only as much memory as is
+    written to, and 8-bit moments are spread out for a step."""
     build = {0: _zero_0, 1: _zero_1_2, 2: _zero_1_2, 3: _zero_3}[zero["stage"]]
     bucket = min(zero["bucket"], count.trained) if on_cpu else zero["bucket"]
-    return build(count, width, {**zero, "bucket": bucket * width}, gpus, moments)
+    states = build(count, width, {**zero, "bucket": bucket * width}, gpus, MOMENTS[kind])
+    piece = count.largest if zero["stage"] == 0 else _share(min(count.trained, zero["sub_group"]), gpus)
+    working = {"adamw": 0, "adamw-8bit": 8 * piece if on_cpu else 0, "adafactor": 12 * piece}[kind]
+    in_turn = 4 * count.trained if zero["stage"] == 0 and width < 4 else 0    # gradients in float32, which the step works on
+    return states._replace(step=max(states.step, in_turn + working))
 
 
 def _share(size, gpus):
@@ -98,7 +102,7 @@ def _zero_0(count, width, zero, gpus, moments):
         return States(weights, 4 * trained_, remembered, remembered, step=4 * min(trained_, FLATTENED), load=4 * count.all,
                       whole=True)
     master = int((4 + moments) * trained_)
-    return States(weights, width * trained_, master, step=4 * trained_,
+    return States(weights, width * trained_, master, int(moments * trained_), step=4 * trained_,
                   load=max(4 * count.all, weights + master + (4 + width) * trained_), whole=True)
 
 

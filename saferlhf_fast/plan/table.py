@@ -4,10 +4,11 @@ from .. import console
 from .stages import PARTS
 
 GIB = 2 ** 30
+SHORT = {"activations": "activ."}      # a table must fit 100 columns
 
 
 def gib(size):
-    """Bytes as GiB; a dash for nothing."""
+    """Bytes as GiB; a dash for nothing, or for what cannot be."""
     if not size:
         return "–"
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
@@ -48,7 +49,8 @@ def _models(plan, hardware, what):
 
 def _moments(plan, usable, what):
     rows = [[moment.name, *(gib(moment.parts[part]) for part in PARTS), gib(moment.total)] for moment in plan.moments]
-    console.result_table(f"{plan.name}: at its worst moments", ["moment", *PARTS, "together"], rows)
+    columns = ["moment", *(SHORT.get(part, part) for part in PARTS), "together"]
+    console.result_table(f"{plan.name}: at its worst moments", columns, rows)
     host = f"; {gib(plan.host)} GiB of host memory per process" if plan.host else ""
     console.say(f"  peak {gib(plan.worst.total)} GiB per {what} of {gib(usable)} usable ({plan.worst.name}){host}: "
                 f"{verdict(plan, usable)}")
@@ -62,11 +64,11 @@ def verdict(plan, usable):
 
 
 def _options(plan, advice, usable):
-    rows = [[option.choice.words(plan.name), option.choice.cost, gib(option.alone), gib(option.together),
+    rows = [[option.choice.words(), option.choice.cost, gib(option.alone), gib(option.together),
              "yes" if option.fits else "no"] for option in advice.tried]
     if rows:
         console.result_table(f"{plan.name}: what makes it fit, cheapest first (peak in GiB)",
-                             ["setting", "costs", "alone", "with those above", "fits"], rows)
+                             ["setting", "costs", "alone", "with all above", "fits"], rows)
     if advice.enough:
         words = " ".join(choice.words(plan.name) for choice in advice.enough)
         console.say(f"  to type: {words}   (peak {gib(advice.peak)} GiB)")
