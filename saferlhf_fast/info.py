@@ -17,7 +17,7 @@ Works on a bare install."""
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "datasets", "deepspeed", "peft", "accelerate",
             "safetensors", "pydantic", "omegaconf", "rich", "tensorboard", "scikit-learn", "flash-attn", "wandb",
-            "trackio")
+            "trackio", "bitsandbytes", "vllm")
 
 
 def text():

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.explain import show
+from saferlhf_fast import optimizers
 from saferlhf_fast.metrics import check_trackers
 from saferlhf_fast.settings import to_dict
 
@@ -77,6 +78,9 @@ def check_settings(stage, cfg, prefix=""):
     problem = _contradiction(stage, cfg)
     if problem:
         raise UserError(f"{prefix}{problem}")
+    for key in ("optim", "critic_optim"):
+        if hasattr(cfg, key):
+            optimizers.check(getattr(cfg, key), cfg.engine.zero_stage, prefix + key)
 
 
 def _contradiction(stage, cfg):
@@ -134,6 +138,8 @@ def _overlap_contradiction(cfg):
     if cfg.engine.zero_stage == 3 or cfg.lora.rank:
         got = "3" if cfg.engine.zero_stage == 3 else "one trunk (lora.rank)"
         return f"ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got {got}"
+    if cfg.sampling.engine == "vllm":
+        return "ppo.overlap: expected another sampling.engine than vllm, which would lie on the device twice; vllm-server does it"
     if cfg.sampling.engine == "vllm-server" and cfg.evaluation.interval:
         return "evaluation.interval: expected none with ppo.overlap and sampling.engine=vllm-server, which is busy sampling then"
     return None

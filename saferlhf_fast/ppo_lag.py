@@ -82,7 +82,7 @@ def refuse_silence(rollout, cfg):
     """UserError when the recipe starts from log-probs that the rollout engine does not tell."""
     if rollout.engine_logp_N is None and (cfg.ppo.old_logp == "engine" or cfg.ppo.importance_cap is not None):
         key = "importance_cap" if cfg.ppo.old_logp == "trainer" else "old_logp"
-        raise UserError(f"ppo.{key}: needs the log-probs of the rollout engine, and sampling.engine={cfg.sampling.engine} gave none")
+        raise UserError(f"ppo.{key}: needs the log-probs of the rollout engine; sampling.engine={cfg.sampling.engine} gave none")
 
 
 def train_ppo_lag(cfg, observe=None):

@@ -16,7 +16,7 @@ def judge(rollout, cast, cfg):
     """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and values."""
     if rollout.verdicts and rollout.verdicts[0] is not None:
         ref_logp, reward, cost = zip(*rollout.verdicts)
-        return Scored(packed_numbers(ref_logp), packed_numbers([reward]), packed_numbers([cost]) if cast.cost is not None else None)
+        return Scored(packed_numbers(ref_logp), packed_numbers([reward]), packed_numbers([cost]) if cast.cost else None)
     ref_logp, reward, cost = [], [], []
     for rows in rollout.passes:
         ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling))

@@ -1,4 +1,4 @@
-"""Sampling ahead: a batch is one step stale when its turn comes, is corrected for it, and was scored while others were sampled."""
+"""Sampling ahead: a batch is one step stale when its turn comes, is corrected, and was scored while others were sampled."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,8 @@ def test_batches_are_one_step_stale(world, tmp_path):
             folder = out / f"step-{weights}" if weights > 0 else world["model"]
             lm = models.load_causal_lm(str(folder), tokenizer=tokenizer)
             sampling = Sampling()
-            generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
+            actor = engine.Frozen(Policy(lm), Engine())
+            generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
             responses = generate(generator, batch, tokenizer, sampling, 24, overlap.step_seed(cfg, step))[1]
             found[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
         assert lengths[step - 1] == pytest.approx(found["stale"][0])
@@ -59,8 +60,12 @@ def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, mon
     from saferlhf_fast import score
     asked = []
     plain = score.verdicts
-    monkeypatch.setattr("saferlhf_fast.overlap.verdicts",
-                        lambda rollout, *rest: asked.append((threading.current_thread().name, len(rollout))) or plain(rollout, *rest))
+
+    def spied(rollout, *rest):
+        asked.append((threading.current_thread().name, len(rollout)))
+        return plain(rollout, *rest)
+
+    monkeypatch.setattr("saferlhf_fast.overlap.verdicts", spied)
     runs = [kit.run("ppo-lag", tmp_path / str(size), sampling__batch_size=size, **world, **SETTINGS) for size in (1, 4)]
     assert [count for _, count in asked] == [1] * 16 + [4] * 4 and all("rollout" in name for name, _ in asked)
     for name in ("reward", "cost", "actor_loss", "kl_divergence", "cost_critic_loss"):
