@@ -46,7 +46,7 @@ def attention(own, module, query, key, value, attention_mask, packed=None, **kwa
         return own(module, query, key, value, attention_mask, **kwargs)
     causal, window = _shape_of(module, kwargs)
     varlen = _varlen(query.dtype, query.device.type, query.shape[-1]) if own is _sdpa and causal else None
-    if varlen is not None:
+    if varlen is not None and not (varlen is _torch_varlen and kwargs.get("dropout")):       # torch's has no dropout
         return varlen(query, key, value, packed, window, module, kwargs), None
     sizes = [count * length for count, length in packed.runs]
     parts = [tensor.split(sizes, 2) for tensor in (query, key, value)]      # split: its backward is one cat

@@ -18,7 +18,8 @@ TINY = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_laye
 ROPE = dict(TINY, num_key_value_heads=2, head_dim=8)
 # name -> (config, packs, goes through the fused head). Sliding windows are shorter than the longest sequence.
 ARCHITECTURES = {
-    "Llama": (ROPE, True, True), "Qwen2": (dict(ROPE, sliding_window=4, use_sliding_window=True, max_window_layers=1), True, True),
+    "Llama": (ROPE, True, True),
+    "Qwen2": (dict(ROPE, sliding_window=4, use_sliding_window=True, max_window_layers=1), True, True),
     "Qwen3": (dict(ROPE, tie_word_embeddings=True), True, True), "Mistral": (dict(ROPE, sliding_window=4), True, True),
     "Gemma2": (dict(ROPE, sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=2.0), True, True),
     "Gemma3Text": (dict(ROPE, sliding_window=4), True, True),
@@ -156,8 +157,13 @@ def test_no_dense_mask_is_ever_made(monkeypatch):
     monkeypatch.setitem(attention.NAMES, "sdpa", "saferlhf_fast_spied")
     lm.set_attn_implementation("sdpa")
     assert attention.install(lm)
-    whole = []
-    monkeypatch.setattr(attention, "dummy_mask", lambda device, made=attention.dummy_mask: whole.append(made(device)) or whole[-1])
+    whole, plain_mask = [], attention.dummy_mask
+
+    def seen_mask(device):
+        whole.append(plain_mask(device))
+        return whole[-1]
+
+    monkeypatch.setattr(attention, "dummy_mask", seen_mask)
     policy(responses())
     assert [tuple(mask.shape) for mask in whole] == [(1, 1, 1, 1)]
     assert seen == 2 * [((1, 4, 9, 8), None), ((1, 4, 3, 8), None), ((2, 4, 5, 8), None), ((1, 4, 2, 8), None)]

@@ -70,7 +70,7 @@ def test_several_steps_per_batch_ask_beforehand(go, capsys):
     """Epochs, minibatches and whitening switch the single pass off by themselves; each minibatch is a step of its own."""
     for changes in ({"ppo__epochs": 2}, {"ppo__minibatches": 2}, {"ppo__whiten": True}):
         capsys.readouterr()
-        out = go(**changes)
+        go(**changes)
         assert "a pass of their own" in capsys.readouterr().out
     halves, whole = go(ppo__minibatches=2, optim__schedule="linear"), go(optim__schedule="linear")
     assert kit.losses(halves, "train/approx_kl")[0] > 1e-6 > abs(kit.losses(whole, "train/approx_kl")[0])
@@ -86,7 +86,8 @@ def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
     for changes in ({"ppo__old_logp": "engine"}, {"ppo__old_logp": "engine", "ppo__epochs": 2}, {"ppo__importance_cap": 2.0}):
         other = go(**changes)
         if "ppo__epochs" not in changes:
-            assert kit.losses(other, "train/actor_loss") == pytest.approx(kit.losses(plain, "train/actor_loss"), rel=1e-3, abs=1e-5)
+            assert kit.losses(other, "train/actor_loss") == pytest.approx(kit.losses(plain, "train/actor_loss"), rel=1e-3,
+                                                                          abs=1e-5)
         assert ("train/engine_gap_mean" in kit.rows(other)[1]) is (changes.get("ppo__old_logp") is None)
     assert kit.losses(other, "train/importance_weight") == pytest.approx([1.0] * 3, abs=1e-4)
 
