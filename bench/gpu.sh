@@ -8,6 +8,7 @@
 # WHEELS   a folder of wheels: those that this Python lacks (peers, DeepSpeed, …) are installed, each without its dependencies,
 #          into a temporary folder, never into the Python it runs with.      PYTHON   another Python than python3
 # ROOMS    only these ops (default: all that dispatch.OPS names)             TEST_SECONDS   for the tests of one op (default 240)
+# STEPS    models of bench_step.py ("0.5b 1.5b 8b-lora"): measures whole PPO-Lag steps on them instead of ops; another ten minutes
 # REHEARSE=1   the same motions on a machine without a GPU: tiny shapes, nothing written to bench/results
 # Exit 0 only if the build, every test and every bench of ours went well. A failing test is printed and its op is not measured.
 set -uo pipefail
@@ -58,6 +59,16 @@ PY
 echo "== build (${SECONDS} s)"
 "$PYTHON" setup.py -q build_ext --inplace || CODE=1
 "$PYTHON" -c "from saferlhf_fast.kernels import dispatch; print('_C:', dispatch.native_module()[1])" || exit 1
+
+if [ -n "${STEPS:-}" ]; then
+  for model in $STEPS; do
+    echo "== a PPO-Lag step, $model (${SECONDS} s)"
+    if [ -n "${REHEARSE:-}" ]; then more=(--quick --device cpu); else more=(--json "$OUT/step-$model-$(date +%F).json"); fi
+    timeout -k 5 300 "$PYTHON" bench/bench_step.py --model "$model" "${more[@]}" || CODE=1
+  done
+  echo "== end (${SECONDS} s): $([ "$CODE" = 0 ] && echo all well || echo 'something failed, see above')"
+  exit "$CODE"
+fi
 
 echo "== tests, side by side (${SECONDS} s)"
 "$PYTHON" bench/run.py --rooms > "$WORK/rooms" || exit 1
