@@ -8,7 +8,9 @@ Names are those of the reference implementation (PKU-Alignment/safe-rlhf), so th
 other. Means are over sequences; `*_with_kl_penalty` and `kl_divergence` are sums over a response's tokens; values,
 advantages and returns are means over a response's tokens; lengths are in tokens. `NAMES` has them by stage. Ours, which
 it does not have: eval/loss, */grad_norm, train/clip_fraction, train/approx_kl, train/tokens, train/unsafe_share,
-eval/kl, eval/length, eval/unsafe_share, eval/threshold, gold/*.
+train/engine_gap_mean and _max (|log π_trainer − log π_engine| of a token, nats), train/engine_gap_share (of tokens whose
+probabilities differ by more than 1 %), train/importance_weight (mean), train/staleness (PPO steps), eval/kl, eval/length,
+eval/unsafe_share, eval/threshold, gold/*.
 """
 
 import importlib

@@ -142,11 +142,11 @@ def update(cast, rollout, scored, adv, cfg, ptx=None):
     for _ in range(cfg.ppo.epochs):
         tally = Tally()
         tally.advantages.append(adv.stats)
-        for minibatch in rollout.minibatches:
+        for i, minibatch in enumerate(rollout.minibatches):
             settings = _settings(cfg, minibatch)
             for rows in minibatch.passes:
                 _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, {**settings, **whitened}, settings, ptx, tally)
-            _finish(cast, ptx, cfg, tally)
+            _finish(cast, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, tally)
         for name in tally.sums:
             tally.sums[name] = tally.sums[name] / len(rollout.minibatches)
     return tally
