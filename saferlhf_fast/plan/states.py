@@ -84,7 +84,7 @@ def trained(count, width, zero, gpus, kind="adamw", on_cpu=False):
     written to, and 8-bit moments are spread out for a step."""
     build = {0: _zero_0, 1: _zero_1_2, 2: _zero_1_2, 3: _zero_3}[zero["stage"]]
     bucket = min(zero["bucket"], count.trained) if on_cpu else zero["bucket"]
-    states = build(count, width, {**zero, "bucket": bucket * width}, gpus, MOMENTS[kind])
+    states = build(count, width, {**zero, "bucket": bucket * width, "lazy": on_cpu}, gpus, MOMENTS[kind])
     piece = count.largest if zero["stage"] == 0 else _share(min(count.trained, zero["sub_group"]), gpus)
     working = {"adamw": 0, "adamw-8bit": 8 * piece if on_cpu else 0, "adafactor": 12 * piece}[kind]
     in_turn = 4 * count.trained if zero["stage"] == 0 and width < 4 else 0    # gradients in float32, which the step works on
@@ -111,17 +111,20 @@ def _zero_1_2(count, width, zero, gpus, moments):
     mine, flattened = _share(all_gradients, gpus), min(zero["bucket"], all_gradients)
     master, remembered = _share(4 * count.trained, gpus), _share(moments * count.trained, gpus)
     first = zero["stage"] == 1
+    # ZeRO-1 moves its gradients into the bucket in the step; until then a CPU has not given it memory.
+    bucket, moved = (0, 0) if zero["lazy"] or not first else (zero["bucket"], flattened)
     passing = max(flattened, mine)                    # at the end of backward, or in the step of ZeRO-1
     copies = master + (mine if width < 4 else 0)      # gradients as the optimiser takes them
     load = max(4 * count.all, 2 * weights + master, weights + 2 * master)
     if zero["offload_optimizer"]:
         host = 2 * master + mine + remembered + (0 if first else mine)
-        return States(weights, all_gradients if first else 0, bucket=zero["bucket"] if first else 0,
-                      backward=0 if first else zero["bucket"], epilogue=0 if first else zero["bucket"] + flattened,
-                      step=width * count.largest, load=max(4 * count.all, 2 * weights), host=host, whole=first)
+        gathering = all_gradients if zero["lazy"] and gpus > 1 else 0      # gloo gathers weights into a copy
+        return States(weights, all_gradients if first else 0, bucket=bucket, backward=0 if first else zero["bucket"],
+                      epilogue=0 if first else zero["bucket"] + flattened, step=max(gathering, width * count.largest),
+                      load=max(4 * count.all, 2 * weights), host=host, whole=first)
     if first:
-        return States(weights, all_gradients, master + remembered, remembered, zero["bucket"],
-                      step=max(flattened, copies - (all_gradients - mine)), load=load, whole=True)
+        return States(weights, all_gradients, master + remembered, remembered, bucket,
+                      step=max(0, max(flattened, copies - (all_gradients - mine)) - moved), load=load, whole=True)
     crowded = passing if all_gradients > zero["bucket"] else 0
     return States(weights, mine, master + remembered, remembered, backward=zero["bucket"] + crowded,
                   epilogue=zero["bucket"] + passing, step=copies, load=load)

@@ -39,9 +39,9 @@ def _models(plan, hardware, what):
     rows = []
     for model in plan.models:
         held, use = model.states, plan.use[model.role]
-        trained = f", {parameters(model.count.trained)} trained" if 0 < model.count.trained < model.count.all and \
-            model.trained else ""
-        rows.append([model.role, parameters(model.count.all) + trained, gib(held.weights), gib(held.gradients),
+        adapted = model.trained and model.count.trained < model.count.all
+        size = f"{parameters(model.count.trained)} of {parameters(model.count.all)}" if adapted else parameters(model.count.all)
+        rows.append([model.role, size, gib(held.weights), gib(held.gradients),
                      gib(held.optimizer), gib(use["activations"]), gib(use["logits"]), gib(use["cache"])])
     console.result_table(f"{plan.name}: GiB per {what}, {hardware.gpus} {what}{'s' * (hardware.gpus > 1)}",
                          ["model", "parameters", "weights", "gradients", "optimiser", "activations", "logits", "cache"], rows)
@@ -73,8 +73,9 @@ def _options(plan, advice, usable):
         words = " ".join(choice.words(plan.name) for choice in advice.enough)
         console.say(f"  to type: {words}   (peak {gib(advice.peak)} GiB)")
     else:
-        console.say(f"  nothing that was tried is enough: {gib(advice.peak)} GiB at the least; more GPUs, shorter sequences "
-                    "(max_length) or a smaller model")
+        why = "each model passes through the GPU in float32 when it is loaded" if plan.worst.name == "loading" else \
+            "more GPUs, shorter sequences (max_length) or a smaller model"
+        console.say(f"  nothing that was tried is enough: {gib(advice.peak)} GiB at the least; {why}")
 
 
 def _verdicts(results, hardware, usable, what):

@@ -1,0 +1,192 @@
+"""The moments of ppo, ppo-lag and evaluate: rollout, scoring, update; separate models, or adapters on one base."""
+
+import json
+from pathlib import Path
+
+from . import footprints, sizes
+from .footprints import lengths_of
+from .stages import (ANY, Moment, add, alive, asking, backward, forward, held, loading, passes_of, stepping,
+                     worst)
+
+PICKING = 3 * 4      # bytes of float32 copies of a row's logits while its token is picked
+SORTING = 4 + 8 + 8  # and while a nucleus is cut: values, places, float64 sums
+
+
+def ppo(cast):
+    """Moments of policy optimisation."""
+    cfg = cast.cfg
+    reference, judges, actor, critics = (_on_trunk if cfg.lora.rank else _separate)(cast)
+    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
+    asked = cfg.sampling.max_new_tokens or ANY
+    tokens = cfg.ppo.batch_size * cfg.sampling.num_return_sequences * cfg.max_length // cfg.ppo.minibatches
+    several = passes_of(tokens, cfg.pass_tokens()) > 1
+    if cfg.ppo.overlap and cfg.sampling.engine != "vllm-server":
+        cast.add("copy of the actor", "model", "policy")
+    before = [*rollout(cast, actor, cfg.ppo.batch_size), _scoring(cast, reference, judges, actor, critics, lengths, asked)]
+    after = [*_updating(cast, actor, critics, lengths, asked, several), stepping(cast)]
+    return [loading(cast), *before, *after, *([_overlapping(cast, before, after)] if cfg.ppo.overlap else [])]
+
+
+def _overlapping(cast, before, after):
+    """The next batch is sampled and scored while this one is learned from."""
+    resident = cast.resident()
+    first, second = (max(moments, key=lambda moment: moment.total).parts for moments in (before, after))
+    return Moment("both at once", {name: first[name] + second[name] - resident[name] for name in resident})
+
+
+def _streams(cast):
+    """Names of the critics that a stage has."""
+    return ("reward", "cost") if cast.kind == "ppo-lag" else ("reward",)
+
+
+def _separate(cast):
+    """Six models, each with all of its weights -> reference, judges, actor, critics."""
+    cfg = cast.cfg
+    saving = {"checkpointing": cfg.gradient_checkpointing}
+    reference = cast.add("reference", "model", "policy")
+    judges = [cast.add(f"{name} model", name, "score") for name in ("reward", "cost") if getattr(cfg, name)]
+    actor = cast.add("actor", "model", "policy", cfg.optim, **saving)
+    names = _streams(cast)[:1] if cfg.ppo.shared_critic else _streams(cast)
+    critics = [cast.add("critic" if cfg.ppo.shared_critic else f"{name} critic",
+                        f"{name}_critic" if getattr(cfg, f"{name}_critic") else name, "score", cfg.critic_optim, **saving)
+               for name in names]
+    return reference, judges, actor, critics
+
+
+def _on_trunk(cast):
+    """One frozen base; what is trained are adapters on it -> reference, judges, actor, critics."""
+    cfg = cast.cfg
+    saving = {"checkpointing": cfg.gradient_checkpointing}
+    cast.add("base", "model", "policy")
+    judges = []
+    for name in ("reward", "cost"):
+        if getattr(cfg, name):
+            lora = _saved_adapter(cast, name)
+            judges.append(cast.add(f"{name} model", name, "score") if lora is None else
+                          cast.add(f"{name} model", "model", "score", lora=lora, shared=True))
+    names = ("critic",) if cfg.ppo.shared_critic else tuple(f"{name} critic" for name in _streams(cast))
+    critics = [cast.add(name, "model", "score", cfg.critic_optim, cfg.lora, shared=True, **saving) for name in names]
+    actor = cast.add("actor", "model", "policy", cfg.optim, cfg.lora, shared=True, **saving)
+    return cast.add("reference", "model", "policy", shared=True), judges, actor, critics
+
+
+def _saved_adapter(cast, name):
+    """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
+    from ..config import Lora
+    path, base = getattr(cast.cfg, name), cast.cfg.model
+    folder = Path(path).expanduser() / "adapter" / "adapter_config.json"
+    if folder.is_file():
+        saved = json.loads(folder.read_text(encoding="utf-8"))
+        same = Path(saved.get("base_model_name_or_path") or "").expanduser() == Path(base).expanduser().resolve()
+        return Lora(rank=saved["r"], target_modules=saved["target_modules"]) if same else None
+    made = sizes.made_by(path, cast.earlier)
+    maker = cast.earlier.get(made)
+    return maker.lora if maker is not None and maker.lora.rank and maker.model == base else None
+
+
+def in_one_pass(cfg):
+    """As update.in_one_pass says; a recipe cannot bring dropout but through adapters."""
+    dropout = cfg.lora.rank and cfg.lora.dropout
+    return cfg.ppo.single_pass and cfg.ppo.epochs == cfg.ppo.minibatches == 1 and not cfg.ppo.whiten and not dropout
+
+
+def _shape(sampling):
+    """What the scored distribution is shaped by, besides its temperature; () for nothing."""
+    shape = (sampling.top_p, sampling.top_k, sampling.repetition_penalty)
+    return () if shape == (1.0, 0, 1.0) else shape
+
+
+# ---------------------------------------------------------------- scoring and update
+
+
+def _scoring(cast, reference, judges, actor, critics, lengths, asked):
+    shape = _shape(cast.cfg.sampling)
+    turns = [asking(cast, reference, lengths, asked, shape), *(asking(cast, judge, lengths, "end") for judge in judges)]
+    if not in_one_pass(cast.cfg):
+        turns += [asking(cast, actor, lengths, asked, shape), *(asking(cast, c, lengths, asked) for c in critics)]
+    return worst("scoring", [add(cast.resident(), turn) for turn in turns])
+
+
+def _updating(cast, actor, critics, lengths, asked, several):
+    """The update's passes and, where there is supervised data, those over it."""
+    cfg = cast.cfg
+    together = in_one_pass(cfg)
+    objective = not together or cfg.ppo.old_logp == "engine"
+    of_actor = {"objective": objective, "shape": _shape(cfg.sampling)}
+    made = {model.role: cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole,
+                                       **(of_actor if model is actor else {})) for model in (actor, *critics)}
+    before, turns, graphs = add(cast.resident(), held([actor, *critics], not several)), [], []
+    for model in (*critics, actor) if together else ():
+        turns.append(add(before, *graphs, forward(model, made[model.role])))
+        graphs.append(alive(model, made[model.role]))
+    done = []
+    for model in (actor, *critics):
+        others = [alive(m, made[m.role]) for m in (*critics, actor) if m not in (*done, model)] if together else []
+        earlier = {} if several else {"gradients": sum(m.states.gradients for m in done if m.states.whole)}
+        turns.append(add(before, earlier, *others, forward(model, made[model.role]) if not together else {}))
+        turns += [add(before, earlier, *others, turn) for turn in backward(model, made[model.role])]
+        done.append(model)
+    moments = [worst("update", turns)]
+    if cfg.ptx is not None and cfg.ppo.ptx_coeff > 0:
+        trained = cast.footprint(actor, lengths, ANY)
+        before = add(cast.resident(), held([actor, *critics]))
+        turns = [forward(actor, trained), *backward(actor, trained)]
+        moments.append(worst("supervised loss", [add(before, turn) for turn in turns]))
+    return moments
+
+
+# ---------------------------------------------------------------- generation
+
+
+def rollout(cast, actor, prompts):
+    """Moments of generation: over the prompts, and at its end, when the cache is full; [] on another machine."""
+    cfg, sampling = cast.cfg, cast.cfg.sampling
+    name = sampling.engine
+    if name == "auto":
+        name = "continuous" if cast.device == "cuda" and (not actor.states.sharded or sampling.gather) else "generate"
+    if name == "vllm-server":
+        return []
+    before = cast.resident()
+    if actor.states.sharded:
+        whole = cast.width * actor.count.all
+        before = add(before, {"buffers": whole if sampling.gather else actor.states.gathered + actor.states.fetching})
+    if name == "vllm":
+        return [Moment("rollout", add(before, {"cache": int((sampling.memory or 0.4) * cast.hardware.memory)}))]
+    rows = prompts * sampling.num_return_sequences
+    rows = min(rows, sampling.batch_size or rows)
+    first = min(sampling.max_prompt_length or cfg.max_length // 2, cfg.max_length)
+    longest = min(cfg.max_length, first + (sampling.max_new_tokens or cfg.max_length))
+    cache = rows * sizes.cache_bytes(actor.blueprint, longest)
+    if name == "continuous":
+        # A paged cache takes a share of what is free where all rows do not fit at once; some then wait. One must fit.
+        free = max(0, cast.hardware.memory - sum(before.values()))
+        cache = min(cache, max(cache // rows, int((sampling.memory or 0.8) * free)))
+        cast.note(actor, cache=cache)
+        return [Moment("rollout", add(before, {"cache": cache}))]
+    cast.note(actor, cache=cache)
+    vocabulary = sizes.build(actor.blueprint).lm.get_input_embeddings().weight.shape[0]
+    logits = rows * vocabulary * (cast.width + PICKING + (SORTING if _shape(sampling) else 0))
+    start = footprints.of_prompts(actor.blueprint, rows, first, cast.device)
+    filled = rows * sizes.cache_bytes(actor.blueprint, first)
+    growing = cache // _layers(actor)                 # one layer's keys and values move to where there is room
+    return [worst("rollout", [add(before, {"cache": filled, "activations": start.forward - filled}),
+                              add(before, {"cache": cache + growing, "logits": logits})])]
+
+
+def _layers(model):
+    values = json.loads(model.blueprint.config)
+    return values.get("num_hidden_layers") or values.get("n_layer") or 1
+
+
+def evaluate(cast):
+    """Moments of the stage evaluate: nothing is trained."""
+    cfg = cast.cfg
+    actor = cast.add("policy", "model", "policy")
+    asked = [(cast.add(f"{name} model", name, "score"), "end", ()) for name in ("reward", "cost") if getattr(cfg, name)]
+    shape = _shape(cfg.sampling)
+    if cfg.reference:
+        asked.append((cast.add("reference", "reference", "policy"), ANY, shape))
+    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
+    turns = [asking(cast, model, lengths, *rest) for model, *rest in [(actor, ANY, shape), *asked]]
+    return [loading(cast), *rollout(cast, actor, cfg.batch_size),
+            worst("scoring", [add(cast.resident(), turn) for turn in turns])]

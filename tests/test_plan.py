@@ -1,0 +1,329 @@
+"""saferlhf-fast plan: recipes in, stages with their moments out, and settings that make them fit."""
+
+import dataclasses
+import json
+
+import kit
+import pytest
+
+from saferlhf_fast import cli, plan, settings
+from saferlhf_fast.errors import UserError
+from saferlhf_fast.plan import options, sizes
+from saferlhf_fast.plan.stages import Hardware, plan_stage
+
+MIB = 2 ** 20
+LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8000, "hidden_size": 256,
+         "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+         "max_position_embeddings": 512, "torch_dtype": "float32"}
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a config.json and nothing else."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    return str(folder)
+
+
+def config(kind, model, **values):
+    needed = {"model": model, "data": "none.json", "output": "none"}
+    if kind.startswith("ppo"):
+        needed |= {"reward": model, "cost": model, "sampling": {"engine": "generate"}}
+    if kind == "evaluate":
+        needed = {"model": model, "prompts": "none.json", "sampling": {"engine": "generate"}}
+    return settings.build(kind, {**needed, **values})
+
+
+def stage(kind, model, gpus=1, device="cpu", memory=1 << 40, **values):
+    return plan_stage(kind, kind, config(kind, model, **values), Hardware(gpus, memory, device), {})
+
+
+def moments(made):
+    return {moment.name: moment.total for moment in made.moments}
+
+
+# ---------------------------------------------------------------- what models are
+
+
+def test_parameters_are_those_of_the_real_models():
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+    for extra in ({}, {"tie_word_embeddings": True}, {"attention_bias": True}):
+        text = json.dumps({**LLAMA, **extra}, sort_keys=True)
+        values = {**LLAMA, **extra}
+        real = AutoConfig.for_model(values.pop("model_type"), **values)
+        import torch
+        lm, backbone = (sum(p.numel() for p in c.from_config(real).parameters()) for c in (AutoModelForCausalLM, AutoModel))
+        assert sizes.count(sizes.Blueprint(text, "policy", torch.float32)).all == lm
+        assert sizes.count(sizes.Blueprint(text, "score", torch.float32)).all == backbone + LLAMA["hidden_size"]
+
+
+def test_the_cache_is_that_of_the_real_model():
+    import torch
+    text = json.dumps(LLAMA, sort_keys=True)
+    heads = LLAMA["num_key_value_heads"] / LLAMA["num_attention_heads"]
+    expected = 2 * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * heads * 2
+    assert sizes.cache_bytes(sizes.Blueprint(text, "policy", torch.bfloat16), 100) == 100 * expected
+
+
+def test_adapters_are_the_trained_part():
+    import torch
+    text = json.dumps(LLAMA, sort_keys=True)
+    whole = sizes.count(sizes.Blueprint(text, "policy", torch.float32))
+    adapted = sizes.count(sizes.Blueprint(text, "policy", torch.float32, lora=(8, "all-linear")))
+    width, inner, kv = 256, 688, 128
+    per_layer = 8 * (2 * (width + width) + 2 * (width + kv) + 3 * (width + inner))
+    assert whole.trained == whole.all and adapted.trained == 4 * per_layer and adapted.all == whole.all + 4 * per_layer
+
+
+def test_a_model_of_an_earlier_stage_is_the_one_it_started_from(model, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+output: {tmp_path}/out
+stages:
+  - sft: {{model: {model}, data: a.json, lora: {{rank: 4}}}}
+  - reward: {{model: '${{output}}/sft/model', data: a.json}}
+  - ppo: {{model: '${{output}}/sft/model', reward: '${{output}}/reward/model', data: a.json}}
+""")
+    found = plan.plan(str(recipe), {}, Hardware(1, 1 << 40, "cpu"))
+    sft, reward, ppo = (made for made, _ in found)
+    lm = sft.models[0].count.all - sft.models[0].count.trained
+    assert [m.role for m in ppo.models] == ["reference", "reward model", "actor", "reward critic"]
+    assert ppo.models[0].count.all == lm and ppo.models[1].count.all == reward.models[0].count.all
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------- moments
+
+
+def test_a_moment_is_the_sum_of_its_parts_and_nothing_is_negative(model):
+    for kind in ("sft", "reward", "dpo", "ppo", "ppo-lag", "evaluate"):
+        made = stage(kind, model, max_length=128) if kind in ("ppo", "ppo-lag", "evaluate") else \
+            stage(kind, model, train={"max_length": 128})
+        for moment in made.moments:
+            assert moment.total == sum(moment.parts.values()) and min(moment.parts.values()) >= 0, (kind, moment)
+        assert made.worst.total == max(moments(made).values())
+
+
+def test_what_saves_memory_does(model):
+    big = {"train": {"batch_size": 8, "accumulation": 2, "max_length": 256}}
+
+    def peak(moment="passes", gpus=1, device="cpu", **values):
+        return moments(stage("sft", model, gpus, device, **{**big, **values}))[moment]
+
+    whole = peak()
+    assert peak(train={**big["train"], "gradient_checkpointing": True}) < 0.7 * whole
+    assert peak(train={**big["train"], "micro_tokens": 512}) < 0.7 * whole
+    assert peak(lora={"rank": 4}) < whole
+    assert peak(optim={"kind": "adamw-8bit"}) < whole
+    assert peak(engine={"precision": "bf16"}) < whole
+    at_8 = []
+    for zero in (0, 1, 2, 3):
+        step = next(m for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).moments if m.name == "optimiser step")
+        at_8.append(step.total - step.parts["buffers"])       # ZeRO-3's bucket is there in the step too
+    assert at_8[0] > at_8[1] > at_8[2] > at_8[3]
+
+
+def test_one_pass_holds_all_graphs_at_once(model):
+    together, apart = (stage("ppo-lag", model, max_length=256, ppo={"single_pass": single, "batch_size": 32})
+                       for single in (True, False))
+    assert moments(together)["update"] > 1.3 * moments(apart)["update"]
+    assert moments(together)["scoring"] <= moments(apart)["scoring"]
+
+
+def test_one_trunk_has_its_weights_once(model):
+    separate, trunk = stage("ppo-lag", model, max_length=128), stage("ppo-lag", model, max_length=128, lora={"rank": 4})
+    base = next(m for m in trunk.models if m.role == "base")
+    assert base.states.weights == next(m for m in separate.models if m.role == "reference").states.weights
+    small = [m for m in trunk.models if m.role in ("actor", "reference", "reward critic", "cost critic")]
+    assert sum(m.states.weights for m in small) < 0.1 * base.states.weights
+    assert next(m for m in trunk.models if m.role == "reward model").count.all > 0.5 * base.count.all  # a whole one beside it
+
+
+def test_score_models_trained_as_adapters_join_the_trunk(model, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+output: {tmp_path}/out
+stages:
+  - reward: {{model: {model}, data: a.json, lora: {{rank: 4}}}}
+  - ppo: {{model: {model}, reward: '${{output}}/reward/model', data: a.json, lora: {{rank: 4}}}}
+""")
+    (_, _), (ppo, _) = plan.plan(str(recipe), {}, Hardware(1, 1 << 40, "cpu"))
+    by_role = {m.role: m for m in ppo.models}
+    assert by_role["reward model"].count.all < 0.1 * by_role["base"].count.all
+
+
+def test_overlap_adds_a_copy_and_both_sides_of_the_step(model):
+    plain = stage("ppo-lag", model, max_length=128)
+    ahead = stage("ppo-lag", model, max_length=128, ppo={"overlap": True, "importance_cap": 2.0})
+    copy = next(m for m in ahead.models if m.role == "copy of the actor").states.weights
+    assert moments(ahead)["update"] - moments(plain)["update"] == copy
+    assert moments(ahead)["both at once"] > max(moments(ahead)["update"], moments(ahead)["rollout"])
+
+
+def test_the_cache_grows_with_rows_and_is_bounded_by_the_batch(model):
+    def cache(**sampling):
+        made = stage("ppo-lag", model, max_length=256, ppo={"batch_size": 8}, sampling={"engine": "generate", **sampling})
+        return made.use["actor"]["cache"]
+
+    assert cache(num_return_sequences=2) == 2 * cache() and cache(batch_size=4) == cache() // 2
+    assert cache(max_new_tokens=64, max_prompt_length=64) == cache() // 2
+
+
+def test_a_paged_cache_takes_what_is_free(model):
+    values = {"max_length": 512, "ppo": {"batch_size": 512}, "sampling": {"engine": "continuous"}}
+    roomy = stage("ppo-lag", model, device="cuda", memory=1 << 40, **values)
+    tight = stage("ppo-lag", model, device="cuda", memory=moments(roomy)["rollout"] // 2, **values)
+    assert tight.use["actor"]["cache"] < roomy.use["actor"]["cache"]
+    server = stage("ppo-lag", model, max_length=128, sampling={"engine": "vllm-server"})
+    assert "rollout" not in moments(server)
+
+
+# ---------------------------------------------------------------- what makes it fit
+
+
+def advice(kind, model, usable, gpus=8, **values):
+    cfg = config(kind, model, **values)
+    hardware = Hardware(gpus, usable, "cuda")
+    return cfg, hardware, options.advise(kind, kind, cfg, hardware, {}, usable)
+
+
+@pytest.mark.parametrize("kind, share", [("sft", 0.7), ("sft", 0.4), ("ppo-lag", 0.7), ("ppo-lag", 0.35)])
+def test_what_is_advised_fits_and_nothing_of_it_is_idle(model, kind, share):
+    values = {"ppo": {"batch_size": 64}, "max_length": 256} if kind == "ppo-lag" else \
+        {"train": {"batch_size": 32, "max_length": 256}}
+    values["engine"] = {"config": {"zero_optimization": {"reduce_bucket_size": 10 ** 6}}}
+    before = stage(kind, model, 8, "cuda", **values).worst.total
+    usable = int(share * before)
+    cfg, hardware, found = advice(kind, model, usable, **values)
+    assert found.enough and found.peak <= usable and found.tried[-1].fits
+    peaks = []
+    for left_out in (None, *found.enough):
+        new = cfg
+        for choice in found.enough:
+            if choice is not left_out:
+                for key in filter(None, (choice.key, choice.also)):
+                    new = options.changed(new, key, choice.value)
+        try:
+            settings_of = dataclasses.replace(new)
+            options.check_settings(kind, settings_of)
+            peaks.append(plan_stage(kind, kind, new, hardware, {}).worst.total)
+        except UserError:
+            peaks.append(usable + 1)                  # cannot be left out: the rest does not go together without it
+    assert peaks[0] == found.peak and all(peak > usable for peak in peaks[1:])
+
+
+def test_what_cannot_fit_is_said_to_be_so(model):
+    _, _, found = advice("sft", model, 1000, gpus=1)
+    assert found.enough == [] and found.peak > 1000
+
+
+def test_options_go_together_as_the_stage_itself_would_find(model):
+    cfg = config("ppo-lag", model, lora={"rank": 4})
+    assert options._possible("ppo-lag", cfg)
+    assert not options._possible("ppo-lag", options.changed(cfg, "engine.zero_stage", 3))
+    assert not options._possible("sft", options.changed(config("sft", model), "engine.offload_optimizer", True))
+
+
+def test_settings_are_typed_as_the_command_line_takes_them(model):
+    words = [choice.words("sft") for choice in options.choices(config("sft", model), Hardware(8, 1, "cuda"))]
+    for word in words:
+        _, overrides = cli.split_words("sft", [w.removeprefix("sft.") for w in word.split()])
+        settings.load("sft", None, {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false",
+                                    **overrides})
+    assert "sft.engine.zero_stage=3" in words and "sft.optim.kind=adamw-8bit" in words
+    both = next(c for c in options.choices(config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
+    assert both.words("ppo-lag") == "ppo-lag.optim.kind=adamw-8bit ppo-lag.critic_optim.kind=adamw-8bit"
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_every_stage_and_touches_nothing(model, tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"""
+output: {tmp_path}/out
+stages:
+  - sft: {{model: '???', data: absent.json, train: {{max_length: 64}}}}
+  - name: second
+    dpo: {{model: '${{output}}/sft/model', data: absent.json, train: {{max_length: 64}}}}
+""")
+    before = kit.files(tmp_path)
+    assert cli.main(["plan", str(recipe), "--gpus", "2", "--memory", "24", f"sft.model={model}"]) == 0
+    text = capsys.readouterr().out
+    assert "sft: GiB per GPU, 2 GPUs" in text and "second: at its worst moments" in text and "reference" in text
+    assert max(map(len, text.splitlines())) <= 120
+    assert kit.files(tmp_path) == before
+
+
+def test_the_command_prints_json(model, capsys):
+    words = ["plan", "--json", "stage=sft", f"model={model}", "data=none.json", "output=none", "device=cpu", "memory=0.05",
+             "train.batch_size=8", "gpus=1"]
+    assert cli.main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    made, = found["stages"]
+    assert found["device"] == "cpu" and not made["fits"] and made["peak"] == max(m["total"] for m in made["moments"])
+    assert made["options"] and {"setting", "costs", "alone", "together", "fits"} == set(made["options"][0])
+    assert made["models"][0]["parameters"] == made["models"][0]["trained"]
+
+
+def test_what_is_to_be_typed_works(model, capsys):
+    base = ["plan", "--json", "stage=sft", f"model={model}", "data=none.json", "output=none", "device=cpu", "gpus=1",
+            "train.batch_size=16", "train.max_length=256"]
+    assert cli.main([*base, "memory=100"]) == 0
+    peak = json.loads(capsys.readouterr().out)["stages"][0]["peak"] / 2 ** 30
+    assert cli.main([*base, f"memory={0.6 * peak}"]) == 0
+    words = json.loads(capsys.readouterr().out)["stages"][0]["type"]
+    assert words
+    typed = [word.removeprefix("sft.") for words_ in words for word in words_.split()]
+    assert cli.main([*base, f"memory={0.6 * peak}", *typed]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][0]["fits"]
+
+
+@pytest.mark.parametrize("words, line", [
+    ([], "error: plan: missing: a recipe"),
+    (["absent.yaml"], "error: absent.yaml: no such recipe"),
+    (["quickstart", "--gpus", "0"], "error: command line: gpus: expected a whole number above 0, got 0"),
+    (["quickstart", "memory=much"], "error: command line: memory: expected a number above 0, got much"),
+    (["quickstart", "device=tpu"], "error: command line: device: expected one of cuda, cpu, got tpu"),
+    (["quickstart", "sft.train.epohs=3"], "error: command line: sft.train.epohs: unknown key; did you mean sft.train.epochs"),
+    (["quickstart", "sft.model=/no/where"], "error: sft.model: /no/where does not exist"),
+    (["quickstart", "stage=sft"], "error: stage: quickstart has stages of its own"),
+    (["stage=stf", "model=m"], "error: stage: expected one of sft, reward"),
+    (["stage=sft", "model=/no", "data=d", "output=o", "engine.offload_optimizer=true"],
+     "error: engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0"),
+])
+def test_a_mistake_gets_one_line(words, line, capsys):
+    assert cli.main(["plan", *words]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(line) and err.count("\n") == 1
+
+
+def test_a_hub_name_without_a_network_says_what_to_give_instead(monkeypatch, capsys):
+    from saferlhf_fast import model_files
+
+    def unreachable(name):
+        raise UserError(f"{name}: expected a model folder or a model on the Hub; there is no such folder, and the Hub says: no")
+    monkeypatch.setattr(model_files, "_find_on_hub", unreachable)
+    assert cli.main(["plan", "quickstart"]) == 2
+    _, err = capsys.readouterr()
+    assert err.count("\n") == 1 and "sft.model: HuggingFaceTB/SmolLM2-135M" in err and "sft.model=DIR" in err
+
+
+def test_help_teaches(capsys):
+    assert cli.main(["plan", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: saferlhf-fast plan recipe.yaml") and "--json" in text and "examples:" in text
+    assert max(map(len, text.splitlines())) <= 130
+
+
+# ---------------------------------------------------------------- against real peaks
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_plans_are_within_fifteen_percent_of_real_peaks(tmp_path):
+    from saferlhf_fast.plan import measure
+    rows = list(measure.compare(list(measure.CASES), tmp_path))
+    assert len(rows) == len(measure.CASES)
+    assert {row["case"]: row["ratio"] for row in rows if not 0.85 <= row["ratio"] <= 1.15} == {}
