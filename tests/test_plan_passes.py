@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from saferlhf_fast.errors import UserError
 from saferlhf_fast.models import ScoreModel
 from saferlhf_fast.packing import pack
 from saferlhf_fast.plan import footprints, sizes
@@ -167,3 +168,16 @@ def test_lengths_fill_a_pass():
     assert list(footprints.asked_rows(3, 10)) == [6, 7, 8]
     assert list(footprints.asked_rows(1 << 30, 4)) == [0, 1, 2]
     assert list(footprints.asked_rows("end", 4)) == [3] and list(footprints.asked_rows("all", 2)) == [0, 1]
+
+
+def test_an_architecture_that_looks_at_numbers_is_refused_in_words():
+    few = blueprint({**LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 8,
+                     "moe_intermediate_size": 32})
+    with pytest.raises(UserError, match="a qwen3_moe cannot be planned"):
+        footprints.of_pass(few, LENGTHS, 8, "cpu")
+
+
+def test_positions_that_grow_with_the_text_are_planned_as_they_stand():
+    grows = blueprint({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}})
+    assert footprints.of_prompts(grows, 2, 32, "cpu").forward == footprints.of_prompts(blueprint(LLAMA), 2, 32, "cpu").forward
+    assert sizes.cache_bytes(grows, 32) == sizes.cache_bytes(blueprint(LLAMA), 32)

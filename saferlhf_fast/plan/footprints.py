@@ -74,9 +74,10 @@ def of_prompts(blueprint, sequences, tokens, device):
 def _by_layers(measure, blueprint):
     """measure(blueprint), by two runs of fewer layers where there are many."""
     depth = json.loads(blueprint.config).get("num_hidden_layers")
-    if not isinstance(depth, int) or depth <= DEEP or blueprint.remote:
-        return measure(blueprint)
-    few, more = (measure(with_layers(blueprint, n)) for n in (CYCLE, 2 * CYCLE))
+    with sizes.without_data(blueprint):
+        if not isinstance(depth, int) or depth <= DEEP or blueprint.remote:
+            return measure(blueprint)
+        few, more = (measure(with_layers(blueprint, n)) for n in (CYCLE, 2 * CYCLE))
     return Footprint(*(b + (b - a) * (depth - 2 * CYCLE) // CYCLE for a, b in zip(few, more)))
 
 

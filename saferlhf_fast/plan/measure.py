@@ -41,6 +41,8 @@ CASES = {
     "ppo-lag lora": ("ppo-lag", {**PPO, "lora": {"rank": 8}}),
     "ppo-lag shared critic": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "shared_critic": True}}),
     "ppo-lag overlap": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "overlap": True, "importance_cap": 2.0}}),
+    "ppo-lag rollout": ("ppo-lag", {**PPO, "gradient_checkpointing": True, "lora": {"rank": 8},
+                                    "ppo": {"batch_size": 64, "micro_tokens": 256, "max_steps": 2}}),
     "ppo-lag checkpointing": ("ppo-lag", {**PPO, "gradient_checkpointing": True}),
 }
 """Name -> stage and its settings; models and data are added."""

@@ -153,12 +153,26 @@ def count(blueprint):
 @functools.lru_cache(maxsize=64)
 def cache_bytes(blueprint, tokens):
     """Bytes that generation keeps of one sequence of `tokens`, found by a forward pass that fills a cache."""
-    from .trace import standing_in_for
+    from .trace import Tracker, standing_in_for
     lm = build(blueprint._replace(checkpointing=False, lora=())).lm
-    with torch.no_grad(), standing_in_for("cpu"):
+    with torch.no_grad(), standing_in_for("cpu"), without_data(blueprint), Tracker("cpu"):
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         cache = lm(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     return sum(t.numel() * t.element_size() for t in _tensors(cache))
+
+
+@contextlib.contextmanager
+def without_data(blueprint):
+    """Context in which a model runs on shapes alone; UserError where its code wants to look at numbers."""
+    try:
+        yield
+    except UserError:
+        raise
+    # Whatever a model's own code raises when there is nothing to look at.
+    except Exception as error:
+        name = json.loads(blueprint.config)["model_type"]
+        raise UserError(f"a {name} cannot be planned: its code does not run on shapes alone "
+                        f"({' '.join(str(error).split())[:160]})") from error
 
 
 def _tensors(value, seen=None):
