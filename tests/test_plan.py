@@ -131,6 +131,13 @@ def test_one_pass_holds_all_graphs_at_once(model):
     assert moments(together)["scoring"] <= moments(apart)["scoring"]
 
 
+def test_a_cut_distribution_is_planned_in_every_moment(model):
+    plain, cut = (stage("ppo-lag", model, max_length=128, ptx="none.json", sampling={"engine": "generate", **shape})
+                  for shape in ({}, {"top_p": 0.9, "repetition_penalty": 1.1}))
+    assert moments(cut)["scoring"] > moments(plain)["scoring"]
+    assert all(moments(cut)[name] >= moments(plain)[name] for name in ("rollout", "update"))
+
+
 def test_one_trunk_has_its_weights_once(model):
     separate, trunk = stage("ppo-lag", model, max_length=128), stage("ppo-lag", model, max_length=128, lora={"rank": 4})
     base = next(m for m in trunk.models if m.role == "base")

@@ -111,8 +111,8 @@ def _updating(cast, actor, critics, lengths, asked, several):
     """The update's passes and, where there is supervised data, those over it."""
     cfg = cast.cfg
     together = in_one_pass(cfg)
-    objective = not together or cfg.ppo.old_logp == "engine"
-    of_actor = {"objective": objective, "shape": _shape(cfg.sampling)}
+    # The head makes its gradients in the forward, whether by linear_ppo_loss or by on_policy_loss.
+    of_actor = {"objective": True, "shape": _shape(cfg.sampling)}
     made = {model.role: cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole,
                                        **(of_actor if model is actor else {})) for model in (actor, *critics)}
     before, turns, graphs = add(cast.resident(), held([actor, *critics], not several)), [], []
