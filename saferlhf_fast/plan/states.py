@@ -113,20 +113,21 @@ def _zero_1_2(count, width, zero, gpus, moments):
     first = zero["stage"] == 1
     # ZeRO-1 moves its gradients into the bucket in the step; until then a CPU has not given it memory.
     bucket, moved = (0, 0) if zero["lazy"] or not first else (zero["bucket"], flattened)
+    filling = 0 if zero["lazy"] else zero["bucket"]   # a CPU gives the bucket memory as activations go
     passing = max(flattened, mine)                    # at the end of backward, or in the step of ZeRO-1
     copies = master + (mine if width < 4 else 0)      # gradients as the optimiser takes them
     load = max(4 * count.all, 2 * weights + master, weights + 2 * master)
     if zero["offload_optimizer"]:
         host = 2 * master + mine + remembered + (0 if first else mine)
         gathering = all_gradients if zero["lazy"] and gpus > 1 else 0      # gloo gathers weights into a copy
-        return States(weights, all_gradients if first else 0, bucket=bucket, backward=0 if first else zero["bucket"],
+        return States(weights, all_gradients if first else 0, bucket=bucket, backward=0 if first else filling,
                       epilogue=0 if first else zero["bucket"] + flattened, step=max(gathering, width * count.largest),
                       load=max(4 * count.all, 2 * weights), host=host, whole=first)
     if first:
         return States(weights, all_gradients, master + remembered, remembered, bucket,
                       step=max(0, max(flattened, copies - (all_gradients - mine)) - moved), load=load, whole=True)
     crowded = passing if all_gradients > zero["bucket"] else 0
-    return States(weights, mine, master + remembered, remembered, backward=zero["bucket"] + crowded,
+    return States(weights, mine, master + remembered, remembered, backward=filling + crowded,
                   epilogue=zero["bucket"] + passing, step=copies, load=load)
 
 
