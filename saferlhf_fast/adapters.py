@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .lora import lora_config, plain
+from .lora import lora_config, plain, quiet_peft
 
 HEAD = "base_model.model.score.weight"
 
@@ -30,10 +30,11 @@ def add(model, config, role):
     """
     import peft
     config = config if isinstance(config, peft.LoraConfig) else lora_config(config, "CAUSAL_LM")
-    if hasattr(model, "peft_config"):
-        model.add_adapter(role, config)
-    else:
-        model = peft.get_peft_model(model, config, adapter_name=role)
+    with quiet_peft():
+        if hasattr(model, "peft_config"):
+            model.add_adapter(role, config)
+        else:
+            model = peft.get_peft_model(model, config, adapter_name=role)
     for name in model.peft_config:
         for parameter in parameters(model, name):
             parameter.requires_grad_(True)

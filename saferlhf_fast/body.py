@@ -23,6 +23,12 @@ def hidden_states(backbone, packed, packs):
     return backbone(**packed_inputs(packed), **_fixed(backbone)).last_hidden_state[0]
 
 
+def recompute_activations(model):
+    """Activation checkpointing of a transformers model, by the name that its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def packed_inputs(packed):
     """Arguments of a transformers model for packed tokens."""
     return {"input_ids": packed.ids_M[None], "position_ids": packed.positions_M[None], "packed": packed.layout,

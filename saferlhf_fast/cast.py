@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import torch
 
-from . import adapters, console, data, engine, models
+from . import adapters, body, console, data, engine, models
 from .errors import UserError
 from .generation import open_generator
 from .packing import end_row, pack
@@ -111,7 +111,7 @@ def load_cast(cfg, tokenizer, steps, constrained):
     lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
     models.refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
     if cfg.gradient_checkpointing:
-        lm.gradient_checkpointing_enable({"use_reentrant": False})
+        body.recompute_activations(lm)
     cast = (cast_on_trunk if cfg.lora.rank else cast_of_models)(cfg, lm, tokenizer, steps, constrained)
     ends = end_tokens(tokenizer, lm, cfg.template)
     return dataclasses.replace(cast, ends=ends, generator=open_generator(cast.actor, tokenizer, ends, cfg.sampling))
@@ -148,7 +148,7 @@ def load_critic(cfg, name, path, judge, score, tokenizer, steps, two_heads=False
                     f"head; {name}_critic names another start")
         score = fresh(cfg.model)
     if cfg.gradient_checkpointing:
-        score.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        body.recompute_activations(score.backbone)
     score.packs &= cfg.engine.packing
     if two_heads:
         score.add_head()

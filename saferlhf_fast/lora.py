@@ -4,6 +4,7 @@ Saving does not touch the model in training: the merged weights are computed bes
 and taking the adapters out again would leave rounding errors behind at every save.
 """
 
+import contextlib
 import warnings
 
 from .errors import UserError
@@ -19,9 +20,7 @@ def add_lora(model, cfg):
     is_score = isinstance(model, ScoreModel)
     lora = lora_config(cfg, None if is_score else "CAUSAL_LM")
     try:
-        with warnings.catch_warnings():
-            # GPT-2's layers keep their weight transposed; peft notices, corrects itself and says so for each.
-            warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        with quiet_peft():
             wrapped = peft.get_peft_model(model.backbone if is_score else model, lora)
     except ValueError as error:
         raise UserError(f"lora.target_modules: expected names of linear layers of the model, got {cfg.target_modules!r}: "
@@ -30,6 +29,16 @@ def add_lora(model, cfg):
         return wrapped
     model.backbone = wrapped
     return model
+
+
+@contextlib.contextmanager
+def quiet_peft():
+    """Without what peft says of its own doings when it puts adapters in."""
+    with warnings.catch_warnings():
+        # GPT-2's layers keep their weight transposed; peft notices, corrects itself and says so for each.
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 def lora_config(cfg, task_type):

@@ -3,7 +3,7 @@
     saferlhf-fast sft model=DIR data=FILE output=DIR
 """
 
-from . import console, data, engine, models
+from . import body, console, data, engine, models
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
 from .policy import Policy, pack_trained
@@ -53,7 +53,7 @@ def prepare(model, cfg):
     """Gradient checkpointing where the recipe asks for it."""
     wanted = cfg.train.gradient_checkpointing if hasattr(cfg, "train") else cfg.gradient_checkpointing
     if wanted:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        body.recompute_activations(model)
 
 
 def held_out_split(cfg, examples, load):

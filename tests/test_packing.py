@@ -112,7 +112,6 @@ def test_packed_says_where_everything_lies():
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_packed_is_one_sequence_at_a_time(name):
     """Log-probs and all gradients, packed and padded; generation still works with our attention in place."""
-    pytest.importorskip("transformers")
     _, packs, fused = ARCHITECTURES[name]
     lm = make_lm(name)
     expected_N = one_at_a_time(lm, 0.7)
@@ -127,7 +126,7 @@ def test_packed_is_one_sequence_at_a_time(name):
         got = gradients(lm, (logp_N * weight_N).sum())
         assert sorted(got) == sorted(expected)
         for key in expected:
-            torch.testing.assert_close(got[key], expected[key], rtol=2e-3, atol=2e-4, msg=lambda m: f"{key}: {m}")
+            torch.testing.assert_close(got[key], expected[key], rtol=2e-3, atol=2e-4, msg=lambda m, key=key: f"{key}: {m}")
     assert torch.equal(lm.generate(torch.tensor([SEQUENCES[0]]), max_new_tokens=4, do_sample=False), greedy)
 
 

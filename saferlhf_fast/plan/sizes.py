@@ -90,7 +90,7 @@ def _config(blueprint):
 def build(blueprint):
     """-> the module as a stage would hand it to DeepSpeed, on the meta device: a Policy or a ScoreModel."""
     from transformers import AutoModel, AutoModelForCausalLM
-    from .. import models
+    from .. import body, models
     from ..cast import without_dropout
     from ..policy import Policy
     maker = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
@@ -104,7 +104,7 @@ def build(blueprint):
         if not blueprint.dropout:
             without_dropout(model)
         if blueprint.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            body.recompute_activations(model)
         if blueprint.kind == "policy":
             module = Policy(_adapted(model, blueprint), blueprint.packing)
         else:
