@@ -179,5 +179,22 @@ def test_an_architecture_that_looks_at_numbers_is_refused_in_words():
 
 def test_positions_that_grow_with_the_text_are_planned_as_they_stand():
     grows = blueprint({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}})
-    assert footprints.of_prompts(grows, 2, 32, "cpu").forward == footprints.of_prompts(blueprint(LLAMA), 2, 32, "cpu").forward
+    assert footprints.of_generation(grows, 2, 32, 64, "cpu") == footprints.of_generation(blueprint(LLAMA), 2, 32, 64, "cpu")
     assert sizes.cache_bytes(grows, 32) == sizes.cache_bytes(blueprint(LLAMA), 32)
+
+
+def test_the_last_step_of_a_rollout_takes_what_the_allocator_hands_out():
+    rows, length = 8, 256
+    _, plan = footprints.of_generation(blueprint(LLAMA), rows, 32, length, "cpu")
+    module = real(LLAMA).lm.eval()
+    ids = torch.ones(rows, length - 1, dtype=torch.long)
+    mask = torch.ones(rows, length, dtype=torch.long)
+    mask[0, 0] = 0                                    # a shorter prompt
+    def step(cache):
+        return module(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    with torch.no_grad():
+        step(module(input_ids=ids, attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1).past_key_values)
+        filled, _, cache = allocated(lambda: module(input_ids=ids, attention_mask=mask[:, :-1], use_cache=True,
+                                                    logits_to_keep=1).past_key_values)
+        _, above, _ = allocated(lambda: step(cache))
+    assert plan.forward == pytest.approx(filled + above, rel=0.05)

@@ -57,18 +57,30 @@ def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False,
 
 
 @functools.lru_cache(maxsize=64)
-def of_prompts(blueprint, sequences, tokens, device):
-    """-> Footprint of the forward pass over prompts that fills the key-value cache, which is in it."""
-    def measure(blueprint):
+def of_generation(blueprint, sequences, prompt, tokens, device):
+    """-> (Footprint of the pass over prompts, of the last step of sequences of `tokens`). The cache is in both.
+
+    Rows are padded on the left, so there is a mask, which keeps attention from taking shared keys and values as they are.
+    """
+    def measure(length, step, blueprint):
         module = sizes.build(blueprint).lm
-        ids = torch.zeros(sequences, tokens, dtype=torch.long, device="meta")
+        module.train(False)
+        ids = torch.zeros(sequences, length, dtype=torch.long, device="meta")
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         with Tracker(device) as tracker, standing_in_for(device), torch.no_grad():
             tracker.know([*module.parameters(), *module.buffers(), *inputs.values()])
-            module(**inputs, use_cache=True, logits_to_keep=1)
+            out = module(**inputs, use_cache=True, logits_to_keep=1)
+            if step:
+                cache = out.past_key_values
+                del out
+                tracker.since()
+                mask = torch.ones(sequences, length + 1, dtype=torch.long, device="meta")
+                module(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return Footprint(0, tracker.peak, 0, 0)
 
-    return _by_layers(measure, blueprint._replace(checkpointing=False, lora=()))
+    plain = blueprint._replace(checkpointing=False, lora=())
+    return tuple(_by_layers(functools.partial(measure, length, step), plain)
+                 for length, step in ((prompt, False), (max(1, tokens - 1), True)))
 
 
 def _by_layers(measure, blueprint):

@@ -165,17 +165,11 @@ def rollout(cast, actor, prompts):
         return [Moment("rollout", add(before, {"cache": cache}))]
     cast.note(actor, cache=cache)
     vocabulary = sizes.build(actor.blueprint).lm.get_input_embeddings().weight.shape[0]
-    logits = rows * vocabulary * (cast.width + PICKING + (SORTING if _shape(sampling) else 0))
-    start = footprints.of_prompts(actor.blueprint, rows, first, cast.device)
+    logits = rows * vocabulary * (PICKING + (SORTING if _shape(sampling) else 0))
+    start, end = footprints.of_generation(actor.blueprint, rows, first, longest, cast.device)
     filled = rows * sizes.cache_bytes(actor.blueprint, first)
-    growing = cache // _layers(actor)                 # one layer's keys and values move to where there is room
-    return [worst("rollout", [add(before, {"cache": filled, "activations": start.forward - filled}),
-                              add(before, {"cache": cache + growing, "logits": logits})])]
-
-
-def _layers(model):
-    values = json.loads(model.blueprint.config)
-    return values.get("num_hidden_layers") or values.get("n_layer") or 1
+    return [worst("rollout", [add(before, {"cache": filled, "activations": max(0, start.forward - filled)}),
+                              add(before, {"cache": cache, "activations": max(0, end.forward - cache), "logits": logits})])]
 
 
 def evaluate(cast):
