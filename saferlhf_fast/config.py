@@ -9,12 +9,13 @@ Values are never written back: what is derived is a function of the config.
 from dataclasses import field
 from typing import Literal, Optional
 
-from .groups import (PPO, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative, NonNegativeInt, Optimizer, Output,
-                     Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Sampling, Seed, Source, Template, Training,
-                     frozen)
+from .groups import (PPO, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative, NonNegativeInt,
+                     Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume, Sampling, Seed,
+                     Source, Template, Training, frozen)
 
-__all__ = ["PPO", "STAGES", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig", "Logging", "Lora",
-           "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling", "Source", "Training"]
+__all__ = ["PPO", "STAGES", "Checkpoint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig",
+           "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling",
+           "Source", "Training"]
 
 
 @frozen
@@ -28,12 +29,14 @@ class SFTConfig:
     output: Output
     seed: Seed = 42
     overwrite: Overwrite = False
+    resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
     train: Training = field(default_factory=lambda: Training(epochs=3, batch_size=4, accumulation=8))
     optim: Optimizer = field(default_factory=Optimizer)
     engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
 
@@ -47,6 +50,7 @@ class PreferenceConfig:
     output: Output
     seed: Seed = 42
     overwrite: Overwrite = False
+    resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
     regularization: NonNegative = 0.001
@@ -62,6 +66,7 @@ class PreferenceConfig:
     optim: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.1))
     engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
 
@@ -75,6 +80,7 @@ class DPOConfig:
     output: Output
     seed: Seed = 42
     overwrite: Overwrite = False
+    resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
     beta: Positive = 0.1
@@ -85,6 +91,7 @@ class DPOConfig:
     optim: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-6))
     engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
 
@@ -109,6 +116,7 @@ class PPOConfig:
     """Instruction data for the supervised loss that keeps the policy's abilities."""
     seed: Seed = 42
     overwrite: Overwrite = False
+    resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
     max_length: PositiveInt = 512
@@ -126,6 +134,7 @@ class PPOConfig:
     evaluation: Evaluation = field(default_factory=Evaluation)
     engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
     def pass_tokens(self):

@@ -172,7 +172,7 @@ def settings(cfg, optim):
         "steps_per_print": 10 ** 9,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
-        "zero_optimization": {"stage": cfg.zero_stage if optim or cfg.zero_stage == 3 else 0, "overlap_comm": False},
+        "zero_optimization": {"stage": cfg.zero_stage if optim else 3 if shards_frozen(cfg) else 0, "overlap_comm": False},
     }
     zero = config["zero_optimization"]
     if zero["stage"] and optim and cfg.offload_optimizer:
@@ -184,6 +184,11 @@ def settings(cfg, optim):
     for key, value in (cfg.config or {}).items():
         config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
     return config
+
+
+def shards_frozen(cfg):
+    """True when an Engine config spreads the frozen models over the devices."""
+    return cfg.zero_stage == 3 if cfg.frozen == "auto" else cfg.frozen == "sharded"
 
 
 def _clipping(cfg, optim):
@@ -307,12 +312,12 @@ def written(parameters):
 
 
 class Frozen:
-    """A model that is only asked: reference, reward, cost. Sharded under ZeRO-3, whole otherwise."""
+    """A model that is only asked: reference, reward, cost. Sharded or whole on each device: see `shards_frozen`."""
 
     def __init__(self, module, cfg):
         module.requires_grad_(False)
         module = module.eval().to(device=device(), dtype=precision(cfg))
-        self.sharded = cfg.zero_stage == 3
+        self.sharded = shards_frozen(cfg)
         if self.sharded:
             with _quiet():
                 self.call, *_ = _deepspeed().initialize(model=module, config=settings(cfg, None),

@@ -49,6 +49,9 @@ Seed = Annotated[int, Field(ge=0, description="Seed of everything random.")]
 Overwrite = Annotated[bool, Field(description="Replace an existing output folder.")]
 Template = Annotated[Literal["auto", "tokenizer", "safe-rlhf", "none"], Field(
     description="Conversation template: auto (the tokenizer's own, else safe-rlhf), tokenizer, safe-rlhf, or none.")]
+Resume = Annotated[Optional[str], Field(
+    description="Go on from a checkpoint: auto takes the newest complete one in <output>/checkpoints (none there: starts anew), "
+                "or name one's folder.")]
 RemoteCode = Annotated[bool, Field(description="Run Python code that lies in the model's folder or Hub repository.")]
 
 
@@ -122,12 +125,34 @@ class Engine:
     """Keep optimiser states in host memory (ZeRO 1 to 3)."""
     offload_parameters: bool = False
     """Keep weights in host memory (ZeRO 3)."""
+    frozen: Literal["auto", "sharded", "replicated"] = "auto"
+    """Where the frozen models' weights lie: sharded over the devices, or whole on each; auto shards them under ZeRO 3 only."""
+    max_skips: PositiveInt = 3
+    """Stop, with the batch saved, after this many steps in a row that were left out because a number was not finite (steps)."""
+    timeout: Positive = 30.0
+    """End the run when a rank has waited this long for the others, naming the one that did not come (minutes)."""
     packing: bool = True
     """Run models on sequences one behind the other, without padding, where the architecture can; false pads."""
     threads: Optional[PositiveInt] = None
     """CPU threads of each process; torch's own choice when not given."""
     config: Optional[dict] = None
     """More DeepSpeed settings, merged over ours (DeepSpeed's own JSON keys)."""
+
+
+@frozen
+class Checkpoint:
+    """When the whole state of a run is written to <output>/checkpoints, to go on from with resume=auto."""
+
+    interval: Optional[PositiveInt] = None
+    """Write one every so many steps (steps)."""
+    minutes: Optional[Positive] = 30.0
+    """Write one when the last is this old, at the end of a step (minutes)."""
+    keep: PositiveInt = 2
+    """Keep this many of the newest ones."""
+    keep_best: bool = True
+    """Keep the one with the best evaluation too (train.best_metric or evaluation.select; else eval/loss or none)."""
+    asynchronous: bool = False
+    """Write in the background while training goes on; needs host memory for a copy of the state."""
 
 
 @frozen

@@ -135,6 +135,8 @@ def _overlap_contradiction(cfg):
         return None
     if cfg.ppo.importance_cap is None and cfg.ppo.old_logp == "trainer":
         return "ppo.overlap: needs ppo.importance_cap (2.0 is common) or ppo.old_logp=engine, since its batches are a step stale"
+    if cfg.engine.frozen == "sharded":
+        return "ppo.overlap: expected engine.frozen auto or replicated, got sharded: two threads would start collectives"
     if cfg.engine.zero_stage == 3 or cfg.lora.rank:
         got = "3" if cfg.engine.zero_stage == 3 else "one trunk (lora.rank)"
         return f"ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got {got}"
@@ -150,6 +152,8 @@ def _trunk_contradiction(cfg):
         return None
     if cfg.engine.zero_stage == 3:
         return "engine.zero_stage: expected 0, 1 or 2 with lora.rank, got 3; the frozen base lies on every device whole"
+    if cfg.engine.frozen == "sharded":
+        return "engine.frozen: expected auto or replicated with lora.rank, whose roles share one base; got sharded"
     for name in ("reward_critic", "cost_critic"):
         if getattr(cfg, name) is not None:
             return f"{name}: expected none with lora.rank, whose critics are adapters on {cfg.model}"
