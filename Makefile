@@ -8,8 +8,9 @@ JOBS   ?= 2
 TORCH  := $(shell grep '^torch==' constraints.txt)
 
 OLDEST := .venv-oldest
+QUICK  := "not slow and not matrix and not faults"
 
-.PHONY: demo proof test test-slow test-oldest bench bench-compare setup clean
+.PHONY: demo proof test test-slow test-matrix test-faults test-oldest bench bench-compare setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed, under 5 minutes on two cores
 	$(BIN)/saferlhf-fast demo
@@ -19,10 +20,16 @@ proof: setup     ## the same on three seeds
 
 # Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
 test: setup      ## all tests but the slow ones, under 20 minutes on two cores; JOBS=1 for one file at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile
 
 test-slow: setup ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-matrix: setup ## every stage under every ZeRO stage, offload, precision and number of processes; make test has a pairwise cover
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m matrix --timeout 3600
+
+test-faults: setup ## killed, hanging and failing ranks, full disks, damaged checkpoints: the trials that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m faults -n $(JOBS) --dist loadfile --timeout 1800
 
 # In a copy of the tree: an editable install there builds its own native module and leaves the one here alone.
 test-oldest: $(OLDEST)/.installed ## all but the slow tests on the oldest supported torch, triton, transformers and numpy
@@ -31,7 +38,7 @@ test-oldest: $(OLDEST)/.installed ## all but the slow tests on the oldest suppor
 	git ls-files -coz --exclude-standard | tar -c --null -T - | tar -x -C $(OLDEST)/tree
 	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '$(OLDEST)/tree[train,eval,dev]'
 	cd $(OLDEST)/tree && SAFERLHF_DATA=$${SAFERLHF_DATA:-$(abspath ../shared)} OMP_NUM_THREADS=1 ../bin/python -m pytest \
-		-m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
+		-m $(QUICK) -n $(JOBS) --dist loadfile $(ARGS)
 
 $(OLDEST)/.installed: constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
