@@ -46,6 +46,8 @@ options:
   -h, --help     this text, or a command's settings
   --version      the version
   --debug        show the traceback of an error
+  --processes N  start N processes on this machine; default: one for each GPU, one on a CPU (docs/multi-node.md: more machines)
+  --grace S      seconds that they get after Ctrl-C or SIGTERM, e.g. for a checkpoint; default: 120
 """
 
 
@@ -56,7 +58,11 @@ def main(argv=None):
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--debug", action="store_true")
-    args, words = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    parser.add_argument("--processes")
+    parser.add_argument("--grace")
+    parser.add_argument("--local_rank", "--local-rank")         # deepspeed's launcher adds it; LOCAL_RANK says it too
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args, words = parser.parse_known_args(argv)
     if args.version:
         print(f"saferlhf-fast {__version__}")
         return 0
@@ -64,7 +70,7 @@ def main(argv=None):
         print(_top_help())
         return 0 if args.help else EXIT_CODE
     try:
-        return _dispatch(args.command, words, args.help)
+        return _dispatch(args, words, argv)
     except UserError as e:
         if args.debug:
             traceback.print_exc()
@@ -81,8 +87,9 @@ def main(argv=None):
         return _complain(f"bug: {type(e).__name__}: {_one_line(e)}{hint}", 1)
 
 
-def _dispatch(command, words, wants_help):
-    """Runs a command and returns the exit code."""
+def _dispatch(args, words, argv):
+    """Runs a command and returns the exit code. argv: the whole command line, for the processes that it may start."""
+    command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
     if command == "info":
@@ -103,14 +110,31 @@ def _dispatch(command, words, wants_help):
         print(explain.help_text(command))
         return 0
     recipe, overrides = split_words(command, words)
-    from saferlhf_fast import pipeline, settings
+    if command == "run" and recipe is None:
+        raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
+    from saferlhf_fast import launch, pipeline, settings
+    if command in launch.COMMANDS:
+        launch.adopt()
+        processes = launch.wanted(args.processes, lambda: _check(command, recipe, overrides))
+        if processes > 1:
+            return launch.start(argv, processes, args.grace)
     if command == "run":
-        if recipe is None:
-            raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
         pipeline.run(recipe, overrides)
     else:
         pipeline.run_stage(command, settings.load(command, recipe, overrides))
     return 0
+
+
+def _check(command, recipe, overrides):
+    """Refuses what a stage, or `run`, would refuse before it imports torch."""
+    from saferlhf_fast import inputs, pipeline, run_folder, settings
+    if command == "run":
+        pipeline.plan(recipe, overrides)
+        return
+    cfg = settings.load(command, recipe, overrides)
+    inputs.check(command, cfg)
+    if getattr(cfg, "resume", None) != "auto" or not run_folder.is_finished(cfg.output, command, cfg):
+        run_folder.check_output(cfg)
 
 
 def split_words(command, words):
