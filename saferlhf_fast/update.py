@@ -166,7 +166,10 @@ def _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, actor_settings
     old_value_n = {name: _part(getattr(scored, f"{name}_values_N"), at, packed, real) for name in ("reward", "cost")}
     returns = {"reward": _part(adv.reward_returns_N, at, packed, real), "cost": _part(adv.cost_returns_N, at, packed, real)}
     for critic in cast.critics:
-        _critic_backward(critic, critic(packed), old_value_n, returns, packed, settings, cfg, tally)
+        value_n = critic(packed)
+        # Nothing is learned from a filler: its returns are its values. Zeros would pull the critic towards 0.
+        known = (old_value_n, returns) if real else [{name: value.detach() for name, value in value_n.items()}] * 2
+        _critic_backward(critic, value_n, *known, packed, settings, cfg, tally)
 
 
 def _settings(cfg, minibatch):
