@@ -58,9 +58,9 @@ def main(argv=None):
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--version", action="store_true")
     parser.add_argument("--debug", action="store_true")
-    parser.add_argument("--processes")
-    parser.add_argument("--grace")
-    parser.add_argument("--local_rank", "--local-rank")         # deepspeed's launcher adds it; LOCAL_RANK says it too
+    parser.add_argument("--processes", nargs="?", const="")
+    parser.add_argument("--grace", nargs="?", const="")
+    parser.add_argument("--local_rank", "--local-rank", nargs="?")      # deepspeed's launcher adds it; LOCAL_RANK says it too
     argv = sys.argv[1:] if argv is None else list(argv)
     args, words = parser.parse_known_args(argv)
     if args.version:
@@ -70,21 +70,45 @@ def main(argv=None):
         print(_top_help())
         return 0 if args.help else EXIT_CODE
     try:
-        return _dispatch(args, words, argv)
+        return _done(_dispatch(args, words, argv))
     except UserError as e:
-        if args.debug:
-            traceback.print_exc()
-        return _complain(f"error: {_one_line(e)}", EXIT_CODE)
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
-    except BrokenPipeError:  # `saferlhf-fast info | head`
+        return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
+    except KeyboardInterrupt as e:
+        return _failed(e, 130, "interrupted")
+    except SystemExit:            # told to stop, after a checkpoint: no fault
+        _done(0)
+        raise
+    except BrokenPipeError as e:  # `saferlhf-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _failed(e, 0, "")
     except Exception as e:
-        if args.debug:
-            traceback.print_exc()
         hint = "" if args.debug else "; ".join(["", *getattr(e, "__notes__", ["--debug shows the traceback"])])
-        return _complain(f"bug: {type(e).__name__}: {_one_line(e)}{hint}", 1)
+        return _failed(e, 1, f"bug: {type(e).__name__}: {_one_line(e)}{hint}", args.debug)
+
+
+def _done(code):
+    """Ends the watch over other ranks, where there is one: this one is done. Returns the exit code."""
+    if "saferlhf_fast.watch" in sys.modules:
+        sys.modules["saferlhf_fast.watch"].end()
+    return code
+
+
+def _failed(error, code, line, debug=False):
+    """Says in one line why this process ends, or which other rank is to blame; returns the exit code."""
+    if debug:
+        traceback.print_exc()
+    watch = sys.modules.get("saferlhf_fast.watch")
+    blame = watch.failed(error, code) if watch else None
+    if blame is None:
+        if line:
+            _complain(line)
+        return code
+    said, code = blame
+    if said is None and line:
+        _complain(line)
+    elif said:
+        print(said, file=sys.stderr)
+    watch.leave(code)
 
 
 def _dispatch(args, words, argv):
@@ -201,10 +225,9 @@ def _one_line(error):
     return " ".join(str(error).split())
 
 
-def _complain(line, code):
+def _complain(line):
     process = os.environ.get("RANK", "0")
     print(line if process == "0" else f"[rank {process}] {line}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

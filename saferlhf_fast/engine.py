@@ -14,10 +14,12 @@ import os
 import random
 import socket
 import warnings
+from datetime import timedelta
 
 import torch
 
-from . import optimizers
+from . import optimizers, watch
+from .errors import UserError
 
 
 def rank():
@@ -62,11 +64,29 @@ def start(cfg, seed):
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+        _join(deepspeed, cfg.timeout)
     if alone:                                        # a child process would take them for a launcher's, and our port
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
+    watch.begin(60 * cfg.timeout)
     seed_all(seed)
+
+
+def _join(deepspeed, minutes):
+    """Makes the process group; UserError when not all ranks have come in time.
+
+    A collective's own limit lies behind that of the watch, which knows who is to blame. Groups that DeepSpeed makes take the
+    limit from torch's defaults.
+    """
+    limit = timedelta(minutes=minutes, seconds=30)
+    c10d = torch.distributed.distributed_c10d
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit
+    try:
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False, timeout=limit)
+    except torch.distributed.DistError as error:
+        raise UserError(f"engine.timeout: expected {world_size()} processes to find each other at {os.environ['MASTER_ADDR']}:"
+                        f"{os.environ['MASTER_PORT']} within {minutes:g} minutes, got: {str(error).splitlines()[0]}; "
+                        "saferlhf-fast info --cluster finds out who is missing") from error
 
 
 def started():
@@ -82,6 +102,7 @@ def finish():
     """
     if started():
         barrier()
+        watch.end()
 
 
 def seed_all(seed):

@@ -45,10 +45,12 @@ def adopt(environ=os.environ):
     RANK and there is more than one process. UserError when nobody says where the first process is."""
     if PARENT in environ and environ[PARENT] == str(os.getppid()):
         _end_with_parent()
-    if "RANK" in environ:
+    found = {} if "RANK" in environ else _slurm(environ) or _mpi(environ) or {}
+    if (found or environ).get("WORLD_SIZE", "1") == "1":
         return
-    found = _slurm(environ) or _mpi(environ)
-    if not found or found["WORLD_SIZE"] == "1":
+    # A lost rank makes torch print the C++ stack of every socket; watch.py says what happened.
+    environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not found:
         return
     if len([x for x in environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if x]) == 1:
         found["LOCAL_RANK"] = "0"                    # each task was given a GPU of its own: it is the first that it sees
@@ -261,10 +263,10 @@ class Group:
                   flush=True)
 
     def _hand_on(self, number, _):
-        """A signal that this process gets is for all ranks. SIGUSR1 and SIGUSR2 do not end a run; a second Ctrl-C does, at
-        once."""
+        """A signal that this process gets is for all ranks, which end after their step (signals.py); a second Ctrl-C ends them
+        at once."""
         self._send(number)
-        if number in (signal.SIGUSR1, signal.SIGUSR2):
+        if number == signal.SIGUSR2:                 # not one that ends a run
             return
         self.interrupts += number == signal.SIGINT
         self.asked = number
