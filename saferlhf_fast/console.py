@@ -63,7 +63,7 @@ class Track:
     def __init__(self, total, label, enabled):
         self.total, self.label, self.enabled = total, label, enabled
         self.console = _console()
-        self.done, self.line = 0, ""
+        self.done, self.line, self.start = 0, "", 0
         self.begun = self.printed = time.monotonic()
         self.recent = deque([(self.begun, 0)], maxlen=50)   # (time, tokens of the step that ended then)
         self.tokens = 0
@@ -75,6 +75,13 @@ class Track:
                                      TextColumn("{task.fields[line]}", table_column=Column(ratio=1, no_wrap=True)),
                                      console=self.console)
             self.task = self.progress.add_task(escape(label), total=total, speed="", line="")
+
+    def begin_at(self, start):
+        """So many steps were done in an earlier run."""
+        self.done = self.start = start
+        self.begun = self.printed = time.monotonic()
+        if self.progress is not None:
+            self.progress.update(self.task, completed=start)
 
     def advance(self, tokens=0, line=None):
         """One step is done. tokens: how many it took · line: what to show beside the bar."""
@@ -89,12 +96,12 @@ class Track:
 
     def speed(self):
         """Tokens per second over the last steps, and time left at the mean pace so far."""
-        if self.done == 0:
+        if self.done == self.start:
             return ""
         (first, _), (last, _) = self.recent[0], self.recent[-1]
         tokens = sum(t for _, t in list(self.recent)[1:])
         rate = f"{tokens / max(last - first, 1e-9):,.0f} tokens/s, " if tokens else ""
-        left = (time.monotonic() - self.begun) / self.done * max(0, self.total - self.done)
+        left = (time.monotonic() - self.begun) / (self.done - self.start) * max(0, self.total - self.done)
         return f"{rate}{clock(left)} left"
 
     def end(self):
@@ -102,11 +109,11 @@ class Track:
         seconds = time.monotonic() - self.begun
         if self.enabled and self.progress is None:
             rate = f", {self.tokens / max(seconds, 1e-9):,.0f} tokens/s" if self.tokens else ""
-            _print(f"{self.label}: {self.done} steps in {clock(seconds)}{rate}")
+            _print(f"{self.label}: {self.done - self.start} steps in {clock(seconds)}{rate}")
 
     def _is_due(self):
         now = time.monotonic()
-        if now - self.printed < PLAIN_INTERVAL and self.done not in (1, self.total):
+        if now - self.printed < PLAIN_INTERVAL and self.done not in (self.start + 1, self.total):
             return False
         self.printed = now
         return True

@@ -11,6 +11,7 @@ import copy
 import torch.nn.functional as F
 
 from . import console, data, engine, models
+from .checkpoint.described import describe
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
 from .packing import pack, response_rows
@@ -63,6 +64,7 @@ def train(cfg):
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
     task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), sequences=2,
+                describe=describe(policy.module, tokenizer),
                 loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "dpo")

@@ -8,13 +8,16 @@ loss of the global batch: gradients then do not depend on how the batch was spli
 """
 
 import contextlib
+import functools
 import logging
 import math
 import os
 import random
 import socket
+import sys
 import warnings
 from datetime import timedelta
+from unittest import mock
 
 import torch
 
@@ -120,6 +123,8 @@ def _deepspeed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has new ones for; nobody who trains can do anything about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.utils.logger.addFilter(_tells)
     if not torch.cuda.is_available():
@@ -168,6 +173,21 @@ def barrier():
     """Waits for all ranks."""
     if world_size() > 1:
         torch.distributed.barrier()
+
+
+def any_rank(flags):
+    """[bool] -> for each whether it is true on some rank. Between hosts, so that no device waits."""
+    if world_size() == 1:
+        return list(flags)
+    flags_N = torch.tensor(flags, dtype=torch.int32)
+    torch.distributed.all_reduce(flags_N, op=torch.distributed.ReduceOp.MAX, group=_host_group())
+    return flags_N.bool().tolist()
+
+
+@functools.cache
+def _host_group():
+    """A group for tensors of the host; None, the default one, where that is such a group already."""
+    return torch.distributed.new_group(backend="gloo") if torch.cuda.is_available() else None
 
 
 def not_finite(named):
@@ -248,6 +268,7 @@ class Engine:
             self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, lr_scheduler=schedule,
                                                          config=settings(cfg, optim), dist_init_required=False)
         self.deepspeed.clip_fp32_gradients = self._clip_unsharded
+        self.zero_stage, self.precision = cfg.zero_stage, str(precision(cfg)).removeprefix("torch.")
         self.sharded = cfg.zero_stage == 3
         self.unguarded = cfg.zero_stage == 0 and precision(cfg) == torch.float32
         self.max_grad_norm = optim.max_grad_norm
@@ -269,6 +290,11 @@ class Engine:
     def module(self):
         return self.deepspeed.module
 
+    @property
+    def lr(self):
+        """Learning rate of the next step."""
+        return self.deepspeed.get_lr()[0]
+
     def __call__(self, *args, **kwargs):
         return self.deepspeed(*args, **kwargs)
 
@@ -283,13 +309,32 @@ class Engine:
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
     def step(self):
-        """Clips, updates, zeroes the gradients -> {"grad_norm" (maybe a 0-d tensor), "lr"}; counts skipped steps."""
-        lr = self.deepspeed.get_lr()[0]
-        before = self.deepspeed.skipped_steps
+        """Clips, updates, zeroes the gradients -> {"grad_norm" (maybe a 0-d tensor), "lr", "skipped"}.
+
+        skipped: DeepSpeed left the step out on all ranks, because a gradient was not finite. In fp16 that is how it finds its
+        loss scale, and it is only counted."""
+        lr, before = self.lr, self.deepspeed.skipped_steps
         self.deepspeed.step()
         self.skipped_steps += self.deepspeed.skipped_steps - before
         norm = self.deepspeed.get_global_grad_norm()
-        return {"grad_norm": float("nan") if norm is None else norm, "lr": lr}
+        skipped = self.deepspeed.skipped_steps > before and self.precision != "float16"
+        return {"grad_norm": float("nan") if norm is None else norm, "lr": lr, "skipped": skipped}
+
+    def discard(self):
+        """Forgets the gradients and leaves weights, optimiser and schedule as they are; every rank must call it.
+
+        ZeRO keeps gradients in several places, which DeepSpeed clears when their norm is not finite: so it is told.
+        """
+        if self.zero_stage == 0:
+            self.deepspeed.optimizer.zero_grad()
+            self.deepspeed.zero_grad()
+        else:
+            before = self.deepspeed.skipped_steps
+            with mock.patch.object(sys.modules[type(self.deepspeed.optimizer).__module__], "is_invalid_grad_norm",
+                                   lambda norm: True):
+                self.deepspeed.step()
+            assert self.deepspeed.skipped_steps == before + 1, "DeepSpeed stepped on gradients that it was to forget"
+        self.skipped_steps += 1
 
     def gathered(self):
         """Context in which every rank sees whole weights (ZeRO-3 shards them; else nothing happens)."""

@@ -10,14 +10,18 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from . import console, engine
+from .alarms import Spikes
+from .checkpoint.run import Checkpoints, Memory
 from .data import global_batches
 from .errors import UserError
 from .packing import fill
+from .skips import Skips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Task:
     tokens: Callable     # example -> tokens that pass through the model
     save: Callable       # folder -> None; every rank calls it
     sequences: int = 1   # of one example
+    describe: Callable | None = None     # folder -> None; writes config and tokenizer, for exports of checkpoints
 
 
 def total_steps(n, train, world):
@@ -44,47 +49,65 @@ def global_size(train, world):
 
 
 def fit(model, task, examples, held_out, cfg, folder, metrics, label):
-    """Trains an engine -> {"steps", "train/loss", "eval/…"} of the kept weights, which lie in folder/model."""
+    """Trains an engine -> {"steps", "train/loss", "eval/…"} of the kept weights, which lie in folder/model.
+
+    label: the stage's name. With cfg.resume it goes on from a checkpoint in the folder.
+    """
     train, world = cfg.train, engine.world_size()
     steps = total_steps(len(examples), train, world)
-    best = Best(train.best_metric, task, folder)
     size = global_size(train, world)
-    order = _endless(len(examples), size, cfg.seed)
     budget = train.pass_tokens(task.sequences)
-    last = {}
-    with console.track(steps, label, cfg.log.progress) as bar:
-        for step in range(1, steps + 1):
+    best, skips = Best(train.best_metric, task, folder), Skips(min(cfg.engine.max_skips, steps))
+    known, spikes = Memory(last={}, loss=float("nan")), Spikes(("loss",))
+    state = {"best": best, "skips": skips, "known": known, "metrics": metrics}
+    with (Checkpoints(cfg, label, folder, {"model": model}, state, {"model": task.describe}) as checkpoints,
+          console.track(steps, label, cfg.log.progress) as bar):
+        start = checkpoints.resume()
+        bar.begin_at(start)
+        order = islice(_endless(len(examples), size, cfg.seed), start, None)
+        for step in range(start + 1, steps + 1):
             batch = [examples[i] for i in next(order)]
-            values = train_step(model, task, batch, budget, folder, step)
-            if step % cfg.log.interval == 0 or step == steps:
+            values, bad = train_step(model, task, batch, budget)
+            skips.note(step, bad, lambda: save_batch(batch, folder, step))                # noqa: B023 (called at once)
+            known["loss"] = values["loss"]
+            if step % cfg.log.interval == 0 or step == steps or bad:
                 epoch = step * size / len(examples)
                 metrics.log(step, {**{f"train/{k}": v for k, v in values.items()}, "train/epoch": epoch})
+            spikes.look(step, values)
+            score = None
             if held_out and (step == steps or (train.eval_interval and step % train.eval_interval == 0)):
-                last = evaluate(model, task, held_out, budget)
-                metrics.log(step, last)
-                best.offer(last, step)
+                known["last"] = evaluate(model, task, held_out, budget)
+                metrics.log(step, known["last"])
+                best.offer(known["last"], step)
+                score = score_of(known["last"], train.best_metric or "eval/loss")
             if train.save_interval and step % train.save_interval == 0 and step < steps:
                 task.save(Path(folder) / f"step-{step}")
             bar.advance(tokens=sum(task.tokens(e) for e in batch), line=_line(values))
-    kept = best.settle(last)
-    if model.skipped_steps:
-        console.warn(f"{model.skipped_steps} of {steps} steps were skipped: their gradients were not finite")
-    return {"steps": steps, "train/loss": float(values["loss"]), "skipped_steps": model.skipped_steps, **kept}
+            checkpoints.after_step(step, score)
+        checkpoints.finish()
+    kept = best.settle(known["last"])
+    if skips.total:
+        console.warn(f"{skips.total} of {steps} steps were left out: their numbers were not finite")
+    return {"steps": steps, "train/loss": known["loss"], "skipped_steps": skips.total, **kept}
 
 
-def train_step(model, task, batch, budget, folder, step):
-    """One optimiser step over a global batch -> {"loss", "grad_norm", "lr", …}, the same on all ranks. One read of the
-    device before the step, of what must be finite, and one after it.
+def train_step(model, task, batch, budget):
+    """One optimiser step over a global batch -> ({"loss", "grad_norm", "lr", …}, [what was not finite]), the same on all ranks.
 
-    budget: most tokens of a forward pass.
+    A step in which something was not finite is left out on all of them. One read of the device before the step and one after
+    it. budget: most tokens of a forward pass.
     """
     model.train()
     sums = over_passes(model, task, batch, budget, sum(task.weigh(e) for e in batch), train=True)
     bad = engine.not_finite({"loss": sums["loss"], "gradient norm": model.local_norm()})
     if bad:
-        stop_at_nonfinite(f"{', '.join(bad)}: expected a finite number, got NaN or inf", batch, folder, step)
+        lr = model.lr
+        model.discard()
+        return {**_read(sums, float("nan")), "lr": lr}, bad
     step_values = model.step()
-    return {**_read(sums, step_values["grad_norm"]), "lr": step_values["lr"]}
+    if step_values["skipped"]:
+        bad = ["gradient norm"]
+    return {**_read(sums, step_values["grad_norm"]), "lr": step_values["lr"]}, bad
 
 
 @torch.no_grad()
@@ -156,22 +179,36 @@ class Best:
         if self.step is None:
             self.task.save(self.folder / "model")
             return last
-        if engine.rank() == 0:
+        if engine.rank() == 0 and (self.folder / "best").exists():       # else a run that was killed here had moved it
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             (self.folder / "best").rename(self.folder / "model")
         engine.barrier()
         return {**self.values, "best_step": self.step}
 
+    def state_dict(self):
+        """For a checkpoint; the weights lie in folder/best."""
+        return {"value": self.value, "values": self.values, "step": self.step}
 
-def stop_at_nonfinite(what, batch, folder, step):
-    """Saves the batch that gave a NaN or inf loss or gradient and ends the run; the weights are not touched."""
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        self.value, self.values, self.step = values["value"], values["values"], values["step"]
+
+
+def score_of(values, metric):
+    """An evaluation as a checkpoint's score, higher is better; None when it lacks the metric."""
+    if metric not in values:
+        return None
+    return [-values[metric] if "loss" in metric else values[metric]]
+
+
+def save_batch(batch, folder, step):
+    """Writes the examples of a global batch -> the file's path."""
     path = Path(folder) / f"nonfinite_batch_step{step}.jsonl"
     if engine.rank() == 0:
         with open(path, "w", encoding="utf-8") as file:
             for example in batch:
                 file.write(json.dumps(dataclasses.asdict(example), default=str) + "\n")
-    raise UserError(f"step {step}: {what}; the batch is saved in {path}, no weight was changed by it; try a lower "
-                    "learning rate, or fp32")
+    return path
 
 
 def _endless(n, size, seed):

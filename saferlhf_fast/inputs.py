@@ -221,11 +221,11 @@ def hashes(cfg):
 def recipe_hash(stage, cfg):
     """Returns the sha256 of a stage's settings, without what does not change its result.
 
-    Left out: `overwrite`, `output`, `log` and `progress`; a local input counts by its content (see `hashes`), so a
-    data folder that was moved is still the same input.
+    Left out: `overwrite`, `output`, `resume`, `checkpoint`, `log` and `progress`; a local input counts by its content (see
+    `hashes`), so a data folder that was moved is still the same input.
     """
     values = to_dict(cfg)
-    for key in ("overwrite", "output", "log", "progress"):
+    for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
         values.pop(key, None)
     for key, value, _ in listed(cfg):
         if is_local(value):

@@ -9,9 +9,11 @@ arXiv 2007.03964.
 
 import torch
 
+from .types import believable
+
 
 class CostWindow:
-    """Mean of the last `window` episode costs, kept on the device. Non-finite costs are left out."""
+    """Mean of the last `window` episode costs, kept on the device. Costs that are not `believable` are left out."""
 
     def __init__(self, window, device):
         self.costs = torch.zeros(window, device=device)
@@ -19,14 +21,21 @@ class CostWindow:
 
     def add(self, costs_B):
         """costs_B: [B] costs of the newest episodes, of all ranks -> J_C, a 0-d tensor (0 before any)."""
-        finite = torch.isfinite(costs_B)
-        # The newest stand last; non-finite ones become NaN holes that the mean below does not count.
-        fresh = torch.where(finite, costs_B.float(), float("nan"))
+        # The newest stand last; the others become NaN holes that the mean below does not count.
+        fresh = believable(costs_B)
         self.costs = torch.cat([self.costs, fresh.to(self.costs.device)])[-self.costs.numel():]
         self.kept = (self.kept + costs_B.numel()).clamp(max=self.costs.numel())
         age = torch.arange(self.costs.numel(), 0, -1, device=self.costs.device)
         use = (age <= self.kept) & ~torch.isnan(self.costs)
         return torch.where(use, self.costs, 0.0).sum() / use.sum().clamp(min=1)
+
+    def state_dict(self):
+        """For a checkpoint."""
+        return {"costs": self.costs, "kept": self.kept}
+
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        self.costs, self.kept = (values[name].to(self.costs.device) for name in ("costs", "kept"))
 
 
 class LagrangeMultiplier:
@@ -60,6 +69,14 @@ class LagrangeMultiplier:
         self.steps += 1
         return self.value
 
+    def state_dict(self):
+        """For a checkpoint: λ, the window, the counter; the threshold, which may have been taken from the starting policy."""
+        return _state(self, ("log_value", "mean_cost"))
+
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        _load(self, values)
+
 
 class PIDMultiplier:
     """λ = clip(K_p·e + I + K_d·max(0, Δe), 0, max), I = clip(init + K_i·Σe, 0, max), e = J_C − d.
@@ -88,6 +105,27 @@ class PIDMultiplier:
             self.last_error = error
         self.steps += 1
         return self.value
+
+    def state_dict(self):
+        """For a checkpoint: λ, its integral and last error, the window, the counter, the threshold."""
+        return _state(self, ("integral", "value", "last_error", "mean_cost"))
+
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        _load(self, values)
+
+
+def _state(multiplier, names):
+    return {"values": {name: getattr(multiplier, name) for name in names}, "window": multiplier.window.state_dict(),
+            "steps": multiplier.steps, "threshold": multiplier.threshold}
+
+
+def _load(multiplier, values):
+    device = multiplier.mean_cost.device
+    for name, value in values["values"].items():
+        setattr(multiplier, name, None if value is None else value.to(device))
+    multiplier.window.load_state_dict(values["window"])
+    multiplier.steps, multiplier.threshold = values["steps"], values["threshold"]
 
 
 def make_multiplier(cfg, threshold, device):

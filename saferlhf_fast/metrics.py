@@ -58,20 +58,23 @@ class Metrics:
         """folder: of the run · logging_cfg: a Logging (trackers, project) · run_config: the settings, as a dict, for
         the trackers · name: of the stage."""
         check_trackers(logging_cfg.trackers)  # on every rank, or the others would wait for rank 0 until a timeout
-        self.file, self.trackers = None, []
+        self.file, self.trackers, self.open_trackers = None, [], None
         if int(os.environ.get("RANK", "0")) != 0:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        self.begun = time.monotonic()
-        self.trackers = [_OPEN[t](folder, logging_cfg.project, run_config, name)
-                         for t in dict.fromkeys(logging_cfg.trackers)]
+        self.begun, self.step = time.monotonic(), 0
+        self.open_trackers = lambda after: [_OPEN[t](folder, logging_cfg.project, run_config, name, after)
+                                            for t in dict.fromkeys(logging_cfg.trackers)]
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
     def log(self, step, values):
         """Writes one line. values: {name: number or 0-d tensor}; tensors are read in one transfer per device."""
         if self.file is None:
             return
+        if self.open_trackers is not None:               # now it is known whether the run goes on from a checkpoint
+            self.trackers, self.open_trackers = self.open_trackers(self.step), None
+        self.step = int(step)
         numbers = to_numbers(values)
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
         row = {"step": int(step), "time": round(time.monotonic() - self.begun, 3),
@@ -84,6 +87,19 @@ class Metrics:
         steps = {f"{group}/step": int(step) for group in {name.rpartition("/")[0] for name in numbers} if group}
         for write, _ in self.trackers:
             write({**steps, **numbers}, int(step))
+
+    def state_dict(self):
+        """For a checkpoint: how much was written."""
+        self.file.flush()
+        return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.begun, "step": self.step}
+
+    def load_state_dict(self, values):
+        """From a checkpoint: what was written after it is taken back, since it will be written again."""
+        if self.file is None:
+            return
+        if os.fstat(self.file.fileno()).st_size > values["bytes"]:
+            self.file.truncate(values["bytes"])
+        self.begun, self.step = time.monotonic() - values["seconds"], values["step"]
 
     def close(self):
         """Ends the trackers' runs; may be called twice."""
@@ -127,9 +143,9 @@ def to_numbers(values):
     return out
 
 
-def _tensorboard(folder, project, run_config, name):
+def _tensorboard(folder, project, run_config, name, after):
     from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder / "tensorboard")
+    writer = SummaryWriter(folder / "tensorboard", purge_step=after + 1 if after else None)
     writer.add_text("config", "```\n" + json.dumps({"stage": name, **run_config}, indent=2, default=str) + "\n```")
 
     def write(numbers, step):
@@ -139,15 +155,18 @@ def _tensorboard(folder, project, run_config, name):
     return write, writer.close
 
 
-def _wandb(folder, project, run_config, name):
+def _wandb(folder, project, run_config, name, after):
     wandb = importlib.import_module("wandb")
-    run = wandb.init(project=project, name=_run_name(folder, name), dir=str(folder), config=run_config)
+    known = folder / "wandb_run.txt"
+    same = {"id": known.read_text(encoding="utf-8"), "resume": "allow"} if after and known.exists() else {}
+    run = wandb.init(project=project, name=_run_name(folder, name), dir=str(folder), config=run_config, **same)
+    known.write_text(str(getattr(run, "id", "")), encoding="utf-8")
     return (lambda numbers, step: run.log(numbers, step=step)), run.finish
 
 
-def _trackio(folder, project, run_config, name):
+def _trackio(folder, project, run_config, name, after):
     trackio = importlib.import_module("trackio")
-    trackio.init(project=project, name=_run_name(folder, name), config=run_config)
+    trackio.init(project=project, name=_run_name(folder, name), config=run_config, **({"resume": "allow"} if after else {}))
     return (lambda numbers, step: trackio.log(numbers, step=step)), trackio.finish
 
 
@@ -156,4 +175,5 @@ def _run_name(folder, name):
     return folder.resolve().name if name in folder.name else f"{folder.resolve().name}-{name}"
 
 
+# after: the last step that an earlier part of the run has told, 0 when there is none.
 _OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}

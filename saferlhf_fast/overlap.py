@@ -22,16 +22,20 @@ from .rollout import Sampled, arrange, assemble, generate
 from .score import verdicts
 
 
-def rollouts_ahead(cast, batches, cfg):
-    """Yields the Rollout of each batch of prompts: the first at once, then each sampled during the step before its own."""
+def rollouts_ahead(cast, batches, cfg, ahead):
+    """Yields the Rollout of each (step, prompts): the first at once, then each sampled during the step before its own.
+
+    ahead: an `Ahead`, which keeps for a checkpoint by which weights the batch after the current one is sampled.
+    """
     if cfg.sampling.engine == "vllm-server":         # it has the weights that were pushed last
         snapshot, source = None, cast.generator
     else:
-        snapshot = Snapshot(cast.actor)
+        snapshot = ahead.snapshot = Snapshot(cast.actor)
+        ahead.give(snapshot)
         source = open_generator(snapshot, cast.tokenizer, cast.ends, cfg.sampling)
     threads = ThreadPoolExecutor(1, "rollout")
     stream = torch.cuda.Stream() if engine.device().type == "cuda" else None
-    steps = enumerate(batches, 1)
+    steps = iter(batches)
     try:
         pending = _begin(threads, stream, source, cast, next(steps, None), cfg)
         while pending is not None:
@@ -79,6 +83,28 @@ def _sample(stream, source, cast, prompts, cfg, step):
 def step_seed(cfg, step):
     """Seed of a step's rollout."""
     return cfg.seed * 100_003 + step
+
+
+class Ahead:
+    """The weights by which the next batch is being sampled: a checkpoint after a step needs them, since the run that goes on
+    samples that batch anew. With a vLLM server they are not at hand, and that one batch is sampled by the current weights."""
+
+    def __init__(self):
+        self.snapshot = self.weights = None
+
+    def give(self, snapshot):
+        """Hands the weights of a checkpoint to a new snapshot."""
+        if self.weights is not None:
+            for parameter, weight in zip(snapshot.module.lm.parameters(), self.weights):
+                parameter.data.copy_(weight)
+
+    def state_dict(self):
+        """For a checkpoint."""
+        return {"weights": None if self.snapshot is None else list(self.snapshot.module.lm.parameters())}
+
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        self.weights = values["weights"]
 
 
 class Snapshot:

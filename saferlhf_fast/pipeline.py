@@ -10,8 +10,8 @@ A recipe of `run` has `output` and `stages`, and may have `root` and `seed`:
       - {name: small, cost: {model: ${output}/sft/model, data: ${root}/safety.json}}
 
 A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages are checked
-before the first one starts. A finished stage with the same settings and inputs is not done again, an unfinished one
-starts anew, any other existing output needs overwrite=true.
+before the first one starts. A finished stage with the same settings and inputs is not done again, an unfinished one goes on
+from its newest checkpoint or starts anew, any other existing output needs overwrite=true.
 """
 
 import dataclasses
@@ -62,6 +62,9 @@ def run_stage(stage, cfg):
     inputs.check(stage, cfg)
     if stage == "demo":
         cfg = run_folder.with_output(stage, cfg)
+    if getattr(cfg, "resume", None) == "auto" and run_folder.is_finished(cfg.output, stage, cfg):
+        _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
+        return run_folder.read_summary(cfg.output)
     run_folder.check_output(cfg)
     module, name = ENTRIES[stage].split(":")
     folder = Path(cfg.output).expanduser() if cfg.output else None
@@ -97,7 +100,7 @@ def run(recipe, overrides=None):
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
             begun = time.perf_counter()
-            entry["summary"] = run_stage(step.kind, _restarted(step))
+            entry["summary"] = run_stage(step.kind, _restarted(step, top.resume))
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         done[step.name] = entry
@@ -203,12 +206,15 @@ def _check_outputs(top, steps):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
     for step in steps:
         if not run_folder.same_settings(step.cfg.output, step.kind, step.cfg):
-            run_folder.check_output(_restarted(step), f"{step.name}.output")
+            run_folder.check_output(_restarted(step, top.resume), f"{step.name}.output")
 
 
-def _restarted(step):
-    """Returns a step's config, with overwrite when its folder holds an unfinished run of the same kind."""
+def _restarted(step, resume):
+    """Returns a step's config, for a folder that holds an unfinished run of the same kind: with resume=auto when it has a
+    checkpoint of the same settings, else with overwrite."""
     folder = Path(step.cfg.output).expanduser()
+    if resume and run_folder.can_go_on(step.cfg):
+        return dataclasses.replace(step.cfg, resume="auto")
     if run_folder.is_ours(folder) and not (folder / "finished.json").exists():
         with open(folder / "config.yaml", encoding="utf-8") as file:
             if (yaml.safe_load(file) or {}).get("stage") == step.kind:

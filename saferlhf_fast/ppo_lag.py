@@ -12,33 +12,40 @@ Source: Safe RLHF (arXiv 2310.12773) and its reference implementation.
 import dataclasses
 import json
 import math
+from itertools import islice
 from pathlib import Path
 
 from . import console, data, engine, models
 from .advantage import advantages
+from .alarms import AtBound, Spikes
 from .cast import load_cast
-from .errors import NonFinite, UserError
+from .checkpoint.described import describe
+from .checkpoint.run import Checkpoints, Memory
+from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
 from .metrics import Metrics
-from .overlap import rollouts_ahead, step_seed
+from .overlap import Ahead, rollouts_ahead, step_seed
 from .rollout import assemble, generate
 from .run_folder import finish_run, open_run
 from .score import ask_trained, judge
 from .settings import to_dict
 from .sft import save_policy
+from .skips import Skips
 from .steplog import averages, sample_rows
 from .update import in_one_pass, update, update_in_one_pass
 
 
-def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step):
-    """`steps` steps of PPO; λ = multiplier.value, None without a constraint. after_step(step, metrics, rollout, scored)."""
+def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step, start=0, skips=None, ahead=None):
+    """Steps start + 1 to `steps` of PPO; λ = multiplier.value, None without a constraint. after_step(step, metrics, rollout,
+    scored). skips: a `Skips` for steps with numbers that are not finite · ahead: an `overlap.Ahead`, if the recipe overlaps."""
+    skips = skips or Skips(cfg.engine.max_skips)
     at_once = in_one_pass(cfg, cast)
     console.say("score and update share their forward passes" if at_once else "old log-probs and values have a pass of their own")
-    batches = prompt_batches(prompts, cfg, steps)
-    rollouts = rollouts_ahead(cast, batches, cfg) if cfg.ppo.overlap else rollouts_now(cast, batches, cfg)
+    batches = enumerate(islice(prompt_batches(prompts, cfg, steps), start, None), start + 1)
+    rollouts = rollouts_ahead(cast, batches, cfg, ahead or Ahead()) if cfg.ppo.overlap else rollouts_now(cast, batches, cfg)
     # 1. The current policy answers this rank's prompts, or the one before it has while the last step was made.
-    for step, (rollout, ptx_batch) in enumerate(zip(rollouts, ptx_batches(ptx, cfg)), 1):
+    for step, (rollout, ptx_batch) in enumerate(zip(rollouts, islice(ptx_batches(ptx, cfg), start, None)), start + 1):
         refuse_silence(rollout, cfg)
         # 2. The frozen models say what they think of it: reference, reward, cost.
         scored = judge(rollout, cast, cfg)
@@ -46,28 +53,24 @@ def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step):
         if multiplier is not None:
             multiplier.update(engine.all_gather(scored.cost_B, rollout.order, rollout.size))
         value = multiplier.value if multiplier is not None else None
-        try:
-            if at_once:
-                # 4. + 5. One forward pass of actor and critics gives log-probs and values, advantages in between, losses.
-                tally = update_in_one_pass(cast, rollout, scored, value, cfg, ptx_batch)
-            else:
-                # 4. Actor and critics at the weights that made the rollout; KL shaping, both GAE, combination: one launch.
-                scored = dataclasses.replace(scored, **ask_trained(rollout, cast, cfg))
-                adv = advantages(rollout.cu_seqlens, scored, value, cfg.ppo)
-                # 5. Clipped losses into actor and critics.
-                tally = update(cast, rollout, scored, adv, cfg, ptx_batch)
-        except NonFinite as error:
-            saved = save_batch(cfg, step, rollout, scored)
-            raise UserError(f"step {step}: {error}{blame(scored)}; the batch is saved in {saved}, the step was not "
-                            "finished and nothing of it is kept") from error
+        if at_once:
+            # 4. + 5. One forward pass of actor and critics gives log-probs and values, advantages in between, losses.
+            tally = update_in_one_pass(cast, rollout, scored, value, cfg, ptx_batch)
+        else:
+            # 4. Actor and critics at the weights that made the rollout; KL shaping, both GAE, combination: one launch.
+            scored = dataclasses.replace(scored, **ask_trained(rollout, cast, cfg))
+            adv = advantages(rollout.cu_seqlens, scored, value, cfg.ppo)
+            # 5. Clipped losses into actor and critics; nothing, on any rank, when a number is not finite on one.
+            tally = update(cast, rollout, scored, adv, cfg, ptx_batch)
+        skips.note(step, tally.bad, lambda: save_batch(cfg, step, rollout, scored))       # noqa: B023 (called at once)
         if not cfg.ppo.overlap or step == steps:
             cast.generator.refresh()
         after_step(step, averages(rollout, scored, tally, multiplier, cfg.ppo.shaping), rollout, scored)
 
 
 def rollouts_now(cast, batches, cfg):
-    """Yields the Rollout of each batch of prompts, sampled by the policy as it is when it is asked for."""
-    for step, mine in enumerate(batches, 1):
+    """Yields the Rollout of each (step, prompts), sampled by the policy as it is when it is asked for."""
+    for step, mine in batches:
         yield sample(cast, mine, cfg, step)
 
 
@@ -115,38 +118,68 @@ def _train(cfg, stage, observe):
         console.say(line)
     metrics = Metrics(folder, cfg.log, to_dict(cfg), stage)
 
-    # The starting policy on the evaluation prompts: what the run is compared with, and where a threshold can lie.
-    before = ask(cast, held_out, cfg)
-    _write(folder / "evaluation_before.json", before)
-    threshold = starting_threshold(cfg, before)
-    multiplier = make_multiplier(cfg.multiplier, threshold, engine.device()) if stage == "ppo-lag" else None
+    multiplier = make_multiplier(cfg.multiplier, 0.0, engine.device()) if stage == "ppo-lag" else None
     keep = Keeper(cast, held_out, cfg, folder, tokenizer, multiplier, observe)
-    metrics.log(0, keep.metrics(before))
+    skips, known, ahead = Skips(min(cfg.engine.max_skips, steps)), Memory(before=None), Ahead()
+    spikes = Spikes(("reward_critic_loss", "cost_critic_loss", "ptx_loss"))
+    state = {"skips": skips, "known": known, "keep": keep, "metrics": metrics, "ahead": ahead,
+             **({} if multiplier is None else {"multiplier": multiplier})}
+    with (Checkpoints(cfg, stage, folder, engines_of(cast), state, descriptions(cast, tokenizer)) as checkpoints,
+          console.track(steps, stage, cfg.log.progress) as bar):
+        start = checkpoints.resume()
+        bar.begin_at(start)
+        if known["before"] is None:
+            known["before"] = first_look(cast, held_out, cfg, folder, multiplier)
+            metrics.log(0, keep.metrics(known["before"]))
+        if start:                                        # the engine was opened on the weights before
+            cast.generator.refresh()
+        bound = None if multiplier is None else AtBound(cfg.multiplier.max, multiplier.threshold)
 
-    with console.track(steps, stage, cfg.log.progress) as bar:
         def after_step(step, values, rollout, scored):
             if step % cfg.log.interval == 0 or step == steps:
                 metrics.log(step, {f"train/{k}": v for k, v in values.items()})
             bar.advance(tokens=values["tokens"], line=console.step_line(step, steps, values))
             if step % cfg.log.sample_interval == 0:
                 console.sample_table(sample_rows(rollout, scored, cfg.log.samples))
-            if cfg.evaluation.interval and step % cfg.evaluation.interval == 0 and step < steps:
+            for alarm in filter(None, (spikes, bound)):
+                alarm.look(step, values)
+            if (cfg.evaluation.interval and step % cfg.evaluation.interval == 0) or step == steps:
                 metrics.log(step, keep.offer(step))
             if cfg.save_interval and step % cfg.save_interval == 0 and step < steps:
                 save_policy(cast.actor, folder / f"step-{step}", tokenizer, {"stage": stage, "step": step})
+            checkpoints.after_step(step, keep.score(step))
 
-        loop(cast, prompts, ptx, multiplier, cfg, steps, after_step)
-    metrics.log(steps, keep.offer(steps))
+        loop(cast, prompts, ptx, multiplier, cfg, steps, after_step, start, skips, ahead)
+        checkpoints.finish()
     after = keep.settle({"stage": stage, "model": cfg.model, "reward": cfg.reward, "cost": cfg.cost})
     _write(folder / "evaluation_after.json", after)
     metrics.close()
-    summary = {"steps": steps, "kept_step": keep.step, "before": summary_of(before), "after": summary_of(after),
-               "threshold": threshold if multiplier is not None else None,
-               "multiplier": keep.multiplier_then,
-               "skipped_steps": sum(model.skipped_steps for model in cast.trained),
-               "data": report.as_dict()}
+    summary = {"steps": steps, "kept_step": keep.step, "before": summary_of(known["before"]), "after": summary_of(after),
+               "threshold": None if multiplier is None else multiplier.threshold,
+               "multiplier": keep.multiplier_then, "skipped_steps": skips.total, "data": report.as_dict()}
     finish_run(folder, summary)
     return summary
+
+
+def first_look(cast, held_out, cfg, folder, multiplier):
+    """The starting policy on the evaluation prompts, -> rows: what the run is compared with, and where a threshold can lie."""
+    before = ask(cast, held_out, cfg)
+    _write(folder / "evaluation_before.json", before)
+    threshold = starting_threshold(cfg, before)
+    if multiplier is not None:
+        multiplier.threshold = threshold
+    return before
+
+
+def engines_of(cast):
+    """{name: Engine} of the trained models, by which a checkpoint knows them."""
+    critics = {"critic" if len(c.names) > 1 else f"{c.names[0]}_critic": c.engine for c in cast.critics}
+    return {"actor": cast.actor, **critics}
+
+
+def descriptions(cast, tokenizer):
+    """{name: function that describes a trained model for exports}."""
+    return {name: describe(model.module, tokenizer) for name, model in engines_of(cast).items()}
 
 
 def load_data(cfg, tokenizer):
@@ -215,9 +248,27 @@ class Keeper:
         self.cast, self.held_out, self.cfg = cast, held_out, cfg
         self.folder, self.tokenizer = Path(folder), tokenizer
         self.multiplier = multiplier
-        self.limit = None if multiplier is None else multiplier.threshold - cfg.evaluation.margin
         self.observe = observe or (lambda rows: {})
-        self.best = self.rows = self.step = self.state = self.multiplier_then = None
+        self.best = self.rows = self.step = self.state = self.multiplier_then = self.offered = None
+
+    def score(self, step):
+        """Of the evaluation in this step, higher is better; None when there was none."""
+        return list(self.offered[1]) if self.offered and self.offered[0] == step else None
+
+    def state_dict(self):
+        """For a checkpoint; the kept weights are on rank 0."""
+        return {name: getattr(self, name) for name in ("best", "rows", "step", "state", "multiplier_then")}
+
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        for name, value in values.items():
+            setattr(self, name, tuple(value) if name == "best" and value is not None else value)
+        self.state = self.state if engine.rank() == 0 else None
+
+    @property
+    def limit(self):
+        """The mean cost under which an evaluation counts as feasible; None without a constraint."""
+        return None if self.multiplier is None else self.multiplier.threshold - self.cfg.evaluation.margin
 
     def metrics(self, rows):
         """What is logged of an evaluation."""
@@ -228,6 +279,7 @@ class Keeper:
         """Evaluates -> metrics; remembers the weights when they are the best so far."""
         rows = ask(self.cast, self.held_out, self.cfg)
         rank = self._rank(summary_of(rows))
+        self.offered = (step, rank)
         if not self.cfg.evaluation.select or self.best is None or rank > self.best:
             self.best, self.rows, self.step = rank, rows, step
             self.multiplier_then = None if self.multiplier is None else float(self.multiplier.value)
@@ -249,16 +301,6 @@ class Keeper:
             self.cast.actor.load_state_dict(self.state)
         save_policy(self.cast.actor, self.folder / "model", self.tokenizer, {**card, "step": self.step})
         return self.rows
-
-
-def blame(scored):
-    """Which model's numbers are not finite, for the message of a non-finite loss."""
-    names = {"log-prob of the policy": scored.logp_N, "log-prob of the reference": scored.ref_logp_N,
-             "score of the reward model": scored.reward_B, "score of the cost model": scored.cost_B,
-             "value of the reward critic": scored.reward_values_N, "value of the cost critic": scored.cost_values_N}
-    bad = [f"{int((~x.isfinite()).sum())} of {x.numel()}: {name}" for name, x in names.items()
-           if x is not None and not x.isfinite().all()]
-    return f" (not finite: {', '.join(bad)})" if bad else ""
 
 
 def save_batch(cfg, step, rollout, scored):

@@ -94,6 +94,7 @@ def train_cost(cfg):
 
 def _train(cfg, kind):
     from . import adapters, console, data, engine, models
+    from .checkpoint.described import describe
     from .fit import Task, fit, total_steps
     from .metrics import Metrics
     from .run_folder import finish_run, open_run
@@ -130,8 +131,9 @@ def _train(cfg, kind):
                     adapters.save_score(path / "adapter", trained.module, cfg.model)
         engine.barrier()
 
-    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save,
-                sequences=2, loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"))
+    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save, sequences=2,
+                describe=describe(trained.module, tokenizer),
+                loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), kind)
     summary = fit(trained, task, examples, held_out, cfg, folder, metrics, kind)
     metrics.close()

@@ -3,6 +3,7 @@
     config.yaml    every setting, resolved, with `stage`        versions.json  packages, device, seed, git commit
     started.json   hashes of the settings and inputs            finished.json  the same, once the run has ended well
     summary.json   what the stage reports                       model/, metrics.jsonl, … are the stage's own
+    checkpoints/   what the run can go on from                  resumed.jsonl  when it did, and with which versions
 
 Only rank 0 writes. An environment variable is never written.
 """
@@ -22,6 +23,7 @@ from pathlib import Path
 import yaml
 
 from saferlhf_fast import __version__, inputs
+from saferlhf_fast.checkpoint import fits, manifest
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.settings import to_dict
 
@@ -52,13 +54,44 @@ def check_output(cfg, key="output"):
         path = Path(value).expanduser()
         if path.exists() and (path.resolve() == real or real in path.resolve().parents):
             raise UserError(f"{key}: {folder} holds this run's own input {name}={value}; choose another folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or not any(folder.iterdir()) or starts_again(cfg):
+        return
+    if goes_on(cfg):
+        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        worlds = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["processes"], _processes()
+        fits.refuse(folder, fits.differences(before, to_dict(cfg), *worlds, [name for name, _, _ in inputs.listed(cfg)]))
         return
     if not cfg.overwrite:
         raise UserError(f"{key}: {folder} {_holds(folder)}; choose another folder, or overwrite=true")
     if not is_ours(folder):
         raise UserError(f"{key}: {folder} is not empty and no run folder of ours: overwrite=true does not "
                         "delete it; delete it yourself or choose another folder")
+
+
+def goes_on(cfg):
+    """Tells whether a run with `resume` finds a checkpoint of its own to go on from in its output folder."""
+    resume = getattr(cfg, "resume", None)
+    if resume is None or not is_ours(cfg.output) or (Path(cfg.output).expanduser() / "finished.json").exists():
+        return False
+    if resume == "auto":
+        return any(manifest.is_committed(path) for _, path in manifest.listed(cfg.output))
+    return manifest.root(cfg.output).resolve() in Path(resume).expanduser().resolve().parents
+
+
+def can_go_on(cfg):
+    """Tells whether resume=auto would go on from a checkpoint of the very same settings."""
+    if not hasattr(cfg, "resume") or not goes_on(dataclasses.replace(cfg, resume="auto")):
+        return False
+    started = _read(Path(cfg.output).expanduser() / "started.json")
+    return started.get("recipe") == inputs.recipe_hash(started.get("stage"), cfg)
+
+
+def starts_again(cfg):
+    """Tells whether resume=auto finds an unfinished run of the same settings that has no checkpoint yet."""
+    if getattr(cfg, "resume", None) != "auto" or not is_ours(cfg.output) or goes_on(cfg):
+        return False
+    started = _read(Path(cfg.output).expanduser() / "started.json")
+    return not _finished(cfg.output) and started.get("recipe") == inputs.recipe_hash(started.get("stage"), cfg)
 
 
 def with_output(stage, cfg):
@@ -78,13 +111,18 @@ def _holds(folder):
 def open_run(stage, cfg):
     """Makes the folder of a run and returns its path; call it when models and data have been read without complaint.
 
-    With `overwrite` an existing run folder is replaced: it is first renamed, and deleted once the new one is written.
+    With `overwrite` an existing run folder is replaced: it is first renamed, and deleted once the new one is written. With
+    `resume` and a checkpoint to go on from it is left as it is.
     """
     cfg = with_output(stage, cfg)
     folder = Path(cfg.output).expanduser()
     if rank() != 0:
         return folder
     check_output(cfg)
+    if goes_on(cfg):
+        with open(folder / "resumed.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": _now(), **versions(cfg)}) + "\n")
+        return folder
     old = None
     if folder.exists() and any(folder.iterdir()):
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.resolve().parent)) / folder.name
@@ -126,8 +164,13 @@ def same_settings(folder, stage, cfg):
 
 def _finished(folder):
     """Returns finished.json; an empty mapping when there is none that can be read."""
+    return _read(Path(folder).expanduser() / "finished.json")
+
+
+def _read(path):
+    """Returns a JSON file's mapping; an empty one when there is none that can be read."""
     try:
-        done = json.loads((Path(folder).expanduser() / "finished.json").read_text(encoding="utf-8"))
+        done = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return done if isinstance(done, dict) else {}
@@ -146,8 +189,12 @@ def versions(cfg=None):
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    return {**found, "device": _device(), "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    return {**found, "device": _device(), "processes": _processes(),
             "seed": getattr(cfg, "seed", None), "git_commit": git_commit()}
+
+
+def _processes():
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _device():

@@ -4,6 +4,7 @@
 """
 
 from . import body, console, data, engine, models
+from .checkpoint.described import describe
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
 from .policy import Policy, pack_trained
@@ -33,8 +34,8 @@ def train(cfg):
         console.say(line)
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
-    task = Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids),
-                loss=sft_loss,
+    task = Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft_loss,
+                describe=describe(policy.module, tokenizer),
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "sft")
     summary = fit(policy, task, examples, held_out, cfg, folder, metrics, "sft")

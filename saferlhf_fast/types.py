@@ -96,3 +96,11 @@ class Advantages:
     reward_returns_N: torch.Tensor
     cost_returns_N: Optional[torch.Tensor]
     stats: dict                                         # 0-d tensors, named by ppo_lag_advantage
+
+
+BELIEVABLE = 1e6
+
+
+def believable(score_B):
+    """Scores with NaN in place of those that no working score model gives (beyond ±1e6, infinite ones included); None: None."""
+    return None if score_B is None else score_B.float().where(score_B.abs() <= BELIEVABLE, float("nan"))

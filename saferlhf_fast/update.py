@@ -14,21 +14,23 @@ import torch
 
 from . import engine
 from .advantage import advantages
-from .errors import NonFinite
 from .kernels.ppo_lag_advantage import whitening
 from .kernels.ppo_loss import ppo_loss
 from .kernels.value_loss import value_loss
 from .packing import fill
 from .policy import Objective
 from .sft import sft_loss
-from .types import Scored
+from .types import Scored, believable
 
 
 class Tally:
-    """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what all share."""
+    """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what all share.
+
+    bad: what was not finite on some rank; the step was then left out on all.
+    """
 
     def __init__(self):
-        self.sums, self.maxima, self.shared, self.advantages = {}, {}, {}, []
+        self.sums, self.maxima, self.shared, self.advantages, self.bad = {}, {}, {}, [], []
 
     def add(self, name, value):
         """Adds to a local sum."""
@@ -71,7 +73,7 @@ def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
         old_value_n = {name: value.detach() for name, value in value_n.items()}
         for critic in cast.critics:
             _critic_backward(critic, value_n, old_value_n, between.returns(), packed, settings, cfg, tally)
-    _finish(cast, ptx, cfg, tally)
+    _finish(cast, scored, ptx, cfg, tally)
     return tally
 
 
@@ -146,7 +148,9 @@ def update(cast, rollout, scored, adv, cfg, ptx=None):
             settings = _settings(cfg, minibatch)
             for rows in minibatch.passes:
                 _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, {**settings, **whitened}, settings, ptx, tally)
-            _finish(cast, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, tally)
+            _finish(cast, scored, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, tally)
+            if tally.bad:                                # what comes after a bad step would start from the same numbers
+                return tally
         for name in tally.sums:
             tally.sums[name] = tally.sums[name] / len(rollout.minibatches)
     return tally
@@ -221,18 +225,25 @@ def _critic_backward(critic, value_n, old_value_n, returns, packed, settings, cf
     critic.engine.backward(total)
 
 
-def _finish(cast, ptx, cfg, tally):
-    """The supervised loss, one look at what must be finite, the optimiser steps."""
+def _finish(cast, scored, ptx, cfg, tally):
+    """The supervised loss, one look at what must be finite, the optimiser steps: of all models or, on all ranks, of none."""
     if ptx:
         _ptx(cast, ptx, cfg, tally)
     losses = {name: value for name, value in tally.sums.items() if name.endswith("loss")}
     models = [(cast.actor, ("actor",)), *((c.engine, tuple(f"{name}_critic" for name in c.names)) for c in cast.critics)]
     norms = {f"gradient of {' and '.join(names)}": model.local_norm() for model, names in models}
-    bad = engine.not_finite({**losses, **norms})
-    if bad:
-        raise NonFinite(f"{', '.join(bad)}: expected finite numbers, got NaN or inf")
+    scores = {f"score of the {name} model": believable(score_B) for name, score_B in
+              (("reward", scored.reward_B), ("cost", scored.cost_B))}
+    scores |= {"log-prob of the reference": scored.ref_logp_N, "log-prob of the policy": scored.logp_N}
+    tally.bad = bad = engine.not_finite({**scores, **losses, **norms})
     for model, names in models:
-        step = model.step()
+        if bad:
+            step = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
+            model.discard()
+        else:
+            step = model.step()
+        if step["skipped"]:
+            tally.bad = [*tally.bad, f"gradient of {' and '.join(names)}"]
         for name in names:
             tally.shared |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
 

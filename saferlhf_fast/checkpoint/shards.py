@@ -1,0 +1,41 @@
+"""A trained model's part of a checkpoint: DeepSpeed writes and reads it, through `Files` and within the allow-list."""
+
+import contextlib
+import os
+
+from . import pickles
+from .files import Files
+
+
+def save(model, folder, name, files):
+    """Writes an engine's weights, optimiser, schedule and counters; every rank must call it. files: a `Files` of the folder."""
+    deepspeed = model.deepspeed
+    deepspeed.checkpoint_engine = files
+    deepspeed._copy_recovery_script = lambda folder: None        # a script of DeepSpeed's beside each checkpoint
+    with _quiet():
+        deepspeed.save_checkpoint(str(folder), tag=name, save_latest=False)
+
+
+def load(model, folder, name, universal=False):
+    """Gives an engine that has not stepped yet the state that `save` wrote; every rank must call it.
+
+    universal: the folder is one of `checkpoint convert`, for any number of processes.
+    """
+    deepspeed = model.deepspeed
+    deepspeed.checkpoint_engine = Files(folder)
+    deepspeed._config.load_universal_checkpoint = universal
+    try:
+        with pickles.guarded(), _quiet():
+            path, _ = deepspeed.load_checkpoint(str(folder), tag=name)
+    finally:
+        deepspeed._config.load_universal_checkpoint = False
+    if path is None:
+        raise FileNotFoundError(f"{folder}/{name}: nothing to load")
+    model.skipped_steps = deepspeed.skipped_steps
+
+
+@contextlib.contextmanager
+def _quiet():
+    """Without what DeepSpeed prints."""
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield
