@@ -116,9 +116,14 @@ def _dispatch(args, words, argv):
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
+    if command == "info" and "--cluster" in words and not wants_help:
+        from saferlhf_fast import cluster, launch
+        launch.adopt()
+        processes = launch.wanted(args.processes, lambda: cluster.arguments(words))
+        return cluster.main(words) if processes == 1 else launch.start(argv, processes, args.grace)
     if command == "info":
-        if words:
-            raise UserError(f"info takes no settings, got {' '.join(words)}")
+        if words and not wants_help:
+            raise UserError(f"info takes no settings but --cluster and its own, got {' '.join(words)}")
         from saferlhf_fast import info
         print(info.HELP if wants_help else info.text())
         return 0

@@ -11,9 +11,24 @@ import platform
 from saferlhf_fast import __version__
 
 HELP = """usage: saferlhf-fast info
+       saferlhf-fast info --cluster [--folder DIR] [--limit SECONDS]
 
 Versions, the device, which implementation of each op runs here and why, and which optional packages are there.
-Works on a bare install."""
+Works on a bare install.
+
+--cluster: do the machines of a run work together? Start it as the run will be started, on all of them. It checks, and ends
+with exit code 1 and "rank 3 (host): reason" at the first that fails:
+  every rank shows up within the limit; versions, drivers and GPUs are equal; collectives work (and their latency and
+  bandwidth); clocks; a shared folder is seen and written by all ranks and renames in it are atomic; free disk.
+
+  --folder DIR     the shared folder that runs write to
+  --limit SECONDS  how long to wait for a rank, at each step; default: 60
+
+examples:
+  saferlhf-fast info --cluster --processes 2
+  torchrun --nnodes 2 --node-rank 0 --nproc-per-node 8 --master-addr node1 --master-port 29500 \\
+      -m saferlhf_fast info --cluster --folder /shared/runs
+  srun saferlhf-fast info --cluster --folder /shared/runs"""
 
 PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "datasets", "deepspeed", "peft", "accelerate",
             "safetensors", "pydantic", "omegaconf", "rich", "tensorboard", "scikit-learn", "flash-attn", "wandb",

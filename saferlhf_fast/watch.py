@@ -214,10 +214,12 @@ class Watch:
         if 0 in self.near and not _alive(self.who[0]) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
             return Fault(0, f"{self.names([0])} is gone, and the store with it: killed, or out of memory", gone=(0,))
         try:
+            with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=SUSPECT):
+                pass                                 # torch would print its C++ stack
             self.store = self._client()
             self.store.check(["fault"])
             return None
-        except RuntimeError:
+        except (OSError, RuntimeError):
             place = f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             return Fault(-1, f"the launcher of the first machine is gone: {place}", gone=tuple(range(self.world)))
