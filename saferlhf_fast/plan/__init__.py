@@ -3,8 +3,9 @@
     saferlhf-fast plan recipe.yaml --gpus 8 --memory 80
     results = plan("recipe.yaml", {"sft.model": "DIR"}, Hardware(gpus=8, memory=80 << 30))
 
-states.py knows DeepSpeed, trace.py and footprints.py what passes take, stages.py who is in a stage and when, options.py what to
-change; measure.py compares with real peaks. docs/memory.md says how right it is.
+states.py knows what DeepSpeed keeps, communication.py what it sends, trace.py and footprints.py what passes take, stages.py who
+is in a stage and when, options.py what to change; measure.py compares with real peaks. docs/memory.md and docs/scaling.md say
+how right it is.
 """
 
 import json
@@ -15,8 +16,8 @@ HELP = """usage: saferlhf-fast plan recipe.yaml [--gpus N] [--memory GiB] [--dev
                           [stage=KIND] [key=value …] [--debug]
 
 What each stage of a recipe needs in memory on each GPU, model by model and moment by moment, whether it fits, and if not which
-settings make it fit. Nothing is loaded: a model's folder needs its config.json alone, data need not be there. Every sequence
-counts as long as max_length allows.
+settings make it fit; and what each GPU sends in a step. Nothing is loaded: a model's folder needs its config.json alone, data
+need not be there. Every sequence counts as long as max_length allows.
 
 examples:
   saferlhf-fast plan paper --gpus 8 --memory 80 sft.model=DIR       a shipped recipe; DIR holds the model's config.json
@@ -30,12 +31,19 @@ settings:
       Memory of a GPU (GiB).
   device  (one of cuda, cpu; default: "cuda")
       What the stages run on; on a CPU `memory` is what each process may take.
+  node  (whole number above 0; default: 8)
+      GPUs of a node.
+  nvlink  (number above 0; default: 450)
+      What a GPU can send to others of its node (GB/s).
+  network  (number above 0; default: 50)
+      What a GPU can send to other nodes (GB/s); 50 is a card of 400 Gb/s for each.
   stage  (one of {stages}; default: null)
       The stage of a recipe that has no `stages`.
   json  (true or false; default: false)
       Print JSON instead of tables; sizes in bytes.
   Any other key is the recipe's own, as in saferlhf-fast run: sft.train.micro_tokens=4096, root=DIR."""
 
+LINKS = {"node": int, "nvlink": float, "network": float}
 ALLOWANCE = 3 << 29      # bytes of a GPU that are not the plan's: CUDA's context, cuBLAS and NCCL; not measured by us
 FRAGMENTED = 0.03        # share of a GPU that torch's allocator may leave between blocks; not measured by us
 
@@ -84,7 +92,7 @@ def main(words):
     from ..cli import split_words
     as_json = "--json" in words
     recipe, overrides = split_words("run", [word for word in words if word != "--json"])
-    own = {key: overrides.pop(key) for key in ("gpus", "memory", "device", "stage") if key in overrides}
+    own = {key: overrides.pop(key) for key in ("gpus", "memory", "device", "stage", *LINKS) if key in overrides}
     if recipe is None and "stage" not in own:
         raise UserError("plan: missing: a recipe, e.g. saferlhf-fast plan quickstart")
     if own.get("device", "cuda") not in ("cuda", "cpu"):
@@ -92,7 +100,8 @@ def main(words):
     gpus, memory = _number("gpus", own.get("gpus", "1"), int), _number("memory", own.get("memory", "80"), float)
     from . import table
     from .stages import Hardware
-    hardware = Hardware(gpus, int(memory * 2 ** 30), own.get("device", "cuda"))
+    links = {key: _number(key, own[key], kind) for key, kind in LINKS.items() if key in own}
+    hardware = Hardware(gpus, int(memory * 2 ** 30), own.get("device", "cuda"), **links)
     results = plan(recipe, overrides, hardware, own.get("stage"))
     if as_json:
         print(json.dumps(table.as_dict(results, hardware, usable(hardware)), indent=1))

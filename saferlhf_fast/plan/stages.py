@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from .. import engine as engine_module
-from . import footprints, sizes, states
+from . import communication, footprints, sizes, states
 from .footprints import lengths_of
 
 PARTS = ("weights", "gradients", "optimiser", "buffers", "activations", "logits", "cache")
@@ -26,6 +26,9 @@ class Hardware(NamedTuple):
     gpus: int
     memory: int                          # bytes of each
     device: str = "cuda"                 # or cpu: one process for each of `gpus`
+    node: int = communication.NODE       # GPUs of a node
+    nvlink: float = communication.NVLINK      # GB/s that a GPU can send to others of its node
+    network: float = communication.NETWORK    # and to other nodes
 
 
 class Model(NamedTuple):
@@ -61,6 +64,7 @@ class StagePlan:
     use: dict                            # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
     moments: list                        # Moment
     host: int                            # bytes of host memory per process: what is offloaded
+    sent: list = dataclasses.field(default_factory=list)      # communication.Sent of one step
 
     @property
     def worst(self):
@@ -70,12 +74,18 @@ class StagePlan:
 
 def plan_stage(name, kind, cfg, hardware, earlier):
     """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
-    from .ppo import evaluate, ppo
     cast = Cast(name, kind, cfg, hardware, earlier)
+    moments = moments_of(cast)
+    return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models),
+                     communication.of_stage(cast))
+
+
+def moments_of(cast):
+    """Makes a stage's models -> its Moments."""
+    from .ppo import evaluate, ppo
     build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": ppo, "ppo-lag": ppo,
-             "evaluate": evaluate}[kind]
-    moments = build(cast)
-    return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models))
+             "evaluate": evaluate}[cast.kind]
+    return build(cast)
 
 
 class Cast:
@@ -100,8 +110,7 @@ class Cast:
         if shared:
             own = count.trained if blueprint.lora else 0
             count = count._replace(all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0)
-        settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
-        zero = states.zero_settings(engine_module.settings(settings, optim))
+        zero = self._zero(optim)
         if optim is None:
             made = states.frozen(count, self.width, zero, self.hardware.gpus)
         else:
@@ -109,6 +118,14 @@ class Cast:
         self.models.append(Model(role, start, blueprint, count, made, optim is not None))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
+
+    def _zero(self, optim):
+        settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
+        return states.zero_settings(engine_module.settings(settings, optim))
+
+    def zero(self, model):
+        """`zero_settings` of a model."""
+        return self._zero(self.cfg.optim if model.trained else None)
 
     def footprint(self, model, lengths, asked, **options):
         """-> Footprint of a pass of a model, noted in `use`."""

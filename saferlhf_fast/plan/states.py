@@ -19,6 +19,7 @@ PREFETCHED = 5 * 10 ** 7  # stage3_prefetch_bucket_size: weights on their way
 PERSISTENT = 10 ** 5     # stage3_param_persistence_threshold: smaller weights are never sharded
 BUCKET = 5 * 10 ** 8     # reduce_bucket_size
 FLATTENED = 5 * 10 ** 8  # elements of gradients that ZeRO-0 adds up over ranks at once
+REUSED = 10 ** 9         # stage3_max_reuse_distance: weights that pass before a module that comes again is let go of
 SUB_GROUP = 10 ** 9      # sub_group_size: weights that ZeRO-3 updates at once
 MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.03, "adafactor": 0.02}
 """Bytes per trained parameter that an optimiser remembers (optimizers.py); of Adafactor, rows and columns of matrices."""
@@ -62,7 +63,8 @@ def zero_settings(config):
     zero = config.get("zero_optimization", {})
     names = {"bucket": ("reduce_bucket_size", BUCKET), "gathered": ("stage3_max_live_parameters", GATHERED),
              "prefetched": ("stage3_prefetch_bucket_size", PREFETCHED),
-             "sub_group": ("sub_group_size", SUB_GROUP)}
+             "persistent": ("stage3_param_persistence_threshold", PERSISTENT),
+             "reuse": ("stage3_max_reuse_distance", REUSED), "sub_group": ("sub_group_size", SUB_GROUP)}
     return {name: int(float(zero.get(key, default))) for name, (key, default) in names.items()} | {
         "stage": int(zero.get("stage", 0)), "offload_optimizer": "offload_optimizer" in zero,
         "offload_parameters": "offload_param" in zero}

@@ -1,6 +1,7 @@
 """A plan as people read it, on a terminal of 100 columns or in a file, and as JSON."""
 
 from .. import console
+from .communication import seconds
 from .stages import PARTS
 
 GIB = 2 ** 30
@@ -29,6 +30,7 @@ def show(results, hardware, usable):
         console.say("")
         _models(plan, hardware, what)
         _moments(plan, usable, what)
+        _sent(plan, hardware, what)
         if advice is not None:
             _options(plan, advice, usable)
     console.say("")
@@ -54,6 +56,33 @@ def _moments(plan, usable, what):
     host = f"; {gib(plan.host)} GiB of host memory per process" if plan.host else ""
     console.say(f"  peak {gib(plan.worst.total)} GiB per {what} of {gib(usable)} usable ({plan.worst.name}){host}: "
                 f"{verdict(plan, usable)}")
+
+
+def gigabytes(size):
+    """Bytes as GB, as links count them."""
+    return f"{size / 1e9:.3g}"
+
+
+def _sent(plan, hardware, what):
+    if not plan.sent:
+        return
+    rows = [[sent.role, sent.when, sent.collective, str(sent.times), gigabytes(sent.size), gigabytes(sent.wire(hardware.gpus))]
+            for sent in plan.sent]
+    step = "batch of rollouts" if plan.kind in ("ppo", "ppo-lag") else "batch" if plan.kind == "evaluate" else "optimiser step"
+    console.result_table(f"{plan.name}: what one {step} sends",
+                         ["model", "when", "collective", "times", "GB", f"GB of each {what}"], rows)
+    total = sum(sent.wire(hardware.gpus) for sent in plan.sent)
+    line = f"  {gigabytes(total)} GB of each {what} and {step}"
+    if hardware.device == "cuda":
+        nodes = -(-hardware.gpus // hardware.node)
+        line += f"; at least {link_seconds(plan, hardware):.3g} s at {hardware.nvlink:g} GB/s of NVLink"
+        line += f" and {hardware.network:g} GB/s of each GPU between {nodes} nodes" if nodes > 1 else ""
+    console.say(line)
+
+
+def link_seconds(plan, hardware):
+    """The least time that the links need for a step."""
+    return seconds(plan.sent, hardware.gpus, hardware.node, hardware.nvlink, hardware.network)
 
 
 def verdict(plan, usable):
@@ -97,6 +126,8 @@ def as_dict(results, hardware, usable):
                   for m in plan.models]
         stages.append({"stage": plan.name, "kind": plan.kind, "models": models, "host": plan.host,
                        "moments": [{"moment": m.name, "total": m.total, **m.parts} for m in plan.moments],
+                       "sent": [{**s._asdict(), "of_each": s.wire(hardware.gpus)} for s in plan.sent],
+                       "link_seconds": link_seconds(plan, hardware) if hardware.device == "cuda" else None,
                        "peak": plan.worst.total, "fits": plan.worst.total <= usable,
                        "options": [] if advice is None else [
                            {"setting": o.choice.words(plan.name), "costs": o.choice.cost, "alone": o.alone,
