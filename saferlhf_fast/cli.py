@@ -11,7 +11,7 @@ import sys
 import traceback
 from importlib import util
 
-from saferlhf_fast import __version__
+from saferlhf_fast import __version__, signals
 from saferlhf_fast.errors import EXIT_CODE, UserError
 
 COMMANDS = {
@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "mean reward, mean cost, unsafe share, KL and length of a policy",
     "run": "several of these stages, one after the other, from one recipe",
     "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is loaded",
+    "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their models",
     "demo": "the whole loop on an embedded world: no data, no network, minutes on two cores",
     "info": "versions, device, and which implementation of each op runs here and why",
 }
@@ -75,7 +76,11 @@ def main(argv=None):
         return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
     except KeyboardInterrupt as e:
         return _failed(e, 130, "interrupted")
-    except SystemExit:            # told to stop, after a checkpoint: no fault
+    except signals.Stopped as e:  # after a checkpoint: no fault
+        if os.environ.get("RANK", "0") == "0":
+            print(e, file=sys.stderr)
+        return _done(e.code)
+    except SystemExit:
         _done(0)
         raise
     except BrokenPipeError as e:  # `saferlhf-fast info | head`
@@ -130,6 +135,10 @@ def _dispatch(args, words, argv):
     missing = [name for name in NEEDED if util.find_spec(name) is None]
     if missing:
         raise UserError(f"{command} needs {', '.join(missing)}: pip install 'saferlhf-fast[train]'")
+    if command == "checkpoint":
+        from saferlhf_fast.checkpoint import commands
+        print(commands.HELP) if wants_help else commands.main(words)
+        return 0
     if command == "plan":
         from saferlhf_fast import plan
         print(plan.help_text()) if wants_help else plan.main(words)

@@ -19,6 +19,8 @@ ALLOWED = ("deepspeed.runtime.fp16.loss_scaler:LossScaler", "deepspeed.runtime.f
 
 def load(path, **options):
     """torch.load of a file that may name ALLOWED and tensors alone; UserError names the file and what it wanted to run."""
+    from ..engine import imported_deepspeed
+    imported_deepspeed()
     options = {"map_location": "cpu", **options, "weights_only": True}
     allowed = [getattr(import_module(module), name) for module, name in (entry.split(":") for entry in ALLOWED)]
     try:

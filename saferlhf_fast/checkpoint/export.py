@@ -1,0 +1,89 @@
+"""A trained model of a checkpoint as a Hugging Face folder (safetensors), without the GPUs and processes of the run."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from ..config import Lora
+from ..errors import UserError
+from . import pickles
+from .convert import quiet
+from .described import build
+from .verify import whole
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def export(folder, output, name=None, dtype=None):
+    """Writes a model of a checkpoint to `output`. name: actor, reward_critic, cost_critic, or model (sft, dpo, reward, cost);
+    the first of those when None · dtype: fp32, bf16, fp16; None: what the run's model has, so that the weights are equal."""
+    from ..models import save_causal_lm, save_score_model
+    folder, output = Path(folder), Path(output).expanduser()
+    values = whole(folder)
+    if values["universal"]:
+        raise UserError(f"{folder} is a converted checkpoint; expected the one that it was made from")
+    name = name or next(iter(values["models"]))
+    if name not in values["models"]:
+        raise UserError(f"--model: expected one of {', '.join(values['models'])}, got {name}")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} is not empty; expected a new folder")
+    kind, settings = values["models"][name], values["config"]
+    target = DTYPES[dtype] if dtype else getattr(torch, kind["precision"])
+    state = weights(folder, name, kind["zero_stage"])
+    module, tokenizer = _module(folder, name, state, settings)
+    module.to(target)
+    card = {"stage": values["stage"], "step": values["step"], "model": settings.get("model")}
+    if hasattr(module, "lm"):
+        save_causal_lm(output, module.lm, tokenizer, card=card)
+    else:
+        save_score_model(output, module, tokenizer, kind=module.kind or "reward", card=card, keep_bias=True)
+    return output
+
+
+def weights(folder, name, zero_stage):
+    """-> {name: tensor} of a model's weights: those that the optimiser keeps, in fp32, where ZeRO shards them."""
+    if zero_stage == 0:
+        return pickles.load(folder / name / "mp_rank_00_model_states.pt")["module"]
+    from ..engine import imported_deepspeed
+    imported_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    with quiet(), pickles.guarded():
+        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
+
+
+def _module(folder, name, state, settings):
+    """-> (Policy or ScoreModel with these weights, tokenizer)."""
+    lora = Lora(**settings.get("lora", {}))
+    trust = settings.get("trust_remote_code", False)
+    if any(key.startswith("adapter.") for key in state):
+        return _on_trunk(name, state, settings, lora, trust)
+    module, tokenizer = build(folder / name / "hf", lora, trust)
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    tied = set(getattr(getattr(module, "lm", module), "all_tied_weights_keys", None) or ())
+    missing = [key for key in missing if key.removeprefix("lm.") not in tied]
+    if missing or unexpected:
+        raise UserError(f"{folder}/{name}: weights do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}")
+    return module, tokenizer
+
+
+def _on_trunk(name, state, settings, lora, trust):
+    """An actor that is an adapter: the base that the run started from, which must still be there."""
+    from ..models import load_causal_lm, load_tokenizer
+    from ..trunk import PolicyOnTrunk, Trunk
+    if name != "actor":
+        raise UserError(f"--model: {name} is an adapter on the actor's base, no model by itself; expected actor")
+    tokenizer = load_tokenizer(settings["model"], trust_remote_code=trust)
+    trunk = Trunk(load_causal_lm(settings["model"], tokenizer=tokenizer, trust_remote_code=trust,
+                                 allow_pickle=settings.get("allow_pickle", False)), lora)
+    trunk.add("actor")
+    module = PolicyOnTrunk(trunk, "actor")
+    module.load_state_dict(state)
+    trunk.lm.to(next(iter(state.values())).dtype)
+    return module, tokenizer
+
+
+def describe_output(output):
+    """One line about what was written."""
+    config = json.loads((Path(output) / "config.json").read_text(encoding="utf-8"))
+    return f"{output}: {', '.join(config.get('architectures') or [])}, {config.get('dtype')}"
