@@ -24,8 +24,8 @@ from . import optimizers, watch
 from .errors import UserError
 from .ranks import all_gather, all_reduce, any_rank, barrier, device, gather_objects, not_finite, rank, world_size
 
-__all__ = ["Engine", "Frozen", "all_gather", "all_reduce", "any_rank", "barrier", "device", "finish", "gather_objects", "gathered",
-           "imported_deepspeed", "learning_rate_factor", "not_finite", "precision", "rank", "seed_all", "settings",
+__all__ = ["Engine", "Frozen", "all_gather", "all_reduce", "any_rank", "barrier", "device", "finish", "gather_objects",
+           "gathered", "imported_deepspeed", "learning_rate_factor", "not_finite", "precision", "rank", "seed_all", "settings",
            "shards_frozen", "start", "started", "world_size", "written"]
 
 
