@@ -1,0 +1,176 @@
+"""Run by test_matrix.py in one or more processes: three optimiser steps of each cell of the matrix, one after the other. Between
+the first two comes a step that is not finite on one rank, and is left out on all; the references are without it.
+
+    torchrun … matrix_worker.py WORLD CELLS OUT
+
+WORLD: JSON of what `world` in test_matrix.py made · CELLS: JSON, a list of cells · OUT: one JSON line before each cell and one
+after it, so that a crash leaves what was done and names what was not.
+"""
+
+import dataclasses
+import gc
+import json
+import os
+import sys
+import time
+import traceback
+
+import torch
+from matrix import PPO as POLICY_STAGES
+from matrix import UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
+
+from saferlhf_fast import data, dpo, engine, fit, models, sft
+from saferlhf_fast.advantage import advantages
+from saferlhf_fast.cast import load_cast
+from saferlhf_fast.config import PPO, Engine, Optimizer, PPOConfig
+from saferlhf_fast.generation import Response
+from saferlhf_fast.lagrange import LagrangeMultiplier
+from saferlhf_fast.policy import Policy
+from saferlhf_fast.preference import pair_loss
+from saferlhf_fast.rollout import assemble
+from saferlhf_fast.score import ask_trained, judge
+from saferlhf_fast.steplog import averages
+from saferlhf_fast.update import in_one_pass, update, update_in_one_pass
+
+STEPS, GLOBAL_BATCH, BUDGET = 3, 7, 80      # sequences or pairs of a step; tokens of a pass
+RATE = Optimizer(learning_rate=1e-3)
+
+
+def config(cell):
+    """The Engine config of a cell."""
+    return Engine(zero_stage=cell.zero, precision=cell.precision, offload_optimizer=cell.offload in ("states", "both"),
+                  offload_parameters=cell.offload in ("weights", "both"), frozen="auto" if cell.frozen == "-" else cell.frozen)
+
+
+def magnitudes(trained):
+    """Mean magnitude of an engine's weights: what the last step has left."""
+    with trained.gathered():
+        weights = [p.detach().double().abs().flatten().cpu() for p in trained.module.parameters()]
+    return torch.cat(weights).mean().item()
+
+
+def spoilt(loss, stats=None):
+    """A loss or score that is not finite, on the last rank alone: the step is left out on all ranks and must leave no trace."""
+    return loss * (float("nan") if engine.rank() == engine.world_size() - 1 else 1.0), stats
+
+
+# ---------------------------------------------------------------- supervised stages
+
+
+def task_of(cell, world, tokenizer):
+    """-> (module to train, its Task, the examples), the losses those of the stages themselves."""
+    if cell.stage == "sft":
+        examples, _ = data.sft_examples(world["sft"], tokenizer)
+        return (Policy(models.load_causal_lm(world["model"])), examples,
+                fit.Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
+    kind = "better" if cell.stage == "dpo" else cell.stage
+    examples, _ = data.preference_examples(world["pairs"], tokenizer, kind=kind)
+    if cell.stage == "dpo":
+        # Not the same weights: with them every margin of the first step is 0.
+        reference = engine.Frozen(Policy(models.load_causal_lm(world["other"])), config(cell))
+        module = Policy(models.load_causal_lm(world["model"]))
+        loss = lambda model, batch: dpo.batch_loss(model, reference, batch, 0.1)
+    else:
+        module = models.load_score_model(world[cell.stage])
+        loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
+    return module, examples, fit.Task(weigh=lambda e: 1, loss=loss, save=None, sequences=2,
+                                      tokens=lambda e: len(e.first_ids) + len(e.second_ids))
+
+
+def supervised(cell, world, tokenizer):
+    """-> [{name: number}] of each step."""
+    module, examples, task = task_of(cell, world, tokenizer)
+    trained = engine.Engine(module, RATE, config(cell), 10)
+    rows = []
+    for step in range(STEPS):
+        batch = [examples[(step * GLOBAL_BATCH + i) % len(examples)] for i in range(GLOBAL_BATCH)]
+        if step == 1 and cell != cell.reference:
+            broken = dataclasses.replace(task, loss=lambda *given: spoilt(*task.loss(*given)))
+            assert fit.train_step(trained, broken, batch, BUDGET)[1] == ["loss"]
+        values, bad = fit.train_step(trained, task, batch, BUDGET)
+        assert not bad, bad
+        rows.append(values)
+    rows.append({**fit.evaluate(trained, task, examples[:5], BUDGET), "weights": magnitudes(trained)})
+    return rows
+
+
+# ---------------------------------------------------------------- policy optimisation
+
+
+def stored_rollout(step, tokenizer, cfg):
+    """This rank's share of a rollout of random tokens, uneven in length, the same for any number of processes."""
+    draw = torch.Generator().manual_seed(step)
+    rows = []
+    for _ in range(GLOBAL_BATCH):
+        p, t = torch.randint(3, 7, (2,), generator=draw).tolist()
+        ids = torch.randint(4, len(tokenizer), (p + t,), generator=draw).tolist()
+        told = (torch.rand(t, generator=draw) - 3.9).tolist() if cfg.ppo.importance_cap else None
+        rows.append((ids[:p], Response(ids[p:], told, True)))
+    mine = [rows[i] for i in data.share(range(GLOBAL_BATCH), engine.rank(), engine.world_size())]
+    return assemble([data.PromptExample(p, "", ()) for p, _ in mine], [r for _, r in mine], tokenizer,
+                    cfg.pass_tokens(), minibatches=cfg.ppo.minibatches)
+
+
+def learn(cast, rollout, scored, value, cfg, texts):
+    """One step of actor and critics -> Tally."""
+    if in_one_pass(cfg, cast):
+        return update_in_one_pass(cast, rollout, scored, value, cfg, texts)
+    scored = dataclasses.replace(scored, **ask_trained(rollout, cast, cfg))
+    return update(cast, rollout, scored, advantages(rollout.cu_seqlens, scored, value, cfg.ppo), cfg, texts)
+
+
+def policy_optimisation(cell, world, tokenizer):
+    """-> [{name: number}] of each step, as the stages log them: on the same stored rollouts, with all models."""
+    constrained = cell.stage == "ppo-lag"
+    ppo = PPO(**UPDATES[cell.form], shaping=None if constrained else 0.5,
+              shared_critic=constrained and cell.form in WITH_ONE_CRITIC)
+    cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none", max_length=64,
+                    ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell))
+    cast = load_cast(cfg, tokenizer, 12, constrained)
+    multiplier = LagrangeMultiplier(window=8, lr=0.5) if constrained else None
+    texts = data.sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None
+    rows = []
+    for step in range(STEPS):
+        rollout = stored_rollout(step, tokenizer, cfg)
+        scored = judge(rollout, cast, cfg)
+        if constrained:
+            multiplier.update(engine.all_gather(scored.cost_B, rollout.order, rollout.size))
+        value = multiplier.value if constrained else None
+        if step == 1 and cell != cell.reference:
+            broken = dataclasses.replace(scored, reward_B=spoilt(scored.reward_B)[0])
+            assert learn(cast, rollout, broken, value, cfg, texts).bad
+        tally = learn(cast, rollout, scored, value, cfg, texts)
+        assert not tally.bad, tally.bad
+        rows.append(averages(rollout, scored, tally, multiplier, cfg.ppo.shaping))
+    rows.append({f"weights of {i}": magnitudes(trained) for i, trained in enumerate(cast.trained)})
+    return rows
+
+
+def main(world, cells, out):
+    engine.start(Engine(precision="fp32"), 0)
+    with open(world) as file, open(cells) as wanted:
+        world, cells = json.load(file), [Cell(*cell) for cell in json.load(wanted)]
+    tokenizer = models.load_tokenizer(world["model"])
+
+    def tell(**values):
+        if engine.rank() == 0 or "error" in values:
+            with open(out, "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    for cell in cells:
+        tell(begun=cell)
+        start = time.perf_counter()
+        torch.manual_seed(0)
+        try:
+            rows = (policy_optimisation if cell.stage in POLICY_STAGES else supervised)(cell, world, tokenizer)
+        except Exception:
+            tell(cell=cell, error=traceback.format_exc()[-3000:], rank=engine.rank())
+            os._exit(1)      # the other ranks may wait for this one: a new launch goes on after this cell
+        tell(cell=cell, rows=rows, seconds=round(time.perf_counter() - start, 2))
+        gc.collect()         # engines refer to themselves
+    engine.finish()
+    os._exit(0)              # the results are written; how gloo's threads end is not what is tested here
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
