@@ -1,0 +1,343 @@
+"""A checkpoint's parts: the manifest that commits it, files that are hashed, state without pickles, what may be loaded, what fits."""
+
+import errno
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+
+import kit
+import pytest
+import torch
+
+from saferlhf_fast import lagrange
+from saferlhf_fast.alarms import AtBound, Spikes
+from saferlhf_fast.checkpoint import commands, fits, manifest, pickles
+from saferlhf_fast.checkpoint.files import Files
+from saferlhf_fast.checkpoint.state import flatten, generators, restore, set_generators
+from saferlhf_fast.checkpoint.verify import whole
+from saferlhf_fast.errors import UserError
+from saferlhf_fast.skips import Skips
+
+
+def made(output, step, score=None, content=b"weights"):
+    """A small committed checkpoint -> its folder."""
+    folder = manifest.folder_of(output, step)
+    files = Files(folder)
+    files.put("actor/shard.pt", lambda file: file.write(content))
+    files.put_json("state.json", {"step": step})
+    assert files.error is None
+    manifest.write(folder, {"step": step, "score": score, "files": files.written, "universal": False, "world_size": 1,
+                            "stage": "sft", "written": "now", "saferlhf-fast": "0", "models": {
+                                "actor": {"weights": 7, "zero_stage": 0, "precision": "float32"}}})
+    return folder
+
+
+# ---------------------------------------------------------------- manifest
+
+
+def test_a_checkpoint_is_what_has_a_manifest(tmp_path):
+    folder = made(tmp_path, 3)
+    assert whole(folder)["step"] == 3 and manifest.is_committed(folder)
+    (folder / manifest.NAME).unlink()
+    with pytest.raises(UserError, match="has no manifest.json: it was not finished"):
+        whole(folder)
+
+
+@pytest.mark.parametrize("at", ["first", "middle", "last"])
+def test_a_flipped_byte_in_any_file_is_found_and_named(tmp_path, at):
+    folder = made(tmp_path, 3)
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        before = path.read_bytes()
+        place = {"first": 0, "middle": len(before) // 2, "last": len(before) - 1}[at]
+        path.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1:])
+        with pytest.raises(UserError) as caught:
+            whole(folder)
+        assert str(path) in str(caught.value) and ("damaged" in str(caught.value) or "format" in str(caught.value))
+        path.write_bytes(before)
+    assert whole(folder)
+
+
+def test_missing_short_and_swapped_files_are_named(tmp_path):
+    folder = made(tmp_path, 3)
+    shard, state = folder / "actor" / "shard.pt", folder / "state.json"
+    a, b = shard.read_bytes(), state.read_bytes()
+    shard.write_bytes(a[:-1])
+    assert f"{shard} has {len(a) - 1} bytes, expected {len(a)}" == manifest.problem(folder, manifest.read(folder))
+    shard.unlink()
+    assert manifest.problem(folder, manifest.read(folder)) == f"{shard} is missing"
+    shard.write_bytes(b)
+    state.write_bytes(a)
+    assert manifest.problem(folder, manifest.read(folder)).startswith(str(shard))
+    shard.unlink()
+    (tmp_path / "elsewhere").write_bytes(a)
+    shard.symlink_to(tmp_path / "elsewhere")
+    assert "symbolic link" in manifest.problem(folder, manifest.read(folder))
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "~/x", ".", "a\\b"])
+def test_no_file_name_leads_out_of_a_checkpoint(tmp_path, name):
+    folder = made(tmp_path, 3)
+    values = manifest.read(folder)
+    values["files"][name] = {"bytes": 1, "sha256": "0"}
+    assert "no file name inside" in manifest.problem(folder, values)
+    assert not manifest.is_inside(name)
+
+
+def test_links_and_other_names_are_no_checkpoints(tmp_path):
+    made(tmp_path / "other", 9)
+    made(tmp_path, 3)
+    root = manifest.root(tmp_path)
+    (root / "step-00000009").symlink_to(manifest.folder_of(tmp_path / "other", 9))
+    for name in ("step-9", "step-00000004.old", "..step-00000004", "step-00000004.universal.universal"):
+        (root / name).mkdir()
+    assert [step for step, _ in manifest.listed(tmp_path)] == [3]
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path):
+    for step, score in ((1, [0.5]), (2, [0.9]), (3, None), (4, [0.7]), (5, None)):
+        made(tmp_path, step, score)
+    unfinished = manifest.folder_of(tmp_path, 3).with_name("step-00000002.universal")
+    unfinished.mkdir()
+    newer = manifest.folder_of(tmp_path, 6)
+    newer.mkdir()
+    manifest.prune(tmp_path, 2, True)
+    assert sorted(step for step, path in manifest.listed(tmp_path) if manifest.is_committed(path)) == [2, 4, 5]
+    assert newer.exists()                                # is perhaps being written
+    manifest.prune(tmp_path, 1, False)
+    assert [step for step, path in manifest.listed(tmp_path) if manifest.is_committed(path)] == [5]
+
+
+def test_a_manifest_replaces_nothing_half(tmp_path, monkeypatch):
+    folder = made(tmp_path, 3)
+    before = (folder / manifest.NAME).read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    with pytest.raises(OSError):
+        manifest.write(folder, {"step": 4, "files": {}})
+    assert (folder / manifest.NAME).read_bytes() == before
+
+
+# ---------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_files_are_hashed_as_they_are_written(tmp_path, background):
+    files, state = Files(tmp_path, background), {"weights": torch.arange(5.0), "step": 3}
+    files.save(state, str(tmp_path / "actor" / "shard.pt"))
+    files.put_tensors("state.safetensors", {"a": torch.ones(2)})
+    files.put_folder("hf", lambda folder: (folder / "config.json").write_text("{}"))
+    state["weights"].zero_()                             # training goes on while the background writes
+    if background:
+        assert not files.written
+        files.start()
+        files.wait()
+    assert files.error is None and set(files.written) == {"actor/shard.pt", "state.safetensors", "hf/config.json"}
+    for name, said in files.written.items():
+        assert manifest.sha256(tmp_path / name) == said["sha256"] and (tmp_path / name).stat().st_size == said["bytes"]
+    loaded = files.load(str(tmp_path / "actor" / "shard.pt"))
+    assert loaded["step"] == 3 and loaded["weights"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_failed_write_is_remembered_and_nothing_more_is_written(tmp_path):
+    def full(file):
+        file.write(b"some")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    files = Files(tmp_path)
+    files.put("a.pt", full)
+    files.put("b.pt", lambda file: file.write(b"more"))
+    assert "a.pt: OSError: [Errno 28] No space left on device" in files.error and not files.written
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest, "sha256", lambda path: "0")
+    files = Files(tmp_path)
+    files.put("a.pt", lambda file: file.write(b"some"))
+    assert "reads back otherwise" in files.error and not files.written
+
+
+# ---------------------------------------------------------------- state
+
+
+def test_a_state_comes_back_bit_for_bit():
+    tree = {"a": torch.tensor([1.5, float("nan")]), "list": [1, None, {"b": torch.tensor(3)}], "text": "x.y", "k.with.dots": 2.5}
+    flat, tensors = flatten(tree)
+    back = restore(json.loads(json.dumps(flat)), tensors)
+    assert torch.equal(back["a"].view(torch.int32), tree["a"].view(torch.int32)) and back["list"][2]["b"].item() == 3
+    assert back["list"][:2] == [1, None] and back["text"] == "x.y" and back["k.with.dots"] == 2.5
+    with pytest.raises(TypeError, match="expected a number, a text or a tensor"):
+        flatten({"x": {"y": object()}})
+
+
+def test_generators_go_on_where_they_were():
+    import numpy
+    saved = json.loads(json.dumps(generators()))
+    drawn = random.random(), torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.gauss(0, 1)
+    torch.rand(5), random.random(), numpy.random.rand(2)
+    set_generators(saved)
+    assert (random.random(), torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.gauss(0, 1)) == drawn
+
+
+@pytest.mark.parametrize("make", [lambda: lagrange.LagrangeMultiplier(window=5, lr=0.3, delay=1),
+                                  lambda: lagrange.PIDMultiplier(window=5)])
+def test_a_multiplier_goes_on_bit_for_bit(make):
+    costs = [torch.randn(3) for _ in range(6)]
+    straight, first, second = make(), make(), make()
+    for batch in costs:
+        straight.update(batch)
+    for batch in costs[:3]:
+        first.update(batch)
+    flat, tensors = flatten(first.state_dict())
+    second.load_state_dict(restore(json.loads(json.dumps(flat)), tensors))
+    for batch in costs[3:]:
+        second.update(batch)
+    assert second.value.item() == straight.value.item() and second.steps == straight.steps
+    assert second.mean_cost.item() == straight.mean_cost.item() and torch.equal(second.window.costs, straight.window.costs)
+
+
+# ---------------------------------------------------------------- what may be loaded
+
+
+class Marker:
+    """Runs `touch` when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
+    mark, path = tmp_path / "ran", tmp_path / "shard.pt"
+    torch.save({"module": {"w": torch.ones(2)}, "extra": Marker(mark)}, path)
+    torch.load(path, weights_only=False)                 # the marker works
+    assert mark.exists()
+    mark.unlink()
+    for attempt in (lambda: pickles.load(path), lambda: Files(tmp_path).load(str(path))):
+        with pytest.raises(UserError) as caught:
+            attempt()
+        assert str(path) in str(caught.value) and "was not run" in str(caught.value) and not mark.exists()
+    with pickles.guarded(), pytest.raises(UserError):
+        torch.load(path, map_location="cpu", weights_only=False)         # as DeepSpeed asks
+    assert not mark.exists() and torch.load is pickles._TORCH_LOAD
+
+
+def test_what_deepspeed_writes_is_let_through(tmp_path):
+    from saferlhf_fast import engine
+    engine.imported_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+    state = {"scaler": LossScaler(2.0), "stage": ZeroStageEnum.weights, "at": fragment_address(3, 4), "w": torch.ones(2)}
+    torch.save(state, tmp_path / "x.pt")
+    back = pickles.load(tmp_path / "x.pt")
+    assert back["scaler"].cur_scale == 2.0 and back["stage"] == ZeroStageEnum.weights and back["at"] == fragment_address(3, 4)
+
+
+def test_an_old_style_pickle_is_refused_too(tmp_path):
+    mark, path = tmp_path / "ran", tmp_path / "old.pt"
+    path.write_bytes(pickle.dumps(Marker(mark)))
+    with pytest.raises(UserError, match="old.pt"):
+        pickles.load(path)
+    assert not mark.exists()
+    with zipfile.ZipFile(tmp_path / "fake.pt", "w") as file:
+        file.writestr("archive/data.pkl", pickle.dumps(Marker(mark)))
+        file.writestr("archive/version", "3")
+    with pytest.raises((UserError, RuntimeError)):
+        pickles.load(tmp_path / "fake.pt")
+    assert not mark.exists()
+
+
+# ---------------------------------------------------------------- what fits
+
+
+BEFORE = {"stage": "sft", "train": {"batch_size": 4, "accumulation": 2, "epochs": 3.0, "micro_tokens": None}, "seed": 1,
+          "engine": {"zero_stage": 2, "threads": 1}, "output": "a", "log": {"interval": 1}}
+
+
+def changed(**values):
+    return {**BEFORE, **{key: {**BEFORE[key], **value} if isinstance(value, dict) else value for key, value in values.items()}}
+
+
+def test_settings_that_change_no_result_may_differ():
+    now = changed(output="b", train={"micro_tokens": 64}, engine={"threads": 2}, log={"interval": 5}, resume="auto")
+    assert fits.differences(BEFORE, now, 1, 1) == []
+    assert fits.differences(BEFORE, changed(seed=2, train={"epochs": 4.0}), 1, 1) == [
+        "seed: 1 then, 2 now", "train.epochs: 3.0 then, 4.0 now"]
+    with pytest.raises(UserError, match="resume: x belongs to other settings: seed: 1 then, 2 now"):
+        fits.refuse("x", ["seed: 1 then, 2 now"])
+
+
+def test_another_number_of_processes_keeps_the_batch_of_all():
+    assert fits.differences(BEFORE, changed(train={"batch_size": 8}), 2, 1) == []
+    assert fits.differences(BEFORE, BEFORE, 2, 1) == ["batch of all processes: 16 then, 8 now (a process's portion times 2 and 1 "
+                                                      "processes)"]
+    assert fits.differences(BEFORE, changed(train={"batch_size": 8}), 1, 1) == ["train.batch_size: 4 then, 8 now"]
+
+
+# ---------------------------------------------------------------- skips and alarms
+
+
+def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
+    skips = Skips(2)
+    skips.note(1, ["loss"], None)
+    skips.note(2, [], None)
+    again = Skips(2)
+    again.load_state_dict(skips.state_dict())
+    again.note(3, ["loss"], None)
+    with pytest.raises(UserError, match="step 4: loss, gradient norm: expected finite numbers, got NaN or inf in 2 steps.*saved in here"):
+        again.note(4, ["loss", "gradient norm"], lambda: "here")
+    assert again.total == 3
+
+
+def test_a_spike_is_told_once(capsys):
+    spikes = Spikes(("loss",))
+    for step in range(60):
+        spikes.look(step, {"loss": 1.0 if step < 30 or step > 50 else 3.0})
+    out = capsys.readouterr().out
+    assert out.count("warning") == 1 and "step 33: loss 3 has been above 2 times its median of 1" in " ".join(out.split())
+    spikes.look(61, {"loss": float("nan")})
+
+
+def test_a_multiplier_at_its_bound_is_told(capsys):
+    bound = AtBound(5.0, -1.0, patience=3)
+    for step, value in enumerate((5.0, 5.0, 4.0, 5.0, 5.0, 5.0, 5.0)):
+        bound.look(step, {"lambda": value, "episode_cost": 2.0})
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("warning") == 1 and "step 5: λ has been at its bound of 5 for 3 steps, with a mean cost of 2" in out
+
+
+# ---------------------------------------------------------------- commands
+
+
+def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
+    made(tmp_path, 1, [0.5])
+    folder = made(tmp_path, 2)
+    commands.main(["inspect", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("whole: every SHA-256 is right") == 2 and "evaluation: 0.5" in out and "actor: 7 weights" in out
+    (folder / "actor" / "shard.pt").write_bytes(b"WEIGHTS")
+    with pytest.raises(UserError, match="1 of 2 cannot be used: .*shard.pt is damaged"):
+        commands.main(["inspect", str(tmp_path)])
+    commands.main(["inspect", str(folder), "--quick"])   # the size is right
+
+
+@pytest.mark.parametrize("words, said", [
+    ([], "required: action, path"), (["eat", "x"], "invalid choice: 'eat'"), (["inspect", "/no/where"], "/no/where: expected a checkpoint"),
+    (["export", "/no/where/step-00000001"], "missing: --output"), (["convert", "/no/where/step-00000001"], "is no folder")])
+def test_mistakes_are_told_in_a_line(words, said):
+    with pytest.raises(UserError, match=said):
+        commands.main(words)
+
+
+def test_inspect_needs_no_torch(tmp_path):
+    made(tmp_path, 1)
+    code = ("import sys; from saferlhf_fast import cli; code = cli.main(['checkpoint', 'inspect', sys.argv[1]]); "
+            "assert 'torch' not in sys.modules; sys.exit(code)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=kit.ROOT)
+    assert done.returncode == 0, done.stderr
