@@ -95,7 +95,8 @@ class Critic:
 def load_judge(path, tokenizer, cfg):
     """A frozen score model for texts of a policy with `tokenizer` -> (Judge, ScoreModel in fp32 for a critic)."""
     own = models.load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
-    score = models.load_score_model(path, tokenizer=own, trust_remote_code=cfg.trust_remote_code)
+    score = models.load_score_model(path, tokenizer=own, trust_remote_code=cfg.trust_remote_code,
+                                    allow_pickle=cfg.allow_pickle)
     differs = not models.same_tokenizer(tokenizer, own)
     if not differs:                                  # else texts are cut to what it can read
         models.refuse_short_context(path, score.config, cfg.max_length, "max_length")
@@ -108,7 +109,8 @@ def load_cast(cfg, tokenizer, steps, constrained):
 
     steps: optimiser steps of the run · constrained: with a cost critic (ppo-lag).
     """
-    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
+    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                               allow_pickle=cfg.allow_pickle)
     models.refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
     if cfg.gradient_checkpointing:
         body.recompute_activations(lm)
@@ -135,7 +137,8 @@ def cast_of_models(cfg, lm, tokenizer, steps, constrained):
 def load_critic(cfg, name, path, judge, score, tokenizer, steps, two_heads=False):
     """-> Engine of a critic: from its own path, or from its judge's ScoreModel where that reads the actor's ids."""
     def fresh(path):
-        return models.load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
+        return models.load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                                       allow_pickle=cfg.allow_pickle)
 
     if path is not None:
         own = models.load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)

@@ -9,9 +9,9 @@ Values are never written back: what is derived is a function of the config.
 from dataclasses import field
 from typing import Literal, Optional
 
-from .groups import (PPO, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative, NonNegativeInt,
-                     Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume, Sampling, Seed,
-                     Source, Template, Training, frozen)
+from .groups import (PPO, AllowPickle, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative,
+                     NonNegativeInt, Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume,
+                     Sampling, Seed, Source, Template, Training, frozen)
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig",
            "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling",
@@ -32,6 +32,7 @@ class SFTConfig:
     resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
+    allow_pickle: AllowPickle = False
     train: Training = field(default_factory=lambda: Training(epochs=3, batch_size=4, accumulation=8))
     optim: Optimizer = field(default_factory=Optimizer)
     engine: Engine = field(default_factory=Engine)
@@ -53,6 +54,7 @@ class PreferenceConfig:
     resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
+    allow_pickle: AllowPickle = False
     regularization: NonNegative = 0.001
     """c: weight of the mean squared score in the loss."""
     loss: Literal["sequence", "token"] = "sequence"
@@ -83,6 +85,7 @@ class DPOConfig:
     resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
+    allow_pickle: AllowPickle = False
     beta: Positive = 0.1
     """β: strength of the pull towards the reference."""
     preference: Literal["better", "safer"] = "better"
@@ -119,6 +122,7 @@ class PPOConfig:
     resume: Resume = None
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
+    allow_pickle: AllowPickle = False
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
     save_interval: Optional[PositiveInt] = None
@@ -163,6 +167,7 @@ class EvaluateConfig:
     overwrite: Overwrite = False
     template: Template = "auto"
     trust_remote_code: RemoteCode = False
+    allow_pickle: AllowPickle = False
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
     batch_size: PositiveInt = 16

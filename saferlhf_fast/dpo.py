@@ -52,7 +52,8 @@ def train(cfg):
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
-    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
+    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                               allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
     reference = engine.Frozen(Policy(copy.deepcopy(lm), cfg.engine.packing), cfg.engine)
     prepare(lm, cfg)

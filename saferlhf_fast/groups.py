@@ -52,6 +52,8 @@ Template = Annotated[Literal["auto", "tokenizer", "safe-rlhf", "none"], Field(
 Resume = Annotated[Optional[str], Field(
     description="Go on from a checkpoint: auto takes the newest complete one in <output>/checkpoints (none there: starts anew), "
                 "or name one's folder.")]
+AllowPickle = Annotated[bool, Field(
+    description="Read weights from .bin files (pickles) where a model has no .safetensors; tensors alone are taken from them.")]
 RemoteCode = Annotated[bool, Field(description="Run Python code that lies in the model's folder or Hub repository.")]
 
 

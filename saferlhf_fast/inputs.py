@@ -30,7 +30,7 @@ BEST_METRICS = {"sft": ("eval/loss",), "reward": ("eval/loss", "eval/accuracy"),
 
 def listed(cfg):
     """Yields (key, value, kind) for every model and data source that a config names; kind is "model" or "data"."""
-    values = to_dict(cfg)
+    values = to_dict(cfg, hide=False)
     for key in MODEL_KEYS:
         if values.get(key) is not None:
             yield key, values[key], "model"
@@ -70,7 +70,7 @@ def check(stage, cfg, produced=(), prefix=""):
         if not is_local(value) or any(_inside(value, folder) for folder in produced):
             continue
         path = Path(value).expanduser()
-        _check_model(at, path) if kind == "model" else _check_data(at, path)
+        _check_model(at, path, cfg.allow_pickle) if kind == "model" else _check_data(at, path)
 
 
 def check_settings(stage, cfg, prefix=""):
@@ -167,7 +167,7 @@ def _evaluation_contradiction(evaluation):
     return None
 
 
-def _check_model(key, path):
+def _check_model(key, path, allow_pickle):
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{key}: {path} {what}; expected a model folder (config.json, weights, tokenizer)")
@@ -181,8 +181,20 @@ def _check_model(key, path):
         raise UserError(f"{key}: {path / 'config.json'}: expected a JSON object, got {show(config)}")
     if not any(p.suffix in WEIGHT_ENDINGS for p in path.iterdir()):
         raise UserError(f"{key}: {path} has no weights; expected a file that ends in .safetensors or .bin")
+    problem = pickle_problem(path, allow_pickle)
+    if problem:
+        raise UserError(f"{key}: {path} {problem}")
     if not _has_tokenizer(path):
         raise UserError(f"{key}: {path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES[:4])} …")
+
+
+def pickle_problem(folder, allow_pickle):
+    """What is wrong with a model folder whose weights are pickles alone; None when they are not, or are allowed."""
+    if allow_pickle or any(folder.glob("*.safetensors")):
+        return None
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt"))
+    return f"has its weights as a pickle alone ({pickles[0]}); expected .safetensors; allow_pickle=true reads it all the same" \
+        if pickles else None
 
 
 def _has_tokenizer(path):

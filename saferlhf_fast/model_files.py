@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from .errors import UserError
-from .inputs import is_local
+from .inputs import is_local, pickle_problem
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -48,18 +48,40 @@ def _find_on_hub(name):
                         f"says: {_one_line(error)}") from error
 
 
-def local_copy(path):
-    """-> the folder of a model: its own when it is local, else the Hub's, downloaded (safetensors where there are)."""
+def local_copy(path, allow_pickle=False):
+    """-> the folder of a model: its own when it is local, else the Hub's, downloaded (safetensors; .bin files where there are
+    none and allow_pickle). UserError for weights that are pickles alone, or lie elsewhere."""
     folder = checked(path)
     if folder is not None:
+        refuse_foreign(path, folder, allow_pickle)
         return folder
     from huggingface_hub import snapshot_download
     small = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     with readable(path, "model"):
         folder = Path(snapshot_download(path, allow_patterns=[*small, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
+            _refuse_pickles_on_hub(path, allow_pickle)
             folder = Path(snapshot_download(path, allow_patterns=[*small, "*.bin"]))
+    refuse_foreign(path, folder, allow_pickle)
     return folder
+
+
+def _refuse_pickles_on_hub(path, allow_pickle):
+    if not allow_pickle:
+        raise UserError(f"{path} has no weights in .safetensors; allow_pickle=true reads .bin files")
+
+
+def refuse_foreign(path, folder, allow_pickle):
+    """UserError for weights that are pickles alone and not allowed, and for an index that names files outside the folder."""
+    problem = pickle_problem(folder, allow_pickle)
+    if problem:
+        raise UserError(f"{path} {problem}")
+    for index in sorted(folder.glob("*.index.json")):
+        with readable(path, "model"):
+            named = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        for name in sorted(set(map(str, named))):
+            if Path(name).name != name:
+                raise UserError(f"{path}: {index.name} names {name}; expected a file of this folder")
 
 
 def has_weights(folder):

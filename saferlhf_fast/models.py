@@ -35,25 +35,32 @@ __all__ = ["Normalizer", "ScoreModel", "add_lora", "check_score_export", "load_c
 # ---------------------------------------------------------------- causal language models
 
 
-def load_causal_lm(path, *, dtype=torch.float32, tokenizer=None, trust_remote_code=False):
+def load_causal_lm(path, *, dtype=torch.float32, tokenizer=None, trust_remote_code=False, allow_pickle=False):
     """-> a causal LM from a folder or the Hub, attention by SDPA where the architecture has it.
 
     tokenizer: when given, its vocabulary must fit the embedding. UserError: no folder, no config.json, no weights, or
-    weights missing from them (a score model has no language-model head), a vocabulary larger than the embedding.
+    weights missing from them (a score model has no language-model head), a vocabulary larger than the embedding, weights in
+    pickles alone without allow_pickle (then tensors are taken from them, and nothing is run).
     """
     folder = checked(path)
     if folder is not None and not has_weights(folder):
         raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
+    folder = local_copy(path, allow_pickle)
     from transformers import AutoModelForCausalLM
     with readable(path, "causal language model"), quiet():
-        lm, info = AutoModelForCausalLM.from_pretrained(str(folder or path), dtype=dtype, output_loading_info=True,
-                                                        trust_remote_code=trust_remote_code)
+        lm, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True,
+                                                        trust_remote_code=trust_remote_code, **_only(allow_pickle))
     refuse_missing(path, info, "causal language model")
     if tokenizer is not None:
         refuse_large_vocabulary(path, tokenizer, lm.get_input_embeddings().weight.shape[0])
     train_every_row(lm)
     lm.config.use_cache = True       # for `generate`; training passes use_cache=False itself
     return lm
+
+
+def _only(allow_pickle):
+    """What transformers may read: safetensors alone, or pickles too, but only tensors of them."""
+    return {"use_safetensors": None if allow_pickle else True, "weights_only": True}
 
 
 def train_every_row(model):
@@ -216,18 +223,18 @@ def hidden_size(config):
     return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
 
 
-def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False):
+def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
     """-> the architecture's base model, without any head; of a multimodal one the text part.
 
     UserError when weights are missing.
     """
-    folder = local_copy(path)
+    folder = local_copy(path, allow_pickle)
     if not has_weights(folder):
         raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
     from transformers import AutoModel
     with readable(path, "backbone"), quiet():
         backbone, info = AutoModel.from_pretrained(str(folder), dtype=dtype, output_loading_info=True,
-                                                   trust_remote_code=trust_remote_code)
+                                                   trust_remote_code=trust_remote_code, **_only(allow_pickle))
     # Encoders' poolers are not used: the head reads the hidden states.
     refuse_missing(path, info, "backbone", ignore=("pooler",))
     if backbone.config.is_encoder_decoder:
@@ -239,12 +246,14 @@ def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False):
     return backbone
 
 
-def score_model_from_backbone(path, *, dtype=torch.float32, kind=None, trust_remote_code=False):
+def score_model_from_backbone(path, *, dtype=torch.float32, kind=None, trust_remote_code=False, allow_pickle=False):
     """-> a ScoreModel with a new head on the backbone of a folder or Hub name (a causal LM's, usually)."""
-    return ScoreModel(load_backbone(path, dtype=dtype, trust_remote_code=trust_remote_code), kind=kind)
+    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
+    return ScoreModel(load_backbone(path, **options), kind=kind)
 
 
-def load_score_model(path, *, dtype=torch.float32, new_head=False, tokenizer=None, trust_remote_code=False):
+def load_score_model(path, *, dtype=torch.float32, new_head=False, tokenizer=None, trust_remote_code=False,
+                     allow_pickle=False):
     """-> a ScoreModel from a folder or Hub name, head included.
 
     Read: AutoModelForSequenceClassification(num_labels=1), which is what we write, and REF's layout with its bias and
@@ -252,9 +261,9 @@ def load_score_model(path, *, dtype=torch.float32, new_head=False, tokenizer=Non
     keeps it). A folder that says it is a score model and has no head is always one: no head is ever drawn in silence.
     tokenizer: when given, its vocabulary must fit the embedding.
     """
-    folder = local_copy(path)
+    folder = local_copy(path, allow_pickle)
     head = read_head(folder, path, may_lack=new_head)
-    backbone = load_backbone(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    backbone = load_backbone(path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     if tokenizer is not None:
         refuse_large_vocabulary(path, tokenizer, backbone.get_input_embeddings().weight.shape[0])
     if head is None:

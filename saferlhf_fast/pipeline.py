@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from saferlhf_fast import inputs, run_folder
+from saferlhf_fast import inputs, redact, run_folder
 from saferlhf_fast.config import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.explain import leaves, nearest, show
@@ -227,7 +227,7 @@ def _keep_traceback(folder):
     if not folder or not (folder / "started.json").exists() or (folder / "finished.json").exists():
         return None
     path = folder / f"error-rank{run_folder.rank()}.txt"
-    path.write_text(traceback.format_exc(), encoding="utf-8")
+    path.write_text(redact.text(traceback.format_exc()), encoding="utf-8")
     return path
 
 

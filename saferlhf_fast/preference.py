@@ -109,7 +109,7 @@ def _train(cfg, kind):
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
     score = models.load_score_model(cfg.model, new_head=True, tokenizer=tokenizer,
-                                    trust_remote_code=cfg.trust_remote_code)
+                                    trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
     keep = {"drop_bias": cfg.drop_bias, "keep_bias": not cfg.drop_bias}
     models.check_score_export(score, tokenizer, **keep)      # refused now, not after hours of training

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from saferlhf_fast import redact
 from saferlhf_fast.config import Source
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.explain import (
@@ -152,15 +153,18 @@ def build(command, values, origin=lambda key: "settings", prefix=""):
         fail(*_sentence(cls, merged, e.errors()))
 
 
-def to_dict(cfg):
-    """Returns a config as nested plain dicts and lists, as written to config.yaml."""
+def to_dict(cfg, hide=True):
+    """Returns a config as nested plain dicts and lists, as written to config.yaml.
+
+    hide: without passwords (redact.py), as everything that is written; False for what is to be used.
+    """
     def plain(value):
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-    return plain(cfg)
+    return redact.values(plain(cfg)) if hide else plain(cfg)
 
 
 # --- inside -------------------------------------------------------------------------------------------------------

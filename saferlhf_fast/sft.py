@@ -24,7 +24,8 @@ def train(cfg):
     examples, report = data.sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
     examples, held_out = held_out_split(cfg, examples, lambda source: data.sft_examples(
         source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed))
-    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
+    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                               allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
     prepare(lm, cfg)
     if cfg.lora.rank:

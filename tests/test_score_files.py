@@ -163,7 +163,7 @@ def test_pad_equal_to_eos_without_another_special_token_is_refused(llama, tmp_pa
 def test_ref_checkpoint_scores_as_its_formula(llama, tmp_path, score_type, normalize, binary):
     state = write_ref(tmp_path, llama, binary=binary, score_type=score_type, do_normalize=normalize,
                       normalizer_type="RunningMeanStd" if normalize else None)
-    model = models.load_score_model(tmp_path)
+    model = models.load_score_model(tmp_path, allow_pickle=binary)
     ids_BL, mask_BL = right_padded(models.load_tokenizer(tmp_path))
     from transformers import AutoModel
     hidden = AutoModel.from_pretrained(llama).eval()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
@@ -258,4 +258,4 @@ def test_a_pickle_that_runs_code_is_refused(llama, tmp_path):
 
     torch.save({"score_head.weight": Harm()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
-        models.load_score_model(tmp_path)
+        models.load_score_model(tmp_path, allow_pickle=True)

@@ -81,7 +81,8 @@ def evaluate(cfg):
     prompts, report = data.prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
 
     def policy(path):
-        lm = models.load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code)
+        lm = models.load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                                   allow_pickle=cfg.allow_pickle)
         models.refuse_short_context(path, lm.config, cfg.max_length, "max_length")
         return engine.Frozen(Policy(lm, cfg.engine.packing), cfg.engine)
 
