@@ -1,8 +1,13 @@
-"""Run by test_generation.py in two processes: rollouts of a model under ZeRO-3, before and after a step of training."""
+"""Run by test_generation.py in two processes: rollouts of a model under ZeRO-3, before and after a step of training.
+
+DeepSpeed is told to keep no weight longer than its layer runs: by default it keeps all of a model as small as this one, and
+ranks that do not keep step with each other go unnoticed.
+"""
 
 import json
 import os
 import sys
+import time
 
 import generation_kit
 import torch
@@ -33,7 +38,9 @@ def rollout(generator, counts):
 
 
 def main(out):
-    cfg = Engine(zero_stage=3, precision="fp32")
+    nothing = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+                             "stage3_param_persistence_threshold"), 0)
+    cfg = Engine(zero_stage=3, precision="fp32", config={"zero_optimization": nothing})
     engine.start(cfg, 0)
     lm = generation_kit.llama()
     actor = engine.Engine(Holder(lm), Optimizer(learning_rate=0.05, warmup_ratio=0.0, schedule="constant"), cfg, 4)
@@ -41,7 +48,9 @@ def main(out):
                                          Sampling(engine="generate", gather=gather, batch_size=2)) for gather in (True, False)}
     found = {}
     for gather, generator in generators.items():
+        begun = time.perf_counter()
         found[gather] = {"before": rollout(generator, (5, 0))}
+        found[gather]["seconds"] = time.perf_counter() - begun
         found[gather]["sharded"] = all(p.numel() < p.ds_numel for p in actor.module.parameters())
     actor.train()
     for _ in range(2):

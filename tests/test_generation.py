@@ -244,5 +244,5 @@ def test_zero_3_in_two_processes(tmp_path):
     expected = [r.ids for r in sampled(generation_kit.llama(), prompts, seeds, limits)]
     for gather in ("true", "false"):
         # The first rollout left the weights sharded, and the second sees those of the step between.
-        assert found[gather]["before"] == expected and found[gather]["sharded"]
+        assert found[gather]["before"] == expected and found[gather]["sharded"] and found[gather]["seconds"] < 60
         assert found[gather]["after"] == found["trained"] != expected

@@ -83,6 +83,7 @@ def test_from_the_engine_s_log_probs(world, tmp_path):
 @pytest.mark.parametrize(("settings", "said"), [
     ({"ppo.importance_cap": "null"}, "ppo.overlap: needs ppo.importance_cap (2.0 is common) or ppo.old_logp=engine"),
     ({"engine.zero_stage": 3}, "ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got 3"),
+    ({"engine.frozen": "sharded"}, "ppo.overlap: expected engine.frozen auto or replicated, got sharded"),
     ({"lora.rank": 4}, "got one trunk (lora.rank)")])
 def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, said):
     given = {**{key.replace("__", "."): value for key, value in SETTINGS.items()}, **settings}

@@ -163,6 +163,7 @@ def test_two_heads_on_one_critic_without_adapters(world, tmp_path):
 
 def test_what_does_not_go_with_a_trunk_is_said(world, tmp_path, capsys):
     for settings, said in (({"engine.zero_stage": 3}, "engine.zero_stage: expected 0, 1 or 2 with lora.rank, got 3"),
+                           ({"engine.frozen": "sharded"}, "engine.frozen: expected auto or replicated with lora.rank, whose"),
                            ({"reward_critic": world["reward"]}, "reward_critic: expected none with lora.rank")):
         words = [f"{key}={value}" for key, value in settings.items()]
         code = kit.main("ppo-lag", f"model={world['model']}", f"reward={world['reward']}", f"cost={world['cost']}",

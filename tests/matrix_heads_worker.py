@@ -1,0 +1,89 @@
+"""Run by test_matrix_heads.py in two processes under ZeRO-3: new heads, and score models that are saved and loaded.
+
+    torchrun … matrix_heads_worker.py BASE FOLDER OUT
+
+BASE: a causal LM of hidden size WIDTH · FOLDER: for what is saved · OUT: JSON {name: number or bool}
+"""
+
+import json
+import os
+import sys
+
+import torch
+
+from saferlhf_fast import engine, models
+from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.packing import end_row, pack
+
+SEQUENCES = [[1, 9, 8, 7, 12], [1, 5, 6], [1, 11, 10, 9, 8, 7, 6, 5]]
+ZERO_3 = Engine(zero_stage=3, precision="fp32", config={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+RATE = Optimizer(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
+
+
+def spread(name, head):
+    """Standard deviation of a sharded head's weights, and whether all ranks have the same."""
+    with engine.gathered(head, True):
+        weight = head.weight.detach().clone()
+    seen = engine.gather_objects(weight.tolist())
+    return {f"{name}: std": weight.std().item(), f"{name}: same on all ranks": all(other == seen[0] for other in seen)}
+
+
+def drawn_in_place(base):
+    """A head that was sharded as it was made: it is empty where it is drawn. Each rank draws from a seed of its own."""
+    import deepspeed
+    model = models.score_model_from_backbone(base)
+    with deepspeed.zero.Init(config_dict_or_path=engine.settings(ZERO_3, None)):
+        model.score = models.ScoreHead(model.score.weight.shape[1])
+    empty = model.score.weight.numel() == 0
+    torch.manual_seed(100 + engine.rank())
+    model.init_head()
+    return {"in place: empty": empty, **spread("in place", model.score)}
+
+
+def scores(model):
+    """Of the sequences, bits and all."""
+    packed = pack(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
+    with torch.no_grad():
+        return model(packed).tolist()
+
+
+def main(base, folder, out):
+    engine.start(ZERO_3, 0)
+    found = drawn_in_place(base)
+    # As the stages make them: a reward model with a new head, and a critic of two heads.
+    torch.manual_seed(5)
+    score = models.load_score_model(base, new_head=True)
+    two = models.load_score_model(base, new_head=True)
+    two.add_head()
+    critic = engine.Engine(two, RATE, ZERO_3, 10)
+    trained = engine.Engine(score, RATE, ZERO_3, 10)
+    found["sharded"] = all(p.numel() < p.ds_numel for p in trained.module.parameters())
+    found |= spread("new", trained.module.score) | spread("two heads", critic.module.score)
+    packed = pack(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
+    for _ in range(2):
+        trained.backward(trained(packed).square().sum() / engine.world_size())
+        trained.step()
+    trained.train(False)
+    before = scores(trained)
+    tokenizer = models.load_tokenizer(base)
+    with trained.gathered():
+        if engine.rank() == 0:
+            models.save_score_model(folder, trained.module, tokenizer, kind="reward")
+    engine.barrier()
+    found["reloaded, whole"] = scores(models.load_score_model(folder).eval()) == before
+    for frozen in ("sharded", "replicated"):
+        cfg = Engine(zero_stage=3, precision="fp32", frozen=frozen, config=ZERO_3.config)
+        asked = engine.Frozen(models.load_score_model(folder), cfg)
+        found[f"reloaded, {frozen}"] = scores(asked) == before
+    again = engine.Engine(models.load_score_model(folder), RATE, ZERO_3, 10).train(False)
+    found["reloaded, trained on"] = scores(again) == before
+    found["moved"] = before != scores(engine.Frozen(models.load_score_model(base, new_head=True), ZERO_3))
+    if engine.rank() == 0:
+        with open(out, "w") as file:
+            json.dump(found, file)
+    engine.finish()
+    os._exit(0)      # the results are written; how gloo's threads end is not what is tested here
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
