@@ -86,7 +86,7 @@ def supervised(cell, world, tokenizer):
         batch = [examples[(step * GLOBAL_BATCH + i) % len(examples)] for i in range(GLOBAL_BATCH)]
         if step == 1 and cell != cell.reference:
             broken = dataclasses.replace(task, loss=lambda *given: spoilt(*task.loss(*given)))
-            assert fit.train_step(trained, broken, batch, BUDGET)[1] == ["loss"]
+            assert "loss" in fit.train_step(trained, broken, batch, BUDGET)[1]
         values, bad = fit.train_step(trained, task, batch, BUDGET)
         assert not bad, bad
         rows.append(values)
