@@ -99,6 +99,9 @@ def readable(path, what):
     # The loaders' failures have no common type (tokenizers raises bare Exception), and all mean a folder that cannot
     # be read; --debug shows what it was.
     except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{path} needs code that lies beside it, which was not run; expected a model that transformers has, "
+                            "or trust_remote_code=true for one whose code you have read") from error
         raise UserError(f"{path} cannot be loaded as a {what}: {_one_line(error)}") from error
 
 

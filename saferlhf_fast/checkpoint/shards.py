@@ -3,6 +3,7 @@
 import contextlib
 import os
 
+from .. import redact
 from . import pickles
 from .files import Files
 
@@ -11,6 +12,7 @@ def save(model, folder, name, files):
     """Writes an engine's weights, optimiser, schedule and counters; every rank must call it. files: a `Files` of the folder."""
     deepspeed = model.deepspeed
     deepspeed.checkpoint_engine = files
+    deepspeed.config = redact.values(deepspeed.config)           # it is written into every shard
     deepspeed._copy_recovery_script = lambda folder: None        # a script of DeepSpeed's beside each checkpoint
     with _quiet():
         deepspeed.save_checkpoint(str(folder), tag=name, save_latest=False)
