@@ -1,7 +1,7 @@
 """Being told to stop: SIGTERM (clusters before they take a node back) and SIGUSR1 (SLURM's warning) end a run after its step.
 
-Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and raises Stopped. A
-second signal of the same kind ends the process at once. Outside, signals do what they always do.
+Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and raises Stopped. It
+may come several times: a cluster tells every process, and a launcher passes it on. Outside, signals do what they always do.
 """
 
 import signal
@@ -46,7 +46,4 @@ def asked():
 
 def _note(number, frame):
     global _asked
-    if _asked == number:
-        signal.signal(number, signal.SIG_DFL)
-        signal.raise_signal(number)
     _asked = number

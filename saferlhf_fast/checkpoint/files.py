@@ -76,7 +76,7 @@ class Files:
     def _write(self, name, write):
         if self.error is not None:                       # the checkpoint is lost already
             return
-        path = self.folder / name
+        path, file = self.folder / name, None
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as raw:
@@ -90,7 +90,8 @@ class Files:
             self.written[str(name)] = said
         # Whatever stops a write (a full disk, a dead mount) must not stop the run, nor leave the other ranks waiting.
         except Exception as error:
-            self.error = f"{path}: {type(error).__name__}: {error}"
+            cause = (file and file.error) or error       # torch.save says of a full disk that its file is somewhere else
+            self.error = f"{path}: {type(cause).__name__}: {cause}"
 
     # ------------------------------------------------------------ what DeepSpeed asks of a checkpoint engine
 
@@ -135,11 +136,15 @@ class _Hashed:
     """A file that counts and hashes what is written to it."""
 
     def __init__(self, raw):
-        self.raw, self.count, self.digest = raw, 0, hashlib.sha256()
+        self.raw, self.count, self.digest, self.error = raw, 0, hashlib.sha256(), None
 
     def write(self, data):
         data = memoryview(data).cast("B") if not isinstance(data, (bytes, bytearray)) else data
-        self.raw.write(data)
+        try:
+            self.raw.write(data)
+        except OSError as error:
+            self.error = error
+            raise
         self.digest.update(data)
         self.count += len(data)
         return len(data)
@@ -153,8 +158,9 @@ def _copied(value):
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        return type(value)((key, _copied(inner)) for key, inner in value.items()) if type(value) is not dict else \
-            {key: _copied(inner) for key, inner in value.items()}
+        new = copy.copy(value)                           # a state_dict's own attributes with it
+        new.update((key, _copied(inner)) for key, inner in value.items())
+        return new
     if type(value) in (list, tuple):
         return type(value)(_copied(inner) for inner in value)
     return copy.deepcopy(value)

@@ -1,0 +1,303 @@
+"""A run that was interrupted and goes on is, bit by bit, the run that was not: weights, optimisers, λ, generators, metrics."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from itertools import product
+from unittest import mock
+
+import kit
+import pytest
+import resume_kit
+from resume_kit import AT, STEPS, assert_same, interrupted, launch, words
+
+from saferlhf_fast.checkpoint import manifest
+
+STAGES = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return resume_kit.make_world(tmp_path_factory.mktemp("resume"))
+
+
+@pytest.fixture(autouse=True)
+def no_report():
+    with mock.patch("saferlhf_fast.report.write_report"):
+        yield
+
+
+def run(*arguments, code=0, **settings):
+    """Runs one in this process."""
+    assert kit.main(*words(*arguments, **settings)) == code
+
+
+def rows_without_time(folder):
+    return [{key: value for key, value in row.items() if key != "time"} for row in kit.rows(folder)]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_goes_on_as_if_nothing_had_happened(world, tmp_path, stage, capsys):
+    run(stage, world, tmp_path / "a")
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    run(stage, world, copy, resume="auto")
+    assert f"resume: step {AT} from {manifest.folder_of(copy, AT)}" in capsys.readouterr().out.replace("\n", "")
+    assert_same(tmp_path / "a", copy)
+    assert len((copy / "resumed.jsonl").read_text().splitlines()) == 1
+
+
+VARIANTS = {
+    "one trunk": {"lora.rank": 2, "lora.dropout": 0.1},
+    "overlap": {"ppo.overlap": "true", "ppo.importance_cap": 2.0},
+    "pid, two epochs, whitening": {"multiplier.rule": "pid", "ppo.epochs": 2, "ppo.whiten": "true"},
+    "one critic, quantile, selection": {"ppo.shared_critic": "true", "multiplier.threshold_quantile": 0.3,
+                                        "evaluation.fraction": 0.3, "evaluation.interval": 1, "evaluation.select": "true"},
+    "8-bit optimiser": {"optim.kind": "adamw-8bit", "critic_optim.kind": "adafactor"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
+    run("ppo-lag", world, tmp_path / "a", **VARIANTS[variant])
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    run("ppo-lag", world, copy, resume="auto", **VARIANTS[variant])
+    assert_same(tmp_path / "a", copy)
+
+
+def test_writing_checkpoints_changes_nothing(world, tmp_path):
+    run("sft", world, tmp_path / "a")
+    run("sft", world, tmp_path / "b", **{"checkpoint.interval": 100})
+    run("sft", world, tmp_path / "c", **{"checkpoint.interval": 1, "checkpoint.asynchronous": "true"})
+    assert rows_without_time(tmp_path / "a") == rows_without_time(tmp_path / "b") == rows_without_time(tmp_path / "c")
+    assert not manifest.listed(tmp_path / "b")
+    assert [step for step, path in manifest.listed(tmp_path / "c") if manifest.is_committed(path)] == list(range(STEPS, 0, -1))
+    assert_same(tmp_path / "a", tmp_path / "c")          # written in the background: the same bytes
+
+
+def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
+    run("reward", world, tmp_path / "a")
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    assert kit.steps(copy)[-1] == STEPS                  # the killed run had told more than its last checkpoint knows
+    run("reward", world, copy, resume="auto")
+    assert kit.steps(copy) == kit.steps(tmp_path / "a")
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo-lag"])
+def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
+    run(stage, world, tmp_path / "a", **{"checkpoint.interval": STEPS})
+    before = signal.getsignal(signal.SIGTERM)
+    from saferlhf_fast.metrics import Metrics
+    log = Metrics.log
+
+    def told(self, step, values):
+        log(self, step, values)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    begun = time.monotonic()
+    with mock.patch.object(Metrics, "log", told):
+        run(stage, world, tmp_path / "b", code=143, **{"checkpoint.interval": STEPS})
+    assert time.monotonic() - begun < 30
+    assert "SIGTERM: stopped after step 3; resume=auto goes on from" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "b" / "finished.json").exists()
+    assert [step for step, _ in manifest.listed(tmp_path / "b")] == [3]
+    run(stage, world, tmp_path / "b", resume="auto", **{"checkpoint.interval": STEPS})
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_clock_makes_a_checkpoint_due(world, tmp_path):
+    run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1000, "checkpoint.minutes": 1e-9})
+    assert [step for step, _ in manifest.listed(tmp_path / "a")] == list(range(STEPS, 0, -1))
+
+
+# ---------------------------------------------------------------- which checkpoint, and why not another
+
+
+def test_a_damaged_one_is_passed_over_and_named(world, tmp_path, capsys):
+    run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
+    copy = interrupted(tmp_path / "a", tmp_path / "b", at=3)
+    shard = manifest.folder_of(copy, 3) / "model" / "mp_rank_00_model_states.pt"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:100] + bytes([content[100] ^ 8]) + content[101:])
+    capsys.readouterr()
+    run("reward", world, copy, resume="auto", **{"checkpoint.interval": 1})
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"resume: not {shard} is damaged: its SHA-256 is" in out and "resume: step 2 from" in out
+    assert_same(tmp_path / "a", copy)
+
+
+def test_nothing_whole_is_refused_and_nothing_is_lost(world, tmp_path, capsys):
+    run("reward", world, tmp_path / "a")
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    (manifest.folder_of(copy, AT) / "state.json").unlink()
+    before = kit.files(copy / "checkpoints")
+    run("reward", world, copy, code=2, resume="auto")
+    assert "can be used" in capsys.readouterr().err and kit.files(copy / "checkpoints") == before
+
+
+def test_without_a_checkpoint_the_run_starts_anew(world, tmp_path, capsys):
+    run("reward", world, tmp_path / "a", resume="auto")
+    assert "the run starts anew" in capsys.readouterr().out
+    copy = interrupted(tmp_path / "a", tmp_path / "b", at=0)
+    (manifest.root(copy) / "step-00000001").mkdir()      # one that was being written
+    run("reward", world, copy, resume="auto")
+    assert_same(tmp_path / "a", copy)
+
+
+def test_a_finished_run_is_not_done_again(world, tmp_path, capsys):
+    run("reward", world, tmp_path / "a")
+    before = kit.files(tmp_path / "a")
+    run("reward", world, tmp_path / "a", resume="auto")
+    assert "finished before" in capsys.readouterr().out and kit.files(tmp_path / "a") == before
+    run("reward", world, tmp_path / "a", code=2, resume="auto", seed=3)
+    assert "holds a finished run" in capsys.readouterr().err and kit.files(tmp_path / "a") == before
+
+
+def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
+    run("reward", world, tmp_path / "a")
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    before = kit.files(copy)
+    run("reward", world, copy, code=2, resume="auto", **{"optim.learning_rate": 1e-4})
+    assert "optim.learning_rate: 0.001 then, 0.0001 now" in capsys.readouterr().err
+    data = shutil.copy(world["pairs"], tmp_path / "pairs.jsonl")
+    with open(data, "a") as file:
+        file.write(json.dumps(kit.pair("what is new", "yes one", "harm two", 0)) + "\n")
+    run("reward", {**world, "pairs": data}, copy, code=2, resume="auto")
+    assert "data: its content has changed" in capsys.readouterr().err
+    after = kit.files(copy)
+    assert {name: after[name] for name in before} == before
+    run("reward", world, copy, code=2)                   # without resume
+    assert "holds an unfinished run" in capsys.readouterr().err
+
+
+def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
+    run("reward", world, tmp_path / "a")
+    run("reward", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT))
+    assert kit.losses(tmp_path / "b") == kit.losses(tmp_path / "a")[AT:]
+    run("reward", world, tmp_path / "c", code=2, resume=tmp_path / "nowhere")
+    assert "nowhere has no manifest.json" in capsys.readouterr().err
+    run("cost", world, tmp_path / "d", code=2, resume=manifest.folder_of(tmp_path / "a", AT))
+    assert "of the stage reward, expected cost" in capsys.readouterr().err
+
+
+def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
+    """Even when the manifest is made to fit: whoever can write the folder can do that."""
+    import torch
+    from test_checkpoint import Marker
+    run("reward", world, tmp_path / "a")
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    folder, mark = manifest.folder_of(copy, AT), tmp_path / "ran"
+    shard = folder / "model" / "mp_rank_00_model_states.pt"
+    state = torch.load(shard, weights_only=False)
+    torch.save({**state, "extra": Marker(mark)}, shard)
+    values = manifest.read(folder)
+    values["files"]["model/mp_rank_00_model_states.pt"] = {"bytes": shard.stat().st_size, "sha256": manifest.sha256(shard)}
+    manifest.write(folder, {key: value for key, value in values.items() if key not in ("seal", "format")})
+    run("reward", world, copy, code=2, resume="auto")
+    err = capsys.readouterr().err
+    assert not mark.exists() and str(shard) in err and "was not run" in err
+    assert kit.main("checkpoint", "export", folder, "--output", tmp_path / "model") == 2 and not mark.exists()
+
+
+# ---------------------------------------------------------------- a full disk, and NaN
+
+
+def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
+    from saferlhf_fast.checkpoint import files
+    from saferlhf_fast.checkpoint.run import Checkpoints
+    run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
+    save, opened = Checkpoints.save, open
+
+    class Full:
+        """A file on a disk that is nearly full."""
+
+        def __init__(self, path, mode):
+            self.file, self.left = opened(path, mode), 5000
+
+        def write(self, data):
+            self.left -= len(data)
+            if self.left < 0:
+                raise OSError(28, "No space left on device")
+            return self.file.write(data)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    def at(self, step):
+        with mock.patch.object(files, "open", Full if step == 3 else opened, create=True):
+            save(self, step)
+
+    with mock.patch.object(Checkpoints, "save", at):
+        run("reward", world, tmp_path / "b", **{"checkpoint.interval": 1})
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("warning: checkpoint of step 3 was not written") == 1 and "No space left on device" in out
+    assert [step for step, _ in manifest.listed(tmp_path / "b")] == [4, 2, 1]
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("zero, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
+def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, capsys):
+    from saferlhf_fast import engine
+    from saferlhf_fast.engine import Engine
+    backward, states, count = Engine.backward, [], [0]
+
+    def poisoned(self, loss):
+        count[0] += 1
+        return backward(self, loss * float("nan") if count[0] == 2 else loss)
+
+    def seen(self):
+        states.append({name: value.clone() for name, value in self.state_dict().items()})
+        discard(self)
+        states.append(self.state_dict())
+
+    discard = Engine.discard
+    not_finite = engine.not_finite
+    settings = {"engine.zero_stage": zero, "engine.precision": precision, "lora.rank": 0, "train.micro_tokens": 100000}
+    with mock.patch.object(Engine, "backward", poisoned), mock.patch.object(Engine, "discard", seen), \
+            mock.patch.object(engine, "not_finite", lambda named: ["loss"] if count[0] == 2 else not_finite(named)):
+        run("reward", world, tmp_path / "a", **settings)
+    before, after = states
+    assert before and all((before[name] == after[name]).all() for name in before)
+    assert kit.summary(tmp_path / "a")["skipped_steps"] == 1
+    assert "step 2 is left out on all ranks: loss not finite (1 so far)" in " ".join(capsys.readouterr().out.split())
+    rates = kit.losses(tmp_path / "a", "train/lr")
+    assert rates[1] == rates[2]                          # the schedule waits
+
+
+# ---------------------------------------------------------------- several processes
+
+
+CELLS = [("sft", 3, "bf16"), ("cost", 2, "fp32"), ("dpo", 2, "bf16"), ("ppo-lag", 3, "fp32"), ("ppo-lag", 2, "bf16")]
+
+
+def both(world, tmp_path, cells, processes=2, **settings):
+    """Runs cells straight, cuts copies off after step 2, lets them go on -> (folder, folder) of each."""
+    def commands(letter, **more):
+        return [words(stage, world, tmp_path / f"{letter}{i}", **{"engine.zero_stage": zero, "engine.precision": precision},
+                      **settings, **more) for i, (stage, zero, precision) in enumerate(cells)]
+
+    launch(commands("a"), processes, timeout=1500)
+    for i in range(len(cells)):
+        interrupted(tmp_path / f"a{i}", tmp_path / f"b{i}")
+    launch(commands("b", resume="auto"), processes, timeout=1500)
+    return [(tmp_path / f"a{i}", tmp_path / f"b{i}") for i in range(len(cells))]
+
+
+def test_two_processes_go_on_as_if_nothing_had_happened(world, tmp_path):
+    for pair in both(world, tmp_path, CELLS):
+        assert_same(*pair)
+
+
+@pytest.mark.faults
+def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
+    cells = list(product(STAGES, (0, 1, 2, 3), ("fp32", "bf16")))
+    for pair in both(world, tmp_path, cells):
+        assert_same(*pair)
