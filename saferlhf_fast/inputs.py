@@ -26,6 +26,12 @@ BEST_METRICS = {"sft": ("eval/loss",), "reward": ("eval/loss", "eval/accuracy"),
                 "cost": ("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
                 "dpo": ("eval/loss", "eval/reward_accuracy", "eval/reward_margin")}
 """What train.best_metric can name, by stage."""
+ELSEWHERE = {"zero_optimization.stage": "engine.zero_stage", "bf16.enabled": "engine.precision",
+             "fp16.enabled": "engine.precision", "gradient_clipping": "optim.max_grad_norm", "optimizer": "optim.kind",
+             "scheduler": "optim.schedule", "train_batch_size": "the stage's batch size",
+             "train_micro_batch_size_per_gpu": "the stage's batch size",
+             "gradient_accumulation_steps": "the stage's batch size"}
+"""DeepSpeed's settings that are not for engine.config, and what of ours sets them: our code goes by ours."""
 
 
 def listed(cfg):
@@ -85,11 +91,9 @@ def check_settings(stage, cfg, prefix=""):
 
 def _contradiction(stage, cfg):
     """Returns a sentence about settings that do not go together; None when all is well."""
-    engine = getattr(cfg, "engine", None)
-    if engine and engine.offload_optimizer and engine.zero_stage == 0:
-        return "engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0"
-    if engine and engine.offload_parameters and engine.zero_stage != 3:
-        return f"engine.offload_parameters: needs engine.zero_stage 3, got {engine.zero_stage}"
+    problem = _engine_contradiction(cfg.engine) if hasattr(cfg, "engine") else None
+    if problem:
+        return problem
     train = getattr(cfg, "train", None)
     if train and (train.best_metric or train.eval_interval) and train.eval_data is None and train.eval_fraction == 0:
         name = "best_metric" if train.best_metric else "eval_interval"
@@ -102,6 +106,20 @@ def _contradiction(stage, cfg):
         if length is not None and length >= cfg.max_length:
             return f"sampling.{name}: must be below max_length ({cfg.max_length}), got {length}"
     return _ppo_contradiction(stage, cfg) if stage in ("ppo", "ppo-lag") else None
+
+
+def _engine_contradiction(engine):
+    if engine.offload_optimizer and engine.zero_stage == 0:
+        return "engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0"
+    if engine.offload_parameters and engine.zero_stage != 3:
+        return f"engine.offload_parameters: needs engine.zero_stage 3, got {engine.zero_stage}"
+    for key, ours in ELSEWHERE.items():              # a model sharded behind our back would be saved in pieces
+        value = engine.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if value is not None:
+            return f"engine.config.{key}: expected none, since {ours} says it; got {show(value)}"
+    return None
 
 
 def _ppo_contradiction(stage, cfg):

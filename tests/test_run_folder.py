@@ -235,6 +235,9 @@ PPO = {"model": "org/m", "reward": "org/r"}
     ("sft", {"train.best_metric": "eval/loss"}, "train.best_metric: needs something to evaluate on"),
     ("sft", {"engine.offload_optimizer": "true"}, "engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3"),
     ("sft", {"engine.offload_parameters": "true", "engine.zero_stage": "2"}, "engine.offload_parameters: needs"),
+    ("sft", {"engine.config.zero_optimization.stage": "3"},
+     "engine.config.zero_optimization.stage: expected none, since engine.zero_stage says it; got 3"),
+    ("sft", {"engine.config.gradient_clipping": "0.5"}, "engine.config.gradient_clipping: expected none, since optim.max_grad"),
 ])
 def test_settings_that_contradict_each_other(world, stage, changes, message):
     assert check(stage, world(stage, **changes)).startswith(message)
