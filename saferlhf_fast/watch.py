@@ -109,7 +109,7 @@ class Watch:
         self.silent = dict.fromkeys(range(self.world), (None, 0.0))      # rank -> (last count, seconds since it changed)
         self.fault, self.known = None, threading.Event()
         self.main_speaks, self.stopping = threading.Event(), threading.Event()
-        self.doubts = False
+        self.doubts, self.troubles = False, 0
         self.store = self._client()
         self.store.set(f"who/{self.rank}", json.dumps(_identity(self.host)))
         self._beat(0.0)
@@ -136,6 +136,7 @@ class Watch:
             passed, last = min(now - last, 2 * self.interval), now       # a process that was stopped has not waited
             try:
                 fault = self._look(passed)
+                self.troubles = 0
             except RuntimeError:
                 fault = self._reconnect()
             if fault is not None and not self.stopping.is_set():
@@ -164,12 +165,13 @@ class Watch:
             count, seconds = self.silent[r]
             self.silent[r] = (beat["count"], 0.0 if beat["count"] != count else seconds + passed)
         far = SUSPECT if self.doubts else max(SUSPECT, min(LOST, self.timeout))
-        gone = [r for r in beats if r != self.rank and beats[r]["state"] != "ended"
-                and self.silent[r][1] > (max(self.timeout, far) if r in self.near else far)]
-        if not gone:
-            return None
-        return self.post(Fault(gone[0], f"{self.names(gone)} {_are(gone)} gone: no sign of life for "
-                                        f"{self.silent[gone[0]][1]:.0f} s", 1, tuple(gone)))
+        return self._mute([r for r in beats if r != self.rank and beats[r]["state"] != "ended"
+                           and self.silent[r][1] > (max(self.timeout, far) if r in self.near else far)])
+
+    def _mute(self, ranks):
+        """The Fault that ranks are silent, None without any."""
+        return self.post(Fault(ranks[0], f"{self.names(ranks)} {_are(ranks)} gone: no sign of life for "
+                                         f"{self.silent[ranks[0]][1]:.0f} s", 1, tuple(ranks))) if ranks else None
 
     def _hang(self, beats):
         """Whose main thread holds the others up, once somebody's has not come on for the time limit."""
@@ -177,14 +179,17 @@ class Watch:
         longest = max((beat["stood"] for beat in running.values()), default=0.0)
         if longest < self.timeout:
             return None
+        mute = [r for r in running if self.silent[r][1] > 4 * self.interval]
+        if mute:                                         # where they stood last is not where they stand
+            return self._mute(mute)
         behind = [r for r, beat in running.items() if not beat["waits"]]
         if not behind:
-            places = dict.fromkeys(f"rank {r} at {beat['at']}" for r, beat in running.items())
-            return self.post(Fault(0, f"all ranks have waited for each other for {longest:.0f} s: {_few(places)}"))
+            places = _few(f"rank {r} at {beat['at']}" for r, beat in running.items())
+            return self.post(Fault(0, f"all ranks have waited for each other for {longest:.0f} s: {places}"))
         least = min(running[r]["collectives"] for r in behind)
         behind = [r for r in behind if running[r]["collectives"] == least]
-        places = [f"{self.names([r])} hangs at {running[r]['at']}" for r in behind]
-        return self.post(Fault(behind[0], f"{_few(places)}; a rank has not come on for {longest:.0f} s (engine.timeout)"))
+        places = _few(f"{self.names([r])} hangs at {running[r]['at']}" for r in behind)
+        return self.post(Fault(behind[0], f"{places}; a rank has not come on for {longest:.0f} s (engine.timeout)"))
 
     def _beat(self, passed):
         """Says that this rank is alive and where its main thread stands."""
@@ -201,10 +206,11 @@ class Watch:
         while frame is not None:
             stack.append(frame)
             frame = frame.f_back
+        while stack and stack[0].f_code.co_filename == __file__:
+            stack.pop(0)
         signature = (_collectives(), [(id(frame), frame.f_lasti) for frame in stack])
         self.stood = self.stood + passed if signature == self.signature else 0.0
-        self.signature = signature
-        self.at = _place(stack)
+        self.signature, self.at = signature, _place(stack)
         self.waits = bool(stack) and (_waits(stack[0]) or (
             "torch/autograd" in stack[0].f_code.co_filename              # hooks run in a thread of autograd's
             and any(_waits(f) for thread, f in frames.items() if thread not in (self.main, threading.get_ident()))))
@@ -218,7 +224,10 @@ class Watch:
                 pass                                 # torch would print its C++ stack
             self.store = self._client()
             self.store.check(["fault"])
-            return None
+            self.troubles += 1
+            if self.troubles < 3:
+                return None
+            raise RuntimeError("answers, and then not")
         except (OSError, RuntimeError):
             place = f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -273,8 +282,7 @@ class Watch:
         return False
 
     def _last_words(self, fault):
-        """Waits until all others know: this process may be the one that hosts the store, or whose end makes the launcher end
-        the others."""
+        """Waits until all others know: this process may host the store, or its end make the launcher end the others."""
         self._acknowledge()
         with contextlib.suppress(RuntimeError):
             until = time.monotonic() + 3 * self.interval + OWN_WORD

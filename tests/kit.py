@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,12 @@ def command(*arguments, processes=1, timeout=240, **env):
                  "saferlhf_fast"]
     return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+
+
+def free_port():
+    """A port of 127.0.0.1 that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def losses(folder, key="train/loss"):
