@@ -195,6 +195,8 @@ class Engine:
     def __init__(self, module, optim, cfg, total_steps):
         """module: nn.Module in fp32 on the CPU · optim: Optimizer config · cfg: Engine config · total_steps: of the
         whole run, for the schedule."""
+        if precision(cfg) == torch.float16 and not torch.cuda.is_available():
+            raise UserError("engine.precision: expected fp32 or bf16 without a GPU, where DeepSpeed has no fp16; got fp16")
         module = module.to(device())
         optimizer = optimizers.build(module, optim, cfg.zero_stage)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim, total_steps))

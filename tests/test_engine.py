@@ -8,7 +8,8 @@ import sys
 import kit
 import pytest
 
-from saferlhf_fast.config import Optimizer
+from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.errors import UserError
 
 
 def launch(tmp_path, processes, precision="fp32"):
@@ -50,3 +51,13 @@ def test_schedule_moves_from_the_first_step():
     assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0, abs=1e-9)
     constant = learning_rate_factor(Optimizer(schedule="constant", warmup_ratio=0.0), 100)
     assert constant(0) == constant(99) == 1.0
+
+
+def test_fp16_without_a_gpu_is_refused_in_words():
+    import torch
+
+    from saferlhf_fast import engine
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, where fp16 works")
+    with pytest.raises(UserError, match=r"engine\.precision: expected fp32 or bf16 without a GPU"):
+        engine.Engine(torch.nn.Linear(2, 2), Optimizer(), Engine(precision="fp16"), 1)
