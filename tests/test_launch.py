@@ -1,0 +1,242 @@
+"""Processes: one for each local GPU, or as srun, mpirun and deepspeed say; signals, exit codes, nothing left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import kit
+import pytest
+
+from saferlhf_fast import cli, launch
+from saferlhf_fast.errors import UserError
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
+         "SLURM_STEP_NODELIST": "node[3-4]"}
+
+
+# ---------------------------------------------------------------- started by others
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    stub(tmp_path, "scontrol", 'echo "$@" > "$(dirname "$0")/asked"; echo node3; echo node4')
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path
+
+
+def stub(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/bash\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+def adopted(**environ):
+    launch.adopt(environ)
+    return environ
+
+
+def test_srun_s_variables_become_torch_s(scontrol):
+    found = adopted(**SLURM)
+    assert (scontrol / "asked").read_text() == "show hostnames node[3-4]\n"
+    assert [found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["5", "8", "1", "node3"]
+    assert 20000 <= int(found["MASTER_PORT"]) < 30000
+    assert adopted(**SLURM | {"SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
+    assert adopted(**SLURM | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
+    assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0"          # --gpus-per-task=1
+    assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
+    assert adopted(**SLURM | {"SLURM_STEP_NODELIST": "alone"})["MASTER_ADDR"] == "alone"
+
+
+def test_a_batch_script_one_task_and_a_launcher_under_srun_are_left_alone():
+    script = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}
+    for environ in (script, SLURM | {"SLURM_NTASKS": "1"}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {}):
+        assert adopted(**environ) == environ
+    given = SLURM | {"RANK": "1", "WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "INFO"}
+    assert adopted(**given) == given
+
+
+def test_a_step_whose_first_host_nobody_names_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="set MASTER_ADDR"):
+        adopted(**SLURM)
+    assert adopted(**SLURM, SLURM_LAUNCH_NODE_IPADDR="10.0.0.9")["MASTER_ADDR"] == "10.0.0.9"
+    assert adopted(**SLURM, MASTER_ADDR="10.0.0.8")["MASTER_ADDR"] == "10.0.0.8"
+
+
+def test_mpirun_s_variables_become_torch_s():
+    ompi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    found = adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="2", MASTER_ADDR="node1", MASTER_PORT="29500")
+    assert [found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")] == ["3", "4", "1", "29500"]
+    assert adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="4")["MASTER_ADDR"] == "127.0.0.1"
+    with pytest.raises(UserError, match="mpirun -x MASTER_ADDR"):
+        adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="2")
+    found = adopted(PMI_RANK="1", PMI_SIZE="2", MPI_LOCALRANKID="0", MASTER_ADDR="a")
+    assert (found["RANK"], found["LOCAL_RANK"]) == ("1", "0")
+
+
+def test_deepspeed_s_word_is_not_a_setting(capsys):
+    assert cli.main(["--local_rank=1", "stf"]) == 2
+    assert "unknown command 'stf'" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- how many
+
+
+def never():
+    raise AssertionError("checked")
+
+
+def gpus(monkeypatch, installed, usable):
+    monkeypatch.setattr(launch.metadata, "version", lambda name: "2.13.0+cu130")
+    monkeypatch.setattr(launch, "installed", lambda: installed)
+    monkeypatch.setattr(launch, "_gpus", lambda: usable)
+
+
+@pytest.mark.parametrize("named, count", [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("2,-1,3", 1), ("0,9,1", 1),
+                                          ("GPU-1a,GPU-2b", 2)])
+def test_gpus_are_counted_as_cuda_does_without_torch(named, count, monkeypatch):
+    gpus(monkeypatch, 4, 4)
+    assert launch.visible({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == count
+    monkeypatch.setattr(launch, "installed", lambda: 0)
+    assert launch.visible({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
+
+
+def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
+    gpus(monkeypatch, 4, 4)
+    seen, environ = [], {}
+    assert launch.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 4
+    assert seen == ["4"] and environ == {}
+    monkeypatch.setattr(launch, "_gpus", lambda: 2)                  # torch has the last word, and the check its number
+    assert launch.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 2 and seen == ["4", "4", "2"]
+    monkeypatch.setattr(launch, "_gpus", never)
+    with pytest.raises(UserError, match="no data"):
+        launch.wanted(None, lambda: (_ for _ in ()).throw(UserError("no data")), environ)
+    assert environ == {}
+
+
+def test_one_process_stays_this_one(monkeypatch):
+    gpus(monkeypatch, 1, 1)
+    assert launch.wanted(None, never, {}) == 1
+    gpus(monkeypatch, 4, 4)
+    assert launch.wanted("1", never, {}) == 1
+    assert launch.wanted(None, never, {"RANK": "0", "WORLD_SIZE": "2"}) == 1
+    monkeypatch.setattr(launch.metadata, "version", lambda name: "2.13.0+cpu")
+    assert launch.wanted(None, never, {}) == 1
+    assert launch.wanted("3", lambda: None, {}) == 3
+
+
+def test_wrong_numbers_are_refused(monkeypatch):
+    gpus(monkeypatch, 2, 2)
+    for asked, environ, line in (("0", {}, "from 1 on, got 0"), ("x", {}, "got x"), ("", {}, "--processes"),
+                                 ("3", {}, "at most 2"), ("3", {"RANK": "0", "WORLD_SIZE": "2"}, "has started 2 already")):
+        with pytest.raises(UserError, match=line):
+            launch.wanted(asked, lambda: None, environ)
+
+
+def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_started():
+    code = ("import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
+            "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)")
+    done = subprocess.run([sys.executable, "-c", code, "sft", "model=/no/where", "data=a/b", "output=o", "--processes", "2"],
+                          capture_output=True, text=True, timeout=60, cwd=kit.ROOT)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: model: /no/where does not exist")
+
+
+# ---------------------------------------------------------------- signals and exit codes
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """group(script, processes, grace) -> exit code; script is Python that knows `rank`."""
+    monkeypatch.setattr(launch, "_store", lambda listener: listener.close())
+    monkeypatch.setattr(launch, "SETTLE", 0.5)
+
+    def run(script, processes=2, grace="20"):
+        text = f"import os, signal, sys, time; rank = int(os.environ['RANK'])\n{script}"
+        monkeypatch.setattr(launch, "_command", lambda words: [sys.executable, "-c", text])
+        return launch.start([], processes, grace)
+    return run
+
+
+def when(path, call):
+    """Calls when a file is there."""
+    def wait():
+        while not path.exists():
+            time.sleep(0.01)
+        call()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@pytest.mark.parametrize("script, code, line", [
+    ("pass", 0, ""), ("sys.exit(2 * (rank == 1))", 2, ""), ("sys.exit(143)", 143, ""),
+    ("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)", 137, "error: rank 1 (process "),
+    ("os.kill(os.getpid(), signal.SIGTERM) if rank == 0 else time.sleep(60)", 143, "error: rank 0 (process ")])
+def test_exit_codes_come_back_and_the_rest_is_ended(group, script, code, line, capfd):
+    assert group(script) == code
+    out, err = capfd.readouterr()
+    assert out.startswith("starting 2 processes on this machine") and out.count("\n") == 1
+    assert err.startswith(line) and err.count("\n") == (line != "")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
+def test_a_signal_reaches_all_ranks_and_they_are_waited_for(group, tmp_path, number, code):
+    script = f"""
+def stop(number, frame):
+    time.sleep(1)                                       # a checkpoint
+    open(f'{tmp_path}/saved{{rank}}', 'w').close()
+    os._exit(128 + number)
+signal.signal({int(number)}, stop)
+open(f'{tmp_path}/ready{{rank}}', 'w').close()
+time.sleep(60)"""
+    when(tmp_path / "ready0", lambda: when(tmp_path / "ready1", lambda: os.kill(os.getpid(), number)))
+    assert group(script) == code
+    assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
+
+
+def test_ranks_that_do_not_end_are_killed_after_the_grace(group, tmp_path):
+    script = f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(f'{tmp_path}/ready{{rank}}', 'w').close()
+time.sleep(60)"""
+    when(tmp_path / "ready0", lambda: when(tmp_path / "ready1", lambda: os.kill(os.getpid(), signal.SIGTERM)))
+    begun = time.monotonic()
+    assert group(script, grace="1") == 137 and time.monotonic() - begun < 20
+
+
+def test_no_rank_outlives_a_killed_launcher(tmp_path):
+    script = f"""
+import sys
+sys.path.insert(0, {str(kit.ROOT)!r})
+from saferlhf_fast import launch
+launch._store = lambda listener: listener.close()
+launch._command = lambda words: [sys.executable, "-c", '''
+import os, sys, time
+sys.path.insert(0, {str(kit.ROOT)!r})
+from saferlhf_fast import launch
+launch.adopt()
+open("{tmp_path}/" + str(os.getpid()), "w").close()
+time.sleep(60)''']
+launch.start([], 2)"""
+    parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = [int(path.name) for path in tmp_path.iterdir()]
+    parent.kill()
+    parent.wait()
+    assert len(children) == 2
+    while any(map(alive, children)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(alive, children))
+
+
+def alive(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
