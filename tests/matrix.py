@@ -37,10 +37,12 @@ UPDATES = {
     "two-pass": {"single_pass": False, "importance_cap": 2.0, "micro_tokens": 9},
     "epochs": {"epochs": 2, "minibatches": 2, "reduction": "token-mean", "micro_tokens": 30},
     "whiten": {"whiten": True, "epochs": 2, "micro_batch_size": 2},
+    "lora": {"micro_tokens": 30},
 }
 """Settings of group `ppo`. Passes of few tokens leave ranks without sequences in some of them, which they join all the same."""
-WITH_PTX, WITH_ONE_CRITIC = ("one-pass", "epochs"), ("whiten",)
-"""Updates with supervised data in them; those of ppo-lag whose two critics are one."""
+WITH_PTX, WITH_ONE_CRITIC, LORA = ("one-pass", "epochs"), ("whiten",), "lora"
+"""Updates with supervised data in them; those of ppo-lag whose two critics are one; low-rank adapters, in policy optimisation on
+one trunk."""
 
 AXES = {"stage": (*SUPERVISED, *PPO), "zero": (0, 1, 2, 3), "offload": ("none", "states", "weights", "both"),
         "precision": ("fp32", "bf16"), "processes": (1, 2, 4), "frozen": (NONE, "sharded", "replicated"),
@@ -54,8 +56,8 @@ def exists(cell):
     if (cell.frozen != NONE) != (cell.stage in ("dpo", *PPO)):
         return False
     if cell.stage in PPO:
-        return cell.form in UPDATES
-    return cell.form == PLAIN or cell.form == "token" and cell.stage in ("reward", "cost")
+        return cell.form in UPDATES and (cell.form != LORA or cell.zero < 3 and cell.frozen == "replicated")
+    return cell.form in (PLAIN, LORA) or cell.form == "token" and cell.stage in ("reward", "cost")
 
 
 def everything():
@@ -94,3 +96,7 @@ def cover(cells):
         seen = missing[best]
         missing = {cell: left - seen for cell, left in missing.items()}
     return chosen
+
+
+EXTRA = [Cell("ppo-lag", 2, "states", "bf16", 2, "replicated", LORA)]
+"""Beside the cover: one trunk under everything at once that it can stand on."""

@@ -17,12 +17,12 @@ import traceback
 
 import torch
 from matrix import PPO as POLICY_STAGES
-from matrix import UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
+from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
 
 from saferlhf_fast import data, dpo, engine, fit, models, sft
 from saferlhf_fast.advantage import advantages
 from saferlhf_fast.cast import load_cast
-from saferlhf_fast.config import PPO, Engine, Optimizer, PPOConfig
+from saferlhf_fast.config import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.generation import Response
 from saferlhf_fast.lagrange import LagrangeMultiplier
 from saferlhf_fast.policy import Policy
@@ -33,7 +33,7 @@ from saferlhf_fast.steplog import averages
 from saferlhf_fast.update import in_one_pass, update, update_in_one_pass
 
 STEPS, GLOBAL_BATCH, BUDGET = 3, 7, 80      # sequences or pairs of a step; tokens of a pass
-RATE = Optimizer(learning_rate=1e-3)
+RATE, ADAPTERS = Optimizer(learning_rate=1e-3), Lora(rank=4)
 
 
 def config(cell):
@@ -57,21 +57,25 @@ def spoilt(loss, stats=None):
 # ---------------------------------------------------------------- supervised stages
 
 
+def adapted(model, cell):
+    return models.add_lora(model, ADAPTERS) if cell.form == LORA else model
+
+
 def task_of(cell, world, tokenizer):
     """-> (module to train, its Task, the examples), the losses those of the stages themselves."""
     if cell.stage == "sft":
         examples, _ = data.sft_examples(world["sft"], tokenizer)
-        return (Policy(models.load_causal_lm(world["model"])), examples,
+        return (Policy(adapted(models.load_causal_lm(world["model"]), cell)), examples,
                 fit.Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
     kind = "better" if cell.stage == "dpo" else cell.stage
     examples, _ = data.preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
         # Not the same weights: with them every margin of the first step is 0.
         reference = engine.Frozen(Policy(models.load_causal_lm(world["other"])), config(cell))
-        module = Policy(models.load_causal_lm(world["model"]))
+        module = Policy(adapted(models.load_causal_lm(world["model"]), cell))
         loss = lambda model, batch: dpo.batch_loss(model, reference, batch, 0.1)
     else:
-        module = models.load_score_model(world[cell.stage])
+        module = adapted(models.load_score_model(world[cell.stage]), cell)
         loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
     return module, examples, fit.Task(weigh=lambda e: 1, loss=loss, save=None, sequences=2,
                                       tokens=lambda e: len(e.first_ids) + len(e.second_ids))
@@ -125,7 +129,7 @@ def policy_optimisation(cell, world, tokenizer):
     ppo = PPO(**UPDATES[cell.form], shaping=None if constrained else 0.5,
               shared_critic=constrained and cell.form in WITH_ONE_CRITIC)
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none", max_length=64,
-                    ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell))
+                    ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell), lora=ADAPTERS if cell.form == LORA else Lora())
     cast = load_cast(cfg, tokenizer, 12, constrained)
     multiplier = LagrangeMultiplier(window=8, lr=0.5) if constrained else None
     texts = data.sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None

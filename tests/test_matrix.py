@@ -14,8 +14,9 @@ import matrix
 import pytest
 from safetensors.torch import load_file, save_file
 
-COVER, PRODUCT = matrix.cover(matrix.everything()), matrix.product_cells()
-CHUNK = 40         # cells of one launch
+COVER = [*matrix.cover(matrix.everything()), *matrix.EXTRA]
+PRODUCT = matrix.product_cells()
+CHUNK = 60         # cells of one launch
 TOLERANCE = {stage: 1e-4 if stage in matrix.PPO else 2e-5 for stage in matrix.AXES["stage"]}
 BF16_FIRST, BF16_LATER = 3e-2, 1e-1
 COUNTS = ("accuracy", "unsafe_share", "gap_share", "clip_fraction")
