@@ -176,11 +176,13 @@ def passes_of_stage(cast):
         count = passes_of(cfg.train.batch_size * cfg.train.accumulation * each * cfg.train.max_length, budget)
         return Passes(count if kind == "dpo" else 0, count)
     budget = max(cfg.pass_tokens(), cfg.max_length)
-    rollout = 1 if cfg.sampling.gather else cfg.sampling.max_new_tokens or cfg.max_length
+    sampling = cfg.sampling
+    first = min(sampling.max_prompt_length or cfg.max_length // 2, cfg.max_length)
+    rollout = 1 if sampling.gather else min(sampling.max_new_tokens or cfg.max_length, cfg.max_length - first)
     if kind == "evaluate":
         return Passes(passes_of(cfg.batch_size * cfg.max_length, budget), 0, 0, rollout=rollout)
     ppo = cfg.ppo
-    tokens = ppo.batch_size * cfg.sampling.num_return_sequences * cfg.max_length
+    tokens = ppo.batch_size * sampling.num_return_sequences * cfg.max_length
     scoring = ppo.minibatches * passes_of(-(-tokens // ppo.minibatches), budget)
     supervised = cfg.ptx is not None and ppo.ptx_coeff > 0
     extra = passes_of(ppo.batch_size * cfg.max_length, budget) * ppo.epochs if supervised else 0
