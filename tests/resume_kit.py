@@ -4,8 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kit
@@ -15,8 +17,8 @@ from saferlhf_fast.checkpoint import manifest
 STEPS, AT = 4, 2
 TRAIN = {"train.max_steps": STEPS, "train.batch_size": 3, "train.accumulation": 1, "train.epochs": 9, "optim.learning_rate": 1e-3}
 DROPOUT = {"lora.rank": 2, "lora.dropout": 0.2}
-PPO = {"max_length": 24, "ppo.batch_size": 3, "ppo.max_steps": STEPS, "optim.learning_rate": 1e-3, "critic_optim.learning_rate": 1e-3,
-       "multiplier.window": 8, "multiplier.lr": 0.5}
+PPO = {"max_length": 24, "ppo.batch_size": 3, "ppo.max_steps": STEPS, "optim.learning_rate": 1e-3,
+       "critic_optim.learning_rate": 1e-3, "multiplier.window": 8, "multiplier.lr": 0.5}
 
 
 def words(stage, world, output, processes=1, **settings):
@@ -83,3 +85,29 @@ def launch(commands, processes, timeout=400, check=True, worker="resume_worker.p
                                                 "PYTHONPATH": f"{kit.ROOT}:{kit.ROOT}/tests", **env})
     assert not check or done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
     return done
+
+
+def together(command, processes, worker="fault_worker.py", timeout=200, **env):
+    """Starts one command line in so many processes, without a launcher that would end them -> [(exit code, output, errors)].
+
+    env: more of the environment. A process that is still there after `timeout` seconds is killed and fails the test.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    running = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.ROOT}/tests"}
+        running.append(subprocess.Popen([sys.executable, str(kit.ROOT / "tests" / worker), json.dumps(command)], text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **own, **env}))
+    deadline, found = time.monotonic() + timeout, []
+    for process in running:
+        try:
+            out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            for other in running:
+                other.kill()
+            raise AssertionError(f"a process did not end within {timeout} s: {process.communicate()}") from None
+        found.append((process.returncode, out, err))
+    return found

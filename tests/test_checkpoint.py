@@ -1,4 +1,4 @@
-"""A checkpoint's parts: the manifest that commits it, files that are hashed, state without pickles, what may be loaded, what fits."""
+"""A checkpoint's parts: the manifest that commits it, hashed files, state without pickles, what may be loaded, what fits."""
 
 import errno
 import json
@@ -290,7 +290,7 @@ def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
     again = Skips(2)
     again.load_state_dict(skips.state_dict())
     again.note(3, ["loss"], None)
-    with pytest.raises(UserError, match="step 4: loss, gradient norm: expected finite numbers, got NaN or inf in 2 steps.*saved in here"):
+    with pytest.raises(UserError, match="step 4: loss, gradient norm: expected finite .* in 2 steps.*saved in here"):
         again.note(4, ["loss", "gradient norm"], lambda: "here")
     assert again.total == 3
 
@@ -328,7 +328,8 @@ def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("words, said", [
-    ([], "required: action, path"), (["eat", "x"], "invalid choice: 'eat'"), (["inspect", "/no/where"], "/no/where: expected a checkpoint"),
+    ([], "required: action, path"), (["eat", "x"], "invalid choice: 'eat'"),
+    (["inspect", "/no/where"], "/no/where: expected a checkpoint"),
     (["export", "/no/where/step-00000001"], "missing: --output"), (["convert", "/no/where/step-00000001"], "is no folder")])
 def test_mistakes_are_told_in_a_line(words, said):
     with pytest.raises(UserError, match=said):
