@@ -18,6 +18,7 @@ import warnings
 from datetime import timedelta
 from unittest import mock
 
+import numpy
 import torch
 
 from . import optimizers, watch
@@ -96,8 +97,9 @@ def finish():
 
 
 def seed_all(seed):
-    """Seeds Python's and torch's generators."""
+    """Seeds Python's, numpy's and torch's generators."""
     random.seed(seed)
+    numpy.random.seed(seed % 2 ** 32)
     torch.manual_seed(seed)
 
 

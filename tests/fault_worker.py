@@ -1,7 +1,7 @@
 """Run by test_faults.py in each of several processes: one command line, with a fault where FAULT says.
 
-FAULT is JSON: {"rank", "at": "bytes" | "files" | "manifest" | "nan" | "score", "save": which save of this process, from 1,
-"share": of the bytes of the rank's largest file}. The process kills itself there as `kill -9` would, or a number becomes NaN.
+FAULT is JSON: {"rank", "at": a key of `fault`, "save": which save (loss, step) of this process, from 1, "share": of the bytes of
+the rank's optimiser shard}. The process kills itself there as `kill -9` would, or a number becomes NaN, or it is told to stop.
 """
 
 import json
@@ -115,6 +115,20 @@ def nan_in_a_score(kind, value, number):
     return mock.patch.object(ppo_lag, "judge", judge)
 
 
+def sigterm(number):
+    """This rank is told to stop in the update of that step."""
+    from saferlhf_fast import ppo_lag
+    real, count = ppo_lag.judge, [0]
+
+    def judge(*arguments):
+        count[0] += 1
+        if count[0] == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    return mock.patch.object(ppo_lag, "judge", judge)
+
+
 def dump_the_weights(path):
     """Rank 0 writes the whole weights that a resumed run begins with."""
     from safetensors.torch import save_file
@@ -140,6 +154,7 @@ def fault():
     at, number = FAULT["at"], FAULT.get("save", 1)
     return {"bytes": lambda: kill_within_a_file(FAULT.get("share", 0.5), number), "files": lambda: kill_after_the_files(number),
             "manifest": lambda: kill_before_the_manifest(number), "nan": lambda: nan_in_a_loss(number),
+            "sigterm": lambda: sigterm(number),
             "score": lambda: nan_in_a_score(FAULT["kind"], FAULT["value"], number)}[at]()
 
 

@@ -5,7 +5,9 @@
 """
 
 import json
+import shlex
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -126,6 +128,39 @@ def test_a_score_that_cannot_be_is_left_out_and_lambda_stays(world, tmp_path, ki
     assert f"score of the {kind} model not finite" in " ".join(done[0][1].split())
     lambdas = kit.losses(tmp_path / "a", "train/lambda")
     assert len(lambdas) == STEPS and all(0 < x <= 5 for x in lambdas)
+
+
+@pytest.mark.faults
+def test_sigterm_on_one_rank_ends_both_with_one_checkpoint(world, tmp_path):
+    command = words("ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS})
+    launch([command], 2)
+    command = words("ppo-lag", world, tmp_path / "b", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS})
+    done = together(command, 2, FAULT=json.dumps({"rank": 1, "at": "sigterm", "save": 2}))
+    assert [code for code, _, _ in done] == [143, 143], done
+    assert committed(tmp_path / "b") == [2] and "stopped after step 2" in done[0][2]
+    done = together([*command, "resume=auto"], 2)
+    assert [code for code, _, _ in done] == [0, 0], done
+    resume_kit.assert_same(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.faults
+def test_a_disk_that_is_really_full_does_not_end_the_run(world, tmp_path):
+    """The checkpoints' folder is a small file system of its own, in a user namespace."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are not permitted here")
+    assert kit.main(*words("reward", world, tmp_path / "a")) == 0
+    copy = interrupted(tmp_path / "a", tmp_path / "b")
+    place, size = manifest.root(copy), sum(p.stat().st_size for p in manifest.root(copy).rglob("*") if p.is_file())
+    command = [sys.executable, "-m", "saferlhf_fast", *map(str, words("reward", world, copy, resume="auto"))]
+    script = (f"cp -r {place} {tmp_path}/kept && mount -t tmpfs -o size={int(1.5 * size) // 1024}k none {place} && "
+              f"cp -r {tmp_path}/kept/* {place}/ && {shlex.join(command)} && ls {place} && cat {place}/*/manifest.json | wc -l")
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=kit.ROOT, timeout=200)
+    out = " ".join(done.stdout.split())
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    assert out.count("checkpoint of step 4 was not written") == 1 and "No space left on device" in out
+    assert "step-00000002" in out and "step-00000004 " not in out.split("see ")[-1]
+    assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == \
+        resume_kit.digest(copy / "model" / "model.safetensors")
 
 
 # ---------------------------------------------------------------- another number of processes, and exports
