@@ -334,3 +334,15 @@ def test_plans_are_within_fifteen_percent_of_real_peaks(tmp_path):
     rows = list(measure.compare(list(measure.CASES), tmp_path))
     assert len(rows) == len(measure.CASES)
     assert {row["case"]: row["ratio"] for row in rows if not 0.85 <= row["ratio"] <= 1.15} == {}
+
+
+def test_frozen_models_lie_where_the_recipe_says(model):
+    """engine.frozen=auto shards them under ZeRO-3 alone; sharded and replicated do as they are told."""
+    persistent = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+    for zero, frozen, sharded in ((2, "auto", False), (2, "sharded", True), (3, "auto", True), (3, "replicated", False)):
+        made = stage("ppo-lag", model, gpus=4, engine={"zero_stage": zero, "frozen": frozen, "config": persistent})
+        for held in made.models:
+            if not held.trained:
+                assert held.states.sharded == sharded, (zero, frozen, held.role)
+        asked = [sent for sent in made.sent if sent.role in ("reference", "reward model", "cost model")]
+        assert bool(asked) == sharded

@@ -15,8 +15,14 @@ from saferlhf_fast.data import preference_examples
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return kit.make_model(tmp_path_factory.mktemp("survival") / "model")
+def bases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("survival")
+    return {name: kit.make_model(folder / name, architecture=name) for name in ("llama", "gpt2")}
+
+
+@pytest.fixture(scope="module")
+def base(bases):
+    return bases["llama"]
 
 
 # ---------------------------------------------------------------- 17: JSONL
@@ -83,8 +89,10 @@ def rows(lengths, ends):
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("pad", [3, 2], ids=["pad", "pad is eos"])
 @pytest.mark.parametrize("ends", [(), (0, 1, 2, 3), (1, 2)], ids=["no eos", "eos", "some eos"])
-def test_scores_and_log_probs_are_those_of_the_unpadded_run(base, left, pad, ends):
-    """Scores of every token, the score at the end and each token's log-prob; fp32, 1e-5."""
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_scores_and_log_probs_are_those_of_the_unpadded_run(bases, architecture, left, pad, ends):
+    """Scores of every token, the score at the end and each token's log-prob; fp32, 1e-5. GPT-2 sees absolute positions."""
+    base = bases[architecture]
     score = models.score_model_from_backbone(base).eval()
     lm = models.load_causal_lm(base).eval()
     texts = rows((9, 5, 7, 3), ends)
