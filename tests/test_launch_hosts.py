@@ -21,7 +21,7 @@ NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--uts", "--mount
 SRUN = r"""
 # srun: the tasks of a step on this machine, with SLURM's variables; two, whatever was asked for.
 while [[ $1 == -* ]]; do shift; done
-step=$(cat "$STUBS/step" 2>/dev/null || echo 0); echo $((step + 1)) > "$STUBS/step"; echo "$@" >> "$STUBS/srun"
+step=$(cat "$STUBS/step" 2>/dev/null || echo 0); echo $((step + 1)) > "$STUBS/step"; echo "$@" >> "$STUBS/srun.log"
 for task in 0 1; do
     SLURM_STEP_ID=$step SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2 SLURM_PROCID=$task SLURM_LOCALID=$task \
         SLURM_STEP_NODELIST='host[1-2]' "$@" & pids[$task]=$!
@@ -35,12 +35,12 @@ for pid in ${pids[@]}; do
 done
 exit $code
 """
-SCONTROL = 'echo "$@" >> "$STUBS/scontrol"; [ "$1 $2" = "show hostnames" ] && echo 127.0.0.1'
+SCONTROL = 'echo "$@" >> "$STUBS/scontrol.log"; [ "$1 $2" = "show hostnames" ] && echo 127.0.0.1'
 PDSH = r"""
-# pdsh -S -f N -w HOSTS COMMAND: COMMAND once for each host, %n is its number; the hosts are this machine.
-while [ $# -gt 1 ]; do [ "$1" = -w ] && hosts=$2; shift; done
-n=0; pids=()
-for host in ${hosts//,/ }; do bash -c "${1//%n/$n}" & pids+=($!); n=$((n + 1)); done
+# pdsh -S -f N -w HOSTS WORDS: the command once for each host, %n is its number; the hosts are this machine.
+while [[ $1 == -* ]]; do case $1 in -w) hosts=$2; shift 2;; -f) shift 2;; *) shift;; esac; done
+n=0; pids=(); command="$*"
+for host in ${hosts//,/ }; do bash -c "${command//%n/$n}" & pids+=($!); n=$((n + 1)); done
 code=0; for pid in ${pids[@]}; do wait $pid || code=$?; done; exit $code
 """
 
@@ -172,6 +172,7 @@ def slurm_job(recipe, stubs, step, restarts):
                 break
             time.sleep(0.2)
         tasks = subprocess.run(["pgrep", "-g", str(job.pid), "-f", f"{stubs}/srun"], capture_output=True, text=True).stdout
+        assert tasks, f"the job has ended: {job.communicate()[0]}"
         os.kill(int(tasks.split()[0]), signal.SIGTERM)
         return job.communicate(timeout=60)[0], job.returncode
     finally:
@@ -186,9 +187,9 @@ def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, stubs):
     said, code = slurm_job(recipe, stubs, 1, restarts=0)
     assert code == 143, said
     assert "stopped with a checkpoint; queued again (restart 1)" in said and "renames are atomic" in said
-    asked = (stubs / "scontrol").read_text()
+    asked = (stubs / "scontrol.log").read_text()
     assert "show hostnames host[1-2]" in asked and "requeue 7" in asked
-    assert (stubs / "srun").read_text().splitlines()[-1].startswith("saferlhf-fast ppo-lag")
+    assert (stubs / "srun.log").read_text().splitlines()[-1].startswith("saferlhf-fast ppo-lag")
     before = max(kit.steps(tmp_path / "out"))
     said, code = slurm_job(recipe, stubs, before + 1, restarts=20)
     assert code == 143 and "queued again" not in said, said                  # often enough
