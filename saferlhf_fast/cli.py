@@ -8,6 +8,7 @@ import argparse
 import os
 import re
 import sys
+import time
 import traceback
 from importlib import util
 
@@ -79,9 +80,9 @@ def main(argv=None):
     except signals.Stopped as e:  # after a checkpoint: no fault
         if os.environ.get("RANK", "0") == "0":
             print(e, file=sys.stderr)
-        return _done(e.code)
+        return _done(e.code, limit=20)
     except SystemExit:
-        _done(0)
+        _done(None, limit=20)
         raise
     except BrokenPipeError as e:  # `saferlhf-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -91,10 +92,10 @@ def main(argv=None):
         return _failed(e, 1, f"bug: {type(e).__name__}: {_one_line(e)}{hint}", args.debug)
 
 
-def _done(code):
+def _done(code, limit=None):
     """Ends the watch over other ranks, where there is one: this one is done. Returns the exit code."""
     if "saferlhf_fast.watch" in sys.modules:
-        sys.modules["saferlhf_fast.watch"].end()
+        sys.modules["saferlhf_fast.watch"].end(limit)
     return code
 
 
@@ -105,6 +106,8 @@ def _failed(error, code, line, debug=False):
     watch = sys.modules.get("saferlhf_fast.watch")
     blame = watch.failed(error, code) if watch else None
     if blame is None:
+        if line and os.environ.get("LOCAL_RANK", "0") != "0":
+            time.sleep(2)         # settings are as wrong for the machine's first rank: its launcher ends this one for it
         if line:
             _complain(line)
         return code
