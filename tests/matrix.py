@@ -1,6 +1,7 @@
 """The matrix of stages, ZeRO, offload, precision, processes and what else may change no loss: its axes, the combinations that
 there are, and a small set of them in which every pair of values meets. Run by matrix_worker.py, checked by test_matrix.py."""
 
+from collections import Counter
 from itertools import combinations, product
 from typing import NamedTuple
 
@@ -66,12 +67,17 @@ def everything():
 
 
 def product_cells():
-    """Stage × ZeRO × offload × precision × processes, all of them; the other axes take turns, so that each of their values
-    stands beside each of those. (Every update under every one of them would take hours and say the same.)"""
-    taken = {}
+    """Stage × ZeRO × offload × precision × processes, all of them. The other axes take turns, so that within a stage each of
+    their values stands beside each of those. (Every update under every one of them would take hours and say the same.)"""
+    taken, chosen, seen, used = {}, [], {}, Counter()
     for cell in everything():
         taken.setdefault(cell[:5], []).append(cell)
-    return [cells[i % len(cells)] for i, cells in enumerate(taken.values())]
+    for cells in taken.values():
+        best = min(cells, key=lambda cell: (-len(pairs(cell) - seen.get(cell.stage, set())), used[cell[0], cell.form, cell.processes]))
+        seen.setdefault(best.stage, set()).update(pairs(best))
+        used[best[0], best.form, best.processes] += 1
+        chosen.append(best)
+    return chosen
 
 
 def pairs(cell):
