@@ -73,9 +73,10 @@ def product_cells():
     for cell in everything():
         taken.setdefault(cell[:5], []).append(cell)
     for cells in taken.values():
-        best = min(cells, key=lambda cell: (-len(pairs(cell) - seen.get(cell.stage, set())), used[cell[0], cell.form, cell.processes]))
+        best = min(cells, key=lambda cell: (-len(pairs(cell) - seen.get(cell.stage, set())),
+                                            used[cell.stage, cell.form, cell.processes]))
         seen.setdefault(best.stage, set()).update(pairs(best))
-        used[best[0], best.form, best.processes] += 1
+        used[best.stage, best.form, best.processes] += 1
         chosen.append(best)
     return chosen
 
