@@ -124,8 +124,11 @@ def _dispatch(args, words, argv):
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
+    from saferlhf_fast import launch
+    if args.processes is not None and command not in (*launch.COMMANDS, "info"):
+        raise UserError(f"--processes: {command} runs in one process")
     if command == "info" and "--cluster" in words and not wants_help:
-        from saferlhf_fast import cluster, launch
+        from saferlhf_fast import cluster
         launch.adopt()
         processes = launch.wanted(args.processes, lambda: cluster.arguments(words))
         return cluster.main(words) if processes == 1 else launch.start(argv, processes, args.grace)
@@ -153,7 +156,7 @@ def _dispatch(args, words, argv):
     recipe, overrides = split_words(command, words)
     if command == "run" and recipe is None:
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
-    from saferlhf_fast import launch, pipeline, settings
+    from saferlhf_fast import pipeline, settings
     if command in launch.COMMANDS:
         launch.adopt()
         processes = launch.wanted(args.processes, lambda: _check(command, recipe, overrides))

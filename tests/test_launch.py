@@ -146,6 +146,11 @@ def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_start
     assert done.stderr.startswith("error: model: /no/where does not exist")
 
 
+def test_commands_of_one_process_take_no_number(capsys):
+    assert cli.main(["demo", "--processes", "2"]) == 2
+    assert capsys.readouterr().err == "error: --processes: demo runs in one process\n"
+
+
 # ---------------------------------------------------------------- signals and exit codes
 
 
