@@ -76,6 +76,7 @@ def main(out, cases):
                    lambda this: f"{'forward' if torch.is_grad_enabled() else 'asked'} {called(this)}")
     counter.inside(engine.Frozen, "__call__", lambda this: f"frozen {called(this)}")
     counter.inside(hf.Generate, "generate", "rollout")
+    counter.inside(hf.Call, "__call__", "token")
     for name, words in json.loads(Path(cases).read_text()).items():
         snapshots.clear()
         with counter:

@@ -30,12 +30,14 @@ CASES = {
     "ppo-lag zero-0": "ppo-lag engine.zero_stage=0 engine.precision=fp32",
     "ppo-lag zero-2 sharded": f"ppo-lag engine.zero_stage=2 engine.precision=fp32 engine.frozen=sharded {SHARDED}",
     "ppo-lag zero-3": f"ppo-lag engine.zero_stage=3 engine.precision=bf16 ppo.micro_batch_size=1 {NOTHING_STAYS}",
+    "ppo-lag zero-3 ptx": f"ppo-lag engine.zero_stage=3 engine.precision=fp32 ptx=SFT {NOTHING_STAYS}",
+    "ppo-lag zero-3 token by token": f"ppo-lag engine.zero_stage=3 engine.precision=fp32 sampling.gather=false {NOTHING_STAYS}",
     "ppo-lag zero-3 asked": f"ppo-lag engine.zero_stage=3 engine.precision=fp32 ppo.single_pass=false {NOTHING_STAYS}",
     "ppo-lag zero-3 replicated": f"ppo-lag engine.zero_stage=3 engine.precision=fp32 engine.frozen=replicated {SHARDED}",
 }
 OFF = {"sft zero-3 recomputed stays": 0.08}
 """How far the plan may be off where that is more than 3 %: it then says too much."""
-SMALL = 10_000        # bytes a step of norms, metrics and agreements between ranks
+SMALL = 20_000        # bytes a step of norms, metrics and agreements between ranks
 
 
 def launch(folder, cases):
@@ -67,8 +69,11 @@ def count(cases, tmp_path_factory):
     needed = {"sft": [f"model={base}", f"data={data['sft']}", "train.batch_size=4", "train.max_steps=3"],
               "ppo-lag": [f"model={base}", f"reward={scores['reward']}", f"cost={scores['cost']}", f"data={data['prompts']}",
                           "max_length=32", "ppo.batch_size=3", "ppo.max_steps=3", "evaluation.data=" + data["prompts"]]}
-    words = {name: [kind, *needed[kind], *rest, f"output={folder / name.replace(' ', '-')}", "log.progress=false",
-                    "log.trackers=[]"] for name, (kind, *rest) in ((n, w.split()) for n, w in cases.items())}
+    words = {}
+    for name, (kind, *rest) in ((n, w.split()) for n, w in cases.items()):
+        rest = [word.replace("=SFT", f"={data['sft']}") for word in rest]
+        words[name] = [kind, *needed[kind], *rest, f"output={folder / name.replace(' ', '-')}", "log.progress=false",
+                       "log.trackers=[]"]
     found = launch(folder, words)
     return {name: (kind, settings.load(kind, None, dict(w.split("=", 1) for w in rest)), found[name])
             for name, (kind, *rest) in words.items()}
@@ -81,9 +86,11 @@ def planned(kind, cfg, found):
 
     cast = stages.Cast(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
     stages.moments_of(cast)
-    update = times("backward Policy")
-    scoring = times("frozen Policy")
-    return communication.of_stage(cast, communication.Passes(scoring, update, 1, times("asked Policy") > 0, 0, 1))
+    backward, scoring = times("backward Policy"), times("frozen Policy")
+    update = times("backward ScoreModel") // 2 if kind == "ppo-lag" else backward      # two critics; PTX is the actor's alone
+    rollout = 1 if kind == "sft" or cfg.sampling.gather else times("token")
+    return communication.of_stage(cast, communication.Passes(scoring, update, 1, times("asked Policy") > 0, backward - update,
+                                                             rollout))
 
 
 PLACES = {"rollout": ("rollout",), "scoring": ("frozen", "asked"), "update": ("forward", "backward"), "step": ("step",)}

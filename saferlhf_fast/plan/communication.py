@@ -12,7 +12,7 @@ S those of them and of the frozen ones that ZeRO-3 shards, in the weights' own n
 
 Sharded frozen models: all-gather S per pass. A rollout under ZeRO-3: all-gather S once, or for each token
 (sampling.gather=false).
-Left out: metrics, norms and the like, which are below 10 kB a step; latency; offloading, which goes over PCIe.
+Left out: metrics, norms and the like, some kB a step; latency; offloading, which goes over PCIe.
 """
 
 import functools
