@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 SETTINGS = ["max_length=48", "ppo.batch_size=8", "ppo.prompt_epochs=100000", "optim.schedule=constant",
-            "optim.learning_rate=1e-4", "checkpoint.interval=10", "checkpoint.asynchronous=true", "log.progress=false", "log.sample_interval=100000",
+            "optim.learning_rate=1e-4", "checkpoint.interval=10", "checkpoint.asynchronous=true", "log.progress=false",
+            "log.sample_interval=100000",
             "multiplier.threshold_quantile=0.5", "engine.zero_stage=2", "engine.threads=1"]
 
 
@@ -100,8 +101,8 @@ def report(out, memory, seconds, args):
     kept = len(list((out / "checkpoints").glob("*/manifest.json")))
     git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     tokens = sum(row["train/tokens"] for row in rows)
-    return (f"load held: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, {args.processes} processes, "
-            f"ZeRO-2; {saved} checkpoints in the background ({kept} kept); last quarter against the second: {speed_last:.0f} / "
+    return (f"load held: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, {args.processes} "
+            f"processes, ZeRO-2; {saved} checkpoints in the background ({kept} kept); last quarter against the second: {speed_last:.0f} / "
             f"{speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; steps left out: {summary['skipped_steps']}\n"
             f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, commit {git.stdout.strip()}, "
             f"python bench/soak.py --steps {args.steps} --processes {args.processes}")
