@@ -42,14 +42,18 @@ def export(folder, output, name=None, dtype=None):
 
 
 def weights(folder, name, zero_stage):
-    """-> {name: tensor} of a model's weights: those that the optimiser keeps, in fp32, where ZeRO shards them."""
+    """-> {name: tensor} of a model's weights: those that the optimiser keeps, in fp32, where ZeRO shards them.
+
+    Weights that are not trained (under adapters) are in no optimiser; ZeRO 0 to 2 have them whole beside it.
+    """
+    whole_too = {} if zero_stage == 3 else pickles.load(folder / name / "mp_rank_00_model_states.pt")["module"]
     if zero_stage == 0:
-        return pickles.load(folder / name / "mp_rank_00_model_states.pt")["module"]
+        return whole_too
     from ..engine import imported_deepspeed
     imported_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     with quiet(), pickles.guarded():
-        return get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)
+        return {**whole_too, **get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)}
 
 
 def _module(folder, name, state, settings):
