@@ -178,6 +178,9 @@ def tables(variants=tuple(VARIANTS)):
 
 def main(words):
     """Prints the tables; with --write into docs/scaling.md, in place of what stands between its markers."""
+    if "--help" in words:
+        print(__doc__)
+        return
     write = "--write" in words
     made = tables(tuple(word for word in words if word != "--write") or tuple(VARIANTS))
     if not write:

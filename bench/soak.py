@@ -103,7 +103,8 @@ def report(out, memory, seconds, args):
     tokens = sum(row["train/tokens"] for row in rows)
     return (f"load held: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, {args.processes} "
             f"processes, ZeRO-2; {saved} checkpoints in the background ({kept} kept); last quarter against the second: "
-            f"{speed_last:.0f} / {speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; steps left out: {summary['skipped_steps']}\n"
+            f"{speed_last:.0f} / {speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; steps left out: "
+            f"{summary['skipped_steps']}\n"
             f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, commit {git.stdout.strip()}, "
             f"python bench/soak.py --steps {args.steps} --processes {args.processes}")
 

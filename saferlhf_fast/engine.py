@@ -199,8 +199,10 @@ class Engine:
         whole run, for the schedule."""
         if precision(cfg) == torch.float16 and not torch.cuda.is_available():
             raise UserError("engine.precision: expected fp32 or bf16 without a GPU, where DeepSpeed has no fp16; got fp16")
-        module = module.to(device())
         optimizer = optimizers.build(module, optim, cfg.zero_stage)
+        if cfg.zero_stage == 3:
+            _shard(module, cfg, settings(cfg, optim))
+        module = module.to(device())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim, total_steps))
         with _quiet(), optimizers.untouched(optimizer):
             self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, lr_scheduler=schedule,
@@ -315,13 +317,23 @@ def written(parameters):
     return _deepspeed().zero.GatheredParameters(parameters, modifier_rank=0)
 
 
+def _shard(module, cfg, config):
+    """Hands each rank its part of every weight, one weight at a time: the device never holds the model whole."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(precision(cfg))
+    with _quiet():
+        _deepspeed().zero.Init(module=module, config_dict_or_path=config)
+
+
 class Frozen:
     """A model that is only asked: reference, reward, cost. Sharded or whole on each device: see `shards_frozen`."""
 
     def __init__(self, module, cfg):
         module.requires_grad_(False)
-        module = module.eval().to(device=device(), dtype=precision(cfg))
         self.sharded = shards_frozen(cfg)
+        if self.sharded:
+            _shard(module.eval(), cfg, settings(cfg, None))
+        module = module.eval().to(device=device(), dtype=precision(cfg))
         if self.sharded:
             with _quiet():
                 self.call, *_ = _deepspeed().initialize(model=module, config=settings(cfg, None),

@@ -112,7 +112,7 @@ class Cast:
             count = count._replace(all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0)
         zero = self._zero(optim)
         if optim is None:
-            made = states.frozen(count, self.width, zero, self.hardware.gpus)
+            made = states.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
         else:
             made = states.trained(count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu")
         self.models.append(Model(role, start, blueprint, count, made, optim is not None))

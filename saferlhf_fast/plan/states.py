@@ -70,15 +70,21 @@ def zero_settings(config):
         "offload_parameters": "offload_param" in zero}
 
 
-def frozen(count, width, zero, gpus):
-    """A model that is only asked. count: sizes.Count · width: bytes of a weight · zero: `zero_settings`."""
+def frozen(count, width, zero, gpus, on_cpu=False):
+    """A model that is only asked. count: sizes.Count · width: bytes of a weight · zero: `zero_settings` · on_cpu: a CPU."""
     if zero["stage"] < 3:
         return States(width * count.all + count.buffers, load=width * count.all)
     whole, live, fetching = _gathering(count, width, zero, gpus)
     shard = _share(width * count.all, gpus)
     on_host = shard if zero["offload_parameters"] else 0
-    return States(shard - on_host + whole + count.buffers, gathered=live, fetching=fetching, load=width * count.all,
-                  host=on_host)
+    load = width * count.all if on_cpu else _arriving(count, width, shard - on_host + whole)
+    return States(shard - on_host + whole + count.buffers, gathered=live, fetching=fetching, load=load, host=on_host)
+
+
+def _arriving(count, width, kept):
+    """Bytes on a GPU while ZeRO-3 takes a model over, one weight at a time. kept: what each GPU keeps of the weights. (On a CPU
+    the model that is handed over lies in the same memory.)"""
+    return kept + count.buffers + width * count.largest
 
 
 def trained(count, width, zero, gpus, kind="adamw", on_cpu=False):
@@ -143,7 +149,8 @@ def _zero_3(count, width, zero, gpus, moments):
     at_once = min(1.0, zero["sub_group"] / max(1, _share(count.trained, gpus)))
     states = States(weights + whole + count.buffers, mine, master + remembered, remembered, zero["bucket"], live, fetching,
                     backward=reducing if all_gradients > zero["bucket"] else 0, epilogue=reducing,
-                    step=int(at_once * (master + (mine if width < 4 else 0))), load=4 * count.all)
+                    step=int(at_once * (master + (mine if width < 4 else 0))),
+                    load=4 * count.all if zero["lazy"] else _arriving(count, width, weights + whole))
     if not zero["offload_optimizer"]:
         return states
     offloaded = states._replace(gradients=0, optimizer=0, late=0, step=0, host=2 * master + mine + remembered)
