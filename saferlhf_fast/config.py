@@ -215,8 +215,8 @@ class RunConfig:
     """Seed of every stage that does not set its own."""
     overwrite: bool = False
     """Replace finished stages whose settings or inputs have changed."""
-    resume: bool = True
-    """An unfinished stage goes on from its newest checkpoint, if its settings are the same; false starts it anew."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: an unfinished stage goes on from its newest checkpoint, if its settings are the same; never: it starts anew."""
 
 
 STAGES = {"sft": SFTConfig, "reward": PreferenceConfig, "cost": PreferenceConfig, "dpo": DPOConfig,

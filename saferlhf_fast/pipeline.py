@@ -213,7 +213,7 @@ def _restarted(step, resume):
     """Returns a step's config, for a folder that holds an unfinished run of the same kind: with resume=auto when it has a
     checkpoint of the same settings, else with overwrite."""
     folder = Path(step.cfg.output).expanduser()
-    if resume and run_folder.can_go_on(step.cfg):
+    if resume == "auto" and run_folder.can_go_on(step.cfg):
         return dataclasses.replace(step.cfg, resume="auto")
     if run_folder.is_ours(folder) and not (folder / "finished.json").exists():
         with open(folder / "config.yaml", encoding="utf-8") as file:

@@ -301,3 +301,25 @@ def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
     cells = list(product(STAGES, (0, 1, 2, 3), ("fp32", "bf16")))
     for pair in both(world, tmp_path, cells):
         assert_same(*pair)
+
+
+def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path, capsys):
+    settings = {"batch_size": 3, "accumulation": 1, "max_steps": STEPS, "epochs": 9}
+    recipe = tmp_path / "recipe.yaml"
+    stages = [{kind: {"model": world["model"], "data": world["pairs"], "train": settings, "log": {"progress": False},
+                      "checkpoint": {"interval": AT}}} for kind in ("reward", "cost")]
+    recipe.write_text(json.dumps({"output": str(tmp_path / "run"), "stages": stages}))
+    assert kit.main("run", recipe) == 0
+    straight = shutil.copytree(tmp_path / "run" / "cost", tmp_path / "straight")
+    shutil.move(tmp_path / "run" / "cost", tmp_path / "done")
+    interrupted(tmp_path / "done", tmp_path / "run" / "cost")
+    capsys.readouterr()
+    assert kit.main("run", recipe, "--resume", "auto") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "reward: finished before" in out and f"resume: step {AT} from" in out
+    assert_same(straight, tmp_path / "run" / "cost")
+    shutil.rmtree(tmp_path / "run" / "cost")
+    interrupted(tmp_path / "done", tmp_path / "run" / "cost")
+    assert kit.main("run", recipe, "resume=never") == 0
+    assert "resume: step" not in capsys.readouterr().out.replace("\n", " ")
+    assert_same(straight, tmp_path / "run" / "cost")
