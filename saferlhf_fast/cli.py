@@ -49,7 +49,7 @@ options:
   --version      the version
   --debug        show the traceback of an error
   --processes N  start N processes on this machine; default: one for each GPU, one on a CPU (docs/multi-node.md: more machines)
-  --grace S      seconds that they get after Ctrl-C or SIGTERM, e.g. for a checkpoint; default: 120
+  --grace S      seconds that they get after SIGTERM or SIGUSR1 to end their step and write a checkpoint; default: 120
 """
 
 

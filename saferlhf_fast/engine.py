@@ -281,11 +281,18 @@ class Engine:
         return gathered(self.module, self.sharded)
 
     def state_dict(self):
-        """Full weights on the CPU on rank 0, None elsewhere; every rank must call it."""
-        with self.gathered():
-            if rank() != 0:
-                return None
-            return {name: tensor.detach().cpu().clone() for name, tensor in self.module.state_dict().items()}
+        """Full weights on the CPU on rank 0, None elsewhere; every rank must call it. Under ZeRO-3 they are gathered one by one:
+        no device holds the model whole."""
+        parts, names = {}, {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            names[name] = id(parameter)                  # tied weights have several names
+            if self.sharded and id(parameter) not in parts:
+                with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=None):
+                    parts[id(parameter)] = parameter.detach().cpu().clone() if rank() == 0 else None
+        if rank() != 0:
+            return None
+        return {name: parts[names[name]] if names.get(name) in parts else tensor.detach().cpu().clone()
+                for name, tensor in self.module.state_dict().items()}
 
     def load_state_dict(self, state):
         """Replaces the weights by rank 0's `state` (as `state_dict` gave it); every rank must call it.

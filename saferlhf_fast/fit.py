@@ -179,7 +179,12 @@ class Best:
         if self.step is None:
             self.task.save(self.folder / "model")
             return last
-        if engine.rank() == 0 and (self.folder / "best").exists():       # else a run that was killed here had moved it
+        there = engine.gather_objects([(self.folder / name).exists() for name in ("best", "model")])[0]
+        if not any(there):
+            console.warn(f"the best weights (step {self.step}) are gone from {self.folder / 'best'}; the last ones are kept")
+            self.task.save(self.folder / "model")
+            return last
+        if engine.rank() == 0 and there[0]:              # else a run that was killed here had moved it
             shutil.rmtree(self.folder / "model", ignore_errors=True)
             (self.folder / "best").rename(self.folder / "model")
         engine.barrier()

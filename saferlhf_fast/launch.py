@@ -263,8 +263,8 @@ class Group:
                   flush=True)
 
     def _hand_on(self, number, _):
-        """A signal that this process gets is for all ranks, which end after their step (signals.py); a second Ctrl-C ends them
-        at once."""
+        """A signal that this process gets is for all ranks, which end after their step (signals.py), at Ctrl-C at once; a second
+        Ctrl-C kills them."""
         self._send(number)
         if number == signal.SIGUSR2:                 # not one that ends a run
             return

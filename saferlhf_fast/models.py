@@ -11,6 +11,7 @@ Shapes: B sequences, L tokens with padding, H hidden size.
 """
 
 import contextlib
+import copy
 import inspect
 from dataclasses import dataclass
 
@@ -74,6 +75,19 @@ def train_every_row(model):
         embedding.padding_idx = None
 
 
+def savable_generation(generation, tokenizer):
+    """-> a copy of a generation config that transformers can save, with the tokenizer's ids where it has none."""
+    generation = copy.deepcopy(generation)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if getattr(generation, name, None) is None:
+            setattr(generation, name, getattr(tokenizer, name))
+    # Some published configs give a temperature without sampling, which transformers loads but refuses to save.
+    if any(getattr(generation, name, None) not in (None, plain_value)
+           for name, plain_value in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50))):
+        generation.do_sample = True
+    return generation
+
+
 def save_causal_lm(folder, model, tokenizer, state_dict=None, card=None):
     """Writes a causal LM: safetensors, tokenizer with chat template, generation config, model card.
 
@@ -83,14 +97,7 @@ def save_causal_lm(folder, model, tokenizer, state_dict=None, card=None):
     assert state_dict is None or not has_lora(model), "a state dict of a model with adapters cannot be merged"
     lm = plain(model)
     state = plain_state(model) if state_dict is None else dict(state_dict)
-    generation = lm.generation_config
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(generation, name, None) is None:
-            setattr(generation, name, getattr(tokenizer, name))
-    # Some published configs give a temperature without sampling, which transformers loads but refuses to save.
-    if any(getattr(generation, name, None) not in (None, plain_value)
-           for name, plain_value in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50))):
-        generation.do_sample = True
+    lm.generation_config = savable_generation(lm.generation_config, tokenizer)
     with replacing(folder) as new, quiet():
         lm.save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
@@ -123,6 +130,7 @@ class ScoreHead(nn.Module):
 
     def __init__(self, hidden_size, bias=False, dtype=None, outputs=1):
         super().__init__()
+        self.outputs = outputs                           # ZeRO-3 may leave the weight no shape
         self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
 

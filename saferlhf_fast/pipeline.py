@@ -211,10 +211,12 @@ def _check_outputs(top, steps):
 
 def _restarted(step, resume):
     """Returns a step's config, for a folder that holds an unfinished run of the same kind: with resume=auto when it has a
-    checkpoint of the same settings, else with overwrite."""
+    checkpoint (of other settings, it will be refused by their names), else with overwrite."""
     folder = Path(step.cfg.output).expanduser()
-    if resume == "auto" and run_folder.can_go_on(step.cfg):
-        return dataclasses.replace(step.cfg, resume="auto")
+    if resume == "auto" and hasattr(step.cfg, "resume"):
+        going_on = dataclasses.replace(step.cfg, resume="auto")
+        if run_folder.goes_on(going_on) and not (step.cfg.overwrite and run_folder.changed(going_on)):
+            return going_on
     if run_folder.is_ours(folder) and not (folder / "finished.json").exists():
         with open(folder / "config.yaml", encoding="utf-8") as file:
             if (yaml.safe_load(file) or {}).get("stage") == step.kind:

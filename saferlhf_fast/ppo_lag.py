@@ -305,7 +305,7 @@ class Keeper:
 
 def save_batch(cfg, step, rollout, scored):
     """Writes the texts and scores of a batch that gave a non-finite loss -> path of this rank's file."""
-    path = Path(cfg.output) / f"nonfinite_batch_step{step}_rank{engine.rank()}.jsonl"
+    path = Path(cfg.output).expanduser() / f"nonfinite_batch_step{step}_rank{engine.rank()}.jsonl"
     with open(path, "w", encoding="utf-8") as file:
         for row in sample_rows(rollout, scored, len(rollout)):
             file.write(json.dumps(row) + "\n")

@@ -7,6 +7,8 @@ Scores: reward R, higher is more helpful; cost C, higher is more harmful and C >
 Source: Safe RLHF (arXiv 2310.12773), equations 5 and 6, and its reference implementation.
 """
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -123,9 +125,11 @@ def _train(cfg, kind):
     trained = engine.Engine(score, cfg.optim, cfg.engine, total_steps(len(examples), cfg.train, engine.world_size()))
 
     def save(path):
-        with trained.gathered():
+        merged = cfg.lora.rank or trained.module.score.bias is not None
+        state = trained.state_dict() if trained.sharded and not merged else None
+        with trained.gathered() if merged else contextlib.nullcontext():
             if engine.rank() == 0:
-                models.save_score_model(path, trained.module, tokenizer, kind=kind, **keep,
+                models.save_score_model(path, trained.module, tokenizer, kind=kind, state_dict=state, **keep,
                                         card={"stage": kind, "model": cfg.model, "data": report.as_dict()})
                 if cfg.lora.rank and trained.module.score.bias is None and trained.module.normalizer is None:
                     adapters.save_score(path / "adapter", trained.module, cfg.model)

@@ -37,7 +37,8 @@ def rank():
 
 def is_ours(folder):
     """Tells whether a folder is a run folder of this package: the only kind that is ever deleted."""
-    return (Path(folder) / "config.yaml").is_file() and (Path(folder) / "versions.json").is_file()
+    folder = Path(folder).expanduser()
+    return (folder / "config.yaml").is_file() and (folder / "versions.json").is_file()
 
 
 def check_output(cfg, key="output"):
@@ -57,9 +58,7 @@ def check_output(cfg, key="output"):
     if not folder.exists() or not any(folder.iterdir()) or starts_again(cfg):
         return
     if goes_on(cfg):
-        before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        worlds = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["processes"], _processes()
-        fits.refuse(folder, fits.differences(before, to_dict(cfg), *worlds, [name for name, _, _ in inputs.listed(cfg)]))
+        fits.refuse(folder, changed(cfg))
         return
     if not cfg.overwrite:
         raise UserError(f"{key}: {folder} {_holds(folder)}; choose another folder, or overwrite=true")
@@ -78,12 +77,12 @@ def goes_on(cfg):
     return manifest.root(cfg.output).resolve() in Path(resume).expanduser().resolve().parents
 
 
-def can_go_on(cfg):
-    """Tells whether resume=auto would go on from a checkpoint of the very same settings."""
-    if not hasattr(cfg, "resume") or not goes_on(dataclasses.replace(cfg, resume="auto")):
-        return False
-    started = _read(Path(cfg.output).expanduser() / "started.json")
-    return started.get("recipe") == inputs.recipe_hash(started.get("stage"), cfg)
+def changed(cfg):
+    """Returns what settings of an unfinished run are other ones now, in ways that change its result."""
+    folder = Path(cfg.output).expanduser()
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    worlds = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["processes"], _processes()
+    return fits.differences(before, to_dict(cfg), *worlds, [name for name, _, _ in inputs.listed(cfg)])
 
 
 def starts_again(cfg):

@@ -3,9 +3,12 @@
     saferlhf-fast sft model=DIR data=FILE output=DIR
 """
 
+import contextlib
+
 from . import body, console, data, engine, models
 from .checkpoint.described import describe
 from .fit import Task, fit, total_steps
+from .lora import has_lora
 from .metrics import Metrics
 from .policy import Policy, pack_trained
 from .run_folder import finish_run, open_run
@@ -68,8 +71,11 @@ def held_out_split(cfg, examples, load):
 
 
 def save_policy(policy, folder, tokenizer, card):
-    """Writes the causal LM of an engine (LoRA merged) to a folder; every rank must call it."""
-    with policy.gathered():
+    """Writes the causal LM of an engine (LoRA merged, for which it is gathered whole) to a folder; every rank must call it."""
+    lm = policy.module.lm
+    state = policy.state_dict() if policy.sharded and not has_lora(lm) else None
+    with policy.gathered() if has_lora(lm) else contextlib.nullcontext():
         if engine.rank() == 0:
-            models.save_causal_lm(folder, policy.module.lm, tokenizer, card=card)
+            state = state and {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+            models.save_causal_lm(folder, lm, tokenizer, state, card)
     engine.barrier()

@@ -15,7 +15,8 @@ class Stopped(SystemExit):
     """The run was told to end and has written a checkpoint; exit code 128 + the signal's number, as shells have it."""
 
     def __init__(self, step, checkpoint):
-        number = _asked or signal.SIGTERM                # another rank was asked
+        global _asked
+        number, _asked = _asked or signal.SIGTERM, None  # another rank was asked
         super().__init__(128 + int(number))
         self.step, self.checkpoint, self.name = step, checkpoint, signal.Signals(number).name
 
@@ -24,9 +25,10 @@ class Stopped(SystemExit):
 
 
 def listen():
-    """Notes signals from now on. Only a process's main thread can."""
-    global _asked
-    _asked = None
+    """Notes signals from now on. Only a process's main thread can.
+
+    One that came after the last step of a stage still counts: the next stage ends after its first step.
+    """
     if threading.current_thread() is threading.main_thread():
         for number in WATCHED:
             _before[number] = signal.signal(number, _note)

@@ -23,7 +23,8 @@ class Skips:
         if self.row >= self.limit:
             in_a_row = f" in {self.row} steps one after the other" if self.row > 1 else ""
             raise NonFinite(f"step {step}: {', '.join(bad)}: expected finite numbers, got NaN or inf{in_a_row}; the batch is "
-                            f"saved in {save()}, no weight was changed by it; try a lower learning rate, or fp32")
+                            f"saved in {save()}, no weight was changed by what was not finite; try a lower learning rate, or "
+                            "fp32")
         console.warn(f"step {step} is left out on all ranks: {', '.join(bad)} not finite ({self.total} so far)")
 
     def state_dict(self):

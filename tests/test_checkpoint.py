@@ -18,7 +18,7 @@ from saferlhf_fast.alarms import AtBound, Spikes
 from saferlhf_fast.checkpoint import commands, fits, manifest, pickles
 from saferlhf_fast.checkpoint.files import Files
 from saferlhf_fast.checkpoint.state import flatten, generators, restore, set_generators
-from saferlhf_fast.checkpoint.verify import whole
+from saferlhf_fast.checkpoint.verify import newest, whole
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.skips import Skips
 
@@ -342,3 +342,58 @@ def test_inspect_needs_no_torch(tmp_path):
             "assert 'torch' not in sys.modules; sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=kit.ROOT)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_conversion_deletes_nothing_that_is_not_its_own(tmp_path, capsys):
+    folder, mine = made(tmp_path, 1), tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("precious")
+    values = {key: value for key, value in manifest.read(folder).items() if key not in ("seal", "format")}
+    manifest.write(folder, {**values, "models": {"actor": {"weights": 7, "zero_stage": 2, "precision": "float32"}}})
+    for output in (mine, tmp_path, folder):
+        with pytest.raises(UserError, match="is not empty; expected a new folder"):
+            commands.main(["convert", str(folder), "--output", str(output)])
+    assert (mine / "thesis.tex").read_text() == "precious" and whole(folder)
+
+
+def test_what_is_newer_than_what_a_run_goes_on_from_is_set_aside(tmp_path):
+    for step in (2, 3, 4):
+        made(tmp_path, step)
+    manifest.folder_of(tmp_path, 5).mkdir()              # was being written
+    manifest.set_aside(tmp_path, 2)
+    made(tmp_path, 3)
+    manifest.prune(tmp_path, 1, True)
+    names = sorted(path.name for path in manifest.root(tmp_path).iterdir())
+    assert names == ["step-00000003", "step-00000003.set-aside", "step-00000004.set-aside"]
+
+
+def test_the_newest_whole_one_of_a_run_is_meant(tmp_path):
+    made(tmp_path, 1)
+    shard = made(tmp_path, 2) / "actor" / "shard.pt"
+    shard.write_bytes(b"WEIGHTS")
+    assert newest(tmp_path).name == "step-00000001"
+    shard.unlink()
+    manifest.discard(manifest.folder_of(tmp_path, 1))
+    with pytest.raises(UserError, match="whole one; .*shard.pt is missing"):
+        newest(tmp_path)
+
+
+def test_a_file_that_cannot_be_read_is_a_reason_and_no_crash(tmp_path, monkeypatch):
+    folder = made(tmp_path, 1)
+    values = manifest.read(folder)
+    monkeypatch.setattr(manifest, "sha256", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    assert "cannot be read: [Errno 5] Input/output error" in manifest.problem(folder, values)
+
+
+def test_a_config_that_cannot_be_written_ends_no_run(tmp_path):
+    files = Files(tmp_path)
+    files.put_folder("hf", lambda folder: (_ for _ in ()).throw(ValueError("temperature without do_sample")))
+    assert "hf: ValueError: temperature without do_sample" in files.error
+
+
+def test_lists_are_compared_entry_by_entry():
+    before, now = {"data": ["a", {"path": "b", "count": 3}], "betas": (0.9, 0.95)}, {"data": ["c", {"path": "d", "count": 3}],
+                                                                                    "betas": [0.9, 0.95]}
+    assert fits.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == []
+    assert fits.differences(before, {**now, "data": ["c", {"path": "d", "count": 4}]}, 1, 1, ["data.0", "data.1.path"]) == [
+        "data.1.count: 3 then, 4 now"]

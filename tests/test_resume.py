@@ -323,3 +323,57 @@ def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path
     assert kit.main("run", recipe, "resume=never") == 0
     assert "resume: step" not in capsys.readouterr().out.replace("\n", " ")
     assert_same(straight, tmp_path / "run" / "cost")
+
+
+def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+
+    def write(rate, **train):
+        stage = {"model": world["model"], "data": [world["pairs"]], "optim": {"learning_rate": rate}, "log": {"progress": False},
+                 "train": {"batch_size": 3, "max_steps": STEPS, "epochs": 9, **train}, "checkpoint": {"interval": AT, "keep": 9}}
+        recipe.write_text(json.dumps({"output": str(tmp_path / "run"), "stages": [{"reward": stage}]}))
+
+    write(1e-3)
+    assert kit.main("run", recipe) == 0
+    done = shutil.move(tmp_path / "run" / "reward", tmp_path / "done")
+    copy = interrupted(done, tmp_path / "run" / "reward")
+    before = kit.files(copy)
+    write(1e-4)
+    assert kit.main("run", recipe) == 2
+    err = capsys.readouterr().err
+    assert "optim.learning_rate: 0.001 then, 0.0001 now" in err and "resume=never" in err and kit.files(copy) == before
+    write(1e-3, micro_tokens=40)                         # how a step is cut into passes is free
+    assert kit.main("run", recipe) == 0
+    assert f"resume: step {AT} from" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run("reward", world, "~/a")
+    interrupted(tmp_path / "a", tmp_path / "b")
+    run("reward", world, "~/b", resume="auto")
+    assert_same(tmp_path / "a", tmp_path / "b")
+
+
+def test_the_best_weights_of_another_run_come_along(world, tmp_path):
+    settings = {"optim.learning_rate": 1.0, "lora.rank": 0}      # gets worse, so that an early step is the best
+    run("sft", world, tmp_path / "a", **settings)
+    summary = kit.summary(tmp_path / "a")
+    assert summary["best_step"] <= AT
+    shutil.copytree(tmp_path / "a" / "model", tmp_path / "a" / "best")       # as it was while the run went on
+    run("sft", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT), **settings)
+    assert kit.summary(tmp_path / "b")["best_step"] == summary["best_step"]
+    assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == \
+        resume_kit.digest(tmp_path / "b" / "model" / "model.safetensors")
+
+
+def test_a_damaged_newer_one_does_not_push_out_what_is_written_now(world, tmp_path):
+    keep = {"checkpoint.interval": 1, "checkpoint.keep": 9}
+    run("reward", world, tmp_path / "a", **keep)
+    copy = interrupted(tmp_path / "a", tmp_path / "b", at=4)
+    for step in (3, 4):
+        (manifest.folder_of(copy, step) / "state.json").write_text("{}")
+    run("reward", world, copy, resume="auto", **{**keep, "checkpoint.keep": 1})
+    assert [step for step, _ in manifest.listed(copy)] == [4]
+    assert_same(tmp_path / "a", copy)
+    assert len(list(manifest.root(copy).glob("*.set-aside"))) == 2

@@ -20,17 +20,18 @@ from .verify import whole
 
 def convert(folder, output=None):
     """-> the folder of the converted checkpoint. folder: of a step · output: another folder than the one beside it."""
-    folder = Path(folder)
+    folder = Path(folder).resolve()
     values = whole(folder)
     if values["universal"]:
         raise UserError(f"{folder} is for any number of processes already")
     if not any(kind["zero_stage"] for kind in values["models"].values()):
         raise UserError(f"{folder} is of ZeRO 0, where each process has everything: any number of processes can go on from it")
-    output = Path(output) if output else folder.with_name(f"{folder.name}.universal")
-    if output.exists() and any(output.iterdir()):
-        if manifest.is_committed(output):
-            raise UserError(f"{output} is there already; delete it first")
+    beside = folder.with_name(f"{folder.name}.universal")
+    output = Path(output).expanduser().resolve() if output else beside
+    if output == beside and output.is_dir() and not manifest.is_committed(output):
         shutil.rmtree(output)                            # what a conversion left that was cut off
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"--output: {output} is not empty; expected a new folder")
     output.mkdir(parents=True, exist_ok=True)
     for name, kind in values["models"].items():
         _model(folder / name, output / name, kind["zero_stage"])

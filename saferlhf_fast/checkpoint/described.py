@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..lora import plain
+from ..models import savable_generation
 
 SCORE = "score.json"
 
@@ -22,7 +23,7 @@ def describe(module, tokenizer):
         config.architectures = [type(inner).__name__]
         config.save_pretrained(folder)
         if lm is not None:
-            inner.generation_config.save_pretrained(folder)
+            savable_generation(inner.generation_config, tokenizer).save_pretrained(folder)
         else:
             (Path(folder) / SCORE).write_text(json.dumps(_head(module)), encoding="utf-8")
         tokenizer.save_pretrained(folder)
@@ -31,7 +32,7 @@ def describe(module, tokenizer):
 
 
 def _head(module):
-    return {"kind": module.kind, "bias": module.score.bias is not None, "outputs": len(module.score.weight),
+    return {"kind": module.kind, "bias": module.score.bias is not None, "outputs": module.score.outputs,
             "normalizer": module.normalizer and asdict(module.normalizer)}
 
 

@@ -52,8 +52,9 @@ class Files:
                 for path in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
                     content = path.read_bytes()
                     self.put(f"{name}/{path.relative_to(temporary).as_posix()}", lambda file, c=content: file.write(c))
-        except OSError as error:
-            self.error = self.error or f"{name}: {error}"
+        # As in _write: no config or tokenizer is worth a run.
+        except Exception as error:
+            self.error = self.error or f"{name}: {type(error).__name__}: {error}"
 
     def start(self):
         """Writes in the background what waits."""

@@ -9,9 +9,11 @@ FREE = ("stage", "output", "overwrite", "resume", "log", "checkpoint", "engine.t
 
 
 def flat(values, prefix=""):
-    """Nested settings -> {dotted key: value}."""
+    """Nested settings -> {dotted key: value}; entries of lists are numbered."""
     out = {}
     for key, value in values.items():
+        if isinstance(value, (list, tuple)):
+            value = dict(enumerate(value)) or None
         if isinstance(value, dict):
             out |= flat(value, f"{prefix}{key}.")
         else:
@@ -50,5 +52,5 @@ def refuse(where, found):
     """UserError when there are differences."""
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UserError(f"resume: {where} belongs to other settings: {'; '.join(found[:3])}{more}; expected the same, or "
-                        "another output")
+        raise UserError(f"resume: {where} belongs to other settings: {'; '.join(found[:3])}{more}; expected the same, "
+                        "another output, or a new start (overwrite=true without resume; in a run of stages resume=never)")

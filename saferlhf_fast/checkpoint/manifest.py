@@ -107,19 +107,29 @@ def problem(folder, values, part=0, parts=1):
     part, parts: looks at every parts-th file only, from the part-th on, so that ranks can share the work.
     """
     for name, said in sorted(values["files"].items())[part::parts]:
-        if not is_inside(name):
-            return f"{folder}: {name!r} is no file name inside the checkpoint"
-        path = Path(folder) / name
-        if any(p.is_symlink() for p in (path, *path.parents) if p != Path(folder) and Path(folder) in p.parents):
-            return f"{path} is a symbolic link; expected a file"
-        if not path.is_file():
-            return f"{path} is missing"
-        size = path.stat().st_size
-        if size != said["bytes"]:
-            return f"{path} has {size} bytes, expected {said['bytes']}"
-        found = sha256(path)
-        if found != said["sha256"]:
-            return f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {said['sha256'][:12]}…"
+        try:
+            why = _problem(Path(folder), name, said)
+        except OSError as error:                         # a disk that cannot read it back
+            why = f"{Path(folder) / name} cannot be read: {error}"
+        if why is not None:
+            return why
+    return None
+
+
+def _problem(folder, name, said):
+    if not is_inside(name):
+        return f"{folder}: {name!r} is no file name inside the checkpoint"
+    path = folder / name
+    if any(p.is_symlink() for p in (path, *path.parents) if p != folder and folder in p.parents):
+        return f"{path} is a symbolic link; expected a file"
+    if not path.is_file():
+        return f"{path} is missing"
+    size = path.stat().st_size
+    if size != said["bytes"]:
+        return f"{path} has {size} bytes, expected {said['bytes']}"
+    found = sha256(path)
+    if found != said["sha256"]:
+        return f"{path} is damaged: its SHA-256 is {found[:12]}…, expected {said['sha256'][:12]}…"
     return None
 
 
@@ -161,6 +171,19 @@ def discard(folder):
     """Deletes a checkpoint; at no moment does a part of it look like a whole one."""
     (Path(folder) / NAME).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def set_aside(output, step):
+    """Renames what is newer than a step that a run goes on from: damaged, or of a way that is not taken. Unfinished ones go."""
+    for newer, path in listed(output):
+        if newer <= step:
+            continue
+        if not is_committed(path):
+            discard(path)
+            continue
+        aside = path.with_name(f"{path.name}.set-aside")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(path, aside)
 
 
 def prune(output, keep, keep_best):

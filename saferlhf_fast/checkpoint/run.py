@@ -1,6 +1,7 @@
 """When a run writes its state, and from what it goes on; see the package's docstring."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -62,10 +63,13 @@ class Checkpoints:
         """Writes a checkpoint now, or begins to; every rank must call it."""
         self._settle()
         folder = manifest.folder_of(self.folder, step)
-        if engine.rank() == 0:
-            manifest.discard(folder)
-        engine.barrier()
         files = self.files = Files(folder, self.cfg.checkpoint.asynchronous)
+        if engine.rank() == 0:
+            try:
+                manifest.discard(folder)
+            except OSError as error:
+                files.error = f"{folder}: {error}"
+        engine.barrier()
         for name, model in self.models.items():
             shards.save(model, folder, name, files)
         files.put_json(f"rank-{engine.rank():05d}.json", generators())
@@ -109,11 +113,15 @@ class Checkpoints:
                 except OSError as error:
                     errors = [f"{folder}: {error}"]
             if errors:
-                manifest.discard(folder)
                 console.warn(f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run goes on, and the one "
                              "before is kept")
-            else:
-                manifest.prune(self.folder, self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_best)
+            try:
+                if errors:
+                    manifest.discard(folder)
+                else:
+                    manifest.prune(self.folder, self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_best)
+            except OSError as error:                     # not worth a run
+                console.warn(f"an old checkpoint could not be deleted: {error}")
         engine.barrier()
         self.files = self.pending = None
 
@@ -134,6 +142,12 @@ class Checkpoints:
         for name, model in self.models.items():
             shards.load(model, folder, name, values["universal"])
         self._restore(folder)
+        if engine.rank() == 0:
+            manifest.set_aside(self.folder, values["step"])
+            best, mine = folder.parent.parent / "best", self.folder / "best"
+            if best.is_dir() and not mine.exists():      # of another run: its best weights lie beside its checkpoints
+                shutil.copytree(best, mine)
+        engine.barrier()
         self.last = time.monotonic()
         console.say(f"resume: step {values['step']} from {folder}, written {values['written']}")
         return values["step"]

@@ -20,10 +20,17 @@ def whole(folder):
 
 def newest(path):
     """A checkpoint's folder, or a run's -> the checkpoint's: of a run the newest one that is whole."""
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().resolve()
     if (path / manifest.NAME).exists() or manifest.step_of(path):
         return path
-    found = [folder for _, folder in manifest.listed(path) if manifest.is_committed(folder)]
-    if not found:
-        raise UserError(f"{path}: expected a checkpoint, or the folder of a run that has some")
-    return found[0]
+    passed = []
+    for _, folder in manifest.listed(path):
+        if manifest.step_of(folder)[1]:                  # converted: the one that it was made from is meant
+            continue
+        try:
+            whole(folder)
+            return folder
+        except UserError as error:
+            passed.append(str(error))
+    raise UserError(f"{path}: expected a checkpoint, or the folder of a run that has a whole one"
+                    + (f"; {'; '.join(passed)}" if passed else ""))
