@@ -20,7 +20,7 @@ proof: setup     ## the same on three seeds
 
 # Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
 test: setup      ## all tests but the slow ones, under 20 minutes on two cores; JOBS=1 for one file at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile --durations 15
 
 test-slow: setup ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600
