@@ -47,6 +47,11 @@ def check_output(cfg, key="output"):
         return
     if not cfg.output.strip():
         raise UserError(f"{key}: expected a folder, got an empty text")
+    if getattr(cfg, "resume", None) not in (None, "auto"):
+        try:
+            manifest.read(Path(cfg.resume).expanduser())
+        except UserError as error:
+            raise UserError(f"resume: expected auto or the folder of a checkpoint, got {cfg.resume}: {error}") from error
     folder = Path(cfg.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{key}: {folder} is a file; expected a folder")
