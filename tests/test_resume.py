@@ -244,14 +244,16 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("zero, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
-def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, capsys):
+@pytest.mark.parametrize("gradients", ["nan", "1"])
+def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, gradients, capsys):
+    """Also where this model's own gradients are finite, since another rank's loss or another model's was not."""
     from saferlhf_fast import engine
     from saferlhf_fast.engine import Engine
     backward, states, count = Engine.backward, [], [0]
 
     def poisoned(self, loss):
         count[0] += 1
-        return backward(self, loss * float("nan") if count[0] == 2 else loss)
+        return backward(self, loss * float(gradients) if count[0] == 2 else loss)
 
     def seen(self):
         states.append({name: value.clone() for name, value in self.state_dict().items()})
