@@ -14,11 +14,17 @@ _HOME = {
     "ppo_lag_advantage": "kernels.ppo_lag_advantage",
     "ppo_loss": "kernels.ppo_loss",
     "value_loss": "kernels.value_loss",
+    "PPOLagLoss": "ppo_lag_loss",
+    "pack": "padding",
+    "unpack": "padding",
     "LagrangeMultiplier": "lagrange",
     "PIDMultiplier": "lagrange",
     "reward_loss": "preference",
     "cost_loss": "preference",
     "ScoreModel": "models",
+    "load_score_model": "models",
+    "save_score_model": "models",
+    "score_model_from_backbone": "models",
     "UserError": "errors",
 }
 

@@ -1,7 +1,13 @@
 """The Lagrange multiplier λ: how hard the cost is weighed, adapted so that the mean cost meets the threshold d.
 
 λ multiplies the cost advantage in (A_r − λ·A_c)/(1 + λ). J_C is the mean cost of the last `window` episodes of all
-ranks. Both rules keep λ on the device as a 0-d tensor, so that no step waits for the host.
+ranks. Both rules keep λ on the device as a 0-d tensor, so that no step waits for the host. They need torch alone; in a loop
+of one's own, before the actor's update of each step::
+
+    multiplier = LagrangeMultiplier(init=1.0, lr=0.1, max=5.0, threshold=0.0, device=cost_B.device)
+    multiplier.update(cost_B)                    # with several ranks: all their costs, gathered, on each of them
+    advantages = (A_r - multiplier.value * A_c) / (1 + multiplier.value)
+    torch.save({"multiplier": multiplier.state_dict(), ...}, path)
 
 Source: Safe RLHF (arXiv 2310.12773), section 3.3 and the reference implementation; PID: Stooke et al. (2020),
 arXiv 2007.03964.
@@ -16,13 +22,18 @@ class CostWindow:
     """Mean of the last `window` episode costs, kept on the device. Costs that are not `believable` are left out."""
 
     def __init__(self, window, device):
+        if not (isinstance(window, int) and window >= 1):
+            raise ValueError(f"window: expected a number of episodes >= 1, got {window!r}")
         self.costs = torch.zeros(window, device=device)
         self.kept = torch.zeros((), device=device)       # how many of `costs` are filled, from the end
 
     def add(self, costs_B):
         """costs_B: [B] costs of the newest episodes, of all ranks -> J_C, a 0-d tensor (0 before any)."""
+        if not isinstance(costs_B, torch.Tensor) or costs_B.dim() != 1:
+            got = f"shape {list(costs_B.shape)}" if isinstance(costs_B, torch.Tensor) else type(costs_B).__name__
+            raise ValueError(f"costs: expected a tensor [B], one cost for each episode, got {got}")
         # The newest stand last; the others become NaN holes that the mean below does not count.
-        fresh = believable(costs_B)
+        fresh = believable(costs_B.detach())
         self.costs = torch.cat([self.costs, fresh.to(self.costs.device)])[-self.costs.numel():]
         self.kept = (self.kept + costs_B.numel()).clamp(max=self.costs.numel())
         age = torch.arange(self.costs.numel(), 0, -1, device=self.costs.device)
@@ -43,10 +54,12 @@ class LagrangeMultiplier:
 
     init: λ at the start, > 0 · lr: step size · max: upper bound of λ · threshold: d, in the cost model's units ·
     window: episodes in J_C · delay: λ moves from this step on · device: where λ lives.
+    Attributes: `value`, λ, and `mean_cost`, J_C, both 0-d fp32 tensors on the device; `steps`, updates so far.
+    ValueError for what cannot be a setting, and for costs that are no tensor [B].
     """
 
     def __init__(self, init=1.0, lr=0.1, max=5.0, threshold=0.0, window=1024, delay=0, device="cpu"):
-        if init <= 0 or max <= 0:
+        if not (init > 0 and max > 0):
             raise ValueError(f"init and max of an exponential multiplier must be above 0, got {init} and {max}")
         self.log_value = torch.tensor(float(init), device=device).clamp(max=max).log()
         self.log_max = torch.tensor(float(max), device=device).log()
@@ -61,7 +74,11 @@ class LagrangeMultiplier:
         return self.log_value.exp()
 
     def update(self, costs_B):
-        """One step with the newest episodes' costs of all ranks, [B] -> λ."""
+        """One step with the newest episodes' costs, [B] in any float dtype, on any device -> λ.
+
+        Of all ranks, in the same order on each, so that λ stays the same everywhere (torch.distributed.all_gather_into_tensor).
+        Costs that are not finite, or beyond ±1e6, are left out of the mean; no gradient is kept.
+        """
         self.mean_cost = self.window.add(costs_B)
         if self.steps >= self.delay:
             moved = self.log_value + self.lr * self.value * (self.mean_cost - self.threshold)
@@ -74,8 +91,11 @@ class LagrangeMultiplier:
         return _state(self, ("log_value", "mean_cost"))
 
     def load_state_dict(self, values):
-        """From a checkpoint."""
+        """From a checkpoint; the device stays this one's."""
         _load(self, values)
+
+    def __repr__(self):
+        return _shown(self, ("lr",))
 
 
 class PIDMultiplier:
@@ -95,7 +115,7 @@ class PIDMultiplier:
         self.mean_cost = torch.zeros((), device=device)
 
     def update(self, costs_B):
-        """One step with the newest episodes' costs of all ranks, [B] -> λ."""
+        """One step with the newest episodes' costs of all ranks, [B] -> λ; as in `LagrangeMultiplier`."""
         self.mean_cost = self.window.add(costs_B)
         if self.steps >= self.delay:
             error = self.mean_cost - self.threshold
@@ -111,8 +131,18 @@ class PIDMultiplier:
         return _state(self, ("integral", "value", "last_error", "mean_cost"))
 
     def load_state_dict(self, values):
-        """From a checkpoint."""
+        """From a checkpoint; the device stays this one's."""
         _load(self, values)
+
+    def __repr__(self):
+        return _shown(self, ("kp", "ki", "kd"))
+
+
+def _shown(multiplier, gains):
+    """How a multiplier prints: λ, J_C and its settings (this waits for the device)."""
+    settings = {name: getattr(multiplier, name) for name in (*gains, "threshold", "delay", "steps")}
+    return (f"{type(multiplier).__name__}(value={multiplier.value.item():.4g}, mean_cost={multiplier.mean_cost.item():.4g}, "
+            f"window={multiplier.window.costs.numel()}, " + ", ".join(f"{name}={v:g}" for name, v in settings.items()) + ")")
 
 
 def _state(multiplier, names):

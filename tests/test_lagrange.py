@@ -60,3 +60,41 @@ def test_pid_integral_does_not_wind_up():
     assert pid.value.item() == 2.0
     pid.update(torch.tensor([-1.0]))
     assert pid.value.item() == 1.0
+
+
+@pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
+def test_a_loop_of_ones_own_goes_on_from_its_state(rule, tmp_path):
+    costs = [torch.tensor([1.0, -2.0]), torch.tensor([3.0]), torch.tensor([0.5, 0.5, 4.0]), torch.tensor([])]
+    whole, first, second = (rule(init=0.5, window=5, delay=1) for _ in range(3))
+    for batch in costs[:2]:
+        whole.update(batch), first.update(batch)
+    torch.save(first.state_dict(), tmp_path / "multiplier.pt")
+    second.load_state_dict(torch.load(tmp_path / "multiplier.pt", weights_only=True))
+    assert repr(second) == repr(first)
+    for batch in costs[2:]:
+        assert torch.equal(whole.update(batch), second.update(batch)) and torch.equal(whole.mean_cost, second.mean_cost)
+
+
+def test_costs_bring_no_gradient_and_any_dtype():
+    costs = torch.tensor([0.5, 1.5], requires_grad=True)
+    kinds = (costs * 1, costs.detach().double(), costs.detach().bfloat16())
+    values = [LagrangeMultiplier(window=2).update(made) for made in kinds]
+    assert all(torch.equal(value, values[0]) and not value.requires_grad and value.dtype == torch.float32 for value in values)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: LagrangeMultiplier(window=0), "window: expected a number of episodes >= 1, got 0"),
+    (lambda: PIDMultiplier(window=2.5), "window: .* got 2.5"),
+    (lambda: LagrangeMultiplier(max=float("nan")), "above 0"),
+    (lambda: LagrangeMultiplier().update(torch.ones(2, 1)), r"a tensor \[B\], one cost for each episode, got shape \[2, 1\]"),
+    (lambda: LagrangeMultiplier().update(torch.tensor(1.0)), r"got shape \[\]"),
+    (lambda: PIDMultiplier().update([1.0]), "got list"),
+])
+def test_what_cannot_be_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_it_prints_what_it_is():
+    multiplier = LagrangeMultiplier(init=2.0, lr=0.5, threshold=-1.0, window=8, delay=3)
+    assert repr(multiplier) == ("LagrangeMultiplier(value=2, mean_cost=0, window=8, lr=0.5, threshold=-1, delay=3, steps=0)")

@@ -1,0 +1,99 @@
+"""From padded rows to packed tokens and back, for loops of your own. Needs torch alone.
+
+    packed, cu_seqlens = pack(padded, mask)                        # [B, T, …] -> [N, …] and int32 [B+1]
+    padded = unpack(packed, cu_seqlens, mask=mask)                 # where they were
+    padded = unpack(packed, cu_seqlens)                            # rows moved to the left, padding behind
+
+Every op of this package takes both forms. Shapes: B rows, T columns, N real tokens, one row behind the other.
+"""
+
+import torch
+
+
+def pack(padded, mask):
+    """The real tokens of padded rows, one row behind the other: [B, T, …] -> (packed [N, …], cu_seqlens int32 [B+1]).
+
+    padded: a tensor of any dtype, or a list or tuple of them (then packed is a tuple). mask: [B, T], boolean or integers 0
+    and 1, on the tensors' device; in any pattern: padding on either side, holes, rows without a token. cu_seqlens[b] is the
+    place of row b's first token in N. Differentiable; masked entries get gradient 0. N is known to the host only once it
+    has counted: on a device this waits for it. Raises ValueError for shapes, dtypes or devices that do not fit.
+    """
+    tensors = list(padded) if isinstance(padded, (list, tuple)) else [padded]
+    mask = _boolean("pack", mask)
+    for i, tensor in enumerate(tensors):
+        name = "padded" if tensor is padded else f"padded[{i}]"
+        if tensor.shape[:2] != mask.shape:
+            raise ValueError(f"pack: {name}: expected shape [B, T, …] with the mask's [B, T] = {list(mask.shape)}, "
+                             f"got {list(tensor.shape)}")
+        if tensor.device != mask.device:
+            raise ValueError(f"pack: {name}: expected device {mask.device} as mask, got {tensor.device}")
+    at_N = mask.reshape(-1).nonzero().squeeze(1)
+    packed = tuple(tensor.reshape(mask.numel(), *tensor.shape[2:]).index_select(0, at_N) for tensor in tensors)
+    cu_seqlens = torch.zeros(mask.shape[0] + 1, dtype=torch.int32, device=mask.device)
+    torch.cumsum(mask.sum(1), 0, dtype=torch.int32, out=cu_seqlens[1:])
+    return (packed if isinstance(padded, (list, tuple)) else packed[0]), cu_seqlens
+
+
+def unpack(packed, cu_seqlens, *, mask=None, width=None, fill=0):
+    """Packed tokens in padded rows: [N, …] and int32 [B+1] -> [B, T, …]; the inverse of `pack` when given its mask.
+
+    packed: a tensor, or a list or tuple of them (then the result is a tuple). mask: [B, T], boolean or integers 0 and 1,
+    with as many ones in each row as cu_seqlens says; row b's tokens go to its ones, in order. Without it they go to the
+    left of rows that are `width` wide (default: as long as the longest). fill: what stands at every other place.
+    Differentiable. On a device this waits for the lengths. Raises ValueError for what does not fit.
+    """
+    tensors = list(packed) if isinstance(packed, (list, tuple)) else [packed]
+    offsets = _offsets(cu_seqlens)
+    device, lengths_B = cu_seqlens.device, torch.tensor([b - a for a, b in zip(offsets, offsets[1:])], dtype=torch.long)
+    for i, tensor in enumerate(tensors):
+        name = "packed" if tensor is packed else f"packed[{i}]"
+        if tensor.dim() < 1 or tensor.shape[0] != offsets[-1]:
+            raise ValueError(f"unpack: {name}: expected shape [N, …] with N = cu_seqlens[-1] = {offsets[-1]}, "
+                             f"got {list(tensor.shape)}")
+        if tensor.device != device:
+            raise ValueError(f"unpack: {name}: expected device {device} as cu_seqlens, got {tensor.device}")
+        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) and not float(fill).is_integer():
+            raise ValueError(f"unpack: fill: expected an integer for {name} of dtype {tensor.dtype}, got {fill}")
+    longest = int(lengths_B.max()) if len(lengths_B) else 0
+    if mask is None:
+        width = longest if width is None else width
+        if width < longest:
+            raise ValueError(f"unpack: width: expected at least the longest row's {longest}, got {width}")
+        mask = (torch.arange(width) < lengths_B[:, None]).to(device)
+    elif width is not None:
+        raise ValueError("unpack: expected mask or width, got both")
+    else:
+        mask = _boolean("unpack", mask)
+        if mask.device != device:
+            raise ValueError(f"unpack: mask: expected device {device} as cu_seqlens, got {mask.device}")
+        counts = mask.sum(1).tolist()
+        if counts != lengths_B.tolist():
+            row = next((b for b, (ones, n) in enumerate(zip(counts, lengths_B.tolist())) if ones != n), None)
+            raise ValueError(f"unpack: mask: expected {len(lengths_B)} rows, got {len(counts)}" if row is None else
+                             f"unpack: mask: expected {int(lengths_B[row])} ones in row {row}, got {counts[row]}")
+    at_N = mask.reshape(-1).nonzero().squeeze(1)
+    padded = tuple(tensor.new_full((mask.numel(), *tensor.shape[1:]), fill).index_copy(0, at_N, tensor)
+                   .reshape(*mask.shape, *tensor.shape[1:]) for tensor in tensors)
+    return padded if isinstance(packed, (list, tuple)) else padded[0]
+
+
+def _boolean(op, mask):
+    """A mask [B, T] as booleans; integers must be 0 and 1."""
+    if mask.dim() != 2 or mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise ValueError(f"{op}: mask: expected booleans (or integers 0 and 1) [B, T], got {mask.dtype} {list(mask.shape)}")
+    if mask.dtype == torch.bool:
+        return mask
+    ones = mask != 0
+    if not torch.equal(ones, mask == 1):
+        raise ValueError(f"{op}: mask: expected booleans or integers 0 and 1, got other integers")
+    return ones
+
+
+def _offsets(cu_seqlens):
+    """Offsets as host integers, checked: from 0 on, never falling."""
+    if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"unpack: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or any(b < a for a, b in zip(offsets, offsets[1:])):
+        raise ValueError(f"unpack: cu_seqlens: expected offsets that start at 0 and never fall, got {offsets[:8]}")
+    return offsets

@@ -1,0 +1,69 @@
+"""PPOLagLoss: the actor's loss of PPO-Lag as a module, for loops of your own. Needs torch alone (no transformers).
+
+The combination of the two advantages is three elementwise launches here; `ppo_lag_advantage` does it, with KL shaping and both
+GAE scans, in one. Use this where the two advantages come from elsewhere.
+"""
+
+import inspect
+
+import torch
+from torch import nn
+
+from .kernels import checks
+from .kernels.ppo_loss import ppo_loss
+
+PER_CALL = {"logp", "old_logp", "advantages", "cu_seqlens", "mask", "ref_logp", "entropy", "normalizer"}
+SETTINGS = inspect.signature(ppo_loss).parameters.keys() - PER_CALL
+
+
+class PPOLagLoss(nn.Module):
+    """The clipped policy loss on the advantage that weighs reward against cost, to be minimised.
+
+    Means the same as, with λ the multiplier::
+
+        A = (reward_advantages - λ * cost_advantages) / (1 + λ)
+        ratio = (logp - old_logp).clamp(-20, 20).exp()
+        loss = mean(-torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * A))
+
+    Source: Safe RLHF (Dai et al., arXiv 2310.12773), section 3.3, and the actor loss of its reference implementation; with
+    λ = 0 this is PPO. clip_ratio, reduction ("sequence-mean" or "token-mean"), kl_coeff, kl_estimator, entropy_coeff and every
+    other setting: as in `ppo_loss`, which does the work. The module has no parameters and no state.
+    """
+
+    def __init__(self, clip_ratio=0.2, **settings):
+        super().__init__()
+        unknown = settings.keys() - SETTINGS
+        if unknown:
+            raise ValueError(f"PPOLagLoss: expected settings out of {', '.join(sorted(SETTINGS))}, got {min(unknown)}")
+        self.settings = {"clip_ratio": clip_ratio, **settings}
+
+    def forward(self, logp, old_logp, reward_advantages, cost_advantages, multiplier, *, mask=None, cu_seqlens=None, **tensors):
+        """-> (loss, stats): loss [], fp32 (fp64 for fp64 logp), differentiable in logp; stats as `ppo_loss`, and `multiplier`.
+
+        logp, old_logp (nats) and both advantages: packed [N] with cu_seqlens (int32 [B+1]) or padded [B, T] with a boolean
+        mask, any float dtype; masked entries are never read. multiplier: λ ≥ 0 as a number, a 0-d tensor (which is not read
+        by the host) or a LagrangeMultiplier or PIDMultiplier, whose `value` it is; no gradient goes to it. tensors:
+        ref_logp, entropy, normalizer of `ppo_loss`. ValueError for what does not fit.
+        """
+        names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
+        checks.same_tokens("PPOLagLoss", names, (logp, old_logp, reward_advantages, cost_advantages))
+        value = getattr(multiplier, "value", multiplier)
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+            raise ValueError(f"PPOLagLoss: multiplier: expected a number, a 0-d tensor or a LagrangeMultiplier, "
+                             f"got {type(multiplier).__name__}")
+        if not isinstance(value, torch.Tensor):
+            checks.not_negative("PPOLagLoss", "multiplier", value)
+        value = checks.scalar(value, logp, "PPOLagLoss: multiplier")
+        advantages = combined(reward_advantages, cost_advantages, value)
+        loss, stats = ppo_loss(logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, **self.settings, **tensors)
+        return loss, {**stats, "multiplier": value}
+
+    def extra_repr(self):
+        """Its settings, as print shows them."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def combined(reward_advantages, cost_advantages, multiplier):
+    """(A_r − λ·A_c) / (1 + λ) in λ's dtype, without gradient; an infinite or NaN λ gives NaN."""
+    dtype = multiplier.dtype
+    return (reward_advantages.detach().to(dtype) - multiplier * cost_advantages.detach().to(dtype)) / (1 + multiplier)

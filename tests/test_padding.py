@@ -1,0 +1,98 @@
+"""pack and unpack: any pattern of the mask, any dtype, gradients, and what is refused."""
+
+import pytest
+import torch
+
+from saferlhf_fast import pack, unpack
+
+
+def loop(padded, mask):
+    """The definition: tokens row by row, one at a time."""
+    tokens = [padded[b, t] for b in range(mask.shape[0]) for t in range(mask.shape[1]) if mask[b, t]]
+    ends = [int(mask[:b].sum()) for b in range(mask.shape[0] + 1)]
+    return (torch.stack(tokens) if tokens else padded.new_empty(0, *padded.shape[2:])), ends
+
+
+MASKS = {"left": [[0, 0, 1, 1], [0, 1, 1, 1]], "right": [[1, 1, 0, 0], [1, 0, 0, 0]], "holes": [[1, 0, 1, 0], [0, 1, 0, 1]],
+         "empty row": [[0, 0, 0, 0], [1, 1, 1, 1]], "all masked": [[0, 0], [0, 0]], "no rows": torch.zeros(0, 3),
+         "no columns": torch.zeros(2, 0), "one token": [[1]]}
+
+
+@pytest.mark.parametrize("rest", [(), (5,), (2, 3)])
+@pytest.mark.parametrize("name", MASKS)
+def test_there_and_back(name, rest):
+    mask = torch.as_tensor(MASKS[name]).bool()
+    padded = torch.randn(*mask.shape, *rest, generator=torch.Generator().manual_seed(1))
+    packed, cu_seqlens = pack(padded, mask)
+    expected, ends = loop(padded, mask)
+    assert torch.equal(packed, expected) and cu_seqlens.dtype == torch.int32 and cu_seqlens.tolist() == ends
+    back = unpack(packed, cu_seqlens, mask=mask, fill=7)
+    shaped = mask.reshape(*mask.shape, *[1] * len(rest)).expand_as(padded)
+    assert torch.equal(back, padded.where(shaped, torch.tensor(7.0)))
+    left = unpack(packed, cu_seqlens, width=mask.shape[1] + 1)
+    assert left.shape == (mask.shape[0], mask.shape[1] + 1, *rest)
+    for b in range(mask.shape[0]):
+        n = int(mask[b].sum())
+        assert torch.equal(left[b, :n], packed[ends[b]:ends[b + 1]]) and not left[b, n:].any()
+    assert torch.equal(pack(left, torch.arange(left.shape[1]) < mask.sum(1)[:, None])[0], packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.bool])
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.uint8])
+def test_dtypes_and_several_at_once(dtype, mask_dtype):
+    mask = torch.tensor([[0, 1, 1], [1, 0, 1]]).to(mask_dtype)
+    ids, other = torch.arange(6).reshape(2, 3).to(dtype), torch.randn(2, 3, 4)
+    (packed, also), cu_seqlens = pack([ids.t().contiguous().t(), other], mask)      # not contiguous
+    assert packed.dtype == dtype and also.shape == (4, 4) and torch.equal(packed, ids[mask.bool()])
+    back, back_too = unpack((packed, also), cu_seqlens, mask=mask)
+    assert back.dtype == dtype and torch.equal(back, ids.where(mask.bool(), torch.zeros((), dtype=dtype)))
+    assert torch.equal(back_too[mask.bool()], also)
+
+
+def test_a_default_width_is_the_longest_row():
+    assert unpack(torch.ones(4), torch.tensor([0, 1, 1, 4])).tolist() == [[1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert unpack(torch.ones(0), torch.tensor([0])).shape == (0, 0)
+    assert unpack(torch.ones(1, dtype=torch.long), torch.tensor([0, 1]), width=2, fill=-100).tolist() == [[1, -100]]
+
+
+def test_gradients():
+    mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
+    padded = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: pack(x, mask)[0], padded)
+    packed, cu_seqlens = pack(padded.detach(), mask)
+    assert torch.autograd.gradcheck(lambda x: unpack(x, cu_seqlens, mask=mask), packed.requires_grad_())
+    poisoned = torch.full((3, 3), float("nan"), requires_grad=True)
+    pack(poisoned, mask)[0].sum().backward()
+    assert torch.equal(poisoned.grad, mask.float())
+
+
+def test_ops_give_the_same_on_both_forms():
+    from saferlhf_fast import gae
+    mask = torch.tensor([[True, True, False, False], [True, True, True, True]])
+    rewards, values = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
+    (r, v), cu_seqlens = pack((rewards, values), mask)
+    packed = gae(r, v, gamma=0.9, lam=0.8, cu_seqlens=cu_seqlens)[0]
+    torch.testing.assert_close(unpack(packed, cu_seqlens, mask=mask), gae(rewards, values, gamma=0.9, lam=0.8, mask=mask)[0])
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: pack(torch.ones(2, 3), torch.ones(2, 3)), "booleans .*float32"),
+    (lambda: pack(torch.ones(2, 3), torch.ones(2, 3, dtype=torch.long) * 2), "other integers"),
+    (lambda: pack(torch.ones(2, 3), -torch.ones(2, 3, dtype=torch.long)), "other integers"),
+    (lambda: pack(torch.ones(2, 3), torch.ones(6, dtype=torch.bool)), r"\[B, T\]"),
+    (lambda: pack([torch.ones(2, 3), torch.ones(3, 2)], torch.ones(2, 3, dtype=torch.bool)), r"padded\[1\].*\[3, 2\]"),
+    (lambda: pack(torch.ones(2, 3, device="meta"), torch.ones(2, 3, dtype=torch.bool)), "device cpu .*meta"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 2])), "N = .*2, got"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 4, 3])), "never fall"),
+    (lambda: unpack(torch.ones(3), torch.tensor([1, 3])), "start at 0"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0.0, 3.0])), "int32 offsets"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), width=2), "longest row's 3, got 2"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), mask=torch.ones(1, 4, dtype=torch.bool)), "3 ones in row 0, got 4"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), mask=torch.ones(2, 3, dtype=torch.bool)), "expected 1 rows, got 2"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), mask=torch.ones(1, 3), width=3), "both"),
+    (lambda: unpack(torch.ones(3, dtype=torch.long), torch.tensor([0, 3]), fill=0.5), "an integer"),
+    (lambda: unpack(torch.ones(3, dtype=torch.long), torch.tensor([0, 3]), fill=float("nan")), "an integer"),
+])
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,104 @@
+"""PPOLagLoss against plain torch, and the drop-in pieces in a process that has torch alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kit import ROOT
+from saferlhf_fast import LagrangeMultiplier, PIDMultiplier, PPOLagLoss, pack, ppo_loss
+from tolerance import assert_near
+
+
+def plain(logp, old_logp, reward_advantages, cost_advantages, multiplier, mask, clip=0.2):
+    """The formula: mean over rows with a token of each one's token mean."""
+    advantages = (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
+    ratio = (logp - old_logp).exp()
+    term = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
+    rows = [term[b][mask[b]].mean() for b in range(len(mask)) if mask[b].any()]
+    return torch.stack(rows).mean()
+
+
+def batch(seed=0, dtype=torch.float64, rows=4, columns=7):
+    made = torch.Generator().manual_seed(seed)
+    logp, noise, reward, cost = torch.randn(4, rows, columns, generator=made, dtype=torch.float64)
+    mask = torch.rand(rows, columns, generator=made) < 0.7
+    mask[1] = False
+    return [(-logp.abs()).to(dtype), (-logp.abs() + 0.2 * noise).to(dtype), reward.to(dtype), cost.to(dtype)], mask
+
+
+@pytest.mark.parametrize("multiplier", [0, 0.3, 5.0])
+def test_formula_and_gradient(multiplier):
+    (logp, *rest), mask = batch()
+    logp.requires_grad_()
+    loss, stats = PPOLagLoss()(logp, *rest, multiplier, mask=mask)
+    expected = plain(logp, *rest, multiplier, mask)
+    assert_near(loss, expected)
+    assert_near(torch.autograd.grad(loss, logp)[0], torch.autograd.grad(expected, logp)[0])
+    assert stats["multiplier"].item() == pytest.approx(multiplier) and stats["sequences"] == mask.any(1).sum()
+    assert torch.autograd.gradcheck(lambda x: PPOLagLoss(0.1)(x, *rest, multiplier, mask=mask)[0], logp)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_and_padded(dtype):
+    tensors, mask = batch(3, dtype)
+    packed, cu_seqlens = pack(tensors, mask)
+    criterion = PPOLagLoss(reduction="token-mean")
+    of_rows, of_packed = criterion(*tensors, 0.5, mask=mask)[0], criterion(*packed, 0.5, cu_seqlens=cu_seqlens)[0]
+    assert_near(of_rows, of_packed.double())
+    ready = [tensor.float() for tensor in tensors]
+    assert_near(of_rows, ppo_loss(*ready[:2], (ready[2] - 0.5 * ready[3]) / 1.5, clip_ratio=0.2, mask=mask,
+                                  reduction="token-mean")[0].double())
+
+
+def test_every_way_to_say_lambda():
+    tensors, mask = batch(1, torch.float32)
+    expected = PPOLagLoss()(*tensors, 0.25, mask=mask)[0]
+    for rule in (LagrangeMultiplier(init=0.25), PIDMultiplier(init=0.25), torch.tensor(0.25), torch.tensor([0.25]),
+                 torch.tensor(0.25, dtype=torch.float64), torch.tensor(0.25, requires_grad=True)):
+        torch.testing.assert_close(PPOLagLoss()(*tensors, rule, mask=mask)[0], expected)
+
+
+def test_masked_entries_may_hold_anything():
+    tensors, mask = batch(2, torch.float32)
+    expected = PPOLagLoss()(*tensors, 1.0, mask=mask)[0]
+    poisoned = [tensor.masked_fill(~mask, float("nan")).requires_grad_() for tensor in tensors]
+    loss, _ = PPOLagLoss()(*poisoned, 1.0, mask=mask)
+    loss.backward()
+    assert torch.equal(loss, expected) and not poisoned[0].grad[~mask].any() and poisoned[2].grad is None
+
+
+def test_no_token_is_no_loss():
+    loss, _ = PPOLagLoss()(*torch.zeros(4, 0, 3), 1.0, mask=torch.zeros(0, 3, dtype=torch.bool))
+    assert loss.item() == 0.0
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"multiplier": -0.1}, "multiplier: expected a number >= 0, got -0.1"),
+    ({"multiplier": float("nan")}, "multiplier"),
+    ({"multiplier": "1"}, "multiplier: expected a number, a 0-d tensor"),
+    ({"multiplier": None}, "multiplier: expected a number, a 0-d tensor"),
+    ({"multiplier": torch.ones(2)}, "multiplier: expected a number or a 0-d tensor"),
+    ({"cost_advantages": torch.zeros(4, 3)}, r"cost_advantages: expected shape \(4, 7\)"),
+    ({"reward_advantages": torch.zeros(4, 7, dtype=torch.long)}, "reward_advantages: expected a floating point dtype"),
+    ({"mask": torch.ones(4, 7)}, "mask: expected dtype torch.bool"),
+])
+def test_what_does_not_fit_is_refused(change, message):
+    tensors, mask = batch(0, torch.float32)
+    names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
+    with pytest.raises(ValueError, match=message):
+        PPOLagLoss()(**{**dict(zip(names, tensors)), "multiplier": 1.0, "mask": mask, **change})
+
+
+def test_settings():
+    with pytest.raises(ValueError, match="expected settings out of .*clip_ratio.* got clip_rato"):
+        PPOLagLoss(clip_rato=0.1)
+    assert repr(PPOLagLoss(0.1, reduction="token-mean")) == "PPOLagLoss(clip_ratio=0.1, reduction='token-mean')"
+
+
+def test_drop_in_pieces_need_torch_alone():
+    code = ("import sys; from saferlhf_fast import PPOLagLoss, LagrangeMultiplier, PIDMultiplier, pack, unpack, gae;"
+            "print([name for name in ('transformers', 'deepspeed', 'datasets', 'pydantic') if name in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
