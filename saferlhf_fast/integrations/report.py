@@ -1,0 +1,49 @@
+"""What a call of `patch` did: which function is replaced at which places, which is left and why."""
+
+import os
+from dataclasses import dataclass, field
+
+from . import sites
+
+
+class Refused(ValueError):
+    """A library's version, or a function's parameters or source, that ours were never compared with."""
+
+
+@dataclass
+class Report:
+    """library, version: what was patched · replaced: {function: list of places} · why: {function: what is better} ·
+    left: {function: reason} · undo: restores it all, as does leaving the `with` block."""
+
+    library: str
+    version: str
+    replaced: dict = field(default_factory=dict)
+    why: dict = field(default_factory=dict)
+    left: dict = field(default_factory=dict)
+    undo: object = None
+
+    @property
+    def calls(self) -> dict:
+        """{function: how often ours was called in its place}, since it was put there."""
+        return {target: sites.CALLS[target] for target in self.replaced}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self.undo is not None:
+            self.undo()
+
+    def __str__(self):
+        lines = [f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} functions replaced, {len(self.left)} left"]
+        for target, places in self.replaced.items():
+            others = [place for place in places if place != target.replace(":", ".")]
+            where = f", also at {', '.join(others)}" if others else ""
+            lines.append(f"  replaced  {target.replace(':', '.')}{where}: {self.why[target]}")
+        lines += [f"  left      {target.replace(':', '.')}: {reason}" for target, reason in self.left.items()]
+        return "\n".join(lines)
+
+    def show(self):
+        """Prints the report, on the first rank."""
+        if os.environ.get("RANK", "0") == "0":
+            print(self)

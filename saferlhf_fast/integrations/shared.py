@@ -1,0 +1,99 @@
+"""What the libraries' functions have in common: log-probs, entropies, masks, GAE, whitening and the clipped losses by our ops.
+
+Each function here either means what the library's means, or answers None so that the caller goes to the library's own.
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+import torch
+
+from ..kernels.gae import gae
+from ..kernels.ppo_loss import ppo_loss
+from ..kernels.token_logprob import token_logprob
+from ..kernels.value_loss import value_loss
+
+DEVICES = ("cpu", "cuda")
+
+
+def plain(*tensors):
+    """True for ordinary tensors on a CPU or a CUDA device: no DTensors, nested ones or other accelerators."""
+    return all(type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.device.type in DEVICES and not tensor.is_nested
+               for tensor in tensors if tensor is not None)
+
+
+def flags(mask):
+    """A mask as booleans, or None where it may hold weights: a floating-point mask, looked at on a CPU alone."""
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.device.type == "cpu":
+        made = mask != 0
+        return made if torch.equal(made.to(mask.dtype), mask) else None
+    return None if mask.dtype.is_floating_point else mask != 0
+
+
+def whole(labels):
+    """True for integer ids (booleans are none)."""
+    return not labels.dtype.is_floating_point and labels.dtype != torch.bool
+
+
+def logprob(logits, ids, **options):
+    """Log-probs of ids, or (log-probs, entropies) with return_entropy, in float32 at least."""
+    return token_logprob(logits, ids, **options)
+
+
+def entropy(logits):
+    """Entropy of softmax(logits) in nats: -inf logits are probability 0."""
+    ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    return token_logprob(logits, ids, return_entropy=True)[1]
+
+
+def whiten(values, mask, shift_mean=True):
+    """(values - mean) / sqrt(var + 1e-8) with the mean and Bessel's variance where mask is True; computed in float32 at least.
+
+    ValueError for fewer than two such values, on a CPU; on a device, where knowing would make the host wait, NaN.
+    """
+    kind = torch.float64 if values.dtype == torch.float64 else torch.float32
+    count = mask.sum()
+    if mask.device.type == "cpu" and count < 2:
+        raise ValueError(f"whitening: expected at least two values under the mask, got {int(count)}")
+    inside = torch.where(mask, values.to(kind), 0.0)
+    mean = inside.sum() / count
+    centered = torch.where(mask, inside - mean, 0.0)
+    rate = torch.rsqrt(centered.square().sum() / (count - 1) + 1e-8)
+    made = (values - mean) * rate
+    return made if shift_mean else made + mean
+
+
+def advantages(rewards, values, mask, gamma, lam, masked):
+    """GAE by our op, or None where it does not fit: (advantages, returns), 0 where masked."""
+    if not plain(rewards, values, mask) or rewards.dim() != 2 or mask.shape != rewards.shape:
+        return None
+    mask = flags(mask)
+    if mask is None:
+        return None
+    with torch.no_grad():
+        return gae(rewards, values, gamma=float(gamma), lam=float(lam), mask=mask, masked=masked)
+
+
+def policy_loss(logp, old_logp, advantages, mask, *, reduction, normalizer, **clip):
+    """(loss, statistics) of our clipped loss, or None where it does not fit."""
+    mask = _rows_mask(logp, old_logp, advantages, mask)
+    if mask is None:
+        return None
+    return ppo_loss(logp, old_logp, advantages, mask=mask, reduction=reduction, normalizer=normalizer, **clip)
+
+
+def critic_loss(values, old_values, returns, mask, *, clip_value, reduction, normalizer):
+    """(half the mean clipped square, statistics) by our op, or None where it does not fit."""
+    mask = _rows_mask(values, old_values, returns, mask)
+    if mask is None:
+        return None
+    return value_loss(values, old_values, returns, clip_value=clip_value, mask=mask, reduction=reduction, normalizer=normalizer)
+
+
+def _rows_mask(first, second, third, mask):
+    """The boolean mask of [B, T] tensors of one shape, or None."""
+    if mask is None or not plain(first, second, third, mask) or first.dim() != 2:
+        return None
+    if not (first.shape == second.shape == third.shape == mask.shape):
+        return None                                  # the library broadcasts
+    return flags(mask)

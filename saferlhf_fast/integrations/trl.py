@@ -1,0 +1,193 @@
+"""TRL 1.16: per-token log-probs and entropies, and the head under every core trainer (`add_fused_lm_head`).
+
+The core trainers reach their chunked head through one global of trl.trainer.utils, looked up at each call. Ours makes float32
+logits for as many tokens as fit a workspace (64 MiB on a CPU), theirs tiles of 4096 tokens and 32768 columns.
+"""
+
+import torch
+
+from ..kernels import linear
+from ..kernels.dispatch import choose
+from . import shared
+from .registry import Library, Replace
+
+UTILS = "trl.trainer.utils"
+EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+def selective_log_softmax(theirs):
+    """(logits, index) -> log-probs. With K indices a position, on other accelerators, or for DTensors: theirs."""
+    def ours(logits, index, temperature=1.0, row_mask=None):
+        if index.dim() != logits.dim() - 1 or not shared.plain(logits, index, row_mask) or not shared.whole(index):
+            return theirs(logits, index, temperature=temperature, row_mask=row_mask)
+        return _scored(logits, index, temperature, row_mask, False)
+
+    return ours
+
+
+def selective_log_softmax_and_entropy(theirs):
+    """(logits, index) -> (log-probs, entropies) in one pass over the logits."""
+    def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
+        if not shared.plain(logits, index, row_mask) or not shared.whole(index):
+            return theirs(logits, index, entropy_requires_grad=entropy_requires_grad, temperature=temperature, row_mask=row_mask)
+        logp, entropy = _scored(logits, index, temperature, row_mask, True)
+        return logp, entropy if entropy_requires_grad else entropy.detach()
+
+    return ours
+
+
+def _scored(logits, index, temperature, row_mask, entropy):
+    """Our op; rows whose mask is 0 give 0 and may hold any id."""
+    if row_mask is None:
+        return shared.logprob(logits, index, temperature=temperature, return_entropy=entropy)
+    hidden = row_mask == 0
+    made = shared.logprob(logits, index.masked_fill(hidden, 0), temperature=temperature, return_entropy=entropy)
+    return tuple(part.masked_fill(hidden, 0.0) for part in made) if entropy else made.masked_fill(hidden, 0.0)
+
+
+def entropy_from_logits(theirs):
+    """logits -> entropies; chunk_size has nothing to choose, since no softmax is kept."""
+    def ours(logits, chunk_size=128):
+        return shared.entropy(logits) if shared.plain(logits) else theirs(logits, chunk_size)
+
+    return ours
+
+
+class _Head(torch.autograd.Function):
+    """hidden, weight, bias, targets -> TRL's five outputs; logits exist in chunks, gradients are accumulated in float32."""
+
+    @staticmethod
+    def forward(ctx, hidden_NH, weight_VH, bias_V, ids_N, temperature, softcap, outputs):
+        ctx.set_materialize_grads(False)
+        ctx.sources = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
+        ctx.narrow = hidden_NH.is_cuda
+        hidden_NH, weight_VH, bias_V = _computed(hidden_NH, weight_VH, bias_V)
+        ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, "entropy" in outputs
+        row, _ = choose("token_logprob", (hidden_NH,))
+        extras = _Extras(outputs, ids_N.numel(), weight_VH, temperature, softcap)
+        logp_N, entropy_N, lse_N = linear.logprob(
+            extras.around(row), hidden_NH, weight_VH, ids_N, bias_V, temperature, None, softcap, ctx.entropy, None, ctx.narrow)
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, ids_N, logp_N, entropy_N, lse_N)
+        made = extras.made(hidden_NH, weight_VH, bias_V)
+        ctx.mark_non_differentiable(*(value for value in made if value is not None))
+        return logp_N, entropy_N if ctx.entropy else None, *made
+
+    @staticmethod
+    def backward(ctx, grad_logp_N, grad_entropy_N, *_):
+        if grad_logp_N is None and grad_entropy_N is None:
+            return (None,) * 7
+        hidden_NH, weight_VH, bias_V, ids_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
+        backward, _ = choose("token_logprob_backward", (hidden_NH,))
+        wanted = [bool(want) for want in ctx.needs_input_grad[:3]]
+        made = linear.logprob_backward(
+            backward, hidden_NH, weight_VH, ids_N, bias_V, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N,
+            ctx.temperature, None, ctx.softcap, wanted, None, ctx.narrow)
+        return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in zip(made, ctx.sources)), *[None] * 4
+
+
+def _computed(*tensors):
+    """The tensors as the products take them: in autocast's type on a device; a CPU's half-precision products are slower."""
+    device = tensors[0].device.type
+    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and device != "cpu" else tensors[0].dtype
+    return tuple(None if tensor is None else tensor.to(kind) for tensor in tensors)
+
+
+class _Extras:
+    """What TRL's trainers log beside log-probs, taken from each chunk of logits while it exists."""
+
+    def __init__(self, outputs, count, weight_VH, temperature, softcap):
+        self.wanted, self.temperature, self.softcap = outputs, temperature, softcap
+        self.vocabulary, self.at = weight_VH.shape[0], 0
+        new = lambda name, dtype: weight_VH.new_empty(count, dtype=dtype) if name in outputs else None
+        self.sum_sq_N, self.mean_N, self.top_N = new(EXTRAS[0], torch.float32), None, new(EXTRAS[2], torch.bool)
+        if softcap:
+            self.mean_N = new(EXTRAS[1], torch.float32)
+
+    def around(self, row):
+        """A room's row function that fills this one's outputs on the way."""
+        def forward(logits_CV, ids_C, *rest):
+            made = row(logits_CV, ids_C, *rest)
+            self._take(slice(self.at, self.at + len(ids_C)), logits_CV, ids_C, made[2])
+            self.at += len(ids_C)
+            return made
+
+        return forward
+
+    def _take(self, at, logits_CV, ids_C, lse_C):
+        if self.top_N is not None:
+            self.top_N[at] = logits_CV.argmax(-1) == ids_C      # the first of equal maxima, as TRL counts it
+        if self.sum_sq_N is None and self.mean_N is None:
+            return
+        if self.softcap:
+            logits_CV = torch.tanh(logits_CV / self.softcap).mul_(self.softcap)
+        if self.mean_N is not None:
+            self.mean_N[at] = logits_CV.mean(-1) / self.temperature
+        if self.sum_sq_N is not None:
+            self.sum_sq_N[at] = torch.logsumexp(logits_CV * (2 / self.temperature), -1) - 2 * lse_C
+
+    def made(self, hidden_NH, weight_VH, bias_V):
+        """(log sum p², mean logit, is top 1), None where not asked for."""
+        if EXTRAS[1] in self.wanted and self.mean_N is None:
+            # A mean over the vocabulary of a linear layer is the layer's mean row: no logits needed.
+            mean_N = hidden_NH.float() @ weight_VH.float().mean(0)
+            self.mean_N = (mean_N if bias_V is None else mean_N + bias_V.float().mean()) / self.temperature
+        return self.sum_sq_N, self.mean_N, self.top_N
+
+
+def chunked_head(theirs):
+    """A stand-in for TRL's autograd function: `.apply` with its arguments. ZeRO-3 shards and odd scales go to theirs."""
+    from .sites import counting
+    count = counting(f"{UTILS}:_ChunkedLogProbFunction")
+
+    class ChunkedHead:
+        __doc__ = _Head.__doc__
+        forward = staticmethod(theirs.forward)       # what a second look at its parameters finds
+
+        @staticmethod
+        def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0,
+                  outputs=("entropy", *EXTRAS)):
+            sharded = any(hasattr(tensor, "ds_id") for tensor in (weight, bias))
+            if sharded or not logit_scale > 0 or hidden.dtype == torch.float64 or not shared.plain(hidden, weight, bias, targets):
+                return theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale,
+                                    outputs)
+            count()
+            _checked(hidden, weight, targets, temperature)
+            # scale · z under softcap s and temperature T is z under softcap s / scale and temperature T / scale.
+            softcap = (final_logit_softcapping or 0.0) / logit_scale
+            return _Head.apply(hidden, weight, bias, targets, temperature / logit_scale, softcap, tuple(outputs))
+
+    return ChunkedHead
+
+
+def _checked(hidden, weight, targets, temperature):
+    from ..kernels import checks
+    if not temperature > 0:
+        raise ValueError(f"temperature: expected a number > 0, got {temperature}")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
+        raise ValueError(f"expected hidden [N, H], weight [V, H] and targets [N], got {tuple(hidden.shape)}, "
+                         f"{tuple(weight.shape)}, {tuple(targets.shape)}")
+    checks.known_ids("linear_logprob", targets, weight.shape[0])
+
+
+LIBRARY = Library(
+    name="trl", distribution="trl", versions=("1.16",),
+    replace=(
+        Replace(f"{UTILS}:_ChunkedLogProbFunction", chunked_head,
+                "(ctx, hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0, "
+                "outputs=('entropy', 'log_sum_sq_probs', 'mean_logits', 'is_top1'))",
+                "less memory, faster on a CPU; an id outside the vocabulary is refused; -inf logits keep a finite entropy",
+                signature_of="forward"),
+        Replace(f"{UTILS}:selective_log_softmax", selective_log_softmax, "(logits, index, temperature=1.0, row_mask=None)",
+                "one read of the logits, float32 results, empty batches"),
+        Replace(f"{UTILS}:entropy_from_logits", entropy_from_logits, "(logits, chunk_size=128)",
+                "keeps no softmax for backward; -inf logits give a finite entropy (theirs: NaN)"),
+        Replace(f"{UTILS}:selective_log_softmax_and_entropy", selective_log_softmax_and_entropy,
+                "(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None)",
+                "log-prob and entropy in one read; -inf logits give a finite entropy (theirs: NaN)"),
+    ),
+    leave=(
+        ("trl.trainer.grpo_trainer:GRPOTrainer._compute_loss",
+         "eight losses and their metrics on [B, T] numbers in one method; its log-probs come from the replaced head"),
+        ("trl.kernels:ChunkedDivergenceFunction", "distillation: we have no such op"),
+    ),
+)
