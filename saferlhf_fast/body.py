@@ -6,6 +6,7 @@ and padded because the recipe says so (`engine.packing=false`).
 """
 
 import inspect
+import sys
 
 import torch
 
@@ -57,8 +58,10 @@ def _fixed(model):
 def packs(backbone):
     """Installs our attention in a transformers model -> True when packed sequences do not see each other, as found by
     running two short ones together and apart. The model must be whole (not yet sharded)."""
-    from transformers import PreTrainedModel
-    if not isinstance(backbone, PreTrainedModel) or getattr(backbone.config, "attention_chunk_size", None):
+    transformers = sys.modules.get("transformers")   # where it is not imported, there is no model of its
+    if transformers is None or not isinstance(backbone, transformers.PreTrainedModel):
+        return False
+    if getattr(backbone.config, "attention_chunk_size", None):
         return False                                 # chunked attention looks like any other over a few tokens
     if "position_ids" not in inspect.signature(backbone.forward).parameters or not attention.install(backbone):
         return False

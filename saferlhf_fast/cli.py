@@ -10,10 +10,9 @@ import re
 import sys
 import time
 import traceback
-from importlib import util
 
 from saferlhf_fast import __version__, signals
-from saferlhf_fast.errors import EXIT_CODE, UserError
+from saferlhf_fast.errors import EXIT_CODE, UserError, require
 
 COMMANDS = {
     "sft": "fine-tune a causal language model on instructions",
@@ -138,9 +137,7 @@ def _dispatch(args, words, argv):
         from saferlhf_fast import info
         print(info.HELP if wants_help else info.text())
         return 0
-    missing = [name for name in NEEDED if util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{command} needs {', '.join(missing)}: pip install 'saferlhf-fast[train]'")
+    require(command, "train", *NEEDED)
     if command == "checkpoint":
         from saferlhf_fast.checkpoint import commands
         print(commands.HELP) if wants_help else commands.main(words)

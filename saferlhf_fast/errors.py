@@ -4,6 +4,9 @@ The command line turns it into a single line and exit code 2 (`--debug` shows th
 that library users catch what they expect. Everything else that is raised is a bug of ours.
 """
 
+import sys
+from importlib import util
+
 EXIT_CODE = 2
 
 
@@ -13,3 +16,15 @@ class UserError(ValueError):
 
 class NonFinite(UserError):
     """A loss or a gradient is NaN or infinite; the step that found it is not taken."""
+
+
+class MissingExtra(UserError, ImportError):
+    """Packages that a part of the project needs are not installed; the message names the extra that brings them."""
+
+
+def require(what, extra, *names):
+    """MissingExtra when one of the packages `names`, which `what` needs, is not installed; nothing is imported."""
+    # find_spec raises ValueError for a name that is set to None in sys.modules.
+    missing = [name for name in names if sys.modules.get(name, ...) is None or util.find_spec(name) is None]
+    if missing:
+        raise MissingExtra(f"{what} needs {', '.join(missing)}: pip install 'saferlhf-fast[{extra}]'")

@@ -1,26 +1,22 @@
 """What a stage reads: its models and data, checked before anything slow, and hashed to tell whether they changed.
 
-A value is a local path when it exists, looks like one (/…, ./…, ~…, a data file's ending, more than one slash) or lies
-in a folder that is there; anything else is a name on the Hub, which is left to the loaders. No torch.
+Names on the Hub (see paths.py) are left to the loaders. No torch.
 """
 
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.explain import show
 from saferlhf_fast import optimizers
 from saferlhf_fast.metrics import check_trackers
+from saferlhf_fast.paths import TOKENIZER_FILES, is_local, pickle_problem
 from saferlhf_fast.settings import to_dict
 
 MODEL_KEYS = ("model", "reward", "cost", "reference", "reward_critic", "cost_critic")
 DATA_KEYS = ("data", "prompts", "ptx", "train.eval_data", "evaluation.data")
-DATA_ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".gz", ".zip", ".txt", ".arrow")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model",
-                   "sentencepiece.bpe.model", "tiktoken.model", "source.spm")
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 BEST_METRICS = {"sft": ("eval/loss",), "reward": ("eval/loss", "eval/accuracy"),
                 "cost": ("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
@@ -50,15 +46,6 @@ def listed(cfg):
                 continue
             at = f"{key}.{i}" if several else key
             yield (f"{at}.path", source["path"], "data") if isinstance(source, dict) else (at, source, "data")
-
-
-def is_local(value):
-    """Tells a local path from a name on the Hub (see the top of this file)."""
-    path = Path(value).expanduser()
-    if path.exists() or value.startswith(("/", ".", "~")) or value.endswith(DATA_ENDINGS):
-        return True
-    named = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)
-    return not named or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
 
 
 def check(stage, cfg, produced=(), prefix=""):
@@ -204,15 +191,6 @@ def _check_model(key, path, allow_pickle):
         raise UserError(f"{key}: {path} {problem}")
     if not _has_tokenizer(path):
         raise UserError(f"{key}: {path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES[:4])} …")
-
-
-def pickle_problem(folder, allow_pickle):
-    """What is wrong with a model folder whose weights are pickles alone; None when they are not, or are allowed."""
-    if allow_pickle or any(folder.glob("*.safetensors")):
-        return None
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt"))
-    return f"has its weights as a pickle alone ({pickles[0]}); expected .safetensors; allow_pickle=true reads it all the same" \
-        if pickles else None
 
 
 def _has_tokenizer(path):

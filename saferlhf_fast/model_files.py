@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 from .errors import UserError
-from .inputs import is_local, pickle_problem
+from .paths import is_local, pickle_problem
 
 WEIGHTS = ("*.safetensors", "*.bin")
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from . import body
-from .errors import UserError
+from .errors import UserError, require
 from .lora import add_lora, has_lora, merge_lora, plain, plain_state
 from .packing import Packed
 from .model_files import (checked, has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing,
@@ -31,6 +31,8 @@ from .tokenizer import load_tokenizer, same_tokenizer
 __all__ = ["Normalizer", "ScoreModel", "add_lora", "check_score_export", "load_causal_lm", "load_score_model",
            "load_tokenizer", "merge_lora", "refuse_short_context", "same_tokenizer", "save_causal_lm", "save_score_model",
            "score_model_from_backbone"]
+
+LOADERS = ("transformers", "huggingface_hub", "safetensors")     # what reading a model folder needs
 
 
 # ---------------------------------------------------------------- causal language models
@@ -43,6 +45,7 @@ def load_causal_lm(path, *, dtype=torch.float32, tokenizer=None, trust_remote_co
     weights missing from them (a score model has no language-model head), a vocabulary larger than the embedding, weights in
     pickles alone without allow_pickle (then tensors are taken from them, and nothing is run).
     """
+    require("load_causal_lm", "train", *LOADERS)
     folder = checked(path)
     if folder is not None and not has_weights(folder):
         raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
@@ -236,6 +239,7 @@ def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False, allow_p
 
     UserError when weights are missing.
     """
+    require("loading a score model", "train", *LOADERS)
     folder = local_copy(path, allow_pickle)
     if not has_weights(folder):
         raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
@@ -269,6 +273,7 @@ def load_score_model(path, *, dtype=torch.float32, new_head=False, tokenizer=Non
     keeps it). A folder that says it is a score model and has no head is always one: no head is ever drawn in silence.
     tokenizer: when given, its vocabulary must fit the embedding.
     """
+    require("load_score_model", "train", *LOADERS)
     folder = local_copy(path, allow_pickle)
     head = read_head(folder, path, may_lack=new_head)
     backbone = load_backbone(path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)

@@ -2,9 +2,9 @@
 
 import copy
 
-from .errors import UserError
-from .inputs import TOKENIZER_FILES
+from .errors import UserError, require
 from .model_files import checked, quiet, readable
+from .paths import TOKENIZER_FILES
 
 # Text that no vocabulary has whole: shows whether `unk` can come out of text.
 _STRANGE = "\u2603 \ua728 \U00013080 zqxj \u0416"
@@ -18,6 +18,7 @@ def load_tokenizer(path, trust_remote_code=False):
     Without a padding token it gets another special token's id (see `spare_special`), or the end token's: masks are
     never made from token ids, so stopping is learned all the same. UserError: no folder, no tokenizer, no end token.
     """
+    require("load_tokenizer", "train", "transformers", "tokenizers")
     folder = checked(path, needs=())
     if folder is not None and not _has_tokenizer(folder):
         raise UserError(f"{path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES[:4])} …")

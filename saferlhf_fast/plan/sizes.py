@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UserError
-from ..inputs import is_local
+from ..paths import is_local
 from ..model_files import checked, quiet, readable
 from .states import PERSISTENT
 
