@@ -4,7 +4,6 @@ gather_log_probabilities is bound by name in every trainer module; GAE and the l
 take 0-or-1 masks, average over the tokens of a row first, then over rows, and give NaN when one row has no token.
 """
 
-import torch
 
 from . import shared
 

@@ -131,7 +131,7 @@ def compute_value_loss(theirs):
 
 
 def fused_linear(theirs):
-    """FusedLinearForPPO.forward: log-probs and entropies, float32; d weight is accumulated in float32. Liger's backend: theirs."""
+    """FusedLinearForPPO.forward: log-probs and entropies, float32; so are sums of d weight. Liger's backend: theirs."""
     def ours(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
         sharded = hasattr(vocab_weights, "ds_id")
         if self.impl_backend != "torch" or sharded or not shared.plain(hidden_states, vocab_weights, input_ids) \

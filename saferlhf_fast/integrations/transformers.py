@@ -1,0 +1,373 @@
+"""One Hugging Face causal LM whose loss and log-probs never build logits. Its class, and every other model, stays as it is.
+
+    patch_model(model)
+    loss = model(input_ids, attention_mask=mask, labels=labels).loss          # transformers' own loss; `.logits` is None
+    logp = model.token_logprobs(input_ids, mask)                             # [B, T-1]
+    unpatch_model(model)                                                     # nothing is left behind
+
+The body runs as it always does; of its hidden states only the positions that a label belongs to reach the head, whose logits
+exist in chunks. Without labels the model's own forward runs, so generation is unchanged; what cannot be had without logits
+(`logits_to_keep`, a router's auxiliary loss, a loss of another kind, a head that has changed since) goes there too, with a
+warning. Not for nn.DataParallel, whose replicas share the first one's forward.
+
+Shapes: B rows, T tokens, H hidden, V vocabulary, N labelled positions.
+"""
+
+import functools
+import inspect
+import types
+import warnings
+
+import torch
+from torch import nn
+
+from ..padding import boolean
+from .report import Refused, Report
+
+STATE = "_saferlhf_fast_patch"
+OURS = ("forward", "token_logprobs", STATE)
+VERSIONS = ("5.",)
+IGNORED = -100
+NOT_THE_BODYS = {"labels", "logits_to_keep", "num_items_in_batch", "shift_labels", "ignore_index", "return_dict"}
+
+
+def patch_model(model, *, force=False, on_call=None):
+    """Patches one causal LM (also inside peft's wrapper) and returns it; a patched one is left as it is.
+
+    model: any Hugging Face causal LM whose logits are its body's hidden states times a plain linear layer, scaled (Cohere,
+    Granite) or softcapped (Gemma) or neither. That, and the loss, is checked on a few tokens. force: goes on with a version of
+    transformers other than 5. on_call: called at each loss and each `token_logprobs` that ours makes.
+
+    `model(input_ids, …, labels=…)` then gives transformers' loss (fp32; num_items_in_batch, ignore_index, shift_labels as
+    there) and `logits=None`; in the tuple of return_dict=False the loss is followed by what followed the logits. A label outside
+    0 … V−1 other than ignore_index raises ValueError on the CPU and gives NaN on a device. `model.token_logprobs` is
+    `token_logprobs` below. Patch before DDP, FSDP, DeepSpeed or accelerate wrap the model; deepcopy copies the patch, pickling a
+    patched model is refused, `save_pretrained` and `state_dict` are as before.
+
+    Raises Refused (a ValueError) when the model is not like that, and says what was found; then nothing has changed.
+    """
+    inner = _inner(model)
+    if STATE not in vars(inner):
+        _patch(inner, force, on_call)
+    return model
+
+
+def unpatch_model(model):
+    """Takes the patch off again and returns the model; one without a patch is left as it is.
+
+    ValueError when something else has wrapped the patched forward since (accelerate): unwrap that first.
+    """
+    inner = _inner(model)
+    if STATE not in vars(inner):
+        return model
+    mine = vars(inner)["forward"]
+    if not hasattr(getattr(mine, "__func__", mine), STATE) or mine.__self__ is not inner:
+        raise ValueError(f"unpatch_model: expected the patched forward, got {mine!r} around it; unwrap that first")
+    head, state = inner.get_output_embeddings(), vars(inner)[STATE]
+    if type(head).__name__ == "OpenHead":
+        head.__class__ = state.head_class
+    for name in OURS:
+        delattr(inner, name)
+    return model
+
+
+def patch_report(model, force=False):
+    """`patch_model` for `integrations.patch`: -> Report, with calls counted."""
+    import transformers
+    from . import sites
+    inner = _inner(model)
+    fresh = STATE not in vars(inner)
+    name = f"transformers:{type(inner).__name__}"
+    if fresh:
+        patch_model(model, force=force, on_call=sites.counting(name))
+        sites.CALLS[name] = 0
+    return Report("transformers", transformers.__version__, replaced={name: _places(inner)},
+                  why={name: "no logits for the loss; token_logprobs"}, undo=(lambda: unpatch_model(model)) if fresh else None,
+                  left={f"{name} without labels, or with logits_to_keep": "whoever asks for logits gets them"})
+
+
+def unpatch_places(model):
+    """`unpatch_model` for `integrations.unpatch`: -> the places restored."""
+    inner = _inner(model)
+    places = _places(inner) if STATE in vars(inner) else []
+    unpatch_model(model)
+    return places
+
+
+def _places(inner):
+    return [f"{type(inner).__name__}.{name} of this instance" for name in OURS[:2]]
+
+
+class Patch:
+    """What a patched model carries: how its head makes logits, and what its parts take."""
+
+    def __init__(self, form, head_class, names, body_takes, on_call):
+        self.form = form                     # policy.LogitForm
+        self.head_class = head_class         # what the head was before it was opened
+        self.names = names                   # {parameter of the model's forward: its default}, in order
+        self.body_takes = body_takes         # parameters of the body's forward; None: any
+        self.on_call = on_call
+
+    def __deepcopy__(self, memo):
+        return Patch(*vars(self).values())
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("a model patched by saferlhf-fast cannot be pickled; unpatch_model(model) first, or save its state_dict")
+
+
+def _inner(model):
+    """The Hugging Face model under peft's wrapper. Refused when there is none."""
+    from ..lora import plain
+    inner = plain(model)
+    if not isinstance(inner, nn.Module) or not all(hasattr(inner, name) for name in ("config", "base_model", "loss_function")):
+        raise Refused(f"expected a Hugging Face causal language model, got {type(model).__name__}")
+    return inner
+
+
+def _patch(model, force, on_call):
+    import transformers
+    if not transformers.__version__.startswith(VERSIONS) and not force:
+        raise Refused(f"transformers {transformers.__version__}: expected 5.x, the versions that ours was compared with; "
+                      "force=True goes on")
+    reason = _unfit(model)
+    if reason:
+        raise Refused(f"{type(model).__name__}: {reason}")
+    from ..policy import logit_form
+    head = model.get_output_embeddings()
+    head_class, form = type(head), logit_form(model)
+    if form is None:
+        raise Refused(f"{type(model).__name__}: expected logits = softcap(scale · (hidden · weightᵀ + bias)) of a plain linear "
+                      f"layer, got others from its {type(head).__name__} on three tokens")
+    body = inspect.signature(model.base_model.forward).parameters
+    taken = None if any(p.kind is p.VAR_KEYWORD for p in body.values()) else set(body)
+    own = inspect.signature(model.forward).parameters
+    names = {name: p.default for name, p in own.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    state = Patch(form, head_class, names, taken, None)
+    if not _same_loss(model, state):
+        head.__class__ = head_class
+        raise Refused(f"{type(model).__name__}: its loss is not the mean cross-entropy of the next token, on six tokens")
+    state.on_call = on_call
+    setattr(model, STATE, state)
+    model.forward = types.MethodType(_forward_like(type(model).forward), model)
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+
+
+def _unfit(model):
+    """Why a model cannot be patched, told without running it; None when it may be."""
+    head, parameters = model.get_output_embeddings(), list(model.parameters())
+    if getattr(model.config, "is_encoder_decoder", False):
+        return "expected a decoder, got an encoder-decoder"
+    if head is None or model.base_model is model:
+        return "expected a model with a body and a head of its own"
+    if type(head).__name__ not in ("Linear", "OpenHead"):
+        return f"expected torch.nn.Linear as head, got {type(head).__name__} (adapters or quantisation?)"
+    if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
+        return "its head has hooks, which wait for logits"
+    if "forward" in vars(model):
+        return "its forward has been replaced already, by something else; patch before that"
+    if any(hasattr(p, "ds_id") or hasattr(p, "placements") for p in parameters):
+        return "its weights are sharded (ZeRO-3, DTensor); patch before they are"
+    if any(p.device.type == "meta" for p in parameters):
+        return "its weights are on the meta device, where nothing can be checked"
+    return _other_loss(model)
+
+
+def _other_loss(model):
+    """Why the model's loss is another one than ours; None when it is the same, as far as its settings tell."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+    if model.loss_function is not ForCausalLMLoss:
+        return f"its loss is {getattr(model.loss_function, '__name__', model.loss_function)}, not transformers' ForCausalLMLoss"
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return "output_router_logits adds a loss that is made from the router"
+    return None
+
+
+@torch.no_grad()
+def _same_loss(model, state):
+    """True when ours is the model's own loss on six tokens, two of them without a label."""
+    head, training = model.get_output_embeddings(), model.training
+    ids = torch.arange(1, 7, device=head.weight.device)[None] % head.weight.shape[0]
+    labels = ids.clone()
+    labels[0, 2:4] = IGNORED
+    model.eval()
+    try:
+        expected = model(input_ids=ids, labels=labels).loss
+        made = _with_loss(model, state, {"input_ids": ids, "labels": labels}).loss
+    except (TypeError, AttributeError, RuntimeError, ValueError):
+        return False
+    finally:
+        model.train(training)
+    if expected is None:
+        return False
+    tolerance = 1e-4 if head.weight.dtype in (torch.float32, torch.float64) else 5e-2
+    return bool(((made - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).item())
+
+
+# ---------------------------------------------------------------- what runs instead
+
+
+def _forward_like(original):
+    """A forward that looks like the class's own to whoever inspects it (Trainer, generate)."""
+
+    @functools.wraps(original)
+    def forward(self, *args, **kwargs):
+        state = vars(self)[STATE]
+        given = {**dict(zip(state.names, args)), **kwargs}
+        if given.get("labels") is None or len(args) > len(state.names):
+            return type(self).forward(self, *args, **kwargs)
+        reason = _needs_logits(self, state, given)
+        if reason:
+            warnings.warn(f"saferlhf-fast: {type(self).__name__}'s own forward makes this loss: {reason}", stacklevel=2)
+            return type(self).forward(self, *args, **kwargs)
+        output = _with_loss(self, state, given)
+        wanted = given.get("return_dict")
+        wanted = getattr(self.config, "return_dict", True) if wanted is None else wanted
+        return output if wanted else output.to_tuple()
+
+    setattr(forward, STATE, True)
+    return forward
+
+
+def _needs_logits(model, state, given):
+    """Why a call with labels has to go to the model's own forward; None when it does not."""
+    kept = given.get("logits_to_keep", 0)
+    if isinstance(kept, torch.Tensor) or kept not in (0, None):
+        return "logits_to_keep was given"
+    if given.get("output_router_logits"):
+        return "output_router_logits adds a loss that is made from the router"
+    head = model.get_output_embeddings()
+    if type(head).__name__ not in ("Linear", "OpenHead"):
+        return f"its head has become a {type(head).__name__}"
+    unknown = [] if state.body_takes is None else [
+        name for name, value in given.items()
+        if name not in NOT_THE_BODYS | state.body_takes and value is not None and value != state.names.get(name)]
+    return f"its body does not take {unknown[0]}" if unknown else _other_loss(model)
+
+
+def _with_loss(model, state, given):
+    """A call with labels, as {name: argument} -> CausalLMOutputWithPast (or with cross attentions) without logits."""
+    from transformers import modeling_outputs
+    inputs = {name: value for name, value in given.items()
+              if name not in NOT_THE_BODYS and (state.body_takes is None or name in state.body_takes)}
+    outputs = model.base_model(**inputs, return_dict=True)
+    hidden_BTH = outputs.last_hidden_state
+    ignored, targets = given.get("ignore_index", IGNORED), given.get("shift_labels")
+    if targets is None:
+        targets = nn.functional.pad(given["labels"], (0, 1), value=ignored)[..., 1:]
+    targets = targets.reshape(-1).to(hidden_BTH.device)
+    if targets.dtype.is_floating_point or targets.numel() != hidden_BTH[..., 0].numel():
+        raise ValueError(f"labels: expected {hidden_BTH[..., 0].numel()} integers of shape {list(hidden_BTH.shape[:-1])}, got "
+                         f"{targets.numel()} of {targets.dtype}")
+    at_N = (targets != ignored).nonzero().squeeze(1)
+    hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N)
+    total = _through_head(model, hidden_NH, lambda *head: _negative_sum(*head, targets.index_select(0, at_N).long(), state.form))
+    count = given.get("num_items_in_batch")
+    if isinstance(count, torch.Tensor):
+        count = count.to(total.device)
+    loss = total / (len(at_N) if count is None else count) if count is not None or len(at_N) else total * float("nan")
+    if state.on_call is not None:
+        state.on_call()
+    names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
+    kept = {name: getattr(outputs, name, None) for name in names if hasattr(outputs, name)}
+    kind = "CausalLMOutputWithCrossAttentions" if "cross_attentions" in kept else "CausalLMOutputWithPast"
+    return getattr(modeling_outputs, kind)(loss=loss, logits=None, **kept)
+
+
+def token_logprobs(self, input_ids, mask=None, *, labels=None, temperature=1.0, return_entropy=False):
+    """Log-prob of each next token, without logits: the method of a patched model.
+
+    Means the same as, with ids = input_ids if labels is None else labels and real = mask & mask shifted right by one::
+
+        logits = self(input_ids, attention_mask=mask, position_ids=…).logits.float()[:, :-1] / temperature
+        logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * real[:, 1:]
+
+    input_ids: [B, T] integers. mask: [B, T], boolean or integers 0 and 1, 1 at real tokens, padding on either side; None: all
+    are real. Positions are counted from each row's first real token. labels: [B, T] ids to score in the place of input_ids,
+    −100 where none is wanted. temperature: > 0; a number, or a tensor [B, T−1].
+
+    Returns logp [B, T−1] in nats, or (logp, entropy): entry t belongs to token t + 1; fp32 (float64 for float64 weights);
+    0 where the token or the one before it is masked, or its label −100. Differentiable. Raises ValueError for shapes and dtypes
+    that do not fit and, on the CPU, for ids outside the vocabulary (on a device: NaN).
+    """
+    state = vars(self)[STATE]
+    ids, real = _checked(input_ids, mask, labels)
+    weight, (rows, columns) = self.get_output_embeddings().weight, ids.shape
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    made = torch.zeros(2 if return_entropy else 1, rows, max(columns - 1, 0), dtype=dtype, device=weight.device)
+    if made.numel():
+        at_N = real.reshape(-1).nonzero().squeeze(1)
+        if isinstance(temperature, torch.Tensor) and temperature.dim():
+            temperature = temperature.expand(real.shape).reshape(-1).index_select(0, at_N)
+        inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(ids) if mask is None else mask.long()}
+        body = inspect.signature(self.base_model.forward).parameters
+        if "position_ids" in body:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+        if "use_cache" in body or state.body_takes is None:
+            inputs["use_cache"] = False
+        hidden_BTH = self.base_model(**inputs).last_hidden_state
+        hidden_NH = hidden_BTH[:, :-1].reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N.to(hidden_BTH.device))
+        ids_N = ids[:, 1:].reshape(-1).index_select(0, at_N).long().to(hidden_BTH.device)
+        values = _through_head(self, hidden_NH, lambda *head: _scored(*head, ids_N, state.form, temperature, return_entropy))
+        values = torch.stack(values if return_entropy else [values])
+        made = made.reshape(len(made), -1).index_copy(1, at_N.to(made.device), values).reshape(made.shape)
+    if state.on_call is not None:
+        state.on_call()
+    return (made[0], made[1]) if return_entropy else made[0]
+
+
+def _checked(input_ids, mask, labels):
+    """-> ids to score [B, T], and of each but the first whether it counts [B, T-1]."""
+    ids = input_ids if labels is None else labels
+    for name, tensor in (("input_ids", input_ids), ("labels", ids)):
+        if tensor.dim() != 2 or tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.shape != input_ids.shape:
+            raise ValueError(f"token_logprobs: {name}: expected integers [B, T], got {tensor.dtype} {list(tensor.shape)}")
+    wanted = ids[:, 1:] != IGNORED if labels is not None else torch.ones_like(ids[:, 1:], dtype=torch.bool)
+    if mask is None:
+        return ids, wanted
+    if mask.shape != ids.shape or mask.device != ids.device:
+        raise ValueError(f"token_logprobs: mask: expected {list(ids.shape)} on {ids.device} as input_ids, got {list(mask.shape)} "
+                         f"on {mask.device}")
+    real = boolean("token_logprobs", mask)
+    return ids, wanted & real[:, 1:] & real[:, :-1]
+
+
+# ---------------------------------------------------------------- the head
+
+
+def _through_head(model, hidden_NH, use):
+    """use(hidden, weight, bias) inside the head module's own forward, where ZeRO-3 has gathered its weight.
+
+    Under autocast the two products run in its dtype, as the linear layer's would; everything else stays in float32.
+    """
+    head = model.get_output_embeddings()
+
+    def cast(hidden, weight, bias):
+        if hasattr(weight, "placements"):
+            raise ValueError("the head's weight is a DTensor; expected a whole weight inside its own forward")
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        with torch.autocast(kind, enabled=False):
+            return use(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+
+    return head(hidden_NH, cast) if type(head).__name__ == "OpenHead" else cast(hidden_NH, head.weight, head.bias)
+
+
+def _scored(hidden_NH, weight_VH, bias_V, ids_N, form, temperature, entropy):
+    """Log-probs, or (log-probs, entropies), of N tokens."""
+    from ..kernels.linear_logprob import linear_logprob
+    return linear_logprob(hidden_NH, weight_VH, ids_N, bias=bias_V, temperature=temperature / form.scale, softcap=form.softcap,
+                          return_entropy=entropy)
+
+
+def _negative_sum(hidden_NH, weight_VH, bias_V, ids_N, form):
+    """Sum of −log-prob. Where gradients are wanted they are made on the way: three products of the head instead of four."""
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V))
+    if not learns or hidden_NH.dtype == torch.float64 or torch.compiler.is_compiling():
+        return -_scored(hidden_NH, weight_VH, bias_V, ids_N, form, 1.0, False).sum()
+    from ..kernels.linear import chunk_size
+    from ..on_policy import on_policy_loss
+    most = chunk_size(len(weight_VH), hidden_NH.device)
+    counts = [min(most, len(ids_N) - at) for at in range(0, len(ids_N), most)]
+    return on_policy_loss(hidden_NH, weight_VH, bias_V, ids_N, counts,
+                          lambda _sequences, _tokens, logp_C: (-logp_C.sum(), torch.full_like(logp_C, -1.0)), 1.0 / form.scale,
+                          form.softcap)
