@@ -10,7 +10,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 OLDEST := .venv-oldest
 QUICK  := "not slow and not matrix and not faults"
 
-.PHONY: demo proof test test-slow test-matrix test-faults test-oldest bench bench-compare setup clean
+.PHONY: demo proof test test-slow test-matrix test-faults test-oldest bench bench-compare dist setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed, under 5 minutes on two cores
 	$(BIN)/saferlhf-fast demo
@@ -51,6 +51,16 @@ bench: setup     ## every op against its peers, in about ten minutes; writes ben
 
 bench-compare: setup ## our versions again, against the stored results of this device: fails past 10 %
 	$(BIN)/python bench/compare.py
+
+# The wheels are built from the sdist: what it lacks, they would lack. The last line fails where _C was not built.
+dist: setup      ## dist/: an sdist, a wheel with _C for this platform, and one without it for every platform
+	rm -rf dist saferlhf_fast.egg-info
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')" > /dev/null
+	SAFERLHF_PURE=1 $(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --no-index --no-cache-dir -w dist dist/*.tar.gz
+	$(BIN)/python -m pip wheel -q --no-deps --no-build-isolation --no-index --no-cache-dir -w dist dist/*.tar.gz
+	rm -rf saferlhf_fast.egg-info
+	ls dist
+	for wheel in dist/*.whl; do $(BIN)/python -m zipfile -l $$wheel; done | grep '/_C\.'
 
 setup: $(VENV)/.installed
 

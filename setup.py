@@ -1,7 +1,8 @@
 """The CMake step and the package list; everything else is in pyproject.toml.
 
 The native module is optional: when it cannot be built (no compiler, say) the installation goes on, warns, and leaves the
-reason in saferlhf_fast/_C_failed.txt, which `saferlhf-fast info` shows.
+reason in saferlhf_fast/_C_failed.txt, which `saferlhf-fast info` shows. SAFERLHF_PURE=1 leaves it out: one wheel for every
+platform (py3-none-any), which `make dist` puts beside the one for this platform.
 """
 
 import os
@@ -102,11 +103,13 @@ class CMakeBuild(build_ext):
             super().copy_extensions_to_source()
 
 
+pure = os.environ.get("SAFERLHF_PURE", "0") == "1"
+
 setup(
     # Namespace packages: kernels/ has no __init__.py, so that no package of that name shadows Hugging Face's; it comes in
-    # through the symlink saferlhf_fast/kernels.
-    packages=find_namespace_packages(include=["saferlhf_fast*"], exclude=["*__pycache__*"]),
-    package_data={"saferlhf_fast": ["recipes/*.yaml"], "": ["*.md", "*.json", "*.html", "*.jinja"]},
-    ext_modules=[Extension("saferlhf_fast._C", sources=[], optional=True)],
+    # through the symlink saferlhf_fast/kernels, and bench/ through saferlhf_fast/bench for `saferlhf-fast bench`.
+    packages=find_namespace_packages(include=["saferlhf_fast*"], exclude=["*__pycache__*", "saferlhf_fast.bench.*"]),
+    package_data={"saferlhf_fast": ["recipes/*.yaml", "py.typed"], "": ["*.md", "*.json", "*.html", "*.jinja"]},
+    ext_modules=[] if pure else [Extension("saferlhf_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )
