@@ -19,7 +19,7 @@ def pack(padded, mask):
     has counted: on a device this waits for it. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     tensors = list(padded) if isinstance(padded, (list, tuple)) else [padded]
-    mask = _boolean("pack", mask)
+    mask = boolean("pack", mask)
     for i, tensor in enumerate(tensors):
         name = "padded" if tensor is padded else f"padded[{i}]"
         if tensor.shape[:2] != mask.shape:
@@ -63,7 +63,7 @@ def unpack(packed, cu_seqlens, *, mask=None, width=None, fill=0):
     elif width is not None:
         raise ValueError("unpack: expected mask or width, got both")
     else:
-        mask = _boolean("unpack", mask)
+        mask = boolean("unpack", mask)
         if mask.device != device:
             raise ValueError(f"unpack: mask: expected device {device} as cu_seqlens, got {mask.device}")
         counts = mask.sum(1).tolist()
@@ -77,7 +77,7 @@ def unpack(packed, cu_seqlens, *, mask=None, width=None, fill=0):
     return padded if isinstance(packed, (list, tuple)) else padded[0]
 
 
-def _boolean(op, mask):
+def boolean(op, mask):
     """A mask [B, T] as booleans; integers must be 0 and 1."""
     if mask.dim() != 2 or mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise ValueError(f"{op}: mask: expected booleans (or integers 0 and 1) [B, T], got {mask.dtype} {list(mask.shape)}")

@@ -64,7 +64,7 @@ def unpatch_model(model):
     if not hasattr(getattr(mine, "__func__", mine), STATE) or mine.__self__ is not inner:
         raise ValueError(f"unpatch_model: expected the patched forward, got {mine!r} around it; unwrap that first")
     head, state = inner.get_output_embeddings(), vars(inner)[STATE]
-    if type(head).__name__ == "OpenHead":
+    if _is_open(head):
         head.__class__ = state.head_class
     for name in OURS:
         delattr(inner, name)
@@ -159,8 +159,8 @@ def _unfit(model):
         return "expected a decoder, got an encoder-decoder"
     if head is None or model.base_model is model:
         return "expected a model with a body and a head of its own"
-    if type(head).__name__ not in ("Linear", "OpenHead"):
-        return f"expected torch.nn.Linear as head, got {type(head).__name__} (adapters or quantisation?)"
+    if type(head) is not nn.Linear and not _is_open(head):
+        return f"expected torch.nn.Linear as head, got {_name(head)} (adapters or quantisation?)"
     if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         return "its head has hooks, which wait for logits"
     if "forward" in vars(model):
@@ -236,11 +236,12 @@ def _needs_logits(model, state, given):
     if given.get("output_router_logits"):
         return "output_router_logits adds a loss that is made from the router"
     head = model.get_output_embeddings()
-    if type(head).__name__ not in ("Linear", "OpenHead"):
-        return f"its head has become a {type(head).__name__}"
+    if type(head) is not nn.Linear and not _is_open(head):
+        return f"its head has become {_name(head)}"
     unknown = [] if state.body_takes is None else [
         name for name, value in given.items()
-        if name not in NOT_THE_BODYS | state.body_takes and value is not None and value != state.names.get(name)]
+        if name not in NOT_THE_BODYS | state.body_takes and value is not None
+        and (isinstance(value, torch.Tensor) or value != state.names.get(name))]
     return f"its body does not take {unknown[0]}" if unknown else _other_loss(model)
 
 
@@ -264,7 +265,9 @@ def _with_loss(model, state, given):
     count = given.get("num_items_in_batch")
     if isinstance(count, torch.Tensor):
         count = count.to(total.device)
-    loss = total / (len(at_N) if count is None else count) if count is not None or len(at_N) else total * float("nan")
+    loss = total / (max(len(at_N), 1) if count is None else count)
+    if count is None and not len(at_N):
+        loss = loss + float("nan")                       # the mean of nothing, as theirs; its gradients are 0
     if state.on_call is not None:
         state.on_call()
     names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
@@ -334,6 +337,15 @@ def _checked(input_ids, mask, labels):
 # ---------------------------------------------------------------- the head
 
 
+def _is_open(head):
+    from ..policy import OpenHead
+    return type(head) is OpenHead
+
+
+def _name(head):
+    return f"{type(head).__module__}.{type(head).__qualname__}"
+
+
 def _through_head(model, hidden_NH, use):
     """use(hidden, weight, bias) inside the head module's own forward, where ZeRO-3 has gathered its weight.
 
@@ -349,7 +361,7 @@ def _through_head(model, hidden_NH, use):
         with torch.autocast(kind, enabled=False):
             return use(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
-    return head(hidden_NH, cast) if type(head).__name__ == "OpenHead" else cast(hidden_NH, head.weight, head.bias)
+    return head(hidden_NH, cast) if _is_open(head) else cast(hidden_NH, head.weight, head.bias)
 
 
 def _scored(hidden_NH, weight_VH, bias_V, ids_N, form, temperature, entropy):
