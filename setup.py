@@ -16,6 +16,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_namespace_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 NOTE = "_C_failed.txt"  # why there is no native module; read by kernels/dispatch.py
@@ -103,6 +104,16 @@ class CMakeBuild(build_ext):
             super().copy_extensions_to_source()
 
 
+class ShippedModules(build_py):
+    """Wheels carry the benches of the ops; whole steps, other trainers and long runs need a checkout."""
+
+    def find_package_modules(self, package, package_dir):
+        found = super().find_package_modules(package, package_dir)
+        if package != "saferlhf_fast.bench":
+            return found
+        return [module for module in found if not re.fullmatch(r"step_.*|bench_step|bench_ppo_lag_step|scaling|soak", module[1])]
+
+
 pure = os.environ.get("SAFERLHF_PURE", "0") == "1"
 
 setup(
@@ -111,5 +122,5 @@ setup(
     packages=find_namespace_packages(include=["saferlhf_fast*"], exclude=["*__pycache__*", "saferlhf_fast.bench.*"]),
     package_data={"saferlhf_fast": ["recipes/*.yaml", "py.typed"], "": ["*.md", "*.json", "*.html", "*.jinja"]},
     ext_modules=[] if pure else [Extension("saferlhf_fast._C", sources=[], optional=True)],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": ShippedModules},
 )

@@ -178,7 +178,8 @@ def make_work(options, factor=1):
 
 def shared(options, arguments):
     """What every row says of the run."""
-    from conftest import commit, device_name
+    from ceilings import device_name
+    from conftest import commit
     work, micro = make_work(options), options.micro
     longest = max(len(p) + len(r) for p, r in zip(work.prompts, work.responses))
     ours = options.micro_tokens or step_work.MICRO_TOKENS.get(options.model, 16 * 512)

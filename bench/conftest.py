@@ -17,17 +17,19 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
-if (HERE.parent / "build" / "peers").is_dir():
+CHECKOUT = (HERE.parent / "setup.py").is_file()     # else the folder above is saferlhf_fast/ of an installed wheel
+sys.path[:0] = [str(HERE), *([str(HERE.parent / "tests")] if CHECKOUT else [])]
+if CHECKOUT and (HERE.parent / "build" / "peers").is_dir():
     sys.path.append(str(HERE.parent / "build" / "peers"))
 
 import ceilings  # noqa: E402
 import exact  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
-import versions  # noqa: E402
+import shapes  # noqa: E402
+from saferlhf_fast import __version__  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DEVICE = ceilings.DEVICE
 SMALL = 8 << 20     # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
 FOREIGN = ("eager", "bare products")    # versions that are neither ours nor in peers.py
 
@@ -63,12 +65,13 @@ def pytest_collection_modifyitems(config, items):
     Ours, eager and the bare products on full shapes; then peers; ours on the other shapes; torch.compile.
     """
     third = lambda item: foreign(item) and version_of(item) not in FOREIGN
-    full = lambda item: item.callspec.params.get("shape") in versions.shapes.FULL if hasattr(item, "callspec") else True
+    full = lambda item: item.callspec.params.get("shape") in shapes.FULL if hasattr(item, "callspec") else True
     turn = lambda item: (3 if "compile" in version_of(item) else 1) if third(item) else (0 if full(item) else 2)
     if config.getoption("--ours"):
         items[:] = [item for item in items if version_of(item) and not third(item)]
     items.sort(key=turn)
     config.started, config.not_measured, config.ceilings = time.monotonic(), [], None
+    config.total, config.ended = len(items), 0
 
 
 def not_measured(item, reason):
@@ -76,7 +79,7 @@ def not_measured(item, reason):
     params = item.callspec.params if hasattr(item, "callspec") else {}
     shape = params.get("shape")
     item.config.not_measured.append({"op": op, "version": params.get("version", item.name), "reason": reason,
-                                     "shape": versions.shapes.name(shape) if shape else ""})
+                                     "shape": shapes.name(shape) if shape else ""})
     pytest.skip(reason)
 
 
@@ -95,18 +98,22 @@ def pytest_pyfunc_call(pyfuncitem):
         not_measured(pyfuncitem, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
 
-def device_name():
-    if DEVICE == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "cpu")
-    return f"{model}, {torch.get_num_threads()} thread(s)"
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A line on stderr for each row that is done, where BENCH_PROGRESS=1 asks for it."""
+    report = yield
+    if os.environ.get("BENCH_PROGRESS") == "1" and (call.when == "call" or report.failed):
+        item.config.ended += 1
+        row = getattr(item.funcargs.get("benchmark"), "extra_info", {}) if hasattr(item, "funcargs") else {}
+        took = f"{row['seconds'] * 1e3:.3f} ms" if row.get("seconds") else report.outcome
+        what = f"{row['op']}, {row['shape']}, {row['version']}" if row.get("op") else item.name
+        print(f"[{item.config.ended}/{item.config.total}] {what}: {took}", file=sys.stderr, flush=True)
+    return report
 
 
 def commit():
+    if not CHECKOUT:
+        return "an installed package"
     result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
     return result.stdout.strip() or "not a checkout"
 
@@ -114,15 +121,17 @@ def commit():
 def pytest_benchmark_update_machine_info(config, machine_info):
     for name in ("node", "cpu"):    # a host's name says nothing about speed, and the list of CPU flags is long
         machine_info.pop(name, None)
-    machine_info.update(device=device_name(), commit=commit(), date=datetime.date.today().isoformat(),
-                        torch=torch.__version__, threads=torch.get_num_threads(), cache_bytes=ceilings.cache_bytes(DEVICE),
+    machine_info.update(device=ceilings.device_name(), commit=commit(), date=datetime.date.today().isoformat(),
+                        torch=torch.__version__, version=__version__, quick=shapes.QUICK, threads=torch.get_num_threads(),
+                        cache_bytes=ceilings.cache_bytes(DEVICE),
                         command=os.environ.get("BENCH_COMMAND", " ".join(["pytest", *config.invocation_params.args])))
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
     """Adds the ceilings (taken at the start and again here) and what was not measured; drops the list of every round."""
-    found = ceilings.measure(DEVICE)
-    output_json["machine_info"]["ceilings"] = ceilings.better(config.ceilings or found, found)
+    if not shapes.QUICK:        # whose shapes lie in the caches: there is no floor under them
+        found = ceilings.measure(DEVICE)
+        output_json["machine_info"]["ceilings"] = ceilings.better(config.ceilings or found, found)
     output_json["not_measured"] = config.not_measured
     for entry in output_json["benchmarks"]:
         entry["stats"].pop("data", None)
@@ -144,7 +153,8 @@ class Measure:
         """Times `step()` (which returns its outputs). reads, writes: bytes that must move; before: runs ahead of each call,
         outside the clock. seconds: how long to go on; at least 5 rounds, at most 200, 3 where one takes over a second."""
         assert self.error is not None, "the result is checked before it is timed"
-        seconds = min(seconds, 0.3) if device == "cuda" else seconds     # there the events count, not these rounds
+        # On a GPU the events count, not these rounds.
+        seconds = min(seconds, 0.3 if device == "cuda" else 0.5 if shapes.QUICK else seconds)
         flush = self._flush(device, reads + writes)
 
         def ready():
@@ -235,6 +245,6 @@ def launches(step):
 
 @pytest.fixture
 def measure(benchmark, request):
-    if request.config.ceilings is None and benchmark.enabled:
+    if request.config.ceilings is None and benchmark.enabled and not shapes.QUICK:
         request.config.ceilings = ceilings.measure(DEVICE)
     return Measure(benchmark, request.config)

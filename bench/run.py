@@ -16,6 +16,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+CHECKOUT = (ROOT / "setup.py").is_file()    # else ROOT is saferlhf_fast/ of an installed wheel and must stay off sys.path
 
 
 def slug(device):
@@ -23,15 +24,29 @@ def slug(device):
     return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
-def measure(path, arguments):
-    """Runs pytest over the benches; the results lie at `path` afterwards if anything was measured. Returns its exit code."""
-    files = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
-    options = [argument for argument in arguments if argument not in files]
-    command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "--benchmark-only", "-p", "no:cacheprovider", "-rs",
-               "--benchmark-columns=median,iqr,rounds", "--benchmark-quiet", f"--benchmark-json={path}", *options]
-    if find_spec("pytest_timeout"):
-        command.append("--timeout=900")
-    return subprocess.run(command, cwd=ROOT).returncode
+def measure(path, arguments, log=None):
+    """Runs pytest over the benches; the results lie at `path` afterwards if anything was measured. Returns its exit code.
+
+    arguments: bench files, by name or as pytest's own names of tests, and options; log: a file that takes what pytest says.
+    pytest runs in a folder and with a configuration of its own: what lies around a user's folder must not change it, and
+    nothing may put saferlhf_fast/ itself on sys.path, whose types.py would stand in for Python's.
+    """
+    wanted = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
+    options = [argument for argument in arguments if argument not in wanted]
+    files = [str(HERE / re.sub(r"^[^:]*/", "", argument)) for argument in wanted]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    if CHECKOUT:
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with tempfile.TemporaryDirectory() as scratch:
+        empty = Path(scratch) / "pytest.ini"
+        empty.write_text("[pytest]\n")
+        command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "-c", str(empty), f"--rootdir={HERE}", "-q",
+                   "--import-mode=importlib", "-W", "ignore::FutureWarning", "-W", "ignore::DeprecationWarning",
+                   "--benchmark-only", "-p", "no:cacheprovider", "-rs", "--benchmark-columns=median,iqr,rounds",
+                   "--benchmark-quiet", f"--benchmark-storage=file://{scratch}/stored", f"--benchmark-json={path}", *options]
+        if find_spec("pytest_timeout"):
+            command.append("--timeout=900")
+        return subprocess.run(command, cwd=scratch, stdout=log, env=environment).returncode
 
 
 def rooms():
@@ -55,7 +70,7 @@ def write(results, folder):
 
 
 def main(arguments):
-    sys.path[:0] = [str(ROOT), str(HERE)]
+    sys.path[:0] = [*([str(ROOT)] if CHECKOUT else []), str(HERE)]
     if "--rooms" in arguments:
         for op, files in rooms().items():
             print(op, *(file.relative_to(ROOT) for file in files))

@@ -2,7 +2,8 @@
 side by side.
 
 Random data only: zeros or equal rows flatter the arithmetic and the caches. BENCH_TINY=1 takes shapes that end in
-milliseconds: they try the benches, they measure nothing. "full" shapes run with every peer, the others with eager torch alone.
+milliseconds: they try the benches, they measure nothing. BENCH_QUICK=1 takes small ones that do measure, in about a minute for
+all ops (`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others with eager torch alone.
 """
 
 import os
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 TINY = os.environ.get("BENCH_TINY") == "1"
+QUICK = os.environ.get("BENCH_QUICK") == "1"
 F32, BF16 = torch.float32, torch.bfloat16
 # tokens N, vocabulary V, dtype of the logits
 LOGITS = {
@@ -31,6 +33,11 @@ FULL = {(1024, 32_000, F32), (8192, 151_936, BF16), (1024, 512, 32_000, F32), (4
         (8192, 4096, 128_256, BF16), (16, 768), (4096, 2048), (256, 1024)}
 CLIP = 0.2
 
+if QUICK:
+    LOGITS = {"cpu": [(256, 8000, F32)], "cuda": [(2048, 32_000, BF16)]}
+    LINEAR = LINEAR_LOSS = {"cpu": [(256, 256, 8000, F32)], "cuda": [(2048, 1024, 32_000, BF16)]}
+    ROWS = {"cpu": [(16, 256)], "cuda": [(256, 512)]}
+    FULL = {shape for table in (LOGITS, LINEAR, ROWS) for shape in (*table["cpu"], *table["cuda"])}
 if TINY:
     LOGITS = {device: [(64, 515, F32)] for device in LOGITS}
     LINEAR = LINEAR_LOSS = {device: [(64, 128, 512, F32)] for device in LINEAR}

@@ -99,8 +99,8 @@ def missing_lines(notes):
             *(f"| {version} | {', '.join(sorted(ops))} | {reason} |" for (version, reason), ops in sorted(found.items()))]
 
 
-def table(results):
-    """Lines of Markdown for a loaded results file."""
+def table(results, with_targets=True):
+    """Lines of Markdown for a loaded results file. with_targets: the project's own targets, each for one machine."""
     machine, entries = results["machine_info"], results["benchmarks"]
     rows = [entry["extra_info"] for entry in entries if entry["extra_info"].get("seconds")]
     lines = header(machine)
@@ -110,7 +110,7 @@ def table(results):
     if others:
         lines += ["", "### a whole PPO-Lag step and its parts", "", "| part | time |", "|---|---:|"]
         lines += [f"| {entry['name']} | {duration(entry['stats']['median'])} |" for entry in others]
-    return lines + target_lines(rows, machine) + missing_lines(results.get("not_measured", []))
+    return lines + (target_lines(rows, machine) if with_targets else []) + missing_lines(results.get("not_measured", []))
 
 
 if __name__ == "__main__":
