@@ -147,6 +147,13 @@ class ScoreHead(nn.Module):
 class ScoreModel(nn.Module):
     """A backbone and a linear head: one score per token. Reward model, cost model and critic are all this.
 
+    In code of your own::
+
+        model = load_score_model(path)               # a reward model as TRL, OpenRLHF or safe-rlhf save it
+        model = score_model_from_backbone(path)      # a new head on the body of a causal LM; or ScoreModel(a transformers body)
+        score_B = model.end_scores(model(ids_BL, mask_BL), mask_BL)
+        save_score_model(folder, model, tokenizer, kind="reward")        # AutoModelForSequenceClassification(num_labels=1)
+
     The head has no bias, so that export as AutoModelForSequenceClassification is exact; a checkpoint of REF may bring
     a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None when the files do not say.
     """
