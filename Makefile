@@ -10,7 +10,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 OLDEST := .venv-oldest
 QUICK  := "not slow and not matrix and not faults"
 
-.PHONY: demo proof test test-slow test-matrix test-faults test-oldest bench bench-compare dist setup clean
+.PHONY: demo proof test test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed, under 5 minutes on two cores
 	$(BIN)/saferlhf-fast demo
@@ -39,6 +39,23 @@ test-oldest: $(OLDEST)/.installed ## all but the slow tests on the oldest suppor
 	$(OLDEST)/bin/python -m pip install -q -c constraints-oldest.txt --no-build-isolation -e '$(OLDEST)/tree[train,eval,dev]'
 	cd $(OLDEST)/tree && SAFERLHF_DATA=$${SAFERLHF_DATA:-$(abspath ../shared)} OMP_NUM_THREADS=1 ../bin/python -m pytest \
 		-m $(QUICK) -n $(JOBS) --dist loadfile $(ARGS)
+
+# Each library in an environment of its own, since their pins contradict each other; ours comes in by PYTHONPATH, with the native
+# module that setup built. verl and OpenRLHF are installed without their dependencies (flash-attn, vLLM need a GPU). safe-rlhf and
+# align-anything are on no index: SAFE_RLHF and ALIGN_ANYTHING name folders of checkouts.
+test-integrations: setup $(foreach name,trl verl openrlhf,.venv-$(name)/.installed) $(if $(SAFE_RLHF)$(ALIGN_ANYTHING),.venv-pku/.installed)
+	for name in trl verl openrlhf $(if $(SAFE_RLHF)$(ALIGN_ANYTHING),pku); do \
+		PYTHONPATH=$(CURDIR):$(SAFE_RLHF):$(ALIGN_ANYTHING) OMP_NUM_THREADS=1 .venv-$$name/bin/python -m pytest -rs \
+			tests/test_integration_$$name*.py $(ARGS) || exit 1; \
+	done
+
+.venv-%/.installed: tests/integrations/%.txt
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install -q $(TORCH) numpy triton==$(shell sed -n 's/^triton==//p' constraints.txt)
+	.venv-$*/bin/python -m pip install -q -r $<
+	$(if $(filter verl,$*),.venv-$*/bin/python -m pip install -q --no-deps verl==0.9.1)
+	$(if $(filter openrlhf,$*),.venv-$*/bin/python -m pip install -q --no-deps openrlhf==0.11.2)
+	touch $@
 
 $(OLDEST)/.installed: constraints-oldest.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)

@@ -1,0 +1,181 @@
+"""patch and unpatch themselves, on a library made up here: bindings, registries, classes, refusals, contexts, counting."""
+
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+import torch
+from saferlhf_fast import integrations
+from saferlhf_fast.integrations import registry, replacing, sites
+
+SOURCE = """
+REGISTRY = {}
+
+def double(x, times=2):
+    return x * times
+
+REGISTRY["double"] = double
+
+class Loss:
+    def forward(self, x):
+        return x + 1
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A package `fakelib` with a defining module and one that imports from it by name, and its table."""
+    def module(name, source):
+        made = types.ModuleType(name)
+        exec(compile(textwrap.dedent(source), f"{name}.py", "exec"), made.__dict__)
+        monkeypatch.setitem(sys.modules, name, made)
+        return made
+
+    package = module("fakelib", "__version__ = '3.1.4'")
+    package.__path__ = []
+    core, user = module("fakelib.core", SOURCE), types.ModuleType("fakelib.user")
+    user.double = user.alias = core.double
+    monkeypatch.setitem(sys.modules, "fakelib.user", user)
+    entries = (
+        registry.Replace("fakelib.core:double", lambda theirs: lambda x, times=2: theirs(x, times) + 0, "(x, times=2)", "better",
+                         entries=(("fakelib.core:REGISTRY", "double"),)),
+        registry.Replace("fakelib.core:Loss.forward", lambda theirs: lambda self, x: x + 1, "(self, x)", "better too"),
+    )
+    table = lambda replace=entries, versions=("3.1",): registry.Library(
+        "fakelib", "fakelib", versions, replace, (("fakelib.core:other", "nothing to gain"),))
+    yield types.SimpleNamespace(core=core, user=user, table=table, entries=entries)
+    replacing.unpatch("fakelib")
+
+
+def test_every_binding_goes_and_comes_back(fake):
+    held, method = fake.core.double, fake.core.Loss.forward
+    loss = fake.core.Loss()                                            # made before: a method is looked up at each call
+    report = replacing.patch(fake.table(), force=False)
+    for bound in (fake.core.double, fake.user.double, fake.user.alias, fake.core.REGISTRY["double"]):
+        assert bound is not held and bound(3) == 6 and bound.__name__ == "double"
+    assert loss.forward(1) == 2
+    assert report.calls == {"fakelib.core:double": 4, "fakelib.core:Loss.forward": 1}
+    assert set(report.replaced["fakelib.core:double"]) == {
+        "fakelib.core.double", "fakelib.core.REGISTRY['double']", "fakelib.user.double", "fakelib.user.alias"}
+    text = str(report)
+    assert "fakelib 3.1.4: 2 functions replaced, 1 left" in text and "left      fakelib.core.other: nothing to gain" in text
+    assert "replaced  fakelib.core.double, also at fakelib.core.REGISTRY['double']" in text and ": better" in text
+    late = types.ModuleType("fakelib.late")                            # imported while ours is in place
+    late.double = fake.core.double
+    sys.modules["fakelib.late"] = late
+    try:
+        places = replacing.unpatch("fakelib")
+    finally:
+        del sys.modules["fakelib.late"]
+    assert len(places) == 6 and "fakelib.late.double" in places
+    for bound in (fake.core.double, fake.user.double, fake.user.alias, late.double, fake.core.REGISTRY["double"]):
+        assert bound is held
+    assert fake.core.Loss.forward is method and replacing.unpatch("fakelib") == []
+
+
+def test_twice_is_harmless_and_finds_what_came_later(fake):
+    held = fake.core.double
+    first = replacing.patch(fake.table(), force=False)
+    ours = fake.core.double
+    fake.user.again = held                                             # somebody kept the old one
+    second = replacing.patch(fake.table(), force=False)
+    assert fake.core.double is ours is fake.user.again
+    assert "fakelib.user.again" in second.replaced["fakelib.core:double"]
+    with second:
+        pass
+    assert fake.core.double is ours                                    # the first call's work is not the second's to undo
+    with first:
+        pass
+    assert fake.core.double is fake.user.again is held
+
+
+def test_what_another_put_there_since_is_left(fake):
+    replacing.patch(fake.table(), force=False)
+    fake.user.double = other = lambda x: x
+    assert "fakelib.user.double" not in replacing.unpatch("fakelib")
+    assert fake.user.double is other
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda fake: setattr(fake.core, "double", lambda x, times=3: x), r"expected parameters \(x, times=2\), got \(x, times=3\)"),
+    (lambda fake: delattr(fake.core, "double"), r"expected fakelib\.core\.double, got none"),
+    (lambda fake: setattr(fake.core.Loss, "forward", staticmethod(lambda self, x: x)),
+     "expected a plain function, got staticmethod"),
+])
+def test_a_changed_function_is_refused_by_name_and_nothing_replaced(fake, change, message):
+    method = vars(fake.core.Loss)["forward"]
+    change(fake)
+    changed = vars(fake.core.Loss)["forward"] is not method
+    with pytest.raises(integrations.Refused, match=message):
+        replacing.patch(fake.table(), force=False)
+    assert vars(fake.core.Loss)["forward"] is method or changed
+    assert "fakelib" not in integrations.patched()
+
+
+def test_an_unknown_version_is_refused_unless_forced(fake):
+    with pytest.raises(integrations.Refused, match=r"fakelib: expected version 2\.0 or 3\.2, got 3\.1\.4; nothing was replaced"):
+        replacing.patch(fake.table(versions=("2.0", "3.2")), force=False)
+    fake.core.Loss.forward = lambda self, x, more=0: x
+    with replacing.patch(fake.table(versions=("2.0",)), force=True) as report:
+        assert set(report.replaced) == {"fakelib.core:double", "fakelib.core:Loss.forward"}
+    del fake.core.Loss.forward
+    with replacing.patch(fake.table(), force=True) as report:
+        assert report.left["fakelib.core:Loss.forward"] == "it is not there in this version"
+
+
+def test_a_source_of_another_digest_is_refused(fake, tmp_path, monkeypatch):
+    path = tmp_path / "digested.py"
+    path.write_text("def double(x, times=2):\n    return x * times\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import digested
+    known = sites.digest(digested.double)
+    entry = registry.Replace("digested:double", lambda theirs: theirs, "(x, times=2)", "", digests=(known,))
+    library = registry.Library("fakelib", None, (), (entry,))
+    with replacing.patch(library, force=False) as report:
+        assert report.version == "3.1.4"
+    other = registry.Library("fakelib", None, (), (registry.Replace(**{**vars(entry), "digests": ("0" * 12,)}),))
+    with pytest.raises(integrations.Refused, match=f"digest {known}, expected {'0' * 12}"):
+        replacing.patch(other, force=False)
+
+
+def test_modules_that_are_missing_or_not_imported_yet(fake):
+    optional = registry.Replace("fakelib.gone:f", lambda theirs: theirs, "()", "", optional=True)
+    later = registry.Replace("fakelib.later:f", lambda theirs: theirs, "()", "", loaded=True)
+    with replacing.patch(fake.table(replace=(optional, later)), force=False) as report:
+        assert "cannot be imported here" in report.left["fakelib.gone:f"]
+        assert "import it, then call patch('fakelib') again" in report.left["fakelib.later:f"]
+
+
+def test_wrong_names_and_missing_libraries():
+    with pytest.raises(ValueError, match="expected a library out of trl, verl"):
+        integrations.patch("tlr")
+    with pytest.raises(ValueError, match="expected a causal language model, got None"):
+        integrations.patch("transformers")
+    with pytest.raises(ValueError, match="takes no model"):
+        integrations.patch("trl", torch.nn.Linear(1, 1))
+    missing = registry.Library("no_such_library", None, (), ())
+    with pytest.raises(ImportError, match="no_such_library is not installed here"):
+        replacing.patch(missing, force=False)
+    assert integrations.unpatch() == []
+
+
+def test_compiled_code_enters_ours_and_is_counted_once(fake):
+    entry = registry.Replace("fakelib.core:double", lambda theirs: lambda x, times=2: x * times, "(x, times=2)", "")
+    with replacing.patch(fake.table(replace=(entry,)), force=False) as report:
+        compiled = torch.compile(fake.user.double, backend="eager", fullgraph=True)
+        for _ in range(3):
+            assert compiled(torch.ones(2)).sum() == 4
+        assert report.calls["fakelib.core:double"] == 1
+
+
+def test_importing_it_needs_torch_alone():
+    code = """
+        import sys
+        from saferlhf_fast import integrations
+        from saferlhf_fast.integrations import trl, verl, openrlhf, safe_rlhf, align_anything
+        wrong = [name for name in ("transformers", "deepspeed", "trl", "verl") if name in sys.modules]
+        assert not wrong, wrong
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
