@@ -102,8 +102,8 @@ def tests_of(worse, results):
     """The pytest names of the rows that got worse and of their eager rows."""
     wanted = {key for regression in worse for key in (regression.key, (*regression.key[:2], "eager"))}
     names = {(entry["extra_info"].get("op"), entry["extra_info"].get("shape"), entry["extra_info"].get("version")):
-             entry["fullname"] for entry in results["benchmarks"]}
-    return sorted(names[key] for key in wanted if key in names)
+             entry["extra_info"].get("turns") or [entry["fullname"]] for entry in results["benchmarks"]}
+    return sorted(name for key in wanted for name in names.get(key, []))
 
 
 def newest(device, folder):

@@ -1,7 +1,8 @@
 """The command line: saferlhf-fast COMMAND [recipe.yaml] [key=value …] [--key value …] [--debug].
 
 This file and `info` need the standard library only. A stage's settings and inputs are checked before torch is imported,
-so a mistake ends in well under two seconds. Exit codes: 0 done, 1 a bug of ours, 2 bad input, 130 interrupted.
+so a mistake ends in well under two seconds. Exit codes: 0 done, 1 a bug of ours (or a regression that `bench` found), 2 bad
+input, 130 interrupted.
 """
 
 import argparse
@@ -26,6 +27,7 @@ COMMANDS = {
     "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is loaded",
     "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their models",
     "demo": "the whole loop on an embedded world: no data, no network, minutes on two cores",
+    "bench": "measure the kernels on this machine, keep the figures, fail when one has become slower",
     "info": "versions, device, and which implementation of each op runs here and why",
 }
 
@@ -42,6 +44,7 @@ examples:
   saferlhf-fast sft model=DIR data=FILE output=DIR               one stage, without a recipe
   saferlhf-fast run quickstart sft.train.max_steps=10            a shipped recipe, one setting changed
   saferlhf-fast ppo-lag --help                                   every setting of a stage, with its default
+  saferlhf-fast bench --quick                                    how fast the kernels are here, in about a minute
 
 options:
   -h, --help     this text, or a command's settings
@@ -137,6 +140,10 @@ def _dispatch(args, words, argv):
         from saferlhf_fast import info
         print(info.HELP if wants_help else info.text())
         return 0
+    if command == "bench":
+        require("bench", "bench", "torch", "pytest", "pytest_benchmark")
+        from saferlhf_fast import benchmark
+        return print(benchmark.help_text()) or 0 if wants_help else benchmark.main(words)
     require(command, "train", *NEEDED)
     if command == "checkpoint":
         from saferlhf_fast.checkpoint import commands

@@ -57,7 +57,7 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
     places = [text.index(f"\n  {command} ") for command in cli.COMMANDS]
     assert places == sorted(places) and "examples:" in text
     assert list(cli.COMMANDS)[:5] == ["sft", "reward", "cost", "ppo", "ppo-lag"]
-    assert set(cli.COMMANDS) == {*pipeline.ENTRIES, "run", "plan", "checkpoint", "info"}
+    assert set(cli.COMMANDS) == {*pipeline.ENTRIES, "run", "plan", "checkpoint", "bench", "info"}
 
 
 @pytest.mark.parametrize("command", pipeline.ENTRIES)

@@ -37,7 +37,7 @@ def test_make_targets_exist():
 
 
 def test_commands_are_known():
-    known = {*STAGES, "run", "demo", "plan", "info", "checkpoint"}
+    known = {*STAGES, "run", "demo", "plan", "info", "bench", "checkpoint"}
     for command in re.findall(r"saferlhf-fast ([a-z-]+)", README):
         assert command in known, command
     for recipe in re.findall(r"`(paper|single-gpu|multi-node|quickstart|pku_tiny)`", README):
