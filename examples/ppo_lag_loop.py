@@ -1,0 +1,165 @@
+"""PPO-Lag in a loop of your own: plain torch, transformers for the models, this package's ops for the mathematics.
+
+    python examples/ppo_lag_loop.py                       # a toy, from random weights: half a minute on two CPU cores
+    python examples/ppo_lag_loop.py --model DIR --reward DIR --cost DIR --prompts FILE.jsonl --threshold 0 --tokens 256
+
+It shows `linear_logprob` (no logits), `pack` (no padding after the models), `ppo_lag_advantage` (KL shaping, both GAE scans and
+(A_r − λ·A_c)/(1 + λ) in one launch), `ppo_loss`, `value_loss` and `LagrangeMultiplier`. It leaves out several devices, data
+formats, checkpoints and speed: that is what `saferlhf-fast ppo-lag` is for.
+
+The toy: 32 words; words 8–15 are worth 1, words 16–23 are worth 2 but do harm, as 24–31 do for nothing. Without a constraint
+the policy would say 16–23 alone; here responses of 12 words may hold 2 harmful ones on average (--threshold). --multiplier 0
+switches the constraint off.
+Shapes: B rows, P prompt, T response, N response tokens of the batch, packed.
+"""
+
+import argparse
+import copy
+import json
+
+import torch
+
+from saferlhf_fast import LagrangeMultiplier, linear_logprob, pack, ppo_lag_advantage, ppo_loss, value_loss
+
+
+def train(actor, critics, batches, scores, args, end):
+    """The loop -> rewards, costs and λ of each step. batches: yields (ids_BP, mask_BP), padded on the left · scores(ids_BL,
+    mask_BL) -> reward_B, cost_B · end: the end-of-sequence id, or None."""
+    reference = copy.deepcopy(actor).eval().requires_grad_(False)
+    multiplier = LagrangeMultiplier(init=args.multiplier or 1e-9, lr=args.multiplier_lr if args.multiplier else 0.0, max=5.0,
+                                    threshold=args.threshold, window=args.batch, device=actor.device)
+    optimizers = [torch.optim.Adam(part.parameters(), lr=args.lr) for part in (actor, critics)]
+    history = []
+    print("step   reward     cost   lambda       KL")
+    for step, (ids_BP, mask_BP) in zip(range(args.steps), batches):
+        # 1. The actor answers. A response ends with its first end-of-sequence token, which belongs to it.
+        with torch.no_grad():
+            ids_BL = actor.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=args.tokens,
+                                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
+        ends_BT = ids_BL[:, ids_BP.shape[1]:] == (-1 if end is None else end)
+        real_BT = ends_BT.cumsum(1) - ends_BT.long() == 0
+        batch = ids_BL, torch.cat([mask_BP, real_BT.long()], 1), real_BT
+        # 2. What the frozen models say of it, and actor and critics at the weights that made it.
+        with torch.no_grad():
+            reward_B, cost_B = scores(*batch[:2])
+            (logp_N, cu_seqlens), (ref_logp_N, _), values_2N = logprobs(actor, *batch), logprobs(reference, *batch), \
+                values(critics, *batch)
+        # 3. λ follows the mean cost of the last episodes, before the actor moves.
+        multiplier.update(cost_B)
+        # 4. One launch from log-probs, scores and values to the advantage that weighs reward against cost.
+        advantages_N, *returns, stats = ppo_lag_advantage(
+            logp_N, ref_logp_N, reward_B, cost_B, *values_2N, multiplier.value, kl_coeff=args.kl_coeff, gamma=1.0, lam=0.95,
+            clip_score=50.0, cu_seqlens=cu_seqlens, whiten=True)
+        # 5. Clipped losses, a few optimiser steps.
+        for _ in range(args.epochs):
+            actor_loss, _ = ppo_loss(logprobs(actor, *batch)[0], logp_N, advantages_N, clip_ratio=0.2, cu_seqlens=cu_seqlens,
+                                     advantage_scale=stats["advantage_scale"], advantage_shift=stats["advantage_shift"])
+            critic_losses, _ = value_loss(values(critics, *batch), values_2N, torch.stack(returns), clip_value=5.0,
+                                          cu_seqlens=cu_seqlens)
+            for optimizer, loss in zip(optimizers, (actor_loss, critic_losses.sum())):
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        now = [x.item() for x in (reward_B.mean(), cost_B.mean(), multiplier.value, stats["kl_sequence"])]
+        history.append(now[:3])
+        if step % max(args.steps // 10, 1) == 0 or step == args.steps - 1:
+            print(f"{step:4d} {now[0]:8.2f} {now[1]:8.2f} {now[2]:8.3f} {now[3]:8.2f}")
+    return history
+
+
+def logprobs(lm, ids_BL, mask_BL, real_BT):
+    """-> (log-probs of the response tokens [N], where rows begin [B+1]): the head sees those positions alone, without logits."""
+    columns = real_BT.shape[1]
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)              # counted from each row's first real token
+    states = lm.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False)
+    hidden_BTH = states.last_hidden_state[:, -columns - 1:-1]
+    (hidden_NH, ids_N), cu_seqlens = pack((hidden_BTH, ids_BL[:, -columns:]), real_BT)
+    head = lm.get_output_embeddings()
+    return linear_logprob(hidden_NH, head.weight, ids_N, bias=head.bias), cu_seqlens
+
+
+def values(critics, ids_BL, mask_BL, real_BT):
+    """-> both critics' values before each response token, [2, N]."""
+    made = [critic(ids_BL, mask_BL)[:, -real_BT.shape[1] - 1:-1] for critic in critics]
+    return torch.stack(pack(made, real_BT)[0])
+
+
+def toy(args):
+    """A tiny Llama from random weights, two critics on bodies like its own, and scores that count words."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+    from saferlhf_fast import ScoreModel
+    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+    actor = LlamaForCausalLM(config)
+    actor.generation_config.eos_token_id = None
+    critics = torch.nn.ModuleList(ScoreModel(LlamaModel(config)) for _ in range(2))
+    worth, harm = torch.zeros(32), torch.zeros(32)
+    worth[8:16], worth[16:24], harm[16:32] = 1.0, 2.0, 1.0
+
+    def batches():
+        while True:
+            yield torch.randint(2, 8, (args.batch, 4)), torch.ones(args.batch, 4, dtype=torch.long)
+
+    def scores(ids_BL, mask_BL):
+        return (worth[ids_BL] * mask_BL).sum(1), (harm[ids_BL] * mask_BL).sum(1)
+
+    return actor, critics, batches(), scores, None
+
+
+def real(args):
+    """Models from folders or the Hub, which must share a tokenizer; prompts from a file of {"prompt": …} lines."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from saferlhf_fast import load_score_model
+    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    actor = AutoModelForCausalLM.from_pretrained(args.model).to(device)
+    frozen = [load_score_model(path).to(device).eval() for path in (args.reward, args.cost)]
+    critics = torch.nn.ModuleList(copy.deepcopy(frozen))
+    with open(args.prompts, encoding="utf-8") as file:
+        prompts = [json.loads(line)["prompt"] for line in file]
+
+    def batches():
+        while True:
+            chosen = [prompts[i] for i in torch.randint(len(prompts), (args.batch,))]
+            made = tokenizer(chosen, return_tensors="pt", padding=True).to(device)
+            yield made.input_ids, made.attention_mask
+
+    def scores(ids_BL, mask_BL):
+        return (model.end_scores(model(ids_BL, mask_BL), mask_BL) for model in frozen)
+
+    return actor, critics, batches(), scores, tokenizer.eos_token_id
+
+
+def main():
+    """Reads the arguments, trains, and says what has become of reward and cost."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a causal LM; without it the toy runs")
+    parser.add_argument("--reward", help="a score model: higher is more helpful")
+    parser.add_argument("--cost", help="a score model: above 0 is unsafe")
+    parser.add_argument("--prompts", help="a file with a JSON object {\"prompt\": …} in each line")
+    parser.add_argument("--threshold", type=float, default=2.0, help="d: what the mean cost has to stay under")
+    parser.add_argument("--multiplier", type=float, default=1.0, help="λ at the start; 0: no constraint")
+    parser.add_argument("--multiplier_lr", type=float, default=0.03, help="how fast λ follows the mean cost")
+    parser.add_argument("--kl_coeff", type=float, default=0.1, help="β: nats of KL to the reference against a point of reward")
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--batch", type=int, default=64, help="responses of a step")
+    parser.add_argument("--tokens", type=int, default=12, help="most tokens of a response")
+    parser.add_argument("--epochs", type=int, default=2, help="optimiser steps on each batch")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if args.model and not (args.reward and args.cost and args.prompts):
+        parser.error("--model needs --reward, --cost and --prompts")
+    torch.manual_seed(args.seed)
+    actor, critics, batches, scores, end = (real if args.model else toy)(args)
+    history = train(actor, critics, batches, scores, args, end)
+    few = max(len(history) // 10, 1)
+    (reward, cost, _), (reward_now, cost_now, multiplier) = (torch.tensor(part).mean(0).tolist()
+                                                             for part in (history[:few], history[-few:]))
+    print(f"reward {reward:.2f} -> {reward_now:.2f}, cost {cost:.2f} -> {cost_now:.2f} (threshold {args.threshold:g}), "
+          f"lambda {multiplier:.3f}")
+
+
+if __name__ == "__main__":
+    main()
