@@ -19,6 +19,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+BENCH_PARTS = {"ceilings", "compare", "conftest", "eager", "exact", "memory", "peers", "run", "shapes", "table", "targets",
+               "versions"}
 NOTE = "_C_failed.txt"  # why there is no native module; read by kernels/dispatch.py
 
 
@@ -105,13 +107,14 @@ class CMakeBuild(build_ext):
 
 
 class ShippedModules(build_py):
-    """Wheels carry the benches of the ops; whole steps, other trainers and long runs need a checkout."""
+    """Wheels carry the benches of the ops and what they import; the rest of bench/ needs a checkout."""
 
     def find_package_modules(self, package, package_dir):
         found = super().find_package_modules(package, package_dir)
         if package != "saferlhf_fast.bench":
             return found
-        return [module for module in found if not re.fullmatch(r"step_.*|bench_step|bench_ppo_lag_step|scaling|soak", module[1])]
+        ops = {f"bench_{path.parent.name}" for path in (ROOT / "saferlhf_fast" / "kernels").glob("*/__init__.py")}
+        return [module for module in found if module[1] in ops | BENCH_PARTS]
 
 
 pure = os.environ.get("SAFERLHF_PURE", "0") == "1"
