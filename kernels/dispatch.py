@@ -13,7 +13,9 @@ from typing import Callable, NamedTuple
 
 import torch
 
-BUILD_COMMAND = "pip install -e . --no-build-isolation --no-deps"
+_ABOVE = Path(__file__).resolve().parents[1:3]      # where a checkout or an unpacked sdist has its setup.py
+BUILD_COMMAND = ("pip install -e . --no-build-isolation --no-deps" if any((folder / "setup.py").is_file() for folder in _ABOVE)
+                 else "pip install --force-reinstall --no-deps --no-binary saferlhf-fast saferlhf-fast")
 ENVIRONMENT = "SAFERLHF_IMPL"
 NAMES = ("auto", "reference", "triton", "native")
 _FILES = {"reference": "reference", "triton": "triton_impl", "native": "native"}

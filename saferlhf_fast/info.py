@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+from pathlib import Path
 
 from saferlhf_fast import __version__
 
@@ -38,7 +39,7 @@ PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "datasets"
 def text():
     """Returns the whole report."""
     parts = [f"saferlhf-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
-             f"device: {device()}", "", "packages:"]
+             f"install: {install()}", f"device: {device()}", "", "packages:"]
     parts += [f"  {name:14} {version or 'not installed'}" for name, version in versions().items()]
     parts += ["", "ops (SAFERLHF_IMPL=reference, triton or native forces one where there is one):", *ops(), "",
               f"_C: {compiled()}", f"deepspeed: {deepspeed()}", f"flash-attn: {flash_attention()}"]
@@ -83,14 +84,29 @@ def ops():
     return lines + ([f"  SAFERLHF_IMPL={forced} is set and comes before this table"] if forced else [])
 
 
+def install():
+    """Says which form of the package runs here: a wheel, by its tag, or a checkout."""
+    package = Path(__file__).resolve().parent
+    try:
+        found = importlib.metadata.distribution("saferlhf-fast")
+    except importlib.metadata.PackageNotFoundError:
+        return f"a checkout, not installed: {package.parent}"
+    if Path(found.locate_file("saferlhf_fast")).resolve() != package:
+        return f"a checkout: {package.parent}"
+    tag = next((line.split()[1] for line in (found.read_text("WHEEL") or "").splitlines() if line.startswith("Tag:")), "unknown")
+    return f"wheel {tag}, " + ("the one for every platform, made without _C" if tag.endswith("-any") else "for this platform")
+
+
 def compiled():
-    """Says whether the compiled module is there, or why not."""
+    """Says whether the compiled module is there, or why not and how to get it."""
     try:
         from saferlhf_fast.kernels import dispatch
         module, why = dispatch.native_module()
     except ImportError as e:
         return f"unknown: {e}"
-    return "present" if module else f"{why}; build it with: {dispatch.BUILD_COMMAND}"
+    if module is None:
+        return f"{why}; to get it (needs a C++ compiler): {dispatch.BUILD_COMMAND}"
+    return "present, with CUDA" if module.cuda else f"present, for the CPU: {module.cuda_note}"
 
 
 def deepspeed():

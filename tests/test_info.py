@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import sys
+from types import SimpleNamespace
 
 from saferlhf_fast import info
 
@@ -30,9 +31,16 @@ def test_a_broken_op_table_does_not_hide_the_rest(monkeypatch):
 def test_a_missing_compiled_module_comes_with_its_reason_and_the_build_command(monkeypatch):
     from saferlhf_fast.kernels import dispatch
     monkeypatch.setattr(dispatch, "native_module", lambda: (None, "no compiler was found"))
-    assert info.compiled() == f"no compiler was found; build it with: {dispatch.BUILD_COMMAND}"
-    monkeypatch.setattr(dispatch, "native_module", lambda: (sys, ""))
-    assert info.compiled() == "present"
+    assert info.compiled() == f"no compiler was found; to get it (needs a C++ compiler): {dispatch.BUILD_COMMAND}"
+    assert "install -e ." in dispatch.BUILD_COMMAND         # of a checkout; test_install.py has the wheels' command
+    for module, said in ((SimpleNamespace(cuda=True), "present, with CUDA"),
+                         (SimpleNamespace(cuda=False, cuda_note="no nvcc"), "present, for the CPU: no nvcc")):
+        monkeypatch.setattr(dispatch, "native_module", lambda module=module: (module, ""))
+        assert info.compiled() == said
+
+
+def test_a_checkout_is_called_one():
+    assert info.install().startswith("a checkout") and "install: a checkout" in info.text()
 
 
 def test_packages_that_are_missing_or_broken_are_said_so(monkeypatch):
