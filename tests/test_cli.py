@@ -45,6 +45,11 @@ def test_help_needs_the_standard_library_only():
     assert "pydantic" not in out
 
 
+def test_info_needs_the_standard_library_only():
+    code, out, err, _ = fresh("info", flags=("-S",))
+    assert (code, err) == (0, "") and "device: unknown: torch cannot be imported" in out and "_C: unknown" in out
+
+
 def test_a_base_install_says_what_to_install():
     code, out, err, _ = fresh("sft", "model=m", flags=("-S",))
     assert (code, out) == (2, "") and err.count("\n") == 1
