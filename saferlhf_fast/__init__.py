@@ -1,7 +1,27 @@
 """saferlhf-fast: Safe RLHF with fused kernels. The public names, loaded when they are first used.
 
-Importing this package imports neither torch, transformers nor deepspeed.
+Importing this package imports neither torch, transformers nor deepspeed. `saferlhf_fast.integrations` is loaded like the names.
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ loads; tests/test_api.py keeps it equal to _HOME
+    from . import integrations as integrations
+    from .errors import UserError as UserError
+    from .kernels.gae import gae as gae
+    from .kernels.linear_logprob import linear_logprob as linear_logprob
+    from .kernels.linear_ppo_loss import linear_ppo_loss as linear_ppo_loss
+    from .kernels.ppo_lag_advantage import ppo_lag_advantage as ppo_lag_advantage
+    from .kernels.ppo_loss import ppo_loss as ppo_loss
+    from .kernels.ppo_loss_from_logits import ppo_loss_from_logits as ppo_loss_from_logits
+    from .kernels.token_logprob import token_logprob as token_logprob
+    from .kernels.value_loss import value_loss as value_loss
+    from .lagrange import LagrangeMultiplier as LagrangeMultiplier, PIDMultiplier as PIDMultiplier
+    from .models import (ScoreModel as ScoreModel, load_score_model as load_score_model, save_score_model as save_score_model,
+                         score_model_from_backbone as score_model_from_backbone)
+    from .padding import pack as pack, unpack as unpack
+    from .ppo_lag_loss import PPOLagLoss as PPOLagLoss
+    from .preference import cost_loss as cost_loss, reward_loss as reward_loss
 
 __version__ = "0.1.0"
 
@@ -32,11 +52,13 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name):
+    from importlib import import_module
+    if name == "integrations":
+        return import_module(f"{__name__}.integrations")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
     return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__():
-    return sorted([*globals(), *_HOME])
+    return sorted([*globals(), *_HOME, "integrations"])

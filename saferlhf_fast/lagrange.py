@@ -40,11 +40,11 @@ class CostWindow:
         use = (age <= self.kept) & ~torch.isnan(self.costs)
         return torch.where(use, self.costs, 0.0).sum() / use.sum().clamp(min=1)
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """For a checkpoint."""
         return {"costs": self.costs, "kept": self.kept}
 
-    def load_state_dict(self, values):
+    def load_state_dict(self, values: dict) -> None:
         """From a checkpoint."""
         self.costs, self.kept = (values[name].to(self.costs.device) for name in ("costs", "kept"))
 
@@ -58,7 +58,8 @@ class LagrangeMultiplier:
     ValueError for what cannot be a setting, and for costs that are no tensor [B].
     """
 
-    def __init__(self, init=1.0, lr=0.1, max=5.0, threshold=0.0, window=1024, delay=0, device="cpu"):
+    def __init__(self, init: float = 1.0, lr: float = 0.1, max: float = 5.0, threshold: float = 0.0, window: int = 1024,
+                 delay: int = 0, device: torch.device | str = "cpu") -> None:
         if not (init > 0 and max > 0):
             raise ValueError(f"init and max of an exponential multiplier must be above 0, got {init} and {max}")
         self.log_value = torch.tensor(float(init), device=device).clamp(max=max).log()
@@ -69,11 +70,11 @@ class LagrangeMultiplier:
         self.mean_cost = torch.zeros((), device=device)
 
     @property
-    def value(self):
+    def value(self) -> torch.Tensor:
         """λ, a 0-d tensor on the device."""
         return self.log_value.exp()
 
-    def update(self, costs_B):
+    def update(self, costs_B: torch.Tensor) -> torch.Tensor:
         """One step with the newest episodes' costs, [B] in any float dtype, on any device -> λ.
 
         Of all ranks, in the same order on each, so that λ stays the same everywhere (torch.distributed.all_gather_into_tensor).
@@ -86,11 +87,11 @@ class LagrangeMultiplier:
         self.steps += 1
         return self.value
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """For a checkpoint: λ, the window, the counter; the threshold, which may have been taken from the starting policy."""
         return _state(self, ("log_value", "mean_cost"))
 
-    def load_state_dict(self, values):
+    def load_state_dict(self, values: dict) -> None:
         """From a checkpoint; the device stays this one's."""
         _load(self, values)
 
@@ -104,7 +105,8 @@ class PIDMultiplier:
     The integral is bounded like λ itself, so it does not wind up while λ is at its bound.
     """
 
-    def __init__(self, init=0.0, kp=0.1, ki=0.01, kd=0.01, max=5.0, threshold=0.0, window=1024, delay=0, device="cpu"):
+    def __init__(self, init: float = 0.0, kp: float = 0.1, ki: float = 0.01, kd: float = 0.01, max: float = 5.0,
+                 threshold: float = 0.0, window: int = 1024, delay: int = 0, device: torch.device | str = "cpu") -> None:
         self.integral = torch.tensor(float(init), device=device).clamp(max=max)
         self.value = self.integral.clone()
         self.last_error = None
@@ -114,7 +116,7 @@ class PIDMultiplier:
         self.steps = 0
         self.mean_cost = torch.zeros((), device=device)
 
-    def update(self, costs_B):
+    def update(self, costs_B: torch.Tensor) -> torch.Tensor:
         """One step with the newest episodes' costs of all ranks, [B] -> λ; as in `LagrangeMultiplier`."""
         self.mean_cost = self.window.add(costs_B)
         if self.steps >= self.delay:
@@ -126,11 +128,11 @@ class PIDMultiplier:
         self.steps += 1
         return self.value
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """For a checkpoint: λ, its integral and last error, the window, the counter, the threshold."""
         return _state(self, ("integral", "value", "last_error", "mean_cost"))
 
-    def load_state_dict(self, values):
+    def load_state_dict(self, values: dict) -> None:
         """From a checkpoint; the device stays this one's."""
         _load(self, values)
 

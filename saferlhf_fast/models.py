@@ -14,6 +14,8 @@ import contextlib
 import copy
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -158,7 +160,8 @@ class ScoreModel(nn.Module):
     a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None when the files do not say.
     """
 
-    def __init__(self, backbone, *, bias=False, normalizer=None, kind=None, packing=True):
+    def __init__(self, backbone: nn.Module, *, bias: bool = False, normalizer: Normalizer | None = None,
+                 kind: str | None = None, packing: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
         self.packs = body.packs(plain(backbone)) and packing
@@ -171,7 +174,7 @@ class ScoreModel(nn.Module):
         self.fixed_inputs = {"use_cache": False} if "use_cache" in accepted else {}
         self.init_head()
 
-    def init_head(self):
+    def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
 
         That is what REF and transformers' own class do, so scores start at about 0.02·√H (the last norm leaves
@@ -184,7 +187,7 @@ class ScoreModel(nn.Module):
             if self.score.bias is not None:
                 self.score.bias.zero_()
 
-    def add_head(self):
+    def add_head(self) -> None:
         """A second head, drawn anew, beside the one there is: a critic of two streams. Its scores are [..., 2]."""
         first = self.score.weight.detach().clone()
         self.score = ScoreHead(first.shape[1], outputs=2, dtype=first.dtype)
@@ -193,7 +196,8 @@ class ScoreModel(nn.Module):
             self.score.weight[:1].copy_(first)
         self.normalizer = None
 
-    def forward(self, input_ids_BL, attention_mask_BL=None, position_ids=None):
+    def forward(self, input_ids_BL: torch.Tensor | Packed, attention_mask_BL: torch.Tensor | None = None,
+                position_ids: torch.Tensor | None = None) -> torch.Tensor:
         """-> scores_BL in fp32; entries at padding are finite and mean nothing. Of a `Packed` alone: scores_N of the
         positions that it asks for.
 
@@ -217,7 +221,7 @@ class ScoreModel(nn.Module):
         return scores if self.normalizer is None else self.normalizer(scores)
 
     @staticmethod
-    def end_scores(scores_BL, attention_mask_BL):
+    def end_scores(scores_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
         """[B, L] -> [B]: the score at each row's last real token. The mask decides, never a token id."""
         last_B = attention_mask_BL.shape[1] - 1 - attention_mask_BL.long().flip(1).argmax(1)
         return scores_BL.gather(1, last_B[:, None]).squeeze(1)
@@ -265,14 +269,15 @@ def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False, allow_p
     return backbone
 
 
-def score_model_from_backbone(path, *, dtype=torch.float32, kind=None, trust_remote_code=False, allow_pickle=False):
+def score_model_from_backbone(path: str | Path, *, dtype: torch.dtype = torch.float32, kind: str | None = None,
+                              trust_remote_code: bool = False, allow_pickle: bool = False) -> ScoreModel:
     """-> a ScoreModel with a new head on the backbone of a folder or Hub name (a causal LM's, usually)."""
     options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     return ScoreModel(load_backbone(path, **options), kind=kind)
 
 
-def load_score_model(path, *, dtype=torch.float32, new_head=False, tokenizer=None, trust_remote_code=False,
-                     allow_pickle=False):
+def load_score_model(path: str | Path, *, dtype: torch.dtype = torch.float32, new_head: bool = False, tokenizer: Any = None,
+                     trust_remote_code: bool = False, allow_pickle: bool = False) -> ScoreModel:
     """-> a ScoreModel from a folder or Hub name, head included.
 
     Read: AutoModelForSequenceClassification(num_labels=1), which is what we write, and REF's layout with its bias and

@@ -7,10 +7,13 @@
 Every op of this package takes both forms. Shapes: B rows, T columns, N real tokens, one row behind the other.
 """
 
+from typing import Any
+
 import torch
 
 
-def pack(padded, mask):
+def pack(padded: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...],
+         mask: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """The real tokens of padded rows, one row behind the other: [B, T, …] -> (packed [N, …], cu_seqlens int32 [B+1]).
 
     padded: a tensor of any dtype, or a list or tuple of them (then packed is a tuple). mask: [B, T], boolean or integers 0
@@ -34,7 +37,8 @@ def pack(padded, mask):
     return (packed if isinstance(padded, (list, tuple)) else packed[0]), cu_seqlens
 
 
-def unpack(packed, cu_seqlens, *, mask=None, width=None, fill=0):
+def unpack(packed: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...], cu_seqlens: torch.Tensor, *,
+           mask: torch.Tensor | None = None, width: int | None = None, fill: float = 0) -> Any:
     """Packed tokens in padded rows: [N, …] and int32 [B+1] -> [B, T, …]; the inverse of `pack` when given its mask.
 
     packed: a tensor, or a list or tuple of them (then the result is a tuple). mask: [B, T], boolean or integers 0 and 1,

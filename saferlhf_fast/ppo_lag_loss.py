@@ -5,12 +5,14 @@ GAE scans, in one. Use this where the two advantages come from elsewhere.
 """
 
 import inspect
+from typing import Any
 
 import torch
 from torch import nn
 
 from .kernels import checks
 from .kernels.ppo_loss import ppo_loss
+from .lagrange import LagrangeMultiplier, PIDMultiplier
 
 PER_CALL = {"logp", "old_logp", "advantages", "cu_seqlens", "mask", "ref_logp", "entropy", "normalizer"}
 SETTINGS = inspect.signature(ppo_loss).parameters.keys() - PER_CALL
@@ -30,14 +32,17 @@ class PPOLagLoss(nn.Module):
     other setting: as in `ppo_loss`, which does the work. The module has no parameters and no state.
     """
 
-    def __init__(self, clip_ratio=0.2, **settings):
+    def __init__(self, clip_ratio: float = 0.2, **settings: Any) -> None:
         super().__init__()
         unknown = settings.keys() - SETTINGS
         if unknown:
             raise ValueError(f"PPOLagLoss: expected settings out of {', '.join(sorted(SETTINGS))}, got {min(unknown)}")
         self.settings = {"clip_ratio": clip_ratio, **settings}
 
-    def forward(self, logp, old_logp, reward_advantages, cost_advantages, multiplier, *, mask=None, cu_seqlens=None, **tensors):
+    def forward(self, logp: torch.Tensor, old_logp: torch.Tensor, reward_advantages: torch.Tensor,
+                cost_advantages: torch.Tensor, multiplier: torch.Tensor | float | LagrangeMultiplier | PIDMultiplier, *,
+                mask: torch.Tensor | None = None, cu_seqlens: torch.Tensor | None = None,
+                **tensors: torch.Tensor) -> tuple[torch.Tensor, dict]:
         """-> (loss, stats): loss [], fp32 (fp64 for fp64 logp), differentiable in logp; stats as `ppo_loss`, and `multiplier`.
 
         logp, old_logp (nats) and both advantages: packed [N] with cu_seqlens (int32 [B+1]) or padded [B, T] with a boolean

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from .packing import end_row, pack
 
 
-def reward_loss(better, worse, *, regularization=0.001):
+def reward_loss(better: torch.Tensor, worse: torch.Tensor, *, regularization: float = 0.001) -> torch.Tensor:
     """mean(−log σ(better − worse)) + c · mean(score²).
 
     better, worse: [B] scores of the preferred and the other response -> scalar, in nats. c = `regularization`; the
@@ -25,7 +25,8 @@ def reward_loss(better, worse, *, regularization=0.001):
     return -F.logsigmoid(better - worse).mean() + regularization * torch.stack([better, worse]).square().mean()
 
 
-def cost_loss(safer, unsafer, safer_sign, unsafer_sign, *, regularization=0.001):
+def cost_loss(safer: torch.Tensor, unsafer: torch.Tensor, safer_sign: torch.Tensor, unsafer_sign: torch.Tensor, *,
+              regularization: float = 0.001) -> torch.Tensor:
     """mean(−log σ(unsafer − safer) − log σ(s_safer·safer) − log σ(s_unsafer·unsafer)) + c · mean(score²).
 
     safer, unsafer: [B] costs of the less and the more harmful response; safer_sign, unsafer_sign: [B], +1 unsafe,

@@ -134,7 +134,8 @@ def check_score_export(model, tokenizer, drop_bias=False, keep_bias=False):
                         "got none")
 
 
-def save_score_model(folder, model, tokenizer, *, kind, card=None, state_dict=None, drop_bias=False, keep_bias=False):
+def save_score_model(folder: str | Path, model: Any, tokenizer: Any, *, kind: str, card: dict | None = None,
+                     state_dict: dict | None = None, drop_bias: bool = False, keep_bias: bool = False) -> None:
     """Writes a score model that AutoModelForSequenceClassification(num_labels=1) loads with the same scores.
 
     Safetensors, tokenizer with chat template, model card. Adapters are merged into what is written. kind: reward or
