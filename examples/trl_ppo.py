@@ -42,7 +42,6 @@ except ImportError:
         """What of TRL's class of this name is used here."""
 
         model_name_or_path: str | None = None
-        trust_remote_code: bool = False
 
 
 @dataclass
@@ -94,7 +93,7 @@ def train(dataset, script, model, ppo):
         dataset.save_to_disk(data)
     settings = {
         "model": model.model_name_or_path or ppo.sft_model_path, "reward": ppo.reward_model_path, "data": data,
-        "output": ppo.output_dir, "seed": ppo.seed, "trust_remote_code": model.trust_remote_code,
+        "output": ppo.output_dir, "seed": ppo.seed,
         # Text prompts are taken as they are, messages go through the tokenizer's chat template, as in TRL.
         "template": "none" if isinstance(first.get("prompt", first.get("chosen")), str) else "tokenizer",
         "max_length": ppo.max_prompt_length + ppo.response_length, "gradient_checkpointing": ppo.gradient_checkpointing,
@@ -124,7 +123,7 @@ def first_row(script):
     from saferlhf_fast.config import Source
     from saferlhf_fast.data.sources import load_sources
     source = Source(path=script.dataset_name, name=script.dataset_config, split=script.dataset_train_split)
-    return load_sources(source)[0].rows[0].values
+    return load_sources(source)[0].rows[0].fields
 
 
 # ---------------------------------------------------------------- the toy
@@ -193,7 +192,9 @@ def main():
     words = sys.argv[1:]
     if not any(word.startswith(("--model_name_or_path", "--sft_model_path", "--config", "-h", "--help")) for word in words):
         words = [*TOY, *words]
-    script, model, ppo = Parser((ScriptArguments, ModelConfig, PPOArguments)).parse_args_into_dataclasses(words)
+    parser = Parser((ScriptArguments, ModelConfig, PPOArguments))
+    parse = getattr(parser, "parse_args_and_config", parser.parse_args_into_dataclasses)         # TRL's, with --config
+    script, model, ppo = parse(words)
     dataset = None
     if model.model_name_or_path is None and ppo.sft_model_path is None:
         dataset, model = make_toy(Path(tempfile.mkdtemp()), ppo)
