@@ -51,13 +51,14 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-def __getattr__(name):
-    from importlib import import_module
-    if name == "integrations":
-        return import_module(f"{__name__}.integrations")
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+if not TYPE_CHECKING:       # which would take any name for one that is there
+    def __getattr__(name):
+        from importlib import import_module
+        if name == "integrations":
+            return import_module(f"{__name__}.integrations")
+        if name not in _HOME:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
 
 
 def __dir__():

@@ -63,7 +63,7 @@ class PPOLagLoss(nn.Module):
         loss, stats = ppo_loss(logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, **self.settings, **tensors)
         return loss, {**stats, "multiplier": value}
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         """Its settings, as print shows them."""
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 

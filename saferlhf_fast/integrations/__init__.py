@@ -13,6 +13,7 @@ measured table. A process that a library starts for itself (Ray workers) has to 
 """
 
 from importlib import import_module
+from typing import Any
 
 from .report import Refused, Report
 from . import replacing
@@ -30,7 +31,7 @@ LIBRARIES = {
 }
 
 
-def patch(name: str, model=None, *, force: bool = False, quiet: bool = False) -> Report:
+def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = False) -> Report:
     """Replaces a library's functions by ours, in every module that has imported them, and in its registries.
 
     name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything", or "transformers" with `model`, one instance of a
@@ -56,7 +57,7 @@ def patch(name: str, model=None, *, force: bool = False, quiet: bool = False) ->
     return report
 
 
-def unpatch(name: str | None = None, model=None) -> list[str]:
+def unpatch(name: str | None = None, model: Any = None) -> list[str]:
     """Restores what `patch` replaced: of one library, of one model ("transformers", model), or of all libraries.
 
     Returns the places restored. A place that something else has written to since is left as it is. Harmless when nothing is

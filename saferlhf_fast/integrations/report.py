@@ -43,7 +43,7 @@ class Report:
         lines += [f"  left      {target.replace(':', '.')}: {reason}" for target, reason in self.left.items()]
         return "\n".join(lines)
 
-    def show(self):
+    def show(self) -> None:
         """Prints the report, on the first rank."""
         if os.environ.get("RANK", "0") == "0":
             print(self)
