@@ -1,7 +1,7 @@
 """A library's own functions against ours in their place: time and peak memory, forward and backward, in one process.
 
-    .venv-trl/bin/python bench/integrations.py trl            measures, prints, writes bench/results/integrations-trl-<device>-<date>.json
-    python bench/integrations.py --page                       the table of docs/integrations.md from the newest files, to stdout
+    .venv-trl/bin/python bench/integrations.py trl      measures, writes bench/results/integrations-trl-<device>-<date>.json
+    python bench/integrations.py --page                 the table of docs/integrations.md from the newest files, to stdout
 
 Run each in the environment that `make test-integrations` makes, with PYTHONPATH set to the checkout. Theirs and ours take turns,
 so that a slower minute of the machine slows both. Ratios are theirs / ours: above 1 ours is faster, or smaller.
@@ -219,9 +219,10 @@ def page():
                   "| function | shape | theirs | ours | faster | theirs, memory | ours, memory | smaller |",
                   "|---|---|---:|---:|---:|---:|---:|---:|"]
         for row in found["rows"]:
-            smaller = _ratio(row["theirs_mib"], row["ours_mib"], 1.0)
-            lines.append(f"| `{row['function'].partition(':')[2]}` | {row['shape']} | {_ms(row['theirs_ms'])} | {_ms(row['ours_ms'])} | "
-                         f"{_ratio(row['theirs_ms'], row['ours_ms'])} | {_mib(row['theirs_mib'])} | {_mib(row['ours_mib'])} | {smaller} |")
+            cells = [f"`{row['function'].partition(':')[2]}`", row["shape"], _ms(row["theirs_ms"]), _ms(row["ours_ms"]),
+                     _ratio(row["theirs_ms"], row["ours_ms"]), _mib(row["theirs_mib"]), _mib(row["ours_mib"]),
+                     _ratio(row["theirs_mib"], row["ours_mib"], 1.0)]
+            lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)
 
