@@ -104,7 +104,7 @@ def verl_cases():
 
 def openrlhf_cases():
     from integration_kit import stub
-    stub("flash_attn", "vllm")
+    stub("flash_attn", "vllm", without=["flash_attn.ops"])
     utils, loss = "openrlhf.models.utils:", "openrlhf.models.loss:"
     for kind in (torch.float32, torch.bfloat16):
         yield of_logits(f"{utils}log_probs_from_logits", kind)

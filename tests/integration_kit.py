@@ -88,8 +88,10 @@ class _Stubs:
         pass
 
 
-def stub(*names):
-    """Lets packages be imported that are not installed here; whatever is asked of them is a class."""
+def stub(*names, without=()):
+    """Lets packages be imported that are not installed here; whatever is asked of them is a class. without: parts that stay
+    missing, so that a library goes the way it goes where it has none."""
+    sys.modules.update(dict.fromkeys(without))
     sys.meta_path.append(_Stubs(names))              # last: what is installed comes first
 
 
