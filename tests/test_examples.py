@@ -1,0 +1,101 @@
+"""Each example as a user runs it, in a process of its own, and what it prints at its end."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from importlib import util
+
+import pytest
+
+from kit import ROOT, make_data, make_model, make_scores
+
+EXAMPLES = ROOT / "examples"
+NUMBER = r"(-?\d+\.\d+(?:e[-+]\d+)?)"
+
+
+def run(name, *arguments, code=0):
+    """-> what it printed."""
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, str(EXAMPLES / name), *map(str, arguments)], capture_output=True, text=True,
+                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths})
+    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout + (done.stderr if code else "")
+
+
+def numbers(pattern, text):
+    """The numbers that a line of this pattern holds; {} stands for each."""
+    found = re.search(re.escape(pattern).replace(r"\{\}", NUMBER), text)
+    assert found, text[-3000:]
+    return [float(value) for value in found.groups()]
+
+
+def test_ppo_lag_loop_learns_under_its_threshold():
+    text = run("ppo_lag_loop.py", "--steps", 20, "--batch", 48)
+    before, after, cost, cost_now, multiplier = numbers("reward {} -> {}, cost {} -> {} (threshold 2), lambda {}", text)
+    assert after > before + 0.5 and cost > 3 and cost_now < 2
+    path = [float(row.split()[3]) for row in text.splitlines() if re.match(r" +\d+ ", row)]
+    assert max(path) > 1.2 and path[-1] < max(path)            # up while the cost is too high, down again after
+
+
+@pytest.mark.slow
+def test_ppo_lag_loop_with_models_from_folders(tmp_path):
+    base, data = make_model(tmp_path / "lm"), make_data(tmp_path / "data")
+    scores = make_scores(tmp_path, base)
+    text = run("ppo_lag_loop.py", "--model", base, "--reward", scores["reward"], "--cost", scores["cost"], "--prompts",
+               data["prompts"], "--steps", 2, "--batch", 4, "--tokens", 5)
+    assert len(numbers("reward {} -> {}, cost {} -> {} (threshold 2), lambda {}", text)) == 5
+
+
+def test_the_loop_is_sixty_lines():
+    """The README says so."""
+    tree = ast.parse((EXAMPLES / "ppo_lag_loop.py").read_text())
+    loop, = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
+    assert loop.end_lineno - loop.lineno < 60
+
+
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
+def test_custom_trainer_has_the_same_losses_and_less_memory(loss):
+    text = run("custom_trainer.py", "--loss", loss, "--steps", 2, "--rows", 6)
+    gap, ratio = numbers("largest difference of a loss {}; memory {} times less", text)
+    assert gap < 1e-4 and ratio > 1.5
+
+
+@pytest.mark.slow
+def test_custom_trainer_with_a_model_from_a_folder(tmp_path):
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "what is red", "chosen": "yes red", "rejected": "harm one two"}\n' * 3)
+    text = run("custom_trainer.py", "--model", make_model(tmp_path / "lm"), "--data", data, "--steps", 2, "--rows", 3)
+    assert numbers("largest difference of a loss {}; memory {} times less", text)[0] < 1e-4
+
+
+@pytest.mark.parametrize("algorithm", [pytest.param("ppo", marks=pytest.mark.slow), "ppo-lag"])
+def test_trl_ppo(algorithm, tmp_path):
+    text = run("trl_ppo.py", "--algorithm", algorithm, "--total_episodes", 160, "--output_dir", tmp_path / "run")
+    if algorithm == "ppo":
+        before, after, _ = numbers("ppo: 5 steps, reward {} -> {}, KL {};", text)
+        assert after > before
+    else:
+        _, _, before, after, threshold, multiplier, _ = numbers(
+            "ppo-lag: 5 steps, reward {} -> {}, cost {} -> {} (threshold {}), lambda {}, KL {};", text)
+        assert after < before and multiplier != 1.0
+    assert (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")
+@pytest.mark.parametrize("trainer", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
+def test_trl_patched(trainer):
+    text = run("trl_patched.py", "--trainer", trainer, "--steps", 3)
+    gap, _, _ = numbers(trainer + ": largest difference {}; {} s alone, {} s patched", text)
+    assert gap < 1e-5 and int(re.search(r"(\d+) calls of ours", text)[1]) >= 3
+
+
+@pytest.mark.skipif(util.find_spec("trl") is not None, reason="TRL is installed")
+def test_trl_patched_says_what_it_needs():
+    assert "pip install 'trl==1.16.0'" in run("trl_patched.py", code=1)
+
+
+def test_readme_names_every_example():
+    text = (EXAMPLES / "README.md").read_text()
+    assert all(f"({path.name})" in text for path in EXAMPLES.iterdir() if path.name != "README.md")
