@@ -179,7 +179,7 @@ class Measure:
         outside the clock. seconds: how long to go on; at least 5 rounds, at most 200, 3 where one takes over a second."""
         assert self.error is not None, "the result is checked before it is timed"
         # On a GPU the events count, not these rounds.
-        seconds = min(seconds, 0.3 if device == "cuda" else 0.2 if shapes.QUICK else seconds)
+        seconds = min(seconds, 0.3 if device == "cuda" else 0.15 if shapes.QUICK else seconds)
         flush = self._flush(device, reads + writes)
 
         def ready():

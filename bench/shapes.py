@@ -2,8 +2,8 @@
 side by side.
 
 Random data only: zeros or equal rows flatter the arithmetic and the caches. BENCH_TINY=1 takes shapes that end in
-milliseconds: they try the benches, they measure nothing. BENCH_QUICK=1 takes small ones that do measure, in about a minute for
-all ops (`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others with eager torch alone.
+milliseconds: they try the benches, they measure nothing. BENCH_QUICK=1 takes small ones that do measure
+(`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others with eager torch alone.
 """
 
 import os

@@ -22,7 +22,7 @@ Measures every op of this machine's device: our implementations and eager torch,
 float64 before it is timed. Prints a table. Needs pytest and pytest-benchmark: pip install 'saferlhf-fast[bench]'
 
   --ops OP …      these ops alone: {ops}
-  --quick         small shapes, about a minute for all ops; noisier: take a larger --worse
+  --quick         small shapes, seconds for an op; noisier: take a larger --worse
   --save FILE     also writes the results (JSON); an existing file is kept unless --force
   --compare FILE  measures what FILE has again and compares; exit code 1 when something became slower
   --worse P       per cent that count as slower; default: 10
@@ -45,7 +45,7 @@ examples:
 HERE = Path(__file__).resolve().parent
 BENCH = (HERE / "bench").resolve()
 TRIES = 2                       # how often what seems slower is measured again
-TURNS = {True: 4, False: 2}     # of every row, for small shapes and for the usual ones
+TURNS = {True: 3, False: 2}     # of every row, for small shapes and for the usual ones
 
 
 class Request(NamedTuple):

@@ -44,7 +44,7 @@ examples:
   saferlhf-fast sft model=DIR data=FILE output=DIR               one stage, without a recipe
   saferlhf-fast run quickstart sft.train.max_steps=10            a shipped recipe, one setting changed
   saferlhf-fast ppo-lag --help                                   every setting of a stage, with its default
-  saferlhf-fast bench --quick                                    how fast the kernels are here, in about a minute
+  saferlhf-fast bench --quick                                    how fast the kernels are here, on small shapes
 
 options:
   -h, --help     this text, or a command's settings
