@@ -1,7 +1,11 @@
 """safe-rlhf's and align-anything's functions: their definitions as formulas, and the libraries themselves where they import."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -152,3 +156,18 @@ def test_checkout(name):
             near(lag.actor_loss_fn(trainer, *tail, mask[:, 3:]),
                  before[modules[-1].__name__, "PPOLagTrainer", "actor_loss_fn"](trainer, *tail, mask[:, 3:]))
     same(before, snapshot(*modules))
+
+
+def test_a_ppo_lag_step_of_safe_rlhf_has_the_same_numbers():
+    if not importlib.util.find_spec("safe_rlhf") or not importlib.util.find_spec("optree"):
+        pytest.skip("safe_rlhf, or optree, which it needs, is not installed here")
+    worker = Path(__file__).with_name("safe_rlhf_worker.py")
+    theirs, ours = (json.loads(subprocess.run([sys.executable, worker, *words], check=True, capture_output=True, text=True)
+                               .stdout.splitlines()[-1]) for words in ((), ("patched",)))
+    assert len(ours["steps"]) == len(theirs["steps"]) == 4 and ours["steps"][0].keys() == theirs["steps"][0].keys()
+    for one, two in zip(ours["steps"], theirs["steps"]):
+        assert one == pytest.approx(two, rel=2e-4, abs=2e-5)
+    assert len({step["train/lambda"] for step in theirs["steps"]}) > 1
+    calls = {name.rpartition(":")[2]: count for name, count in ours["calls"].items()}
+    assert calls["PPOLagTrainer.actor_loss_fn"] == 4 and calls["RLTrainer.critic_loss_fn"] == 8
+    assert calls["RLTrainer.get_advantages_and_returns"] == 8 and calls["gather_log_probabilities"] >= 12
