@@ -83,11 +83,13 @@ void ppo_lag_advantage_cpu(Address advantages, Address reward_returns, Address c
 void ppo_loss_cpu(Address loss, Address gradient, Address entropy_gradient, Address inverse, Address statistics, Address logp,
                   Address old_logp, Address advantages, Address ref_logp, Address entropy, Address normalizer, Address scale,
                   Address shift, Address offsets, Address mask, int64_t tokens, int64_t count, int64_t width, int dtype,
-                  double clip_ratio, double kl_coeff, bool k1, double entropy_coeff, bool token_mean, int threads) {
+                  double clip_ratio, double clip_high, double dual_clip, double kl_coeff, bool k1, double entropy_coeff,
+                  bool token_mean, int threads) {
   raise_if(saferlhf::ppo_loss_cpu(
       out(loss), out(gradient), out(entropy_gradient), out(inverse), out(statistics),
       {in(logp), in(old_logp), in(advantages), in(ref_logp), in(entropy), in(normalizer), in(scale), in(shift)},
-      rows_of(offsets, mask, tokens, count, width), dtype, {clip_ratio, kl_coeff, k1, entropy_coeff, token_mean}, threads));
+      rows_of(offsets, mask, tokens, count, width), dtype,
+      {clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff, token_mean}, threads));
 }
 
 void value_loss_cpu(Address loss, Address gradient, Address inverse, Address statistics, Address values, Address old_values,
@@ -119,12 +121,13 @@ void token_logprob_backward_cpu(Address gradient, int64_t gradient_stride, int g
 void ppo_rows_cpu(Address logp, Address entropy, Address gradient, int64_t gradient_stride, int gradient_dtype,
                   Address old_logp, Address advantage, Address ref_logp, Address weight, Address logits, int64_t stride,
                   Address ids, int64_t count, int64_t vocabulary, Address temperatures, double temperature, double softcap,
-                  int dtype, double clip_ratio, double kl_coeff, bool k1, double entropy_coeff, int threads) {
+                  int dtype, double clip_ratio, double clip_high, double dual_clip, double kl_coeff, bool k1,
+                  double entropy_coeff, int threads) {
   raise_if(saferlhf::ppo_rows_cpu(
       static_cast<float*>(out(logp)), static_cast<float*>(out(entropy)), out(gradient), gradient_stride, gradient_dtype,
       floats(old_logp), floats(advantage), floats(ref_logp), floats(weight),
       logit_rows_of(logits, stride, ids, count, vocabulary, temperatures, temperature, softcap, dtype),
-      {clip_ratio, kl_coeff, entropy_coeff, k1}, threads));
+      {clip_ratio, clip_high, dual_clip, kl_coeff, entropy_coeff, k1}, threads));
 }
 
 }  // namespace
@@ -139,6 +142,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("ppo_rows_cpu", &ppo_rows_cpu, released);
   module.def("ppo_loss_cpu", &ppo_loss_cpu, released);
   module.def("value_loss_cpu", &value_loss_cpu, released);
+  // Counts up with every change of an argument or an output; kernels/dispatch.py takes no other than the one it knows.
+  module.attr("interface") = 2;
 #ifdef _OPENMP
   module.attr("openmp") = true;
 #else

@@ -10,6 +10,7 @@
 namespace saferlhf {
 
 constexpr double kLogRatioLimit = 20.0;
+constexpr double kMaxRatio = 4.9e8;  // above exp(20): a dual clip from here on does nothing
 
 // exp for |x| <= 20: 2^n times a polynomial on [-ln2/2, ln2/2] (Cephes' coefficients), within 2 ulp, vectorisable.
 // NaN in, NaN out: the polynomial carries it.
@@ -52,22 +53,25 @@ SAFERLHF_INLINE T clamped(T x, T low, T high) {
 
 template <typename T>
 struct PolicyTerms {
-  T loss, d_logp, divergence, ratio;
+  T loss, d_logp, divergence, ratio, log_ratio;
   bool outside;  // the ratio is clipped
+  bool clipped;  // and the clipped term is the larger loss
+  bool bounded;  // by the dual clip
 };
 
-// The clipped surrogate with advantage scaled and shifted already.
-template <typename T>
-SAFERLHF_INLINE PolicyTerms<T> policy_terms(T logp, T old_logp, T advantage, T clip_ratio) {
-  const T difference = logp - old_logp, limit = T(kLogRatioLimit), low = 1 - clip_ratio, high = 1 + clip_ratio;
-  const T bounded = clamped(difference, -limit, limit);
-  const T ratio = exponential(bounded);
+// The clipped surrogate with advantage scaled and shifted already. Without Dual dual_clip is not looked at.
+template <bool Dual, typename T>
+SAFERLHF_INLINE PolicyTerms<T> policy_terms(T logp, T old_logp, T advantage, T clip_ratio, T clip_high, T dual_clip) {
+  const T difference = logp - old_logp, limit = T(kLogRatioLimit), low = 1 - clip_ratio, high = 1 + clip_high;
+  const T log_ratio = clamped(difference, -limit, limit);
+  const T ratio = exponential(log_ratio);
   const T plain = ratio * advantage, clipped = clamped(ratio, low, high) * advantage;
-  const bool worse = plain > clipped;
+  const bool worse = plain > clipped, bounded = Dual & (advantage < 0) & (ratio > dual_clip);
   // A NaN must stay visible in the derivative, so the comparisons name the tokens without one.
-  const bool flat = worse | (difference > limit) | (difference < -limit);
-  return {worse ? -clipped : -plain, keep(-plain, bits_where<T>(!flat)), k3(bounded, ratio), ratio,
-          bool((ratio < low) | (ratio > high))};
+  const bool flat = worse | bounded | (difference > limit) | (difference < -limit);
+  const T usual = worse ? -clipped : -plain;
+  return {bounded ? -dual_clip * advantage : usual, keep(-plain, bits_where<T>(!flat)), k3(log_ratio, ratio), ratio, log_ratio,
+          bool((ratio < low) | (ratio > high)), worse, bounded};
 }
 
 template <typename T>

@@ -9,7 +9,8 @@
 namespace saferlhf {
 namespace {
 
-using Sums = RowSums<7>;  // loss, outside, divergence, ratio, advantage, kl, entropy
+// loss, outside, divergence, ratio, advantage, kl, entropy, clipped, bounded, log ratio
+using Sums = RowSums<10>;
 
 // One row: pointers at its first token.
 template <typename T>
@@ -20,27 +21,34 @@ struct Row {
   int64_t length;
 };
 
-template <typename T>
+template <bool Dual, typename T>
 SAFERLHF_INLINE Sums row_body(const Row<T>& row, T share, T scale, T shift, const PolicySettings& s) {
   T* __restrict gradient = row.gradient;
   const T *__restrict logp = row.logp, *__restrict old_logp = row.old_logp, *__restrict advantages = row.advantages;
-  const T clip_ratio = T(s.clip_ratio), kl_coeff = T(s.kl_coeff), entropy_coeff = T(s.entropy_coeff);
+  const T clip_ratio = T(s.clip_ratio), clip_high = T(s.clip_high), dual_clip = T(s.dual_clip);
+  const T kl_coeff = T(s.kl_coeff), entropy_coeff = T(s.entropy_coeff);
   Sums sums = {};
   for (int64_t start = 0; start < row.length; start += kBlock) {
     const int n = int(row.length - start < kBlock ? row.length - start : kBlock);
-    T loss[kBlock], outside[kBlock], divergence[kBlock], ratio[kBlock], advantage[kBlock], extra[kBlock];
+    T loss[kBlock], divergence[kBlock], ratio[kBlock], log_ratio[kBlock], advantage[kBlock], extra[kBlock];
+    Bits<T> outside = 0, clipped = 0, bounded = 0;
     uint8_t real[kBlock];
     if (row.mask) std::memcpy(real, row.mask + start, n); else std::memset(real, 1, n);
     for (int i = 0; i < n; ++i) {
       // keep(), `&` and `|` instead of branches: this loop must become vector code. What is masked is read as 0.
       const Bits<T> on = bits_where<T>(real[i] != 0);
       const T used = keep(advantages[start + i] * scale + shift, on);
-      const auto terms = policy_terms(keep(logp[start + i], on), keep(old_logp[start + i], on), used, clip_ratio);
+      const auto terms = policy_terms<Dual>(keep(logp[start + i], on), keep(old_logp[start + i], on), used, clip_ratio,
+                                            clip_high, dual_clip);
       loss[i] = terms.loss;
       gradient[start + i] = keep(terms.d_logp * share, on);
-      outside[i] = keep(T(1), on & bits_where<T>(terms.outside));
+      outside += Bits<T>(terms.outside) & on;
+      // What is masked has a log ratio and an advantage of 0: the rest needs no mask.
+      clipped += Bits<T>(terms.clipped);
+      bounded += Bits<T>(terms.bounded);
       divergence[i] = terms.divergence;
       ratio[i] = keep(terms.ratio, on);
+      log_ratio[i] = terms.log_ratio;
       advantage[i] = used;
     }
     if (row.ref_logp) {
@@ -66,20 +74,23 @@ SAFERLHF_INLINE Sums row_body(const Row<T>& row, T share, T scale, T shift, cons
       sums[6] += block_sum(extra, n);
     }
     sums[0] += block_sum(loss, n);
-    sums[1] += block_sum(outside, n);
+    sums[1] += double(outside);
     sums[2] += block_sum(divergence, n);
     sums[3] += block_sum(ratio, n);
     sums[4] += block_sum(advantage, n);
+    sums[7] += double(clipped);
+    sums[8] += double(bounded);
+    sums[9] += block_sum(log_ratio, n);
   }
   return sums;
 }
 
 SAFERLHF_CLONES Sums row_sums(const Row<float>& row, float share, float scale, float shift, const PolicySettings& s) {
-  return row_body(row, share, scale, shift, s);
+  return s.dual_clip > kMaxRatio ? row_body<false>(row, share, scale, shift, s) : row_body<true>(row, share, scale, shift, s);
 }
 
 SAFERLHF_CLONES Sums row_sums(const Row<double>& row, double share, double scale, double shift, const PolicySettings& s) {
-  return row_body(row, share, scale, shift, s);
+  return s.dual_clip > kMaxRatio ? row_body<false>(row, share, scale, shift, s) : row_body<true>(row, share, scale, shift, s);
 }
 
 template <typename T>

@@ -10,15 +10,16 @@ struct PolicyInputs {
   const void *logp, *old_logp, *advantages, *ref_logp, *entropy, *normalizer, *scale, *shift;
 };
 
-// k1: the estimator of the KL, else k3. The coefficients count only where ref_logp and entropy are given.
+// dual_clip: infinity for none. k1: the estimator of the KL, else k3. The coefficients count only where ref_logp and entropy
+// are given.
 struct PolicySettings {
-  double clip_ratio, kl_coeff;
+  double clip_ratio, clip_high, dual_clip, kl_coeff;
   bool k1;
   double entropy_coeff;
   bool token_mean;
 };
 
-// loss [1], gradient [rows.tokens], entropy_gradient likewise (null without entropy), inverse [1], statistics [8] (order:
+// loss [1], gradient [rows.tokens], entropy_gradient likewise (null without entropy), inverse [1], statistics [11] (order:
 // reference.py), all of dtype. The gradients lack the factor `inverse`; masked ones are 0.
 const char* ppo_loss_cpu(void* loss, void* gradient, void* entropy_gradient, void* inverse, void* statistics,
                          const PolicyInputs& inputs, const Rows& rows, int dtype, const PolicySettings& settings,

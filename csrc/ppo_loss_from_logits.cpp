@@ -12,7 +12,7 @@ namespace {
 
 // d objective / d logp of one token.
 double slope(double logp, double old_logp, double advantage, const float* ref_logp, const PolicyObjective& o) {
-  const double d = policy_terms<double>(logp, old_logp, advantage, o.clip_ratio).d_logp;
+  const double d = policy_terms<true>(logp, old_logp, advantage, o.clip_ratio, o.clip_high, o.dual_clip).d_logp;
   return ref_logp ? d + o.kl_coeff * kl_terms<double>(double(*ref_logp) - logp, o.k1).d_logp : d;
 }
 

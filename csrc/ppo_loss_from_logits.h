@@ -9,7 +9,7 @@ struct LogitRows;  // logit_rows.h
 
 // The per-token objective: clipped policy term, KL term to the reference (k1 or k3), entropy bonus.
 struct PolicyObjective {
-  double clip_ratio, kl_coeff, entropy_coeff;
+  double clip_ratio, clip_high, dual_clip, kl_coeff, entropy_coeff;
   bool k1;
 };
 

@@ -9,7 +9,7 @@
 namespace saferlhf {
 namespace {
 
-using Sums = RowSums<5>;  // loss, outside, value, return, error
+using Sums = RowSums<6>;  // loss, outside, value, return, error, clipped
 
 template <typename T>
 SAFERLHF_INLINE Sums row_body(T* __restrict gradient, const T* __restrict values, const T* __restrict old_values,
@@ -19,7 +19,8 @@ SAFERLHF_INLINE Sums row_body(T* __restrict gradient, const T* __restrict values
   Sums sums = {};
   for (int64_t start = 0; start < length; start += kBlock) {
     const int n = int(length - start < kBlock ? length - start : kBlock);
-    T loss[kBlock], outside[kBlock], value[kBlock], target[kBlock], error[kBlock];
+    T loss[kBlock], value[kBlock], target[kBlock], error[kBlock];
+    Bits<T> outside = 0, flat = 0;
     uint8_t real[kBlock];
     if (mask) std::memcpy(real, mask + start, n); else std::memset(real, 1, n);
     for (int i = 0; i < n; ++i) {
@@ -39,16 +40,18 @@ SAFERLHF_INLINE Sums row_body(T* __restrict gradient, const T* __restrict values
       // Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
       const T whole = far & tie ? T(0.5) : T(1);
       gradient[start + i] = keep(w * plain * whole, on & bits_where<T>(!(far & clipped_wins)));
-      outside[i] = keep(T(1), on & bits_where<T>(far));
+      outside += Bits<T>(far);  // what is masked is 0 everywhere: not far
+      flat += Bits<T>(far & clipped_wins);
       value[i] = now;
       target[i] = goal;
       error[i] = plain_square;
     }
     sums[0] += block_sum(loss, n);
-    sums[1] += block_sum(outside, n);
+    sums[1] += double(outside);
     sums[2] += block_sum(value, n);
     sums[3] += block_sum(target, n);
     sums[4] += block_sum(error, n);
+    sums[5] += double(flat);
   }
   return sums;
 }
@@ -81,7 +84,7 @@ void launch(void* loss, void* gradient_, void* inverse, void* statistics, const 
   }
   for (int64_t critic = 0; critic < critics; ++critic) {
     for (int64_t at = rows.covered(); at < rows.tokens; ++at) gradient[critic * rows.tokens + at] = T(0);
-    report(static_cast<T*>(loss) + critic, static_cast<T*>(statistics) + critic * 6, sums.data() + critic * rows.count,
+    report(static_cast<T*>(loss) + critic, static_cast<T*>(statistics) + critic * 7, sums.data() + critic * rows.count,
            weights);
   }
   *static_cast<T*>(inverse) = T(weights.inverse);

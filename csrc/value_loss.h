@@ -5,7 +5,7 @@
 
 namespace saferlhf {
 
-// loss [critics], gradient, values, old_values, returns [critics, rows.tokens], inverse [1], statistics [critics, 6] (order:
+// loss [critics], gradient, values, old_values, returns [critics, rows.tokens], inverse [1], statistics [critics, 7] (order:
 // reference.py), all of dtype; normalizer [1] of dtype or null. The gradient lacks the factor `inverse`; masked ones are 0.
 const char* value_loss_cpu(void* loss, void* gradient, void* inverse, void* statistics, const void* values,
                            const void* old_values, const void* returns, const void* normalizer, const Rows& rows,

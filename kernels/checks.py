@@ -172,3 +172,13 @@ def not_negative(op, name, value):
     """`value` is a number >= 0 (NaN is refused)."""
     if not value >= 0:
         raise ValueError(f"{op}: {name}: expected a number >= 0, got {value}")
+
+
+def clip(op, clip_ratio, clip_high, dual_clip):
+    """(clip_ratio, clip_high, dual_clip) as numbers: None for clip_high is clip_ratio, for dual_clip infinity (no bound)."""
+    clip_high = clip_ratio if clip_high is None else clip_high
+    not_negative(op, "clip_ratio", clip_ratio)
+    not_negative(op, "clip_high", clip_high)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"{op}: dual_clip: expected None or a number > 1, got {dual_clip}")
+    return clip_ratio, clip_high, float("inf") if dual_clip is None else dual_clip

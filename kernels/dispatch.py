@@ -16,6 +16,7 @@ import torch
 _ABOVE = Path(__file__).resolve().parents[1:3]      # where a checkout or an unpacked sdist has its setup.py
 BUILD_COMMAND = ("pip install -e . --no-build-isolation --no-deps" if any((folder / "setup.py").is_file() for folder in _ABOVE)
                  else "pip install --force-reinstall --no-deps --no-binary saferlhf-fast saferlhf-fast")
+INTERFACE = 2  # of _C: its arguments and outputs as the native.py of the rooms know them (csrc/bindings.cpp)
 ENVIRONMENT = "SAFERLHF_IMPL"
 NAMES = ("auto", "reference", "triton", "native")
 _FILES = {"reference": "reference", "triton": "triton_impl", "native": "native"}
@@ -65,7 +66,10 @@ def native_module():
     """(module or None, reason). A missing `_C` is a state, not an error: the build's reason is kept in a file."""
     package = _PACKAGE.rpartition(".")[0]
     try:
-        return import_module(f"{package}._C"), "built"
+        module = import_module(f"{package}._C")
+        if getattr(module, "interface", 1) != INTERFACE:
+            return None, f"built from other sources than the Python code; `{BUILD_COMMAND}` builds it again"
+        return module, "built"
     except ImportError as error:
         # Beside the package: saferlhf_fast/ is this file's grandparent when installed, its sibling in a checkout.
         here = Path(__file__).resolve().parent.parent

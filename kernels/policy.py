@@ -15,8 +15,8 @@ from .losses import KL_ESTIMATORS, REDUCTIONS
 
 HALF_HEADROOM = 6  # float16: the largest weighted advantage is brought to 2^5 .. 2^6, far from both ends of the range
 SCHEMA = ("Tensor ids, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? cu_seqlens, Tensor? mask, "
-          "float clip_ratio, float kl_coeff, bool k1, float entropy_coeff, float temperature, Tensor? temperatures, "
-          "float softcap, bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, str impl")
+          "float clip_ratio, float clip_high, float dual_clip, float kl_coeff, bool k1, float entropy_coeff, float temperature, "
+          "Tensor? temperatures, float softcap, bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, str impl")
 
 
 class Policy(NamedTuple):
@@ -29,6 +29,8 @@ class Policy(NamedTuple):
     cu_seqlens: torch.Tensor | None
     mask: torch.Tensor | None
     clip_ratio: float
+    clip_high: float
+    dual_clip: float
     kl_coeff: float
     k1: bool
     entropy_coeff: float
@@ -53,8 +55,8 @@ class Weighted(NamedTuple):
     unscale: torch.Tensor | None
 
 
-def arguments(op, like, ids, old_logp, advantages, *, clip_ratio, cu_seqlens, mask, ref_logp, kl_coeff, kl_estimator,
-              entropy_coeff, temperature, softcap, reduction, normalizer, advantage_scale, advantage_shift, impl):
+def arguments(op, like, ids, old_logp, advantages, *, clip_ratio, clip_high, dual_clip, cu_seqlens, mask, ref_logp, kl_coeff,
+              kl_estimator, entropy_coeff, temperature, softcap, reduction, normalizer, advantage_scale, advantage_shift, impl):
     """Checks a public call's arguments -> Policy. like: a tensor of the computation's dtype and device."""
     tokens = (old_logp, advantages) if ref_logp is None else (old_logp, advantages, ref_logp)
     checks.same_tokens(op, ("old_logp", "advantages", "ref_logp"), tokens)
@@ -63,13 +65,13 @@ def arguments(op, like, ids, old_logp, advantages, *, clip_ratio, cu_seqlens, ma
                          f"got {tuple(old_logp.shape)} on {old_logp.device}")
     checks.one_of(op, "reduction", reduction, REDUCTIONS)
     checks.one_of(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    checks.not_negative(op, "clip_ratio", clip_ratio)
+    clip = checks.clip(op, clip_ratio, clip_high, dual_clip)
     if ref_logp is None and kl_coeff:
         raise ValueError(f"{op}: ref_logp: expected the reference's log-probs with kl_coeff {kl_coeff}, got None")
     cu_seqlens, mask, _ = checks.rows(op, "old_logp", old_logp.shape, like.device, cu_seqlens, mask)
     temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
     old_logp, advantages = old_logp.detach(), advantages.detach()
-    return Policy(ids, old_logp, advantages, None if ref_logp is None else ref_logp.detach(), cu_seqlens, mask, clip_ratio,
+    return Policy(ids, old_logp, advantages, None if ref_logp is None else ref_logp.detach(), cu_seqlens, mask, *clip,
                   kl_coeff, kl_estimator == "k1", entropy_coeff, temperature, temperature_N, checks.softcap(op, softcap),
                   reduction == "token-mean", checks.scalar(normalizer, like, "normalizer"),
                   checks.scalar(advantage_scale, like, "advantage_scale"),
@@ -77,9 +79,10 @@ def arguments(op, like, ids, old_logp, advantages, *, clip_ratio, cu_seqlens, ma
 
 
 def objective(policy):
-    """The scalars that a row kernel takes: clip_ratio, kl_coeff, k1, entropy_coeff, temperature, temperature_N, softcap."""
-    return (policy.clip_ratio, policy.kl_coeff, policy.k1, policy.entropy_coeff, policy.temperature, policy.temperature_N,
-            policy.softcap)
+    """What a row kernel takes: clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff, temperature, temperature_N,
+    softcap."""
+    return (policy.clip_ratio, policy.clip_high, policy.dual_clip, policy.kl_coeff, policy.k1, policy.entropy_coeff,
+            policy.temperature, policy.temperature_N, policy.softcap)
 
 
 def weighted(op, policy, gradient_dtype, dtype):
@@ -109,16 +112,11 @@ def weighted(op, policy, gradient_dtype, dtype):
 
 
 def loss_of(policy, logp_N, entropy_N):
-    """(loss [], statistics [8]) of `ppo_loss` on log-probs and entropies that are known: one more launch on N numbers."""
+    """(loss [], statistics [11]) of `ppo_loss` on log-probs and entropies that are known: one more launch on N numbers."""
     shape = policy.ids.shape
     function, _ = choose("ppo_loss", (logp_N,), policy.impl)
     loss, _, _, _, statistics = function(
         logp_N.reshape(shape), policy.old_logp, policy.advantages, policy.ref_logp, entropy_N.reshape(shape),
-        policy.cu_seqlens, policy.mask, policy.clip_ratio, policy.kl_coeff, policy.k1, policy.entropy_coeff,
-        policy.token_mean, policy.normalizer, policy.scale, policy.shift)
+        policy.cu_seqlens, policy.mask, policy.clip_ratio, policy.clip_high, policy.dual_clip, policy.kl_coeff, policy.k1,
+        policy.entropy_coeff, policy.token_mean, policy.normalizer, policy.scale, policy.shift)
     return loss, statistics
-
-
-def named(statistics, names, with_reference):
-    """The public stats dict."""
-    return {name: value for name, value in zip(names, statistics.unbind()) if with_reference or name != "ref_kl"}

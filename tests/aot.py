@@ -84,6 +84,7 @@ def _rows(room):
 
 LOGITS = dict(logits_NV="*x", ids_N="*i64", vocabulary="i32", temperature="fp32", per_row="i32", softcap="fp32")
 D_LOGITS = dict(LOGITS, out_NV="*y")  # may lie over wider logits
+OBJECTIVE = dict.fromkeys(("clip_ratio", "clip_high", "dual_clip", "kl_coeff", "entropy_coeff"), "fp32")
 NARROWED = ("fp32", "bf16", "fp16", "fp32/bf16")
 
 
@@ -131,8 +132,7 @@ TABLE = [
            types=dict(D_LOGITS, parts="i32", tiles="i32", has_logp="i32", has_entropy="i32"), configs=_rows, dtypes=NARROWED,
            below=dict(parts=512, tiles=512)),  # parts * tiles tiles cover a row
     Kernel("ppo_loss_from_logits.triton_impl.rows_kernel",
-           types=dict(D_LOGITS, upwards="i32", has_ref="i32", k1="i32", clip_ratio="fp32", kl_coeff="fp32",
-                      entropy_coeff="fp32"), configs=_rows, dtypes=NARROWED),
+           types=dict(D_LOGITS, upwards="i32", has_ref="i32", k1="i32", **OBJECTIVE), configs=_rows, dtypes=NARROWED),
     Kernel("linear_logprob.triton_impl.fused_kernel", types=dict(HEAD, hidden="*x", weight="*x"),
            constants=dict(bias_V=(None, ...), CAPPED=(False, True)), configs=_fused(False), below=SPLITS),
     Kernel("linear_logprob.triton_impl.fused_kernel",
@@ -141,8 +141,7 @@ TABLE = [
     Kernel("linear_logprob.triton_impl.merge_kernel", types=dict(ids_N="*i64", vocabulary="i32", splits="i32"),
            configs=lambda room: [dict(SPLIT=room.SPLIT, S=s, num_warps=1) for s in (1, 32, 256)], dtypes=("fp32",)),
     Kernel("ppo_loss.triton_impl.loss_kernel",
-           types=dict(TOKENS, **INPUTS, loss="*fp32", statistics="*fp32", scale="*fp32", shift="*fp32", clip_ratio="fp32",
-                      kl_coeff="fp32", entropy_coeff="fp32"),
+           types=dict(TOKENS, **INPUTS, loss="*fp32", statistics="*fp32", scale="*fp32", shift="*fp32", **OBJECTIVE),
            constants=[{**terms, **rows} for terms in POLICY for rows in (
                PACKED, dict(PADDED, normalizer=(None,), scale=(None,), shift=(None,)))], configs=_losses,
            spill="8 bytes on sm_100 by the assembler of Triton 3.6, nothing by 3.7's" if TRITON < (3, 7) else ""),

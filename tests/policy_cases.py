@@ -41,8 +41,9 @@ class Case:
         return torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32).to(self.device)
 
 
-def definition(case, logits, *, clip_ratio, kl_coeff=0.0, kl_estimator="k3", entropy_coeff=0.0, temperature=1.0, softcap=None,
-               reduction="sequence-mean", normalizer=None, advantage_scale=1.0, advantage_shift=0.0, with_reference=True):
+def definition(case, logits, *, clip_ratio, clip_high=None, dual_clip=None, kl_coeff=0.0, kl_estimator="k3", entropy_coeff=0.0,
+               temperature=1.0, softcap=None, reduction="sequence-mean", normalizer=None, advantage_scale=1.0,
+               advantage_shift=0.0, with_reference=True):
     """(loss, stats) in float64 by autograd's own means; logits [B, T, V] float64 on the CPU."""
     mask = case.mask.cpu()
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
@@ -51,8 +52,12 @@ def definition(case, logits, *, clip_ratio, kl_coeff=0.0, kl_estimator="k3", ent
     logp = log_p.gather(-1, case.ids.cpu()[..., None]).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     advantage = case.advantages.cpu().to(BIG) * advantage_scale + advantage_shift
-    ratio = (logp - case.old_logp.cpu().to(BIG)).clamp(-20, 20).exp()
-    term = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
+    log_ratio = (logp - case.old_logp.cpu().to(BIG)).clamp(-20, 20)
+    ratio, low, high = log_ratio.exp(), 1 - clip_ratio, 1 + (clip_ratio if clip_high is None else clip_high)
+    plain, other = -ratio * advantage, -ratio.clamp(low, high) * advantage
+    usual = term = torch.maximum(plain, other)
+    if dual_clip is not None:
+        term = torch.where(advantage < 0, torch.minimum(usual, -dual_clip * advantage), usual)
     gap = case.ref_logp.cpu().to(BIG) - logp
     kl = -gap if kl_estimator == "k1" else gap.clamp(-20, 20).exp() - gap.clamp(-20, 20) - 1
     if with_reference:
@@ -65,10 +70,13 @@ def definition(case, logits, *, clip_ratio, kl_coeff=0.0, kl_estimator="k3", ent
         rows = [term[row][mask[row]].mean() for row in range(len(counts)) if counts[row]]
         loss = sum(rows, logits.sum() * 0) / (normalizer or max(len(rows), 1))
     inside = mask.sum().clamp(min=1).to(BIG)
-    stats = {"clip_fraction": (((ratio - 1).abs() > clip_ratio) & mask).sum() / inside,
+    stats = {"clip_fraction": (((ratio < low) | (ratio > high)) & mask).sum() / inside,
+             "clipped": ((other > plain) & mask).sum() / inside, "log_ratio": (log_ratio * mask).sum() / inside,
              "approx_kl": ((ratio - 1 - ratio.log()) * mask).sum() / inside, "ratio": (ratio * mask).sum() / inside,
              "advantage": (advantage * mask).sum() / inside, "entropy": (entropy * mask).sum() / inside,
              "sequences": (counts > 0).sum().to(BIG), "tokens": mask.sum().to(BIG)}
+    if dual_clip is not None:
+        stats["dual_clipped"] = ((-dual_clip * advantage < usual) & (advantage < 0) & mask).sum() / inside
     if with_reference:
         stats["ref_kl"] = (kl * mask).sum() / inside
     return loss, stats
@@ -80,4 +88,5 @@ OPTIONS = [
     dict(kl_coeff=0.3, kl_estimator="k1", reduction="token-mean"),
     dict(entropy_coeff=0.2, temperature=0.7, softcap=3.0, normalizer=7.0),
     dict(advantage_scale=1.5, advantage_shift=-0.25, reduction="token-mean", normalizer=30.0),
+    dict(clip_high=0.5, dual_clip=1.1, kl_coeff=0.3, entropy_coeff=0.1, reduction="token-mean"),
 ]

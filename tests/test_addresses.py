@@ -119,7 +119,7 @@ def case_ppo_lag_advantage():
 def case_ppo_loss():
     native, reference = both("ppo_loss")
     mask, given, mask_of_row, alone = last_row(5)
-    rest = (0.2, 0.1, False, 0.01, True, None, None, None)
+    rest = (0.2, 0.3, 3.0, 0.1, False, 0.01, True, None, None, None)
     with HugeOutputs():
         loss, gradient, entropy_gradient, *got = native(*given, None, mask, *rest)
     expected_loss, expected_gradient, expected_entropy_gradient, *expected = reference(*alone, None, mask_of_row, *rest)
@@ -179,7 +179,7 @@ def case_ppo_loss_from_logits():
     native, _ = both("ppo_loss_from_logits")
     logits, beside, ids = logit_rows(torch.float32)
     vectors = [torch.tensor(x) for x in ([-9.0, -2.0, -3.0], [1.0, -1.0, 0.5], [-8.0, -3.0, -2.0], [0.5, 0.25, 0.25])]
-    rest = (0.2, 0.1, False, 0.01, 0.7, None, 0.0)
+    rest = (0.2, 0.3, 3.0, 0.1, False, 0.01, 0.7, None, 0.0)
     expected = native(beside, ids, *vectors, *rest, beside)
     got = native(logits, ids, *vectors, *rest, logits)
     for mine, want in zip((*got, logits), (*expected, beside)):

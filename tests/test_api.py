@@ -8,7 +8,6 @@ import pytest
 
 import saferlhf_fast
 from saferlhf_fast import cli
-from saferlhf_fast.kernels import dispatch
 
 TEXT = api_page.PAGE.read_text(encoding="utf-8")
 AGAIN = "python tests/api_page.py writes the signatures anew; the words are yours"
@@ -53,13 +52,10 @@ def functions(name, thing):
     return made + [(f"{name}.{key}", value, list(inspect.signature(value).parameters.values())[1:]) for key, value in methods]
 
 
-UNTYPED = {op for op, (room, _) in dispatch.OPS.items() if op == room}
-
-
 def test_every_public_function_has_type_hints():
     for name, thing in api_page.public().items():
         for where, function, parameters in functions(name, thing):
             bare = [parameter.name for parameter in parameters if parameter.annotation is parameter.empty]
-            assert not bare or name in UNTYPED, f"{where}: {bare} without a type"
-            assert inspect.isclass(function) or name in UNTYPED or \
+            assert not bare, f"{where}: {bare} without a type"
+            assert inspect.isclass(function) or \
                 inspect.signature(function).return_annotation is not inspect.Signature.empty, where

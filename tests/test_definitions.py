@@ -240,12 +240,22 @@ def test_log_ratio_limit():
 
 
 def test_dual_clip():
-    """verl bounds the loss of a bad action at 3 |A|; ours, REF's, TRL's and Liger's grow with the ratio."""
+    """verl bounds the loss of a bad action at 3 |A|, ours where dual_clip says so; REF's, TRL's and Liger's grow with the
+    ratio."""
     logp, old_logp, advantage = torch.tensor([[[0.0]], [[-2.0]], [[-1.0]]])
     loss, _ = ppo_loss(logp, old_logp, advantage, clip_ratio=0.2)
     assert_near(loss, surrogate(logp, old_logp, advantage, 0.2).mean())
     assert loss.item() == pytest.approx(7.389, abs=1e-3)
     assert surrogate(logp, old_logp, advantage, 0.2, limit=20.0, dual=3.0).item() == 3.0
+    mask, logp, old_logp, advantage, *_ = batch(scale=1.5)
+    leaf, theirs = (logp.clone().requires_grad_() for _ in range(2))
+    loss, stats = ppo_loss(leaf, old_logp, advantage, clip_ratio=0.2, dual_clip=3.0, mask=mask, reduction="token-mean")
+    expected = surrogate(theirs, old_logp, advantage, 0.2, limit=20.0, dual=3.0)[mask].mean()
+    assert_near(loss, expected)
+    loss.backward()
+    expected.backward()
+    assert_near(leaf.grad, theirs.grad)
+    assert stats["dual_clipped"] > 0
 
 
 def test_mean_with_an_empty_row():
@@ -260,14 +270,16 @@ def test_mean_with_an_empty_row():
 
 
 def test_statistics_of_the_policy():
-    """clip_fraction: ours counts ratios outside the clip, verl those where the clipped term is the larger loss.
-    approx_kl: ours is k3, verl's ppo_kl k1."""
+    """clip_fraction: ours counts ratios outside the clip, verl those where the clipped term is the larger loss: our clipped.
+    approx_kl: ours is k3, verl's ppo_kl k1: our -log_ratio."""
     mask, logp, old_logp, advantage, *_ = batch(scale=0.4)
     _, stats = ppo_loss(logp, old_logp, advantage, clip_ratio=0.2, mask=mask)
     ratio, A = (logp - old_logp).exp()[mask], advantage[mask]
     outside = (ratio - 1).abs() > 0.2
     verl = -A * ratio.clamp(0.8, 1.2) > -A * ratio
     assert_near(stats["clip_fraction"], outside.double().mean())
+    assert_near(stats["clipped"], verl.double().mean())
+    assert_near(stats["log_ratio"], (logp - old_logp)[mask].mean())
     assert verl.sum() < outside.sum() and (outside | ~verl).all()
     assert_near(stats["approx_kl"], k3(old_logp, logp)[mask].mean())
     assert (stats["approx_kl"] - (old_logp - logp)[mask].mean()).abs() > 0.01
@@ -323,6 +335,7 @@ def test_value_loss_same(reduction):
     assert_near(stats["clip_fraction"], ((values - old_values).abs() > 0.5)[mask].double().mean())
     larger = error > (values - returns) ** 2    # verl's clip fraction: where the clipped square is the larger one
     assert larger[mask].double().mean() < stats["clip_fraction"]
+    assert_near(stats["clipped"], larger[mask].double().mean())
 
 
 # --- the formulas themselves --------------------------------------------------------------------------------------

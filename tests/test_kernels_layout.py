@@ -115,6 +115,13 @@ def test_a_missing_native_module_is_a_state():
     assert dispatch.BUILD_COMMAND in lines[2]
 
 
+def test_a_native_module_of_other_sources_is_not_used():
+    """A _C that was built before an op's arguments changed would be given what it does not expect."""
+    result = run("import sys, types; sys.modules['saferlhf_fast._C'] = types.ModuleType('_C')\n"
+                 "from saferlhf_fast.kernels import dispatch; print(dispatch.native_module())")
+    assert "(None, 'built from other sources than the Python code" in result.stdout and "pip install" in result.stdout
+
+
 def test_the_environment_variable(monkeypatch):
     tensors = (torch.zeros(2),)
     monkeypatch.setenv("SAFERLHF_IMPL", "reference")

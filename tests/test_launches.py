@@ -50,7 +50,7 @@ def launch_token_logprob_backward(room, packed):
 def launch_ppo_loss_from_logits(room, packed):
     logits, ids = logit_arguments()
     vectors = [meta(MANY) for _ in range(4)]
-    room.ppo_loss_from_logits(logits, ids, *vectors, 0.2, 0.1, False, 0.01, 0.7, None, 0.0, logits)
+    room.ppo_loss_from_logits(logits, ids, *vectors, 0.2, 0.3, 3.0, 0.1, False, 0.01, 0.7, None, 0.0, logits)
 
 
 def launch_gae(room, packed):
@@ -66,7 +66,7 @@ def launch_ppo_lag_advantage(room, packed):
 
 def launch_ppo_loss(room, packed):
     tensors, rows = token_arguments(5, packed)
-    room.ppo_loss(*tensors, *rows, 0.2, 0.1, False, 0.01, True, *([meta()] * 3 if packed else [None] * 3))
+    room.ppo_loss(*tensors, *rows, 0.2, 0.3, 3.0, 0.1, False, 0.01, True, *([meta()] * 3 if packed else [None] * 3))
 
 
 def launch_value_loss(room, packed):

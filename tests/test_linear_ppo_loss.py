@@ -219,7 +219,8 @@ def test_gradcheck_library_compile_and_checkpointing():
         tensors = [leaf if want else leaf.detach() for leaf, want in zip(flat, wanted)]
         torch.library.opcheck(
             torch.ops.saferlhf_fast.linear_ppo_loss,
-            (*tensors, wanted, 4, *vectors, None, case.mask, CLIP, 0.1, True, 0.1, 1.0, None, 0.0, False, one, one, one, "auto"))
+            (*tensors, wanted, 4, *vectors, None, case.mask, CLIP, 0.3, 3.0, 0.1, True, 0.1, 1.0, None, 0.0, False, one,
+             one, one, "auto"))
 
     def loss_of(h, w):
         return linear_ppo_loss(torch.tanh(h), w, *case.tokens(), **call)[0] * 2
@@ -251,7 +252,8 @@ def test_wrong_arguments():
     for problem, change in (
         ("reduction: expected one of", dict(reduction="mean")), ("bias: expected shape", dict(bias=bias[:2])),
         ("ref_logp: expected the reference's log-probs", dict(kl_coeff=0.1)), ("chunk_tokens: expected", dict(chunk_tokens=0)),
-        ("mask: expected dtype torch.bool", dict(mask=case.mask.int())),
+        ("mask: expected dtype torch.bool", dict(mask=case.mask.int())), ("clip_high: expected", dict(clip_high=-0.1)),
+        ("dual_clip: expected None or a number > 1", dict(dual_clip=0.5)),
     ):
         with pytest.raises(ValueError, match=problem):
             linear_ppo_loss(hidden, weight, *case.tokens(), **(dict(clip_ratio=CLIP, mask=case.mask) | change))

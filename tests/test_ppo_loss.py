@@ -10,11 +10,13 @@ from losses_kit import HERE, INTERPRETED, LAYOUTS, exact, laid_out, nan_memory, 
 from tolerance import assert_near
 
 from saferlhf_fast import ppo_loss
+from saferlhf_fast.kernels.ppo_loss.reference import STATISTICS
 
 CLIP = 0.2
 NAMES = ("logp", "old_logp", "advantages", "ref_logp", "entropy")
 TERMS = {"surrogate": {}, "k1": dict(kl_coeff=0.3, kl_estimator="k1"),
-         "k3 and entropy": dict(kl_coeff=0.3, kl_estimator="k3", entropy_coeff=0.2)}
+         "k3 and entropy": dict(kl_coeff=0.3, kl_estimator="k3", entropy_coeff=0.2),
+         "high and dual clip, k3": dict(clip_high=0.4, dual_clip=1.3, kl_coeff=0.3)}
 
 
 def inputs_of(batch, dtype=torch.float32, spread=0.3, terms="surrogate"):
@@ -29,17 +31,23 @@ def inputs_of(batch, dtype=torch.float32, spread=0.3, terms="surrogate"):
 
 
 def by_loops(batch, tokens, token_mean=False, normalizer=None, scale=1.0, shift=0.0, kl_coeff=0.0, kl_estimator="k3",
-             entropy_coeff=0.0):
+             entropy_coeff=0.0, clip_high=CLIP, dual_clip=None):
     """(loss, {name: gradient [N]}, statistics) in float64, the gradients from autograd of the formula."""
     leaves = {name: tokens[name].detach().double().cpu().requires_grad_() for name in NAMES if name in tokens}
-    rows, means = [], dict.fromkeys(("clip_fraction", "approx_kl", "ratio", "advantage", "ref_kl", "entropy"), 0.0)
+    rows, means = [], dict.fromkeys(STATISTICS, 0.0)
     for pieces in zip(*(leaf.split(batch.lengths) for leaf in leaves.values())):
         terms = []
         for values in zip(*pieces):
             token = dict(zip(leaves, values))
             advantage = token["advantages"].detach() * scale + shift
-            ratio = (token["logp"] - token["old_logp"].detach()).clamp(-20, 20).exp()
-            term = -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage)
+            log_ratio = (token["logp"] - token["old_logp"].detach()).clamp(-20, 20)
+            ratio = log_ratio.exp()
+            plain, other = -ratio * advantage, -ratio.clamp(1 - CLIP, 1 + clip_high) * advantage
+            term = torch.maximum(plain, other)
+            means["clipped"] += (other > plain).item()
+            if dual_clip is not None and advantage < 0:
+                means["dual_clipped"] += (-advantage * dual_clip < term).item()
+                term = torch.minimum(term, -advantage * dual_clip)
             if "ref_logp" in token:
                 gap = token["ref_logp"].detach() - token["logp"]
                 kl = -gap if kl_estimator == "k1" else gap.clamp(-20, 20).exp() - gap.clamp(-20, 20) - 1
@@ -48,7 +56,8 @@ def by_loops(batch, tokens, token_mean=False, normalizer=None, scale=1.0, shift=
             if "entropy" in token:
                 term = term - entropy_coeff * token["entropy"]
                 means["entropy"] += token["entropy"].item()
-            means["clip_fraction"] += not 1 - CLIP <= ratio.item() <= 1 + CLIP
+            means["log_ratio"] += log_ratio.item()
+            means["clip_fraction"] += not 1 - CLIP <= ratio.item() <= 1 + clip_high
             means["approx_kl"] += (ratio - 1 - ratio.log()).item()
             means["ratio"] += ratio.item()
             means["advantage"] += advantage.item()
@@ -85,6 +94,7 @@ def test_equals_the_loops(impl, device, dtype, size, reduction, terms):
     for name, gradient in gradients.items():
         assert gradient.dtype == dtype
         assert_near(gradient, 3 * exact_gradients[name], name)
+    assert ("dual_clipped" in stats) == ("dual_clip" in TERMS[terms])
     assert ("ref_kl" in stats) == ("ref_logp" in tokens) and ("entropy" in stats) == ("entropy" in tokens)
     for name, value in stats.items():
         assert value.shape == () and not value.requires_grad
@@ -171,11 +181,50 @@ def test_far_ratios_and_edges(impl, device):
 
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
+def test_dual_clip_and_clip_higher(impl, device):
+    """Each side of each bound, one token at a time: loss, gradient and what the statistics say."""
+    def one(ratio, advantage, **clip):
+        leaf = torch.tensor([ratio], device=device).log().requires_grad_()
+        loss, stats = ppo_loss(leaf, torch.zeros_like(leaf), torch.tensor([advantage], device=device), clip_ratio=CLIP, impl=impl,
+                               **clip)
+        gradient, = torch.autograd.grad(loss, leaf)
+        said = [stats[name].item() for name in ("clip_fraction", "clipped", "dual_clipped") if name in stats]
+        assert stats["log_ratio"].item() == pytest.approx(leaf.item(), abs=1e-6)
+        return [pytest.approx(x, rel=1e-5) for x in (loss.item(), gradient.item(), *said)]
+
+    bounds = dict(clip_high=0.3, dual_clip=3.0)
+    assert one(1.25, 2.0) == [-2.4, 0, 1, 1]                        # above 1.2
+    assert one(1.25, 2.0, clip_high=0.3) == [-2.5, -2.5, 0, 0]      # below 1.3
+    assert one(1.35, 2.0, **bounds) == [-2.6, 0, 1, 1, 0]
+    assert one(0.75, 2.0, **bounds) == [-1.5, -1.5, 1, 0, 0]        # outside, but the plain term is the larger loss
+    assert one(0.75, -2.0, **bounds) == [1.6, 0, 1, 1, 0]
+    assert one(2.9, -2.0, **bounds) == [5.8, 5.8, 1, 0, 0]          # a bad token below the dual clip, and above it
+    assert one(3.1, -2.0, **bounds) == [6.0, 0, 1, 0, 1]
+    assert one(3.1, -2.0) == one(3.1, -2.0, clip_high=0.3) == [6.2, 6.2, 1, 0]
+    assert one(3.1, 2.0, **bounds) == [-2.6, 0, 1, 1, 0]            # a good one knows no dual clip
+    assert one(3.1, 0.0, **bounds) == [0, 0, 1, 0, 0]
+    assert one(3.1, -2.0, dual_clip=float("inf")) == [6.2, 6.2, 1, 0, 0]
+    assert one(1.1, 2.0, clip_high=0) == [-2.0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("impl, device", naive.PLACES)
+def test_the_dual_clip_leaves_the_kl_and_what_is_masked_alone(impl, device):
+    """Where it acts the policy term's gradient is exactly 0: what is left is the KL's."""
+    logp = torch.zeros(2, 3, device=device, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, False, False]], device=device)
+    old_logp, advantages = torch.full_like(logp, -2.0), torch.full_like(logp, -1.0)
+    call_ = dict(clip_ratio=CLIP, dual_clip=3, mask=mask, ref_logp=old_logp, kl_coeff=0.5, kl_estimator="k1", impl=impl)
+    loss, stats = ppo_loss(logp, old_logp, advantages, **call_)
+    assert loss.item() == 3 + 0.5 * 2 and stats["dual_clipped"] == 1 and stats["log_ratio"] == 2
+    assert torch.autograd.grad(loss, logp)[0].tolist() == [[0.25, 0.25, 0.0], [0.0, 0.0, 0.0]]
+
+
+@pytest.mark.parametrize("impl, device", naive.PLACES)
 @pytest.mark.parametrize("which", NAMES)
 def test_nan_stays_visible(impl, device, which):
     tokens = inputs_of(naive.Ragged([5], device=device), terms="k3 and entropy")
     tokens[which][3] = torch.nan
-    loss, gradients, _ = call(tokens, impl=impl, **TERMS["k3 and entropy"])
+    loss, gradients, _ = call(tokens, dual_clip=1.1, impl=impl, **TERMS["k3 and entropy"])
     assert torch.isnan(loss)
     assert torch.isnan(gradients["logp"]).tolist() == [False, False, False, which != "entropy", False]
 
@@ -274,7 +323,7 @@ def test_library_and_determinism(impl, device):
     scalar = torch.tensor(2.0, device=device)
     for terms, scalars in (((None, None), (None, None, None)), ((ref_logp, entropy), (scalar, scalar, scalar))):
         torch.library.opcheck(torch.ops.saferlhf_fast.ppo_loss,
-                              (logp, old_logp, advantages, *terms, batch.cu_seqlens, None, CLIP, 0.1, False, 0.1, False,
+                              (logp, old_logp, advantages, *terms, batch.cu_seqlens, None, CLIP, 0.3, 3.0, 0.1, False, 0.1, False,
                                *scalars, impl))
 
     def loss(x, entropy):
@@ -305,6 +354,9 @@ def test_wrong_arguments():
         ("reduction: expected one of", dict(reduction="mean")),
         ("kl_estimator: expected one of k3, k1", dict(kl_estimator="k2")),
         ("clip_ratio: expected a number >= 0", dict(clip_ratio=-1.0)),
+        ("clip_high: expected a number >= 0, got nan", dict(clip_high=float("nan"))),
+        ("dual_clip: expected None or a number > 1, got 1", dict(dual_clip=1)),
+        ("dual_clip: expected None or a number > 1, got nan", dict(dual_clip=float("nan"))),
         ("ref_logp: expected a tensor, since its coefficient is 0.1", dict(kl_coeff=0.1)),
         ("entropy: expected a tensor, since its coefficient is -0.1", dict(entropy_coeff=-0.1)),
         ("ref_logp: expected shape", dict(ref_logp=tokens[:3])),

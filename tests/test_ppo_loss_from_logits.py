@@ -235,8 +235,8 @@ def test_gradcheck_library_and_compile():
     for gradient in (True, False):
         torch.library.opcheck(
             torch.ops.saferlhf_fast.ppo_loss_from_logits,
-            (flat if gradient else flat.detach(), False, gradient, *vectors, None, case.mask, CLIP, 0.1, True, 0.1, 1.0, None,
-             0.0, False, one, one, one, "auto"))
+            (flat if gradient else flat.detach(), False, gradient, *vectors, None, case.mask, CLIP, 0.3, 3.0, 0.1, True, 0.1, 1.0,
+             None, 0.0, False, one, one, one, "auto"))
 
     def loss_of(x):
         return ppo_loss_from_logits(x * 2, *case.tokens(), **call)[0] * 2
@@ -266,7 +266,8 @@ def test_wrong_arguments():
         ("reduction: expected one of", dict(reduction="mean")), ("kl_estimator: expected one of", dict(kl_estimator="k2")),
         ("ref_logp: expected the reference's log-probs", dict(kl_coeff=0.1)), ("softcap: expected", dict(softcap=0.0)),
         ("temperature: expected", dict(temperature=0.0)), ("clip_ratio: expected", dict(clip_ratio=-1.0)),
-        ("mask: expected dtype torch.bool", dict(mask=case.mask.int())),
+        ("mask: expected dtype torch.bool", dict(mask=case.mask.int())), ("clip_high: expected", dict(clip_high=-0.1)),
+        ("dual_clip: expected None or a number > 1", dict(dual_clip=0.5)),
     ):
         with pytest.raises(ValueError, match=problem):
             ppo_loss_from_logits(logits, *case.tokens(), **(dict(clip_ratio=CLIP, mask=case.mask) | change))

@@ -146,7 +146,8 @@ def test_confident_tokens(vocabulary, others, certainty):
                                         torch.empty_like(logits))
     assert d_got[0, -1].item() == pytest.approx(d_expected[0, -1].item(), rel=1e-4)
     vectors = [torch.tensor([x], device=DEVICE) for x in (logp.item(), -1.0, 1.0)]
-    policy.ppo_loss_from_logits(logits, ids, *vectors[:2], None, vectors[2], 0.2, 0.0, False, 0.0, 1.0, None, 0.0, d_got)
+    policy.ppo_loss_from_logits(logits, ids, *vectors[:2], None, vectors[2], 0.2, 0.3, 3.0, 0.0, False, 0.0, 1.0, None, 0.0,
+                                d_got)
     assert d_got[0, -1].item() == pytest.approx(d_expected[0, -1].item(), rel=1e-4)
 
 
@@ -195,7 +196,8 @@ def test_gradients_over_wider_logits(dtype, vocabulary, softcap):
     rows.token_logprob_backward(buffer, ids, *statistics, *grads, 0.8, None, softcap, over)
     assert_close_logits(over, d_expected, dtype)
     old_logp, advantage, weight = (statistics[0] + 0.01).contiguous(), numbers(3, seed=4), torch.tensor([1.0, 0.0, 0.5])
-    arguments = (ids, old_logp, advantage, old_logp - 0.3, weight.to(DEVICE), 0.2, 0.1, False, 0.05, 0.8, None, softcap)
+    arguments = (ids, old_logp, advantage, old_logp - 0.3, weight.to(DEVICE), 0.2, 0.3, 1.05, 0.1, False, 0.05, 0.8, None,
+                 softcap)
     double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
     d_expected = torch.empty(3, vocabulary, dtype=torch.float64, device=DEVICE)
     expected = policy_reference.ppo_loss_from_logits(logits.double(), *double, d_expected)
@@ -232,8 +234,8 @@ def test_policy_rows_in_place(vocabulary, k1):
     """Every number of warps; in place the tiles are written downwards."""
     logits, ids = numbers(3, vocabulary, scale=3), some_ids(3, vocabulary)
     old_logp = rows.token_logprob(logits, ids, 1.0, None, 0.0, False)[0] - 0.05
-    arguments = (ids, old_logp, numbers(3, seed=4), old_logp + 0.3, torch.tensor([1.0, 0.25, 0.5], device=DEVICE), 0.2, 0.1, k1,
-                 0.05, 1.0, torch.tensor([1.0, 0.7, 1.5], device=DEVICE), 0.0)
+    arguments = (ids, old_logp, numbers(3, seed=4), old_logp + 0.3, torch.tensor([1.0, 0.25, 0.5], device=DEVICE), 0.2, 0.3,
+                 1.05, 0.1, k1, 0.05, 1.0, torch.tensor([1.0, 0.7, 1.5], device=DEVICE), 0.0)
     double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
     d_expected = torch.empty(3, vocabulary, dtype=torch.float64, device=DEVICE)
     expected = policy_reference.ppo_loss_from_logits(logits.double(), *double, d_expected)
@@ -248,8 +250,8 @@ def test_rows_of_weight_zero_are_not_read():
     logits[1] = 1.0
     nothing = torch.tensor([torch.nan, -2.0], device=DEVICE)
     ids, weight = torch.tensor([1 << 40, 5], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
-    logp, entropy = policy.ppo_loss_from_logits(logits, ids, nothing, nothing, nothing, weight, 0.2, 0.1, False, 0.1, 1.0,
-                                                nothing.abs(), 0.0, logits)
+    logp, entropy = policy.ppo_loss_from_logits(logits, ids, nothing, nothing, nothing, weight, 0.2, 0.2, INFINITY, 0.1, False,
+                                                0.1, 1.0, nothing.abs(), 0.0, logits)
     assert logp[0] == entropy[0] == 0 and (logits[0] == 0).all()
     assert logp[1].isfinite() and logits[1].isfinite().all() and (logits[1] != 0).all()
 
@@ -267,7 +269,8 @@ def test_ids_outside_the_vocabulary(bad):
     ones, gradient = torch.ones(2, device=DEVICE), torch.empty_like(logits)
     rows.token_logprob_backward(logits, ids, logp, entropy, lse, ones, None, 1.0, None, 0.0, gradient)
     assert gradient[0].isnan().all() and gradient[1].isfinite().all()
-    policy.ppo_loss_from_logits(logits, ids, ones, ones, None, ones, 0.2, 0.0, False, 0.0, 1.0, None, 0.0, gradient)
+    policy.ppo_loss_from_logits(logits, ids, ones, ones, None, ones, 0.2, 0.2, INFINITY, 0.0, False, 0.0, 1.0, None, 0.0,
+                                gradient)
     assert gradient[0].isnan().all() and gradient[1].isfinite().all()
     hidden, weight = numbers(2, 16), numbers(300, 16, seed=1)
     logp, entropy, _ = linear.fused_forward(hidden, weight, ids, None, 1.0, None, 0.0)
@@ -351,8 +354,8 @@ def test_empty_batches():
     tokens = torch.zeros(0, device=DEVICE)
     assert [x.shape for x in rows.token_logprob(empty, none, 1.0, None, 0.0, True)] == [(0,)] * 3
     assert rows.token_logprob_backward(empty, none, tokens, tokens, tokens, tokens, None, 1.0, None, 0.0, empty).shape == (0, 30)
-    assert [x.shape for x in policy.ppo_loss_from_logits(empty, none, tokens, tokens, None, tokens, 0.2, 0.0, False, 0.0, 1.0,
-                                                         None, 0.0, empty)] == [(0,)] * 2
+    assert [x.shape for x in policy.ppo_loss_from_logits(empty, none, tokens, tokens, None, tokens, 0.2, 0.2, INFINITY, 0.0,
+                                                         False, 0.0, 1.0, None, 0.0, empty)] == [(0,)] * 2
     assert [x.shape for x in linear.fused_forward(empty, numbers(7, 30), none, None, 1.0, None, 0.0)] == [(0,)] * 3
 
 

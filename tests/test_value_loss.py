@@ -27,19 +27,20 @@ def both_of(batch, dtype=torch.float32):
 
 
 def by_loops(batch, values, old_values, returns, token_mean=False, normalizer=None):
-    """(loss, gradient [N], clip fraction) in float64, the gradient from autograd of the formula."""
+    """(loss, gradient [N], clip fraction, clipped) in float64, the gradient from autograd of the formula."""
     leaf = values.detach().double().cpu().requires_grad_()
-    rows, outside = [], 0
+    rows, outside, larger = [], 0, 0
     for row_values, row_old, row_returns in zip(leaf.split(batch.lengths), batch.split(old_values), batch.split(returns)):
         terms = []
         for value, old, target in zip(row_values, row_old, row_returns):
             clipped = old + (value - old).clamp(-CLIP, CLIP)
             terms.append(0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2))
             outside += abs(value.item() - old) > CLIP
+            larger += abs(value.item() - old) > CLIP and ((clipped - target) ** 2 > (value - target) ** 2).item()
         rows.append(terms)
     loss = naive.autograd_loss(rows, token_mean, normalizer)
     loss.backward()
-    return loss, leaf.grad, outside / sum(batch.lengths)
+    return loss, leaf.grad, outside / sum(batch.lengths), larger / sum(batch.lengths)
 
 
 def call(values, old_values, returns, upstream=1.0, **arguments):
@@ -59,16 +60,17 @@ def test_equals_the_loops(impl, device, dtype, size, reduction):
     inputs = inputs_of(batch, dtype)
     loss, gradient, stats = call(*inputs, 3, cu_seqlens=batch.cu_seqlens, reduction=reduction, impl=impl)
     if dtype in (torch.float32, torch.float64):
-        expected, exact_gradient, outside = by_loops(batch, *inputs, reduction == "token-mean")
+        expected, exact_gradient, *shares = by_loops(batch, *inputs, reduction == "token-mean")
     else:   # a difference of two rounded numbers may lie on the clip itself: which side it is on is float32's business
-        expected, exact_gradient, outside = by_loops(batch, *(tensor.float() for tensor in inputs), reduction == "token-mean")
+        expected, exact_gradient, *shares = by_loops(batch, *(tensor.float() for tensor in inputs), reduction == "token-mean")
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
     assert gradient.dtype == dtype
     assert_near(loss, expected)
     assert_near(gradient, 3 * exact_gradient)
     value, _, target = (tensor.double() for tensor in inputs)
-    for name, number in dict(clip_fraction=outside, value=value.mean().item(), error=(value - target).square().mean().item(),
-                             sequences=3, tokens=sum(batch.lengths), **{"return": target.mean().item()}).items():
+    for name, number in dict(clip_fraction=shares[0], clipped=shares[1], value=value.mean().item(),
+                             error=(value - target).square().mean().item(), sequences=3,
+                             tokens=sum(batch.lengths), **{"return": target.mean().item()}).items():
         assert stats[name].shape == () and not stats[name].requires_grad
         assert_near(stats[name], torch.tensor(float(number), dtype=torch.float64), name)
 
@@ -88,9 +90,10 @@ def test_both_critics_padded_and_packed(impl, device, poison):
         loss, gradient, stats = call(*tensors, upstream, impl=impl, **rows)
         assert loss.shape == (2,)
         for index, prefix in enumerate(("reward_", "cost_")):
-            expected, exact_gradient, outside = by_loops(batch, *(tensor[index] for tensor in both))
+            expected, exact_gradient, outside, larger = by_loops(batch, *(tensor[index] for tensor in both))
             assert_near(loss[index], expected)
             assert_near(stats[prefix + "clip_fraction"], torch.tensor(outside))
+            assert_near(stats[prefix + "clipped"], torch.tensor(larger))
             assert_near(stats[prefix + "value"], both[0][index].double().mean())
             assert_near(stats[prefix + "return"], both[2][index].double().mean())
             assert_near(gradient[index][valid], exact_gradient * upstream[index].item())
@@ -125,6 +128,23 @@ def test_half_precision_gradients_do_not_vanish(impl, device):
     _, scaled, _ = call(*inputs, 2.0 ** 24, normalizer=2.0 ** 30, **arguments)
     assert scaled.dtype == torch.float16 and (scaled != 0).sum() > 20
     assert torch.equal(scaled, plain)
+
+
+@pytest.mark.parametrize("impl, device", naive.PLACES)
+def test_without_a_clip(impl, device):
+    """clip_value=inf: half the plain mean square, however far the old values are, and whatever they are."""
+    batch = naive.Ragged([5, 0, 300], device=device)
+    values, old_values, returns = both_of(batch)
+    for old in (old_values, old_values + 1e8, old_values * torch.nan):
+        leaf = values.clone().requires_grad_()
+        loss, stats = value_loss(leaf, old, returns, clip_value=float("inf"), cu_seqlens=batch.cu_seqlens, impl=impl,
+                                 reduction="token-mean")
+        expected = (values.double() - returns.double()).square().mean(1) / 2
+        assert_near(loss, expected)
+        assert_near(torch.autograd.grad(loss.sum(), leaf)[0], (values - returns) / 305)
+        for name, critic in (("reward_", 0), ("cost_", 1)):
+            assert stats[name + "clip_fraction"] == stats[name + "clipped"] == 0
+            assert_near(stats[name + "error"], 2 * expected[critic])
 
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
@@ -184,7 +204,7 @@ def test_any_lengths_and_layouts(lengths, impl, token_mean, layout, packed, crit
                              reduction="token-mean" if token_mean else "sequence-mean", **rows)
     gradient = gradient if packed else gradient[..., batch.mask]
     for index in range(critics):
-        expected, exact_gradient, _ = by_loops(batch, *(tensor[index].float() for tensor in both), token_mean)
+        expected, exact_gradient, *_ = by_loops(batch, *(tensor[index].float() for tensor in both), token_mean)
         assert_near(loss.reshape(-1)[index], expected)
         assert_near(gradient.reshape(critics, -1)[index], exact_gradient)
 

@@ -24,7 +24,10 @@ _lib.impl("gae", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::gae", _fake, lib=_lib)
 
 
-def gae(rewards, values, *, gamma, lam, cu_seqlens=None, mask=None, masked="zero", impl="auto"):
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, *, gamma: float, lam: float, cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None, masked: str = "zero", impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), each row by itself.
 
     Means the same as, for one row of T tokens::

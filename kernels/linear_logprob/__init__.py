@@ -82,8 +82,11 @@ torch.library.register_fake("saferlhf_fast::linear_logprob_backward", _fake_back
 torch.library.register_autograd("saferlhf_fast::linear_logprob", _backward, setup_context=_setup, lib=_lib)
 
 
-def linear_logprob(hidden, weight, ids, *, bias=None, temperature=1.0, softcap=None, return_entropy=False, chunk_tokens=None,
-                   group=None, impl="auto"):
+def linear_logprob(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0, softcap: float | None = None, return_entropy: bool = False,
+    chunk_tokens: int | None = None, group: "torch.distributed.ProcessGroup | None" = None, impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of `ids` under softmax(hidden @ weight.T + bias), and its entropy, without logits of all tokens.
 
     Means the same as::

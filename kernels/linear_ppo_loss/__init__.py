@@ -6,7 +6,7 @@ from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
 from ..linear import held, scaled
-from ..ppo_loss.reference import STATISTICS
+from ..ppo_loss.reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(f"linear_ppo_loss(Tensor hidden, Tensor weight, Tensor? bias, bool[] wanted, int? chunk_tokens, {shared.SCHEMA}) "
@@ -65,10 +65,15 @@ torch.library.register_fake("saferlhf_fast::linear_ppo_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::linear_ppo_loss", _backward, setup_context=_setup, lib=_lib)
 
 
-def linear_ppo_loss(hidden, weight, ids, old_logp, advantages, *, clip_ratio, bias=None, softcap=None, cu_seqlens=None,
-                    mask=None, ref_logp=None, kl_coeff=0.0, kl_estimator="k3", entropy_coeff=0.0, temperature=1.0,
-                    reduction="sequence-mean", normalizer=None, advantage_scale=None, advantage_shift=None, chunk_tokens=None,
-                    impl="auto"):
+def linear_ppo_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, *,
+    clip_ratio: float, clip_high: float | None = None, dual_clip: float | None = None, bias: torch.Tensor | None = None,
+    softcap: float | None = None, cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None, kl_coeff: float = 0.0, kl_estimator: str = "k3", entropy_coeff: float = 0.0,
+    temperature: float | torch.Tensor = 1.0, reduction: str = "sequence-mean",
+    normalizer: float | torch.Tensor | None = None, advantage_scale: float | torch.Tensor | None = None,
+    advantage_shift: float | torch.Tensor | None = None, chunk_tokens: int | None = None, impl: str = "auto",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped policy loss, a KL term and an entropy bonus from hidden states and the head's weight.
 
     Means the same as::
@@ -96,11 +101,11 @@ def linear_ppo_loss(hidden, weight, ids, old_logp, advantages, *, clip_ratio, bi
     checks.head(op, hidden, weight, ids, bias)
     checks.chunk_tokens(op, chunk_tokens)
     policy = shared.arguments(
-        op, hidden, ids, old_logp, advantages, clip_ratio=clip_ratio, cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp,
-        kl_coeff=kl_coeff, kl_estimator=kl_estimator, entropy_coeff=entropy_coeff, temperature=temperature, softcap=softcap,
-        reduction=reduction, normalizer=normalizer, advantage_scale=advantage_scale, advantage_shift=advantage_shift,
-        impl=impl)
+        op, hidden, ids, old_logp, advantages, clip_ratio=clip_ratio, clip_high=clip_high, dual_clip=dual_clip,
+        cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp, kl_coeff=kl_coeff, kl_estimator=kl_estimator,
+        entropy_coeff=entropy_coeff, temperature=temperature, softcap=softcap, reduction=reduction, normalizer=normalizer,
+        advantage_scale=advantage_scale, advantage_shift=advantage_shift, impl=impl)
     wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
     loss, *_, statistics = torch.ops.saferlhf_fast.linear_ppo_loss(
         hidden.reshape(ids.numel(), hidden.shape[-1]), weight, bias, wanted, chunk_tokens, *policy)
-    return loss, shared.named(statistics, STATISTICS, ref_logp is not None)
+    return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

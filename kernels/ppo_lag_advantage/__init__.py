@@ -31,7 +31,9 @@ _lib.impl("ppo_lag_advantage", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::ppo_lag_advantage", _fake, lib=_lib)
 
 
-def whitening(count, total, sum_squares):
+def whitening(
+    count: torch.Tensor, total: torch.Tensor, sum_squares: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift) for `ppo_loss` from the count, sum and sum of squares of a batch, on the device.
 
     Sum the three over ranks first (one all-reduce). A * scale + shift then has mean 0 and variance 1: population
@@ -44,8 +46,12 @@ def whitening(count, total, sum_squares):
     return scale, -mean * scale
 
 
-def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, *, kl_coeff, gamma, lam,
-                      clip_score, cu_seqlens=None, mask=None, masked="zero", whiten=False, impl="auto"):
+def ppo_lag_advantage(
+    logp: torch.Tensor, ref_logp: torch.Tensor, reward: torch.Tensor, cost: torch.Tensor | None, reward_values: torch.Tensor,
+    cost_values: torch.Tensor | None, multiplier: float | torch.Tensor | None, *, kl_coeff: float, gamma: float, lam: float,
+    clip_score: float | None, cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None, masked: str = "zero",
+    whiten: bool = False, impl: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
     """KL shaping, both GAE scans and their combination (Safe RLHF, Dai et al. 2024; safe-rlhf's PPOLagTrainer).
 
     Means the same as, for one row, with kl = logp - ref_logp and last = its last valid token::

@@ -5,13 +5,13 @@ import torch
 from .. import checks
 from ..dispatch import choose
 from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
-from .reference import STATISTICS
+from .reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define("ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? entropy, "
-            "Tensor? cu_seqlens, Tensor? mask, float clip_ratio, float kl_coeff, bool k1, float entropy_coeff, "
-            "bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, str impl) "
-            "-> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+            "Tensor? cu_seqlens, Tensor? mask, float clip_ratio, float clip_high, float dual_clip, "
+            "float kl_coeff, bool k1, float entropy_coeff, bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, "
+            "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
 
 
 def _run(logp, *rest):
@@ -36,7 +36,7 @@ def _backward(ctx, upstream, *_):
     to_logp, to_entropy = (
         scaled(values, inverse, upstream, dtype) if ctx.needs_input_grad[index] else None
         for index, values, dtype in zip((0, 4), (gradient, entropy_gradient), ctx.dtypes))
-    return (to_logp, None, None, None, to_entropy, *[None] * 11)
+    return (to_logp, None, None, None, to_entropy, *[None] * 13)
 
 
 _lib.impl("ppo_loss", _run, "CompositeExplicitAutograd")
@@ -44,9 +44,14 @@ torch.library.register_fake("saferlhf_fast::ppo_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::ppo_loss", _backward, setup_context=_setup, lib=_lib)
 
 
-def ppo_loss(logp, old_logp, advantages, *, clip_ratio, cu_seqlens=None, mask=None, ref_logp=None, kl_coeff=0.0,
-             kl_estimator="k3", entropy=None, entropy_coeff=0.0, reduction="sequence-mean", normalizer=None,
-             advantage_scale=None, advantage_shift=None, impl="auto"):
+def ppo_loss(
+    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, *, clip_ratio: float, clip_high: float | None = None,
+    dual_clip: float | None = None, cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None, kl_coeff: float = 0.0, kl_estimator: str = "k3", entropy: torch.Tensor | None = None,
+    entropy_coeff: float = 0.0, reduction: str = "sequence-mean", normalizer: float | torch.Tensor | None = None,
+    advantage_scale: float | torch.Tensor | None = None, advantage_shift: float | torch.Tensor | None = None,
+    impl: str = "auto",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7 and, with an entropy bonus, 9), to be minimised.
 
     Means the same as, with A = advantages * advantage_scale + advantage_shift and clamp(x) = x.clamp(-20, 20)::
@@ -54,13 +59,16 @@ def ppo_loss(logp, old_logp, advantages, *, clip_ratio, cu_seqlens=None, mask=No
         ratio = clamp(logp - old_logp).exp()
         kl = logp - ref_logp                              # k1, or
         kl = clamp(ref_logp - logp).exp() - 1 - clamp(ref_logp - logp)    # k3 (http://joschu.net/blog/kl-approx.html)
-        loss = mean(-torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * A)
-                    + kl_coeff * kl - entropy_coeff * entropy)
+        term = -torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_high) * A)
+        term = torch.where(A < 0, torch.minimum(term, -dual_clip * A), term)          # with dual_clip only
+        loss = mean(term + kl_coeff * kl - entropy_coeff * entropy)
 
     logp, old_logp, advantages, ref_logp, entropy: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a
-    boolean `mask`; float32, bfloat16, float16 or float64. ref_logp: log-probs of a reference policy, for a KL penalty in
-    the loss, in nats times kl_coeff (safe-rlhf has it in the reward instead: `ppo_lag_advantage`); with kl_coeff=0 it is
-    only reported. entropy: of each token's distribution, in nats (see `token_logprob`).
+    boolean `mask`; float32, bfloat16, float16 or float64. clip_high: None is clip_ratio (DAPO's clip-higher has it
+    larger, arXiv 2503.14476). dual_clip: None, or a number > 1, the largest ratio that counts where A < 0 (Ye et al. 2020,
+    arXiv 1912.09729, eq. 5). ref_logp: log-probs of a reference policy, for a KL penalty in the loss, in nats times
+    kl_coeff (safe-rlhf has it in the reward instead: `ppo_lag_advantage`); with kl_coeff=0 it is only reported.
+    entropy: of each token's distribution, in nats (see `token_logprob`).
     reduction: "sequence-mean" is the mean over sequences of each one's token mean (safe-rlhf; a sequence without a token
     counts for nothing), "token-mean" the mean over valid tokens. normalizer: number or 0-d tensor that takes the place
     of the local count of sequences (or tokens), so that micro-batches and ranks add up to the global mean.
@@ -68,29 +76,27 @@ def ppo_loss(logp, old_logp, advantages, *, clip_ratio, cu_seqlens=None, mask=No
     "reference", "triton" or "native".
 
     Returns (loss [], stats), float64 for float64 logp, else float32. The gradient goes to logp and entropy only and is
-    exactly 0 where masked, or where clamp() cuts; masked entries are never read. stats, 0-d, over this call's valid
-    tokens: clip_fraction (share of ratios outside 1 +- clip_ratio), approx_kl (mean of ratio - 1 - log ratio: k3), ratio
-    (mean), advantage (mean, as used), sequences (with a token), tokens; with ref_logp also ref_kl, with entropy also
-    entropy (means). Raises ValueError for shapes, dtypes or devices that do not fit, and for a coefficient without its
-    tensor.
+    exactly 0 where masked; the policy term's also where clamp() cuts, the clip acts or dual_clip bounds the loss. Masked
+    entries are never read. stats, 0-d, over this call's valid tokens: clip_fraction
+    (share of ratios outside 1 - clip_ratio .. 1 + clip_high), clipped (share where the clipped term is the larger loss:
+    where the clip acts), approx_kl (mean of ratio - 1 - log ratio: k3), ratio, log_ratio (means, of the clamped one),
+    advantage (mean, as used), sequences (with a token), tokens; with dual_clip also dual_clipped (share where it bounds the
+    loss), with ref_logp ref_kl, with entropy entropy (means). Raises ValueError for shapes, dtypes or devices that do not
+    fit, for dual_clip <= 1, and for a coefficient without its tensor.
     """
     given = {"logp": logp, "old_logp": old_logp, "advantages": advantages}
     given |= {name: tensor for name, tensor in (("ref_logp", ref_logp), ("entropy", entropy)) if tensor is not None}
     checks.same_tokens("ppo_loss", list(given), list(given.values()))
     checks.one_of("ppo_loss", "reduction", reduction, REDUCTIONS)
     checks.one_of("ppo_loss", "kl_estimator", kl_estimator, KL_ESTIMATORS)
-    checks.not_negative("ppo_loss", "clip_ratio", clip_ratio)
+    clip = checks.clip("ppo_loss", clip_ratio, clip_high, dual_clip)
     for name, coefficient, tensor in (("ref_logp", kl_coeff, ref_logp), ("entropy", entropy_coeff, entropy)):
         if tensor is None and coefficient != 0:
             raise ValueError(f"ppo_loss: {name}: expected a tensor, since its coefficient is {coefficient}, got None")
     cu_seqlens, mask, _ = checks.rows("ppo_loss", "logp", logp.shape, logp.device, cu_seqlens, mask)
     loss, _, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss(
         logp, old_logp.detach(), advantages.detach(), None if ref_logp is None else ref_logp.detach(), entropy, cu_seqlens,
-        mask, clip_ratio, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
+        mask, *clip, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
         checks.scalar(normalizer, logp, "normalizer"), checks.scalar(advantage_scale, logp, "advantage_scale"),
         checks.scalar(advantage_shift, logp, "advantage_shift"), impl)
-    stats = dict(zip(STATISTICS, statistics.unbind()))
-    for name, tensor in (("ref_kl", ref_logp), ("entropy", entropy)):
-        if tensor is None:
-            del stats[name]
-    return loss, stats
+    return loss, named(statistics, ref_kl=ref_logp, entropy=entropy, dual_clipped=dual_clip)

@@ -29,20 +29,21 @@ def k3(x, exp_x):
 
 
 @triton.jit
-def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, kl_coeff, K1: tl.constexpr, entropy_coeff,
-                 HAS_REF: tl.constexpr):
-    """reference.policy_terms in float32: (loss, d_logp, outside, divergence, ratio, kl) of each token, unweighted.
+def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_high, dual_clip, kl_coeff, K1: tl.constexpr,
+                 entropy_coeff, HAS_REF: tl.constexpr):
+    """reference.policy_terms in float32, in the order of reference.Terms: of each token, unweighted.
 
     Without a reference policy ref_logp is any number and kl is 0; without an entropy term entropy is 0.0.
     """
     difference = logp - old_logp
     log_ratio = clamped(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = tl.exp(log_ratio)
-    plain, clipped = ratio * advantage, clamped(ratio, 1 - clip_ratio, 1 + clip_ratio) * advantage
+    plain, clipped = ratio * advantage, clamped(ratio, 1 - clip_ratio, 1 + clip_high) * advantage
     worse = plain > clipped     # false for NaN, which must stay visible
-    loss = -tl.where(worse, clipped, plain)
-    d_logp = tl.where(worse | (tl.abs(difference) > LOG_RATIO_LIMIT), 0.0, -plain)
-    outside = (ratio < 1 - clip_ratio) | (ratio > 1 + clip_ratio)
+    bounded = (advantage < 0) & (ratio > dual_clip)
+    loss = -tl.where(bounded, tl.minimum(ratio, dual_clip) * advantage, tl.where(worse, clipped, plain))
+    d_logp = tl.where(worse | bounded | (tl.abs(difference) > LOG_RATIO_LIMIT), 0.0, -plain)
+    outside = (ratio < 1 - clip_ratio) | (ratio > 1 + clip_high)
     divergence = k3(log_ratio, ratio)
     kl = tl.zeros_like(loss)
     if HAS_REF:
@@ -56,13 +57,13 @@ def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, kl_co
             # 1 - exp(near), from the difference that k3 has kept.
             d_logp += tl.where(tl.abs(gap) > LOG_RATIO_LIMIT, 0.0, -kl_coeff * (kl + near))
         loss += kl_coeff * kl
-    return loss - entropy_coeff * entropy, d_logp, outside, divergence, ratio, kl
+    return loss - entropy_coeff * entropy, d_logp, outside, divergence, ratio, kl, worse, bounded, log_ratio
 
 
 @triton.jit(do_not_specialize=["positions", "rows", "token_mean"])
 def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_KP, counter, logp_N, old_logp_N, advantages_N,
                 ref_logp_N, entropy_N, cu_seqlens, mask_N, normalizer, scale, shift, positions, rows, width, token_mean,
-                clip_ratio, kl_coeff, entropy_coeff, K1: tl.constexpr, BLOCK: tl.constexpr):
+                clip_ratio, clip_high, dual_clip, kl_coeff, entropy_coeff, K1: tl.constexpr, BLOCK: tl.constexpr):
     row, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     begin, length = span(row, rows, positions, cu_seqlens, width)
     count = count_tokens(mask_N, begin, length, BLOCK)
@@ -75,6 +76,7 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
     zero_t = tl.zeros([BLOCK], tl.float32)
     loss_t, outside_t, divergence_t, ratio_t = zero_t, zero_t, zero_t, zero_t
     advantage_t, kl_t, entropy_t = zero_t, zero_t, zero_t
+    clipped_t, bounded_t, log_ratio_t = zero_t, zero_t, zero_t
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
         on = token_mask(mask_N, begin, at, length)
@@ -89,8 +91,9 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
             entropy = tl.load(entropy_N + begin + at, mask=on, other=0.0).to(tl.float32)
             tl.store(entropy_gradient_N + begin + at, tl.where(on, -entropy_coeff * share, 0.0), mask=at < length)
             entropy_t += entropy
-        token_loss, d_logp, outside, divergence, ratio, kl = policy_terms(
-            logp, old_logp, advantage, ref_logp, entropy, clip_ratio, kl_coeff, K1, entropy_coeff, ref_logp_N is not None)
+        token_loss, d_logp, outside, divergence, ratio, kl, clipped, bounded, log_ratio = policy_terms(
+            logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_high, dual_clip, kl_coeff, K1, entropy_coeff,
+            ref_logp_N is not None)
         tl.store(gradient_N + begin + at, tl.where(on, d_logp * share, 0.0), mask=at < length)
         loss_t += token_loss
         outside_t += outside.to(tl.float32)
@@ -98,6 +101,9 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
         ratio_t += tl.where(on, ratio, 0.0)
         advantage_t += advantage
         kl_t += kl
+        clipped_t += clipped.to(tl.float32)
+        bounded_t += bounded.to(tl.float32)
+        log_ratio_t += log_ratio
     zero_tail(gradient_N, row, programs, rows, positions, cu_seqlens, BLOCK)
     if entropy_N is not None:
         zero_tail(entropy_gradient_N, row, programs, rows, positions, cu_seqlens, BLOCK)
@@ -108,15 +114,18 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
     tl.store(mine + 3 * programs, tl.sum(advantage_t, 0))
     tl.store(mine + 4 * programs, tl.sum(kl_t, 0))
     tl.store(mine + 5 * programs, tl.sum(entropy_t, 0))
-    tl.store(mine + 6 * programs, (count > 0).to(tl.float32))
-    tl.store(mine + 7 * programs, count)
-    tl.store(mine + 8 * programs, tl.sum(loss_t, 0) * share)
+    tl.store(mine + 6 * programs, tl.sum(clipped_t, 0))
+    tl.store(mine + 7 * programs, tl.sum(bounded_t, 0))
+    tl.store(mine + 8 * programs, tl.sum(log_ratio_t, 0))
+    tl.store(mine + 9 * programs, (count > 0).to(tl.float32))
+    tl.store(mine + 10 * programs, count)
+    tl.store(mine + 11 * programs, tl.sum(loss_t, 0) * share)
     if is_last(counter, programs):
         report(loss, inverse, statistics, sums_KP, programs * 0, rows, programs, normalizer, token_mean, MEANS, 16, BLOCK // 4)
 
 
-def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, kl_coeff, k1, entropy_coeff,
-             token_mean, normalizer, scale, shift):
+def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, clip_high, dual_clip, kl_coeff, k1,
+             entropy_coeff, token_mean, normalizer, scale, shift):
     """See the op and reference.py."""
     inputs = [None if tensor is None else tensor.contiguous()
               for tensor in (logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask)]
@@ -131,6 +140,6 @@ def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, cl
     with torch.cuda.device(logp.get_device()):
         loss_kernel[(programs,)](
             loss, gradient, entropy_gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(logp.device),
-            *inputs, normalizer, scale, shift, logp.numel(), rows, width, int(token_mean), clip_ratio, kl_coeff, entropy_coeff,
-            K1=k1, **config(logp.numel(), programs))
+            *inputs, normalizer, scale, shift, logp.numel(), rows, width, int(token_mean), clip_ratio, clip_high,
+            dual_clip, kl_coeff, entropy_coeff, K1=k1, **config(logp.numel(), programs))
     return loss, gradient, entropy_gradient, inverse, statistics

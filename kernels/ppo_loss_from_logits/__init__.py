@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..ppo_loss.reference import STATISTICS
+from ..ppo_loss.reference import STATISTICS, named
 from ..scaling import scale_in_place
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -68,10 +68,15 @@ torch.library.register_fake("saferlhf_fast::ppo_loss_from_logits", _fake, lib=_l
 torch.library.register_autograd("saferlhf_fast::ppo_loss_from_logits", _backward, setup_context=_setup, lib=_lib)
 
 
-def ppo_loss_from_logits(logits, ids, old_logp, advantages, *, clip_ratio, cu_seqlens=None, mask=None, ref_logp=None,
-                         kl_coeff=0.0, kl_estimator="k3", entropy_coeff=0.0, temperature=1.0, softcap=None,
-                         reduction="sequence-mean", normalizer=None, advantage_scale=None, advantage_shift=None,
-                         inplace=True, impl="auto"):
+def ppo_loss_from_logits(
+    logits: torch.Tensor, ids: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, *, clip_ratio: float,
+    clip_high: float | None = None, dual_clip: float | None = None, cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None, ref_logp: torch.Tensor | None = None, kl_coeff: float = 0.0, kl_estimator: str = "k3",
+    entropy_coeff: float = 0.0, temperature: float | torch.Tensor = 1.0, softcap: float | None = None,
+    reduction: str = "sequence-mean", normalizer: float | torch.Tensor | None = None,
+    advantage_scale: float | torch.Tensor | None = None, advantage_shift: float | torch.Tensor | None = None,
+    inplace: bool = True, impl: str = "auto",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The clipped policy loss, a KL term and an entropy bonus, straight from logits: two passes over them instead of three.
 
     Means the same as::
@@ -94,12 +99,12 @@ def ppo_loss_from_logits(logits, ids, old_logp, advantages, *, clip_ratio, cu_se
     op = "ppo_loss_from_logits"
     checks.logits_and_ids(op, logits, ids)
     policy = shared.arguments(
-        op, logits, ids, old_logp, advantages, clip_ratio=clip_ratio, cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp,
-        kl_coeff=kl_coeff, kl_estimator=kl_estimator, entropy_coeff=entropy_coeff, temperature=temperature, softcap=softcap,
-        reduction=reduction, normalizer=normalizer, advantage_scale=advantage_scale, advantage_shift=advantage_shift,
-        impl=impl)
+        op, logits, ids, old_logp, advantages, clip_ratio=clip_ratio, clip_high=clip_high, dual_clip=dual_clip,
+        cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp, kl_coeff=kl_coeff, kl_estimator=kl_estimator,
+        entropy_coeff=entropy_coeff, temperature=temperature, softcap=softcap, reduction=reduction, normalizer=normalizer,
+        advantage_scale=advantage_scale, advantage_shift=advantage_shift, impl=impl)
     gradient = logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and gradient and not torch.compiler.is_compiling() and not logits.is_leaf
     flat = logits.view(ids.numel(), logits.shape[-1]) if inplace else logits.reshape(ids.numel(), logits.shape[-1])
     loss, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss_from_logits(flat, inplace, gradient, *policy)
-    return loss, shared.named(statistics, STATISTICS, ref_logp is not None)
+    return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -21,8 +21,8 @@ WARPS = ((8192, 8), (65536, 16), (1 << 31, 32))
 
 @triton.jit(do_not_specialize=INTEGERS)
 def rows_kernel(out_NV, logp_N, entropy_N, logits_NV, ids_N, old_logp_N, advantage_N, ref_logp_N, weight_N, temperature_N,
-                out_stride, logits_stride, vocabulary, upwards, temperature, per_row, softcap, has_ref, clip_ratio, kl_coeff,
-                k1, entropy_coeff, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
+                out_stride, logits_stride, vocabulary, upwards, temperature, per_row, softcap, has_ref, clip_ratio, clip_high,
+                dual_clip, kl_coeff, k1, entropy_coeff, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
     W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
     R: tl.constexpr = depth(W, CAPPED)
     row = tl.program_id(0).to(tl.int64)
@@ -44,8 +44,10 @@ def rows_kernel(out_NV, logp_N, entropy_N, logits_NV, ids_N, old_logp_N, advanta
         tl.store(entropy_N + row, entropy)
         ref_logp = tl.load(ref_logp_N + row, mask=has_ref != 0, other=0.0)
         old_logp, advantage = tl.load(old_logp_N + row), tl.load(advantage_N + row)
-        _, by_k1, _, _, _, _ = policy_terms(logp, old_logp, advantage, ref_logp, 0.0, clip_ratio, kl_coeff, True, 0.0, True)
-        _, by_k3, _, _, _, _ = policy_terms(logp, old_logp, advantage, ref_logp, 0.0, clip_ratio, kl_coeff, False, 0.0, True)
+        by_k1 = policy_terms(logp, old_logp, advantage, ref_logp, 0.0, clip_ratio, clip_high, dual_clip, kl_coeff, True, 0.0,
+                             True)[1]
+        by_k3 = policy_terms(logp, old_logp, advantage, ref_logp, 0.0, clip_ratio, clip_high, dual_clip, kl_coeff, False, 0.0,
+                             True)[1]
         d_logp = tl.where(k1 != 0, by_k1, by_k3)
         inverse = scale * LN2  # 1 / temperature; a NaN in logp, of an id outside the vocabulary, reaches grad and the whole row
         grad, grad_entropy = weight * d_logp * inverse, -weight * entropy_coeff * inverse
@@ -67,8 +69,8 @@ def rows_kernel(out_NV, logp_N, entropy_N, logits_NV, ids_N, old_logp_N, advanta
         store_target(out_V + id, target / scale, known, logp, entropy, grad, grad_entropy, softcap, CAPPED)
 
 
-def ppo_loss_from_logits(logits_NV, ids_N, old_logp_N, advantage_N, ref_logp_N, weight_N, clip_ratio, kl_coeff, k1,
-                         entropy_coeff, temperature, temperature_N, softcap, out_NV):
+def ppo_loss_from_logits(logits_NV, ids_N, old_logp_N, advantage_N, ref_logp_N, weight_N, clip_ratio, clip_high, dual_clip,
+                         kl_coeff, k1, entropy_coeff, temperature, temperature_N, softcap, out_NV):
     """Writes d sum(weight * objective) / d logits into out_NV -> (logp_N, entropy_N); see the reference.
 
     Nothing of a row with weight 0 is read.
@@ -85,8 +87,8 @@ def ppo_loss_from_logits(logits_NV, ids_N, old_logp_N, advantage_N, ref_logp_N, 
         rows_kernel[(count,)](
             target_NV, logp_N, entropy_N, logits_NV, *vectors, target_NV.stride(0) // w,
             logits_NV.stride(0) // w, vocabulary, int(target_NV.dtype != logits_NV.dtype), float(temperature),
-            int(temperature_N is not None), float(softcap), int(ref_logp_N is not None), float(clip_ratio), float(kl_coeff),
-            int(k1), float(entropy_coeff), **how)
+            int(temperature_N is not None), float(softcap), int(ref_logp_N is not None), float(clip_ratio),
+            float(clip_high), float(dual_clip), float(kl_coeff), int(k1), float(entropy_coeff), **how)
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)
     return logp_N, entropy_N

@@ -71,7 +71,10 @@ torch.library.register_fake("saferlhf_fast::token_logprob_backward", _fake_backw
 torch.library.register_autograd("saferlhf_fast::token_logprob", _backward, setup_context=_setup, lib=_lib)
 
 
-def token_logprob(logits, ids, *, temperature=1.0, softcap=None, return_entropy=False, inplace_backward=False, impl="auto"):
+def token_logprob(
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = 1.0, softcap: float | None = None,
+    return_entropy: bool = False, inplace_backward: bool = False, impl: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of `ids` under softmax(logits / temperature), and its entropy in nats.
 
     Means the same as::

@@ -40,8 +40,11 @@ torch.library.register_fake("saferlhf_fast::value_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::value_loss", _backward, setup_context=_setup, lib=_lib)
 
 
-def value_loss(values, old_values, returns, *, clip_value, cu_seqlens=None, mask=None, reduction="sequence-mean",
-               normalizer=None, impl="auto"):
+def value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip_value: float,
+    cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None, reduction: str = "sequence-mean",
+    normalizer: float | torch.Tensor | None = None, impl: str = "auto",
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Half the mean of the larger of two squares (PPO2's clipped value loss; safe-rlhf's critic_loss_fn).
 
     Means the same as::
@@ -50,12 +53,14 @@ def value_loss(values, old_values, returns, *, clip_value, cu_seqlens=None, mask
         loss = 0.5 * mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2))
 
     values, old_values, returns: packed [N] with `cu_seqlens` or padded [B, T] with `mask` for one critic; [2, N] or
-    [2, B, T] for both, the reward's first. clip_value, in the values' units. reduction, normalizer, impl: as `ppo_loss`.
+    [2, B, T] for both, the reward's first. clip_value, in the values' units; infinity for no clip.
+    reduction, normalizer, impl: as `ppo_loss`.
 
     Returns (loss, stats): loss [] or [2], float64 for float64 values, else float32. The gradient goes to values only and
     is exactly 0 where masked; masked entries are never read. stats, 0-d, over this call's valid tokens: clip_fraction
-    (share of values further than clip_value from the old), value, return (means), error (mean square against the
-    returns), sequences (with a token), tokens; with two critics each of the first four twice, as reward_* and cost_*.
+    (share of values further than clip_value from the old), clipped (share where the clipped square is the larger one),
+    value, return (means), error (mean square against the returns), sequences (with a token), tokens; with two critics each
+    of the first five twice, as reward_* and cost_*.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     checks.same_tokens("value_loss", ("values", "old_values", "returns"), (values, old_values, returns))
@@ -64,6 +69,8 @@ def value_loss(values, old_values, returns, *, clip_value, cu_seqlens=None, mask
     single = values.dim() == (1 if cu_seqlens is not None else 2 if mask is None else mask.dim()) or values.dim() == 1
     if not single and (values.dim() not in (2, 3) or values.shape[0] != 2):
         raise ValueError(f"value_loss: values: expected one critic or two in front, got shape {tuple(values.shape)}")
+    if clip_value == float("inf"):
+        old_values = values     # unbounded, old + (new - old) need not be new: far apart it is not even close
     if single:
         values, old_values, returns = values[None], old_values[None], returns[None]
     cu_seqlens, mask, _ = checks.rows("value_loss", "values", values.shape[1:], values.device, cu_seqlens, mask)

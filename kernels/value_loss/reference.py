@@ -6,12 +6,12 @@ from ..checks import result_dtype
 from ..layout import layout, shares
 from ..losses import statistics, total
 
-STATISTICS = ("clip_fraction", "value", "return", "error", "sequences", "tokens")
+STATISTICS = ("clip_fraction", "value", "return", "error", "clipped", "sequences", "tokens")
 
 
 def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_mean, normalizer):
     """See the op. Inputs [C, N] or [C, B, T]; returns loss [C], gradient shaped as values without the factor
-    `inverse` [], which follows, and statistics [C, 6]."""
+    `inverse` [], which follows, and statistics [C, 7]."""
     dtype = result_dtype(values)
     critics = values.shape[0]
     rows = layout("value_loss", values[0].numel(), cu_seqlens, mask)
@@ -33,4 +33,4 @@ def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_
     gradient_CN = torch.where(flat_CN, 0, share_N * plain_error_CN * torch.where(tie_CN, 0.5, 1.0).to(dtype))
     outside_CN = rows.valid_N & (difference_CN.abs() > clip_value)
     return (loss_C, gradient_CN.reshape(values.shape), inverse,
-            statistics(rows, dtype, (outside_CN, value_CN, return_CN, plain_square_CN)))
+            statistics(rows, dtype, (outside_CN, value_CN, return_CN, plain_square_CN, rows.valid_N & flat_CN)))

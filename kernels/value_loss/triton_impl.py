@@ -23,7 +23,7 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
     gradient_N = gradient_CN + critic.to(tl.int64) * positions
     from_here = critic.to(tl.int64) * positions + begin
     zero_t = tl.zeros([BLOCK], tl.float32)
-    loss_t, outside_t, value_t, return_t, error_t = zero_t, zero_t, zero_t, zero_t, zero_t
+    loss_t, outside_t, value_t, return_t, error_t, flat_t = zero_t, zero_t, zero_t, zero_t, zero_t, zero_t
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
         on = token_mask(mask_N, begin, at, length)
@@ -37,7 +37,8 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
         plain_square, other_square = plain * plain, other * other
         # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
         whole = tl.where(far & (other_square == plain_square), 0.5, 1.0)
-        slope = tl.where(far & (other_square > plain_square), 0.0, plain * whole)
+        flat = far & (other_square > plain_square)
+        slope = tl.where(flat, 0.0, plain * whole)
         tl.store(gradient_N + begin + at, tl.where(on, slope * share, 0.0), mask=at < length)
         # A NaN anywhere is in other_square, which wins what cannot be compared.
         loss_t += 0.5 * tl.where(plain_square >= other_square, plain_square, other_square)
@@ -45,15 +46,17 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
         value_t += value
         return_t += goal
         error_t += plain_square
+        flat_t += flat.to(tl.float32)
     zero_tail(gradient_N, row, each.to(tl.int64), rows, positions, cu_seqlens, BLOCK)
     mine = sums_KP + program
     tl.store(mine, tl.sum(outside_t, 0))
     tl.store(mine + programs, tl.sum(value_t, 0))
     tl.store(mine + 2 * programs, tl.sum(return_t, 0))
     tl.store(mine + 3 * programs, tl.sum(error_t, 0))
-    tl.store(mine + 4 * programs, (count > 0).to(tl.float32))
-    tl.store(mine + 5 * programs, count)
-    tl.store(mine + 6 * programs, tl.sum(loss_t, 0) * share)
+    tl.store(mine + 4 * programs, tl.sum(flat_t, 0))
+    tl.store(mine + 5 * programs, (count > 0).to(tl.float32))
+    tl.store(mine + 6 * programs, count)
+    tl.store(mine + 7 * programs, tl.sum(loss_t, 0) * share)
     if is_last(counter, programs):
         first = programs * 0
         for _ in range(critics):
