@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 import types
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,3 +181,19 @@ def test_importing_it_needs_torch_alone():
         assert not wrong, wrong
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
+
+
+@pytest.mark.parametrize("name", [name for name in integrations.LIBRARIES if name != "transformers"])
+def test_the_page_names_every_function_and_says_which_way(name):
+    library = import_module(f"saferlhf_fast.integrations.{name}").LIBRARY
+    rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} |")]
+    said = {way: " ".join(row[2] for row in rows if row[3].strip() == way) for way in ("replaced", "left")}
+    for way, targets in (("replaced", [entry.target for entry in library.replace]), ("left", [one for one, _ in library.leave])):
+        for target in targets:
+            function = target.rpartition(":")[2]
+            assert function in said[way] or function.rpartition(".")[2] in said[way], f"docs/integrations.md: {way}: {target}"
+    for version in library.versions:
+        assert version in PAGE.read_text()
