@@ -1,5 +1,8 @@
 """verl's functions against ours in their place: values, gradients, metrics, edge cases, registries. Needs verl 0.9.1."""
 
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -192,3 +195,15 @@ def test_registries_and_bindings_are_replaced_and_restored():
             pass                                                       # a second context ends; the first one's work stays
         assert core.POLICY_LOSS_REGISTRY["vanilla"] is not held
     same(before, snapshot(core, functional, fused, engine, losses))
+
+
+def test_the_environment_patches_every_process_that_imports_verl():
+    code = """if True:
+        import verl
+        from saferlhf_fast import integrations
+        import verl.trainer.ppo.core_algos as core, verl.workers.engine.fsdp.transformer_impl as engine
+        assert integrations.patched() == ["verl"]
+        assert core.POLICY_LOSS_REGISTRY["vanilla"].__saferlhf_fast__ and engine.logprobs_from_logits.__saferlhf_fast__
+    """
+    subprocess.run([sys.executable, "-c", code], check=True,
+                   env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "saferlhf_fast.integrations.verl_worker"})

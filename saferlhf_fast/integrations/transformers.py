@@ -13,6 +13,7 @@ warning. Not for nn.DataParallel, whose replicas share the first one's forward.
 Shapes: B rows, T tokens, H hidden, V vocabulary, N labelled positions.
 """
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -107,6 +108,7 @@ class Patch:
         self.names = names                   # {parameter of the model's forward: its default}, in order
         self.body_takes = body_takes         # parameters of the body's forward; None: any
         self.on_call = on_call
+        self.kind = None                     # the class of the model's own outputs
 
     def __deepcopy__(self, memo):
         return self                          # nothing in it changes
@@ -137,7 +139,7 @@ def _patch(model, force, on_call):
     head_class, form = type(head), logit_form(model)
     if form is None:
         raise Refused(f"{type(model).__name__}: expected logits = softcap(scale · (hidden · weightᵀ + bias)) of a plain linear "
-                      f"layer, got others from its {type(head).__name__} on three tokens")
+                      f"layer; its {type(head).__name__} does not give them on three tokens")
     body = inspect.signature(model.base_model.forward).parameters
     taken = None if any(p.kind is p.VAR_KEYWORD for p in body.values()) else set(body)
     own = inspect.signature(model.forward).parameters
@@ -191,7 +193,8 @@ def _same_loss(model, state):
     labels[0, 2:4] = IGNORED
     model.eval()
     try:
-        expected = model(input_ids=ids, labels=labels).loss
+        output = model(input_ids=ids, labels=labels)
+        state.kind, expected = type(output), output.loss
         made = _with_loss(model, state, {"input_ids": ids, "labels": labels}).loss
     except (TypeError, AttributeError, RuntimeError, ValueError):
         return False
@@ -246,8 +249,7 @@ def _needs_logits(model, state, given):
 
 
 def _with_loss(model, state, given):
-    """A call with labels, as {name: argument} -> CausalLMOutputWithPast (or with cross attentions) without logits."""
-    from transformers import modeling_outputs
+    """A call with labels, as {name: argument} -> the model's kind of output, without logits."""
     inputs = {name: value for name, value in given.items()
               if name not in NOT_THE_BODYS and (state.body_takes is None or name in state.body_takes)}
     outputs = model.base_model(**inputs, return_dict=True)
@@ -270,10 +272,8 @@ def _with_loss(model, state, given):
         loss = loss + float("nan")                       # the mean of nothing, as theirs; its gradients are 0
     if state.on_call is not None:
         state.on_call()
-    names = ("past_key_values", "hidden_states", "attentions", "cross_attentions")
-    kept = {name: getattr(outputs, name, None) for name in names if hasattr(outputs, name)}
-    kind = "CausalLMOutputWithCrossAttentions" if "cross_attentions" in kept else "CausalLMOutputWithPast"
-    return getattr(modeling_outputs, kind)(loss=loss, logits=None, **kept)
+    kept = {field.name: getattr(outputs, field.name, None) for field in dataclasses.fields(state.kind)}
+    return state.kind(**{**kept, "loss": loss, "logits": None})
 
 
 def token_logprobs(self, input_ids, mask=None, *, labels=None, temperature=1.0, return_entropy=False):

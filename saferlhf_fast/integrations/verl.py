@@ -1,8 +1,8 @@
 """verl 0.9: log-probs, entropies, GAE, whitening, the vanilla policy loss, the value loss and the fused linear head.
 
 GAE and the vanilla loss are looked up in verl's registries, which keep the old function unless the entry is replaced too. Ray
-workers are processes of their own: set `actor_rollout_ref.model.external_lib=saferlhf_fast.integrations.verl_worker` (and the
-critic's), which verl imports in each.
+workers are processes of their own: VERL_USE_EXTERNAL_MODULES=saferlhf_fast.integrations.verl_worker in the environment of the job
+patches every process that imports verl.
 """
 
 import torch

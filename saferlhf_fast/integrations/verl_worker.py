@@ -1,4 +1,5 @@
-"""Patches verl in the process that imports this: what its setting `external_lib` is for, which every Ray worker imports."""
+"""Patches verl in the process that imports this. VERL_USE_EXTERNAL_MODULES=saferlhf_fast.integrations.verl_worker makes verl do so
+wherever it is imported: in the driver, which computes advantages, and in Ray's workers."""
 
 from . import patch
 
