@@ -1,5 +1,8 @@
-"""Patches verl in the process that imports this. VERL_USE_EXTERNAL_MODULES=saferlhf_fast.integrations.verl_worker makes verl do so
-wherever it is imported: in the driver, which computes advantages, and in Ray's workers."""
+"""Patches verl in the process that imports this.
+
+VERL_USE_EXTERNAL_MODULES=saferlhf_fast.integrations.verl_worker makes verl import it wherever verl is imported: in the driver,
+which computes advantages, and in Ray's workers.
+"""
 
 from . import patch
 
