@@ -40,7 +40,8 @@ def measure(path, arguments, log=None):
     with tempfile.TemporaryDirectory() as scratch:
         empty = Path(scratch) / "pytest.ini"
         empty.write_text("[pytest]\n")
-        command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "-c", str(empty), f"--rootdir={HERE}", "-q",
+        command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "-c", str(empty), f"--rootdir={HERE}",
+                   f"--confcutdir={HERE}", "-q",
                    "--import-mode=importlib", "-W", "ignore::FutureWarning", "-W", "ignore::DeprecationWarning",
                    "--benchmark-only", "-p", "no:cacheprovider", "-rs", "--benchmark-columns=median,iqr,rounds",
                    "--benchmark-quiet", f"--benchmark-storage=file://{scratch}/stored", f"--benchmark-json={path}", *options]

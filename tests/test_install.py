@@ -236,12 +236,13 @@ def test_the_compiled_module_works_in_an_installed_package(base, tmp_path):
 
 
 def test_the_benches_run_from_an_installed_wheel(wheel, tmp_path):
-    """With [bench] alone, in a folder whose pytest settings and conftest.py are of no concern."""
+    """With [bench] alone, inside a project whose pytest settings and conftest.py are of no concern."""
     scripts = environment(tmp_path / "venv", wheel, "torch", "triton", "numpy", "pytest", "pytest-benchmark")
     folder = tmp_path / "work"
     folder.mkdir()
-    (folder / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
-    (folder / "conftest.py").write_text("raise SystemExit('not this one')\n")
+    for place in (tmp_path, folder):                        # above the environment, and where the command is called
+        (place / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
+        (place / "conftest.py").write_text("raise SystemExit('not this one')\n")
     result = call(scripts / "saferlhf-fast", "bench", "--quick", "--ops", "gae", "--save", "base.json", cwd=folder,
                   BENCH_TINY="1", PYTEST_ADDOPTS="--no-such-option")
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
