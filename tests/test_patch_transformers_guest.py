@@ -10,7 +10,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from patch_kit import KINDS, V, close, gradients, make, random_batch  # noqa: E402
+from patch_kit import KINDS, SMALL, V, close, gradients, make, random_batch  # noqa: E402
 from saferlhf_fast.integrations.report import Refused  # noqa: E402
 from saferlhf_fast.integrations.transformers import patch_model, unpatch_model  # noqa: E402
 
@@ -22,6 +22,7 @@ def test_without_labels_it_is_the_model_itself():
     options = {"max_new_tokens": 5, "do_sample": False}
     assert torch.equal(model.generate(ids, **options), patched.generate(ids, **options))
     assert str(inspect.signature(patched.forward)) == str(inspect.signature(model.forward))
+    assert type(patched(ids, labels=ids)) is type(model(ids, labels=ids))
     got = patched(ids, None, labels=ids, return_dict=False)
     assert isinstance(got, tuple) and got[0].shape == () and len(got) == len(model(ids, labels=ids, return_dict=False)) - 1
 
@@ -164,6 +165,20 @@ def test_calls_that_need_logits_go_to_the_model_and_say_so():
     model.loss_function = lambda logits, labels, **_: logits.sum()
     with pytest.warns(UserWarning, match="not transformers' ForCausalLMLoss"):
         assert model(ids, labels=ids).logits is not None
+
+
+def test_a_mixture_of_experts():
+    config = transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    torch.manual_seed(0)
+    model, ids = transformers.MixtralForCausalLM(config).eval(), torch.tensor([[5, 6, 7, 8]])
+    patched = patch_model(copy.deepcopy(model))
+    expected, got = model(ids, labels=ids), patched(ids, labels=ids)
+    assert type(got) is type(expected) and got.logits is None
+    close(gradients(patched, got.loss), gradients(model, expected.loss), torch.float32)
+    with pytest.warns(UserWarning, match="own forward makes this loss: output_router_logits"):
+        again = patched(ids, labels=ids, output_router_logits=True)
+    torch.testing.assert_close(again.loss, model(ids, labels=ids, output_router_logits=True).loss)
+    assert again.aux_loss is not None
 
 
 def test_a_wrapped_forward_is_not_taken_apart():
