@@ -52,9 +52,9 @@ def signature(name, function, skip_self=False):
     if len(line) <= WIDTH:
         return line
     indent = " " * min(len(name) + 1, 24)
-    body = textwrap.wrap(", ".join(part.replace(" ", "\0") for part in parts), WIDTH - len(indent), break_long_words=False,
-                         break_on_hyphens=False)
-    return (f"{name}(" + f"\n{indent}".join(body) + f"){answer}").replace("\0", " ")
+    whole = ", ".join(part.replace(" ", "\0") for part in parts) + ")" + answer.replace(" ", "\0").replace("\0", " ", 1)
+    body = textwrap.wrap(whole, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
+    return (f"{name}(" + f"\n{indent}".join(body)).replace("\0", " ")
 
 
 def _annotation(annotation):
