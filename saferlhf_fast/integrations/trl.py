@@ -8,6 +8,7 @@ import torch
 
 from ..kernels import linear
 from ..kernels.dispatch import choose
+from ..kernels.linear_logprob import linear_logprob
 from . import shared
 from .registry import Library, Replace
 
@@ -59,15 +60,14 @@ class _Head(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NH, weight_VH, bias_V, ids_N, temperature, softcap, outputs):
         ctx.set_materialize_grads(False)
-        ctx.sources = (hidden_NH.dtype, weight_VH.dtype, None if bias_V is None else bias_V.dtype)
-        ctx.narrow = hidden_NH.is_cuda
-        hidden_NH, weight_VH, bias_V = _computed(hidden_NH, weight_VH, bias_V)
+        ctx.narrow, ctx.kind, sources = hidden_NH.is_cuda, _kind(hidden_NH), (hidden_NH, weight_VH, bias_V)
+        hidden_NH, weight_VH, bias_V = _cast(ctx.kind, *sources)
         ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, "entropy" in outputs
         row, _ = choose("token_logprob", (hidden_NH,))
         extras = _Extras(outputs, ids_N.numel(), weight_VH, temperature, softcap)
         logp_N, entropy_N, lse_N = linear.logprob(
             extras.around(row), hidden_NH, weight_VH, ids_N, bias_V, temperature, None, softcap, ctx.entropy, None, ctx.narrow)
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, ids_N, logp_N, entropy_N, lse_N)
+        ctx.save_for_backward(*sources, ids_N, logp_N, entropy_N, lse_N)      # not what they were cast to: that would stay
         made = extras.made(hidden_NH, weight_VH, bias_V)
         ctx.mark_non_differentiable(*(value for value in made if value is not None))
         return logp_N, entropy_N if ctx.entropy else None, *made
@@ -76,19 +76,23 @@ class _Head(torch.autograd.Function):
     def backward(ctx, grad_logp_N, grad_entropy_N, *_):
         if grad_logp_N is None and grad_entropy_N is None:
             return (None,) * 7
-        hidden_NH, weight_VH, bias_V, ids_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
+        *sources, ids_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V = _cast(ctx.kind, *sources)
         backward, _ = choose("token_logprob_backward", (hidden_NH,))
         wanted = [bool(want) for want in ctx.needs_input_grad[:3]]
         made = linear.logprob_backward(
             backward, hidden_NH, weight_VH, ids_N, bias_V, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N,
             ctx.temperature, None, ctx.softcap, wanted, None, ctx.narrow)
-        return *(None if gradient is None else gradient.to(dtype) for gradient, dtype in zip(made, ctx.sources)), *[None] * 4
+        return *(None if made is None else made.to(source.dtype) for made, source in zip(made, sources)), *[None] * 4
 
 
-def _computed(*tensors):
-    """The tensors as the products take them: in autocast's type on a device; a CPU's half-precision products are slower."""
-    device = tensors[0].device.type
-    kind = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and device != "cpu" else tensors[0].dtype
+def _kind(hidden_NH):
+    """What the products take: autocast's type on a device; a CPU's half-precision products are slower."""
+    device = hidden_NH.device.type
+    return torch.get_autocast_dtype(device) if device != "cpu" and torch.is_autocast_enabled(device) else hidden_NH.dtype
+
+
+def _cast(kind, *tensors):
     return tuple(None if tensor is None else tensor.to(kind) for tensor in tensors)
 
 
@@ -153,10 +157,21 @@ def chunked_head(theirs):
             count()
             _checked(hidden, weight, targets, temperature)
             # scale · z under softcap s and temperature T is z under softcap s / scale and temperature T / scale.
-            softcap = (final_logit_softcapping or 0.0) / logit_scale
-            return _Head.apply(hidden, weight, bias, targets, temperature / logit_scale, softcap, tuple(outputs))
+            softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
+            learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, weight, bias))
+            if learns or set(outputs) & set(EXTRAS):
+                return _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
+            return _without_gradient(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
 
     return ChunkedHead
+
+
+def _without_gradient(hidden, weight, bias, targets, temperature, softcap, entropy):
+    """Old and reference log-probs: on a device in one kernel whose logits never reach memory."""
+    hidden, weight, bias = _cast(_kind(hidden), hidden, weight, bias)
+    made = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap or None,
+                          return_entropy=entropy)
+    return *(made if entropy else (made, None)), None, None, None
 
 
 def _checked(hidden, weight, targets, temperature):
