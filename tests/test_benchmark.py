@@ -135,6 +135,12 @@ def test_another_device_or_version_is_named(tmp_path, measure, capsys):
     assert "differs: torch: 1 then, 2 now" in out and "differs: device: A CPU, 4 thread(s) then, A CPU, 2 thread(s) now" in out
 
 
+def test_either_figure_of_an_edited_file_counts(tmp_path, measure):
+    path = stored(tmp_path, entry("eager", 1.0), {**entry("native", 0.5), "stats": {"min": 0.25}})
+    measure.runs = [results(entry("eager", 1.0), entry("native", 0.5))] * 3
+    assert cli.main(["bench", "--compare", str(path)]) == 1
+
+
 def test_wrong_results_fail_and_are_not_kept(tmp_path, measure, capsys):
     measure.runs, measure.failed = [results(entry("eager", 1.0))], ["FAILED bench_gae.py::test[native] - wrong: off by 1"]
     assert cli.main(["bench", "--ops", "gae", "--save", str(tmp_path / "base.json")]) == 1
