@@ -30,10 +30,40 @@ def scalar(value, like, name):
     if isinstance(value, torch.Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.dtype.is_complex or value.is_meta != like.is_meta:
+            raise ValueError(f"{name}: expected a real number on {like.device}, got {value.dtype} on {value.device}")
         if value.dim() == 0 and value.dtype == dtype and value.device == like.device:
             return constant(value)
         return value.detach().reshape(()).to(device=like.device, dtype=dtype)
     return torch.full((), float(value), dtype=dtype, device=like.device)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def floating(tensor):
+    """Of a floating point type that the ops know: not of 8 bits."""
+    return tensor.dtype in FLOATS
+
+
+def whole(tensor):
+    """Of an integer type with values to count or to look up: not bool."""
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
+def wide(ids):
+    """Integers of 32 or 64 bits, signed: narrower ones could not be compared with the size of a vocabulary in a kernel."""
+    return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
+
+
+def overlaps(tensor):
+    """Whether two elements may share memory (an expanded tensor): then nothing may be written over it."""
+    reach = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1):
+        if stride < reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def same_tokens(op, names, tensors):
@@ -44,8 +74,8 @@ def same_tokens(op, names, tensors):
             raise ValueError(f"{op}: {name}: expected shape {tuple(shape)} as {names[0]}, got {tuple(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"{op}: {name}: expected device {device} as {names[0]}, got {tensor.device}")
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{op}: {name}: expected a floating point dtype, got {tensor.dtype}")
+        if not floating(tensor):
+            raise ValueError(f"{op}: {name}: expected a floating point dtype of 16, 32 or 64 bits, got {tensor.dtype}")
 
 
 def rows(op, name, shape, device, cu_seqlens, mask):
@@ -64,7 +94,7 @@ def rows(op, name, shape, device, cu_seqlens, mask):
     if cu_seqlens is not None:
         if len(shape) != 1:
             raise ValueError(f"{op}: {name}: expected packed tokens [N] with cu_seqlens, got shape {tuple(shape)}")
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or cu_seqlens.dtype.is_floating_point:
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not whole(cu_seqlens):
             raise ValueError(
                 f"{op}: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
         if cu_seqlens.device != device:
@@ -82,7 +112,7 @@ def rows(op, name, shape, device, cu_seqlens, mask):
 
 def per_row(op, name, tensor, count, device):
     """A floating point tensor [B] on `device`."""
-    if tensor.dim() != 1 or tensor.shape[0] != count or not tensor.dtype.is_floating_point:
+    if tensor.dim() != 1 or tensor.shape[0] != count or not floating(tensor):
         raise ValueError(f"{op}: {name}: expected floating point [B] = [{count}], got {tensor.dtype} {tuple(tensor.shape)}")
     if tensor.device != device:
         raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
@@ -93,7 +123,7 @@ def logits_and_ids(op, logits, ids):
     if logits.dim() < 1 or ids.shape != logits.shape[:-1]:
         raise ValueError(f"{op}: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last dimension, "
                          f"got {tuple(ids.shape)}")
-    if not logits.dtype.is_floating_point or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if not floating(logits) or not whole(ids):
         raise ValueError(f"{op}: expected floating point logits and integer ids, got {logits.dtype}, {ids.dtype}")
     if ids.device != logits.device:
         raise ValueError(f"{op}: ids: expected device {logits.device} as logits, got {ids.device}")
@@ -109,7 +139,7 @@ def head(op, hidden, weight, ids, bias):
                              f"got {tensor.dtype} on {tensor.device}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    if not hidden.dtype.is_floating_point or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+    if not floating(hidden) or not whole(ids):
         raise ValueError(f"{op}: expected floating point hidden states and integer ids, got {hidden.dtype}, {ids.dtype}")
     if ids.shape != hidden.shape[:-1] or ids.device != hidden.device:
         raise ValueError(f"{op}: ids: expected shape {tuple(hidden.shape[:-1])} on {hidden.device} as hidden without its last "

@@ -71,7 +71,8 @@ def arguments(op, like, ids, old_logp, advantages, *, clip_ratio, clip_high, dua
     cu_seqlens, mask, _ = checks.rows(op, "old_logp", old_logp.shape, like.device, cu_seqlens, mask)
     temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
     old_logp, advantages = old_logp.detach(), advantages.detach()
-    return Policy(ids, old_logp, advantages, None if ref_logp is None else ref_logp.detach(), cu_seqlens, mask, *clip,
+    ref_logp = None if ref_logp is None else ref_logp.detach()
+    return Policy(checks.wide(ids), old_logp, advantages, ref_logp, cu_seqlens, mask, *clip,
                   kl_coeff, kl_estimator == "k1", entropy_coeff, temperature, temperature_N, checks.softcap(op, softcap),
                   reduction == "token-mean", checks.scalar(normalizer, like, "normalizer"),
                   checks.scalar(advantage_scale, like, "advantage_scale"),

@@ -112,7 +112,7 @@ def linear_logprob(
     temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
     gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
-        hidden.reshape(ids.numel(), hidden.shape[-1]), weight, ids.reshape(-1), bias, temperature, temperature_N,
+        hidden.reshape(ids.numel(), hidden.shape[-1]), weight, checks.wide(ids).reshape(-1), bias, temperature, temperature_N,
         checks.softcap(op, softcap), return_entropy, chunk_tokens, gradient, "" if group is None else group.group_name, impl)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

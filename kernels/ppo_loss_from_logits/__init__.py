@@ -88,7 +88,7 @@ def ppo_loss_from_logits(
     reference). ids, old_logp, advantages, ref_logp: packed [N] or padded [B, T]; every other argument as in `ppo_loss`,
     temperature and softcap as in `token_logprob`. Nothing of a masked row is read, its id included; its gradient is 0.
     inplace: the forward pass overwrites `logits` with their gradient; they must not be needed again (ignored for leaf
-    tensors, under torch.compile, and where no gradient is asked for). A second backward pass then is an error.
+    and expanded tensors, under torch.compile, and where no gradient is asked for). A second backward pass then is an error.
     The gradient is exact for any scalar upstream; an upstream other than 1 costs one more pass, so count micro-batches
     and ranks in `normalizer` instead of dividing the loss.
 
@@ -105,6 +105,7 @@ def ppo_loss_from_logits(
         advantage_scale=advantage_scale, advantage_shift=advantage_shift, impl=impl)
     gradient = logits.requires_grad and torch.is_grad_enabled()
     inplace = inplace and gradient and not torch.compiler.is_compiling() and not logits.is_leaf
-    flat = logits.view(ids.numel(), logits.shape[-1]) if inplace else logits.reshape(ids.numel(), logits.shape[-1])
+    flat = logits.reshape(ids.numel(), logits.shape[-1])
+    inplace = inplace and not checks.overlaps(flat)
     loss, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss_from_logits(flat, inplace, gradient, *policy)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -88,7 +88,7 @@ def token_logprob(
     a device, where knowing would make the host wait; with SAFERLHF_CHECK=1 it raises there too. temperature: number > 0,
     or a tensor of them, 0-d or shaped as ids (no gradient flows to it). softcap: as Gemma caps its logits, or None.
     inplace_backward: the backward pass writes d logits into the memory of `logits`, which must not be needed again
-    (ignored for leaf tensors and under torch.compile). impl: "auto", "reference", "triton" or "native".
+    (ignored for leaf and expanded tensors and under torch.compile). impl: "auto", "reference", "triton" or "native".
 
     Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp <= 0
     always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in every
@@ -96,9 +96,10 @@ def token_logprob(
     """
     checks.logits_and_ids("token_logprob", logits, ids)
     temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not logits.is_leaf
+    flat = logits.reshape(ids.numel(), logits.shape[-1])
+    inplace = inplace_backward and not torch.compiler.is_compiling() and not logits.is_leaf and not checks.overlaps(flat)
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
-        logits.reshape(ids.numel(), logits.shape[-1]), ids.reshape(-1), temperature, temperature_N,
+        flat, checks.wide(ids).reshape(-1), temperature, temperature_N,
         checks.softcap("token_logprob", softcap), return_entropy, inplace, impl)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

@@ -1,0 +1,200 @@
+"""One table, op x bad input: memory layouts, dtypes, devices, shapes, empty tensors, ids outside the vocabulary. What is given is
+handled as a torch user expects, or refused by one line with expected and got; never a finite wrong value."""
+
+import interpret
+import naive
+import pytest
+import torch
+from losses_kit import laid_out
+from tolerance import assert_near
+
+import saferlhf_fast
+from saferlhf_fast.kernels import dispatch
+
+INTERPRETED = dispatch.interpreted()
+B, T, H, V = 2, 5, 4, 7
+LOSS = dict(clip_ratio=0.2, clip_high=0.3, dual_clip=1.5, kl_coeff=0.1)
+# op: arguments that are tokens [B, T], others by shape, settings, what the gradient goes to.
+TABLE = {
+    "token_logprob": ((), dict(logits=(B, T, V), ids=(B, T)), dict(return_entropy=True), ("logits",)),
+    "linear_logprob": ((), dict(hidden=(B, T, H), weight=(V, H), ids=(B, T), bias=(V,)), dict(return_entropy=True),
+                       ("hidden", "weight", "bias")),
+    "gae": (("rewards", "values"), {}, dict(gamma=0.9, lam=0.8), ()),
+    "ppo_lag_advantage": (("logp", "ref_logp", "reward_values", "cost_values"), dict(reward=(B,), cost=(B,), multiplier=()),
+                          dict(kl_coeff=0.1, gamma=0.9, lam=0.8, clip_score=5.0), ()),
+    "ppo_loss": (("logp", "old_logp", "advantages", "ref_logp", "entropy"), {}, dict(LOSS, entropy_coeff=0.1),
+                 ("logp", "entropy")),
+    "ppo_loss_from_logits": (("old_logp", "advantages", "ref_logp"), dict(logits=(B, T, V), ids=(B, T)),
+                             dict(LOSS, entropy_coeff=0.1), ("logits",)),
+    "linear_ppo_loss": (("old_logp", "advantages", "ref_logp"), dict(hidden=(B, T, H), weight=(V, H), ids=(B, T), bias=(V,)),
+                        dict(LOSS, entropy_coeff=0.1), ("hidden", "weight", "bias")),
+    "value_loss": (("values", "old_values", "returns"), {}, dict(clip_value=0.3), ("values",)),
+}
+WITH_IDS = [op for op in TABLE if "ids" in TABLE[op][1]]
+PLACES = [place for place in naive.PLACES if place.values[1] == "cpu"]
+LAYOUTS = ("offset", "every second", "reversed axes", "expanded")[2 if INTERPRETED else 0:]
+
+
+def inputs_of(op, empty=None):
+    """{name: tensor} of an op, padded. empty: None, or the axis (0 or 1) of the tokens that has no length."""
+    tokens, others, _, _ = TABLE[op]
+    random = torch.Generator().manual_seed(len(op))
+    made = {}
+    for name, shape in {**others, **dict.fromkeys(tokens, (B, T)), "mask": (B, T)}.items():
+        if empty is not None and shape[:2] == (B, T):
+            shape = [0 if at == empty else size for at, size in enumerate(shape)]
+        elif empty == 0 and shape == (B,):
+            shape = (0,)
+        made[name] = torch.randn(shape, generator=random)
+        if name == "ids":
+            made[name] = torch.randint(V, shape, generator=random)
+    if "_logprob" in op:
+        del made["mask"]
+    else:
+        made["mask"] = made["mask"] > -0.5
+    return made
+
+
+def call(op, given, impl="auto", **more):
+    """(outputs, gradients): every tensor that comes out, and what the sum of the outputs gives the leaves. May write over
+    `given`."""
+    leaves = {name: given[name].detach().requires_grad_(given[name].dtype.is_floating_point) for name in TABLE[op][3]}
+    through = {name: leaf.view(leaf.shape) for name, leaf in leaves.items()}     # no leaves: the in-place paths are taken
+    result = getattr(saferlhf_fast, op)(**{**given, **through}, **TABLE[op][2], **more, impl=impl)
+    outputs = []
+    for part in result if isinstance(result, tuple) else (result,):
+        outputs += part.values() if isinstance(part, dict) else [part]
+    losses = [output.sum() for output in outputs if output.requires_grad]
+    gradients = torch.autograd.grad(sum(losses), list(leaves.values())) if losses else ()
+    return [output.detach() for output in outputs], gradients
+
+
+def spread(tensor, layout):
+    """The tensor in a layout; expanded: each row is the first one, by a stride of 0."""
+    if tensor.dim() == 0:
+        return tensor
+    if layout == "expanded":
+        return tensor[:1].expand(tensor.shape)
+    if tensor.is_floating_point():
+        return laid_out(tensor, layout)
+    return laid_out(tensor.double(), layout).to(tensor.dtype) if layout == "offset" else \
+        tensor.repeat_interleave(2, -1)[..., ::2] if layout == "every second" else tensor.t().contiguous().t() \
+        if tensor.dim() == 2 else tensor
+
+
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", TABLE)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_memory_layouts(op, impl, device, layout):
+    """The same bits as of contiguous tensors; a head's matrix product is a library's, which may take another way through it."""
+    given = {name: spread(tensor, layout) for name, tensor in inputs_of(op).items()}
+    plain = {name: tensor.contiguous().clone() for name, tensor in given.items()}
+    assert layout == "offset" or not all(tensor.is_contiguous() for tensor in given.values())
+    got, expected = call(op, given, impl), call(op, plain, impl)
+    for mine, theirs in zip([*got[0], *got[1]], [*expected[0], *expected[1]]):
+        if op.startswith("linear_"):
+            assert_near(mine, theirs)
+        else:
+            assert torch.equal(mine, theirs), op
+    assert all(output.isfinite().all() for output in got[0])
+
+
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("how", ["expanded", "windows"])
+def test_nothing_is_written_over_memory_that_elements_share(how, impl, device):
+    """Packed rows of logits that are one row, or that overlap: written in place they would spoil one another."""
+    base = torch.randn(V if how == "expanded" else V + T - 1)
+    given = {name: tensor[0] for name, tensor in inputs_of("ppo_loss_from_logits").items() if name not in ("mask", "logits")}
+    arguments = dict(given, clip_ratio=0.2, kl_coeff=0.1, entropy_coeff=0.1, impl=impl)
+    gradients = []
+    for shared in (True, False):
+        leaf = base.clone().requires_grad_()
+        logits = leaf.expand(T, V) if how == "expanded" else leaf.unfold(0, V, 1)
+        one, two = (logits if shared else logits.clone(memory_format=torch.contiguous_format) for _ in range(2))
+        loss, _ = saferlhf_fast.ppo_loss_from_logits(one, **arguments)
+        other = saferlhf_fast.token_logprob(two, given["ids"], inplace_backward=True, impl=impl)
+        gradients.append((torch.autograd.grad(loss, leaf)[0], torch.autograd.grad(other.sum(), leaf)[0]))
+    for mine, theirs in zip(*gradients):
+        assert_near(mine, theirs)
+
+
+def wrong(name, tensor):
+    """(what is wrong, the tensor made so) for an argument of that name."""
+    yield "dtype", tensor.to(torch.complex64)
+    yield "device", tensor.to("meta")
+    if tensor.dim():
+        yield "shape", tensor[..., :1]
+        yield "shape", tensor[None]
+    if name == "ids":
+        for dtype in (torch.float32, torch.bool):
+            yield "dtype", tensor.to(dtype)
+    elif name == "mask":
+        for dtype in (torch.float32, torch.int64, torch.uint8):
+            yield "dtype", tensor.to(dtype)
+    elif tensor.dim():
+        for dtype in (torch.int64, torch.bool, torch.float8_e4m3fn):
+            yield "dtype", tensor.to(dtype)
+
+
+@pytest.mark.parametrize("op", TABLE)
+def test_refused(op):
+    """Each argument in turn, of a wrong dtype, shape or device, among right ones: one line with expected and got."""
+    given = inputs_of(op)
+    for name, tensor in given.items():
+        for what, bad in wrong(name, tensor):
+            with pytest.raises(ValueError, match="expected") as caught:
+                call(op, {**given, name: bad})
+            assert "got" in str(caught.value) and "\n" not in str(caught.value), f"{name}: {what}: {caught.value}"
+
+
+@pytest.mark.parametrize("op", [op for op in TABLE if "_logprob" not in op])
+def test_refused_offsets(op):
+    given = {name: tensor[0] if tensor.shape[:2] == (B, T) else tensor[:1] if tensor.shape == (B,) else tensor
+             for name, tensor in inputs_of(op).items() if name != "mask"}
+    right = torch.tensor([0, T], dtype=torch.int32)
+    for dtype in (torch.int32, torch.int64):
+        assert all(output.isfinite().all() for output in call(op, given, cu_seqlens=right.to(dtype))[0])
+    for bad in (right.float(), right.bool(), right.to("meta"), right[None], right[:0], -right, right + 1, right + T,
+                right.flip(0)):
+        with pytest.raises(ValueError, match="expected"):
+            call(op, given, cu_seqlens=bad)
+    with pytest.raises(ValueError, match="expected"):
+        call(op, given, cu_seqlens=right, mask=torch.ones(T, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", WITH_IDS)
+def test_ids(op, impl, device):
+    """Any integer type will do. Outside the vocabulary: refused on the CPU, NaN on a device, for which the interpreter stands."""
+    given = inputs_of(op)
+    expected = call(op, given, impl)
+    for dtype in (torch.int32, torch.uint8) if INTERPRETED else (torch.int32, torch.int16, torch.int8, torch.uint8):
+        got = call(op, {**inputs_of(op), "ids": given["ids"].to(dtype)}, impl)
+        assert all(torch.equal(a, b) for a, b in zip([*got[0], *got[1]], [*expected[0], *expected[1]]))
+    first = (0, int(given["mask"][0].nonzero()[0]) if "mask" in given else 0)
+    for bad in (-100, -1, V, 1 << 40):
+        ids = given["ids"].clone()
+        ids[first] = bad
+        if INTERPRETED:
+            outputs, gradients = call(op, {**inputs_of(op), "ids": ids}, impl)
+            assert outputs[0].isnan().any() and all(gradient.isnan().any() for gradient in gradients)
+            continue
+        with pytest.raises(ValueError, match=f"{op}: ids: expected 0 <= id < {V}, got {bad}"):
+            call(op, {**inputs_of(op), "ids": ids}, impl)
+
+
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", TABLE)
+@pytest.mark.parametrize("axis", [0, 1])
+def test_empty(op, impl, device, axis):
+    """No row, and rows without a position: nothing, or zeros, and gradients that are zeros of the right shape."""
+    given = inputs_of(op, empty=axis)
+    outputs, gradients = call(op, given, impl)
+    assert all((output == 0).all() for output in outputs if output.dim() < 2 or not output.numel())
+    for name, gradient in zip(TABLE[op][3], gradients):
+        assert gradient.shape == given[name].shape and (gradient == 0).all()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
+def test_triton_in_the_interpreter():
+    interpret.run(__file__, "-k", "not refused")
