@@ -14,7 +14,8 @@ from .kernels import checks
 from .kernels.ppo_loss import ppo_loss
 from .lagrange import LagrangeMultiplier, PIDMultiplier
 
-PER_CALL = {"logp", "old_logp", "advantages", "cu_seqlens", "mask", "ref_logp", "entropy", "normalizer"}
+PER_CALL = {"logp", "old_logp", "advantages", "cu_seqlens", "mask", "ref_logp", "entropy", "normalizer", "advantage_scale",
+            "advantage_shift"}
 SETTINGS = inspect.signature(ppo_loss).parameters.keys() - PER_CALL
 
 
@@ -28,8 +29,8 @@ class PPOLagLoss(nn.Module):
         loss = mean(-torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * A))
 
     Source: Safe RLHF (Dai et al., arXiv 2310.12773), section 3.3, and the actor loss of its reference implementation; with
-    λ = 0 this is PPO. clip_ratio, reduction ("sequence-mean" or "token-mean"), kl_coeff, kl_estimator, entropy_coeff and every
-    other setting: as in `ppo_loss`, which does the work. The module has no parameters and no state.
+    λ = 0 this is PPO. clip_ratio, clip_high, dual_clip, reduction ("sequence-mean" or "token-mean"), kl_coeff, kl_estimator,
+    entropy_coeff, impl: as in `ppo_loss`, which does the work. The module has no parameters and no state.
     """
 
     def __init__(self, clip_ratio: float = 0.2, **settings: Any) -> None:
@@ -48,7 +49,7 @@ class PPOLagLoss(nn.Module):
         logp, old_logp (nats) and both advantages: packed [N] with cu_seqlens (int32 [B+1]) or padded [B, T] with a boolean
         mask, any float dtype; masked entries are never read. multiplier: λ ≥ 0 as a number, a 0-d tensor (which is not read
         by the host) or a LagrangeMultiplier or PIDMultiplier, whose `value` it is; no gradient goes to it. tensors:
-        ref_logp, entropy, normalizer of `ppo_loss`. ValueError for what does not fit.
+        ref_logp, entropy, normalizer, advantage_scale, advantage_shift of `ppo_loss`. ValueError for what does not fit.
         """
         names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
         checks.same_tokens("PPOLagLoss", names, (logp, old_logp, reward_advantages, cost_advantages))

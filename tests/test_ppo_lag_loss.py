@@ -91,6 +91,19 @@ def test_what_does_not_fit_is_refused(change, message):
         PPOLagLoss()(**{**dict(zip(names, tensors)), "multiplier": 1.0, "mask": mask, **change})
 
 
+def test_clip_higher_and_dual_clip():
+    (logp, old_logp, reward, cost), mask = batch(5)
+    old_logp = old_logp - 0.5
+    advantages = (reward - 0.5 * cost) / 1.5
+    ratio = (logp - old_logp).exp()
+    term = -torch.minimum(ratio * advantages, ratio.clamp(0.9, 1.4) * advantages)
+    term = torch.where(advantages < 0, torch.minimum(term, -2.0 * advantages), term)
+    criterion = PPOLagLoss(0.1, clip_high=0.4, dual_clip=2.0, reduction="token-mean")
+    assert_near(criterion(logp, old_logp, reward, cost, 0.5, mask=mask)[0], term[mask].mean())
+    scaled = criterion(logp, old_logp, reward, cost, 0.5, mask=mask, advantage_scale=2.0)[0]
+    assert_near(scaled, 2 * term[mask].mean())
+
+
 def test_settings():
     with pytest.raises(ValueError, match="expected settings out of .*clip_ratio.* got clip_rato"):
         PPOLagLoss(clip_rato=0.1)
