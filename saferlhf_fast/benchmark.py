@@ -32,7 +32,7 @@ float64 before it is timed. Prints a table. Needs pytest and pytest-benchmark: p
 What is compared is a version's time over that of eager torch in the same run (and over the floor of the machine's memory
 bandwidth, where it is near): a machine that is busy or slower today slows both, and only a slower kernel changes the ratio.
 The fastest round counts. What seems worse is measured up to twice more, and the best measurement counts. A version that FILE
-has and that does not run any more fails too. Keep one file for each machine, number of threads and torch version.
+has and that does not run any more fails too. Keep one file for each machine and number of threads; other versions are named.
 
 exit codes: 0 nothing became slower, 1 something did (or gave wrong results), 2 bad input
 
