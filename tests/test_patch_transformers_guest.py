@@ -181,14 +181,16 @@ def test_a_mixture_of_experts():
     assert again.aux_loss is not None
 
 
-def test_a_wrapped_forward_is_not_taken_apart():
-    model = patch_model(make())
+def test_a_wrapper_around_the_patched_forward_stays_when_it_is_taken_off():
+    model, ids, seen = patch_model(make()), torch.tensor([[5, 6, 7]]), []
     inner = model.forward
-    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
-    with pytest.raises(ValueError, match="unwrap that first"):
-        unpatch_model(model)
-    model.forward = inner
-    assert "forward" not in vars(unpatch_model(model))
+    model.forward = lambda *args, **kwargs: seen.append(1) or inner(*args, **kwargs)
+    assert model(ids, labels=ids).logits is None
+    unpatch_model(model)
+    assert model(ids, labels=ids).logits is not None and len(seen) == 2
+    assert type(model.lm_head) is torch.nn.Linear and not hasattr(model, "token_logprobs")
+    with pytest.raises(Refused, match="forward has been replaced already"):
+        patch_model(model)
 
 
 def test_transformers_trainer_sees_the_same_losses(tmp_path):
@@ -197,9 +199,9 @@ def test_transformers_trainer_sees_the_same_losses(tmp_path):
     rows = [{name: value[:4].tolist() for name, value in row.items()} for row in rows if len(row["input_ids"]) >= 4]
     rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
 
-    def losses(model):
-        settings = transformers.TrainingArguments(str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=1,
-                                                  gradient_accumulation_steps=2, report_to=[], save_strategy="no", seed=0,
+    def losses(model, **more):
+        settings = transformers.TrainingArguments(str(tmp_path), **more, max_steps=4, per_device_train_batch_size=2,
+                                                  logging_steps=1, gradient_accumulation_steps=2, report_to=[], save_strategy="no", seed=0,
                                                   use_cpu=True, learning_rate=0.01, disable_tqdm=True, weight_decay=0.0)
         trainer = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:4])
         trainer.train()
@@ -210,3 +212,7 @@ def test_transformers_trainer_sees_the_same_losses(tmp_path):
     got, mine = losses(patch_model(make(), on_call=lambda: calls.append(1)))
     assert len(expected) == 4 and len(calls) >= 8
     assert got == pytest.approx(expected, rel=2e-4) and mine == pytest.approx(after, rel=2e-4)
+    narrow = patch_model(make())
+    got, mine = losses(narrow, bf16=True)                # accelerate wraps the patched forward in autocast
+    assert got == pytest.approx(expected, rel=0.05) and mine == pytest.approx(after, rel=0.05)
+    assert not hasattr(unpatch_model(narrow), "token_logprobs")

@@ -18,6 +18,7 @@ import functools
 import inspect
 import types
 import warnings
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,7 +33,7 @@ IGNORED = -100
 NOT_THE_BODYS = {"labels", "logits_to_keep", "num_items_in_batch", "shift_labels", "ignore_index", "return_dict"}
 
 
-def patch_model(model, *, force=False, on_call=None):
+def patch_model(model: nn.Module, *, force: bool = False, on_call: Callable[[], None] | None = None) -> nn.Module:
     """Patches one causal LM (also inside peft's wrapper) and returns it; a patched one is left as it is.
 
     model: any Hugging Face causal LM whose logits are its body's hidden states times a plain linear layer, scaled (Cohere,
@@ -53,21 +54,21 @@ def patch_model(model, *, force=False, on_call=None):
     return model
 
 
-def unpatch_model(model):
+def unpatch_model(model: nn.Module) -> nn.Module:
     """Takes the patch off again and returns the model; one without a patch is left as it is.
 
-    ValueError when something else has wrapped the patched forward since (accelerate): unwrap that first.
+    What has wrapped the patched forward since (accelerate's autocast) stays, and runs the class's own forward from then on.
     """
     inner = _inner(model)
     if STATE not in vars(inner):
         return model
-    mine = vars(inner)["forward"]
-    if not hasattr(getattr(mine, "__func__", mine), STATE) or mine.__self__ is not inner:
-        raise ValueError(f"unpatch_model: expected the patched forward, got {mine!r} around it; unwrap that first")
     head, state = inner.get_output_embeddings(), vars(inner)[STATE]
     if _is_open(head):
         head.__class__ = state.head_class
-    for name in OURS:
+    mine = vars(inner).get("forward")
+    if getattr(mine, "__self__", None) is inner and mine.__func__ is state.forward:
+        del inner.forward
+    for name in OURS[1:]:
         delattr(inner, name)
     return model
 
@@ -109,6 +110,7 @@ class Patch:
         self.body_takes = body_takes         # parameters of the body's forward; None: any
         self.on_call = on_call
         self.kind = None                     # the class of the model's own outputs
+        self.forward = None                  # ours, a function
 
     def __deepcopy__(self, memo):
         return self                          # nothing in it changes
@@ -150,7 +152,8 @@ def _patch(model, force, on_call):
         raise Refused(f"{type(model).__name__}: its loss is not the mean cross-entropy of the next token, on six tokens")
     state.on_call = on_call
     setattr(model, STATE, state)
-    model.forward = types.MethodType(_forward_like(type(model).forward), model)
+    state.forward = _forward_like(type(model).forward)
+    model.forward = types.MethodType(state.forward, model)
     model.token_logprobs = types.MethodType(token_logprobs, model)
 
 
@@ -214,8 +217,8 @@ def _forward_like(original):
 
     @functools.wraps(original)
     def forward(self, *args, **kwargs):
-        state = vars(self)[STATE]
-        given = {**dict(zip(state.names, args)), **kwargs}
+        state = vars(self).get(STATE)
+        given = {**dict(zip(state.names, args)), **kwargs} if state else {}      # no state: unpatched inside a wrapper
         if given.get("labels") is None or len(args) > len(state.names):
             return type(self).forward(self, *args, **kwargs)
         reason = _needs_logits(self, state, given)
@@ -227,7 +230,6 @@ def _forward_like(original):
         wanted = getattr(self.config, "return_dict", True) if wanted is None else wanted
         return output if wanted else output.to_tuple()
 
-    setattr(forward, STATE, True)
     return forward
 
 
@@ -276,7 +278,9 @@ def _with_loss(model, state, given):
     return state.kind(**{**kept, "loss": loss, "logits": None})
 
 
-def token_logprobs(self, input_ids, mask=None, *, labels=None, temperature=1.0, return_entropy=False):
+def token_logprobs(self, input_ids: torch.Tensor, mask: torch.Tensor | None = None, *, labels: torch.Tensor | None = None,
+                   temperature: float | torch.Tensor = 1.0,
+                   return_entropy: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each next token, without logits: the method of a patched model.
 
     Means the same as, with ids = input_ids if labels is None else labels and real = mask & mask shifted right by one::
