@@ -200,9 +200,9 @@ def test_transformers_trainer_sees_the_same_losses(tmp_path):
     rows = [row for row in rows if any(label != -100 for label in row["labels"][1:])]
 
     def losses(model, **more):
-        settings = transformers.TrainingArguments(str(tmp_path), **more, max_steps=4, per_device_train_batch_size=2,
-                                                  logging_steps=1, gradient_accumulation_steps=2, report_to=[],
-                                                  save_strategy="no", seed=0, use_cpu=True, learning_rate=0.01, disable_tqdm=True, weight_decay=0.0)
+        settings = transformers.TrainingArguments(
+            str(tmp_path), **more, max_steps=4, per_device_train_batch_size=2, logging_steps=1, gradient_accumulation_steps=2,
+            report_to=[], save_strategy="no", seed=0, use_cpu=True, learning_rate=0.01, disable_tqdm=True, weight_decay=0.0)
         trainer = transformers.Trainer(model, settings, train_dataset=rows, eval_dataset=rows[:4])
         trainer.train()
         return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer.evaluate()["eval_loss"]
