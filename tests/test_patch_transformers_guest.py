@@ -2,7 +2,10 @@
 
 import copy
 import inspect
+import json
+import os
 import pickle
+import subprocess
 import sys
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from kit import ROOT  # noqa: E402
 from patch_kit import KINDS, SMALL, V, close, gradients, make, random_batch  # noqa: E402
 from saferlhf_fast.integrations.report import Refused  # noqa: E402
 from saferlhf_fast.integrations.transformers import patch_model, unpatch_model  # noqa: E402
@@ -216,3 +220,13 @@ def test_transformers_trainer_sees_the_same_losses(tmp_path):
     got, mine = losses(narrow, bf16=True)                # accelerate wraps the patched forward in autocast
     assert got == pytest.approx(expected, rel=0.05) and mine == pytest.approx(after, rel=0.05)
     assert not hasattr(unpatch_model(narrow), "token_logprobs")
+
+
+@pytest.mark.slow
+def test_two_processes_under_ddp_and_zero_3():
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                           str(ROOT / "tests" / "patch_worker.py")], capture_output=True, text=True, timeout=240, cwd=ROOT,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"gap"')))
+    assert said["gap"] < 1e-5 and said["ours"] == pytest.approx(said["theirs"], rel=1e-4) and said["ours"][2] < said["ours"][0]

@@ -43,8 +43,8 @@ def patch_model(model: nn.Module, *, force: bool = False, on_call: Callable[[], 
     `model(input_ids, …, labels=…)` then gives transformers' loss (fp32; num_items_in_batch, ignore_index, shift_labels as
     there) and `logits=None`; in the tuple of return_dict=False the loss is followed by what followed the logits. A label outside
     0 … V−1 other than ignore_index raises ValueError on the CPU and gives NaN on a device. `model.token_logprobs` is
-    `token_logprobs` below. Patch before DDP, FSDP, DeepSpeed or accelerate wrap the model; deepcopy copies the patch, pickling a
-    patched model is refused, `save_pretrained` and `state_dict` are as before.
+    `token_logprobs` below. Patch before DDP, DeepSpeed (ZeRO-3 too) or accelerate wrap the model; deepcopy copies the patch,
+    pickling a patched model is refused, `save_pretrained` and `state_dict` are as before.
 
     Raises Refused (a ValueError) when the model is not like that, and says what was found; then nothing has changed.
     """
