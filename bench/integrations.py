@@ -24,8 +24,9 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
 
 import memory  # noqa: E402
 import torch  # noqa: E402
-from ceilings import device_name  # noqa: E402
+from ceilings import device_name, synchronize  # noqa: E402
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS, SECONDS = 7, 12.0
 ROWS, WIDTH, VOCABULARY, HIDDEN = 4, 256, 32000, 512
 
@@ -152,10 +153,11 @@ def measure(call, leaves, functions):
         for name, function in functions.items():
             start = time.perf_counter()
             step(call, function, leaves)
+            synchronize(DEVICE)
             times[name].append(time.perf_counter() - start)
         if time.perf_counter() - began > SECONDS and len(times["ours"]) >= 3:
             break
-    peaks = {name: memory.above(lambda function=function: step(call, function, leaves), leaves, "cpu")
+    peaks = {name: memory.above(lambda function=function: step(call, function, leaves), leaves, DEVICE)
              for name, function in functions.items()}
     return {name: (statistics.median(times[name]), peaks[name]) for name in functions}
 
@@ -190,6 +192,7 @@ def main(arguments):
         print(f"expected one of {', '.join(CASES)}, or --page; got {' '.join(arguments) or 'nothing'}", file=sys.stderr)
         return 2
     name = arguments[0]
+    torch.set_default_device(DEVICE)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
     library = import_module(f"saferlhf_fast.integrations.{name}").LIBRARY
