@@ -37,7 +37,7 @@ def numbers(pattern, text):
 
 
 def test_ppo_lag_loop_learns_under_its_threshold():
-    text = run("ppo_lag_loop.py", "--steps", 20, "--batch", 48)
+    text = run("ppo_lag_loop.py", "--steps", 30, "--batch", 48)
     before, after, cost, cost_now, multiplier = numbers("reward {} -> {}, cost {} -> {} (threshold 2), lambda {}", text)
     assert after > before + 0.5 and cost > 3 and cost_now < 2
     path = [float(row.split()[3]) for row in text.splitlines() if re.match(r" +\d+ ", row)]
