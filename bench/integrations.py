@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import types
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -131,7 +131,41 @@ def safe_rlhf_cases():
     yield of_tokens(f"{algorithms}ppo_lag.trainer:PPOLagTrainer.actor_loss_fn", 4, lambda f, t, mask: f(trainer, *t, mask))
 
 
-CASES = {"trl": trl_cases, "verl": verl_cases, "openrlhf": openrlhf_cases, "safe_rlhf": safe_rlhf_cases}
+def transformers_sides():
+    """One Llama of two layers: its class's own forward with labels, and the patched instance's."""
+    from saferlhf_fast import integrations
+    from transformers import LlamaConfig, LlamaForCausalLM
+    for vocabulary, width in ((32000, 512), (128000, 256)):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width,
+                                             num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=512))
+        for labelled in ("all", "every second"):
+            ids = torch.randint(vocabulary, (ROWS, WIDTH))
+            labels = ids if labelled == "all" else ids.masked_fill(torch.arange(WIDTH) % 2 == 0, -100)
+            with integrations.patch("transformers", model, quiet=True):
+                shape = f"{ROWS}x{WIDTH}, V={vocabulary}, H={width}, {labelled} labelled"
+                yield ("transformers:LlamaForCausalLM, labels", shape,
+                       lambda f, ids=ids, labels=labels: f(input_ids=ids, labels=labels).loss, list(model.parameters()),
+                       {"theirs": types.MethodType(type(model).forward, model), "ours": model.forward})
+
+
+CASES = {"trl": trl_cases, "verl": verl_cases, "openrlhf": openrlhf_cases, "safe_rlhf": safe_rlhf_cases, "transformers": None}
+
+
+def sides(name):
+    """(function, shape, call, what learns, {"theirs": function, "ours": function}) of each case."""
+    if name == "transformers":
+        torch.manual_seed(0)
+        yield from transformers_sides()
+        return
+    from saferlhf_fast.integrations import sites
+    cases = list(CASES[name]())
+    entries = {entry.target: entry for entry in import_module(f"saferlhf_fast.integrations.{name}").LIBRARY.replace}
+    for target, shape, make in cases:
+        torch.manual_seed(0)
+        import_module(entries[target].module)
+        holder, attribute = sites.resolve(target)
+        theirs = vars(holder)[attribute]
+        yield target, shape, *make(), {"theirs": theirs, "ours": entries[target].make(theirs)}
 
 
 def step(call, function, leaves):
@@ -164,24 +198,24 @@ def measure(call, leaves, functions):
 
 def rows(name):
     """One row a case, printed as it is known."""
-    cases = list(CASES[name]())
-    entries = {entry.target: entry for entry in import_module(f"saferlhf_fast.integrations.{name}").LIBRARY.replace}
-    from saferlhf_fast.integrations import sites
-    for target, shape, make in cases:
-        torch.manual_seed(0)
-        import_module(entries[target].module)
-        holder, attribute = sites.resolve(target)
-        theirs = vars(holder)[attribute]
-        call, leaves = make()
-        found = measure(call, leaves, {"theirs": theirs, "ours": entries[target].make(theirs)})
+    for target, shape, call, leaves, functions in sides(name):
+        found = measure(call, leaves, functions)
         row = {"function": target, "shape": shape}
         for side, (seconds, peak) in found.items():
             row |= {f"{side}_ms": seconds * 1e3, f"{side}_mib": None if peak is None else peak / 2 ** 20}
         print(f"{target.partition(':')[2]:38} {shape:48} {row['theirs_ms']:9.3f} -> {row['ours_ms']:8.3f} ms  "
               f"{row['theirs_mib']:8.1f} -> {row['ours_mib']:7.1f} MiB", flush=True)
         yield row
-        del call, leaves
+        del call, leaves, functions
         gc.collect()
+
+
+def version(name):
+    """As pip knows it, or the package says."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return import_module(name).__version__
 
 
 def main(arguments):
@@ -195,10 +229,8 @@ def main(arguments):
     torch.set_default_device(DEVICE)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
-    library = import_module(f"saferlhf_fast.integrations.{name}").LIBRARY
-    from saferlhf_fast.integrations import replacing
     device, date = device_name(), datetime.date.today().isoformat()
-    results = {"library": name, "version": replacing._version(library, True), "device": device, "date": date,
+    results = {"library": name, "version": version(name), "device": device, "date": date,
                "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": git("rev-parse", "--short", "HEAD"),
                "command": f"python bench/integrations.py {name}", "rows": list(rows(name))}
     from run import slug
