@@ -7,6 +7,7 @@
 Every op of this package takes both forms. Shapes: B rows, T columns, N real tokens, one row behind the other.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def unpack(packed: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...],
 
     packed: a tensor, or a list or tuple of them (then the result is a tuple). mask: [B, T], boolean or integers 0 and 1,
     with as many ones in each row as cu_seqlens says; row b's tokens go to its ones, in order. Without it they go to the
-    left of rows that are `width` wide (default: as long as the longest). fill: what stands at every other place.
+    left of rows that are `width` wide (default: as long as the longest). fill: what stands at every other place; the dtype
+    has to hold it.
     Differentiable. On a device this waits for the lengths. Raises ValueError for what does not fit.
     """
     tensors = list(packed) if isinstance(packed, (list, tuple)) else [packed]
@@ -56,11 +58,12 @@ def unpack(packed: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...],
                              f"got {list(tensor.shape)}")
         if tensor.device != device:
             raise ValueError(f"unpack: {name}: expected device {device} as cu_seqlens, got {tensor.device}")
-        if not (tensor.dtype.is_floating_point or tensor.dtype.is_complex) and not float(fill).is_integer():
-            raise ValueError(f"unpack: fill: expected an integer for {name} of dtype {tensor.dtype}, got {fill}")
+        _holds(name, tensor.dtype, fill)
     longest = int(lengths_B.max()) if len(lengths_B) else 0
     if mask is None:
         width = longest if width is None else width
+        if isinstance(width, bool) or not hasattr(width, "__index__"):
+            raise ValueError(f"unpack: width: expected a whole number of columns, got {width!r}")
         if width < longest:
             raise ValueError(f"unpack: width: expected at least the longest row's {longest}, got {width}")
         mask = (torch.arange(width) < lengths_B[:, None]).to(device)
@@ -79,6 +82,22 @@ def unpack(packed: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...],
     padded = tuple(tensor.new_full((mask.numel(), *tensor.shape[1:]), fill).index_copy(0, at_N, tensor)
                    .reshape(*mask.shape, *tensor.shape[1:]) for tensor in tensors)
     return padded if isinstance(packed, (list, tuple)) else padded[0]
+
+
+def _holds(name, dtype, fill):
+    """ValueError for a fill that `dtype` would round, wrap or overflow."""
+    if dtype.is_complex:
+        return
+    if dtype.is_floating_point:
+        most = torch.finfo(dtype).max
+        if math.isfinite(fill) and abs(fill) > most:
+            raise ValueError(f"unpack: fill: expected at most {most:g} either way for {name} of dtype {dtype}, got {fill}")
+        return
+    if not float(fill).is_integer():
+        raise ValueError(f"unpack: fill: expected an integer for {name} of dtype {dtype}, got {fill}")
+    least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+    if not least <= fill <= most:
+        raise ValueError(f"unpack: fill: expected {least} … {most} for {name} of dtype {dtype}, got {fill}")
 
 
 def boolean(op, mask):

@@ -55,6 +55,15 @@ def test_a_default_width_is_the_longest_row():
     assert unpack(torch.ones(1, dtype=torch.long), torch.tensor([0, 1]), width=2, fill=-100).tolist() == [[1, -100]]
 
 
+def test_any_fill_that_the_dtype_holds():
+    offsets = torch.tensor([0, 1])
+    for dtype, fill in [(torch.uint8, 255), (torch.int8, -128), (torch.bool, True), (torch.float16, float("-inf")),
+                        (torch.bfloat16, 1e30), (torch.int64, -1.0)]:
+        got = unpack(torch.ones(1, dtype=dtype), offsets, width=2, fill=fill)
+        assert got.dtype == dtype and torch.equal(got[0, 1], torch.tensor(fill).to(dtype))
+    assert unpack(torch.ones(1), offsets, width=2, fill=float("nan"))[0, 1].isnan()
+
+
 def test_gradients():
     mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
     padded = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -92,6 +101,12 @@ def test_ops_give_the_same_on_both_forms():
     (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), mask=torch.ones(1, 3), width=3), "both"),
     (lambda: unpack(torch.ones(3, dtype=torch.long), torch.tensor([0, 3]), fill=0.5), "an integer"),
     (lambda: unpack(torch.ones(3, dtype=torch.long), torch.tensor([0, 3]), fill=float("nan")), "an integer"),
+    (lambda: unpack(torch.ones(3, dtype=torch.uint8), torch.tensor([0, 3]), fill=-1), r"0 … 255 .*uint8, got -1"),
+    (lambda: unpack(torch.ones(3, dtype=torch.bool), torch.tensor([0, 3]), fill=2), r"0 … 1 .*bool, got 2"),
+    (lambda: unpack(torch.ones(3, dtype=torch.int8), torch.tensor([0, 3]), fill=300), r"-128 … 127 .*int8, got 300"),
+    (lambda: unpack(torch.ones(3, dtype=torch.float16), torch.tensor([0, 3]), fill=1e6), "65504 .*float16, got 1000000"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), width=5.5), "width: expected a whole number of columns, got 5.5"),
+    (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), width=True), "width: .*got True"),
 ])
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
