@@ -119,6 +119,10 @@ def test_edge_cases():
     assert critic(source, *tensors[:2], mask, 0.3).isnan()
     far = pku.actor_loss_fn(unused)(trainer, source, source.detach() - 200, torch.full((2, 3), -1.0), mask)
     assert far.isfinite()                                              # theirs: exp(200) is infinite
+    for call in (lambda: pku.critic_loss_fn(unused)(trainer, source, tensors[0], leaf(tensors[1]), mask),
+                 lambda: pku.get_advantages_and_returns(unused)(trainer, source, tensors[0], mask, 0)):
+        with pytest.raises(AssertionError, match="handed"):            # theirs lets gradients through to these
+            call()
     weights = torch.tensor([[1.0, 0.5, 0.0], [1.0, 1.0, 1.0]])
     with pytest.raises(AssertionError, match="handed"):
         pku.actor_loss_fn(unused)(trainer, source, *tensors[:2], weights)

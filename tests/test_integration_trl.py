@@ -57,6 +57,8 @@ def test_log_probs_and_entropies_of_random_batches(report):
 def test_k_indices_a_position_are_left_to_theirs(report):
     logits, ids = torch.randn(2, 3, 11), torch.randint(11, (2, 3, 4))
     assert torch.equal(utils.selective_log_softmax(logits, ids), THEIRS.selective_log_softmax(logits, ids))
+    one_row = ids[:1, :, 0]                                            # theirs broadcasts
+    assert torch.equal(utils.selective_log_softmax(logits, one_row), THEIRS.selective_log_softmax(logits, one_row))
 
 
 def _exact(hidden, weight, bias, ids, temperature, softcap, scale):
@@ -160,6 +162,15 @@ def test_edge_cases_of_the_head(report):
     assert apply(ids[:0], hidden=hidden[:0])[0].shape == (0,)
     with pytest.raises(ValueError, match="expected hidden"):
         apply(ids[:3])
+    for wrong in (ids + 0.7, ids > 1):
+        with pytest.raises(ValueError, match="targets: expected integers"):
+            apply(wrong)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made = utils._ChunkedLogProbFunction.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ALL)
+    assert made[2].dtype == torch.float32
+    zero = [function.apply(hidden, weight, None, ids, 1.0, 32768, 0.0, 1.0, ())[0]
+            for function in (utils._ChunkedLogProbFunction, THEIRS._ChunkedLogProbFunction)]
+    assert torch.equal(*zero)                                          # a cap of 0 is theirs to make sense of
 
 
 def test_every_binding_is_replaced_and_restored():

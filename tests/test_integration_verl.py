@@ -163,6 +163,14 @@ def test_edge_cases(report):
     config = _config(next(iter(Batches())))
     assert core.compute_policy_loss_vanilla(*tensors, weighted, "token-mean", config)[0] == \
         CORE.compute_policy_loss_vanilla(*tensors, weighted, "token-mean", config)[0]
+    flags, negative = torch.ones(1, 3), torch.tensor([[1.0, -1.0, 2.0]])
+    for arguments in ((*tensors, flags, "token-mean", config, negative), (tensors[0], tensors[1], leaf(tensors[2]), flags,
+                                                                           "token-mean", config)):
+        got, expected = (module.compute_policy_loss_vanilla(*arguments)[0] for module in (core, CORE))
+        assert got == expected and got.requires_grad == expected.requires_grad
+    whole = torch.ones(1, 3, dtype=torch.int64)
+    assert torch.equal(core.compute_gae_advantage_return(whole, tensors[0], flags, 1.0, 0.9)[1],
+                       CORE.compute_gae_advantage_return(whole, tensors[0], flags, 1.0, 0.9)[1])
     with pytest.raises(ValueError, match="required when dp_size > 1"):
         core.compute_value_loss(*tensors, weighted, 0.2, dp_size=2)
     with pytest.raises(ValueError, match="Invalid loss_agg_mode"):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import threading
 import types
 from importlib import import_module
 from pathlib import Path
@@ -62,7 +63,7 @@ def test_every_binding_goes_and_comes_back(fake):
     assert set(report.replaced["fakelib.core:double"]) == {
         "fakelib.core.double", "fakelib.core.REGISTRY['double']", "fakelib.user.double", "fakelib.user.alias"}
     text = str(report)
-    assert "fakelib 3.1.4: 2 functions replaced, 1 left" in text and "left      fakelib.core.other: nothing to gain" in text
+    assert "fakelib 3.1.4: 2 replaced, 1 left" in text and "left      fakelib.core.other: nothing to gain" in text
     assert "replaced  fakelib.core.double, also at fakelib.core.REGISTRY['double']" in text and ": better" in text
     late = types.ModuleType("fakelib.late")                            # imported while ours is in place
     late.double = fake.core.double
@@ -93,10 +94,45 @@ def test_twice_is_harmless_and_finds_what_came_later(fake):
     assert fake.core.double is fake.user.again is held
 
 
+def test_a_report_undoes_its_own_patch_alone(fake):
+    held = fake.core.double
+    old = replacing.patch(fake.table(), force=False)
+    replacing.unpatch("fakelib")
+    with pytest.raises(ValueError, match="has been undone: call patch again"):
+        with old:
+            pass
+    with pytest.raises(KeyError):
+        with replacing.patch(fake.table(), force=False):
+            raise KeyError
+    assert fake.core.double is held                                    # an error inside restores as well
+    first = replacing.patch(fake.table(), force=False)
+    with first:
+        replacing.unpatch("fakelib")
+        replacing.patch(fake.table(), force=False)
+    assert fake.core.double is not held                                # the later patch is not the first one's to undo
+
+
+def test_threads_that_patch_at_once(fake):
+    held, interval = fake.core.double, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=replacing.patch, args=(fake.table(), False)) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert fake.core.double(3) == 6 and sites.CALLS["fakelib.core:double"] == 1
+    replacing.unpatch("fakelib")
+    assert fake.core.double is held is fake.user.double
+
+
 def test_what_another_put_there_since_is_left(fake):
     replacing.patch(fake.table(), force=False)
     fake.user.double = other = lambda x: x
-    assert "fakelib.user.double" not in replacing.unpatch("fakelib")
+    with pytest.warns(UserWarning, match=r"fakelib\.user\.double holds something else by now"):
+        assert "fakelib.user.double" not in replacing.unpatch("fakelib")
     assert fake.user.double is other
 
 

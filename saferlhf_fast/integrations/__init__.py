@@ -20,15 +20,8 @@ from . import replacing
 
 __all__ = ["LIBRARIES", "Refused", "Report", "patch", "patched", "unpatch"]
 
-# name -> module here with LIBRARY; "transformers" patches one model and has its own module
-LIBRARIES = {
-    "trl": "trl",
-    "verl": "verl",
-    "openrlhf": "openrlhf",
-    "safe_rlhf": "safe_rlhf",
-    "align_anything": "align_anything",
-    "transformers": "transformers",
-}
+# Each has its table in a module of that name here; "transformers" patches one model instead.
+LIBRARIES = ("trl", "verl", "openrlhf", "safe_rlhf", "align_anything", "transformers")
 
 
 def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = False) -> Report:
@@ -51,7 +44,7 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
     elif model is not None:
         raise ValueError(f"patch({name!r}) takes no model: it replaces the library's functions")
     else:
-        report = replacing.patch(import_module(f"{__name__}.{LIBRARIES[name]}").LIBRARY, force)
+        report = replacing.patch(import_module(f"{__name__}.{name}").LIBRARY, force)
     if not quiet:
         report.show()
     return report
@@ -60,8 +53,8 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
 def unpatch(name: str | None = None, model: Any = None) -> list[str]:
     """Restores what `patch` replaced: of one library, of one model ("transformers", model), or of all libraries.
 
-    Returns the places restored. A place that something else has written to since is left as it is. Harmless when nothing is
-    patched.
+    Returns the places restored. A place that something else has written to since is left as it is, with a warning. Models are
+    restored one by one: nothing here keeps them. Harmless when nothing is patched.
     """
     if name is None:
         return [place for each in list(replacing.ACTIVE) for place in replacing.unpatch(each)]

@@ -5,6 +5,7 @@ Its log-prob divides the logits in place for a temperature other than 1; ours le
 
 import torch
 
+from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
 
@@ -16,9 +17,9 @@ MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 def log_probs_from_logits(theirs):
     """(logits, labels) -> log-probs in float32."""
     def ours(logits, labels, temperature=1.0):
-        if not shared.plain(logits, labels) or not shared.whole(labels):
+        if not shared.scores(logits, labels):
             return theirs(logits, labels, temperature)
-        return shared.logprob(logits, labels, temperature=temperature)
+        return token_logprob(logits, labels, temperature=temperature)
 
     return ours
 

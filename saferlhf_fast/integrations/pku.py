@@ -4,16 +4,16 @@ gather_log_probabilities is bound by name in every trainer module; GAE and the l
 take 0-or-1 masks, average over the tokens of a row first, then over rows, and give NaN when one row has no token.
 """
 
-
+from ..kernels.token_logprob import token_logprob
 from . import shared
 
 
 def gather_log_probabilities(theirs):
     """(logits [B, L, V], labels [B, L]) -> log-probs in float32, also of bfloat16 logits."""
     def ours(logits, labels):
-        if labels.shape != logits.shape[:-1] or not shared.plain(logits, labels) or not shared.whole(labels):
+        if not shared.scores(logits, labels):
             return theirs(logits, labels)
-        return shared.logprob(logits, labels)
+        return token_logprob(logits, labels)
 
     return ours
 

@@ -1,16 +1,24 @@
 """The work of `patch` and `unpatch` for a Library: check everything, then replace everything, and remember each place."""
 
-from importlib import import_module, metadata
 import sys
+import threading
+import warnings
+from importlib import import_module, metadata
 
 from . import sites
 from .report import Refused, Report
 
 ACTIVE = {}  # {library: {target: (original, replacement, [Site])}}
+LOCK = threading.RLock()  # one patch or unpatch at a time: what a second one finds half done it could never undo
 
 
 def patch(library, force):
     """-> Report. Nothing is replaced when anything is refused."""
+    with LOCK:
+        return _patch(library, force)
+
+
+def _patch(library, force):
     version = _version(library, force)
     held = ACTIVE.get(library.name, {})
     left, found = dict(library.leave), {}
@@ -33,7 +41,8 @@ def patch(library, force):
             sites.CALLS[entry.target] = 0
         if entry.target in held:
             _bind(held[entry.target], entry)
-    report = Report(library.name, version, left=left, undo=(lambda: unpatch(library.name)) if fresh else None)
+    report = Report(library.name, version, left=left, undo=(lambda: unpatch(library.name, held)) if fresh else None,
+                    standing=lambda: ACTIVE.get(library.name) is held)
     for entry in library.replace:
         if entry.target in held:
             report.replaced[entry.target] = [site.label for site in held[entry.target][2]]
@@ -41,16 +50,24 @@ def patch(library, force):
     return report
 
 
-def unpatch(name):
-    """Restores a library's functions -> labels of the places."""
+def unpatch(name, only=None):
+    """Restores a library's functions -> labels of the places. only: the record of one `patch`; a later one is left alone."""
+    with LOCK:
+        if name not in ACTIVE or only not in (None, ACTIVE[name]):
+            return []
+        return [place for record in ACTIVE.pop(name).values() for place in _restore(*record)]
+
+
+def _restore(original, replacement, places):
     restored = []
-    for original, replacement, places in ACTIVE.pop(name, {}).values():
-        # Modules that were imported while ours stood in the defining module hold ours by name.
-        late = [site for site in sites.bindings(replacement) if site not in places]
-        for site in [*places, *late]:
-            if site.value is replacement:
-                site.bind(original)
-                restored.append(site.label)
+    # Modules that were imported while ours stood in the defining module hold ours by name.
+    late = [site for site in sites.bindings(replacement) if site not in places]
+    for site in [*places, *late]:
+        if site.value is replacement:
+            site.bind(original)
+            restored.append(site.label)
+        elif site.value is not original:
+            warnings.warn(f"saferlhf-fast: {site.label} holds something else by now and is left as it is", stacklevel=4)
     return restored
 
 
@@ -99,8 +116,8 @@ def _look(entry, library, force):
     except AttributeError as error:
         if force:
             return None
-        raise Refused(f"{library.name}: expected {entry.target.replace(':', '.')}, got none ({error}); nothing was replaced"
-                      ) from error
+        raise Refused(f"{library.name}: expected {entry.target.replace(':', '.')}, got none ({error}); nothing was replaced. "
+                      f"patch({library.name!r}, force=True) goes on without it") from error
     original = vars(holder)[name]
     if isinstance(original, (staticmethod, classmethod)):
         raise Refused(f"{library.name}: {entry.target}: expected a plain function, got {type(original).__name__}")

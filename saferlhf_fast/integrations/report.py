@@ -13,7 +13,8 @@ class Refused(ValueError):
 @dataclass
 class Report:
     """library, version: what was patched · replaced: {function: list of places} · why: {function: what is better} ·
-    left: {function: reason} · undo: restores it all, as does leaving the `with` block."""
+    left: {function: reason} · undo: what leaving a `with` block does; None where an earlier `patch` did the work · standing:
+    tells whether what it reports is still in place."""
 
     library: str
     version: str
@@ -21,6 +22,7 @@ class Report:
     why: dict = field(default_factory=dict)
     left: dict = field(default_factory=dict)
     undo: object = None
+    standing: object = None
 
     @property
     def calls(self) -> dict:
@@ -28,6 +30,8 @@ class Report:
         return {target: sites.CALLS[target] for target in self.replaced}
 
     def __enter__(self):
+        if self.standing is not None and not self.standing():
+            raise ValueError(f"this report's patch of {self.library} has been undone: call patch again")
         return self
 
     def __exit__(self, *_):
@@ -35,7 +39,7 @@ class Report:
             self.undo()
 
     def __str__(self):
-        lines = [f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} functions replaced, {len(self.left)} left"]
+        lines = [f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} replaced, {len(self.left)} left"]
         for target, places in self.replaced.items():
             others = [place for place in places if place != target.replace(":", ".")]
             where = f", also at {', '.join(others)}" if others else ""

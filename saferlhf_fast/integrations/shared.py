@@ -6,6 +6,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 import torch
 
+from ..kernels import checks
 from ..kernels.gae import gae
 from ..kernels.ppo_loss import ppo_loss
 from ..kernels.token_logprob import token_logprob
@@ -30,14 +31,14 @@ def flags(mask):
     return None if mask.dtype.is_floating_point else mask != 0
 
 
-def whole(labels):
-    """True for integer ids (booleans are none)."""
-    return not labels.dtype.is_floating_point and labels.dtype != torch.bool
+def scores(logits, ids):
+    """True where our log-prob takes these: one integer id for each row of plain logits. The libraries may broadcast."""
+    return plain(logits, ids) and ids.shape == logits.shape[:-1] and checks.whole(ids) and logits.dtype.is_floating_point
 
 
-def logprob(logits, ids, **options):
-    """Log-probs of ids, or (log-probs, entropies) with return_entropy, in float32 at least."""
-    return token_logprob(logits, ids, **options)
+def learns(*tensors):
+    """True where a gradient is to flow into one of the tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def entropy(logits):
@@ -64,8 +65,9 @@ def whiten(values, mask, shift_mean=True):
 
 
 def advantages(rewards, values, mask, gamma, lam, masked):
-    """GAE by our op, or None where it does not fit: (advantages, returns), 0 where masked."""
-    if not plain(rewards, values, mask) or rewards.dim() != 2 or mask.shape != rewards.shape:
+    """GAE by our op, or None where it does not fit: (advantages, returns), 0 where masked. Ours are targets without a graph."""
+    if not plain(rewards, values, mask) or rewards.dim() != 2 or not (mask.shape == rewards.shape == values.shape) \
+            or learns(rewards, values) or not (rewards.is_floating_point() and values.is_floating_point()):
         return None
     mask = flags(mask)
     if mask is None:
@@ -91,8 +93,9 @@ def critic_loss(values, old_values, returns, mask, *, clip_value, reduction, nor
 
 
 def _rows_mask(first, second, third, mask):
-    """The boolean mask of [B, T] tensors of one shape, or None."""
-    if mask is None or not plain(first, second, third, mask) or first.dim() != 2:
+    """The boolean mask of [B, T] tensors of one shape of which the first alone learns, or None."""
+    if mask is None or not plain(first, second, third, mask) or first.dim() != 2 or learns(second, third) \
+            or not all(tensor.is_floating_point() for tensor in (first, second, third)):
         return None
     if not (first.shape == second.shape == third.shape == mask.shape):
         return None                                  # the library broadcasts

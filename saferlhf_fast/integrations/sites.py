@@ -58,7 +58,7 @@ def bindings(value):
         names = getattr(module, "__dict__", None)
         if not isinstance(names, dict):              # whatever a program has put into sys.modules
             continue
-        found += [Site(module, key, f"{name}.{key}") for key, held in list(names.items()) if held is value]
+        found += [Site(module, key, f"{name}.{key}") for key, held in dict(names).items() if held is value]
     return found
 
 

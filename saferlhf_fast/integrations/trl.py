@@ -9,6 +9,7 @@ import torch
 from ..kernels import linear
 from ..kernels.dispatch import choose
 from ..kernels.linear_logprob import linear_logprob
+from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
 
@@ -19,7 +20,7 @@ EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 def selective_log_softmax(theirs):
     """(logits, index) -> log-probs. With K indices a position, on other accelerators, or for DTensors: theirs."""
     def ours(logits, index, temperature=1.0, row_mask=None):
-        if index.dim() != logits.dim() - 1 or not shared.plain(logits, index, row_mask) or not shared.whole(index):
+        if not shared.scores(logits, index) or not shared.plain(row_mask):
             return theirs(logits, index, temperature=temperature, row_mask=row_mask)
         return _scored(logits, index, temperature, row_mask, False)
 
@@ -29,7 +30,7 @@ def selective_log_softmax(theirs):
 def selective_log_softmax_and_entropy(theirs):
     """(logits, index) -> (log-probs, entropies) in one pass over the logits."""
     def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
-        if not shared.plain(logits, index, row_mask) or not shared.whole(index):
+        if not shared.scores(logits, index) or not shared.plain(row_mask):
             return theirs(logits, index, entropy_requires_grad=entropy_requires_grad, temperature=temperature, row_mask=row_mask)
         logp, entropy = _scored(logits, index, temperature, row_mask, True)
         return logp, entropy if entropy_requires_grad else entropy.detach()
@@ -40,9 +41,9 @@ def selective_log_softmax_and_entropy(theirs):
 def _scored(logits, index, temperature, row_mask, entropy):
     """Our op; rows whose mask is 0 give 0 and may hold any id."""
     if row_mask is None:
-        return shared.logprob(logits, index, temperature=temperature, return_entropy=entropy)
+        return token_logprob(logits, index, temperature=temperature, return_entropy=entropy)
     hidden = row_mask == 0
-    made = shared.logprob(logits, index.masked_fill(hidden, 0), temperature=temperature, return_entropy=entropy)
+    made = token_logprob(logits, index.masked_fill(hidden, 0), temperature=temperature, return_entropy=entropy)
     return tuple(part.masked_fill(hidden, 0.0) for part in made) if entropy else made.masked_fill(hidden, 0.0)
 
 
@@ -133,7 +134,8 @@ class _Extras:
         """(log sum p², mean logit, is top 1), None where not asked for."""
         if EXTRAS[1] in self.wanted and self.mean_N is None:
             # A mean over the vocabulary of a linear layer is the layer's mean row: no logits needed.
-            mean_N = hidden_NH.float() @ weight_VH.float().mean(0)
+            with torch.autocast(hidden_NH.device.type, enabled=False):
+                mean_N = hidden_NH.float() @ weight_VH.float().mean(0)
             self.mean_N = (mean_N if bias_V is None else mean_N + bias_V.float().mean()) / self.temperature
         return self.sum_sq_N, self.mean_N, self.top_N
 
@@ -151,15 +153,15 @@ def chunked_head(theirs):
         def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0,
                   outputs=("entropy", *EXTRAS)):
             sharded = any(hasattr(tensor, "ds_id") for tensor in (weight, bias))
-            if sharded or not logit_scale > 0 or hidden.dtype == torch.float64 or not shared.plain(hidden, weight, bias, targets):
+            odd = not logit_scale > 0 or final_logit_softcapping == 0.0 or hidden.dtype == torch.float64
+            if sharded or odd or not shared.plain(hidden, weight, bias, targets):
                 return theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale,
                                     outputs)
             count()
             _checked(hidden, weight, targets, temperature)
             # scale · z under softcap s and temperature T is z under softcap s / scale and temperature T / scale.
             softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
-            learns = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (hidden, weight, bias))
-            if learns or set(outputs) & set(EXTRAS):
+            if shared.learns(hidden, weight, bias) or set(outputs) & set(EXTRAS):
                 return _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
             return _without_gradient(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
 
@@ -181,6 +183,8 @@ def _checked(hidden, weight, targets, temperature):
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
         raise ValueError(f"expected hidden [N, H], weight [V, H] and targets [N], got {tuple(hidden.shape)}, "
                          f"{tuple(weight.shape)}, {tuple(targets.shape)}")
+    if not checks.whole(targets):
+        raise ValueError(f"targets: expected integers, got {targets.dtype}")
     checks.known_ids("linear_logprob", targets, weight.shape[0])
 
 

@@ -8,6 +8,7 @@ patches every process that imports verl.
 import torch
 
 from ..kernels.linear_logprob import linear_logprob
+from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
 
@@ -17,11 +18,11 @@ FUSED = "verl.utils.experimental.torch_functional"
 
 
 def logprobs_from_logits(theirs):
-    """(logits, labels) -> log-probs in float32. In place only where verl's own would be: on a device."""
+    """(logits, labels) -> log-probs in float32. In place on a device alone, where verl's own is if flash-attn is there."""
     def ours(logits, labels, inplace_backward=True):
-        if not shared.plain(logits, labels) or not shared.whole(labels):
+        if not shared.scores(logits, labels):
             return theirs(logits, labels, inplace_backward=inplace_backward)
-        return shared.logprob(logits, labels, inplace_backward=inplace_backward and logits.is_cuda)
+        return token_logprob(logits, labels, inplace_backward=inplace_backward and logits.is_cuda)
 
     return ours
 
@@ -54,11 +55,11 @@ def masked_whiten(theirs):
 def compute_gae_advantage_return(theirs):
     """Advantages, whitened, and returns; values and running sums go through masked tokens. Both are 0 where masked."""
     def ours(token_level_rewards, values, response_mask, gamma, lam):
-        made = shared.advantages(token_level_rewards, values, response_mask, gamma, lam, "carry")
-        if made is None:
-            return theirs(token_level_rewards, values, response_mask, gamma, lam)
-        mask = shared.flags(response_mask)
         with torch.no_grad():
+            made = shared.advantages(token_level_rewards, values, response_mask, gamma, lam, "carry")
+            if made is None:
+                return theirs(token_level_rewards, values, response_mask, gamma, lam)
+            mask = shared.flags(response_mask)
             return torch.where(mask, shared.whiten(made[0], mask), 0.0), made[1]
 
     return ours
@@ -88,17 +89,25 @@ def _needed(name, value, dp_size):
         raise ValueError(f"(global) {name} is required when dp_size > 1")
 
 
+def _weights(rollout_is_weights):
+    """False for importance weights that are negative somewhere, which a CPU looks at, or that learn."""
+    if rollout_is_weights is None:
+        return True
+    negative = rollout_is_weights.device.type == "cpu" and bool((rollout_is_weights < 0).any())
+    return not negative and not shared.learns(rollout_is_weights)
+
+
 def compute_policy_loss_vanilla(theirs):
     """The clipped loss with verl's asymmetric clip and dual clip, and its three metrics in one read of the device."""
     def ours(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
              rollout_is_weights=None):
         original = lambda: theirs(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        if config is None or not shared.plain(response_mask, rollout_is_weights):
+        if config is None or not shared.plain(response_mask, rollout_is_weights) or not _weights(rollout_is_weights):
             return original()
         reduction, normalizer = _aggregation(response_mask, loss_agg_mode, **config.global_batch_info)
         low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
         high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
-        # Importance weights are >= 0: they may as well scale the advantages.
+        # Weights >= 0 may as well scale the advantages: they change no comparison.
         weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
         made = shared.policy_loss(
             log_prob, old_log_prob, weighted, response_mask, reduction=reduction, normalizer=normalizer,
