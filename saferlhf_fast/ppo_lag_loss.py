@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .kernels import checks
+from .kernels.losses import KL_ESTIMATORS, REDUCTIONS
 from .kernels.ppo_loss import ppo_loss
 from .lagrange import LagrangeMultiplier, PIDMultiplier
 
@@ -38,6 +39,10 @@ class PPOLagLoss(nn.Module):
         unknown = settings.keys() - SETTINGS
         if unknown:
             raise ValueError(f"PPOLagLoss: expected settings out of {', '.join(sorted(SETTINGS))}, got {min(unknown)}")
+        checks.clip("PPOLagLoss", clip_ratio, settings.get("clip_high"), settings.get("dual_clip"))
+        for name, allowed in (("reduction", REDUCTIONS), ("kl_estimator", KL_ESTIMATORS)):
+            if name in settings:
+                checks.one_of("PPOLagLoss", name, settings[name], allowed)
         self.settings = {"clip_ratio": clip_ratio, **settings}
 
     def forward(self, logp: torch.Tensor, old_logp: torch.Tensor, reward_advantages: torch.Tensor,
@@ -47,9 +52,10 @@ class PPOLagLoss(nn.Module):
         """-> (loss, stats): loss [], fp32 (fp64 for fp64 logp), differentiable in logp; stats as `ppo_loss`, and `multiplier`.
 
         logp, old_logp (nats) and both advantages: packed [N] with cu_seqlens (int32 [B+1]) or padded [B, T] with a boolean
-        mask, any float dtype; masked entries are never read. multiplier: λ ≥ 0 as a number, a 0-d tensor (which is not read
-        by the host) or a LagrangeMultiplier or PIDMultiplier, whose `value` it is; no gradient goes to it. tensors:
-        ref_logp, entropy, normalizer, advantage_scale, advantage_shift of `ppo_loss`. ValueError for what does not fit.
+        mask, any float dtype; masked entries are never read. multiplier: λ ≥ 0 as a number, a 0-d tensor (read, to refuse a
+        negative one, on the CPU alone: on a device the host does not wait for it, nor under torch.compile) or a
+        LagrangeMultiplier or PIDMultiplier, whose `value` it is; no gradient goes to it. tensors: ref_logp, entropy,
+        normalizer, advantage_scale, advantage_shift of `ppo_loss`. ValueError for what does not fit.
         """
         names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
         checks.same_tokens("PPOLagLoss", names, (logp, old_logp, reward_advantages, cost_advantages))
@@ -57,9 +63,9 @@ class PPOLagLoss(nn.Module):
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
             raise ValueError(f"PPOLagLoss: multiplier: expected a number, a 0-d tensor or a LagrangeMultiplier, "
                              f"got {type(multiplier).__name__}")
-        if not isinstance(value, torch.Tensor):
-            checks.not_negative("PPOLagLoss", "multiplier", value)
-        value = checks.scalar(value, logp, "PPOLagLoss: multiplier")
+        given, value = value, checks.scalar(value, logp, "PPOLagLoss: multiplier")
+        if not isinstance(given, torch.Tensor) or given.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.not_negative("PPOLagLoss", "multiplier", given if not isinstance(given, torch.Tensor) else given.item())
         advantages = combined(reward_advantages, cost_advantages, value)
         loss, stats = ppo_loss(logp, old_logp, advantages, mask=mask, cu_seqlens=cu_seqlens, **self.settings, **tensors)
         return loss, {**stats, "multiplier": value}

@@ -60,6 +60,13 @@ def test_every_way_to_say_lambda():
         torch.testing.assert_close(PPOLagLoss()(*tensors, rule, mask=mask)[0], expected)
 
 
+def test_a_tensor_lambda_under_torch_compile():
+    tensors, mask = batch(1, torch.float32)
+    expected = PPOLagLoss()(*tensors, torch.tensor(0.25), mask=mask)[0]
+    compiled = torch.compile(PPOLagLoss(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*tensors, torch.tensor(0.25), mask=mask)[0], expected)
+
+
 def test_masked_entries_may_hold_anything():
     tensors, mask = batch(2, torch.float32)
     expected = PPOLagLoss()(*tensors, 1.0, mask=mask)[0]
@@ -77,6 +84,9 @@ def test_no_token_is_no_loss():
 @pytest.mark.parametrize(("change", "message"), [
     ({"multiplier": -0.1}, "multiplier: expected a number >= 0, got -0.1"),
     ({"multiplier": float("nan")}, "multiplier"),
+    ({"multiplier": torch.tensor(-0.5)}, "multiplier: expected a number >= 0, got -0.5"),
+    ({"multiplier": torch.tensor([-1])}, "multiplier: expected a number >= 0, got -1"),
+    ({"multiplier": torch.tensor(float("nan"))}, "multiplier: expected a number >= 0, got nan"),
     ({"multiplier": "1"}, "multiplier: expected a number, a 0-d tensor"),
     ({"multiplier": None}, "multiplier: expected a number, a 0-d tensor"),
     ({"multiplier": torch.ones(2)}, "multiplier: expected a number or a 0-d tensor"),
@@ -107,6 +117,13 @@ def test_clip_higher_and_dual_clip():
 def test_settings():
     with pytest.raises(ValueError, match="expected settings out of .*clip_ratio.* got clip_rato"):
         PPOLagLoss(clip_rato=0.1)
+    for settings, message in [({"clip_ratio": -1}, "clip_ratio: expected a number >= 0, got -1"),
+                              ({"clip_high": float("nan")}, "clip_high: expected a number >= 0, got nan"),
+                              ({"dual_clip": 1.0}, "dual_clip: expected None or a number > 1, got 1.0"),
+                              ({"reduction": "foo"}, "reduction: expected one of sequence-mean, token-mean, got 'foo'"),
+                              ({"kl_estimator": "k2"}, "kl_estimator: expected one of k3, k1, got 'k2'")]:
+        with pytest.raises(ValueError, match=message):
+            PPOLagLoss(**settings)
     assert repr(PPOLagLoss(0.1, reduction="token-mean")) == "PPOLagLoss(clip_ratio=0.1, reduction='token-mean')"
 
 
