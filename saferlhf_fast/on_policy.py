@@ -15,6 +15,7 @@ import torch
 from .kernels import linear
 from .kernels.checks import known_ids
 from .kernels.dispatch import choose
+from .kernels.once import once
 
 
 def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature=1.0, softcap=None):
@@ -68,7 +69,7 @@ class _OnPolicy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @once("on_policy_loss")
     def backward(ctx, upstream):
         hidden, weight = ctx.kinds
         made = [None if gradient is None else linear.scaled(gradient, upstream, kind)

@@ -109,6 +109,14 @@ def test_chunked_head_of_random_batches(report):
     assert report.calls["trl.trainer.utils:_ChunkedLogProbFunction"] == 100
 
 
+def test_head_has_first_derivatives_alone(report):
+    hidden, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8)
+    logp, *_ = utils._ChunkedLogProbFunction.apply(hidden, weight, None, torch.arange(6), 1.0, 32768)
+    gradient, = torch.autograd.grad(logp.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="first derivatives alone"):
+        gradient.square().sum().backward()
+
+
 def test_head_under_autocast_keeps_float32_gradients(report):
     torch.manual_seed(0)
     hidden, weight, ids = leaf(torch.randn(9, 16)), leaf(torch.randn(33, 16)), torch.randint(33, (9,))

@@ -96,3 +96,12 @@ def test_an_id_outside_the_vocabulary_is_refused_on_the_cpu():
     ids[3] = 37
     with pytest.raises(ValueError, match="37"):
         on_policy_loss(hidden.requires_grad_(), weight, None, ids, COUNTS, made_between())
+
+
+def test_first_derivatives_alone():
+    hidden, weight, _, ids = problem(torch.float32, False)
+    hidden.requires_grad_()
+    loss = on_policy_loss(hidden, weight, None, ids, COUNTS, made_between())
+    gradient, = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="^on_policy_loss has first derivatives alone"):
+        gradient.square().sum().backward()

@@ -195,6 +195,30 @@ def test_empty(op, impl, device, axis):
         assert gradient.shape == given[name].shape and (gradient == 0).all()
 
 
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", [op for op in TABLE if TABLE[op][3]])
+def test_first_derivatives_alone(op, impl, device):
+    """create_graph=True gives the same gradients; what would have differentiated them again without a word says so."""
+    expected = call(op, inputs_of(op), impl)[1]
+    given = inputs_of(op)
+    leaves = {name: given[name].requires_grad_() for name in TABLE[op][3]}
+    result = getattr(saferlhf_fast, op)(**given, **TABLE[op][2], impl=impl)
+    outputs = [part for part in result if torch.is_tensor(part)] if isinstance(result, tuple) else [result]
+    total = sum(output.sum() for output in outputs)
+    gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, expected))
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
+            gradient.square().sum().backward(retain_graph=True)
+    # One input that needs no gradient among others: nothing is mixed up.
+    first = next(iter(leaves))
+    result = getattr(saferlhf_fast, op)(**{**given, first: leaves[first].detach()}, **TABLE[op][2], impl=impl)
+    for name in list(leaves)[1:]:
+        output = (result[0] if isinstance(result, tuple) else result).sum()
+        alone, = torch.autograd.grad(output, leaves[name], retain_graph=True)
+        assert torch.equal(torch.autograd.grad(output, leaves[name], create_graph=True)[0], alone)
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
 def test_triton_in_the_interpreter():
     interpret.run(__file__, "-k", "not refused")

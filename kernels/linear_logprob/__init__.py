@@ -4,6 +4,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
+from ..once import once
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -61,6 +62,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(hidden_NH, weight_VH, ids_N, bias_V, temperature_N, *output)
 
 
+@once("linear_logprob")
 def _backward(ctx, grad_logp_N, grad_entropy_N, _):
     hidden_NH, weight_VH, ids_N, bias_V, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:

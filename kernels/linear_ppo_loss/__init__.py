@@ -6,6 +6,7 @@ from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
 from ..linear import held, scaled
+from ..once import once
 from ..ppo_loss.reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -52,6 +53,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@once("linear_ppo_loss")
 def _backward(ctx, upstream, *_):
     *made, unscale = ctx.saved_tensors
     factor = upstream * unscale

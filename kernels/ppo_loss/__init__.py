@@ -5,6 +5,7 @@ import torch
 from .. import checks
 from ..dispatch import choose
 from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
+from ..once import once
 from .reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -31,6 +32,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@once("ppo_loss")
 def _backward(ctx, upstream, *_):
     gradient, entropy_gradient, inverse = ctx.saved_tensors
     to_logp, to_entropy = (

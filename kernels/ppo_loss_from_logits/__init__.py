@@ -5,6 +5,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
+from ..once import once
 from ..ppo_loss.reference import STATISTICS, named
 from ..scaling import scale_in_place
 
@@ -49,6 +50,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@once("ppo_loss_from_logits")
 def _backward(ctx, upstream, *_):
     assert ctx.gradient, "a gradient is asked for that the forward pass was told nobody needs"
     gradient_NV, unscale = ctx.saved_tensors

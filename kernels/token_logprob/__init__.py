@@ -4,6 +4,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
+from ..once import once
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define("token_logprob(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, float softcap, "
@@ -46,6 +47,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N)
 
 
+@once("token_logprob")
 def _backward(ctx, grad_logp_N, grad_entropy_N, _):
     logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:

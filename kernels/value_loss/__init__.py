@@ -5,6 +5,7 @@ import torch
 from .. import checks
 from ..dispatch import choose
 from ..losses import REDUCTIONS, scaled
+from ..once import once
 from .reference import STATISTICS
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -29,6 +30,7 @@ def _setup(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@once("value_loss")
 def _backward(ctx, upstream_C, *_):
     gradient, inverse = ctx.saved_tensors
     upstream = upstream_C.reshape(-1, *[1] * (gradient.dim() - 1))

@@ -9,6 +9,7 @@ import torch
 from ..kernels import linear
 from ..kernels.dispatch import choose
 from ..kernels.linear_logprob import linear_logprob
+from ..kernels.once import once
 from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
@@ -74,6 +75,7 @@ class _Head(torch.autograd.Function):
         return logp_N, entropy_N if ctx.entropy else None, *made
 
     @staticmethod
+    @once("the chunked head")
     def backward(ctx, grad_logp_N, grad_entropy_N, *_):
         if grad_logp_N is None and grad_entropy_N is None:
             return (None,) * 7
