@@ -13,6 +13,9 @@ Source: Safe RLHF (arXiv 2310.12773), section 3.3 and the reference implementati
 arXiv 2007.03964.
 """
 
+import math
+from numbers import Real
+
 import torch
 
 from .types import believable
@@ -22,13 +25,13 @@ class CostWindow:
     """Mean of the last `window` episode costs, kept on the device. Costs that are not `believable` are left out."""
 
     def __init__(self, window, device):
-        if not (isinstance(window, int) and window >= 1):
+        if isinstance(window, bool) or not (isinstance(window, int) and window >= 1):
             raise ValueError(f"window: expected a number of episodes >= 1, got {window!r}")
         self.costs = torch.zeros(window, device=device)
         self.kept = torch.zeros((), device=device)       # how many of `costs` are filled, from the end
 
     def add(self, costs_B):
-        """costs_B: [B] costs of the newest episodes, of all ranks -> J_C, a 0-d tensor (0 before any)."""
+        """costs_B: [B] costs of the newest episodes, of all ranks -> (J_C, whether there is any cost in it), 0-d tensors."""
         if not isinstance(costs_B, torch.Tensor) or costs_B.dim() != 1:
             got = f"shape {list(costs_B.shape)}" if isinstance(costs_B, torch.Tensor) else type(costs_B).__name__
             raise ValueError(f"costs: expected a tensor [B], one cost for each episode, got {got}")
@@ -38,7 +41,7 @@ class CostWindow:
         self.kept = (self.kept + costs_B.numel()).clamp(max=self.costs.numel())
         age = torch.arange(self.costs.numel(), 0, -1, device=self.costs.device)
         use = (age <= self.kept) & ~torch.isnan(self.costs)
-        return torch.where(use, self.costs, 0.0).sum() / use.sum().clamp(min=1)
+        return torch.where(use, self.costs, 0.0).sum() / use.sum().clamp(min=1), use.any()
 
     def state_dict(self) -> dict:
         """For a checkpoint."""
@@ -55,16 +58,16 @@ class LagrangeMultiplier:
     init: λ at the start, > 0 · lr: step size · max: upper bound of λ · threshold: d, in the cost model's units ·
     window: episodes in J_C · delay: λ moves from this step on · device: where λ lives.
     Attributes: `value`, λ, and `mean_cost`, J_C, both 0-d fp32 tensors on the device; `steps`, updates so far.
-    ValueError for what cannot be a setting, and for costs that are no tensor [B].
+    As long as the window holds no cost at all, λ and J_C stay as they are. ValueError for what cannot be a setting, and for
+    costs that are no tensor [B].
     """
 
     def __init__(self, init: float = 1.0, lr: float = 0.1, max: float = 5.0, threshold: float = 0.0, window: int = 1024,
                  delay: int = 0, device: torch.device | str = "cpu") -> None:
-        if not (init > 0 and max > 0):
-            raise ValueError(f"init and max of an exponential multiplier must be above 0, got {init} and {max}")
-        self.log_value = torch.tensor(float(init), device=device).clamp(max=max).log()
-        self.log_max = torch.tensor(float(max), device=device).log()
-        self.lr, self.threshold, self.delay = lr, threshold, delay
+        max = _number("max", max, above=0.0, finite=False)
+        self.log_value = torch.tensor(_number("init", init, above=0.0, most=max), device=device).log()
+        self.log_max = torch.tensor(max, device=device).log()
+        self.lr, self.threshold, self.delay = _number("lr", lr, least=0.0), _number("threshold", threshold), _steps(delay)
         self.window = CostWindow(window, device)
         self.steps = 0
         self.mean_cost = torch.zeros((), device=device)
@@ -80,10 +83,11 @@ class LagrangeMultiplier:
         Of all ranks, in the same order on each, so that λ stays the same everywhere (torch.distributed.all_gather_into_tensor).
         Costs that are not finite, or beyond ±1e6, are left out of the mean; no gradient is kept.
         """
-        self.mean_cost = self.window.add(costs_B)
+        mean_cost, known = self.window.add(costs_B)
+        self.mean_cost = torch.where(known, mean_cost, self.mean_cost)
         if self.steps >= self.delay:
             moved = self.log_value + self.lr * self.value * (self.mean_cost - self.threshold)
-            self.log_value = torch.minimum(moved, self.log_max)
+            self.log_value = torch.where(known, torch.minimum(moved, self.log_max), self.log_value)
         self.steps += 1
         return self.value
 
@@ -102,29 +106,34 @@ class LagrangeMultiplier:
 class PIDMultiplier:
     """λ = clip(K_p·e + I + K_d·max(0, Δe), 0, max), I = clip(init + K_i·Σe, 0, max), e = J_C − d.
 
-    The integral is bounded like λ itself, so it does not wind up while λ is at its bound.
+    init: λ and the integral at the start, 0 … max · kp, ki, kd: gains, ≥ 0 · the rest, the attributes and the errors as in
+    `LagrangeMultiplier`. The integral is bounded like λ itself, so it does not wind up while λ is at its bound.
     """
 
     def __init__(self, init: float = 0.0, kp: float = 0.1, ki: float = 0.01, kd: float = 0.01, max: float = 5.0,
                  threshold: float = 0.0, window: int = 1024, delay: int = 0, device: torch.device | str = "cpu") -> None:
-        self.integral = torch.tensor(float(init), device=device).clamp(max=max)
+        self.max = _number("max", max, above=0.0, finite=False)
+        self.integral = torch.tensor(_number("init", init, least=0.0, most=self.max), device=device)
         self.value = self.integral.clone()
         self.last_error = None
-        self.kp, self.ki, self.kd, self.max = kp, ki, kd, float(max)
-        self.threshold, self.delay = threshold, delay
+        self.kp, self.ki, self.kd = (_number(name, gain, least=0.0) for name, gain in (("kp", kp), ("ki", ki), ("kd", kd)))
+        self.threshold, self.delay = _number("threshold", threshold), _steps(delay)
         self.window = CostWindow(window, device)
         self.steps = 0
         self.mean_cost = torch.zeros((), device=device)
 
     def update(self, costs_B: torch.Tensor) -> torch.Tensor:
         """One step with the newest episodes' costs of all ranks, [B] -> λ; as in `LagrangeMultiplier`."""
-        self.mean_cost = self.window.add(costs_B)
+        mean_cost, known = self.window.add(costs_B)
+        self.mean_cost = torch.where(known, mean_cost, self.mean_cost)
         if self.steps >= self.delay:
             error = self.mean_cost - self.threshold
-            change = torch.zeros_like(error) if self.last_error is None else (error - self.last_error).clamp(min=0)
-            self.integral = (self.integral + self.ki * error).clamp(0.0, self.max)
-            self.value = (self.kp * error + self.integral + self.kd * change).clamp(0.0, self.max)
-            self.last_error = error
+            last = torch.full_like(error, float("nan")) if self.last_error is None else self.last_error
+            change = (error - last).clamp(min=0).nan_to_num()             # NaN: no error yet to compare with
+            integral = (self.integral + self.ki * error).clamp(0.0, self.max)
+            value = (self.kp * error + integral + self.kd * change).clamp(0.0, self.max)
+            self.integral, self.value = torch.where(known, integral, self.integral), torch.where(known, value, self.value)
+            self.last_error = torch.where(known, error, last)
         self.steps += 1
         return self.value
 
@@ -138,6 +147,24 @@ class PIDMultiplier:
 
     def __repr__(self):
         return _shown(self, ("kp", "ki", "kd"))
+
+
+def _number(name, value, *, least=-math.inf, above=-math.inf, most=math.inf, finite=True):
+    """A setting as a float; ValueError for one that is no number, or not within its bounds."""
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    real = isinstance(value, Real) and not isinstance(value, bool) and not (finite and math.isinf(value))
+    if not (real and least <= value <= most and (above == -math.inf or value > above)):
+        bounds = [f" {word} {bound:g}" for word, bound in (("at least", least), ("above", above), ("at most", most))
+                  if math.isfinite(bound)]
+        raise ValueError(f"{name}: expected a {'finite ' * finite}number{' and'.join(bounds)}, got {value!r}")
+    return float(value)
+
+
+def _steps(delay):
+    if isinstance(delay, bool) or not (isinstance(delay, int) and delay >= 0):
+        raise ValueError(f"delay: expected a number of steps >= 0, got {delay!r}")
+    return delay
 
 
 def _shown(multiplier, gains):

@@ -34,6 +34,28 @@ def test_nonfinite_costs_are_left_out_of_the_mean():
     assert multiplier.mean_cost.item() == 2.0 and math.isfinite(multiplier.value.item())
 
 
+@pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
+def test_nothing_moves_before_there_is_a_cost(rule):
+    """The mean of no cost is no cost of 0: with a threshold under 0 that would raise λ without any evidence."""
+    nothing = (torch.zeros(0), torch.full((3,), float("nan")), torch.full((2,), 1e9))
+    multiplier, fresh = (rule(init=1.0, threshold=-4.0, window=2) for _ in range(2))
+    for costs in nothing:
+        assert multiplier.update(costs).item() == 1.0 and multiplier.mean_cost.item() == 0.0
+    again = rule(init=1.0, threshold=-4.0, window=2)
+    again.load_state_dict(multiplier.state_dict())
+    costs = torch.tensor([-1.0, -2.0])
+    expected = fresh.update(costs)                                   # the first cost counts as if it were the first update
+    assert torch.equal(multiplier.update(costs), expected) and torch.equal(again.update(costs), expected)
+    assert expected.item() > 1.0 and multiplier.mean_cost.item() == -1.5
+    assert torch.equal(multiplier.update(nothing[1]), expected) and multiplier.mean_cost.item() == -1.5    # the window is holes
+
+
+def test_a_window_with_costs_goes_on_through_an_empty_batch():
+    multiplier = LagrangeMultiplier(window=4, lr=0.5)
+    value = multiplier.update(torch.ones(2)).item()
+    assert multiplier.update(torch.zeros(0)).item() == pytest.approx(value * math.exp(0.5 * value))
+
+
 def test_one_batch_larger_than_the_window_keeps_its_newest_costs():
     multiplier = LagrangeMultiplier(window=2)
     multiplier.update(torch.tensor([9.0, 9.0, 1.0, 3.0]))
@@ -85,7 +107,24 @@ def test_costs_bring_no_gradient_and_any_dtype():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: LagrangeMultiplier(window=0), "window: expected a number of episodes >= 1, got 0"),
     (lambda: PIDMultiplier(window=2.5), "window: .* got 2.5"),
-    (lambda: LagrangeMultiplier(max=float("nan")), "above 0"),
+    (lambda: LagrangeMultiplier(window=True), "window: .* got True"),
+    (lambda: LagrangeMultiplier(max=float("nan")), "max: expected a number above 0, got nan"),
+    (lambda: LagrangeMultiplier(init=6.0), "init: expected a finite number above 0 and at most 5, got 6.0"),
+    (lambda: LagrangeMultiplier(lr=-1), "lr: expected a finite number at least 0, got -1"),
+    (lambda: LagrangeMultiplier(lr=float("nan")), "lr: .* got nan"),
+    (lambda: LagrangeMultiplier(lr=float("inf")), "lr: .* got inf"),
+    (lambda: LagrangeMultiplier(lr="0.1"), "lr: .* got '0.1'"),
+    (lambda: LagrangeMultiplier(threshold=float("nan")), "threshold: expected a finite number, got nan"),
+    (lambda: LagrangeMultiplier(delay=-1), "delay: expected a number of steps >= 0, got -1"),
+    (lambda: PIDMultiplier(delay=1.5), "delay: .* got 1.5"),
+    (lambda: PIDMultiplier(init=-1), "init: expected a finite number at least 0 and at most 5, got -1"),
+    (lambda: PIDMultiplier(init=float("nan")), "init: .* got nan"),
+    (lambda: PIDMultiplier(init=6), "init: .* got 6"),
+    (lambda: PIDMultiplier(max=0), "max: expected a number above 0, got 0"),
+    (lambda: PIDMultiplier(max=-2.0), "max: .* got -2"),
+    (lambda: PIDMultiplier(kp=-0.1), "kp: .* got -0.1"),
+    (lambda: PIDMultiplier(ki=float("nan")), "ki: .* got nan"),
+    (lambda: PIDMultiplier(kd=float("inf")), "kd: .* got inf"),
     (lambda: LagrangeMultiplier().update(torch.ones(2, 1)), r"a tensor \[B\], one cost for each episode, got shape \[2, 1\]"),
     (lambda: LagrangeMultiplier().update(torch.tensor(1.0)), r"got shape \[\]"),
     (lambda: PIDMultiplier().update([1.0]), "got list"),
@@ -93,6 +132,11 @@ def test_costs_bring_no_gradient_and_any_dtype():
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_settings_of_other_kinds_of_numbers():
+    multiplier = LagrangeMultiplier(init=torch.tensor(2.0), lr=0, max=float("inf"), threshold=torch.tensor([-1.5]))
+    assert multiplier.update(torch.ones(1)).item() == pytest.approx(2.0) and multiplier.threshold == -1.5
 
 
 def test_it_prints_what_it_is():
