@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from ..padding import boolean
+from .head import is_open, name_of, negative_sum, scored, through_head
 from .report import Refused, Report
 
 STATE = "_saferlhf_fast_patch"
@@ -63,7 +64,7 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     if STATE not in vars(inner):
         return model
     head, state = inner.get_output_embeddings(), vars(inner)[STATE]
-    if _is_open(head):
+    if is_open(head):
         head.__class__ = state.head_class
     mine = vars(inner).get("forward")
     if getattr(mine, "__self__", None) is inner and mine.__func__ is state.forward:
@@ -164,8 +165,8 @@ def _unfit(model):
         return "expected a decoder, got an encoder-decoder"
     if head is None or model.base_model is model:
         return "expected a model with a body and a head of its own"
-    if type(head) is not nn.Linear and not _is_open(head):
-        return f"expected torch.nn.Linear as head, got {_name(head)} (adapters or quantisation?)"
+    if type(head) is not nn.Linear and not is_open(head):
+        return f"expected torch.nn.Linear as head, got {name_of(head)} (adapters or quantisation?)"
     if "forward" in vars(head) or head._forward_hooks or head._forward_pre_hooks:
         return "its head has hooks, which wait for logits"
     if "forward" in vars(model):
@@ -241,8 +242,8 @@ def _needs_logits(model, state, given):
     if given.get("output_router_logits"):
         return "output_router_logits adds a loss that is made from the router"
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear and not _is_open(head):
-        return f"its head has become {_name(head)}"
+    if type(head) is not nn.Linear and not is_open(head):
+        return f"its head has become {name_of(head)}"
     unknown = [] if state.body_takes is None else [
         name for name, value in given.items()
         if name not in NOT_THE_BODYS | state.body_takes and value is not None
@@ -265,7 +266,7 @@ def _with_loss(model, state, given):
                          f"{targets.numel()} of {targets.dtype}")
     at_N = (targets != ignored).nonzero().squeeze(1)
     hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N)
-    total = _through_head(model, hidden_NH, lambda *head: _negative_sum(*head, targets.index_select(0, at_N).long(), state.form))
+    total = through_head(model, hidden_NH, lambda *head: negative_sum(*head, targets.index_select(0, at_N).long(), state.form))
     count = given.get("num_items_in_batch")
     if isinstance(count, torch.Tensor):
         count = count.to(total.device)
@@ -314,7 +315,7 @@ def token_logprobs(self, input_ids: torch.Tensor, mask: torch.Tensor | None = No
         hidden_BTH = self.base_model(**inputs).last_hidden_state
         hidden_NH = hidden_BTH[:, :-1].reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N.to(hidden_BTH.device))
         ids_N = ids[:, 1:].reshape(-1).index_select(0, at_N).long().to(hidden_BTH.device)
-        values = _through_head(self, hidden_NH, lambda *head: _scored(*head, ids_N, state.form, temperature, return_entropy))
+        values = through_head(self, hidden_NH, lambda *head: scored(*head, ids_N, state.form, temperature, return_entropy))
         values = torch.stack(values if return_entropy else [values])
         made = made.reshape(len(made), -1).index_copy(1, at_N.to(made.device), values).reshape(made.shape)
     if state.on_call is not None:
@@ -336,54 +337,3 @@ def _checked(input_ids, mask, labels):
                          f"on {mask.device}")
     real = boolean("token_logprobs", mask)
     return ids, wanted & real[:, 1:] & real[:, :-1]
-
-
-# ---------------------------------------------------------------- the head
-
-
-def _is_open(head):
-    from ..policy import OpenHead
-    return type(head) is OpenHead
-
-
-def _name(head):
-    return f"{type(head).__module__}.{type(head).__qualname__}"
-
-
-def _through_head(model, hidden_NH, use):
-    """use(hidden, weight, bias) inside the head module's own forward, where ZeRO-3 has gathered its weight.
-
-    Under autocast the two products run in its dtype, as the linear layer's would; everything else stays in float32.
-    """
-    head = model.get_output_embeddings()
-
-    def cast(hidden, weight, bias):
-        if hasattr(weight, "placements"):
-            raise ValueError("the head's weight is a DTensor; expected a whole weight inside its own forward")
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
-            return use(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-
-    return head(hidden_NH, cast) if _is_open(head) else cast(hidden_NH, head.weight, head.bias)
-
-
-def _scored(hidden_NH, weight_VH, bias_V, ids_N, form, temperature, entropy):
-    """Log-probs, or (log-probs, entropies), of N tokens."""
-    from ..kernels.linear_logprob import linear_logprob
-    return linear_logprob(hidden_NH, weight_VH, ids_N, bias=bias_V, temperature=temperature / form.scale, softcap=form.softcap,
-                          return_entropy=entropy)
-
-
-def _negative_sum(hidden_NH, weight_VH, bias_V, ids_N, form):
-    """Sum of −log-prob. Where gradients are wanted they are made on the way: three products of the head instead of four."""
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V))
-    if not learns or hidden_NH.dtype == torch.float64 or torch.compiler.is_compiling():
-        return -_scored(hidden_NH, weight_VH, bias_V, ids_N, form, 1.0, False).sum()
-    from ..kernels.linear import chunk_size
-    from ..on_policy import on_policy_loss
-    most = chunk_size(len(weight_VH), hidden_NH.device)
-    counts = [min(most, len(ids_N) - at) for at in range(0, len(ids_N), most)]
-    return on_policy_loss(hidden_NH, weight_VH, bias_V, ids_N, counts,
-                          lambda _sequences, _tokens, logp_C: (-logp_C.sum(), torch.full_like(logp_C, -1.0)), 1.0 / form.scale,
-                          form.softcap)
