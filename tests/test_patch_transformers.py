@@ -108,6 +108,23 @@ def test_labels_outside_the_vocabulary_are_refused(label):
         patched(ids, labels=ids.float())
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.complex64, torch.float8_e4m3fn])
+def test_labels_that_are_no_integers_are_refused(dtype):
+    patched, ids = patch_model(make()), torch.tensor([[5, 6, 7]])
+    for given in ({"labels": ids.to(dtype)}, {"labels": ids, "shift_labels": ids.to(dtype)}):
+        with pytest.raises(ValueError, match=rf"labels: expected 3 integers of shape \[1, 3\], got 3 of {dtype}"):
+            patched(input_ids=ids, **given)
+    with pytest.raises(ValueError, match=f"labels: expected integers .*, got {dtype}"):
+        patched.token_logprobs(ids, labels=ids.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_labels_of_any_integer_dtype(dtype):
+    patched, ids = patch_model(make(vocab_size=200)), torch.tensor([[5, 6, 7]])
+    torch.testing.assert_close(patched(ids, labels=ids.to(dtype)).loss, patched(ids, labels=ids).loss)
+    torch.testing.assert_close(patched.token_logprobs(ids, labels=ids.to(dtype)), patched.token_logprobs(ids))
+
+
 def test_no_label_at_all_is_nan_with_gradients_of_zero_as_theirs():
     model, ids = make(), torch.tensor([[5, 6, 7]])
     patched = patch_model(copy.deepcopy(model))

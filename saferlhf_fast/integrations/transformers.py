@@ -257,16 +257,18 @@ def _with_loss(model, state, given):
               if name not in NOT_THE_BODYS and (state.body_takes is None or name in state.body_takes)}
     outputs = model.base_model(**inputs, return_dict=True)
     hidden_BTH = outputs.last_hidden_state
-    ignored, targets = given.get("ignore_index", IGNORED), given.get("shift_labels")
-    if targets is None:
-        targets = nn.functional.pad(given["labels"], (0, 1), value=ignored)[..., 1:]
-    targets = targets.reshape(-1).to(hidden_BTH.device)
-    if targets.dtype.is_floating_point or targets.numel() != hidden_BTH[..., 0].numel():
+    ignored, shifted = given.get("ignore_index", IGNORED), given.get("shift_labels")
+    labels = given["labels"] if shifted is None else shifted
+    if not _integers(labels) or labels.numel() != hidden_BTH[..., 0].numel():
         raise ValueError(f"labels: expected {hidden_BTH[..., 0].numel()} integers of shape {list(hidden_BTH.shape[:-1])}, got "
-                         f"{targets.numel()} of {targets.dtype}")
+                         f"{labels.numel()} of {labels.dtype}")
+    targets = labels.long()                              # before padding: -100 in uint8 would be a label, 156
+    if shifted is None:
+        targets = nn.functional.pad(targets, (0, 1), value=ignored)[..., 1:]
+    targets = targets.reshape(-1).to(hidden_BTH.device)
     at_N = (targets != ignored).nonzero().squeeze(1)
     hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N)
-    total = through_head(model, hidden_NH, lambda *head: negative_sum(*head, targets.index_select(0, at_N).long(), state.form))
+    total = through_head(model, hidden_NH, lambda *head: negative_sum(*head, targets.index_select(0, at_N), state.form))
     count = given.get("num_items_in_batch")
     if isinstance(count, torch.Tensor):
         count = count.to(total.device)
@@ -323,11 +325,15 @@ def token_logprobs(self, input_ids: torch.Tensor, mask: torch.Tensor | None = No
     return (made[0], made[1]) if return_entropy else made[0]
 
 
+def _integers(tensor):
+    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
+
+
 def _checked(input_ids, mask, labels):
     """-> ids to score [B, T], and of each but the first whether it counts [B, T-1]."""
     ids = input_ids if labels is None else labels
     for name, tensor in (("input_ids", input_ids), ("labels", ids)):
-        if tensor.dim() != 2 or tensor.dtype.is_floating_point or tensor.dtype == torch.bool or tensor.shape != input_ids.shape:
+        if tensor.dim() != 2 or not _integers(tensor) or tensor.shape != input_ids.shape:
             raise ValueError(f"token_logprobs: {name}: expected integers [B, T], got {tensor.dtype} {list(tensor.shape)}")
     wanted = ids[:, 1:] != IGNORED if labels is not None else torch.ones_like(ids[:, 1:], dtype=torch.bool)
     if mask is None:
