@@ -1,12 +1,15 @@
 """A patched transformers model is a good guest: generation, copies, files, Trainer, unpatching, and what it refuses."""
 
 import copy
+import gc
 import inspect
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from kit import ROOT  # noqa: E402
 from patch_kit import KINDS, SMALL, V, close, gradients, make, random_batch  # noqa: E402
+from saferlhf_fast import integrations  # noqa: E402
 from saferlhf_fast.integrations.report import Refused  # noqa: E402
 from saferlhf_fast.integrations.transformers import patch_model, unpatch_model  # noqa: E402
 
@@ -53,6 +57,80 @@ def test_calls_are_counted():
     assert not calls                                     # the check at patch time is nobody's call
     patched(ids), patched(ids, labels=ids), patched.token_logprobs(ids)
     assert len(calls) == 2
+
+
+def test_each_patched_model_is_counted_by_itself(capsys):
+    one, two, ids = make(), make(), torch.tensor([[5, 6, 7]])
+    first, second = (integrations.patch("transformers", model) for model in (one, two))
+    assert capsys.readouterr().out.count("replaced  forward and token_logprobs of this LlamaForCausalLM alone: no logits") == 2
+    one(ids, labels=ids), one.token_logprobs(ids), two(ids, labels=ids)
+    again = integrations.patch("transformers", one, quiet=True)
+    (mine, calls), = first.calls.items()
+    (other, of_two), = second.calls.items()
+    assert (calls, of_two) == (2, 1) and again.calls == first.calls                  # patching again resets nothing
+    assert re.fullmatch(r"transformers:LlamaForCausalLM( \(\d+\))?", mine) and mine != other
+    with again:
+        pass
+    assert hasattr(one, "token_logprobs")                # the first patch's, which `again` found there
+    with first:
+        pass
+    assert not hasattr(one, "token_logprobs") and integrations.patch("transformers", one, quiet=True).calls == {mine: 0}
+    with pytest.raises(ValueError, match="has been undone"):
+        first.__enter__()
+    calls = []
+    both = make()
+    patch_model(both, on_call=lambda: calls.append(1))
+    report = integrations.patch("transformers", both, quiet=True)
+    both(ids, labels=ids)
+    assert calls == [1] and list(report.calls.values()) == [1]
+
+
+def test_a_model_that_is_gone_frees_its_key():
+    def key(kind):
+        return next(iter(integrations.patch("transformers", make(kind), quiet=True).replaced))
+
+    seen = []
+    for _ in range(2):
+        seen.append(key("granite"))
+        gc.collect()
+    assert seen == ["transformers:GraniteForCausalLM"] * 2
+
+
+def test_evaluation_without_logits_is_told_once():
+    patched, ids = patch_model(make()).train(), torch.tensor([[5, 6, 7]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        patched(ids, labels=ids).loss.backward()
+        patched.eval()(ids, labels=ids).loss.backward()  # gradients: the loss is what was asked for
+        with torch.no_grad():
+            patched(ids)
+    with torch.no_grad(), pytest.warns(UserWarning, match="logits=None.* unpatch the model before") as told:
+        patched(ids, labels=ids), patched(ids, labels=ids)
+    assert len(told) == 1
+    with torch.inference_mode(), pytest.warns(UserWarning, match="unpatch the model before"):
+        patch_model(make()).eval()(ids, labels=ids)      # another model, told by itself
+
+
+def test_without_transformers_it_says_what_to_install(monkeypatch):
+    model = make()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for call in (lambda: integrations.patch("transformers", model), lambda: patch_model(model)):
+        with pytest.raises(ImportError, match=r"transformers is not installed here: pip install 'saferlhf-fast\[train\]'$"):
+            call()
+    assert not hasattr(model, "token_logprobs")
+
+
+def test_torch_compile_goes_through_a_patched_model():
+    model, ids = make(num_hidden_layers=1), torch.tensor([[5, 6, 7, 8], [9, 3, 4, 5]])
+    torch._dynamo.reset()
+    patched = patch_model(copy.deepcopy(model))
+    compiled = torch.compile(patched, backend="eager")
+    for ignored in (2, 5):                               # how many positions have a label is data
+        labels = ids.flatten().index_fill(0, torch.arange(ignored), -100).reshape(ids.shape)
+        expected, got = model(ids, labels=labels).loss, compiled(ids, labels=labels)
+        assert got.logits is None
+        close(got.loss, expected, torch.float32)
+        close(gradients(patched, got.loss), gradients(model, expected), torch.float32)
 
 
 def test_copies_and_files(tmp_path):

@@ -41,9 +41,9 @@ class Report:
     def __str__(self):
         lines = [f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} replaced, {len(self.left)} left"]
         for target, places in self.replaced.items():
-            others = [place for place in places if place != target.replace(":", ".")]
-            where = f", also at {', '.join(others)}" if others else ""
-            lines.append(f"  replaced  {target.replace(':', '.')}{where}: {self.why[target]}")
+            own = [place for place in places if place == target.replace(":", ".")]      # none of one model's methods
+            others = ", ".join(place for place in places if place not in own)
+            lines.append(f"  replaced  {', also at '.join(filter(None, [*own, others]))}: {self.why[target]}")
         lines += [f"  left      {target.replace(':', '.')}: {reason}" for target, reason in self.left.items()]
         return "\n".join(lines)
 

@@ -16,8 +16,10 @@ Shapes: B rows, T tokens, H hidden, V vocabulary, N labelled positions.
 import dataclasses
 import functools
 import inspect
+import itertools
 import types
 import warnings
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -47,6 +49,10 @@ def patch_model(model: nn.Module, *, force: bool = False, on_call: Callable[[], 
     `token_logprobs` below. Patch before DDP, DeepSpeed (ZeRO-3 too) or accelerate wrap the model; deepcopy copies the patch,
     pickling a patched model is refused, `save_pretrained` and `state_dict` are as before.
 
+    An evaluation that wants logits (Trainer.predict, compute_metrics) gets none: unpatch before it. The first call with labels
+    in eval mode and without gradients warns of that. A hook registered on the head after patching sees the op's result, not
+    logits. torch.compile works, but not with fullgraph=True: the number of labelled positions is data.
+
     Raises Refused (a ValueError) when the model is not like that, and says what was found; then nothing has changed.
     """
     inner = _inner(model)
@@ -74,31 +80,54 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     return model
 
 
+TARGETS = weakref.WeakValueDictionary()  # {key in sites.CALLS: the patched model}; a key is free again when its model is gone
+
+
 def patch_report(model, force=False):
-    """`patch_model` for `integrations.patch`: -> Report, with calls counted."""
-    import transformers
+    """`patch_model` for `integrations.patch`: -> Report, with calls counted under a key of this instance's own."""
     from . import sites
-    inner = _inner(model)
+    version, inner = _transformers().__version__, _inner(model)
     fresh = STATE not in vars(inner)
-    name = f"transformers:{type(inner).__name__}"
-    if fresh:
-        patch_model(model, force=force, on_call=sites.counting(name))
-        sites.CALLS[name] = 0
-    return Report("transformers", transformers.__version__, replaced={name: _places(inner)},
-                  why={name: "no logits for the loss; token_logprobs"}, undo=(lambda: unpatch_model(model)) if fresh else None,
-                  left={f"{name} without labels, or with logits_to_keep": "whoever asks for logits gets them"})
+    patch_model(model, force=force)
+    state, name = vars(inner)[STATE], type(inner).__name__
+    if state.target is None:
+        target, told = _target(inner), state.on_call
+        count, sites.CALLS[target] = sites.counting(target), 0
+        state.target, state.on_call = target, count if told is None else lambda: (count(), told())
+
+    def standing():
+        return vars(inner).get(STATE) is state
+
+    return Report("transformers", version, replaced={state.target: [f"forward and token_logprobs of this {name} alone"]},
+                  why={state.target: "no logits for the loss; token_logprobs"}, standing=standing,
+                  left={f"{name} without labels, or with logits_to_keep": "whoever asks for logits gets them"},
+                  undo=(lambda: unpatch_model(model) if standing() else None) if fresh else None)
 
 
 def unpatch_places(model):
     """`unpatch_model` for `integrations.unpatch`: -> the places restored."""
     inner = _inner(model)
-    places = _places(inner) if STATE in vars(inner) else []
+    places = [f"{type(inner).__name__}.{name} of this instance" for name in OURS[:2]] if STATE in vars(inner) else []
     unpatch_model(model)
     return places
 
 
-def _places(inner):
-    return [f"{type(inner).__name__}.{name} of this instance" for name in OURS[:2]]
+def _target(inner):
+    """"transformers:LlamaForCausalLM" for the first model of that class, "… (2)" for another while the first is there."""
+    name = f"transformers:{type(inner).__name__}"
+    names = itertools.chain([name], (f"{name} ({n})" for n in itertools.count(2)))
+    return next(each for each in names if TARGETS.setdefault(each, inner) is inner)
+
+
+def _transformers():
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
+            raise
+        raise ImportError("patch(\"transformers\", model): transformers is not installed here: "
+                          "pip install 'saferlhf-fast[train]'") from error
+    return transformers
 
 
 class Patch:
@@ -110,11 +139,13 @@ class Patch:
         self.names = names                   # {parameter of the model's forward: its default}, in order
         self.body_takes = body_takes         # parameters of the body's forward; None: any
         self.on_call = on_call
+        self.target = None                   # the key of its calls in sites.CALLS
+        self.warned = False                  # that evaluations get no logits
         self.kind = None                     # the class of the model's own outputs
         self.forward = None                  # ours, a function
 
     def __deepcopy__(self, memo):
-        return self                          # nothing in it changes
+        return self                          # a copy is counted with its original
 
     def __reduce_ex__(self, protocol):
         raise TypeError("a model patched by saferlhf-fast cannot be pickled; unpatch_model(model) first, or save its state_dict")
@@ -130,9 +161,9 @@ def _inner(model):
 
 
 def _patch(model, force, on_call):
-    import transformers
-    if not transformers.__version__.startswith(VERSIONS) and not force:
-        raise Refused(f"transformers {transformers.__version__}: expected 5.x, the versions that ours was compared with; "
+    version = _transformers().__version__
+    if not version.startswith(VERSIONS) and not force:
+        raise Refused(f"transformers {version}: expected 5.x, the versions that ours was compared with; "
                       "force=True goes on")
     reason = _unfit(model)
     if reason:
@@ -226,12 +257,23 @@ def _forward_like(original):
         if reason:
             warnings.warn(f"saferlhf-fast: {type(self).__name__}'s own forward makes this loss: {reason}", stacklevel=2)
             return type(self).forward(self, *args, **kwargs)
+        _warn_of_no_logits(self, state)
         output = _with_loss(self, state, given)
         wanted = given.get("return_dict")
         wanted = getattr(self.config, "return_dict", True) if wanted is None else wanted
         return output if wanted else output.to_tuple()
 
     return forward
+
+
+def _warn_of_no_logits(model, state):
+    """Once per model: without a word Trainer.predict would hand () to compute_metrics."""
+    if state.warned or model.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    state.warned = True
+    warnings.warn(f"saferlhf-fast: {type(model).__name__} is patched: with labels it returns the loss and logits=None, also in "
+                  "eval mode. If this evaluation wants logits (Trainer.predict, compute_metrics), unpatch the model before it",
+                  stacklevel=2)
 
 
 def _needs_logits(model, state, given):
