@@ -70,8 +70,8 @@ SAFERLHF_INLINE float load_block(float* z, const T* x, int n, float inverse, flo
   return highest_lane<W>(top[0]);
 }
 
-// log-prob of the target, entropy and log-sum-exp of one row; NaN where the row has one. A row that is -inf throughout has no
-// distribution: lse is -inf there, the others NaN.
+// log-prob of the target, entropy and log-sum-exp of one row; NaN where the row has one or a +inf. A row that is -inf
+// throughout has no distribution: lse is -inf there, the others NaN.
 template <int W, class T>
 SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, int64_t id, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
@@ -116,7 +116,7 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
   const double gap = double(target) - double(highest), mine = std::exp(gap), total = others + mine;
   RowStatistics s;
   s.lse = double(highest) + std::log(total);
-  s.logp = target == highest ? -std::log1p(others) : gap - std::log(total);
+  s.logp = gap == 0 ? -std::log1p(others) : gap - std::log(total);  // the target is highest; infinite, it has made gap NaN
   s.entropy = std::log(total) - (weighted + (mine > 0 ? mine * gap : 0.0)) / total;
   if (highest == -std::numeric_limits<float>::infinity()) s.logp = s.entropy = std::nan("");
   if (s.entropy < 0) s.entropy = 0;

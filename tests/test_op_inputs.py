@@ -219,6 +219,32 @@ def test_first_derivatives_alone(op, impl, device):
         assert torch.equal(torch.autograd.grad(output, leaves[name], create_graph=True)[0], alone)
 
 
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("at", ["the id", "another"])
+@pytest.mark.parametrize("op", WITH_IDS)
+def test_infinite_logit(op, at, impl, device):
+    """+inf has no distribution: log-prob, entropy and the row's gradient are NaN, and no other row's."""
+    given = inputs_of(op)
+    hit = tuple(given["mask"].nonzero()[0]) if "mask" in given else (0, 0)
+    column = given["ids"][hit] if at == "the id" else (given["ids"][hit] + 1) % V
+    if "logits" in given:
+        given["logits"][(*hit, column)] = float("inf")
+    else:
+        given["bias"][column] = float("inf")
+    if op == "linear_logprob":
+        with torch.no_grad():      # in Triton another kernel
+            assert saferlhf_fast.linear_logprob(**given, impl=impl)[hit].isnan()
+    outputs, gradients = call(op, given, impl)
+    if "loss" in op:
+        assert outputs[0].isnan()
+    else:
+        assert all(output[hit].isnan() for output in outputs)
+    assert gradients[0][hit].isnan().all()
+    if "logits" in given:
+        gradients[0][hit] = 0
+        assert gradients[0].isfinite().all()
+
+
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")
 def test_triton_in_the_interpreter():
     interpret.run(__file__, "-k", "not refused")

@@ -127,8 +127,8 @@ def finish(base, others, weighted, target):
     of all, the sum of 2^(z - highest) over all."""
     gap = (base - target + tl.log2(others)) * LN2
     logp = 0.0 - (tl.where(gap < 0, 0.0, gap) + log1p(tl.exp(-tl.abs(gap))))
-    # No logit above FLOOR: there is no distribution.
-    logp = tl.where((base <= FLOOR) & (target <= FLOOR), float("nan"), logp)
+    # No logit above FLOOR, or an infinite one: there is no distribution.
+    logp = tl.where((base <= FLOOR) & (target <= FLOOR) | (target == float("inf")), float("nan"), logp)
     highest = tl.maximum(base, target)
     down, mine = base - highest, target - highest
     rest = others * tl.exp2(down)
