@@ -2,6 +2,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -64,12 +65,12 @@ struct Weights {
   double inverse = 0;
   bool token_mean = false;
 
-  // normalizer: null, or a value that takes the place of the local count.
+  // normalizer: null, or a value that takes the place of the local count; 0 is no token anywhere, below 0 or NaN gives NaN.
   Weights(const Rows& rows, bool mean_over_tokens, const double* normalizer)
       : counts_B(rows.count), token_mean(mean_over_tokens) {
     count_valid(rows, counts_B.data(), &sequences, &tokens);
     const double divisor = normalizer ? *normalizer : double(token_mean ? tokens : sequences);
-    inverse = divisor > 0 ? 1.0 / divisor : 0.0;
+    inverse = divisor > 0 ? 1.0 / divisor : divisor == 0 ? 0.0 : std::nan("");
   }
   double share(int64_t row) const { return token_mean || counts_B[row] == 0 ? 1.0 : 1.0 / double(counts_B[row]); }
 };

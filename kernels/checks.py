@@ -38,6 +38,13 @@ def scalar(value, like, name):
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
+def normalizer(op, value, like):
+    """As scalar; a number must be >= 0. A tensor's value is not looked at: below 0 or NaN makes the loss NaN."""
+    if value is not None and not isinstance(value, torch.Tensor):
+        not_negative(op, "normalizer", value)
+    return scalar(value, like, "normalizer")
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -177,13 +184,28 @@ def softcap(op, value):
     return float(value)
 
 
+def _looks(tensor):
+    """Whether values are looked at: on the CPU, or with checks switched on. Triton's interpreter stands for a device."""
+    return tensor.device.type == "cpu" and not interpreted() or checking()
+
+
+def known_temperatures(op, temperature_N, counted=None):
+    """Where known_ids looks at ids: every temperature of a token is > 0, or ValueError. None: there is but one, a number."""
+    if temperature_N is None or temperature_N.numel() == 0 or not _looks(temperature_N):
+        return
+    wrong = ~(temperature_N > 0)
+    if counted is not None:
+        wrong &= counted
+    if wrong.any():
+        raise ValueError(f"{op}: temperature: expected numbers > 0, got {temperature_N[wrong][0].item()}")
+
+
 def known_ids(op, ids, vocabulary, counted=None):
     """On the CPU, or with checks switched on (SAFERLHF_CHECK=1): every id lies in the vocabulary, or ValueError.
 
     counted: None, or where an id matters at all. Elsewhere nobody looks: knowing would make the host wait for the device.
     """
-    looks = ids.device.type == "cpu" and not interpreted()     # the interpreter stands for a device
-    if ids.numel() == 0 or not (looks or checking()):
+    if ids.numel() == 0 or not _looks(ids):
         return
     outside = (ids < 0) | (ids >= vocabulary)
     if counted is not None:

@@ -63,20 +63,20 @@ def shares(rows, token_mean, normalizer, dtype):
     """(share_N, inverse) such that the reduced loss is inverse * sum(share * x); share is 0 where masked.
 
     share: 1 / tokens of the row (sequence-mean) or 1 (token-mean). inverse: 1 / `normalizer` (0-d), or without one 1 / rows
-    with a token (or tokens) of this call; 0 where there is nothing to divide by.
+    with a token (or tokens) of this call; 0 where that is 0, NaN where `normalizer` is NaN or negative.
     """
     share_N = rows.valid_N.to(dtype)
     if not token_mean:
         share_N = share_N * per_token(1 / rows.count_B.clamp(min=1).to(dtype), rows)
     if normalizer is None:
         normalizer = (rows.count_B.sum() if token_mean else (rows.count_B > 0).sum()).to(dtype)
-    return share_N, torch.where(normalizer > 0, 1 / normalizer, 0)
+    return share_N, torch.where(normalizer == 0, 0, torch.where(normalizer > 0, 1 / normalizer, torch.nan))
 
 
 def weights(rows, token_mean, normalizer, dtype):
-    """weight_N = share * inverse: the reduced loss is sum(weight * x)."""
+    """weight_N = share * inverse: the reduced loss is sum(weight * x). 0 where masked, whatever the normalizer is."""
     share_N, inverse = shares(rows, token_mean, normalizer, dtype)
-    return share_N * inverse
+    return torch.where(rows.valid_N, share_N * inverse, 0)
 
 
 def suffix_scan(add_N, decay_N, span):

@@ -90,7 +90,8 @@ def report(loss, inverse, statistics, sums_KP, first, rows, programs, normalizer
     divisor = tl.where(token_mean != 0, tokens, sequences)
     if normalizer is not None:
         divisor = tl.load(normalizer)
-    factor = tl.where(divisor > 0, 1 / tl.where(divisor > 0, divisor, 1.0), 0.0)
+    # 0: no token anywhere. A negative or NaN normalizer must show.
+    factor = tl.where(divisor > 0, 1 / tl.where(divisor > 0, divisor, 1.0), tl.where(divisor == 0, 0.0, float("nan")))
     tl.store(inverse, factor)
     tl.store(loss, tl.sum(tl.where(k == M + 2, sum_K, 0.0), 0) * factor)
     tl.store(statistics + k, tl.where(k < M, sum_K / tl.maximum(tokens, 1.0), sum_K), mask=k < M + 2)

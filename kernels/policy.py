@@ -74,7 +74,7 @@ def arguments(op, like, ids, old_logp, advantages, *, clip_ratio, clip_high, dua
     ref_logp = None if ref_logp is None else ref_logp.detach()
     return Policy(checks.wide(ids), old_logp, advantages, ref_logp, cu_seqlens, mask, *clip,
                   kl_coeff, kl_estimator == "k1", entropy_coeff, temperature, temperature_N, checks.softcap(op, softcap),
-                  reduction == "token-mean", checks.scalar(normalizer, like, "normalizer"),
+                  reduction == "token-mean", checks.normalizer(op, normalizer, like),
                   checks.scalar(advantage_scale, like, "advantage_scale"),
                   checks.scalar(advantage_shift, like, "advantage_shift"), impl)
 

@@ -220,6 +220,25 @@ def test_first_derivatives_alone(op, impl, device):
 
 
 @pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", [op for op in TABLE if "loss" in op])
+def test_normalizer(op, impl, device):
+    """0 is no token anywhere: all 0. What is no count is refused as a number, and makes a NaN as a tensor, which is not read."""
+    for bad in (-1, -0.5, float("nan")):
+        with pytest.raises(ValueError, match=f"{op}: normalizer: expected a number >= 0, got {bad}"):
+            call(op, inputs_of(op), impl, normalizer=bad)
+    for none in (0, 0.0, torch.tensor(0.0), torch.tensor(0)):
+        outputs, gradients = call(op, inputs_of(op), impl, normalizer=none)
+        assert outputs[0] == 0 and all((gradient == 0).all() for gradient in gradients)
+    for bad in (-1.0, float("nan")):
+        given = inputs_of(op)
+        outputs, gradients = call(op, given, impl, normalizer=torch.tensor(bad))
+        assert outputs[0].isnan() and all(gradient.isnan().any() for gradient in gradients)
+        assert all(output.isfinite() for output in outputs[1:])
+        if "logits" in given:
+            assert (gradients[0][~given["mask"]] == 0).all()
+
+
+@pytest.mark.parametrize("impl, device", PLACES)
 @pytest.mark.parametrize("at", ["the id", "another"])
 @pytest.mark.parametrize("op", WITH_IDS)
 def test_infinite_logit(op, at, impl, device):

@@ -73,7 +73,8 @@ def ppo_loss(
     entropy: of each token's distribution, in nats (see `token_logprob`).
     reduction: "sequence-mean" is the mean over sequences of each one's token mean (safe-rlhf; a sequence without a token
     counts for nothing), "token-mean" the mean over valid tokens. normalizer: number or 0-d tensor that takes the place
-    of the local count of sequences (or tokens), so that micro-batches and ranks add up to the global mean.
+    of the local count of sequences (or tokens), so that micro-batches and ranks add up to the global mean. 0 says that there
+    is no token anywhere: loss and gradients are 0. A negative number or NaN is refused; in a tensor it makes them NaN.
     advantage_scale, advantage_shift: numbers or 0-d tensors (see `ppo_lag_advantage`'s whitening). impl: "auto",
     "reference", "triton" or "native".
 
@@ -99,6 +100,6 @@ def ppo_loss(
     loss, _, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss(
         logp, old_logp.detach(), advantages.detach(), None if ref_logp is None else ref_logp.detach(), entropy, cu_seqlens,
         mask, *clip, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
-        checks.scalar(normalizer, logp, "normalizer"), checks.scalar(advantage_scale, logp, "advantage_scale"),
+        checks.normalizer("ppo_loss", normalizer, logp), checks.scalar(advantage_scale, logp, "advantage_scale"),
         checks.scalar(advantage_shift, logp, "advantage_shift"), impl)
     return loss, named(statistics, ref_kl=ref_logp, entropy=entropy, dual_clipped=dual_clip)

@@ -78,7 +78,7 @@ def value_loss(
     cu_seqlens, mask, _ = checks.rows("value_loss", "values", values.shape[1:], values.device, cu_seqlens, mask)
     loss_C, _, _, statistics = torch.ops.saferlhf_fast.value_loss(
         values, old_values.detach(), returns.detach(), cu_seqlens, mask, clip_value, reduction == "token-mean",
-        checks.scalar(normalizer, values, "normalizer"), impl)
+        checks.normalizer("value_loss", normalizer, values), impl)
     if single:
         return loss_C[0], dict(zip(STATISTICS, statistics[0].unbind()))
     stats = {}
