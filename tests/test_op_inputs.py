@@ -238,6 +238,25 @@ def test_normalizer(op, impl, device):
             assert (gradients[0][~given["mask"]] == 0).all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="on a device, for which the interpreter stands, nobody looks")
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", WITH_IDS)
+def test_temperatures(op, impl, device):
+    """Tensors of them: refused on the CPU where one is no number > 0, but where it is masked."""
+    for bad in (0.0, -1.0, float("nan")):
+        given = inputs_of(op)
+        with pytest.raises(ValueError, match=f"{op}: temperature: expected numbers > 0, got {bad}"):
+            call(op, given, impl, temperature=torch.tensor(bad))
+        temperature = torch.ones(B, T)
+        temperature[tuple(given["mask"].nonzero()[-1]) if "mask" in given else (1, 2)] = bad
+        with pytest.raises(ValueError, match=f"{op}: temperature: expected numbers > 0, got {bad}"):
+            call(op, inputs_of(op), impl, temperature=temperature)
+        if "mask" in given:
+            temperature = torch.where(given["mask"], 1.0, bad)
+            outputs, gradients = call(op, inputs_of(op), impl, temperature=temperature)
+            assert all(made.isfinite().all() for made in (*outputs, *gradients))
+
+
 @pytest.mark.parametrize("impl, device", PLACES)
 @pytest.mark.parametrize("at", ["the id", "another"])
 @pytest.mark.parametrize("op", WITH_IDS)

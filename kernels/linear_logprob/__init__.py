@@ -17,6 +17,7 @@ _lib.define("linear_logprob_backward(Tensor hidden, Tensor weight, Tensor ids, T
 
 def _run(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap, entropy, chunk_tokens, gradient, group,
          impl):
+    checks.known_temperatures("linear_logprob", temperature_N)
     function, _ = choose("linear_logprob", (hidden_NH,), impl)
 
     def local(ids_N, entropy):

@@ -20,6 +20,7 @@ def _run(hidden_NH, weight_VH, bias_V, wanted, chunk_tokens, *rest):
     ids_N = policy.ids.reshape(-1)
     tokens, valid_N = shared.weighted(op, policy, hidden_NH.dtype, dtype)
     checks.known_ids(op, ids_N, weight_VH.shape[0], valid_N)
+    checks.known_temperatures(op, policy.temperature_N, valid_N)
     # Masked rows may hold anything, and 0 times NaN would reach d weight.
     hidden_NH = torch.where(valid_N[:, None], hidden_NH, 0)
     made = (None, None, None)

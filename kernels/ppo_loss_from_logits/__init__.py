@@ -21,6 +21,7 @@ def _run(logits_NV, inplace, gradient, *rest):
     ids_N = policy.ids.reshape(-1)
     tokens, valid_N = shared.weighted(op, policy, logits_NV.dtype, dtype)
     checks.known_ids(op, ids_N, logits_NV.shape[1], valid_N)
+    checks.known_temperatures(op, policy.temperature_N, valid_N)
     if gradient:
         made_NV = logits_NV.detach() if inplace else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
         function, _ = choose(op, (logits_NV,), policy.impl)

@@ -15,6 +15,7 @@ _lib.define("token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tens
 
 def _run(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
     checks.known_ids("token_logprob", ids_N, logits_NV.shape[1])
+    checks.known_temperatures("token_logprob", temperature_N)
     function, _ = choose("token_logprob", (logits_NV,), impl)
     return function(logits_NV, ids_N, temperature, temperature_N, softcap, entropy)
 
@@ -85,10 +86,11 @@ def token_logprob(
         log_p = torch.log_softmax(z / temperature, -1)
         logp = log_p.gather(-1, ids[..., None]).squeeze(-1);  entropy = torch.special.entr(log_p.exp()).sum(-1)
 
-    logits: [..., V], any float dtype; -inf is allowed (probability 0). ids: [...], integers in 0..V-1; give only the
-    tokens that count: there is no ignored id. An id outside the vocabulary raises ValueError on the CPU and gives NaN on
+    logits: [..., V], any float dtype; -inf is allowed (probability 0), +inf gives NaN. ids: [...], integers in 0..V-1; give
+    only the tokens that count: there is no ignored id. An id outside the vocabulary raises ValueError on the CPU and gives NaN on
     a device, where knowing would make the host wait; with SAFERLHF_CHECK=1 it raises there too. temperature: number > 0,
-    or a tensor of them, 0-d or shaped as ids (no gradient flows to it). softcap: as Gemma caps its logits, or None.
+    or a tensor of them, 0-d or shaped as ids (no gradient flows to it; ValueError for others where ids are looked at, too).
+    softcap: as Gemma caps its logits, or None.
     inplace_backward: the backward pass writes d logits into the memory of `logits`, which must not be needed again
     (ignored for leaf and expanded tensors and under torch.compile). impl: "auto", "reference", "triton" or "native".
 
