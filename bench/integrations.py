@@ -249,8 +249,8 @@ def page():
             continue
         found = json.loads(path.read_text())
         lines += [f"### {name} {found['version']}", "",
-                  f"{found['device']}, {found['threads']} thread(s), torch {found['torch']}, {found['date']}, commit "
-                  f"{found['commit']}, `{found['command']}`.", "",
+                  f"{found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}, "
+                  f"`OMP_NUM_THREADS={found['threads']} {found['command']}`.", "",
                   "| function | shape | theirs | ours | faster | theirs, memory | ours, memory | smaller |",
                   "|---|---|---:|---:|---:|---:|---:|---:|"]
         for row in found["rows"]:
@@ -272,7 +272,7 @@ def _mib(value):
 
 def _ratio(theirs, ours, floor=0.0):
     """theirs / ours; nothing where both are below what can be told apart."""
-    if theirs is None or ours is None or max(theirs, ours) < floor:
+    if theirs is None or ours is None or max(theirs, ours) < 2 * floor:
         return "–"
     return f"{theirs / max(ours, floor or 1e-9):.2f}x" if ours >= floor else f"> {theirs / floor:.0f}x"
 
