@@ -195,6 +195,7 @@ def test_empty(op, impl, device, axis):
         assert gradient.shape == given[name].shape and (gradient == 0).all()
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")
 @pytest.mark.parametrize("impl, device", PLACES)
 @pytest.mark.parametrize("op", [op for op in TABLE if TABLE[op][3]])
 def test_first_derivatives_alone(op, impl, device):
@@ -220,7 +221,7 @@ def test_first_derivatives_alone(op, impl, device):
 
 
 @pytest.mark.parametrize("impl, device", PLACES)
-@pytest.mark.parametrize("op", [op for op in TABLE if "loss" in op])
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss"] if INTERPRETED else [op for op in TABLE if "loss" in op])
 def test_normalizer(op, impl, device):
     """0 is no token anywhere: all 0. What is no count is refused as a number, and makes a NaN as a tensor, which is not read."""
     for bad in (-1, -0.5, float("nan")):
@@ -258,7 +259,7 @@ def test_temperatures(op, impl, device):
 
 
 @pytest.mark.parametrize("impl, device", PLACES)
-@pytest.mark.parametrize("at", ["the id", "another"])
+@pytest.mark.parametrize("at", ["the id"] if INTERPRETED else ["the id", "another"])
 @pytest.mark.parametrize("op", WITH_IDS)
 def test_infinite_logit(op, at, impl, device):
     """+inf has no distribution: log-prob, entropy and the row's gradient are NaN, and no other row's."""
