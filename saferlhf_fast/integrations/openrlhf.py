@@ -24,14 +24,6 @@ def log_probs_from_logits(theirs):
     return ours
 
 
-def compute_entropy(theirs):
-    """logits -> entropies, float32; nothing to compile."""
-    def ours(logits):
-        return shared.entropy(logits) if shared.plain(logits) else theirs(logits)
-
-    return ours
-
-
 def policy_loss_forward(theirs):
     """PolicyLoss.forward of the plain PPO kind; GSPO and the corrections for rollout mismatch are theirs."""
     def ours(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, dp_size=1,
@@ -99,7 +91,7 @@ LIBRARY = Library(
     replace=(
         Replace(f"{UTILS}:log_probs_from_logits", log_probs_from_logits, "(logits, labels, temperature=1.0)",
                 "one read of the logits, which stay as they are; float32 results, empty batches"),
-        Replace(f"{UTILS}:compute_entropy", compute_entropy, "(logits)",
+        Replace(f"{UTILS}:compute_entropy", shared.entropy_from_logits, "(logits)",
                 "keeps no softmax for backward, compiles nothing; -inf logits give a finite entropy (theirs: NaN)"),
         Replace(f"{LOSS}:PolicyLoss.forward", policy_loss_forward,
                 f"(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, {COUNTS}",

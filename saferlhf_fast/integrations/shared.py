@@ -47,6 +47,16 @@ def entropy(logits):
     return token_logprob(logits, ids, return_entropy=True)[1]
 
 
+def entropy_from_logits(theirs):
+    """In the place of a function of logits [..., V] and perhaps of a chunk size, which chooses nothing: no softmax is kept."""
+    def ours(logits, chunk_size=None):
+        if plain(logits):
+            return entropy(logits)
+        return theirs(logits) if chunk_size is None else theirs(logits, chunk_size)
+
+    return ours
+
+
 def whiten(values, mask, shift_mean=True):
     """(values - mean) / sqrt(var + 1e-8) with the mean and Bessel's variance where mask is True; computed in float32 at least.
 

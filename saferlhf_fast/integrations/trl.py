@@ -48,14 +48,6 @@ def _scored(logits, index, temperature, row_mask, entropy):
     return tuple(part.masked_fill(hidden, 0.0) for part in made) if entropy else made.masked_fill(hidden, 0.0)
 
 
-def entropy_from_logits(theirs):
-    """logits -> entropies; chunk_size has nothing to choose, since no softmax is kept."""
-    def ours(logits, chunk_size=128):
-        return shared.entropy(logits) if shared.plain(logits) else theirs(logits, chunk_size)
-
-    return ours
-
-
 class _Head(torch.autograd.Function):
     """hidden, weight, bias, targets -> TRL's five outputs; logits exist in chunks, gradients are accumulated in float32."""
 
@@ -200,7 +192,7 @@ LIBRARY = Library(
                 signature_of="forward"),
         Replace(f"{UTILS}:selective_log_softmax", selective_log_softmax, "(logits, index, temperature=1.0, row_mask=None)",
                 "one read of the logits, float32 results, empty batches"),
-        Replace(f"{UTILS}:entropy_from_logits", entropy_from_logits, "(logits, chunk_size=128)",
+        Replace(f"{UTILS}:entropy_from_logits", shared.entropy_from_logits, "(logits, chunk_size=128)",
                 "keeps no softmax for backward; -inf logits give a finite entropy (theirs: NaN)"),
         Replace(f"{UTILS}:selective_log_softmax_and_entropy", selective_log_softmax_and_entropy,
                 "(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None)",

@@ -27,22 +27,6 @@ def logprobs_from_logits(theirs):
     return ours
 
 
-def entropy_from_logits(theirs):
-    """logits [..., V] -> entropies, float32."""
-    def ours(logits):
-        return shared.entropy(logits) if shared.plain(logits) else theirs(logits)
-
-    return ours
-
-
-def entropy_from_logits_with_chunking(theirs):
-    """The same; chunk_size has nothing to choose, since no softmax is kept."""
-    def ours(logits, chunk_size=2048):
-        return shared.entropy(logits) if shared.plain(logits) else theirs(logits, chunk_size)
-
-    return ours
-
-
 def masked_whiten(theirs):
     """verl's whitening with half the passes; ValueError for fewer than two values, as theirs."""
     def ours(values, mask, shift_mean=True):
@@ -157,9 +141,9 @@ LIBRARY = Library(
     replace=(
         Replace(f"{FUNCTIONAL}:logprobs_from_logits", logprobs_from_logits, "(logits, labels, inplace_backward=True)",
                 "one read of the logits, float32 results, empty batches"),
-        Replace(f"{FUNCTIONAL}:entropy_from_logits", entropy_from_logits, "(logits)",
+        Replace(f"{FUNCTIONAL}:entropy_from_logits", shared.entropy_from_logits, "(logits)",
                 "keeps no softmax for backward; -inf logits give a finite entropy (theirs: NaN)"),
-        Replace(f"{FUNCTIONAL}:entropy_from_logits_with_chunking", entropy_from_logits_with_chunking,
+        Replace(f"{FUNCTIONAL}:entropy_from_logits_with_chunking", shared.entropy_from_logits,
                 "(logits, chunk_size=2048)",
                 "keeps no softmax for backward; -inf logits give a finite entropy (theirs: NaN)"),
         Replace(f"{FUNCTIONAL}:masked_whiten", masked_whiten, "(values, mask, shift_mean=True)",
