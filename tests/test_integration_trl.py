@@ -170,6 +170,7 @@ def test_edge_cases_of_the_head(report):
     assert apply(ids[:0], hidden=hidden[:0])[0].shape == (0,)
     with pytest.raises(ValueError, match="expected hidden"):
         apply(ids[:3])
+    assert torch.equal(apply(ids.to(torch.uint8))[0], apply(ids)[0]) and torch.equal(apply(ids.int())[1], apply(ids)[1])
     for wrong in (ids + 0.7, ids > 1):
         with pytest.raises(ValueError, match="targets: expected integers"):
             apply(wrong)

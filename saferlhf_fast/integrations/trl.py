@@ -6,13 +6,14 @@ logits for as many tokens as fit a workspace (64 MiB on a CPU), theirs tiles of 
 
 import torch
 
-from ..kernels import linear
+from ..kernels import checks, linear
 from ..kernels.dispatch import choose
 from ..kernels.linear_logprob import linear_logprob
 from ..kernels.once import once
 from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
+from .sites import counting
 
 UTILS = "trl.trainer.utils"
 EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
@@ -96,7 +97,7 @@ class _Extras:
 
     def __init__(self, outputs, count, weight_VH, temperature, softcap):
         self.wanted, self.temperature, self.softcap = outputs, temperature, softcap
-        self.vocabulary, self.at = weight_VH.shape[0], 0
+        self.at = 0                                  # tokens of the chunks so far
         new = lambda name, dtype: weight_VH.new_empty(count, dtype=dtype) if name in outputs else None
         self.sum_sq_N, self.mean_N, self.top_N = new(EXTRAS[0], torch.float32), None, new(EXTRAS[2], torch.bool)
         if softcap:
@@ -136,7 +137,6 @@ class _Extras:
 
 def chunked_head(theirs):
     """A stand-in for TRL's autograd function: `.apply` with its arguments. ZeRO-3 shards and odd scales go to theirs."""
-    from .sites import counting
     count = counting(f"{UTILS}:_ChunkedLogProbFunction")
 
     class ChunkedHead:
@@ -152,7 +152,7 @@ def chunked_head(theirs):
                 return theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale,
                                     outputs)
             count()
-            _checked(hidden, weight, targets, temperature)
+            targets = _checked(hidden, weight, targets, temperature)
             # scale · z under softcap s and temperature T is z under softcap s / scale and temperature T / scale.
             softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
             if shared.learns(hidden, weight, bias) or set(outputs) & set(EXTRAS):
@@ -171,7 +171,6 @@ def _without_gradient(hidden, weight, bias, targets, temperature, softcap, entro
 
 
 def _checked(hidden, weight, targets, temperature):
-    from ..kernels import checks
     if not temperature > 0:
         raise ValueError(f"temperature: expected a number > 0, got {temperature}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1] or targets.shape != hidden.shape[:1]:
@@ -180,6 +179,7 @@ def _checked(hidden, weight, targets, temperature):
     if not checks.whole(targets):
         raise ValueError(f"targets: expected integers, got {targets.dtype}")
     checks.known_ids("linear_logprob", targets, weight.shape[0])
+    return checks.wide(targets)
 
 
 LIBRARY = Library(
