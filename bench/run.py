@@ -34,7 +34,7 @@ def measure(path, arguments, log=None):
     wanted = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
     options = [argument for argument in arguments if argument not in wanted]
     files = [str(HERE / re.sub(r"^[^:]*/", "", argument)) for argument in wanted]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTEST_ADDOPTS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     if CHECKOUT:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as scratch:

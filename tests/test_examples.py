@@ -12,6 +12,7 @@ import pytest
 from kit import ROOT, make_data, make_model, make_scores
 
 EXAMPLES = ROOT / "examples"
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBER = r"(-?\d+\.\d+(?:e[-+]\d+)?)"
 
 
@@ -21,10 +22,12 @@ WITHOUT_TRL = ("import runpy, sys; sys.modules['trl'] = None; sys.argv = sys.arg
 
 def run(name, *arguments, code=0, trl=True):
     """-> what it printed. trl: False hides TRL from it."""
+    # Another test of this process may have been one of several ranks.
+    alone = {name: value for name, value in os.environ.items() if name not in RANKS}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, *([] if trl else ["-c", WITHOUT_TRL]), str(EXAMPLES / name), *map(str, arguments)],
                           capture_output=True, text=True,
-                          timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths})
+                          timeout=300, env={**alone, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths})
     assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout + (done.stderr if code else "")
 

@@ -1,4 +1,7 @@
-"""TRL's DPO and GRPO trainers for 20 steps on a tiny model: patched and not, the same losses. Needs TRL 1.16."""
+"""TRL's DPO and GRPO trainers for 20 steps on a tiny model: patched and not, the same losses. Needs TRL 1.16.
+
+In `make test-integrations`; `make test` has the shorter run of examples/trl_patched.py.
+"""
 
 import importlib.util
 import sys
@@ -11,6 +14,7 @@ pytest.importorskip("trl", reason="TRL is not installed here")
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["dpo", "grpo"])
 def test_twenty_steps_have_the_same_losses(side, monkeypatch):
     monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
