@@ -45,8 +45,9 @@ def start(cfg, seed):
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    alone = "RANK" not in os.environ
-    if alone:                                        # no launcher; DeepSpeed would go looking for mpi4py
+    # No launcher, or what accelerate leaves behind in one process, without an address: DeepSpeed would go looking for mpi4py.
+    alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
+    if alone:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

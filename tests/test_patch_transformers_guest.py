@@ -23,6 +23,15 @@ from saferlhf_fast.integrations.report import Refused  # noqa: E402
 from saferlhf_fast.integrations.transformers import patch_model, unpatch_model  # noqa: E402
 
 
+@pytest.fixture(autouse=True)
+def environment():
+    """As it was before: transformers' Trainer leaves ranks in it, which a later test's child would believe."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 def test_without_labels_it_is_the_model_itself():
     model, ids = make(), torch.tensor([[5, 6, 7]])
     patched = patch_model(copy.deepcopy(model))
