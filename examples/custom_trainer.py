@@ -143,7 +143,10 @@ def main():
     if args.model and not args.data:
         parser.error("--model needs --data")
     torch.manual_seed(0)
-    lm, batches = (real if args.model else toy)(args)
+    try:
+        lm, batches = (real if args.model else toy)(args)
+    except (OSError, KeyError, ValueError) as error:                 # a path, or a file, that is not what it should be
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     print(f"{args.loss}, {batches[0][0].numel()} tokens a step, {lm.get_output_embeddings().weight.shape[0]} words")
     print("way      first loss   last loss   s/step   peak MiB of a step")
     made = {}

@@ -152,7 +152,10 @@ def main():
     if args.model and not (args.reward and args.cost and args.prompts):
         parser.error("--model needs --reward, --cost and --prompts")
     torch.manual_seed(args.seed)
-    actor, critics, batches, scores, end = (real if args.model else toy)(args)
+    try:
+        actor, critics, batches, scores, end = (real if args.model else toy)(args)
+    except (OSError, KeyError, ValueError) as error:                 # a path, or a file, that is not what it should be
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     history = train(actor, critics, batches, scores, args, end)
     few = max(len(history) // 10, 1)
     (reward, cost, _), (reward_now, cost_now, multiplier) = (torch.tensor(part).mean(0).tolist()

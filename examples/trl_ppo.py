@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from saferlhf_fast.errors import UserError
 from saferlhf_fast.pipeline import run_stage
 from saferlhf_fast.settings import load
 
@@ -198,7 +199,15 @@ def main():
     dataset = None
     if model.model_name_or_path is None and ppo.sft_model_path is None:
         dataset, model = make_toy(Path(tempfile.mkdtemp()), ppo)
-    summary = train(dataset, script, model, ppo)
+    else:
+        needed = {"dataset_name": script.dataset_name, "reward_model_path": ppo.reward_model_path, "output_dir": ppo.output_dir}
+        needed |= {"cost_model_path": ppo.cost_model_path} if ppo.algorithm == "ppo-lag" else {}
+        if missing := [f"--{name}" for name, value in needed.items() if not value]:
+            parser.error(f"with a model of your own {ppo.algorithm} also needs {', '.join(missing)}")
+    try:
+        summary = train(dataset, script, model, ppo)
+    except UserError as error:
+        parser.exit(2, f"error: {error}\n")
     before, after = summary["before"], summary["after"]
     line = f"{ppo.algorithm}: {summary['steps']} steps, reward {before['reward']:.2f} -> {after['reward']:.2f}"
     if ppo.algorithm == "ppo-lag":

@@ -104,6 +104,19 @@ def test_trl_patched_says_what_it_needs():
     assert "pip install 'trl==1.16.0'" in run("trl_patched.py", code=1, trl=False)
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    ("trl_ppo.py --model_name_or_path nowhere --algorithm ppo", "ppo also needs --dataset_name, --reward_model_path"),
+    ("trl_ppo.py --sft_model_path nowhere --dataset_name ./none.jsonl --reward_model_path ./none --cost_model_path ./none "
+     "--output_dir run", "error: .*none"),
+    ("custom_trainer.py --model ./nowhere --data none.jsonl", "error: .*nowhere"),
+    ("ppo_lag_loop.py --model ./nowhere --reward a --cost b --prompts none.jsonl", "error: .*nowhere"),
+])
+def test_wrong_paths_end_in_one_line(words, message):
+    name, *rest = words.split()
+    said = run(name, *rest, code=2)
+    assert re.search(message, said) and "Traceback" not in said
+
+
 def test_readme_names_every_example():
     text = (EXAMPLES / "README.md").read_text()
     assert all(f"({path.name})" in text for path in EXAMPLES.iterdir() if path.name != "README.md")
