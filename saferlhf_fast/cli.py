@@ -143,7 +143,10 @@ def _dispatch(args, words, argv):
     if command == "bench":
         require("bench", "bench", "torch", "pytest", "pytest_benchmark")
         from saferlhf_fast import benchmark
-        return print(benchmark.help_text()) or 0 if wants_help else benchmark.main(words)
+        if not wants_help:
+            return benchmark.main(words)
+        print(benchmark.help_text())
+        return 0
     require(command, "train", *NEEDED)
     if command == "checkpoint":
         from saferlhf_fast.checkpoint import commands

@@ -5,6 +5,8 @@ Shapes: H hidden, V vocabulary, N positions.
 
 import torch
 
+from .shared import learns
+
 
 def is_open(head):
     """Whether a head lends its weights."""
@@ -44,8 +46,7 @@ def scored(hidden_NH, weight_VH, bias_V, ids_N, form, temperature, entropy):
 
 def negative_sum(hidden_NH, weight_VH, bias_V, ids_N, form):
     """Sum of −log-prob. Where gradients are wanted they are made on the way: three products of the head instead of four."""
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden_NH, weight_VH, bias_V))
-    if not learns or hidden_NH.dtype == torch.float64 or torch.compiler.is_compiling():
+    if not learns(hidden_NH, weight_VH, bias_V) or hidden_NH.dtype == torch.float64 or torch.compiler.is_compiling():
         return -scored(hidden_NH, weight_VH, bias_V, ids_N, form, 1.0, False).sum()
     from ..kernels.linear import chunk_size
     from ..on_policy import on_policy_loss

@@ -17,7 +17,7 @@ MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 def log_probs_from_logits(theirs):
     """(logits, labels) -> log-probs in float32."""
     def ours(logits, labels, temperature=1.0):
-        if not shared.scores(logits, labels):
+        if not shared.one_id_each(logits, labels):
             return theirs(logits, labels, temperature)
         return token_logprob(logits, labels, temperature=temperature)
 

@@ -11,7 +11,7 @@ from . import shared
 def gather_log_probabilities(theirs):
     """(logits [B, L, V], labels [B, L]) -> log-probs in float32, also of bfloat16 logits."""
     def ours(logits, labels):
-        if not shared.scores(logits, labels):
+        if not shared.one_id_each(logits, labels):
             return theirs(logits, labels)
         return token_logprob(logits, labels)
 

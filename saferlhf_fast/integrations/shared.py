@@ -31,8 +31,8 @@ def flags(mask):
     return None if mask.dtype.is_floating_point else mask != 0
 
 
-def scores(logits, ids):
-    """True where our log-prob takes these: one integer id for each row of plain logits. The libraries may broadcast."""
+def one_id_each(logits, ids):
+    """True for plain logits with one integer id for each row: what our log-prob takes. The libraries may broadcast."""
     return plain(logits, ids) and ids.shape == logits.shape[:-1] and checks.whole(ids) and logits.dtype.is_floating_point
 
 

@@ -22,7 +22,7 @@ EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 def selective_log_softmax(theirs):
     """(logits, index) -> log-probs. With K indices a position, on other accelerators, or for DTensors: theirs."""
     def ours(logits, index, temperature=1.0, row_mask=None):
-        if not shared.scores(logits, index) or not shared.plain(row_mask):
+        if not shared.one_id_each(logits, index) or not shared.plain(row_mask):
             return theirs(logits, index, temperature=temperature, row_mask=row_mask)
         return _scored(logits, index, temperature, row_mask, False)
 
@@ -32,7 +32,7 @@ def selective_log_softmax(theirs):
 def selective_log_softmax_and_entropy(theirs):
     """(logits, index) -> (log-probs, entropies) in one pass over the logits."""
     def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
-        if not shared.scores(logits, index) or not shared.plain(row_mask):
+        if not shared.one_id_each(logits, index) or not shared.plain(row_mask):
             return theirs(logits, index, entropy_requires_grad=entropy_requires_grad, temperature=temperature, row_mask=row_mask)
         logp, entropy = _scored(logits, index, temperature, row_mask, True)
         return logp, entropy if entropy_requires_grad else entropy.detach()

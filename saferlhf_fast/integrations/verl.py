@@ -20,7 +20,7 @@ FUSED = "verl.utils.experimental.torch_functional"
 def logprobs_from_logits(theirs):
     """(logits, labels) -> log-probs in float32. In place on a device alone, where verl's own is if flash-attn is there."""
     def ours(logits, labels, inplace_backward=True):
-        if not shared.scores(logits, labels):
+        if not shared.one_id_each(logits, labels):
             return theirs(logits, labels, inplace_backward=inplace_backward)
         return token_logprob(logits, labels, inplace_backward=inplace_backward and logits.is_cuda)
 
@@ -73,7 +73,7 @@ def _needed(name, value, dp_size):
         raise ValueError(f"(global) {name} is required when dp_size > 1")
 
 
-def _weights(rollout_is_weights):
+def _may_scale(rollout_is_weights):
     """False for importance weights that are negative somewhere, which a CPU looks at, or that learn."""
     if rollout_is_weights is None:
         return True
@@ -86,7 +86,7 @@ def compute_policy_loss_vanilla(theirs):
     def ours(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
              rollout_is_weights=None):
         original = lambda: theirs(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        if config is None or not shared.plain(response_mask, rollout_is_weights) or not _weights(rollout_is_weights):
+        if config is None or not shared.plain(response_mask, rollout_is_weights) or not _may_scale(rollout_is_weights):
             return original()
         reduction, normalizer = _aggregation(response_mask, loss_agg_mode, **config.global_batch_info)
         low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
