@@ -2,9 +2,11 @@
 
 import inspect
 import re
+import typing
 
 import api_page
 import pytest
+import torch
 
 import saferlhf_fast
 from saferlhf_fast import cli
@@ -50,6 +52,23 @@ def functions(name, thing):
     methods = [(key, value) for key, value in vars(thing).items() if inspect.isfunction(value) and not key.startswith("_")]
     made = [] if issubclass(thing, BaseException) else [(name, thing, list(inspect.signature(thing).parameters.values()))]
     return made + [(f"{name}.{key}", value, list(inspect.signature(value).parameters.values())[1:]) for key, value in methods]
+
+
+@pytest.mark.parametrize("name", ["token_logprob", "linear_logprob"])
+def test_type_checkers_know_what_return_entropy_changes(name):
+    """One tensor, two, or either; beside that the variants are the function: same arguments, same types."""
+    function = api_page.public()[name]
+    variants = [inspect.signature(variant) for variant in typing.get_overloads(function)]
+    told = [(variant.parameters["return_entropy"].annotation, variant.return_annotation) for variant in variants]
+    one, two, own = torch.Tensor, tuple[torch.Tensor, torch.Tensor], inspect.signature(function)
+    assert told == [(typing.Literal[False], one), (typing.Literal[True], two), (bool, one | two)]
+    for variant in variants:
+        assert [(p.name, p.kind) for p in variant.parameters.values()] == [(p.name, p.kind) for p in own.parameters.values()]
+        for each, mine in zip(variant.parameters.values(), own.parameters.values(), strict=True):
+            assert each.name == "return_entropy" or each.annotation == mine.annotation
+            by_choice = each.name == "return_entropy" and each.annotation != typing.Literal[False]
+            assert (each.default is each.empty) == (mine.default is mine.empty or by_choice)
+    assert own.return_annotation == one | two
 
 
 def test_every_public_function_has_type_hints():

@@ -1,5 +1,7 @@
 """linear_logprob: log-prob and entropy of tokens from hidden states and the head's weight; logits exist only in chunks."""
 
+from typing import Literal, overload
+
 import torch
 
 from .. import checks
@@ -83,6 +85,30 @@ _lib.impl("linear_logprob_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::linear_logprob", _fake, lib=_lib)
 torch.library.register_fake("saferlhf_fast::linear_logprob_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::linear_logprob", _backward, setup_context=_setup, lib=_lib)
+
+
+@overload                                # for type checkers, as in token_logprob
+def linear_logprob(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ..., softcap: float | None = ..., return_entropy: Literal[False] = ...,
+    chunk_tokens: int | None = ..., group: "torch.distributed.ProcessGroup | None" = ..., impl: str = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ..., softcap: float | None = ..., return_entropy: Literal[True],
+    chunk_tokens: int | None = ..., group: "torch.distributed.ProcessGroup | None" = ..., impl: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def linear_logprob(
+    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ..., softcap: float | None = ..., return_entropy: bool,
+    chunk_tokens: int | None = ..., group: "torch.distributed.ProcessGroup | None" = ..., impl: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def linear_logprob(

@@ -1,5 +1,7 @@
 """token_logprob: log-prob (and entropy) of given tokens under given logits."""
 
+from typing import Literal, overload
+
 import torch
 
 from .. import checks
@@ -72,6 +74,27 @@ _lib.impl("token_logprob_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::token_logprob", _fake, lib=_lib)
 torch.library.register_fake("saferlhf_fast::token_logprob_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::token_logprob", _backward, setup_context=_setup, lib=_lib)
+
+
+@overload                                # for type checkers: one tensor unless return_entropy says otherwise
+def token_logprob(
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = ..., softcap: float | None = ...,
+    return_entropy: Literal[False] = ..., inplace_backward: bool = ..., impl: str = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def token_logprob(
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = ..., softcap: float | None = ...,
+    return_entropy: Literal[True], inplace_backward: bool = ..., impl: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@overload
+def token_logprob(
+    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = ..., softcap: float | None = ...,
+    return_entropy: bool, inplace_backward: bool = ..., impl: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def token_logprob(
