@@ -150,13 +150,14 @@ def make_toy(folder, ppo, rows=512):
     dialogues = [encode(tokenizer, row["instruction"], row["output"]) for row in world.sft_records(2 * rows)]
     fit(policy, dialogues, lambda made, batch: made(**batch, labels=batch["input_ids"].where(
         batch["attention_mask"].bool(), -100)).loss, tokenizer, folder / "policy")
-    pairs = world.preference_records(world.annotation_prompts(rows))
-    for name, label in (("reward", "better"), ("cost", "safer")):
-        # The first of a pair shall score higher: the better answer as reward, the more harmful one as cost.
+    pairs = world.preference_records(world.annotation_prompts(4 * rows))
+    mixed = [row for row in pairs if row["is_response_0_safe"] != row["is_response_1_safe"]]
+    for name, label, used, epochs in (("reward", "better", pairs, 1), ("cost", "safer", mixed, 3)):
+        # The first of a pair shall score higher: the better answer as reward, the harmful one, beside a safe one, as cost.
         ranked = [encode(tokenizer, row["prompt"], row[f"response_{row[f'{label}_response_id'] ^ place}"])
-                  for row in pairs for place in ((0, 1) if name == "reward" else (1, 0))]
+                  for row in used for place in ((0, 1) if name == "reward" else (1, 0))]
         fit(LlamaForSequenceClassification(config), ranked, lambda made, batch: -torch.nn.functional.logsigmoid(
-            made(**batch).logits.view(-1, 2).diff(dim=1).neg()).mean(), tokenizer, folder / name)
+            made(**batch).logits.view(-1, 2).diff(dim=1).neg()).mean(), tokenizer, folder / name, epochs)
     ppo.reward_model_path, ppo.cost_model_path = str(folder / "reward"), str(folder / "cost")
     ppo.output_dir = ppo.output_dir or str(folder / "run")
     prompts = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in world.prompts("train", rows)]
@@ -169,7 +170,7 @@ def encode(tokenizer, prompt, answer):
     return tokenizer(tokenizer.apply_chat_template(messages, tokenize=False), add_special_tokens=False).input_ids
 
 
-def fit(model, rows, loss_of, tokenizer, folder, size=32, epochs=3):
+def fit(model, rows, loss_of, tokenizer, folder, epochs=3, size=32):
     """A plain training loop over encoded rows, in order (pairs stay together); saves what it made."""
     import torch
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -183,9 +184,9 @@ def fit(model, rows, loss_of, tokenizer, folder, size=32, epochs=3):
     tokenizer.save_pretrained(folder)
 
 
-TOY = ["--response_length", "16", "--max_prompt_length", "64", "--per_device_train_batch_size", "32", "--total_episodes", "320",
+TOY = ["--response_length", "16", "--max_prompt_length", "64", "--per_device_train_batch_size", "32", "--total_episodes", "640",
        "--num_ppo_epochs", "2", "--learning_rate", "2e-3", "--cliprange_value", "5", "--temperature", "1.0",
-       "--cost_threshold_quantile", "0.4", "--lambda_lr", "0.3", "--lambda_window", "64"]
+       "--cost_threshold_quantile", "0.5", "--lambda_lr", "0.3", "--lambda_window", "64"]
 
 
 def main():

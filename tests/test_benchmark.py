@@ -16,6 +16,11 @@ def outside(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "path", [str(benchmark.BENCH), *sys.path])
     monkeypatch.setattr(benchmark, "TURNS", {True: 2, False: 1})
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:               # the benches' modules read the variables when they are imported
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(benchmark.BENCH)):
+            del sys.modules[name]
 
 
 def entry(version, seconds, op="gae", shape="8x8"):

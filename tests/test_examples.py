@@ -8,6 +8,8 @@ import sys
 from importlib import util
 
 import pytest
+import torch
+import yaml
 
 from kit import ROOT, make_data, make_model, make_scores
 
@@ -78,6 +80,26 @@ def test_custom_trainer_with_a_model_from_a_folder(tmp_path):
     assert numbers("largest difference of a loss {}; memory {} times less", text)[0] < 1e-4
 
 
+def assert_its_cost_model_knows_harm(settings):
+    """What the toy trained as cost, and gave to the stage as cost, scores the unsafe answer of a pair above the safe one."""
+    from transformers import AutoTokenizer
+
+    from saferlhf_fast import load_score_model
+    from saferlhf_fast.world import World
+    world, tokenizer = World(1), AutoTokenizer.from_pretrained(settings["cost"])
+    model = load_score_model(settings["cost"]).eval()
+    pairs = [row for row in world.preference_records(world.annotation_prompts(256))
+             if row["is_response_0_safe"] != row["is_response_1_safe"]]
+    texts = [tokenizer.apply_chat_template([{"role": "user", "content": row["prompt"]},
+                                            {"role": "assistant", "content": row[name]}], tokenize=False)
+             for row in pairs for name in ("response_0", "response_1")[::1 if row["is_response_0_safe"] else -1]]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.no_grad():
+        scores = model.end_scores(model(batch.input_ids, batch.attention_mask), batch.attention_mask)
+    safe, unsafe = scores.view(-1, 2).unbind(1)
+    assert len(pairs) > 30 and (unsafe > safe).float().mean() > 0.8
+
+
 @pytest.mark.parametrize("algorithm", [pytest.param("ppo", marks=pytest.mark.slow), "ppo-lag"])
 def test_trl_ppo(algorithm, tmp_path):
     text = run("trl_ppo.py", "--algorithm", algorithm, "--total_episodes", 160, "--output_dir", tmp_path / "run",
@@ -89,6 +111,7 @@ def test_trl_ppo(algorithm, tmp_path):
         _, _, before, after, threshold, multiplier, _ = numbers(
             "ppo-lag: 5 steps, reward {} -> {}, cost {} -> {} (threshold {}), lambda {}, KL {};", text)
         assert after < before and multiplier != 1.0
+        assert_its_cost_model_knows_harm(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
 

@@ -50,6 +50,12 @@ def test_nothing_moves_before_there_is_a_cost(rule):
     assert torch.equal(multiplier.update(nothing[1]), expected) and multiplier.mean_cost.item() == -1.5    # the window is holes
 
 
+def test_an_update_without_a_cost_is_no_error_to_compare_the_next_with():
+    multiplier, fresh = (PIDMultiplier(init=0.5, kp=0.0, ki=0.0, kd=0.01, threshold=4.0) for _ in range(2))
+    multiplier.update(torch.zeros(0))
+    assert multiplier.update(torch.full((2,), 9.0)).item() == fresh.update(torch.full((2,), 9.0)).item() == 0.5
+
+
 def test_a_window_with_costs_goes_on_through_an_empty_batch():
     multiplier = LagrangeMultiplier(window=4, lr=0.5)
     value = multiplier.update(torch.ones(2)).item()
@@ -114,6 +120,8 @@ def test_costs_bring_no_gradient_and_any_dtype():
     (lambda: LagrangeMultiplier(lr=float("nan")), "lr: .* got nan"),
     (lambda: LagrangeMultiplier(lr=float("inf")), "lr: .* got inf"),
     (lambda: LagrangeMultiplier(lr="0.1"), "lr: .* got '0.1'"),
+    (lambda: LagrangeMultiplier(lr=True), "lr: .* got True"),
+    (lambda: LagrangeMultiplier(delay=True), "delay: .* got True"),
     (lambda: LagrangeMultiplier(threshold=float("nan")), "threshold: expected a finite number, got nan"),
     (lambda: LagrangeMultiplier(delay=-1), "delay: expected a number of steps >= 0, got -1"),
     (lambda: PIDMultiplier(delay=1.5), "delay: .* got 1.5"),

@@ -28,6 +28,7 @@ def test_it_scores_as_transformers_own_class_does(tmp_path, batch):
         score = mine.end_scores(mine(kept, torch.ones_like(kept)), torch.ones_like(kept))
         torch.testing.assert_close(score[0], theirs(kept).logits[0, 0])
     padded = mine.end_scores(mine(ids, mask), mask)
+    torch.testing.assert_close(padded[0], theirs(ids[0:1, :3]).logits[0, 0])
     torch.testing.assert_close(padded[1], theirs(ids[1:2, 2:]).logits[0, 0])
     assert mine.kind == "reward" and padded.dtype == torch.float32
 
