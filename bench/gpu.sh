@@ -40,13 +40,23 @@ PY
       && echo "$(basename "$wheel"): from WHEELS" || echo "$(basename "$wheel"): not installed: $(grep -m1 ERROR "$WORK/pip")"
   done
 fi
+ABSENT=" $("$PYTHON" - torch pytest pytest_benchmark hypothesis pybind11 triton deepspeed pytest_timeout 2>/dev/null <<'PY'
+import contextlib, importlib, io, sys
+for name in sys.argv[1:]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):     # DeepSpeed greets
+            importlib.import_module(name)
+    except Exception:
+        print(name, end=" ")
+PY
+)"
 for name in torch pytest pytest_benchmark hypothesis pybind11; do
-  "$PYTHON" -c "import $name" 2>/dev/null || { echo "$name is missing, and there is no wheel of it in WHEELS=${WHEELS:-(not set)}"; exit 1; }
+  [[ $ABSENT == *" $name "* ]] && { echo "$name is missing, and there is no wheel of it in WHEELS=${WHEELS:-(not set)}"; exit 1; }
 done
 for name in triton deepspeed pytest_timeout; do
-  "$PYTHON" -c "import $name" 2>/dev/null || echo "$name is missing: what needs it is left out"
+  [[ $ABSENT == *" $name "* ]] && echo "$name is missing: what needs it is left out"
 done
-TIMEOUT=(); "$PYTHON" -c "import pytest_timeout" 2>/dev/null && TIMEOUT=(--timeout "$TEST_SECONDS")
+TIMEOUT=(); [[ $ABSENT == *" pytest_timeout "* ]] || TIMEOUT=(--timeout "$TEST_SECONDS")
 
 echo "== device (${SECONDS} s)"
 "$PYTHON" - <<'PY' || exit 1

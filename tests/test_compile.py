@@ -29,7 +29,7 @@ def check(arch, rows):
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.slow) if arch == 80 else arch for arch in ARCHITECTURES])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_kernels_compile(arch, tmp_path):
     check(arch, compile_all(arch, tmp_path))
 
