@@ -24,6 +24,7 @@ if [ -n "${REHEARSE:-}" ]; then export BENCH_TINY=1; OUT=$WORK/results; OPTIONS=
 
 echo "== packages (${SECONDS} s)"
 if [ -n "${WHEELS:-}" ]; then
+  [ -d "$WHEELS" ] || { echo "WHEELS: expected a folder of wheels, got $WHEELS" >&2; exit 1; }
   mapfile -t LACKING < <("$PYTHON" - "$WHEELS" <<'PY'
 import re, sys
 from importlib import metadata

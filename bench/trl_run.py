@@ -20,7 +20,6 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")   # of a launcher around this
 COMPARED = {"dpo": ("loss", "grad_norm", "logps/chosen", "logits/chosen", "mean_token_accuracy"),
             "grpo": ("loss", "grad_norm", "entropy", "kl")}
 
@@ -92,8 +91,7 @@ def child(options, side, patched):
     """`run` in a process of its own."""
     command = [sys.executable, "-W", "ignore", __file__, "--side", side, "--vocabulary", str(options.vocabulary), "--steps",
                str(options.steps), "--width", str(options.width), "--tokens", str(options.tokens)] + ["--patched"] * patched
-    alone = {name: value for name, value in os.environ.items() if name not in RANKS}
-    done = subprocess.run(command, capture_output=True, text=True, env=alone)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

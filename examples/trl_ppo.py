@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from yaml import YAMLError
+
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.pipeline import run_stage
 from saferlhf_fast.settings import load
@@ -196,7 +198,10 @@ def main():
         words = [*TOY, *words]
     parser = Parser((ScriptArguments, ModelConfig, PPOArguments))
     parse = getattr(parser, "parse_args_and_config", parser.parse_args_into_dataclasses)         # TRL's, with --config
-    script, model, ppo = parse(words)
+    try:
+        script, model, ppo = parse(words)
+    except (OSError, ValueError, YAMLError) as error:           # a flag that nothing here knows, or a --config that is none
+        parser.error(" ".join(str(error).split()))
     dataset = None
     if model.model_name_or_path is None and ppo.sft_model_path is None:
         dataset, model = make_toy(Path(tempfile.mkdtemp()), ppo)

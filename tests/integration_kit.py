@@ -12,6 +12,8 @@ import types
 import torch
 
 BATCHES = 50
+# What another test of this process, one of several ranks, may have left in the environment; a child would believe it.
+RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a result in this dtype may be off by, relative and absolute: the library's own rounding, not ours.
 ROUNDING = {torch.float64: (1e-9, 1e-9), torch.float32: (2e-5, 2e-5), torch.bfloat16: (2 ** -5, 2 ** -5),
             torch.float16: (2 ** -9, 2 ** -9)}

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
+from integration_kit import RANKS
 from kit import ROOT, make_data, make_model, make_scores
 
 EXAMPLES = ROOT / "examples"
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBER = r"(-?\d+\.\d+(?:e[-+]\d+)?)"
 
 
@@ -24,7 +24,6 @@ WITHOUT_TRL = ("import runpy, sys; sys.modules['trl'] = None; sys.argv = sys.arg
 
 def run(name, *arguments, code=0, trl=True):
     """-> what it printed. trl: False hides TRL from it."""
-    # Another test of this process may have been one of several ranks.
     alone = {name: value for name, value in os.environ.items() if name not in RANKS}
     paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run([sys.executable, *([] if trl else ["-c", WITHOUT_TRL]), str(EXAMPLES / name), *map(str, arguments)],
@@ -138,6 +137,22 @@ def test_wrong_paths_end_in_one_line(words, message):
     name, *rest = words.split()
     said = run(name, *rest, code=2)
     assert re.search(message, said) and "Traceback" not in said
+
+
+@pytest.mark.parametrize("trl", [True, False])
+def test_a_flag_that_the_trl_example_does_not_know_is_named(trl):
+    said = run("trl_ppo.py", "--nonsense", "1", code=2, trl=trl)
+    assert re.search("error: .*--nonsense", said) and "Traceback" not in said
+
+
+@pytest.mark.skipif(util.find_spec("trl") is None, reason="--config is TRL's")
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file.*flags.yaml"), ("seed: [1", "flags.yaml")])
+def test_a_config_of_the_trl_example_that_cannot_be_read(content, message, tmp_path):
+    path = tmp_path / "flags.yaml"
+    if content:
+        path.write_text(content)
+    said = run("trl_ppo.py", "--config", path, code=2)
+    assert re.search(f"error: .*{message}", said) and "Traceback" not in said and (content is None or path.read_text() == content)
 
 
 def test_readme_names_every_example():

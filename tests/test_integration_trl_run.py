@@ -1,6 +1,6 @@
 """TRL's DPO and GRPO trainers for 20 steps on a tiny model: patched and not, the same losses. Needs TRL 1.16.
 
-In `make test-integrations`; `make test` has the shorter run of examples/trl_patched.py.
+All of it in `make test-integrations`; in `make test` GRPO, and DPO as the shorter run of examples/trl_patched.py.
 """
 
 import importlib.util
@@ -9,14 +9,16 @@ import types
 from pathlib import Path
 
 import pytest
+from integration_kit import RANKS
 
 pytest.importorskip("trl", reason="TRL is not installed here")
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("side", ["dpo", "grpo"])
+@pytest.mark.parametrize("side", [pytest.param("dpo", marks=pytest.mark.slow), "grpo"])
 def test_twenty_steps_have_the_same_losses(side, monkeypatch):
+    for name in RANKS:
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(sys, "path", [str(BENCH), *sys.path])
     spec = importlib.util.spec_from_file_location("trl_run", BENCH / "trl_run.py")
     module = importlib.util.module_from_spec(spec)

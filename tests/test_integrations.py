@@ -110,7 +110,8 @@ def test_a_report_undoes_its_own_patch_alone(fake):
         replacing.unpatch("fakelib")
         replacing.patch(fake.table(), force=False)
     with pytest.raises(ValueError, match="has been undone: call patch again"):
-        first.__enter__()                                              # another patch stands there, not this one
+        with first:                                                    # another patch stands there, not this one
+            pass
     assert fake.core.double is not held                                # the later patch is not the first one's to undo
 
 
