@@ -8,6 +8,7 @@ Every op of this package takes both forms. Shapes: B rows, T columns, N real tok
 """
 
 import math
+from numbers import Complex, Integral, Real
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def unpack(packed: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...],
     packed: a tensor, or a list or tuple of them (then the result is a tuple). mask: [B, T], boolean or integers 0 and 1,
     with as many ones in each row as cu_seqlens says; row b's tokens go to its ones, in order. Without it they go to the
     left of rows that are `width` wide (default: as long as the longest). fill: what stands at every other place; the dtype
-    has to hold it.
+    has to hold it: an int exactly, a float as nearly as the dtype can.
     Differentiable. On a device this waits for the lengths. Raises ValueError for what does not fit.
     """
     tensors = list(packed) if isinstance(packed, (list, tuple)) else [packed]
@@ -85,25 +86,49 @@ def unpack(packed: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...],
 
 
 def _holds(name, dtype, fill):
-    """ValueError for a fill that `dtype` would round, wrap or overflow."""
+    """ValueError for a fill that is no number, and for one that `dtype` would wrap, overflow or, an int, round."""
+    if isinstance(fill, torch.Tensor) and fill.numel() == 1 and not fill.is_meta:
+        fill = fill.item()
+    if not isinstance(fill, Complex if dtype.is_complex else Real):
+        raise ValueError(f"unpack: fill: expected a {'' if dtype.is_complex else 'real '}number for {name} of dtype {dtype}, "
+                         f"got {fill!r}")
     if dtype.is_complex:
-        return
-    if dtype.is_floating_point:
-        most = torch.finfo(dtype).max
-        if math.isfinite(fill) and abs(fill) > most:
-            raise ValueError(f"unpack: fill: expected at most {most:g} either way for {name} of dtype {dtype}, got {fill}")
-        return
-    if not float(fill).is_integer():
-        raise ValueError(f"unpack: fill: expected an integer for {name} of dtype {dtype}, got {fill}")
-    least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
-    if not least <= fill <= most:
-        raise ValueError(f"unpack: fill: expected {least} … {most} for {name} of dtype {dtype}, got {fill}")
+        for part in (fill.real, fill.imag):
+            _holds(name, dtype.to_real(), part)
+    elif dtype.is_floating_point:
+        _fits(name, dtype, fill)
+    else:
+        if not isinstance(fill, Integral) and not float(fill).is_integer():
+            raise ValueError(f"unpack: fill: expected an integer for {name} of dtype {dtype}, got {fill}")
+        least, most = (0, 1) if dtype == torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
+        if not least <= fill <= most:
+            raise ValueError(f"unpack: fill: expected {least} … {most} for {name} of dtype {dtype}, got {_shown(fill)}")
+
+
+def _fits(name, dtype, fill):
+    """ValueError for a real fill beyond a floating point dtype, and for an int between two of its numbers: it stands for a
+    mark that somebody will look for, as -100, and would not be found."""
+    most = torch.finfo(dtype).max
+    if isinstance(fill, Integral) and abs(fill) > most or math.isfinite(fill) and abs(fill) > most:
+        raise ValueError(f"unpack: fill: expected at most {most:g} either way for {name} of dtype {dtype}, got {_shown(fill)}")
+    if isinstance(fill, Integral):
+        held = int(torch.tensor(float(fill), dtype=torch.float64).to(dtype).item())
+        if held != fill:
+            raise ValueError(f"unpack: fill: expected an integer that {dtype} holds for {name}, got {fill}, "
+                             f"which would become {held}")
+
+
+def _shown(fill):
+    """A number as a message has it: one of hundreds of digits by its size."""
+    return str(fill) if not isinstance(fill, Integral) or abs(fill) < 10**30 else f"a number of {int(fill).bit_length()} bits"
 
 
 def boolean(op, mask):
-    """A mask [B, T] as booleans; integers must be 0 and 1."""
+    """A mask [B, T] as booleans; integers must be 0 and 1. Its values are read: a mask without any (on meta) is refused."""
     if mask.dim() != 2 or mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise ValueError(f"{op}: mask: expected booleans (or integers 0 and 1) [B, T], got {mask.dtype} {list(mask.shape)}")
+    if mask.is_meta:
+        raise ValueError(f"{op}: mask: expected a device with values, got meta")
     if mask.dtype == torch.bool:
         return mask
     ones = mask != 0
@@ -116,6 +141,8 @@ def _offsets(cu_seqlens):
     """Offsets as host integers, checked: from 0 on, never falling."""
     if cu_seqlens.dim() != 1 or not len(cu_seqlens) or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"unpack: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
+    if cu_seqlens.is_meta:
+        raise ValueError("unpack: cu_seqlens: expected a device with values, got meta")
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or any(b < a for a, b in zip(offsets, offsets[1:])):
         raise ValueError(f"unpack: cu_seqlens: expected offsets that start at 0 and never fall, got {offsets[:8]}")

@@ -58,9 +58,11 @@ def test_a_default_width_is_the_longest_row():
 def test_any_fill_that_the_dtype_holds():
     offsets = torch.tensor([0, 1])
     for dtype, fill in [(torch.uint8, 255), (torch.int8, -128), (torch.bool, True), (torch.float16, float("-inf")),
-                        (torch.bfloat16, 1e30), (torch.int64, -1.0)]:
+                        (torch.bfloat16, 1e30), (torch.int64, -1.0), (torch.int64, 2**63 - 1), (torch.bfloat16, -100),
+                        (torch.bfloat16, 0.1), (torch.float32, 2**24), (torch.float64, 2**60), (torch.complex64, 1 - 2j),
+                        (torch.float32, torch.tensor(7.0))]:
         got = unpack(torch.ones(1, dtype=dtype), offsets, width=2, fill=fill)
-        assert got.dtype == dtype and torch.equal(got[0, 1], torch.tensor(fill).to(dtype))
+        assert got.dtype == dtype and torch.equal(got[0, 1], torch.as_tensor(fill).to(dtype))
     assert unpack(torch.ones(1), offsets, width=2, fill=float("nan"))[0, 1].isnan()
 
 
@@ -107,7 +109,30 @@ def test_ops_give_the_same_on_both_forms():
     (lambda: unpack(torch.ones(3, dtype=torch.float16), torch.tensor([0, 3]), fill=1e6), "65504 .*float16, got 1000000"),
     (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), width=5.5), "width: expected a whole number of columns, got 5.5"),
     (lambda: unpack(torch.ones(3), torch.tensor([0, 3]), width=True), "width: .*got True"),
+    *((lambda dtype=dtype: pack(torch.ones(2, 3, device="meta"), torch.ones(2, 3, dtype=dtype, device="meta")),
+       "pack: mask: expected a device with values, got meta") for dtype in (torch.bool, torch.long)),
+    *((lambda dtype=dtype: unpack(torch.ones(3), torch.tensor([0, 3]), mask=torch.ones(1, 3, dtype=dtype, device="meta")),
+       "unpack: mask: expected a device with values, got meta") for dtype in (torch.bool, torch.long)),
+    (lambda: unpack(torch.ones(3, device="meta"), torch.tensor([0, 3], device="meta")),
+     "unpack: cu_seqlens: expected a device with values, got meta"),
+    *((lambda fill=fill, dtype=dtype: unpack(torch.ones(3, dtype=dtype), torch.tensor([0, 3]), fill=fill), message)
+      for fill, dtype, message in [
+          ("a", torch.float32, "fill: expected a real number for packed of dtype torch.float32, got 'a'"),
+          (None, torch.long, "fill: expected a real number .* got None"),
+          (1j, torch.float32, "fill: expected a real number .* got 1j"),
+          ("a", torch.complex64, "fill: expected a number .* got 'a'"),
+          (10**400, torch.float32, r"fill: expected at most 3.40282e\+38 .* got a number of 1329 bits"),
+          (-10**400, torch.float64, r"fill: expected at most 1.79769e\+308 .* got a number of 1329 bits"),
+          (10**400, torch.complex128, "fill: expected at most .* got a number of 1329 bits"),
+          (10**400, torch.int64, "fill: expected -9223372036854775808 … .* got a number of 1329 bits"),
+          (2**63, torch.int64, "got 9223372036854775808"),
+          (257, torch.bfloat16, "expected an integer that torch.bfloat16 holds for packed, got 257, which would become 256"),
+          (16777217, torch.float32, "got 16777217, which would become 16777216"),
+          (2049, torch.float16, "got 2049, which would become 2048"),
+          (torch.tensor(257), torch.bfloat16, "got 257, which would become 256"),
+          (2**53 + 1, torch.float64, "got 9007199254740993, which would become 9007199254740992")]),
 ])
 def test_what_does_not_fit_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         call()
+    assert "\n" not in str(caught.value)
