@@ -1,7 +1,9 @@
 """PPOLagLoss against plain torch, and the drop-in pieces in a process that has torch alone."""
 
+import inspect
 import subprocess
 import sys
+import typing
 
 import pytest
 import torch
@@ -122,10 +124,34 @@ def test_settings():
                               ({"clip_high": float("nan")}, "clip_high: expected a number >= 0, got nan"),
                               ({"dual_clip": 1.0}, "dual_clip: expected None or a number > 1, got 1.0"),
                               ({"reduction": "foo"}, "reduction: expected one of sequence-mean, token-mean, got 'foo'"),
-                              ({"kl_estimator": "k2"}, "kl_estimator: expected one of k3, k1, got 'k2'")]:
+                              ({"kl_estimator": "k2"}, "kl_estimator: expected one of k3, k1, got 'k2'"),
+                              ({"impl": "foo"}, "impl: expected one of auto, reference, triton, native, got 'foo'"),
+                              ({"impl": None}, "impl: expected one of .* got None"),
+                              ({"kl_coeff": "x"}, "kl_coeff: expected a finite number, got 'x'"),
+                              ({"kl_coeff": None}, "kl_coeff: expected a finite number, got None"),
+                              ({"entropy_coeff": float("nan")}, "entropy_coeff: expected a finite number, got nan"),
+                              ({"clip_ratio": "x"}, "clip_ratio: expected a number, got 'x'"),
+                              ({"clip_ratio": None}, "clip_ratio: expected a number, got None"),
+                              ({"clip_high": True}, "clip_high: expected None or a number, got True"),
+                              ({"dual_clip": [2]}, r"dual_clip: expected None or a number, got \[2\]")]:
         with pytest.raises(ValueError, match=message):
             PPOLagLoss(**settings)
     assert repr(PPOLagLoss(0.1, reduction="token-mean")) == "PPOLagLoss(clip_ratio=0.1, reduction='token-mean')"
+
+
+def test_numbers_and_tensors_of_a_call():
+    """Numbers where ppo_loss takes numbers: the hints say so, so that a type checker does not refuse them."""
+    tensors, mask = batch(7, torch.float32)
+    ref_logp, entropy = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(2))
+    criterion = PPOLagLoss(0.1, kl_coeff=0.1, entropy_coeff=0.01, clip_high=float("inf"), impl="reference")
+    advantages = (tensors[2] - 0.5 * tensors[3]) / 1.5
+    extra = {"ref_logp": ref_logp, "entropy": entropy, "normalizer": 8.0, "advantage_scale": 0.5, "advantage_shift": 1}
+    expected, _ = ppo_loss(*tensors[:2], advantages, mask=mask, **criterion.settings, **extra)
+    torch.testing.assert_close(criterion(*tensors, 0.5, mask=mask, **extra)[0], expected)
+    mine, theirs = (inspect.signature(function).parameters for function in (PPOLagLoss.forward, ppo_loss))
+    for name in extra:
+        assert {*typing.get_args(mine[name].annotation)} == {*typing.get_args(theirs[name].annotation)}
+    assert not [p for p in mine.values() if p.kind is p.VAR_KEYWORD]
 
 
 def test_drop_in_pieces_need_torch_alone():
