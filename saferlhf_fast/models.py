@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from . import body
 from .errors import UserError, require
+from .kernels import checks
 from .lora import add_lora, has_lora, merge_lora, plain, plain_state
 from .packing import Packed
 from .model_files import (checked, has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing,
@@ -140,10 +141,17 @@ class ScoreHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
 
     def forward(self, hidden_BLH):
-        """[…, H] -> […], or […, outputs] where there are several; fp32."""
+        """[…, H] -> […], or […, outputs] where there are several; fp32, under torch.autocast too."""
         bias = None if self.bias is None else self.bias.float()
-        scores = F.linear(hidden_BLH.float(), self.weight.float(), bias)
+        with _no_autocast(hidden_BLH.device.type):
+            scores = F.linear(hidden_BLH.float(), self.weight.float(), bias)
         return scores.squeeze(-1) if len(self.weight) == 1 else scores
+
+
+def _no_autocast(device):
+    """Context in which F.linear keeps fp32. Not every device has an autocast to switch off (meta has none)."""
+    known = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 class ScoreModel(nn.Module):
@@ -201,13 +209,38 @@ class ScoreModel(nn.Module):
         """-> scores_BL in fp32; entries at padding are finite and mean nothing. Of a `Packed` alone: scores_N of the
         positions that it asks for.
 
-        attention_mask_BL: 1 at real tokens (bool or integer), padding on either side. Position ids are counted from
-        each row's first real token when not given.
+        attention_mask_BL: 1 at real tokens (bool or numbers 0 and 1), padding on either side; None: all are. Position ids are
+        counted from each row's first real token when not given. An empty batch gives an empty answer. ValueError for what
+        does not fit; ids and a mask's numbers are looked at on the CPU alone: elsewhere the host would wait for the device.
         """
         if isinstance(input_ids_BL, Packed):
+            if attention_mask_BL is not None or position_ids is not None:
+                raise ValueError("ScoreModel: expected a Packed alone, got a mask or position ids with it: it has its own")
             return self._packed_scores(input_ids_BL)
-        mask_BL = attention_mask_BL.long()
-        inputs = {"input_ids": input_ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
+        self._refuse_ids(input_ids_BL)
+        mask_BL = real_tokens("ScoreModel", attention_mask_BL, input_ids_BL)
+        if position_ids is not None:
+            refuse_positions(position_ids, input_ids_BL)
+        if input_ids_BL.numel():
+            return self._padded_scores(checks.wide(input_ids_BL), mask_BL, position_ids)
+        # A token runs in the place of none: under ZeRO-3 every rank has to gather the weights, and gradients are to be zeros.
+        one = torch.zeros(1, 1, dtype=torch.long, device=input_ids_BL.device)
+        made, (rows, columns) = self._padded_scores(one, one + 1, None), input_ids_BL.shape
+        return made.expand(max(rows, 1), max(columns, 1), *made.shape[2:])[:rows, :columns]
+
+    def _refuse_ids(self, ids_BL):
+        """ValueError for ids that are no integers [B, L], lie outside the vocabulary, or have no values to look up."""
+        if ids_BL.dim() != 2 or not checks.whole(ids_BL):
+            raise ValueError(f"ScoreModel: ids: expected integers [B, L], got {ids_BL.dtype} {list(ids_BL.shape)}")
+        if ids_BL.is_meta and not self.score.weight.is_meta:
+            raise ValueError(f"ScoreModel: ids: expected a device with values, as the model's {self.score.weight.device}, "
+                             "got meta")
+        words = getattr(plain(self.backbone).get_input_embeddings(), "num_embeddings", None)
+        if words is not None and not torch.compiler.is_compiling():
+            checks.known_ids("ScoreModel", ids_BL, words)
+
+    def _padded_scores(self, ids_BL, mask_BL, position_ids):
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
         if self.takes_positions:
             inputs["position_ids"] = (mask_BL.cumsum(-1) - 1).clamp(min=0) if position_ids is None else position_ids
         return self._scores(self.backbone(**inputs).last_hidden_state)
@@ -222,9 +255,57 @@ class ScoreModel(nn.Module):
 
     @staticmethod
     def end_scores(scores_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L] -> [B]: the score at each row's last real token. The mask decides, never a token id."""
-        last_B = attention_mask_BL.shape[1] - 1 - attention_mask_BL.long().flip(1).argmax(1)
-        return scores_BL.gather(1, last_B[:, None]).squeeze(1)
+        """[B, L] -> [B]: the score at each row's last real token. The mask decides, never a token id.
+
+        A row without a token has no score: ValueError on the CPU; elsewhere, where nobody looks at values, NaN.
+        """
+        if scores_BL.dim() != 2 or not checks.floating(scores_BL):
+            raise ValueError(f"end_scores: scores: expected floating point [B, L], got {scores_BL.dtype} {list(scores_BL.shape)}")
+        if attention_mask_BL is None:
+            raise ValueError("end_scores: attention_mask: expected a mask [B, L], got None")
+        mask_BL = real_tokens("end_scores", attention_mask_BL, scores_BL)
+        if not scores_BL.shape[0]:
+            return scores_BL.flatten()
+        some_B = mask_BL.any(1)
+        if not mask_BL.shape[1] or looks(mask_BL) and not some_B.all():
+            raise ValueError(f"end_scores: attention_mask: expected a real token in each row, got none in row "
+                             f"{some_B.tolist().index(False)}")
+        last_B = mask_BL.shape[1] - 1 - mask_BL.flip(1).argmax(1)
+        return scores_BL.gather(1, last_B[:, None]).squeeze(1).where(some_B, float("nan"))
+
+
+def looks(tensor):
+    """Whether values are looked at: on the CPU; elsewhere, and in torch.compile's graph, it would stop what runs."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def real_tokens(op, mask_BL, like_BL):
+    """A mask of real tokens as int64 [B, L], shaped as `like_BL` and on its device; None: ones.
+
+    Floats count too when they are 0 and 1 with a 1 in each row: without one it is the other kind of mask, which is added to
+    attention's scores and has 0 where this one has 1.
+    """
+    if mask_BL is None:
+        return torch.ones_like(like_BL, dtype=torch.long)
+    if mask_BL.shape != like_BL.shape or mask_BL.device != like_BL.device or mask_BL.dtype.is_complex:
+        raise ValueError(f"{op}: attention_mask: expected booleans or numbers 0 and 1 {list(like_BL.shape)} on "
+                         f"{like_BL.device}, got {mask_BL.dtype} {list(mask_BL.shape)} on {mask_BL.device}")
+    if mask_BL.dtype != torch.bool and looks(mask_BL):
+        other = (mask_BL != 0) & (mask_BL != 1)
+        if other.any():
+            raise ValueError(f"{op}: attention_mask: expected booleans or numbers 0 and 1, got {mask_BL[other][0].item()}")
+        if mask_BL.dtype.is_floating_point and mask_BL.numel() and not mask_BL.any(1).all():
+            raise ValueError(f"{op}: attention_mask: expected a 1 at each real token (booleans or integers where a row has "
+                             f"none), got {mask_BL.dtype} and a row of zeros, as in a mask that is added")
+    return mask_BL.long()
+
+
+def refuse_positions(position_ids, ids_BL):
+    """ValueError for position ids that would be broadcast over columns, or are no integers."""
+    expected = (list(ids_BL.shape), [1, ids_BL.shape[1]])
+    if list(position_ids.shape) not in expected or not checks.whole(position_ids) or position_ids.device != ids_BL.device:
+        raise ValueError(f"ScoreModel: position_ids: expected integers {expected[0]} on {ids_BL.device}, got "
+                         f"{position_ids.dtype} {list(position_ids.shape)} on {position_ids.device}")
 
 
 @contextlib.contextmanager
