@@ -35,6 +35,8 @@ class CostWindow:
         if not isinstance(costs_B, torch.Tensor) or costs_B.dim() != 1:
             got = f"shape {list(costs_B.shape)}" if isinstance(costs_B, torch.Tensor) else type(costs_B).__name__
             raise ValueError(f"costs: expected a tensor [B], one cost for each episode, got {got}")
+        if costs_B.dtype.is_complex or costs_B.dtype == torch.bool or costs_B.is_meta and not self.costs.is_meta:
+            raise ValueError(f"costs: expected real numbers, on a device with values, got {costs_B.dtype} on {costs_B.device}")
         # The newest stand last; the others become NaN holes that the mean below does not count.
         fresh = believable(costs_B.detach())
         self.costs = torch.cat([self.costs, fresh.to(self.costs.device)])[-self.costs.numel():]
@@ -78,7 +80,7 @@ class LagrangeMultiplier:
         return self.log_value.exp()
 
     def update(self, costs_B: torch.Tensor) -> torch.Tensor:
-        """One step with the newest episodes' costs, [B] in any float dtype, on any device -> λ.
+        """One step with the newest episodes' costs, [B] in any float or integer dtype, on any device -> λ.
 
         Of all ranks, in the same order on each, so that λ stays the same everywhere (torch.distributed.all_gather_into_tensor).
         Costs that are not finite, or beyond ±1e6, are left out of the mean; no gradient is kept.
@@ -96,8 +98,8 @@ class LagrangeMultiplier:
         return _state(self, ("log_value", "mean_cost"))
 
     def load_state_dict(self, values: dict) -> None:
-        """From a checkpoint; the device stays this one's."""
-        _load(self, values)
+        """From a checkpoint; the device stays this one's. ValueError, and nothing changes, for another rule's state."""
+        _load(self, values, ("log_value", "mean_cost"))
 
     def __repr__(self):
         return _shown(self, ("lr",))
@@ -142,8 +144,8 @@ class PIDMultiplier:
         return _state(self, ("integral", "value", "last_error", "mean_cost"))
 
     def load_state_dict(self, values: dict) -> None:
-        """From a checkpoint; the device stays this one's."""
-        _load(self, values)
+        """From a checkpoint; the device stays this one's. ValueError, and nothing changes, for another rule's state."""
+        _load(self, values, ("integral", "value", "last_error", "mean_cost"))
 
     def __repr__(self):
         return _shown(self, ("kp", "ki", "kd"))
@@ -179,12 +181,37 @@ def _state(multiplier, names):
             "steps": multiplier.steps, "threshold": multiplier.threshold}
 
 
-def _load(multiplier, values):
+def _load(multiplier, state, names):
+    """Takes over a state of `_state` with these names of values, or changes nothing and says why: ValueError."""
+    rule = type(multiplier).__name__
+    _refuse_other_keys(f"{rule}: state", state, ("values", "window", "steps", "threshold"))
+    values, window = state["values"], state["window"]
+    _refuse_other_keys(f"{rule}: state of values", values, names)
+    _refuse_other_keys(f"{rule}: state of the window", window, ("costs", "kept"))
+    for name, value in {**values, **window}.items():
+        dims = 1 if name == "costs" else 0
+        if value is None and name == "last_error":                   # there was no error yet
+            continue
+        if not isinstance(value, torch.Tensor) or value.dim() != dims or not value.dtype.is_floating_point or value.is_meta:
+            got = f"{value.dtype} {list(value.shape)} on {value.device}" if isinstance(value, torch.Tensor) else repr(value)
+            raise ValueError(f"{rule}: state: {name}: expected a floating point tensor {'[window]' if dims else '[]'}, got {got}")
+    if not len(window["costs"]):
+        raise ValueError(f"{rule}: state: costs: expected a window of 1 episode or more, got none")
+    try:
+        steps, threshold = _steps(state["steps"]), _number("threshold", state["threshold"])
+    except ValueError as error:
+        raise ValueError(f"{rule}: state: {str(error).replace('delay', 'steps', 1)}") from None
     device = multiplier.mean_cost.device
-    for name, value in values["values"].items():
+    for name, value in values.items():
         setattr(multiplier, name, None if value is None else value.to(device))
-    multiplier.window.load_state_dict(values["window"])
-    multiplier.steps, multiplier.threshold = values["steps"], values["threshold"]
+    multiplier.window.load_state_dict(window)
+    multiplier.steps, multiplier.threshold = steps, threshold
+
+
+def _refuse_other_keys(name, given, expected):
+    if not isinstance(given, dict) or given.keys() != set(expected):
+        got = ", ".join(map(str, given)) or "none" if isinstance(given, dict) else type(given).__name__
+        raise ValueError(f"{name}: expected {', '.join(expected)}, got {got}")
 
 
 def make_multiplier(cfg, threshold, device):

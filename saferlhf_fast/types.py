@@ -103,4 +103,7 @@ BELIEVABLE = 1e6
 
 def believable(score_B):
     """Scores with NaN in place of those that no working score model gives (beyond ±1e6, infinite ones included); None: None."""
-    return None if score_B is None else score_B.float().where(score_B.abs() <= BELIEVABLE, float("nan"))
+    if score_B is None:
+        return None
+    score_B = score_B.float()                            # first: the most negative integer is its own abs()
+    return score_B.where(score_B.abs() <= BELIEVABLE, float("nan"))

@@ -136,10 +136,60 @@ def test_costs_bring_no_gradient_and_any_dtype():
     (lambda: LagrangeMultiplier().update(torch.ones(2, 1)), r"a tensor \[B\], one cost for each episode, got shape \[2, 1\]"),
     (lambda: LagrangeMultiplier().update(torch.tensor(1.0)), r"got shape \[\]"),
     (lambda: PIDMultiplier().update([1.0]), "got list"),
+    (lambda: LagrangeMultiplier().update(torch.ones(2) * 1j), "costs: expected real numbers, .* got torch.complex64 on cpu"),
+    (lambda: LagrangeMultiplier().update(torch.ones(2).bool()), "costs: expected real numbers, .* got torch.bool on cpu"),
+    (lambda: PIDMultiplier().update(torch.ones(2, device="meta")), "on a device with values, got torch.float32 on meta"),
 ])
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_integers_are_costs_and_the_most_negative_one_is_not_believed():
+    multiplier = LagrangeMultiplier(window=4)
+    multiplier.update(torch.tensor([-2**63, 2**63 - 1, 1, 3]))
+    assert multiplier.mean_cost.item() == 2.0 and multiplier.value.item() > 1.0
+    assert LagrangeMultiplier().update(torch.tensor([-128, 0], dtype=torch.int8)).item() < 1.0
+    assert LagrangeMultiplier(device="meta").update(torch.ones(2, device="meta")).is_meta
+
+
+def whole(multiplier):
+    """All that a multiplier holds, to compare."""
+    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in
+            {**vars(multiplier), **vars(multiplier.window), "window": None}.items()}
+
+
+@pytest.mark.parametrize(("rule", "change", "message"), [
+    (PIDMultiplier, lambda state: LagrangeMultiplier(init=3.0).state_dict(),
+     "PIDMultiplier: state of values: expected integral, value, last_error, mean_cost, got log_value, mean_cost"),
+    (LagrangeMultiplier, lambda state: PIDMultiplier().state_dict(),
+     "LagrangeMultiplier: state of values: expected log_value, mean_cost, got integral, value, last_error, mean_cost"),
+    (LagrangeMultiplier, lambda state: {**state, "values": {"lr": None}}, "expected log_value, mean_cost, got lr"),
+    (LagrangeMultiplier, lambda state: {**state, "values": {}}, "expected log_value, mean_cost, got none"),
+    (LagrangeMultiplier, lambda state: {"values": {"lr": None}},
+     "LagrangeMultiplier: state: expected values, window, steps, threshold, got values"),
+    (LagrangeMultiplier, lambda state: {**state, "lr": 1.0}, "state: expected .* got values, window, steps, threshold, lr"),
+    (LagrangeMultiplier, lambda state: None, "state: expected values, .* got NoneType"),
+    (PIDMultiplier, lambda state: {**state, "window": {"costs": torch.zeros(2)}},
+     "state of the window: expected costs, kept, got costs"),
+    (PIDMultiplier, lambda state: {**state, "window": {"costs": torch.zeros(0), "kept": torch.tensor(0.0)}},
+     "state: costs: expected a window of 1 episode or more, got none"),
+    (PIDMultiplier, lambda state: {**state, "window": {"costs": [1.0], "kept": torch.tensor(0.0)}},
+     r"state: costs: expected a floating point tensor \[window\], got \[1.0\]"),
+    (PIDMultiplier, lambda state: {**state, "values": {**state["values"], "value": None}},
+     r"state: value: expected a floating point tensor \[\], got None"),
+    (LagrangeMultiplier, lambda state: {**state, "values": {**state["values"], "log_value": torch.zeros(2)}},
+     r"state: log_value: expected a floating point tensor \[\], got torch.float32 \[2\] on cpu"),
+    (LagrangeMultiplier, lambda state: {**state, "steps": -1}, "state: steps: expected a number of steps >= 0, got -1"),
+    (LagrangeMultiplier, lambda state: {**state, "threshold": "0"}, "state: threshold: expected a finite number, got '0'"),
+])
+def test_a_state_that_does_not_fit_changes_nothing(rule, change, message):
+    multiplier = rule(init=2.0, threshold=0.5, window=4)
+    multiplier.update(torch.tensor([1.0, 4.0]))
+    before = whole(multiplier)
+    with pytest.raises(ValueError, match=message) as caught:
+        multiplier.load_state_dict(change(rule().state_dict()))
+    assert whole(multiplier) == before and "\n" not in str(caught.value)
 
 
 def test_settings_of_other_kinds_of_numbers():
