@@ -7,6 +7,7 @@ the implementations. Shapes: N packed tokens, B rows, T padded width, C critics 
 import torch
 
 from .dispatch import checking, interpreted
+from .once import transformed
 
 
 def result_dtype(*tensors):
@@ -73,6 +74,16 @@ def overlaps(tensor):
     return False
 
 
+def disposable(tensor, flat):
+    """Whether something may be written over the tensor, whose rows `flat` are: an intermediate result, in memory of its own.
+
+    Not a leaf nor a view of one: that is somebody's parameter. What torch.func holds is no memory of one tensor.
+    """
+    if torch.compiler.is_compiling() or transformed() or tensor.is_leaf:
+        return False
+    return not (tensor._base is not None and tensor._base.is_leaf) and not overlaps(flat)
+
+
 def same_tokens(op, names, tensors):
     """All of `tensors` have the first one's shape and device and are floating point."""
     shape, device = tensors[0].shape, tensors[0].device
@@ -106,7 +117,7 @@ def rows(op, name, shape, device, cu_seqlens, mask):
                 f"{op}: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
         if cu_seqlens.device != device:
             raise ValueError(f"{op}: cu_seqlens: expected device {device} as {name}, got {cu_seqlens.device}")
-        return cu_seqlens.to(torch.int32), None, cu_seqlens.shape[0] - 1
+        return _offsets(op, cu_seqlens), None, cu_seqlens.shape[0] - 1
     if len(shape) != 2 or mask.shape != shape:
         raise ValueError(f"{op}: expected {name} [B, T] and a mask of that shape, "
                          f"got {tuple(shape)} and {tuple(mask.shape)}")
@@ -115,6 +126,16 @@ def rows(op, name, shape, device, cu_seqlens, mask):
     if mask.device != device:
         raise ValueError(f"{op}: mask: expected device {device} as {name}, got {mask.device}")
     return None, mask, shape[0]
+
+
+def _offsets(op, cu_seqlens):
+    """As int32, in which none may come out as another: what does not fit is refused on the CPU, and impossible elsewhere."""
+    if cu_seqlens.dtype == torch.int32:
+        return cu_seqlens
+    wide, most = cu_seqlens.long(), torch.iinfo(torch.int32).max
+    if _looks(cu_seqlens) and ((wide < 0) | (wide > most)).any():
+        raise ValueError(f"{op}: cu_seqlens: expected offsets in 0..{most}, got {cu_seqlens.tolist()[:8]}")
+    return wide.clamp(-1, most).to(torch.int32)
 
 
 def per_row(op, name, tensor, count, device):
@@ -171,6 +192,8 @@ def temperature(op, value, shape, like):
     if value.dim() and value.shape != shape or not value.dtype.is_floating_point:
         raise ValueError(f"{op}: temperature: expected a number > 0, or floating point numbers of shape {tuple(shape)}, "
                          f"got {value.dtype} {tuple(value.shape)}")
+    if value.is_meta != like.is_meta:
+        raise ValueError(f"{op}: temperature: expected a number or a tensor on {like.device}, got one on {value.device}")
     value = value.detach().to(device=like.device, dtype=result_dtype(like))
     return 1.0, value.expand(shape).reshape(-1).contiguous()
 
@@ -179,7 +202,7 @@ def softcap(op, value):
     """0.0 for None, else the number, which must be > 0."""
     if value is None:
         return 0.0
-    if not value > 0:
+    if isinstance(value, torch.Tensor) and value.numel() != 1 or not value > 0:
         raise ValueError(f"{op}: softcap: expected None or a number > 0, got {value}")
     return float(value)
 
@@ -224,6 +247,12 @@ def not_negative(op, name, value):
     """`value` is a number >= 0 (NaN is refused)."""
     if not value >= 0:
         raise ValueError(f"{op}: {name}: expected a number >= 0, got {value}")
+
+
+def share(op, name, value):
+    """`value` is a number in 0..1 (NaN is refused)."""
+    if not 0 <= value <= 1:
+        raise ValueError(f"{op}: {name}: expected a number in 0..1, got {value}")
 
 
 def clip(op, clip_ratio, clip_high, dual_clip):

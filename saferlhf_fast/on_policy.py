@@ -15,7 +15,7 @@ import torch
 from .kernels import linear
 from .kernels.checks import known_ids
 from .kernels.dispatch import choose
-from .kernels.once import once
+from .kernels.once import once, remember
 
 
 def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature=1.0, softcap=None):
@@ -24,7 +24,9 @@ def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, between, tem
     counts: tokens of each sequence, host integers · between(sequences, tokens, logp_C) -> (loss, d loss / d logp_C): two
     slices that say where the chunk lies, and its log-probs (fp32, nats, no graph). It is called once for each chunk, in order.
     """
-    return _OnPolicy.apply(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature, softcap or 0.0)
+    loss = _OnPolicy.apply(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature, softcap or 0.0)
+    remember(loss, hidden_NH, weight_VH, bias_V)
+    return loss
 
 
 def loss_of(logp_N, counts, between):

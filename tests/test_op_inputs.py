@@ -55,11 +55,23 @@ def inputs_of(op, empty=None):
     return made
 
 
+class Through(torch.autograd.Function):
+    """The same memory as an intermediate result: neither a leaf nor a view of one, so that the in-place paths are taken."""
+
+    @staticmethod
+    def forward(ctx, leaf):
+        return leaf.data
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
 def call(op, given, impl="auto", **more):
     """(outputs, gradients): every tensor that comes out, and what the sum of the outputs gives the leaves. May write over
     `given`."""
     leaves = {name: given[name].detach().requires_grad_(given[name].dtype.is_floating_point) for name in TABLE[op][3]}
-    through = {name: leaf.view(leaf.shape) for name, leaf in leaves.items()}     # no leaves: the in-place paths are taken
+    through = {name: Through.apply(leaf) if leaf.requires_grad else leaf for name, leaf in leaves.items()}
     result = getattr(saferlhf_fast, op)(**{**given, **through}, **TABLE[op][2], **more, impl=impl)
     outputs = []
     for part in result if isinstance(result, tuple) else (result,):
@@ -208,9 +220,14 @@ def test_first_derivatives_alone(op, impl, device):
     total = sum(output.sum() for output in outputs)
     gradients = torch.autograd.grad(total, list(leaves.values()), create_graph=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, expected))
-    for gradient in gradients:
+    for gradient in gradients:      # asked for by .backward(), and by each input, whatever else depends on it
         with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
             gradient.square().sum().backward(retain_graph=True)
+        for leaf in leaves.values():
+            with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
+                torch.autograd.grad(total + gradient.square().sum(), leaf, retain_graph=True)
+            with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
+                (total + gradient.square().sum()).backward(inputs=[leaf], retain_graph=True)
     # One input that needs no gradient among others: nothing is mixed up.
     first = next(iter(leaves))
     result = getattr(saferlhf_fast, op)(**{**given, first: leaves[first].detach()}, **TABLE[op][2], impl=impl)
@@ -218,6 +235,65 @@ def test_first_derivatives_alone(op, impl, device):
         output = (result[0] if isinstance(result, tuple) else result).sum()
         alone, = torch.autograd.grad(output, leaves[name], retain_graph=True)
         assert torch.equal(torch.autograd.grad(output, leaves[name], create_graph=True)[0], alone)
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")
+@pytest.mark.parametrize("op", [op for op in TABLE if TABLE[op][3]])
+def test_other_derivatives(op):
+    """Forward mode and torch.func's transforms are refused, never 0; torch.vmap gives what a loop gives, gradients too."""
+    for name in TABLE[op][3]:
+        given = inputs_of(op)
+
+        def run(tensor):
+            return first(getattr(saferlhf_fast, op)(**{**given, name: tensor}, **TABLE[op][2])).sum()       # noqa: B023
+
+        tangent = torch.ones_like(given[name])
+        for way in (torch.func.jvp, lambda run, at, _: torch.func.jacfwd(run)(*at)):
+            with pytest.raises(RuntimeError, match=f"^{op} has no forward-mode derivative"):
+                way(run, (given[name],), (tangent,))
+        with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            run(torch.autograd.forward_ad.make_dual(given[name].clone(), tangent))
+        for way in (torch.func.grad(run), torch.func.jacrev(run), torch.func.hessian(run)):
+            with pytest.raises(RuntimeError):
+                way(given[name].clone())
+        with pytest.raises(RuntimeError, match="first derivatives alone"):
+            torch.autograd.functional.hvp(run, given[name].clone(), tangent)
+        two = torch.stack([given[name], given[name].flip(0)]).requires_grad_()
+        for factor in (None, 1):                            # of a leaf, and of what may be written over
+            expected = torch.stack([run(row.clone()) for row in two])
+            got = torch.vmap(run)(two if factor is None else two * factor)
+            assert torch.equal(got, expected)
+            with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
+                torch.autograd.grad(got.sum(), two, create_graph=True, retain_graph=True)
+            assert torch.equal(torch.autograd.grad(got.sum(), two)[0], torch.autograd.grad(expected.sum(), two)[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")
+@pytest.mark.parametrize("impl, device", PLACES)
+def test_nobodys_parameter_is_written_over(impl, device):
+    """A table of logits that is a Parameter: no view of it may hold a gradient afterwards."""
+    given = {name: tensor[0] for name, tensor in inputs_of("ppo_loss_from_logits").items() if name != "mask"}
+    views = (lambda p: p[0], lambda p: p.view(2, T, V)[0], lambda p: p[None][0, 0],
+             lambda p: p.unbind(0)[0][:, :], lambda p: p[0, :T])
+    for view in views:
+        table = torch.nn.Parameter(torch.stack([given["logits"], given["logits"]]))
+        before = table.detach().clone()
+        loss, _ = saferlhf_fast.ppo_loss_from_logits(**{**given, "logits": view(table)}, clip_ratio=0.2, kl_coeff=0.1, impl=impl)
+        made, = torch.autograd.grad(loss, table)
+        (-saferlhf_fast.token_logprob(view(table), given["ids"], inplace_backward=True, impl=impl).sum()).backward()
+        assert torch.equal(table, before)
+        safe, _ = saferlhf_fast.ppo_loss_from_logits(
+            **{**given, "logits": view(table)}, clip_ratio=0.2, kl_coeff=0.1, inplace=False, impl=impl)
+        assert torch.equal(made, torch.autograd.grad(safe, table)[0])
+    # What is no parameter is written over: nothing above passes because nothing ever is.
+    logits = given["logits"].clone().requires_grad_() * 1
+    before = logits.detach().clone()
+    saferlhf_fast.ppo_loss_from_logits(**{**given, "logits": logits}, clip_ratio=0.2, kl_coeff=0.1, impl=impl)
+    assert not torch.equal(logits, before)
 
 
 @pytest.mark.parametrize("impl, device", PLACES)

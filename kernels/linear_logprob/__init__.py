@@ -6,7 +6,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..once import once
+from ..once import backward_alone, learns, once, remember
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -137,11 +137,13 @@ def linear_logprob(
     """
     op = "linear_logprob"
     checks.head(op, hidden, weight, ids, bias)
+    backward_alone(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
     temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
-    gradient = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias))
+    gradient = any(map(learns, (hidden, weight, bias)))
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
         hidden.reshape(ids.numel(), hidden.shape[-1]), weight, checks.wide(ids).reshape(-1), bias, temperature, temperature_N,
         checks.softcap(op, softcap), return_entropy, chunk_tokens, gradient, "" if group is None else group.group_name, impl)
+    remember(logp, hidden, weight, bias)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

@@ -6,7 +6,7 @@ from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
 from ..linear import held, scaled
-from ..once import once
+from ..once import backward_alone, learns, once, remember
 from ..ppo_loss.reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -102,13 +102,15 @@ def linear_ppo_loss(
     """
     op = "linear_ppo_loss"
     checks.head(op, hidden, weight, ids, bias)
+    backward_alone(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
     policy = shared.arguments(
         op, hidden, ids, old_logp, advantages, clip_ratio=clip_ratio, clip_high=clip_high, dual_clip=dual_clip,
         cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp, kl_coeff=kl_coeff, kl_estimator=kl_estimator,
         entropy_coeff=entropy_coeff, temperature=temperature, softcap=softcap, reduction=reduction, normalizer=normalizer,
         advantage_scale=advantage_scale, advantage_shift=advantage_shift, impl=impl)
-    wanted = [torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in (hidden, weight, bias)]
+    wanted = [learns(tensor) for tensor in (hidden, weight, bias)]
     loss, *_, statistics = torch.ops.saferlhf_fast.linear_ppo_loss(
         hidden.reshape(ids.numel(), hidden.shape[-1]), weight, bias, wanted, chunk_tokens, *policy)
+    remember(loss, hidden, weight, bias)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -82,6 +82,10 @@ def ppo_lag_advantage(
     tokens = (logp, ref_logp, reward_values) if cost is None else (logp, ref_logp, reward_values, cost_values)
     checks.same_tokens(op, names, tokens)
     checks.one_of(op, "masked", masked, ("zero", "carry"))
+    checks.share(op, "gamma", gamma)
+    checks.share(op, "lam", lam)
+    if multiplier is not None and not isinstance(multiplier, torch.Tensor):
+        checks.not_negative(op, "multiplier", multiplier)
     cu_seqlens, mask, count = checks.rows(op, "logp", logp.shape, logp.device, cu_seqlens, mask)
     checks.per_row(op, "reward", reward, count, logp.device)
     if cost is not None:

@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from ..dispatch import choose
 from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
-from ..once import once
+from ..once import backward_alone, once, remember
 from .reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -90,6 +90,7 @@ def ppo_loss(
     given = {"logp": logp, "old_logp": old_logp, "advantages": advantages}
     given |= {name: tensor for name, tensor in (("ref_logp", ref_logp), ("entropy", entropy)) if tensor is not None}
     checks.same_tokens("ppo_loss", list(given), list(given.values()))
+    backward_alone("ppo_loss", logp, entropy)
     checks.one_of("ppo_loss", "reduction", reduction, REDUCTIONS)
     checks.one_of("ppo_loss", "kl_estimator", kl_estimator, KL_ESTIMATORS)
     clip = checks.clip("ppo_loss", clip_ratio, clip_high, dual_clip)
@@ -102,4 +103,5 @@ def ppo_loss(
         mask, *clip, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
         checks.normalizer("ppo_loss", normalizer, logp), checks.scalar(advantage_scale, logp, "advantage_scale"),
         checks.scalar(advantage_shift, logp, "advantage_shift"), impl)
+    remember(loss, logp, entropy)
     return loss, named(statistics, ref_kl=ref_logp, entropy=entropy, dual_clipped=dual_clip)

@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..once import once
+from ..once import backward_alone, learns, once, remember
 from ..ppo_loss.reference import STATISTICS, named
 from ..scaling import scale_in_place
 
@@ -90,8 +90,9 @@ def ppo_loss_from_logits(
     logits: [N, V] with cu_seqlens or [B, T, V] with mask, row t predicting ids[t]; fp32, bf16 or fp16 (float64: the
     reference). ids, old_logp, advantages, ref_logp: packed [N] or padded [B, T]; every other argument as in `ppo_loss`,
     temperature and softcap as in `token_logprob`. Nothing of a masked row is read, its id included; its gradient is 0.
-    inplace: the forward pass overwrites `logits` with their gradient; they must not be needed again (ignored for leaf
-    and expanded tensors, under torch.compile, and where no gradient is asked for). A second backward pass then is an error.
+    inplace: the forward pass overwrites `logits` with their gradient; they must not be needed again (ignored for leaves and
+    views of leaves, expanded tensors, under torch.compile and torch.func, and where no gradient is asked for). A second
+    backward pass then is an error.
     The gradient is exact for any scalar upstream; an upstream other than 1 costs one more pass, so count micro-batches
     and ranks in `normalizer` instead of dividing the loss.
 
@@ -101,14 +102,15 @@ def ppo_loss_from_logits(
     """
     op = "ppo_loss_from_logits"
     checks.logits_and_ids(op, logits, ids)
+    backward_alone(op, logits)
     policy = shared.arguments(
         op, logits, ids, old_logp, advantages, clip_ratio=clip_ratio, clip_high=clip_high, dual_clip=dual_clip,
         cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp, kl_coeff=kl_coeff, kl_estimator=kl_estimator,
         entropy_coeff=entropy_coeff, temperature=temperature, softcap=softcap, reduction=reduction, normalizer=normalizer,
         advantage_scale=advantage_scale, advantage_shift=advantage_shift, impl=impl)
-    gradient = logits.requires_grad and torch.is_grad_enabled()
-    inplace = inplace and gradient and not torch.compiler.is_compiling() and not logits.is_leaf
+    gradient = learns(logits)
     flat = logits.reshape(ids.numel(), logits.shape[-1])
-    inplace = inplace and not checks.overlaps(flat)
+    inplace = inplace and gradient and checks.disposable(logits, flat)
     loss, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss_from_logits(flat, inplace, gradient, *policy)
+    remember(loss, logits)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -6,7 +6,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..once import once
+from ..once import backward_alone, once, remember
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define("token_logprob(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, float softcap, "
@@ -115,18 +115,21 @@ def token_logprob(
     or a tensor of them, 0-d or shaped as ids (no gradient flows to it; ValueError for others where ids are looked at, too).
     softcap: as Gemma caps its logits, or None.
     inplace_backward: the backward pass writes d logits into the memory of `logits`, which must not be needed again
-    (ignored for leaf and expanded tensors and under torch.compile). impl: "auto", "reference", "triton" or "native".
+    (ignored for leaves and views of leaves, expanded tensors,
+    and under torch.compile and torch.func). impl: "auto", "reference", "triton" or "native".
 
     Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp <= 0
     always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in every
     implementation a row depends on no other row.
     """
     checks.logits_and_ids("token_logprob", logits, ids)
+    backward_alone("token_logprob", logits)
     temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
     flat = logits.reshape(ids.numel(), logits.shape[-1])
-    inplace = inplace_backward and not torch.compiler.is_compiling() and not logits.is_leaf and not checks.overlaps(flat)
+    inplace = inplace_backward and checks.disposable(logits, flat)
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
         flat, checks.wide(ids).reshape(-1), temperature, temperature_N,
         checks.softcap("token_logprob", softcap), return_entropy, inplace, impl)
+    remember(logp, logits)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from ..dispatch import choose
 from ..losses import REDUCTIONS, scaled
-from ..once import once
+from ..once import backward_alone, once, remember
 from .reference import STATISTICS
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -66,6 +66,7 @@ def value_loss(
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     checks.same_tokens("value_loss", ("values", "old_values", "returns"), (values, old_values, returns))
+    backward_alone("value_loss", values)
     checks.one_of("value_loss", "reduction", reduction, REDUCTIONS)
     checks.not_negative("value_loss", "clip_value", clip_value)
     single = values.dim() == (1 if cu_seqlens is not None else 2 if mask is None else mask.dim()) or values.dim() == 1
@@ -79,6 +80,7 @@ def value_loss(
     loss_C, _, _, statistics = torch.ops.saferlhf_fast.value_loss(
         values, old_values.detach(), returns.detach(), cu_seqlens, mask, clip_value, reduction == "token-mean",
         checks.normalizer("value_loss", normalizer, values), impl)
+    remember(loss_C, values)
     if single:
         return loss_C[0], dict(zip(STATISTICS, statistics[0].unbind()))
     stats = {}

@@ -9,7 +9,7 @@ import torch
 from ..kernels import checks, linear
 from ..kernels.dispatch import choose
 from ..kernels.linear_logprob import linear_logprob
-from ..kernels.once import once
+from ..kernels.once import once, remember
 from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
@@ -156,7 +156,9 @@ def chunked_head(theirs):
             # scale · z under softcap s and temperature T is z under softcap s / scale and temperature T / scale.
             softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
             if shared.learns(hidden, weight, bias) or set(outputs) & set(EXTRAS):
-                return _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
+                made = _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
+                remember(made[0], hidden, weight, bias)
+                return made
             return _without_gradient(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
 
     return ChunkedHead
