@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 
 from saferlhf_fast import ScoreModel, cost_loss, reward_loss
@@ -56,3 +57,53 @@ def test_token_wise_starts_where_the_responses_part():
     scores = [torch.tensor([9.0, 0.5, 0.7]), torch.tensor([-9.0, 0.1, 0.2, 0.3])]
     expected = reward_loss(torch.tensor([0.5, 0.7, 0.7]), torch.tensor([0.1, 0.2, 0.3]))
     assert torch.allclose(token_wise(scores, rows, 1, None, 0.001), expected)
+
+
+def test_token_wise_cost_has_a_pair_s_signs_at_every_position():
+    rows = [[5, 6, 7], [5, 8, 9, 4]]
+    scores = [torch.tensor([9.0, 0.5, 0.7]), torch.tensor([-9.0, 0.1, 0.2, 0.3])]
+    expected = cost_loss(torch.tensor([0.5, 0.7, 0.7]), torch.tensor([0.1, 0.2, 0.3]), -torch.ones(3), torch.ones(3))
+    assert torch.allclose(token_wise(scores, rows, 1, torch.tensor([[-1.0], [1.0]]), 0.001), expected)
+
+
+def test_no_pair_is_no_loss():
+    for loss in (lambda a, b: reward_loss(a, b), lambda a, b: cost_loss(a, b, a.detach(), b.detach())):
+        a, b = (torch.zeros(0, requires_grad=True) for _ in range(2))
+        got = loss(a, b)
+        got.backward()
+        assert got.item() == 0.0 and a.grad.shape == b.grad.shape == (0,)
+
+
+def test_signs_of_other_dtypes_and_under_torch_compile():
+    scores, signs = (torch.tensor(BETTER), torch.tensor(WORSE)), (torch.tensor([-1.0, -1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0]))
+    expected = cost_loss(*scores, *signs)
+    for dtype in (torch.int64, torch.int8, torch.bfloat16, torch.float64):
+        assert torch.equal(cost_loss(*scores, *(sign.to(dtype) for sign in signs)).float(), expected)
+    compiled = torch.compile(cost_loss, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*scores, *signs), expected)
+
+
+THREE = torch.ones(3)
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: reward_loss(THREE[:, None], THREE), r"reward_loss: better: expected \[B\], one score .* got shape \(3, 1\)"),
+    (lambda: reward_loss(THREE, THREE[:, None]), r"reward_loss: worse: expected shape \(3,\) as better, got \(3, 1\)"),
+    (lambda: reward_loss(THREE[0], THREE[0]), r"reward_loss: better: .* got shape \(\)"),
+    (lambda: reward_loss(THREE.long(), THREE.long()), "reward_loss: better: expected a floating point dtype .* torch.int64"),
+    (lambda: reward_loss(THREE, THREE.to("meta")), "reward_loss: worse: expected device cpu as better, got meta"),
+    (lambda: cost_loss(THREE[:2], THREE, THREE, THREE), r"cost_loss: unsafer: expected shape \(2,\) as safer, got \(3,\)"),
+    (lambda: cost_loss(THREE.long(), THREE, THREE, THREE), "cost_loss: safer: expected a floating point dtype"),
+    (lambda: cost_loss(THREE, THREE, THREE[:, None], THREE),
+     r"cost_loss: safer_sign: expected numbers \+1 and -1 \[3\] on cpu, got torch.float32 \[3, 1\] on cpu"),
+    (lambda: cost_loss(THREE, THREE, THREE, THREE[0]), r"unsafer_sign: .* got torch.float32 \[\] on cpu"),
+    (lambda: cost_loss(THREE, THREE, THREE > 0, THREE), r"safer_sign: .* got torch.bool \[3\] on cpu"),
+    (lambda: cost_loss(THREE, THREE, THREE, THREE * 1j), r"unsafer_sign: .* got torch.complex64 \[3\] on cpu"),
+    (lambda: cost_loss(THREE, THREE, THREE, THREE.to("meta")), r"unsafer_sign: .* on cpu, got torch.float32 \[3\] on meta"),
+    (lambda: cost_loss(THREE, THREE, THREE, THREE * 0), r"unsafer_sign: expected \+1 \(unsafe\) or -1 \(safe\), got 0.0"),
+    (lambda: cost_loss(THREE, THREE, THREE.long() * 5, THREE), "safer_sign: expected .* got 5"),
+    (lambda: cost_loss(THREE, THREE, THREE * float("nan"), THREE), "safer_sign: expected .* got nan"),
+])
+def test_what_does_not_fit_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
