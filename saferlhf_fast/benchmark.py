@@ -30,7 +30,8 @@ float64 before it is timed. Prints a table. Needs pytest and pytest-benchmark: p
   --force         overwrites; compares with another device's file
 
 What is compared is a version's time over that of eager torch in the same run (and over the floor of the machine's memory
-bandwidth, where it is near): a machine that is busy or slower today slows both, and only a slower kernel changes the ratio.
+bandwidth, where it is near): a machine that is busy or slower today slows both and leaves the ratio as it is. A slower kernel
+raises it, and so does a faster eager torch, as an update of torch may bring: the head of the table says what eager torch took.
 The fastest round counts. What seems worse is measured up to twice more, and the best measurement counts. A version that FILE
 has and that does not run any more fails too. Keep one file for each machine and number of threads; other versions are named.
 
@@ -193,6 +194,7 @@ def main(words):
     import table
     if base is not None:
         refuse_other_device(asked, base, ceilings.device_name())
+        refuse_nothing_to_compare(asked, base)
     print(f"measuring {', '.join(ops)} on {ceilings.device_name()}{', small shapes' if quick else ''}", file=sys.stderr)
     results, failed = measured(["--ours", *(f"bench_{op}.py" for op in ops)])
     if results is None:
@@ -216,6 +218,23 @@ def refuse_other_device(asked, base, device):
     other = base["machine_info"]["device"]
     if other != device and not asked.force:
         raise UserError(f"{asked.compare}: expected results of {device}, got those of {other}; --force compares all the same")
+
+
+def comparable(ratios):
+    """The keys of a `compare.ratios` table with a ratio that counts: none without eager torch's time, far from the floor."""
+    import compare
+    return [key for key, row in ratios.items() if any(against != "the floor" or x < compare.NEAR for against, x in row.items())]
+
+
+def refuse_nothing_to_compare(asked, base):
+    """UserError for a file with which no version could be found slower, before anything is measured."""
+    import compare
+    was = compare.ratios(base, asked.times)
+    if not comparable(was):
+        got = f"{len(was)} rows of ours without either" if was else "no row of ours"
+        raise UserError(f"{asked.compare}: expected times of ours and, to compare them with, of eager torch or a floor near "
+                        f"them, got {got}; {'' if asked.times or not was else '--times compares the times themselves; '}"
+                        "saferlhf-fast bench --save writes a whole file")
 
 
 def measured(arguments):
@@ -253,7 +272,8 @@ def compared(asked, base, results):
                         f"{_key(next(iter(compare.ratios(results)), ('no rows',)))}, got {_key(next(iter(was), ('no rows',)))}")
     now, worse, gone = compare.settled(was, results, lambda arguments: measured(arguments)[0], asked.compare.name,
                                        1 + asked.worse / 100, TRIES, asked.times)
-    print("\n".join([*head(asked.compare.name, base, results, compare.rows), "", *verdicts(was, now, worse, gone, asked.worse)]))
+    said = verdicts(was, now, worse, gone, asked.worse, len(comparable(was)))
+    print("\n".join([*head(asked.compare.name, base, results, compare.rows), "", *said]))
     return 1 if worse or gone else 0
 
 
@@ -273,13 +293,13 @@ def head(name, base, results, rows):
     before, after = rows(base), rows(results)
     eager = [after[key]["best"] / before[key]["best"] for key in before if key[2] == "eager" and key in after]
     if eager:
-        lines.append(f"eager torch takes {statistics.median(eager):.2f} x what it took then: the machine, its load or torch; "
-                     "ratios leave that out")
+        lines.append(f"eager torch takes {statistics.median(eager):.2f} x what it took then: the machine or its load, which "
+                     "ratios leave out, or eager torch itself, which they do not")
     return lines
 
 
-def verdicts(was, now, worse, gone, percent):
-    """The table's lines, regressions on top; a last line that sums up."""
+def verdicts(was, now, worse, gone, percent, compared):
+    """The table's lines, regressions on top; a last line that sums up. compared: how many of `was` have a ratio that counts."""
     bad = {(row.key, row.against) for row in worse}
     lines = []
     for key in {**was, **now}:
@@ -297,6 +317,8 @@ def verdicts(was, now, worse, gone, percent):
     lines.insert(1, tuple("-" * width for width in widths))
     text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
     slower = len({key for key, _ in bad})
-    said = [f"{slower} of {len(was)} rows became slower by more than {percent:g} %"] if slower else []
+    said = [f"{slower} of {compared} rows became slower by more than {percent:g} %"] if slower else []
     said += [f"{len(gone)} were not measured any more"] if gone else []
-    return [*text, "", "; ".join(said) or f"no regression past {percent:g} % in {len(was)} rows"]
+    said = said or [f"no regression past {percent:g} % in {compared} row{'s' * (compared != 1)}"]
+    said += [f"{len(was) - compared} could not be compared: no eager torch in that file"] if compared < len(was) else []
+    return [*text, "", "; ".join(said)]

@@ -218,6 +218,46 @@ def test_a_file_of_other_ops_shapes_or_times(tmp_path, measure, capsys):
     assert "got dpo_loss" in capsys.readouterr().err
 
 
+def test_a_file_without_eager_rows_compares_nothing(tmp_path, measure, capsys):
+    path = stored(tmp_path, entry("native", 0.5), entry("reference", 0.7), entry("reference", 0.7, "ppo_loss"))
+    assert cli.main(["bench", "--compare", str(path)]) == 2 and not measure.asked
+    err = capsys.readouterr().err
+    assert "got 3 rows of ours without either; --times compares the times themselves" in err and err.count("\n") == 1
+    measure.runs = [results(*json.loads(path.read_text())["benchmarks"])]
+    assert cli.main(["bench", "--compare", str(path), "--times"]) == 0
+    path = stored(tmp_path, entry("eager", 1.0))
+    assert cli.main(["bench", "--compare", str(path)]) == 2
+    err = capsys.readouterr().err
+    assert "got no row of ours; saferlhf-fast bench --save writes a whole file" in err and err.count("\n") == 1
+
+
+def test_a_row_without_its_eager_one_is_not_counted_as_compared(tmp_path, measure, capsys):
+    rows = [entry("eager", 1.0), entry("native", 0.5), entry("native", 0.5, "ppo_loss")]
+    measure.runs = [results(*rows)]
+    assert cli.main(["bench", "--compare", str(stored(tmp_path, *rows))]) == 0
+    assert "no regression past 10 % in 1 row; 1 could not be compared: no eager torch in that file" in capsys.readouterr().out
+
+
+def test_a_row_near_the_floor_needs_no_eager_one(tmp_path, measure):
+    def near(seconds):
+        made = entry("native", seconds)
+        made["extra_info"]["reads"] = 10**9
+        return made
+    rates = {"ceilings": {"read_gb_s": 1.0, "copy_gb_s": 1.0}}               # the floor is a second
+    measure.runs = [results(near(2.0), **rates), *[results(near(3.0), **rates)] * 3]
+    path = stored(tmp_path, near(2.0), **rates)
+    assert cli.main(["bench", "--compare", str(path)]) == 0 and cli.main(["bench", "--compare", str(path)]) == 1
+    assert cli.main(["bench", "--compare", str(stored(tmp_path, near(40.0), **rates))]) == 2       # far from it
+
+
+def test_a_faster_eager_torch_raises_ratios_too_and_help_says_so(tmp_path, measure, capsys):
+    path = stored(tmp_path, entry("eager", 1.0), entry("native", 0.5))
+    measure.runs = [results(entry("eager", 0.5), entry("native", 0.5))] * 3
+    assert cli.main(["bench", "--compare", str(path)]) == 1
+    assert "eager torch takes 0.50 x what it took then" in capsys.readouterr().out
+    assert "so does a faster eager torch" in benchmark.help_text() and "only a slower kernel" not in benchmark.help_text()
+
+
 def test_help_teaches_and_names_every_op_and_flag(capsys):
     assert cli.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
