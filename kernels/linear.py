@@ -92,10 +92,13 @@ class Gradients:
     def add(self, at, d_CV):
         """Takes in d logits of the tokens `at`."""
         if self.hidden_NH is not None:
-            if self.hidden_NH.dtype == d_CV.dtype == self.head.weight_VH.dtype:
-                torch.mm(d_CV, self.head.weight_VH, out=self.hidden_NH[at])
+            out, weight_VH = self.hidden_NH[at], self.head.weight_VH
+            if out.dtype == d_CV.dtype == weight_VH.dtype:
+                torch.mm(d_CV, weight_VH, out=out)
+            elif out.dtype == torch.float32:
+                product(d_CV, weight_VH, out)
             else:
-                self.hidden_NH[at] = d_CV @ self.head.weight_VH
+                out.copy_(torch.mm(d_CV, weight_VH, out=d_CV.new_empty(out.shape)))       # out=: autocast rounds nothing
         if self.weight_VH is not None:
             product(d_CV.t(), self.head.hidden_NH[at], self.weight_VH, add=not self.first)
         if self.bias_V is not None:

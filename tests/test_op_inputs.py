@@ -167,11 +167,24 @@ def test_refused_offsets(op):
     for dtype in (torch.int32, torch.int64):
         assert all(output.isfinite().all() for output in call(op, given, cu_seqlens=right.to(dtype))[0])
     for bad in (right.float(), right.bool(), right.to("meta"), right[None], right[:0], -right, right + 1, right + T,
-                right.flip(0)):
+                right.flip(0), torch.tensor([0, (1 << 32) + T]), torch.tensor([-(1 << 32), T])):
         with pytest.raises(ValueError, match="expected"):
             call(op, given, cu_seqlens=bad)
     with pytest.raises(ValueError, match="expected"):
         call(op, given, cu_seqlens=right, mask=torch.ones(T, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op", TABLE)
+def test_autocast(op, impl, device):
+    """Changes no bit: what the ops compute in is float32 in any case."""
+    for dtype in (torch.float32, torch.bfloat16):
+        made = []
+        for enabled in (False, True):
+            given = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in inputs_of(op).items()}
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+                made.append(call(op, given, impl))
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip([*made[0][0], *made[0][1]], [*made[1][0], *made[1][1]]))
 
 
 @pytest.mark.parametrize("impl, device", PLACES)

@@ -61,11 +61,11 @@ def ppo_lag_advantage(
         A_r, A_c = gae(r, reward_values)[0], gae(c, cost_values)[0];  A = (A_r - multiplier * A_c) / (1 + multiplier)
 
     logp, ref_logp, reward_values, cost_values: packed [N] with `cu_seqlens` or padded [B, T] with `mask`, as in `gae`
-    (also `masked`). reward, cost: [B], in the score models' units. multiplier: number or 0-d tensor, read on its device.
+    (also `masked`). reward, cost: [B], in the score models' units. multiplier: number >= 0 or 0-d tensor, read on its device.
     clip_score: bound of |r|, |c|; None for none. Without cost, cost_values and multiplier this is plain PPO: A = A_r.
     whiten: the advantages stay as they are (whitening needs the global batch); `stats` then also holds
     `advantage_scale` and `advantage_shift` of this call's tokens, for `ppo_loss`. With several ranks add up `count`,
-    `sum` and `sum_squares` and call `whitening`.
+    `sum` and `sum_squares` and call `whitening`, which lies beside this function in saferlhf_fast.kernels.ppo_lag_advantage.
 
     Returns (advantages, reward_returns, cost_returns or None, stats), the first three shaped as logp and 0 where
     masked; float64 for float64 logp, else float32. No gradient flows back. stats, all 0-d, over valid tokens:

@@ -55,7 +55,8 @@ def value_loss(
         loss = 0.5 * mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2))
 
     values, old_values, returns: packed [N] with `cu_seqlens` or padded [B, T] with `mask` for one critic; [2, N] or
-    [2, B, T] for both, the reward's first. clip_value, in the values' units; infinity for no clip.
+    [2, B, T] for both, the reward's first. With neither, [N] is one sequence, and [B, T] (also [2, T]) one critic without
+    padding. clip_value, in the values' units; infinity for no clip.
     reduction, normalizer, impl: as `ppo_loss`.
 
     Returns (loss, stats): loss [] or [2], float64 for float64 values, else float32. The gradient goes to values only and
