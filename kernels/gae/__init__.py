@@ -37,7 +37,8 @@ def gae(
         returns = A + V
 
     rewards, values: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a boolean `mask`, one run of valid
-    tokens per row; with neither, [N] is one sequence and [B, T] has no padding. values[t] is read at the position that predicts token t. gamma, lam: in 0..1.
+    tokens per row; with neither, [N] is one sequence and [B, T] has no padding. values[t] is read at the position that
+    predicts token t. gamma, lam: in 0..1.
     masked: what a masked token between valid ones does. "zero": its reward and value count as 0 (safe-rlhf). "carry":
     it is skipped, the next value and the running sum pass through it (verl). Rows with one run are the same in both.
     impl: "auto", "reference" or "native".
