@@ -224,7 +224,7 @@ def test_a_file_without_eager_rows_compares_nothing(tmp_path, measure, capsys):
     err = capsys.readouterr().err
     assert "got 3 rows of ours without either; --times compares the times themselves" in err and err.count("\n") == 1
     measure.runs = [results(*json.loads(path.read_text())["benchmarks"])]
-    assert cli.main(["bench", "--compare", str(path), "--times"]) == 0
+    assert cli.main(["bench", "--compare", str(path), "--times"]) == 0 and capsys.readouterr()
     path = stored(tmp_path, entry("eager", 1.0))
     assert cli.main(["bench", "--compare", str(path)]) == 2
     err = capsys.readouterr().err
