@@ -5,8 +5,9 @@
     python examples/custom_trainer.py --model DIR --data FILE.jsonl --loss dpo       # {"prompt", "chosen", "rejected"} per line
 
 The plain way is log_softmax over the logits of every position, then gather. Ours takes the body's hidden states of the response
-positions (`pack`) and the head's weight (`linear_logprob`): logits exist in chunks alone, 64 MiB on a CPU, 1 GiB on a GPU. Both
-train the same model from the same weights; the table is measured while it runs. Nothing else in the loop changes.
+positions (`pack`) and the head's weight (`linear_logprob`), and sums over rows again (`unpack`): logits exist in chunks alone,
+64 MiB on a CPU, 1 GiB on a GPU. Both train the same model from the same weights; the table is measured while it runs. Nothing
+else in the loop changes.
 
 Shapes: B rows, L tokens, N response tokens of all rows, packed; H hidden, V vocabulary.
 """
@@ -14,12 +15,13 @@ Shapes: B rows, L tokens, N response tokens of all rows, packed; H hidden, V voc
 import argparse
 import copy
 import json
+import math
 import time
 
 import torch
 from torch.nn import functional as F
 
-from saferlhf_fast import linear_logprob, pack
+from saferlhf_fast import linear_logprob, pack, unpack
 
 
 def plain_logp(lm, ids_BL, mask_BL, response_BL):
@@ -32,11 +34,10 @@ def plain_logp(lm, ids_BL, mask_BL, response_BL):
 def fused_logp(lm, ids_BL, mask_BL, response_BL):
     """The same sums without logits: hidden states of the positions before response tokens, and the head's weight."""
     hidden_BLH = lm.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-    (hidden_NH, ids_N), _ = pack((hidden_BLH[:, :-1], ids_BL[:, 1:]), response_BL[:, 1:])
+    (hidden_NH, ids_N), cu_seqlens = pack((hidden_BLH[:, :-1], ids_BL[:, 1:]), response_BL[:, 1:])
     head = lm.get_output_embeddings()
     logp_N = linear_logprob(hidden_NH, head.weight, ids_N, bias=head.bias)
-    row_N = response_BL[:, 1:].nonzero()[:, 0]
-    return logp_N.new_zeros(len(ids_BL)).index_add(0, row_N, logp_N)
+    return unpack(logp_N, cu_seqlens).sum(1)                         # rows again, zeros behind their tokens
 
 
 def train(lm, batches, logp, args):
@@ -103,9 +104,9 @@ def toy(args):
 def real(args):
     """A model from a folder or the Hub, and pairs from a file of JSON lines."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    keys = ("chosen", "rejected") if args.loss == "dpo" else ("chosen",)
+    rows = rows_of(args.data, "prompt", *keys)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    with open(args.data, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     def encoded(row, key):
@@ -115,7 +116,7 @@ def real(args):
     batches = []
     for step in range(args.steps):
         chosen = [rows[(step * args.rows + i) % len(rows)] for i in range(args.rows)]
-        pairs = [encoded(row, key) for key in (("chosen", "rejected") if args.loss == "dpo" else ("chosen",)) for row in chosen]
+        pairs = [encoded(row, key) for key in keys for row in chosen]
         longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
         ids = torch.zeros(len(pairs), longest, dtype=torch.long)
         mask, response = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
@@ -127,21 +128,50 @@ def real(args):
     return AutoModelForCausalLM.from_pretrained(args.model).to(device), batches
 
 
+def number(kind, least=-math.inf, most=math.inf):
+    """What reads an argument that has to be a number of this kind within bounds."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or abs(value) == math.inf:
+            wanted = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"expected {wanted} from {least:g} to {most:g}, got {text}")
+        return value
+    return read
+
+
+def rows_of(path, *names):
+    """The objects of a file of JSON lines; ValueError for one without texts of these names, and for a file without any."""
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    for row in rows:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
+            raise ValueError(f"{path}: expected texts {', '.join(names)} in each line, got {str(row)[:80]}")
+    if not rows:
+        raise ValueError(f"{path}: expected a line or more with {', '.join(names)}, got none")
+    return rows
+
+
 def main():
     """Trains twice from the same weights, the plain way and ours, and prints what each took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a causal LM; without it a tiny one is made")
     parser.add_argument("--data", help="JSON lines with prompt, chosen and (for dpo) rejected")
     parser.add_argument("--loss", choices=("sft", "dpo"), default="dpo")
-    parser.add_argument("--beta", type=float, default=0.1)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=8, help="prompts of a step")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--vocabulary", type=int, default=32_000, help="of the tiny model")
-    parser.add_argument("--length", type=int, default=64, help="tokens of the tiny model's rows")
+    parser.add_argument("--beta", type=number(float, 0), default=0.1)
+    parser.add_argument("--steps", type=number(int, 1), default=5)
+    parser.add_argument("--rows", type=number(int, 1), default=8, help="prompts of a step")
+    parser.add_argument("--lr", type=number(float, 0), default=1e-3)
+    parser.add_argument("--vocabulary", type=number(int, 1), default=32_000, help="of the tiny model")
+    parser.add_argument("--length", type=number(int, 5, 256), default=64, help="tokens of the tiny model's rows")
     args = parser.parse_args()
     if args.model and not args.data:
         parser.error("--model needs --data")
+    least = 1000 + args.length                           # the toy's responses count upwards from 10 … 999
+    if not args.model and args.vocabulary < least:
+        parser.error(f"--vocabulary: expected {least} or more for rows of {args.length} tokens, got {args.vocabulary}")
     torch.manual_seed(0)
     try:
         lm, batches = (real if args.model else toy)(args)

@@ -3,9 +3,9 @@
     python examples/ppo_lag_loop.py                       # a toy, from random weights: half a minute on two CPU cores
     python examples/ppo_lag_loop.py --model DIR --reward DIR --cost DIR --prompts FILE.jsonl --threshold 0 --tokens 256
 
-It shows `linear_logprob` (no logits), `pack` (no padding after the models), `ppo_lag_advantage` (KL shaping, both GAE scans and
-(A_r − λ·A_c)/(1 + λ) in one launch), `ppo_loss`, `value_loss` and `LagrangeMultiplier`. It leaves out several devices, data
-formats, checkpoints and speed: that is what `saferlhf-fast ppo-lag` is for.
+It shows `linear_logprob` (no logits), `pack` (no padding after the models), `ScoreModel`, `gae`, `LagrangeMultiplier`,
+`PPOLagLoss` (the clipped loss on (A_r − λ·A_c)/(1 + λ)) and `value_loss`; `ppo_lag_advantage` does step 4 and that combination in
+one launch. It leaves out several devices, data formats, checkpoints and speed: that is what `saferlhf-fast ppo-lag` is for.
 
 The toy: 32 words; words 8–15 are worth 1, words 16–23 are worth 2 but do harm, as 24–31 do for nothing. Without a constraint
 the policy would say 16–23 alone; here responses of 12 words may hold 2 harmful ones on average (--threshold). --multiplier 0
@@ -16,10 +16,11 @@ Shapes: B rows, P prompt, T response, N response tokens of the batch, packed.
 import argparse
 import copy
 import json
+import math
 
 import torch
 
-from saferlhf_fast import LagrangeMultiplier, linear_logprob, pack, ppo_lag_advantage, ppo_loss, value_loss
+from saferlhf_fast import LagrangeMultiplier, PPOLagLoss, gae, linear_logprob, pack, value_loss
 
 
 def train(actor, critics, batches, scores, args, end):
@@ -28,6 +29,7 @@ def train(actor, critics, batches, scores, args, end):
     reference = copy.deepcopy(actor).eval().requires_grad_(False)
     multiplier = LagrangeMultiplier(init=args.multiplier or 1e-9, lr=args.multiplier_lr if args.multiplier else 0.0, max=5.0,
                                     threshold=args.threshold, window=args.batch, device=actor.device)
+    criterion = PPOLagLoss(clip_ratio=0.2)
     optimizers = [torch.optim.Adam(part.parameters(), lr=args.lr) for part in (actor, critics)]
     history = []
     print("step   reward     cost   lambda       KL")
@@ -46,21 +48,22 @@ def train(actor, critics, batches, scores, args, end):
                 values(critics, *batch)
         # 3. λ follows the mean cost of the last episodes, before the actor moves.
         multiplier.update(cost_B)
-        # 4. One launch from log-probs, scores and values to the advantage that weighs reward against cost.
-        advantages_N, *returns, stats = ppo_lag_advantage(
-            logp_N, ref_logp_N, reward_B, cost_B, *values_2N, multiplier.value, kl_coeff=args.kl_coeff, gamma=1.0, lam=0.95,
-            clip_score=50.0, cu_seqlens=cu_seqlens, whiten=True)
-        # 5. Clipped losses, a few optimiser steps.
+        # 4. What each token earns and costs: its share of the KL, and at a response's end the score. One scan for each of both.
+        kl_N, ends_B = logp_N - ref_logp_N, cu_seqlens[1:].long() - 1
+        earned_2N = args.kl_coeff * torch.stack([-kl_N, kl_N])
+        earned_2N[:, ends_B] += torch.stack([reward_B, cost_B])
+        scans = [gae(*both, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens) for both in zip(earned_2N, values_2N)]
+        advantages_2N, returns_2N = (torch.stack(both) for both in zip(*scans))
+        advantages_2N -= advantages_2N.mean(1, keepdim=True)         # what young critics do not foresee is no token's merit
+        # 5. Clipped losses, a few optimiser steps: the actor's weighs reward against cost by λ.
         for _ in range(args.epochs):
-            actor_loss, _ = ppo_loss(logprobs(actor, *batch)[0], logp_N, advantages_N, clip_ratio=0.2, cu_seqlens=cu_seqlens,
-                                     advantage_scale=stats["advantage_scale"], advantage_shift=stats["advantage_shift"])
-            critic_losses, _ = value_loss(values(critics, *batch), values_2N, torch.stack(returns), clip_value=5.0,
-                                          cu_seqlens=cu_seqlens)
+            actor_loss, _ = criterion(logprobs(actor, *batch)[0], logp_N, *advantages_2N, multiplier, cu_seqlens=cu_seqlens)
+            critic_losses, _ = value_loss(values(critics, *batch), values_2N, returns_2N, clip_value=5.0, cu_seqlens=cu_seqlens)
             for optimizer, loss in zip(optimizers, (actor_loss, critic_losses.sum())):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        now = [x.item() for x in (reward_B.mean(), cost_B.mean(), multiplier.value, stats["kl_sequence"])]
+        now = [x.item() for x in (reward_B.mean(), cost_B.mean(), multiplier.value, kl_N.sum() / len(ends_B))]
         history.append(now[:3])
         if step % max(args.steps // 10, 1) == 0 or step == args.steps - 1:
             print(f"{step:4d} {now[0]:8.2f} {now[1]:8.2f} {now[2]:8.3f} {now[3]:8.2f}")
@@ -110,14 +113,13 @@ def real(args):
     """Models from folders or the Hub, which must share a tokenizer; prompts from a file of {"prompt": …} lines."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from saferlhf_fast import load_score_model
+    prompts = [row["prompt"] for row in rows_of(args.prompts, "prompt")]
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
     actor = AutoModelForCausalLM.from_pretrained(args.model).to(device)
     frozen = [load_score_model(path).to(device).eval() for path in (args.reward, args.cost)]
     critics = torch.nn.ModuleList(copy.deepcopy(frozen))
-    with open(args.prompts, encoding="utf-8") as file:
-        prompts = [json.loads(line)["prompt"] for line in file]
 
     def batches():
         while True:
@@ -131,6 +133,32 @@ def real(args):
     return actor, critics, batches(), scores, tokenizer.eos_token_id
 
 
+def number(kind, least=-math.inf, most=math.inf):
+    """What reads an argument that has to be a number of this kind within bounds."""
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most or abs(value) == math.inf:
+            wanted = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"expected {wanted} from {least:g} to {most:g}, got {text}")
+        return value
+    return read
+
+
+def rows_of(path, *names):
+    """The objects of a file of JSON lines; ValueError for one without texts of these names, and for a file without any."""
+    with open(path, encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file if line.strip()]
+    for row in rows:
+        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
+            raise ValueError(f"{path}: expected texts {', '.join(names)} in each line, got {str(row)[:80]}")
+    if not rows:
+        raise ValueError(f"{path}: expected a line or more with {', '.join(names)}, got none")
+    return rows
+
+
 def main():
     """Reads the arguments, trains, and says what has become of reward and cost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,16 +166,17 @@ def main():
     parser.add_argument("--reward", help="a score model: higher is more helpful")
     parser.add_argument("--cost", help="a score model: above 0 is unsafe")
     parser.add_argument("--prompts", help="a file with a JSON object {\"prompt\": …} in each line")
-    parser.add_argument("--threshold", type=float, default=2.0, help="d: what the mean cost has to stay under")
-    parser.add_argument("--multiplier", type=float, default=1.0, help="λ at the start; 0: no constraint")
-    parser.add_argument("--multiplier_lr", type=float, default=0.02, help="how fast λ follows the mean cost")
-    parser.add_argument("--kl_coeff", type=float, default=0.1, help="β: nats of KL to the reference against a point of reward")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--batch", type=int, default=64, help="responses of a step")
-    parser.add_argument("--tokens", type=int, default=12, help="most tokens of a response")
-    parser.add_argument("--epochs", type=int, default=2, help="optimiser steps on each batch")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threshold", type=number(float), default=2.0, help="d: what the mean cost has to stay under")
+    parser.add_argument("--multiplier", type=number(float, 0, 5), default=1.0, help="λ at the start; 0: no constraint")
+    parser.add_argument("--multiplier_lr", type=number(float, 0), default=0.02, help="how fast λ follows the mean cost")
+    parser.add_argument("--kl_coeff", type=number(float, 0), default=0.1,
+                        help="β: nats of KL to the reference against a point of reward")
+    parser.add_argument("--steps", type=number(int, 1), default=40)
+    parser.add_argument("--batch", type=number(int, 1), default=64, help="responses of a step")
+    parser.add_argument("--tokens", type=number(int, 1), default=12, help="most tokens of a response")
+    parser.add_argument("--epochs", type=number(int, 1), default=2, help="optimiser steps on each batch")
+    parser.add_argument("--lr", type=number(float, 0), default=1e-3)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args()
     if args.model and not (args.reward and args.cost and args.prompts):
         parser.error("--model needs --reward, --cost and --prompts")

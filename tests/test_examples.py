@@ -3,6 +3,7 @@
 import ast
 import os
 import re
+import runpy
 import subprocess
 import sys
 from importlib import util
@@ -57,11 +58,28 @@ def test_ppo_lag_loop_with_models_from_folders(tmp_path):
     assert len(numbers("reward {} -> {}, cost {} -> {} (threshold 2), lambda {}", text)) == 5
 
 
-def test_the_loop_is_sixty_lines():
+def test_the_loop_is_sixty_lines_of_the_drop_in_pieces():
     """What is read first in a loop of one's own fits a screen: models, data and printing stay out of it."""
     tree = ast.parse((EXAMPLES / "ppo_lag_loop.py").read_text())
     loop, = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "train")
     assert loop.end_lineno - loop.lineno < 60
+    named = {name: {node.id for node in ast.walk(ast.parse((EXAMPLES / name).read_text())) if isinstance(node, ast.Name)}
+             for name in ("ppo_lag_loop.py", "custom_trainer.py")}
+    assert {"PPOLagLoss", "LagrangeMultiplier", "pack", "ScoreModel"} <= named["ppo_lag_loop.py"]
+    assert {"pack", "unpack"} <= named["custom_trainer.py"]
+
+
+def test_the_readme_s_lines_run():
+    text, = re.findall(r"```python\n(.*?)```", (EXAMPLES / "README.md").read_text(), re.S)
+    made = torch.Generator().manual_seed(0)
+    mask = torch.tensor([[False, True, True, True], [True, True, False, False]])
+    logp, old_logp, reward_advantages, cost_advantages = torch.randn(4, 2, 4, generator=made).requires_grad_()
+    known = {"logp": logp, "old_logp": old_logp, "reward_advantages": reward_advantages, "cost_advantages": cost_advantages,
+             "mask": mask, "cost": torch.tensor([1.0, 3.0])}
+    exec(text, known)
+    torch.testing.assert_close(known["loss"], known["packed_loss"])
+    assert known["multiplier"].value > 1 and known["loss"].requires_grad
+    assert torch.equal(known["logp_again"], logp.where(mask, torch.zeros(())))
 
 
 @pytest.mark.parametrize("loss", ["dpo", pytest.param("sft", marks=pytest.mark.slow)])
@@ -130,13 +148,62 @@ def test_trl_patched_says_what_it_needs():
     ("trl_ppo.py --model_name_or_path nowhere --algorithm ppo", "ppo also needs --dataset_name, --reward_model_path"),
     ("trl_ppo.py --sft_model_path nowhere --dataset_name ./none.jsonl --reward_model_path ./none --cost_model_path ./none "
      "--output_dir run", "error: .*none"),
-    ("custom_trainer.py --model ./nowhere --data none.jsonl", "error: .*nowhere"),
-    ("ppo_lag_loop.py --model ./nowhere --reward a --cost b --prompts none.jsonl", "error: .*nowhere"),
+    ("custom_trainer.py --model ./nowhere --data none.jsonl", "error: .*none.jsonl"),
+    ("ppo_lag_loop.py --model ./nowhere --reward a --cost b --prompts none.jsonl", "error: .*none.jsonl"),
 ])
 def test_wrong_paths_end_in_one_line(words, message):
     name, *rest = words.split()
     said = run(name, *rest, code=2)
     assert re.search(message, said) and "Traceback" not in said
+
+
+def said_of(name, words, monkeypatch, capsys):
+    """The last line of what an example says of arguments that it refuses, with exit code 2; in this process, to be quick."""
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out and "Traceback" not in said.err
+    return said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("ppo_lag_loop.py --steps 0", "--steps: expected a whole number from 1 to inf, got 0"),
+    ("ppo_lag_loop.py --batch 0", "--batch: .*got 0"),
+    ("ppo_lag_loop.py --batch 2.5", "--batch: expected a whole number .*got 2.5"),
+    ("ppo_lag_loop.py --tokens -1", "--tokens: .*got -1"),
+    ("ppo_lag_loop.py --epochs 0", "--epochs: .*got 0"),
+    ("ppo_lag_loop.py --multiplier -1", "--multiplier: expected a finite number from 0 to 5, got -1"),
+    ("ppo_lag_loop.py --multiplier 6", "--multiplier: .*got 6"),
+    ("ppo_lag_loop.py --multiplier_lr nan", "--multiplier_lr: .*got nan"),
+    ("ppo_lag_loop.py --threshold inf", "--threshold: expected a finite number from -inf to inf, got inf"),
+    ("ppo_lag_loop.py --kl_coeff x", "--kl_coeff: .*got x"),
+    ("ppo_lag_loop.py --lr -1", "--lr: .*got -1"),
+    ("ppo_lag_loop.py --seed -1", "--seed: .*got -1"),
+    ("custom_trainer.py --steps 0", "--steps: expected a whole number from 1 to inf, got 0"),
+    ("custom_trainer.py --rows 0", "--rows: .*got 0"),
+    ("custom_trainer.py --length 4", "--length: expected a whole number from 5 to 256, got 4"),
+    ("custom_trainer.py --vocabulary 1000", "--vocabulary: expected 1064 or more for rows of 64 tokens, got 1000"),
+    ("custom_trainer.py --lr inf", "--lr: .*got inf"),
+    ("custom_trainer.py --beta nan", "--beta: .*got nan"),
+])
+def test_arguments_that_cannot_be_end_in_one_line(words, message, monkeypatch, capsys):
+    name, *rest = words.split()
+    assert re.search(f"error: .*{message}", said_of(name, rest, monkeypatch, capsys))
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ("", "rows.jsonl: expected a line or more with prompt.*, got none"),
+    ('["a"]', "rows.jsonl: expected texts prompt.* in each line, got .'a'"),
+    ('{"text": "a"}', "rows.jsonl: expected texts prompt.* in each line, got {'text'"),
+    ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "nowhere"),                       # then it is the model
+])
+@pytest.mark.parametrize("name", ["ppo_lag_loop.py", "custom_trainer.py"])
+def test_a_file_without_prompts_ends_in_one_line(name, content, message, tmp_path, monkeypatch, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(content + "\n")
+    more = ["--data", rows] if name == "custom_trainer.py" else ["--prompts", rows, "--reward", "r", "--cost", "c"]
+    assert re.search(f"error: .*{message}", said_of(name, ["--model", "./nowhere", *more], monkeypatch, capsys))
 
 
 @pytest.mark.parametrize("trl", [True, False])
