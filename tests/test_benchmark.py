@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 
 from saferlhf_fast import benchmark, cli
 
@@ -16,8 +17,10 @@ def outside(monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(sys, "path", [str(benchmark.BENCH), *sys.path])
     monkeypatch.setattr(benchmark, "TURNS", {True: 2, False: 1})
-    before = set(sys.modules)
+    before, threads = set(sys.modules), torch.get_num_threads()
+    torch.set_num_threads(1)                             # as many as the processes that measure: the device's name has them
     yield
+    torch.set_num_threads(threads)
     for name in set(sys.modules) - before:               # the benches' modules read the variables when they are imported
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(benchmark.BENCH)):
             del sys.modules[name]
