@@ -10,6 +10,7 @@ Shapes: M packed tokens, A attention heads, D head size, R sequences of a run, L
 """
 
 import functools
+import inspect
 import itertools
 import sys
 
@@ -124,8 +125,14 @@ def _torch_varlen(query, key, value, packed, window, module, kwargs):
     from torch.nn.attention.varlen import varlen_attn
     left = -1 if window is None else window - 1
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
+    shared = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+            shared = {"enable_gqa": True}
+        else:           # torch 2.11
+            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
     return varlen_attn(q, k, v, packed.cu_seqlens, packed.cu_seqlens, packed.longest, packed.longest,
-                       scale=kwargs.get("scaling"), window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])[None]
+                       scale=kwargs.get("scaling"), window_size=(left, 0), **shared)[None]
 
 
 def install(model):
