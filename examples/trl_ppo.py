@@ -202,6 +202,9 @@ def main():
         script, model, ppo = parse(words)
     except (OSError, ValueError, YAMLError) as error:           # a flag that nothing here knows, or a --config that is none
         parser.error(" ".join(str(error).split()))
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "total_episodes", "response_length"):
+        if (value := getattr(ppo, name)) is not None and value < 1:      # told before the toy's models are trained
+            parser.error(f"--{name}: expected a whole number, 1 or more, got {value}")
     dataset = None
     if model.model_name_or_path is None and ppo.sft_model_path is None:
         dataset, model = make_toy(Path(tempfile.mkdtemp()), ppo)

@@ -192,6 +192,16 @@ def test_arguments_that_cannot_be_end_in_one_line(words, message, monkeypatch, c
     assert re.search(f"error: .*{message}", said_of(name, rest, monkeypatch, capsys))
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    ("trl_ppo.py --per_device_train_batch_size 0", "--per_device_train_batch_size: expected a whole number, 1 or more, got 0"),
+    pytest.param("trl_patched.py --steps 0", "argument --steps: expected a whole number, 1 or more, got 0",
+                 marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")),
+])
+def test_arguments_of_the_trl_examples_that_cannot_be(words, message):
+    name, *rest = words.split()
+    assert f"error: {message}" in run(name, *rest, code=2)
+
+
 @pytest.mark.parametrize(("content", "message"), [
     ("", "rows.jsonl: expected a line or more with prompt.*, got none"),
     ('["a"]', "rows.jsonl: expected texts prompt.* in each line, got .'a'"),
