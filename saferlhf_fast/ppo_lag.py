@@ -192,6 +192,8 @@ def load_data(cfg, tokenizer):
         prompts, held_out = data.split_by_prompt(prompts, cfg.evaluation.fraction, cfg.seed)
     else:
         held_out = prompts[:64]
+        console.say(f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or evaluation.data "
+                    "gives ones that are not trained on")
     ptx = None
     if cfg.ptx is not None and cfg.ppo.ptx_coeff:
         ptx, _ = data.sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)

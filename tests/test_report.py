@@ -123,11 +123,46 @@ def test_page_has_the_final_numbers(lag):
     text = Page((lag / "report.html").read_text(encoding="utf-8")).text
     assert "0.500 → 1.500" in text                      # mean reward before and after
     assert "100.0 % → 37.5 %" in text                   # cost above 0
-    assert "-0.250, met" in text                        # mean cost −0.4375
+    assert "-0.250, within the noise" in text           # mean cost −0.4375 (−1.085 to 0.210)
     assert "The policy of step 20 was kept" in text and "commit abcdef0123 with changes" in text and "seed 7" in text
     assert "37.5 (13.7 to 69.4)" in text                # Wilson, 3 of 8
     assert "unsafe, better 4 (50.0 %) 1 (12.5 %)" in text and "safe, better 0 (0.0 %) 5 (62.5 %)" in text
     assert "torch 2.13.0" in text and "model: '<i>x</i>'" in text
+
+
+@pytest.mark.parametrize("costs, words, kind", [
+    ([-0.6, -0.5, -0.4, -0.5], "met", "good"), ([0.1, 0.2, 0.3, 0.2], "not met", "bad"),
+    ([-1.0, 0.4, -0.9, 0.3], "within the noise", ""), ([-0.1, 0.0, -0.3, -0.25], "within the noise", ""),
+    ([-9.0], "within the noise", ""), ([-0.25] * 3, "met", "good")])
+def test_a_threshold_is_met_only_where_the_interval_says_so(tmp_path, costs, words, kind):
+    folder = make_run(tmp_path / "lag")
+    rows = [{"prompt": "p", "response": "r", "reward": 1.0, "cost": cost, "kl": 0.1, "length": 3} for cost in costs]
+    (folder / "evaluation_after.json").write_text(json.dumps(rows))
+    text = write_report(folder).read_text(encoding="utf-8")
+    assert f'<b class="{kind}">-0.250, {words}</b>' in text
+    assert "counts as met when the whole interval" in Page(text).text
+
+
+@pytest.mark.parametrize("evaluation, told", [
+    ("{data: null, fraction: 0.0}", True), ("{data: held.jsonl, fraction: 0.0}", False), ("{data: null, fraction: 0.1}", False)])
+def test_evaluation_on_training_prompts_is_told(tmp_path, evaluation, told):
+    folder = make_run(tmp_path / "lag")
+    with open(folder / "config.yaml", "a") as file:
+        file.write(f"evaluation: {evaluation}\n")
+    text = Page(write_report(folder).read_text(encoding="utf-8")).text
+    assert ("The evaluation prompts are training prompts, the first 8: evaluation.fraction is 0" in text) == told
+
+
+def test_rows_that_were_dropped_or_flagged_are_counted(tmp_path):
+    rows = [{"step": 1, "time": 1, "train/loss": 1.0}]
+    folder = make_run(tmp_path / "cost", "cost", rows, after=False)
+    one = {"path": "a<b>.jsonl", "format": "pku", "available": 1200, "rows": 999, "kept": 588,
+           "dropped": {"longer than max_length": 400, "no label": 11}, "flagged": {"labels contradict": 7}}
+    two = {"path": "c.jsonl", "format": "pku", "available": 5, "rows": 5, "kept": 5, "dropped": {}, "flagged": {}}
+    (folder / "summary.json").write_text(json.dumps({"steps": 1, "examples": 593, "data": {"sources": [one, two]}}))
+    text = check_alone(write_report(folder).read_text(encoding="utf-8")).text
+    assert ("a<b>.jsonl read of 1200 999 dropped longer than max_length 400 dropped no label 11 "
+            "flagged labels contradict 7 used examples 588 c.jsonl read of 5 5 used examples 5") in text
 
 
 def test_text_of_models_stays_text(lag):

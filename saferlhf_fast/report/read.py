@@ -27,6 +27,7 @@ class Run:
     summary: dict = field(default_factory=dict)
     before: list = field(default_factory=list)      # evaluation rows of the starting policy
     after: list = field(default_factory=list)       # and of the policy that was kept
+    settings: dict = field(default_factory=dict)    # config.yaml as read
 
     def curve(self, name):
         """-> steps, values of a metric, finite ones only."""
@@ -36,6 +37,12 @@ class Run:
     def has(self, *names):
         """Tells whether any of these metrics has a finite value."""
         return any(isinstance(row.get(name), (int, float)) for row in self.metrics for name in names)
+
+    @property
+    def asks_training_prompts(self):
+        """True where the recipe holds no prompts out for evaluation: ppo_lag.load_data takes the first training prompts then."""
+        evaluation = self.settings.get("evaluation")
+        return isinstance(evaluation, dict) and evaluation.get("data") is None and not evaluation.get("fraction")
 
     @property
     def threshold(self):
@@ -52,10 +59,11 @@ def read_run(folder):
         raise UserError(f"{path}: expected the metrics of a run, found no such file")
     config = _text(folder / "config.yaml")
     settings = yaml.safe_load(config) if config else {}
-    stage = settings.get("stage") if isinstance(settings, dict) else None
+    settings = settings if isinstance(settings, dict) else {}
+    stage = settings.get("stage")
     return Run(folder, read_lines(path), config, stage or folder.name, read_json(folder / "versions.json", {}),
                read_json(folder / "summary.json", {}), read_json(folder / "evaluation_before.json", []),
-               read_json(folder / "evaluation_after.json", []))
+               read_json(folder / "evaluation_after.json", []), settings)
 
 
 def read_lines(path):

@@ -26,7 +26,7 @@ def write_report(folder):
         plots.insert(len([p for p in plots if p.name in ("multiplier", "cost", "reward")]), quadrants)
     for plot in plots:
         plot.png(run.folder / "plots")
-    parts = [page.cards(headline(run)), section_of_numbers(run),
+    parts = [page.cards(headline(run)), section_of_numbers(run), section_of_data(run),
              page.section("Curves", *(page.figure(plot) for plot in plots)), section_of_samples(run),
              section_of_settings(run)]
     path = run.folder / "report.html"
@@ -59,8 +59,8 @@ def headline(run):
             start = f"{show(before[key]['mean'])} → " if key in before else ""
             items.append((label, start + show(after[key]["mean"]), ""))
     if run.threshold is not None and "cost" in after:
-        met = after["cost"]["mean"] <= run.threshold
-        items.append(("threshold d", f"{number(run.threshold)}, {'met' if met else 'not met'}", "good" if met else "bad"))
+        words, kind = met(after["cost"], run.threshold)
+        items.append(("threshold d", f"{number(run.threshold)}, {words}", kind))
     if run.curve("train/lambda")[1]:
         items.append(("λ at the end", number(run.curve("train/lambda")[1][-1]), ""))
     for name, label in (("eval/loss", "evaluation loss"), ("eval/accuracy", "pair accuracy"),
@@ -69,6 +69,18 @@ def headline(run):
             last = run.curve(name)[1][-1]
             items.append((label, f"{100 * last:.1f} %" if "accuracy" in name else number(last), ""))
     return items
+
+
+def met(cost, threshold):
+    """An interval of the mean cost, d -> whether the constraint holds, in words and as a card's kind.
+
+    Only an interval that lies on one side of d says so: one that d falls into would be green by luck.
+    """
+    if cost["low"] is None:                          # one response has no interval
+        return "within the noise", ""
+    if cost["high"] <= threshold:
+        return "met", "good"
+    return ("not met", "bad") if cost["low"] > threshold else ("within the noise", "")
 
 
 def columns(rows):
@@ -99,8 +111,35 @@ def section_of_numbers(run):
     note = f" The policy of step {kept} was kept." if kept is not None else ""
     return page.section("Final numbers", page.paragraph(
         "Before is the starting policy, after the one that was kept, on the same evaluation prompts. In brackets: 95 % "
-        "intervals (t for means, Wilson for shares) over prompts." + note),
+        "intervals (t for means, Wilson for shares) over prompts." + note), *remarks(run, after),
         page.table(["measure", "before", "after", "n"], rows), quadrants)
+
+
+def remarks(run, after):
+    """What the numbers do not say by themselves: what the evaluation prompts are, and when d counts as met."""
+    lines = []
+    if run.asks_training_prompts:
+        lines.append(f"The evaluation prompts are training prompts, the first {len(run.after)}: evaluation.fraction is 0 and "
+                     "there is no evaluation.data. What the policy does on new prompts is not measured here.")
+    if run.threshold is not None and "cost" in after:
+        lines.append("The threshold d counts as met when the whole interval of the mean cost is at or under it, as not met when "
+                     "it lies above; else the difference is within the noise of so many prompts.")
+    return map(page.paragraph, lines)
+
+
+def section_of_data(run):
+    """What became of the rows of each source: read, dropped and why, flagged and why."""
+    data = run.summary.get("data")
+    sources = data.get("sources") if isinstance(data, dict) else None
+    rows = []
+    for source in sources or []:
+        rows.append([source.get("path"), "read", "of " + str(source.get("available")), source.get("rows")])
+        rows += [["", word, reason, count] for word in ("dropped", "flagged")
+                 for reason, count in (source.get(word) or {}).items()]
+        rows.append(["", "used", "examples", source.get("kept")])
+    return page.section("Data", page.paragraph(
+        "Rows read of each source, and what became of them. Flagged ones were used all the same. A row can hold several "
+        "examples."), page.table(["source", "rows", "why", "count"], rows, names=3)) if rows else page.Raw("")
 
 
 def interval(value, key):
