@@ -100,8 +100,12 @@ def test_token_logprobs_edges():
 @pytest.mark.parametrize("label", [V, 10 ** 9, -1, -101])
 def test_labels_outside_the_vocabulary_are_refused(label):
     patched, ids = patch_model(make()), torch.tensor([[5, 6, 7]])
-    with pytest.raises(ValueError, match=f"got {label}"):
-        patched(ids, labels=torch.tensor([[5, label, 7]]))
+    wrong = torch.tensor([[5, label, 7]])
+    for name, more in (("labels", {}), ("shift_labels", {"shift_labels": wrong})):     # in the caller's words
+        with pytest.raises(ValueError, match=rf"^{name}: expected -100 or 0 <= id < {V}, got {label}$"):
+            patched(input_ids=ids, labels=ids if more else wrong, **more)
+    with pytest.raises(ValueError, match=rf"^token_logprobs: labels: expected 0 <= id < {V}, got {label}$"):
+        patched.token_logprobs(ids, labels=wrong)
     with pytest.raises(ValueError, match="labels: expected 3 integers"):
         patched(ids, labels=torch.tensor([[5, 7]]))
     with pytest.raises(ValueError, match="labels: expected 3 integers"):
@@ -112,7 +116,7 @@ def test_labels_outside_the_vocabulary_are_refused(label):
 def test_labels_that_are_no_integers_are_refused(dtype):
     patched, ids = patch_model(make()), torch.tensor([[5, 6, 7]])
     for given in ({"labels": ids.to(dtype)}, {"labels": ids, "shift_labels": ids.to(dtype)}):
-        with pytest.raises(ValueError, match=rf"labels: expected 3 integers of shape \[1, 3\], got 3 of {dtype}"):
+        with pytest.raises(ValueError, match=rf"^{list(given)[-1]}: expected 3 integers of shape \[1, 3\], got 3 of {dtype}"):
             patched(input_ids=ids, **given)
     with pytest.raises(ValueError, match=f"labels: expected integers .*, got {dtype}"):
         patched.token_logprobs(ids, labels=ids.to(dtype))

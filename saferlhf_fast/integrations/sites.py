@@ -69,13 +69,24 @@ def counted(target, function, original):
     """
     count = counting(target)
 
-    @functools.wraps(original)
+    @functools.wraps(uncompiled(original))
     def replacement(*args, **kwargs):
         count()
         return function(*args, **kwargs)
 
     replacement.__saferlhf_fast__ = target
     return replacement
+
+
+def uncompiled(function):
+    """The function inside torch.compile's or torch.compiler.disable's wrapper; any other is given back.
+
+    Their wrappers carry attributes by which torch.compile finds the function inside; a copy of them on ours would send compiled
+    callers there, past ours.
+    """
+    while hasattr(function, "_torchdynamo_orig_callable"):
+        function = function._torchdynamo_orig_callable
+    return function
 
 
 def counting(target):

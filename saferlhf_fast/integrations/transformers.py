@@ -28,6 +28,8 @@ from torch import nn
 from ..padding import boolean
 from .head import is_open, name_of, negative_sum, scored, through_head
 from .report import Refused, Report
+from .shared import known_ids
+from .sites import uncompiled
 
 STATE = "_saferlhf_fast_patch"
 OURS = ("forward", "token_logprobs", STATE)
@@ -247,7 +249,7 @@ def _same_loss(model, state):
 def _forward_like(original):
     """A forward that looks like the class's own to whoever inspects it (Trainer, generate)."""
 
-    @functools.wraps(original)
+    @functools.wraps(uncompiled(original))
     def forward(self, *args, **kwargs):
         state = vars(self).get(STATE)
         given = {**dict(zip(state.names, args)), **kwargs} if state else {}      # no state: unpatched inside a wrapper
@@ -300,9 +302,9 @@ def _with_loss(model, state, given):
     outputs = model.base_model(**inputs, return_dict=True)
     hidden_BTH = outputs.last_hidden_state
     ignored, shifted = given.get("ignore_index", IGNORED), given.get("shift_labels")
-    labels = given["labels"] if shifted is None else shifted
+    name, labels = ("labels", given["labels"]) if shifted is None else ("shift_labels", shifted)
     if not _integers(labels) or labels.numel() != hidden_BTH[..., 0].numel():
-        raise ValueError(f"labels: expected {hidden_BTH[..., 0].numel()} integers of shape {list(hidden_BTH.shape[:-1])}, got "
+        raise ValueError(f"{name}: expected {hidden_BTH[..., 0].numel()} integers of shape {list(hidden_BTH.shape[:-1])}, got "
                          f"{labels.numel()} of {labels.dtype}")
     targets = labels.long()                              # before padding: -100 in uint8 would be a label, 156
     if shifted is None:
@@ -310,7 +312,13 @@ def _with_loss(model, state, given):
     targets = targets.reshape(-1).to(hidden_BTH.device)
     at_N = (targets != ignored).nonzero().squeeze(1)
     hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N)
-    total = through_head(model, hidden_NH, lambda *head: negative_sum(*head, targets.index_select(0, at_N), state.form))
+    targets_N = targets.index_select(0, at_N)
+
+    def use(hidden, weight, bias):
+        known_ids(f"{name}: expected {ignored} or", targets_N, len(weight))
+        return negative_sum(hidden, weight, bias, targets_N, state.form)
+
+    total = through_head(model, hidden_NH, use)
     count = given.get("num_items_in_batch")
     if isinstance(count, torch.Tensor):
         count = count.to(total.device)
@@ -335,7 +343,7 @@ def token_logprobs(self, input_ids: torch.Tensor, mask: torch.Tensor | None = No
 
     input_ids: [B, T] integers. mask: [B, T], boolean or integers 0 and 1, 1 at real tokens, padding on either side; None: all
     are real. Positions are counted from each row's first real token. labels: [B, T] ids to score in the place of input_ids,
-    −100 where none is wanted. temperature: > 0; a number, or a tensor [B, T−1].
+    −100 where none is wanted. temperature: > 0; a number, or a tensor [B, T−1], which gets no gradient.
 
     Returns logp [B, T−1] in nats, or (logp, entropy): entry t belongs to token t + 1; fp32 (float64 for float64 weights);
     0 where the token or the one before it is masked, or its label −100. Differentiable. Raises ValueError for shapes and dtypes
@@ -359,7 +367,12 @@ def token_logprobs(self, input_ids: torch.Tensor, mask: torch.Tensor | None = No
         hidden_BTH = self.base_model(**inputs).last_hidden_state
         hidden_NH = hidden_BTH[:, :-1].reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N.to(hidden_BTH.device))
         ids_N = ids[:, 1:].reshape(-1).index_select(0, at_N).long().to(hidden_BTH.device)
-        values = through_head(self, hidden_NH, lambda *head: scored(*head, ids_N, state.form, temperature, return_entropy))
+
+        def use(hidden, weight, bias):
+            known_ids(f"token_logprobs: {'input_ids' if labels is None else 'labels'}: expected", ids_N, len(weight))
+            return scored(hidden, weight, bias, ids_N, state.form, temperature, return_entropy)
+
+        values = through_head(self, hidden_NH, use)
         values = torch.stack(values if return_entropy else [values])
         made = made.reshape(len(made), -1).index_copy(1, at_N.to(made.device), values).reshape(made.shape)
     if state.on_call is not None:
