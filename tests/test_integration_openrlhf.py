@@ -1,5 +1,7 @@
 """OpenRLHF's functions against ours in their place. Needs OpenRLHF 0.11.2; flash-attn and vLLM, which it imports, are stubbed."""
 
+import inspect
+
 import pytest
 import torch
 from integration_kit import Batches, gradients, leaf, near, not_worse, pristine, same, snapshot, stub
@@ -94,7 +96,7 @@ def test_edge_cases(report):
     logits[0, 1, 2] = -float("inf")
     assert actor.compute_entropy(logits).isfinite().all() and THEIRS.compute_entropy(logits).isnan().any()
     for wrong in (-100, 7):
-        with pytest.raises(ValueError, match=f"got {wrong}"):
+        with pytest.raises(ValueError, match=f"labels: expected 0 <= id < 7, got {wrong}"):
             actor.log_probs_from_logits(logits, ids.masked_fill(ids == 6, wrong))
     assert actor.log_probs_from_logits(logits[:0], ids[:0]).shape == (0, 3)
     source, nothing = leaf(torch.randn(2, 3)), torch.zeros(2, 3)
@@ -105,6 +107,47 @@ def test_edge_cases(report):
     gap = torch.tensor([0.0]), torch.tensor([200.0])
     assert loss.LogExpLoss()(*gap) == 200 and LOSS.LogExpLoss()(*gap).isinf()
     near(loss.LogExpLoss()(gap[0], torch.tensor([0.7])), LOSS.LogExpLoss()(gap[0], torch.tensor([0.7])))
+
+
+def test_compiled_callers_enter_ours():
+    logits = torch.randn(2, 7)
+    logits[0, 1] = -float("inf")
+    with integrations.patch("openrlhf", quiet=True) as made:           # theirs is a torch.compile'd function
+        for calls, function in enumerate((lambda x: utils.compute_entropy(x) * 1, utils.compute_entropy), start=1):
+            got = torch.compile(function, backend="eager", fullgraph=True)(logits)
+            assert got.isfinite().all() and made.calls["openrlhf.models.utils:compute_entropy"] == calls
+        assert list(inspect.signature(utils.compute_entropy).parameters) == ["logits"]
+
+
+def test_a_temperature_that_learns_gets_its_gradient(report):
+    ids, made = torch.tensor([[0, 5, 6]]), []
+    logits = torch.randn(1, 3, 7)
+    for function in (utils.log_probs_from_logits, THEIRS.log_probs_from_logits):
+        source, temperature = leaf(logits), torch.tensor(2.0, requires_grad=True)
+        made.append(gradients([function(source * 1, ids, temperature)], [source, temperature]))
+    for ours, theirs in zip(*made):
+        near(ours, theirs)
+    one = torch.tensor([2.0])                                          # not 0-d: theirs broadcasts it
+    assert torch.equal(*(module.log_probs_from_logits(logits.clone(), ids, one) for module in (utils, THEIRS)))
+
+
+def test_counts_and_arguments_that_are_theirs(report):
+    tensors, mask = torch.randn(3, 2, 5).unbind(), torch.ones(2, 5, dtype=torch.bool)
+    no_old = [module.ValueLoss(None)(tensors[0], None, tensors[1], mask) for module in (loss, LOSS)]
+    assert no_old[0] == no_old[1]
+    no_mask = [module.ValueLoss(0.2)(*tensors) for module in (loss, LOSS)]
+    assert no_mask[0] == no_mask[1]
+    wide = torch.full((5,), 0.2)
+    clipped = [module.PolicyLoss(wide, wide)(*tensors, mask)[0] for module in (loss, LOSS)]
+    assert clipped[0] == clipped[1]
+    for token_level in (True, False):
+        for zero in (0.0, torch.tensor(0.0)):
+            counts = {"dp_size": 2, "batch_num_tokens": zero, "global_batch_size": zero}
+            settings = {"token_level_loss": token_level}
+            made = [(module.PolicyLoss(**settings)(*tensors, mask, **counts)[0],
+                     module.ValueLoss(0.2, **settings)(*tensors, mask, **counts)) for module in (loss, LOSS)]
+            assert torch.equal(torch.stack(made[0]), torch.stack(made[1])) and made[0][1].isinf()
+    assert loss.PolicyLoss()(*tensors, mask & False, batch_num_tokens=0.0)[0] == 0      # no token anywhere
 
 
 def test_every_binding_is_replaced_and_restored():

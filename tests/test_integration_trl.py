@@ -130,6 +130,20 @@ def test_head_under_autocast_keeps_float32_gradients(report):
         near(one, two)
 
 
+def test_compiled_head(report):
+    hidden, weight, ids = torch.randn(6, 8), torch.randn(11, 8), torch.arange(6)
+    bias = torch.randn(11)
+    for outputs, whole in ((("entropy",), True), ((), True), (ALL, False)):
+        call = lambda *tensors, which=outputs: utils._ChunkedLogProbFunction.apply(*tensors, ids, 0.7, 32768, 4.0, 0.5, which)
+        made = []
+        for function in (torch.compile(call, backend="aot_eager", fullgraph=whole), call):
+            mine = [leaf(tensor) for tensor in (hidden, weight, bias)]
+            got = function(*mine)
+            made.append([*(one for one in got if one is not None), *gradients(got[:2], mine)])
+        for one, two in zip(*made, strict=True):
+            near(one, two, str(outputs))
+
+
 def test_edge_cases(report):
     logits = torch.randn(2, 3, 7)
     logits[0, 1, 4] = -float("inf")
@@ -138,7 +152,7 @@ def test_edge_cases(report):
     assert entropy.isfinite().all() and THEIRS.entropy_from_logits(logits).isnan().any()
     assert utils.selective_log_softmax(logits, torch.full_like(ids, 4))[0, 1] == -float("inf")
     for wrong in (-100, 7, -1):
-        with pytest.raises(ValueError, match=f"expected 0 <= id < 7, got {wrong}"):
+        with pytest.raises(ValueError, match=f"index: expected 0 <= id < 7, got {wrong}"):
             utils.selective_log_softmax(logits, ids.masked_fill(ids == 6, wrong))
     masked = ids.masked_fill(ids == 6, -100)
     kept = (masked >= 0).long()
@@ -160,7 +174,7 @@ def test_edge_cases_of_the_head(report):
         hidden, weight, bias, ids, 1.0, 32768, None, 1.0, ("entropy",))
     for wrong in (7, -100):
         bad = ids.masked_fill(ids == 6, wrong)
-        with pytest.raises(ValueError, match=f"got {wrong}"):
+        with pytest.raises(ValueError, match=f"targets: expected 0 <= id < 7, got {wrong}"):
             apply(bad)
     theirs = THEIRS._ChunkedLogProbFunction.apply(hidden, weight, None, ids.masked_fill(ids == 6, 7), 1.0, 32768)
     assert theirs[0].isfinite().all()                                  # what ours refuses
@@ -180,6 +194,53 @@ def test_edge_cases_of_the_head(report):
     zero = [function.apply(hidden, weight, None, ids, 1.0, 32768, 0.0, 1.0, ())[0]
             for function in (utils._ChunkedLogProbFunction, THEIRS._ChunkedLogProbFunction)]
     assert torch.equal(*zero)                                          # a cap of 0 is theirs to make sense of
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("options", [(1.0, 32768, -3.0, 1.0), (1.0, 32768, None, -2.0), (torch.tensor(2.0), 32768, None, 1.0),
+                                     (1.0, 32768, torch.tensor(3.0), 1.0)])
+def test_odd_numbers_of_the_head_are_theirs(report, options, learns):
+    hidden, weight, ids = torch.randn(4, 8), torch.randn(7, 8), torch.tensor([0, 6, 2, 3])
+    made = []
+    for function in (utils._ChunkedLogProbFunction, THEIRS._ChunkedLogProbFunction):
+        mine = hidden.clone().requires_grad_(learns)
+        outputs = function.apply(mine, weight, None, ids, *options, ("entropy",))[:2]
+        made.append([*outputs, *(gradients(outputs, [mine]) if learns else ())])
+    for one, two in zip(*made):
+        assert torch.equal(one, two)
+
+
+def test_a_temperature_that_learns_gets_its_gradient(report):
+    logits, ids = torch.randn(2, 3, 9), torch.randint(9, (2, 3))
+    for name in ("selective_log_softmax", "selective_log_softmax_and_entropy"):
+        made = []
+        for module in (utils, THEIRS):
+            source, temperature = leaf(logits), torch.tensor(2.0, requires_grad=True)
+            outputs = getattr(module, name)(source, ids, temperature=temperature)
+            outputs = outputs if isinstance(outputs, tuple) else [outputs]
+            made.append(gradients(outputs, [source, temperature]))
+        for one, two in zip(*made):
+            near(one, two, name)
+    with torch.no_grad():                                              # it does not learn here: ours
+        near(utils.selective_log_softmax(logits, ids, temperature=temperature),
+             THEIRS.selective_log_softmax(logits, ids, temperature=2.0))
+
+
+def test_what_lies_in_rows_that_do_not_count_is_not_read(report):
+    logits, ids, mask = torch.randn(2, 3, 9), torch.randint(9, (2, 3)), torch.tensor([[1, 1, 0], [0, 1, 1]])
+    poisoned = leaf(logits.masked_fill(mask[..., None] == 0, float("nan")))
+    clean = leaf(logits)
+    made = [gradients(utils.selective_log_softmax_and_entropy(source, ids, row_mask=mask), [source])[0]
+            for source in (poisoned, clean)]
+    assert torch.equal(*made) and (made[0][mask == 0] == 0).all() and poisoned.isnan().any()
+    compiled = torch.compile(lambda x: utils.selective_log_softmax(x, ids, row_mask=mask), backend="aot_eager")
+    expected = gradients([utils.selective_log_softmax(clean, ids, row_mask=mask)], [clean])[0]
+    near(gradients([compiled(poisoned)], [poisoned])[0], expected)
+    logp = utils.selective_log_softmax(clean, ids, row_mask=mask)
+    first, = torch.autograd.grad(logp.sum(), clean, create_graph=True)
+    assert (first[mask == 0] == 0).all()
+    with pytest.raises(RuntimeError):
+        first.square().sum().backward()
 
 
 def test_every_binding_is_replaced_and_restored():

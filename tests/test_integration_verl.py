@@ -108,7 +108,7 @@ def test_policy_and_value_loss_of_random_batches(report):
         logp, step, advantages = batch.normal(rows, width), batch.normal(rows, width, scale=0.5), batch.normal(rows, width)
         mode = batch.pick(*MODES)
         info = batch.pick({}, {"dp_size": 2, "batch_num_tokens": 17, "global_batch_size": 6, "loss_scale_factor": 9})
-        weights = batch.pick(None, batch.normal(rows, width).abs())
+        weights = batch.pick(None, batch.normal(rows, width).clamp(min=0), torch.zeros(rows, 1), torch.ones(rows, width))
         made = []
         for module in (core, CORE):
             source = leaf(logp)
@@ -128,6 +128,53 @@ def test_policy_and_value_loss_of_random_batches(report):
     assert report.calls["verl.trainer.ppo.core_algos:compute_policy_loss_vanilla"] > 40
 
 
+def test_weights_of_zero_hide_no_clip(report):
+    logp, old = torch.zeros(2, 3), torch.tensor([[1.0, -1.0, 0.0], [-2.0, 1.0, 0.0]])
+    advantages = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]])
+    for weights in (torch.zeros(2, 3), torch.tensor([[0.0] * 3, [1.0] * 3])):
+        arguments = old, logp, advantages, torch.ones(2, 3), "token-mean", _config(next(iter(Batches()))), weights
+        ours, theirs = (module.compute_policy_loss_vanilla(*arguments) for module in (core, CORE))
+        near(ours[0], theirs[0])
+        assert ours[1] == pytest.approx(theirs[1], abs=1e-6) and ours[1]["actor/pg_clipfrac"] > 0
+    assert report.calls["verl.trainer.ppo.core_algos:compute_policy_loss_vanilla"] == 2
+
+
+@pytest.mark.parametrize(("mode", "counts"), [
+    ("token-mean", {"batch_num_tokens": 0}), ("token-mean", {"batch_num_tokens": torch.tensor(0)}),
+    ("token-mean", {"batch_num_tokens": -3}), ("seq-mean-token-sum", {"global_batch_size": 0}),
+    ("seq-mean-token-mean", {"global_batch_size": 0}), ("token-sum", {"dp_size": 0}),
+    ("seq-mean-token-sum-norm", {"global_batch_size": 2, "loss_scale_factor": 0}),
+])
+def test_global_counts_of_zero_are_theirs_where_there_are_tokens(report, mode, counts):
+    tensors, mask = torch.randn(3, 2, 5).unbind(), torch.ones(2, 5)
+    for tokens in (mask, torch.tensor([[1.0] * 5, [0.0] * 5])):
+        config = _config(next(iter(Batches())), **counts)
+        policy = [module.compute_policy_loss_vanilla(*tensors, tokens, mode, config)[0] for module in (core, CORE)]
+        value = [module.compute_value_loss(*tensors, tokens, 0.3, mode, **counts)[0] for module in (core, CORE)]
+        assert torch.equal(*policy) and torch.equal(*value)
+    assert core.compute_value_loss(*tensors, mask * 0, 0.3, mode, **counts)[0].nan_to_num() == 0
+
+
+def test_tensors_in_the_place_of_numbers_are_theirs(report):
+    tensors, mask = torch.randn(3, 2, 5).unbind(), torch.ones(2, 5)
+    wide = torch.full((5,), 0.3)
+    for one, two in zip(*(module.compute_value_loss(*tensors, mask, wide) for module in (core, CORE))):
+        assert torch.equal(one, two)
+    made = []
+    for module in (core, CORE):
+        config = _config(next(iter(Batches())))
+        config.clip_ratio_low = config.clip_ratio_high = wide
+        made.append(module.compute_policy_loss_vanilla(*tensors, mask, "token-mean", config)[0])
+    assert torch.equal(*made)
+    gamma = torch.tensor([1.0, 0.5])
+    for one, two in zip(*(module.compute_gae_advantage_return(*tensors[:2], mask, gamma, 0.9) for module in (core, CORE))):
+        near(one, two)
+    hidden, weight, ids = torch.randn(4, 8), torch.randn(4, 8), torch.arange(4)
+    by_word = torch.tensor([1.0, 2.0, 3.0, 4.0])                       # theirs divides the columns by it
+    for one, two in zip(*(module.FusedLinearForPPO().forward(hidden, weight, ids, by_word) for module in (fused, FUSED))):
+        assert torch.equal(one, two)
+
+
 def test_config_of_their_own(report):
     config = pytest.importorskip("verl.workers.config").ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
     tensors = torch.randn(3, 2, 5).unbind()
@@ -144,7 +191,7 @@ def test_edge_cases(report):
     for function in ("entropy_from_logits", "entropy_from_logits_with_chunking"):
         assert getattr(functional, function)(logits).isfinite().all() and getattr(THEIRS, function)(logits).isnan().any()
     for wrong in (-100, 7):
-        with pytest.raises(ValueError, match=f"got {wrong}"):
+        with pytest.raises(ValueError, match=f"labels: expected 0 <= id < 7, got {wrong}"):
             functional.logprobs_from_logits(logits, ids.masked_fill(ids == 6, wrong))
     assert functional.logprobs_from_logits(logits[:0], ids[:0]).shape == (0,)
     with pytest.raises(RuntimeError):

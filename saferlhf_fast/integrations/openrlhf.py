@@ -17,8 +17,9 @@ MAKER = "openrlhf.trainer.ppo_utils.experience_maker"
 def log_probs_from_logits(theirs):
     """(logits, labels) -> log-probs in float32."""
     def ours(logits, labels, temperature=1.0):
-        if not shared.one_id_each(logits, labels):
+        if not shared.one_id_each(logits, labels) or not shared.one_temperature(temperature):
             return theirs(logits, labels, temperature)
+        shared.known_ids("log_probs_from_logits: labels: expected", labels, logits.shape[-1])
         return token_logprob(logits, labels, temperature=temperature)
 
     return ours
@@ -29,7 +30,8 @@ def policy_loss_forward(theirs):
     def ours(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, dp_size=1,
              batch_num_tokens=None, global_batch_size=None):
         made = None
-        if self.policy_loss_type == "ppo" and self.is_correction_level == "off":
+        if self.policy_loss_type == "ppo" and self.is_correction_level == "off" \
+                and _counts_fit(self, action_mask, dp_size, batch_num_tokens, global_batch_size):
             reduction, normalizer = _aggregation(self, dp_size, batch_num_tokens, global_batch_size)
             made = shared.policy_loss(
                 log_probs, old_log_probs, advantages, action_mask, reduction=reduction, normalizer=normalizer,
@@ -49,15 +51,22 @@ def policy_loss_forward(theirs):
 def value_loss_forward(theirs):
     """ValueLoss.forward."""
     def ours(self, values, old_values, returns, action_mask=None, dp_size=1, batch_num_tokens=None, global_batch_size=None):
-        reduction, normalizer = _aggregation(self, dp_size, batch_num_tokens, global_batch_size)
-        made = shared.critic_loss(
-            values, old_values, returns, action_mask, clip_value=float("inf") if self.clip_eps is None else self.clip_eps,
-            reduction=reduction, normalizer=normalizer)
+        made = None
+        if _counts_fit(self, action_mask, dp_size, batch_num_tokens, global_batch_size):
+            reduction, normalizer = _aggregation(self, dp_size, batch_num_tokens, global_batch_size)
+            made = shared.critic_loss(
+                values, old_values, returns, action_mask, clip_value=float("inf") if self.clip_eps is None else self.clip_eps,
+                reduction=reduction, normalizer=normalizer)
         if made is None:
             return theirs(self, values, old_values, returns, action_mask, dp_size, batch_num_tokens, global_batch_size)
         return made[0]
 
     return ours
+
+
+def _counts_fit(module, mask, dp_size, batch_num_tokens, global_batch_size):
+    count = batch_num_tokens if module.token_level_loss else global_batch_size
+    return shared.given(mask) and (count is None or (shared.numbers(dp_size) and dp_size > 0 and shared.counts_fit(mask, count)))
 
 
 def _aggregation(module, dp_size, batch_num_tokens, global_batch_size):

@@ -22,7 +22,7 @@ EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 def selective_log_softmax(theirs):
     """(logits, index) -> log-probs. With K indices a position, on other accelerators, or for DTensors: theirs."""
     def ours(logits, index, temperature=1.0, row_mask=None):
-        if not shared.one_id_each(logits, index) or not shared.plain(row_mask):
+        if not _fits(logits, index, temperature, row_mask):
             return theirs(logits, index, temperature=temperature, row_mask=row_mask)
         return _scored(logits, index, temperature, row_mask, False)
 
@@ -32,7 +32,7 @@ def selective_log_softmax(theirs):
 def selective_log_softmax_and_entropy(theirs):
     """(logits, index) -> (log-probs, entropies) in one pass over the logits."""
     def ours(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None):
-        if not shared.one_id_each(logits, index) or not shared.plain(row_mask):
+        if not _fits(logits, index, temperature, row_mask):
             return theirs(logits, index, entropy_requires_grad=entropy_requires_grad, temperature=temperature, row_mask=row_mask)
         logp, entropy = _scored(logits, index, temperature, row_mask, True)
         return logp, entropy if entropy_requires_grad else entropy.detach()
@@ -40,12 +40,40 @@ def selective_log_softmax_and_entropy(theirs):
     return ours
 
 
+def _fits(logits, index, temperature, row_mask):
+    return shared.one_id_each(logits, index) and shared.one_temperature(temperature) and shared.plain(row_mask) \
+        and (row_mask is None or row_mask.shape == index.shape)
+
+
+class _Skipped(torch.autograd.Function):
+    """logits -> logits, whose gradient is 0 in rows that do not count: there a NaN logit would make it NaN."""
+
+    @staticmethod
+    def forward(ctx, logits, hidden):
+        ctx.save_for_backward(hidden)
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        hidden, = ctx.saved_tensors
+        # In place: nobody else holds what our op has just made, and a second one would be as large as the logits.
+        if gradient.device.type == "cpu":
+            gradient[hidden] = 0.0                   # touches those rows alone; on a device the host would wait for their number
+        else:
+            gradient.masked_fill_(hidden[..., None], 0.0)
+        return gradient, None
+
+
 def _scored(logits, index, temperature, row_mask, entropy):
-    """Our op; rows whose mask is 0 give 0 and may hold any id."""
-    if row_mask is None:
+    """Our op; rows whose mask is 0 give 0 and may hold any id and any logits."""
+    hidden = None if row_mask is None else row_mask == 0
+    index = index if hidden is None else index.masked_fill(hidden, 0)
+    shared.known_ids("index: expected", index, logits.shape[-1])
+    if hidden is None:
         return token_logprob(logits, index, temperature=temperature, return_entropy=entropy)
-    hidden = row_mask == 0
-    made = token_logprob(logits, index.masked_fill(hidden, 0), temperature=temperature, return_entropy=entropy)
+    if shared.learns(logits):
+        logits = _Skipped.apply(logits, hidden)
+    made = token_logprob(logits, index, temperature=temperature, return_entropy=entropy)
     return tuple(part.masked_fill(hidden, 0.0) for part in made) if entropy else made.masked_fill(hidden, 0.0)
 
 
@@ -136,7 +164,7 @@ class _Extras:
 
 
 def chunked_head(theirs):
-    """A stand-in for TRL's autograd function: `.apply` with its arguments. ZeRO-3 shards and odd scales go to theirs."""
+    """A stand-in for TRL's autograd function: `.apply` with its arguments. ZeRO-3 shards and odd scales or caps go to theirs."""
     count = counting(f"{UTILS}:_ChunkedLogProbFunction")
 
     class ChunkedHead:
@@ -147,7 +175,7 @@ def chunked_head(theirs):
         def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping=None, logit_scale=1.0,
                   outputs=("entropy", *EXTRAS)):
             sharded = any(hasattr(tensor, "ds_id") for tensor in (weight, bias))
-            odd = not logit_scale > 0 or final_logit_softcapping == 0.0 or hidden.dtype == torch.float64
+            odd = not _plain_numbers(temperature, logit_scale, final_logit_softcapping) or hidden.dtype == torch.float64
             if sharded or odd or not shared.plain(hidden, weight, bias, targets):
                 return theirs.apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale,
                                     outputs)
@@ -155,17 +183,24 @@ def chunked_head(theirs):
             targets = _checked(hidden, weight, targets, temperature)
             # scale · z under softcap s and temperature T is z under softcap s / scale and temperature T / scale.
             softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
-            if shared.learns(hidden, weight, bias) or set(outputs) & set(EXTRAS):
+            # Compiled code cannot look into ours with the extras; the registered op, which has none, compiles whole.
+            learns = shared.learns(hidden, weight, bias) and not torch.compiler.is_compiling()
+            if learns or set(outputs) & set(EXTRAS):
                 made = _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
                 remember(made[0], hidden, weight, bias)
                 return made
-            return _without_gradient(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
+            return _by_the_op(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
 
     return ChunkedHead
 
 
-def _without_gradient(hidden, weight, bias, targets, temperature, softcap, entropy):
-    """Old and reference log-probs: on a device in one kernel whose logits never reach memory."""
+def _plain_numbers(temperature, logit_scale, softcap):
+    """Whether ours takes them: a cap of 0 or below is theirs to make sense of (-3 caps as 3 does), so is any tensor."""
+    return shared.numbers(temperature, logit_scale, softcap) and logit_scale > 0 and (softcap is None or softcap > 0)
+
+
+def _by_the_op(hidden, weight, bias, targets, temperature, softcap, entropy):
+    """Old and reference log-probs: on a device in one kernel whose logits never reach memory. Under torch.compile all."""
     hidden, weight, bias = _cast(_kind(hidden), hidden, weight, bias)
     made = linear_logprob(hidden, weight, targets, bias=bias, temperature=temperature, softcap=softcap or None,
                           return_entropy=entropy)
@@ -180,7 +215,7 @@ def _checked(hidden, weight, targets, temperature):
                          f"{tuple(weight.shape)}, {tuple(targets.shape)}")
     if not checks.whole(targets):
         raise ValueError(f"targets: expected integers, got {targets.dtype}")
-    checks.known_ids("linear_logprob", targets, weight.shape[0])
+    shared.known_ids("targets: expected", targets, weight.shape[0])
     return checks.wide(targets)
 
 

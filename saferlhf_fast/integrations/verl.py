@@ -22,6 +22,7 @@ def logprobs_from_logits(theirs):
     def ours(logits, labels, inplace_backward=True):
         if not shared.one_id_each(logits, labels):
             return theirs(logits, labels, inplace_backward=inplace_backward)
+        shared.known_ids("logprobs_from_logits: labels: expected", labels, logits.shape[-1])
         return token_logprob(logits, labels, inplace_backward=inplace_backward and logits.is_cuda)
 
     return ours
@@ -68,6 +69,11 @@ def _aggregation(mask, loss_agg_mode, dp_size=1, batch_num_tokens=None, global_b
     return "token-mean", rows / dp_size
 
 
+def _counts_fit(mask, dp_size=1, batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None):
+    return shared.numbers(dp_size) and dp_size > 0 and \
+        shared.counts_fit(mask, batch_num_tokens, global_batch_size, loss_scale_factor)
+
+
 def _needed(name, value, dp_size):
     if value is None and dp_size > 1:
         raise ValueError(f"(global) {name} is required when dp_size > 1")
@@ -86,19 +92,23 @@ def compute_policy_loss_vanilla(theirs):
     def ours(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode="token-mean", config=None,
              rollout_is_weights=None):
         original = lambda: theirs(old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights)
-        if config is None or not shared.plain(response_mask, rollout_is_weights) or not _may_scale(rollout_is_weights):
+        if config is None or not shared.given(old_log_prob, log_prob, advantages, response_mask) \
+                or not shared.plain(rollout_is_weights) or not _may_scale(rollout_is_weights) \
+                or not _counts_fit(response_mask, **config.global_batch_info):
             return original()
         reduction, normalizer = _aggregation(response_mask, loss_agg_mode, **config.global_batch_info)
         low = config.clip_ratio if config.clip_ratio_low is None else config.clip_ratio_low
         high = config.clip_ratio if config.clip_ratio_high is None else config.clip_ratio_high
-        # Weights >= 0 may as well scale the advantages: they change no comparison.
+        settings = {"reduction": reduction, "normalizer": normalizer, "clip_ratio": low, "clip_high": high,
+                    "dual_clip": config.get("clip_ratio_c", 3.0)}
+        # Weights >= 0 may as well scale the advantages. The metrics are those without: a weight of 0 would hide a clip.
         weighted = advantages if rollout_is_weights is None else advantages * rollout_is_weights
-        made = shared.policy_loss(
-            log_prob, old_log_prob, weighted, response_mask, reduction=reduction, normalizer=normalizer,
-            clip_ratio=low, clip_high=high, dual_clip=config.get("clip_ratio_c", 3.0))
+        made = shared.policy_loss(log_prob, old_log_prob, weighted, response_mask, **settings)
         if made is None:
             return original()
         loss, stats = made
+        if rollout_is_weights is not None:
+            stats = shared.policy_loss(log_prob.detach(), old_log_prob, advantages, response_mask, **settings)[1]
         clipped, log_ratio, lower = torch.stack([stats["clipped"], stats["log_ratio"], stats["dual_clipped"]]).tolist()
         return loss, {"actor/pg_clipfrac": clipped, "actor/ppo_kl": -log_ratio, "actor/pg_clipfrac_lower": lower}
 
@@ -112,7 +122,7 @@ def compute_value_loss(theirs):
         counts = {"dp_size": dp_size, "batch_num_tokens": batch_num_tokens, "global_batch_size": global_batch_size,
                   "loss_scale_factor": loss_scale_factor}
         made = None
-        if shared.plain(response_mask):
+        if shared.given(response_mask) and _counts_fit(response_mask, **counts):
             reduction, normalizer = _aggregation(response_mask, loss_agg_mode, **counts)
             made = shared.critic_loss(vpreds, values, returns, response_mask, clip_value=cliprange_value, reduction=reduction,
                                       normalizer=normalizer)
@@ -128,8 +138,9 @@ def fused_linear(theirs):
     def ours(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
         sharded = hasattr(vocab_weights, "ds_id")
         if self.impl_backend != "torch" or sharded or not shared.plain(hidden_states, vocab_weights, input_ids) \
-                or hidden_states.dtype != vocab_weights.dtype:
+                or hidden_states.dtype != vocab_weights.dtype or not shared.numbers(temperature):
             return theirs(self, hidden_states, vocab_weights, input_ids, temperature)
+        shared.known_ids("FusedLinearForPPO: input_ids: expected", input_ids, len(vocab_weights))
         return linear_logprob(hidden_states, vocab_weights, input_ids.to(torch.int64), temperature=temperature,
                               return_entropy=True)
 
