@@ -1,10 +1,12 @@
 """patch and unpatch themselves, on a library made up here: bindings, registries, classes, refusals, contexts, counting."""
 
+import re
 import subprocess
 import sys
 import textwrap
 import threading
 import types
+import typing
 from importlib import import_module
 from pathlib import Path
 
@@ -211,6 +213,24 @@ def test_compiled_code_enters_ours_and_is_counted_once(fake):
         assert report.calls["fakelib.core:double"] == 1
 
 
+def test_compiled_code_enters_ours_where_theirs_is_compiled(fake):
+    fake.core.double = torch.compile(fake.core.double, backend="eager")
+    entry = registry.Replace("fakelib.core:double", lambda theirs: lambda x, times=2: x * times + 1, "(x, times=2)", "")
+    with replacing.patch(fake.table(replace=(entry,)), force=False) as report:
+        for function in (fake.core.double, lambda x: fake.core.double(x)):
+            assert torch.compile(function, backend="eager", fullgraph=True)(torch.ones(2)).sum() == 6
+        assert report.calls["fakelib.core:double"] == 2 and sites.parameters(fake.core.double) == "(x, times=2)"
+    assert not [name for name in vars(sites.counted("fakelib.core:double", print, fake.core.double)) if "dynamo" in name]
+
+
+def test_what_a_caller_gets_has_a_type():
+    report = integrations.Report
+    for function in (integrations.patch, integrations.unpatch, integrations.patched, report.__enter__, report.__exit__,
+                     report.show, report.calls.fget):
+        assert "return" in typing.get_type_hints(function), function
+    assert typing.get_type_hints(report.__enter__)["return"] is typing.Self
+
+
 def test_importing_it_needs_torch_alone():
     code = """
         import sys
@@ -225,14 +245,25 @@ def test_importing_it_needs_torch_alone():
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "integrations.md"
 
 
+def _named(rows, way):
+    """Names in backticks in the second column."""
+    return {name for row in rows if row[3].strip() == way for name in re.findall("`([^`]+)`", row[2])}
+
+
+def _names(target):
+    """"package.trainer.module:Class.name" -> what a page may call it: with the module's last parts, or without any."""
+    module, _, function = target.partition(":")
+    parts = module.split(".")
+    return {".".join([*parts[at:], function]) for at in range(len(parts) + 1)}
+
+
 @pytest.mark.parametrize("name", [name for name in integrations.LIBRARIES if name != "transformers"])
 def test_the_page_names_every_function_and_says_which_way(name):
     library = import_module(f"saferlhf_fast.integrations.{name}").LIBRARY
     rows = [line.split("|") for line in PAGE.read_text().splitlines() if line.startswith(f"| {name} |")]
-    said = {way: " ".join(row[2] for row in rows if row[3].strip() == way) for way in ("replaced", "left")}
+    said = {way: _named(rows, way) for way in ("replaced", "left")}
     for way, targets in (("replaced", [entry.target for entry in library.replace]), ("left", [one for one, _ in library.leave])):
         for target in targets:
-            function = target.rpartition(":")[2]
-            assert function in said[way] or function.rpartition(".")[2] in said[way], f"docs/integrations.md: {way}: {target}"
+            assert _names(target) & said[way], f"docs/integrations.md: {way}: {target}"
     for version in library.versions:
         assert version in PAGE.read_text()

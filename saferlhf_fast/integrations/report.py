@@ -1,7 +1,9 @@
 """What a call of `patch` did: which function is replaced at which places, which is left and why."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Self
 
 from . import sites
 
@@ -18,27 +20,27 @@ class Report:
 
     library: str
     version: str
-    replaced: dict = field(default_factory=dict)
-    why: dict = field(default_factory=dict)
-    left: dict = field(default_factory=dict)
-    undo: object = None
-    standing: object = None
+    replaced: dict[str, list[str]] = field(default_factory=dict)
+    why: dict[str, str] = field(default_factory=dict)
+    left: dict[str, str] = field(default_factory=dict)
+    undo: Callable[[], object] | None = None
+    standing: Callable[[], bool] | None = None
 
     @property
-    def calls(self) -> dict:
+    def calls(self) -> dict[str, int]:
         """{function: how often ours was called in its place}, since it was put there."""
         return {target: sites.CALLS[target] for target in self.replaced}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self.standing is not None and not self.standing():
             raise ValueError(f"this report's patch of {self.library} has been undone: call patch again")
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.undo is not None:
             self.undo()
 
-    def __str__(self):
+    def __str__(self) -> str:
         lines = [f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} replaced, {len(self.left)} left"]
         for target, places in self.replaced.items():
             own = [place for place in places if place == target.replace(":", ".")]      # none of one model's methods
