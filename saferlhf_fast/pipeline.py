@@ -11,7 +11,8 @@ A recipe of `run` has `output` and `stages`, and may have `root` and `seed`:
 
 A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages are checked
 before the first one starts. A finished stage with the same settings and inputs is not done again, an unfinished one goes on
-from its newest checkpoint or starts anew, any other existing output needs overwrite=true.
+from its newest checkpoint or starts anew (what it had saved is set aside, see run_folder.py), any other existing output needs
+overwrite=true.
 """
 
 import dataclasses
@@ -100,7 +101,8 @@ def run(recipe, overrides=None):
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
             begun = time.perf_counter()
-            entry["summary"] = run_stage(step.kind, _restarted(step, top.resume))
+            with run_folder.restarting(_restartable(step)):
+                entry["summary"] = run_stage(step.kind, _resumed(step, top.resume))
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         done[step.name] = entry
@@ -206,22 +208,27 @@ def _check_outputs(top, steps):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
     for step in steps:
         if not run_folder.same_settings(step.cfg.output, step.kind, step.cfg):
-            run_folder.check_output(_restarted(step, top.resume), f"{step.name}.output")
+            with run_folder.restarting(_restartable(step)):
+                run_folder.check_output(_resumed(step, top.resume), f"{step.name}.output")
 
 
-def _restarted(step, resume):
-    """Returns a step's config, for a folder that holds an unfinished run of the same kind: with resume=auto when it has a
-    checkpoint (of other settings, it will be refused by their names), else with overwrite."""
-    folder = Path(step.cfg.output).expanduser()
+def _resumed(step, resume):
+    """Returns a step's config, with resume=auto for a folder that holds an unfinished run which has a checkpoint; one of other
+    settings will be refused by their names, unless overwrite=true says what is to become of it."""
     if resume == "auto" and hasattr(step.cfg, "resume"):
         going_on = dataclasses.replace(step.cfg, resume="auto")
         if run_folder.goes_on(going_on) and not (step.cfg.overwrite and run_folder.changed(going_on)):
             return going_on
-    if run_folder.is_ours(folder) and not (folder / "finished.json").exists():
-        with open(folder / "config.yaml", encoding="utf-8") as file:
-            if (yaml.safe_load(file) or {}).get("stage") == step.kind:
-                return dataclasses.replace(step.cfg, overwrite=True)
     return step.cfg
+
+
+def _restartable(step):
+    """Returns a step's output when it holds an unfinished run of the same kind, which a recipe may start again; else None."""
+    folder = Path(step.cfg.output).expanduser()
+    if run_folder.rank() != 0 or not run_folder.is_ours(folder) or (folder / "finished.json").exists():
+        return None
+    with open(folder / "config.yaml", encoding="utf-8") as file:
+        return step.cfg.output if (yaml.safe_load(file) or {}).get("stage") == step.kind else None
 
 
 def _keep_traceback(folder):

@@ -5,9 +5,12 @@
     summary.json   what the stage reports                       model/, metrics.jsonl, … are the stage's own
     checkpoints/   what the run can go on from                  resumed.jsonl  when it did, and with which versions
 
+An unfinished run that is started again is renamed (<output>.set-aside) when it has saved a model or its settings were others.
+
 Only rank 0 writes. An environment variable is never written.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -27,6 +30,8 @@ from saferlhf_fast.checkpoint import fits, manifest
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.settings import to_dict
 
+SAVED = ("model", "best", "step-*", "checkpoints/*/" + manifest.NAME)
+"""What a run folder holds that hours went into: models, and checkpoints that were finished."""
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "tokenizers", "datasets", "peft", "numpy")
 
 
@@ -91,11 +96,31 @@ def changed(cfg):
 
 
 def starts_again(cfg):
-    """Tells whether resume=auto finds an unfinished run of the same settings that has no checkpoint yet."""
-    if getattr(cfg, "resume", None) != "auto" or not is_ours(cfg.output) or goes_on(cfg):
+    """Tells whether an unfinished run lies there that this one takes the place of without `overwrite`: with resume=auto one of
+    the same settings that has no checkpoint yet, within `restarting` any. See `open_run` for what becomes of it."""
+    if not is_ours(cfg.output) or goes_on(cfg) or _finished(cfg.output):
         return False
+    return cfg.output == _restarting or getattr(cfg, "resume", None) == "auto" and _same_start(None, cfg)
+
+
+_restarting = None
+
+
+@contextlib.contextmanager
+def restarting(output):
+    """Within it an unfinished run in the folder `output` may be replaced or set aside; None: none may."""
+    global _restarting
+    before, _restarting = _restarting, output
+    try:
+        yield
+    finally:
+        _restarting = before
+
+
+def _same_start(stage, cfg):
+    """Tells whether what lies in the output was started with these very settings. stage: None for any."""
     started = _read(Path(cfg.output).expanduser() / "started.json")
-    return not _finished(cfg.output) and started.get("recipe") == inputs.recipe_hash(started.get("stage"), cfg)
+    return stage in (None, started.get("stage")) and started.get("recipe") == inputs.recipe_hash(started.get("stage"), cfg)
 
 
 def with_output(stage, cfg):
@@ -116,7 +141,8 @@ def open_run(stage, cfg):
     """Makes the folder of a run and returns its path; call it when models and data have been read without complaint.
 
     With `overwrite` an existing run folder is replaced: it is first renamed, and deleted once the new one is written. With
-    `resume` and a checkpoint to go on from it is left as it is.
+    `resume` and a checkpoint to go on from it is left as it is. An unfinished run that is started again (see `starts_again`) is
+    replaced when its settings were the same and it has saved nothing; else it is set aside, and a line says where.
     """
     cfg = with_output(stage, cfg)
     folder = Path(cfg.output).expanduser()
@@ -127,19 +153,46 @@ def open_run(stage, cfg):
         with open(folder / "resumed.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": _now(), **versions(cfg)}) + "\n")
         return folder
-    old = None
+    old = aside = None
     if folder.exists() and any(folder.iterdir()):
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.resolve().parent)) / folder.name
-        os.rename(folder, old)
+        if _is_kept(stage, cfg):
+            aside = _set_aside(folder)
+        else:
+            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.resolve().parent)) / folder.name
+            os.rename(folder, old)
     folder.mkdir(parents=True, exist_ok=True)
     settings = yaml.safe_dump({"stage": stage, **to_dict(cfg)}, sort_keys=False, allow_unicode=True)
     _write(folder / "config.yaml", settings)
     write_json(folder / "versions.json", versions(cfg))
     write_json(folder / "started.json", {"stage": stage, "recipe": inputs.recipe_hash(stage, cfg),
-                                         "inputs": inputs.hashes(cfg), "started": _now()})
+                                         "inputs": inputs.hashes(cfg), "started": _now(),
+                                         **({"set_aside": str(aside)} if aside else {})})
     if old:
         shutil.rmtree(old.parent)
     return folder
+
+
+def _is_kept(stage, cfg):
+    """Tells whether what lies in the output is worth more than its place."""
+    if not starts_again(cfg):
+        return False                                     # overwrite=true, and nothing was asked to go on
+    if not _same_start(stage, cfg):
+        return not cfg.overwrite
+    folder = Path(cfg.output).expanduser()
+    return any(next(folder.glob(name), None) for name in SAVED)
+
+
+def _set_aside(folder):
+    """Renames an unfinished run, over nothing, and says so -> its new place."""
+    place = manifest.aside(folder)
+    os.rename(folder, place)
+    print(f"{folder}: the unfinished run there was set aside, with all that it had saved: {place}", flush=True)
+    return place
+
+
+def set_aside_by(folder):
+    """Where the unfinished run lies that this folder's run took the place of; None when there was none to keep."""
+    return _read(Path(folder).expanduser() / "started.json").get("set_aside")
 
 
 def finish_run(folder, summary):
@@ -182,7 +235,7 @@ def _read(path):
 
 def read_summary(folder):
     """Returns the summary of a finished run."""
-    return json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+    return json.loads((Path(folder).expanduser() / "summary.json").read_text(encoding="utf-8"))
 
 
 def versions(cfg=None):

@@ -363,8 +363,9 @@ def test_what_is_newer_than_what_a_run_goes_on_from_is_set_aside(tmp_path):
     manifest.set_aside(tmp_path, 2)
     made(tmp_path, 3)
     manifest.prune(tmp_path, 1, True)
-    names = sorted(path.name for path in manifest.root(tmp_path).iterdir())
-    assert names == ["step-00000003", "step-00000003.set-aside", "step-00000004.set-aside"]
+    assert sorted(os.listdir(manifest.root(tmp_path))) == ["step-00000003", "step-00000003.set-aside", "step-00000004.set-aside"]
+    manifest.set_aside(tmp_path, 2)                      # over nothing that is there
+    assert sorted(os.listdir(manifest.root(tmp_path))) == ["step-00000003.set-aside", "step-00000003.set-aside-2", "step-00000004.set-aside"]
 
 
 def test_the_newest_whole_one_of_a_run_is_meant(tmp_path):

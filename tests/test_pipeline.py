@@ -4,6 +4,7 @@ import json
 import sys
 import types
 
+import kit
 import pytest
 
 from saferlhf_fast import pipeline, run_folder
@@ -26,12 +27,15 @@ class Stages:
     """Stands in for the trainers: notes each call, writes a model that depends on the config's max_steps."""
 
     def __init__(self):
-        self.calls, self.broken = [], None
+        self.calls, self.broken, self.saved = [], None, []
 
     def train(self, stage, cfg):
         self.calls.append((stage, cfg))
         folder = run_folder.open_run(stage, cfg)
         if self.broken == stage:
+            for name in self.saved:
+                (folder / name).parent.mkdir(parents=True)
+                (folder / name).write_text("hours of work")
             raise RuntimeError("out of luck")
         (folder / "model").mkdir()
         for name, text in CONTENT.items():
@@ -115,6 +119,42 @@ def test_an_interrupted_run_goes_on_with_the_stage_that_broke(go, stages):
     go()
     assert stages.names == ["reward", "cost"]
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("saved, settings", [
+    ("step-2/model.safetensors", {"reward__train__max_steps": "6"}), ("metrics.jsonl", {"reward__train__max_steps": "6"}),
+    ("step-2/model.safetensors", {}), ("checkpoints/step-00000002/manifest.json", {"resume": "never"})])
+def test_what_an_unfinished_stage_saved_is_set_aside(go, stages, capsys, saved, settings):
+    stages.broken, stages.saved = "reward", [saved] if "/" in saved else []
+    with pytest.raises(RuntimeError):
+        go()
+    before = kit.files(go.out / "reward")
+    stages.broken = None
+    go(**settings)
+    aside = go.out / "reward.set-aside"
+    assert kit.files(aside) == before and (go.out / "reward" / "finished.json").exists()
+    assert f"{go.out}/reward: the unfinished run there was set aside, with all that it had saved: {aside}\n" \
+        in capsys.readouterr().out
+
+
+def test_bad_input_sets_nothing_aside(go, stages):
+    stages.broken, stages.saved = "sft", ["step-2/model.safetensors"]
+    with pytest.raises(RuntimeError):
+        go()
+    before = kit.files(go.out)
+    (go.folder / "llama" / "config.json").write_text("{")
+    assert "is not JSON" in refused(go)
+    assert kit.files(go.out) == before
+
+
+def test_an_output_in_the_home_folder_is_skipped_too(go, stages, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(go.folder))
+    go(output="~/runs")
+    assert stages.names == ["sft", "reward", "cost"]
+    assert {entry["state"] for entry in go(output="~/runs").values()} == {"skipped"} and stages.names == []
+    words = ["sft", f"model={go.folder}/llama", f"data={go.folder}/data.json", "output=~/one", "resume=auto"]
+    assert main(words) == 0 and main(words) == 0
+    assert "finished before" in capsys.readouterr().out and stages.names == ["sft"]
 
 
 def test_changed_settings_need_overwrite_and_change_what_depends_on_them(go, stages):

@@ -94,6 +94,68 @@ def test_overwrite_never_deletes_its_own_input(world):
     assert (folder / "model" / "config.json").exists()
 
 
+SAVED = ["model/model.safetensors", "best/model.safetensors", "step-2/model.safetensors",
+         "checkpoints/step-00000002/manifest.json", "checkpoints/step-00000002.set-aside/manifest.json"]
+
+
+def begun(world, *names, **changes):
+    """An unfinished run that has written files -> its folder."""
+    folder = run_folder.open_run("sft", world(**changes))
+    for name in ("metrics.jsonl", *names):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("hours of work")
+    return folder
+
+
+@pytest.mark.parametrize("saved", [name for name in SAVED if name != "checkpoints/step-00000002/manifest.json"])
+@pytest.mark.parametrize("overwrite", ["false", "true"])
+def test_resume_auto_without_a_checkpoint_sets_aside_what_was_saved(world, saved, overwrite, capsys):
+    before = files(begun(world, saved))
+    run_folder.open_run("sft", world(resume="auto", overwrite=overwrite))
+    aside = world.out.with_name("sft.set-aside")
+    assert files(aside) == before and not (world.out / "metrics.jsonl").exists()
+    assert capsys.readouterr().out == (f"{world.out}: the unfinished run there was set aside, with all that it had saved: "
+                                       f"{aside}\n")
+    assert run_folder.set_aside_by(world.out) == str(aside)
+    begun_again = files(begun(world, saved, resume="auto"))
+    run_folder.open_run("sft", world(resume="auto"))
+    assert files(world.out.with_name("sft.set-aside-2")) == begun_again and files(aside) == before
+
+
+def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
+    folder = begun(world, "checkpoints/step-00000002/actor/shard.pt")        # without a manifest it is no checkpoint
+    run_folder.open_run("sft", world(resume="auto"))
+    assert [p.name for p in folder.parent.iterdir()] == ["sft"] and capsys.readouterr().out == ""
+    assert not (folder / "metrics.jsonl").exists() and run_folder.set_aside_by(folder) is None
+
+
+@pytest.mark.parametrize("saved", SAVED)
+def test_a_recipe_s_unfinished_stage_is_set_aside_with_what_it_saved(world, saved):
+    before = files(begun(world, saved))
+    with run_folder.restarting(str(world.out)):
+        run_folder.open_run("sft", world())                                  # run … resume=never, where it is a checkpoint
+    assert files(world.out.with_name("sft.set-aside")) == before
+
+
+def test_other_settings_set_aside_whatever_there_is_unless_overwriting_is_asked_for(world):
+    before = files(begun(world))
+    with run_folder.restarting(str(world.out.with_name("other"))), pytest.raises(UserError, match="holds an unfinished run"):
+        run_folder.open_run("sft", world(seed="2"))
+    with run_folder.restarting(str(world.out)):
+        run_folder.open_run("sft", world(seed="2"))
+        assert files(world.out.with_name("sft.set-aside")) == before
+        run_folder.open_run("sft", world(seed="3", overwrite="true"))
+    assert sorted(p.name for p in world.out.parent.iterdir()) == ["sft", "sft.set-aside"]
+
+
+def test_an_output_in_the_home_folder_is_found_again(world, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cfg = world(output="~/runs/sft")
+    run_folder.finish_run(run_folder.open_run("sft", cfg), {"loss": 1.5})
+    assert run_folder.is_finished(cfg.output, "sft", cfg) and run_folder.read_summary(cfg.output) == {"loss": 1.5}
+    assert files(world.out)
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda out: out.parent.mkdir() or out.write_text(""), "is a file; expected a folder"),
     (lambda out: out.mkdir(parents=True) or (out / "x").write_text(""), "is not empty"),

@@ -173,6 +173,16 @@ def discard(folder):
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def aside(path):
+    """A name beside a folder that nothing has yet, for what is set aside: ….set-aside, ….set-aside-2, …"""
+    path, number = Path(path), 1
+    while True:
+        place = path.with_name(f"{path.name}.set-aside" + (f"-{number}" if number > 1 else ""))
+        if not os.path.lexists(place):
+            return place
+        number += 1
+
+
 def set_aside(output, step):
     """Renames what is newer than a step that a run goes on from: damaged, or of a way that is not taken. Unfinished ones go."""
     for newer, path in listed(output):
@@ -181,9 +191,7 @@ def set_aside(output, step):
         if not is_committed(path):
             discard(path)
             continue
-        aside = path.with_name(f"{path.name}.set-aside")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
+        os.rename(path, aside(path))
 
 
 def prune(output, keep, keep_best):

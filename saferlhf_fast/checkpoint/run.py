@@ -7,7 +7,7 @@ from pathlib import Path
 
 from .. import __version__, console, engine, inputs, signals
 from ..errors import UserError
-from ..run_folder import versions
+from ..run_folder import set_aside_by, versions
 from ..settings import to_dict
 from . import fits, manifest, shards
 from .files import Files
@@ -136,7 +136,9 @@ class Checkpoints:
             return 0
         found = self._find()
         if found is None:
-            console.say(f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew")
+            before = set_aside_by(self.folder)
+            console.say(f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew"
+                        + (f", the unfinished one before it lies in {before}" if before else ""))
             return 0
         folder, values = found
         for name, model in self.models.items():
