@@ -27,8 +27,12 @@ struct LogitRows {
   float inverse(int64_t row) const { return 1.0f / (temperatures ? temperatures[row] : temperature); }
 };
 
+// The log-sum-exp in two parts, base + rest: logits of 10,000 have 2^-11 from one float to the next, and each p would be off by
+// as much as a sum of that size is rounded.
 struct RowStatistics {
-  double logp, entropy, lse;
+  double logp, entropy;
+  float base;
+  double rest;
 };
 
 // A block of n logits as z = softcap(x) * inverse into z, padded with -inf to whole vectors; returns its maximum.
@@ -71,7 +75,7 @@ SAFERLHF_INLINE float load_block(float* z, const T* x, int n, float inverse, flo
 }
 
 // log-prob of the target, entropy and log-sum-exp of one row; NaN where the row has one or a +inf. A row that is -inf
-// throughout has no distribution: lse is -inf there, the others NaN.
+// throughout has no distribution: base is -inf there, the others NaN.
 template <int W, class T>
 SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, int64_t id, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
@@ -115,12 +119,23 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
   }
   const double gap = double(target) - double(highest), mine = std::exp(gap), total = others + mine;
   RowStatistics s;
-  s.lse = double(highest) + std::log(total);
+  s.base = highest;
+  s.rest = std::log(total);
   s.logp = gap == 0 ? -std::log1p(others) : gap - std::log(total);  // the target is highest; infinite, it has made gap NaN
   s.entropy = std::log(total) - (weighted + (mine > 0 ? mine * gap : 0.0)) / total;
   if (highest == -std::numeric_limits<float>::infinity()) s.logp = s.entropy = std::nan("");
   if (s.entropy < 0) s.entropy = 0;
   return s;
+}
+
+// What rounding took from a float lse, as `logp` knows it: the target's z - lse must come out as its log-prob. 0 where that knows
+// less; see lost_of in kernels/token_logprob/reference.py.
+template <int W, class T>
+SAFERLHF_INLINE double lost_of(const T* row, int64_t id, double logp, float lse, float inverse, float softcap) {
+  alignas(64) float z[W];
+  load_block<W>(z, row + id, 1, inverse, softcap);
+  const double lost = double(z[0]) - double(lse) - logp;
+  return std::fabs(logp) < std::fabs(lse) && std::fabs(lost) < 32.0 ? lost : 0.0;
 }
 
 // d logits of one row: g * (onehot - p) - g_H * p * (log p + H), over the temperature, through the softcap. `out` may be the
@@ -130,10 +145,10 @@ SAFERLHF_INLINE void row_gradient(O* out, const T* row, int64_t vocabulary, int6
                                   double grad_entropy, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
   alignas(64) float z[kRowBlock];
-  const float lse = float(s.lse), g = float(grad * inverse), h = float(grad_entropy * inverse), entropy = float(s.entropy);
+  const float base = s.base, rest = float(s.rest), g = float(grad * inverse), h = float(grad_entropy * inverse), entropy = float(s.entropy);
   const float back = softcap > 0 ? 1.0f / (inverse * softcap) : 0.0f;  // from z to z_capped / softcap
   const auto one = [&](F v) SAFERLHF_INLINED {
-    const F t = v - lse, p = exp_of<W>(t);
+    const F t = v - base - rest, p = exp_of<W>(t);
     F d = p * -g;
     if (h != 0) d -= h * p * ((t < -200.0f ? F{} - 200.0f : t) + entropy);
     if (softcap > 0) d *= 1.0f - (v * back) * (v * back);

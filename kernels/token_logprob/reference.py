@@ -8,6 +8,7 @@ import torch
 
 from ..checks import result_dtype
 
+LOST_MOST = 32.0    # more is not lost: where lse's own steps are wider, it is the highest z, from which it is at most log V
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of [R, V]; on a CPU 1 MiB of float32, which stays in its cache
 
 
@@ -42,6 +43,10 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
     ids_N1 = torch.where(known_N, ids_N, 0).long()[:, None]
     for at in _chunks(logits_NV) if vocabulary else []:
         z_RV = _capped(logits_NV[at], softcap, dtype) / divisor_N1[at]
+        # From the highest on: what all of a row's logits have in common must not cost digits of their differences.
+        highest_R1 = z_RV.amax(1, keepdim=True)
+        highest_R1 = torch.where(highest_R1.abs() == torch.inf, 0, highest_R1)
+        z_RV -= highest_R1
         target_R1 = z_RV.gather(1, ids_N1[at])
         # The others' sum without the target's term: a confident token's log-prob is -log1p(sum), free of cancellation.
         others_R1 = torch.logsumexp(z_RV.scatter(1, ids_N1[at], -torch.inf), dim=1, keepdim=True)
@@ -50,12 +55,21 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
         # An infinite logit has no distribution: NaN, as log_softmax says. Then the others' sum is infinite, or the target is.
         logp_R1 = torch.where((others_R1 == torch.inf) | (target_R1 == torch.inf), torch.nan, logp_R1)
         lse_R1 = torch.logaddexp(others_R1, target_R1)
-        logp_N[at], lse_N[at] = logp_R1.squeeze(1), lse_R1.squeeze(1)
+        logp_N[at], lse_N[at] = logp_R1.squeeze(1), (lse_R1 + highest_R1).squeeze(1)
         if entropy:
             # Not by torch's log_softmax: on AVX2 it adds a row up lane by lane, 1e-4 off at 151,936 logits.
             log_p_RV = z_RV - lse_R1
             entropy_N[at] = -(log_p_RV.exp() * _finite(log_p_RV)).sum(1)
     return torch.where(known_N, logp_N, torch.nan), entropy_N, lse_N
+
+
+def lost_of(target, logp, lse):
+    """What rounding to its own size took from lse: the target's z - lse has to come out as its log-prob. 0 where that knows less.
+
+    A z of 10,000 has 2^-11 between one float32 and the next, and so would lse: each p would be off by that.
+    """
+    lost = (target - lse) - logp
+    return torch.where((logp.abs() < lse.abs()) & (lost.abs() < LOST_MOST), lost, 0)
 
 
 def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature,
@@ -77,7 +91,10 @@ def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp
     target_N1 = grad_N1 * -torch.expm1(logp_N[:, None])
     for at in _chunks(logits_NV) if vocabulary else []:
         z_RV = _capped(logits_NV[at], softcap, dtype)
-        log_p_RV = z_RV / divisor_N1[at] - lse_N[at, None]
+        log_p_RV = z_RV / divisor_N1[at]
+        lost_R1 = lost_of(log_p_RV.gather(1, ids_N1[at]), logp_N[at, None], lse_N[at, None])
+        log_p_RV -= lse_N[at, None]
+        log_p_RV -= torch.where(known_N1[at], lost_R1, 0)
         p_RV = log_p_RV.exp()
         d_RV = p_RV * minus_N1[at]
         d_RV.scatter_(1, ids_N1[at], torch.where(known_N1[at], target_N1[at], d_RV.gather(1, ids_N1[at])))
