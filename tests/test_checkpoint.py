@@ -316,15 +316,22 @@ def test_a_multiplier_at_its_bound_is_told(capsys):
 
 
 def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
-    made(tmp_path, 1, [0.5])
+    made(tmp_path, 1, [-0.5])
     folder = made(tmp_path, 2)
     commands.main(["inspect", str(tmp_path)])
     out = capsys.readouterr().out
-    assert out.count("whole: every SHA-256 is right") == 2 and "evaluation: 0.5" in out and "actor: 7 weights" in out
+    assert out.count("whole: every SHA-256 is right") == 2 and "evaluation: loss 0.500\n" in out and "actor: 7 weights" in out
     (folder / "actor" / "shard.pt").write_bytes(b"WEIGHTS")
     with pytest.raises(UserError, match="1 of 2 cannot be used: .*shard.pt is damaged"):
         commands.main(["inspect", str(tmp_path)])
     commands.main(["inspect", str(folder), "--quick"])   # the size is right
+
+
+@pytest.mark.parametrize("stage, score, said", [
+    ("ppo-lag", [1, -0.003351], "cost within the threshold, reward -0.003"),
+    ("ppo-lag", [0, -1.5], "cost 1.500, above the threshold"), ("ppo", [1, 2], "reward 2.000")])
+def test_an_evaluation_is_told_in_words(stage, score, said):
+    assert commands.evaluation({"stage": stage, "score": score}) == said
 
 
 @pytest.mark.parametrize("words, said", [
@@ -363,9 +370,10 @@ def test_what_is_newer_than_what_a_run_goes_on_from_is_set_aside(tmp_path):
     manifest.set_aside(tmp_path, 2)
     made(tmp_path, 3)
     manifest.prune(tmp_path, 1, True)
-    assert sorted(os.listdir(manifest.root(tmp_path))) == ["step-00000003", "step-00000003.set-aside", "step-00000004.set-aside"]
+    three, four = "step-00000003.set-aside", "step-00000004.set-aside"
+    assert sorted(os.listdir(manifest.root(tmp_path))) == ["step-00000003", three, four]
     manifest.set_aside(tmp_path, 2)                      # over nothing that is there
-    assert sorted(os.listdir(manifest.root(tmp_path))) == ["step-00000003.set-aside", "step-00000003.set-aside-2", "step-00000004.set-aside"]
+    assert sorted(os.listdir(manifest.root(tmp_path))) == [three, f"{three}-2", four]
 
 
 def test_the_newest_whole_one_of_a_run_is_meant(tmp_path):
@@ -390,11 +398,3 @@ def test_a_config_that_cannot_be_written_ends_no_run(tmp_path):
     files = Files(tmp_path)
     files.put_folder("hf", lambda folder: (_ for _ in ()).throw(ValueError("temperature without do_sample")))
     assert "hf: ValueError: temperature without do_sample" in files.error
-
-
-def test_lists_are_compared_entry_by_entry():
-    before, now = {"data": ["a", {"path": "b", "count": 3}], "betas": (0.9, 0.95)}, {"data": ["c", {"path": "d", "count": 3}],
-                                                                                    "betas": [0.9, 0.95]}
-    assert fits.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == []
-    assert fits.differences(before, {**now, "data": ["c", {"path": "d", "count": 4}]}, 1, 1, ["data.0", "data.1.path"]) == [
-        "data.1.count: 3 then, 4 now"]

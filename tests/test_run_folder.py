@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from saferlhf_fast import inputs, run_folder, settings
+from saferlhf_fast.checkpoint import fits
 from saferlhf_fast.errors import UserError
 
 
@@ -232,6 +233,14 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     with pytest.raises(OSError):
         run_folder.write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
+
+
+def test_lists_are_compared_entry_by_entry():
+    before, now = {"data": ["a", {"path": "b", "count": 3}], "betas": (0.9, 0.95)}, {"data": ["c", {"path": "d", "count": 3}],
+                                                                                    "betas": [0.9, 0.95]}
+    assert fits.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == []
+    assert fits.differences(before, {**now, "data": ["c", {"path": "d", "count": 4}]}, 1, 1, ["data.0", "data.1.path"]) == [
+        "data.1.count: 3 then, 4 now"]
 
 
 # --- what a stage reads -------------------------------------------------------------------------------------------

@@ -86,8 +86,21 @@ def _describe(folder, quick):
     for name, kind in values["models"].items():
         lines.append(f"  {name}: {kind['weights']:,} weights, ZeRO {kind['zero_stage']}, {kind['precision']}")
     if values.get("score"):
-        lines.append(f"  evaluation: {', '.join(f'{x:.4g}' for x in values['score'])}")
+        lines.append(f"  evaluation: {evaluation(values)}")
     return lines, why
+
+
+def evaluation(values):
+    """What a manifest's score says, in words: of ppo and ppo-lag (is feasible, reward or −cost), else one metric, −loss."""
+    from ..console import number
+    score, config = values["score"], values.get("config") or {}
+    if len(score) == 1:
+        name = (config.get("train") or {}).get("best_metric") or "eval/loss"
+        return f"{name.removeprefix('eval/')} {number(-score[0] if 'loss' in name else score[0])}"
+    if values["stage"] == "ppo":
+        return f"reward {number(score[1])}"
+    limit = "the threshold" + (" less the margin" if (config.get("evaluation") or {}).get("margin") else "")
+    return f"cost within {limit}, reward {number(score[1])}" if score[0] else f"cost {number(-score[1])}, above {limit}"
 
 
 def _sizes(folder, values):
