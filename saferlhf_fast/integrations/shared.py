@@ -120,7 +120,7 @@ def advantages(rewards, values, mask, gamma, lam, masked):
     """GAE by our op, or None where it does not fit: (advantages, returns), 0 where masked. Ours are targets without a graph."""
     if not given(rewards, values, mask) or rewards.dim() != 2 or not (mask.shape == rewards.shape == values.shape) \
             or learns(rewards, values) or not (rewards.is_floating_point() and values.is_floating_point()) \
-            or not numbers(gamma, lam):
+            or not numbers(gamma, lam) or not (0 <= gamma <= 1 and 0 <= lam <= 1):
         return None
     mask = flags(mask)
     if mask is None:
