@@ -3,6 +3,7 @@
 Names on the Hub (see paths.py) are left to the loaders. No torch.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.explain import show
-from saferlhf_fast import optimizers
+from saferlhf_fast.groups import Multiplier
+from saferlhf_fast import console, deepspeed_keys, optimizers
 from saferlhf_fast.metrics import check_trackers
 from saferlhf_fast.paths import TOKENIZER_FILES, is_local, pickle_problem
 from saferlhf_fast.settings import to_dict
@@ -28,6 +30,9 @@ ELSEWHERE = {"zero_optimization.stage": "engine.zero_stage", "bf16.enabled": "en
              "train_micro_batch_size_per_gpu": "the stage's batch size",
              "gradient_accumulation_steps": "the stage's batch size"}
 """DeepSpeed's settings that are not for engine.config, and what of ours sets them: our code goes by ours."""
+
+PACE = ("lr", "window")
+"""Settings of the multiplier that say how it moves, not that there is one: ppo warns of them and refuses the others."""
 
 
 def listed(cfg):
@@ -54,16 +59,33 @@ def check(stage, cfg, produced=(), prefix=""):
     produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written before keys.
     """
     check_settings(stage, cfg, prefix)
+    idle = [f"{prefix}multiplier.{name}" for name in _of_the_multiplier(cfg) if stage == "ppo"]
+    if idle:
+        console.warn(f"{', '.join(idle)}: without effect in the stage ppo, which has no constraint; ppo-lag has")
     if hasattr(cfg, "log"):
         check_trackers(cfg.log.trackers, f"{prefix}log.trackers")
+    for key in ("output", "resume"):
+        check_home(getattr(cfg, key, None), prefix + key)
     for key, value, kind in listed(cfg):
         at = prefix + key
         if not value.strip():
             raise UserError(f"{at}: expected a {kind} path or a Hub name, got {show(value)}")
-        if not is_local(value) or any(_inside(value, folder) for folder in produced):
-            continue
-        path = Path(value).expanduser()
-        _check_model(at, path, cfg.allow_pickle) if kind == "model" else _check_data(at, path)
+        check_home(value, at)
+        try:
+            if not is_local(value) or any(_inside(value, folder) for folder in produced):
+                continue
+            path = Path(value).expanduser()
+            _check_model(at, path, cfg.allow_pickle) if kind == "model" else _check_data(at, path)
+        except OSError as e:                             # a name that is too long, a folder that may not be entered
+            raise UserError(f"{at}: {value} cannot be read: {e.strerror or e}") from e
+
+
+def check_home(value, key):
+    """Refuses a path in the home folder of somebody who has none: ~nobody-here/data."""
+    try:
+        Path(value or "").expanduser()
+    except RuntimeError as e:
+        raise UserError(f"{key}: {value}: expected a home folder before the first /, got that of no user here") from e
 
 
 def check_settings(stage, cfg, prefix=""):
@@ -106,6 +128,11 @@ def _engine_contradiction(engine):
             value = value.get(part) if isinstance(value, dict) else None
         if value is not None:
             return f"engine.config.{key}: expected none, since {ours} says it; got {show(value)}"
+    wrong = deepspeed_keys.unknown(engine.config) if engine.config else None
+    if wrong:
+        key, guess = wrong
+        return (f"engine.config.{key}: expected a key that DeepSpeed knows, got {key.rsplit('.', 1)[-1]}"
+                + (f"; did you mean {guess}?" if guess else ""))
     return None
 
 
@@ -114,6 +141,9 @@ def _ppo_contradiction(stage, cfg):
         return "cost: missing; ppo-lag needs a cost model (without one, use the stage ppo)"
     if stage == "ppo-lag" and cfg.ppo.shaping is not None:
         return "ppo.shaping: only in the stage ppo; ppo-lag has the multiplier instead"
+    problem = _constraint_without_effect(cfg) if stage == "ppo" else None
+    if problem:
+        return problem
     if cfg.ppo.shaping is not None and cfg.cost is None:
         return "ppo.shaping: needs a cost model: cost=…"
     if cfg.cost_critic is not None and cfg.cost is None:
@@ -133,6 +163,22 @@ def _ppo_contradiction(stage, cfg):
     if ppo.minibatches > ppo.batch_size:
         return f"ppo.minibatches: expected at most ppo.batch_size ({ppo.batch_size}), got {ppo.minibatches}"
     return _overlap_contradiction(cfg) or _trunk_contradiction(cfg) or _evaluation_contradiction(cfg.evaluation)
+
+
+def _constraint_without_effect(cfg):
+    """Somebody who types ppo for ppo-lag would otherwise train without the constraint that he gave."""
+    given = {f"multiplier.{name}": value for name, value in _of_the_multiplier(cfg).items() if name not in PACE}
+    if cfg.evaluation.margin:
+        given["evaluation.margin"] = cfg.evaluation.margin
+    for key, value in given.items():
+        return f"{key}: only in the stage ppo-lag; ppo has no constraint. Expected none, got {show(value)}"
+    return None
+
+
+def _of_the_multiplier(cfg):
+    """{name: value} of the multiplier's settings that are not the defaults."""
+    given = dataclasses.asdict(cfg.multiplier) if hasattr(cfg, "multiplier") else {}
+    return {name: value for name, value in given.items() if value != getattr(Multiplier(), name)}
 
 
 def _overlap_contradiction(cfg):

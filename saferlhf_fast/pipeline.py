@@ -206,6 +206,7 @@ def _check_outputs(top, steps):
         return
     if run_folder.is_ours(top.output):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
+    run_folder.check_place(Path(top.output).expanduser(), "output")          # summary.json lies there
     for step in steps:
         if not run_folder.same_settings(step.cfg.output, step.kind, step.cfg):
             with run_folder.restarting(_restartable(step)):

@@ -43,21 +43,31 @@ def rank():
 def is_ours(folder):
     """Tells whether a folder is a run folder of this package: the only kind that is ever deleted."""
     folder = Path(folder).expanduser()
-    return (folder / "config.yaml").is_file() and (folder / "versions.json").is_file()
+    try:
+        return (folder / "config.yaml").is_file() and (folder / "versions.json").is_file()
+    except OSError:                                      # check_output and check_place say what is wrong with it
+        return False
 
 
 def check_output(cfg, key="output"):
-    """Refuses an output folder that a run may not use; changes nothing. Rank 0 decides for all."""
+    """Refuses an output folder that a run may not use, or could not; leaves all as it is. Rank 0 decides for all."""
     if cfg.output is None or rank() != 0:
         return
     if not cfg.output.strip():
         raise UserError(f"{key}: expected a folder, got an empty text")
+    folder = Path(cfg.output).expanduser()
+    try:
+        _check_output(cfg, folder, key)
+    except OSError as error:                             # a name that is too long, a folder above that may not be entered
+        raise UserError(f"{key}: {folder} cannot be used: {error.strerror or error}") from error
+
+
+def _check_output(cfg, folder, key):
     if getattr(cfg, "resume", None) not in (None, "auto"):
         try:
             manifest.read(Path(cfg.resume).expanduser())
         except UserError as error:
             raise UserError(f"resume: expected auto or the folder of a checkpoint, got {cfg.resume}: {error}") from error
-    folder = Path(cfg.output).expanduser()
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{key}: {folder} is a file; expected a folder")
     real = folder.resolve()
@@ -65,16 +75,45 @@ def check_output(cfg, key="output"):
         path = Path(value).expanduser()
         if path.exists() and (path.resolve() == real or real in path.resolve().parents):
             raise UserError(f"{key}: {folder} holds this run's own input {name}={value}; choose another folder")
-    if not folder.exists() or not any(folder.iterdir()) or starts_again(cfg):
-        return
-    if goes_on(cfg):
+    if not folder.exists() or not any(folder.iterdir()):
+        check_place(folder, key)
+    elif goes_on(cfg):
         fits.refuse(folder, changed(cfg))
-        return
-    if not cfg.overwrite:
-        raise UserError(f"{key}: {folder} {_holds(folder)}; choose another folder, or overwrite=true")
-    if not is_ours(folder):
-        raise UserError(f"{key}: {folder} is not empty and no run folder of ours: overwrite=true does not "
-                        "delete it; delete it yourself or choose another folder")
+        check_place(folder, key)
+    else:
+        _check_replaced(cfg, folder, key)
+
+
+def _check_replaced(cfg, folder, key):
+    """Refuses to put a run in the place of what is in a folder."""
+    if not starts_again(cfg):
+        if not cfg.overwrite:
+            raise UserError(f"{key}: {folder} {_holds(folder)}; choose another folder, or overwrite=true")
+        if not is_ours(folder):
+            raise UserError(f"{key}: {folder} is not empty and no run folder of ours: overwrite=true does not "
+                            "delete it; delete it yourself or choose another folder")
+    here = Path.cwd()
+    if folder.resolve() in (here, *here.parents):        # it is renamed: relative paths would lead into the old one
+        raise UserError(f"{key}: {folder} holds the folder that this command was started in; start it elsewhere")
+    check_place(folder.absolute().parent, key, folder)
+
+
+def check_place(folder, key, wanted=None):
+    """Refuses a folder that cannot be made, or written into when it is there: tried out, since root is shown no permissions.
+
+    wanted: what to name in the message, when it is another folder.
+    """
+    wanted, place = wanted or folder, folder.absolute()
+    what = "cannot be created"
+    try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
+        what = "cannot be written into" if place == wanted.absolute() else what
+        if not place.is_dir():
+            raise UserError(f"{key}: {wanted} {what}: {place} is a file; expected a folder")
+        os.rmdir(tempfile.mkdtemp(prefix=".saferlhf-fast-", dir=place))
+    except OSError as error:
+        raise UserError(f"{key}: {wanted} {what}: {place} takes no folder: {error.strerror or error}") from error
 
 
 def goes_on(cfg):
@@ -154,13 +193,16 @@ def open_run(stage, cfg):
             file.write(json.dumps({"time": _now(), **versions(cfg)}) + "\n")
         return folder
     old = aside = None
-    if folder.exists() and any(folder.iterdir()):
-        if _is_kept(stage, cfg):
-            aside = _set_aside(folder)
-        else:
-            old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.resolve().parent)) / folder.name
-            os.rename(folder, old)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            if _is_kept(stage, cfg):
+                aside = _set_aside(folder)
+            else:
+                old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.absolute().parent)) / folder.name
+                os.rename(folder, old)
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:                             # between the check and now: no more room, another's folder
+        raise UserError(f"output: {folder} cannot be created: {error.strerror or error}") from error
     settings = yaml.safe_dump({"stage": stage, **to_dict(cfg)}, sort_keys=False, allow_unicode=True)
     _write(folder / "config.yaml", settings)
     write_json(folder / "versions.json", versions(cfg))

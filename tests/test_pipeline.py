@@ -177,6 +177,15 @@ def test_changed_data_needs_overwrite(go, stages):
     assert stages.names == []
 
 
+def test_an_output_that_cannot_be_made_is_told_before_the_first_stage(go, stages):
+    where = go.folder / "data.json"
+    line = f"output: {where}/out cannot be created: {where} is a file; expected a folder"
+    assert refused(go, output=f"{where}/out") == line
+    assert refused(go, second__output=f"{where}/out") == f"second.{line}"
+    assert "File name too long" in refused(go, output=f"{go.folder}/" + "x" * 300)
+    assert stages.names == [] and not go.out.exists()
+
+
 def test_an_unfinished_run_of_another_kind_is_not_started_over(go, stages):
     stages.broken = "sft"
     with pytest.raises(RuntimeError):

@@ -167,6 +167,58 @@ def test_an_output_that_cannot_be_one(world, make, message):
         run_folder.check_output(world())
 
 
+@pytest.mark.parametrize("output, message", [
+    ("{data}/runs/sft", "output: {data}/runs/sft cannot be created: {data} is a file; expected a folder"),
+    ("/proc/x", "output: /proc/x cannot be created: /proc takes no folder: "),
+    ("/proc/x/y", "output: /proc/x/y cannot be created: /proc takes no folder: "),
+    ("{root}/" + "x" * 300, "cannot be used: File name too long"),
+])
+def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(world, output, message):
+    names = {"data": world.data, "root": world.data.parent}
+    before = files(world.data.parent)
+    with pytest.raises(UserError) as caught:
+        run_folder.check_output(world(output=output.format(**names)))
+    assert message.format(**names) in str(caught.value) and files(world.data.parent) == before
+
+
+def test_a_folder_that_cannot_be_written_into_is_told(world, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    world.out.mkdir(parents=True)
+    run_folder.check_output(world())
+    assert not list(world.out.iterdir())
+    monkeypatch.setattr(run_folder.tempfile, "mkdtemp", full)
+    with pytest.raises(UserError, match="runs/sft cannot be written into: .* takes no folder: No space left on device"):
+        run_folder.check_output(world())
+
+
+def test_a_folder_that_cannot_be_made_after_all_is_no_bug(world, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(run_folder.Path, "mkdir", full)
+    with pytest.raises(UserError, match="^output: .*runs/sft cannot be created: No space left on device$"):
+        run_folder.open_run("sft", world())
+
+
+def test_the_folder_that_a_command_runs_in_is_not_renamed(world, monkeypatch):
+    begun(world)
+    monkeypatch.chdir(world.out)
+    before = files(world.out)
+    for output in (".", str(world.out)):
+        with pytest.raises(UserError, match="holds the folder that this command was started in"):
+            run_folder.check_output(world(output=output, overwrite="true"))
+    assert files(world.out) == before
+
+
+def test_an_output_that_is_a_link_elsewhere_is_replaced_as_one(world, tmp_path):
+    begun(world, output=str(tmp_path / "disk" / "sft"))
+    world.out.parent.mkdir()
+    world.out.symlink_to(tmp_path / "disk" / "sft")
+    run_folder.open_run("sft", world(overwrite="true"))
+    assert (tmp_path / "disk" / "sft" / "metrics.jsonl").exists() and not world.out.is_symlink()
+    assert [p.name for p in world.out.parent.iterdir()] == ["sft"]
+
+
 def test_an_empty_output_folder_is_fine(world):
     world.out.mkdir(parents=True)
     assert run_folder.open_run("sft", world()) == world.out
@@ -284,6 +336,13 @@ def test_bad_paths_are_named_with_their_key(world, tmp_path):
     (tmp_path / "folder").mkdir()
     assert "is empty" in check("sft", world(model="org/m", data=str(tmp_path / "empty.json")))
     assert "is an empty folder" in check("sft", world(model="org/m", data=str(tmp_path / "folder")))
+
+
+def test_paths_that_no_system_call_takes_are_named(world):
+    for key in ("model", "data", "output", "resume"):
+        assert check("sft", world(**{key: "~nobody-here/x"})).startswith(f"{key}: ~nobody-here/x: expected a home folder")
+    for key in ("model", "data"):
+        assert check("sft", world(**{key: "/" + "x" * 300})).endswith("x cannot be read: File name too long")
 
 
 def test_what_earlier_stages_make_need_not_be_there(world, tmp_path):
