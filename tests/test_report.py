@@ -161,8 +161,8 @@ def test_rows_that_were_dropped_or_flagged_are_counted(tmp_path):
     two = {"path": "c.jsonl", "format": "pku", "available": 5, "rows": 5, "kept": 5, "dropped": {}, "flagged": {}}
     (folder / "summary.json").write_text(json.dumps({"steps": 1, "examples": 593, "data": {"sources": [one, two]}}))
     text = check_alone(write_report(folder).read_text(encoding="utf-8")).text
-    assert ("a<b>.jsonl read of 1200 999 dropped longer than max_length 400 dropped no label 11 "
-            "flagged labels contradict 7 used examples 588 c.jsonl read of 5 5 used examples 5") in text
+    assert ("a<b>.jsonl read of 1200 in the source 999 dropped longer than max_length 400 dropped no label 11 "
+            "flagged labels contradict 7 used examples 588 c.jsonl read of 5 in the source 5 used examples 5") in text
 
 
 def test_text_of_models_stays_text(lag):

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from saferlhf_fast import explain, settings
+from saferlhf_fast import deepspeed_keys, explain, inputs, settings
 from saferlhf_fast.config import STAGES, Source
 from saferlhf_fast.errors import UserError
 
@@ -146,6 +146,98 @@ def test_defaults_validate_and_survive_the_way_to_yaml_and_back(stage):
     assert settings.build(stage, json.loads(json.dumps(plain))) == cfg
 
 
+PPO_GIVEN = {"reward": "org/reward", "cost": "org/cost"}
+
+
+@pytest.mark.parametrize("key, value", [
+    ("multiplier.threshold", -3.0), ("multiplier.threshold_quantile", 0.2), ("multiplier.init", 3.0), ("multiplier.max", 2.0),
+    ("multiplier.rule", "pid"), ("multiplier.delay", 4), ("multiplier.kp", 0.5), ("multiplier.ki", 0.5),
+    ("multiplier.kd", 0.5), ("evaluation.margin", 3.0)])
+def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
+    given = {**GIVEN, **PPO_GIVEN, key: str(value)}
+    with pytest.raises(UserError) as caught:
+        inputs.check_settings("ppo", settings.load("ppo", None, given), "one.")
+    assert str(caught.value) == (f"one.{key}: only in the stage ppo-lag; ppo has no constraint. Expected none, "
+                                 f"got {explain.show(value)}")
+    inputs.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
+
+
+def test_ppo_warns_of_a_multiplier_s_pace_and_says_nothing_of_defaults(monkeypatch):
+    warned = []
+    monkeypatch.setattr(inputs.console, "warn", warned.append)
+    model = {"model": "org/model", "data": "org/data"}
+    plain = {**GIVEN, **model, **PPO_GIVEN, "multiplier.threshold": "0", "multiplier.rule": "exponential"}
+    inputs.check("ppo", settings.load("ppo", None, plain))
+    moving = {**plain, "multiplier.lr": "0.5", "multiplier.window": "8"}
+    inputs.check("ppo-lag", settings.load("ppo-lag", None, moving))
+    assert warned == []
+    inputs.check("ppo", settings.load("ppo", None, moving), prefix="one.")
+    assert warned == ["one.multiplier.lr, one.multiplier.window: without effect in the stage ppo, which has no constraint; "
+                      "ppo-lag has"]
+
+
+def test_help_says_what_ppo_refuses():
+    assert "multiplier.* and evaluation.margin are for ppo-lag alone" in " ".join(explain.help_text("ppo").split())
+
+
+ZERO = "zero_optimization"
+
+
+@pytest.mark.parametrize("config, expected", [
+    ({"foo": 1}, "engine.config.foo: expected a key that DeepSpeed knows, got foo"),
+    ({"gradient_cliping": 1}, "engine.config.gradient_cliping: expected a key that DeepSpeed knows, got gradient_cliping; "
+                              "did you mean gradient_clipping?"),
+    ({"comms_loger": {}}, "engine.config.comms_loger: expected a key that DeepSpeed knows, got comms_loger; "
+                          "did you mean comms_logger?"),
+    ({ZERO: {"overlap_com": True}}, f"engine.config.{ZERO}.overlap_com: expected a key that DeepSpeed knows, got overlap_com; "
+                                    f"did you mean {ZERO}.overlap_comm?"),
+    ({ZERO: {"comms_logger": {}}}, f"engine.config.{ZERO}.comms_logger: expected a key that DeepSpeed knows, got comms_logger"),
+])
+def test_a_key_that_deepspeed_does_not_have_is_refused(config, expected):
+    cfg = settings.build("sft", {**GIVEN, "engine": {"config": config}})
+    with pytest.raises(UserError) as caught:
+        inputs.check_settings("sft", cfg)
+    assert str(caught.value) == expected
+
+
+def test_every_key_that_deepspeed_has_is_let_through():
+    """The top level as deepspeed.runtime.config asks for it, and every field of its ZeRO class by name and by alias."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    class Asked(dict):
+        def get(self, key, default=None):
+            asked.add(key)
+            return super().get(key, default)
+
+        def __contains__(self, key):
+            asked.add(key)
+            return super().__contains__(key)
+
+        def keys(self):
+            return self
+
+        def __copy__(self):
+            return self
+
+    asked = set()
+    DeepSpeedConfig(Asked({"train_batch_size": 1}))
+    assert {"bf16", "fp16", "optimizer", "scheduler", ZERO, "gradient_clipping", "communication_data_type", "aio",
+            "activation_checkpointing", "flops_profiler", "comms_logger", "wall_clock_breakdown", "tensorboard"} <= asked
+    others = {"elasticity", "compression_training", "autotuning", "data_efficiency", "curriculum_learning", "nebula",
+              "hybrid_engine", "progressive_layer_drop", "eigenvalue", "sequence_parallel_size", "memory_breakdown", "amp"}
+    assert deepspeed_keys.unknown({key: None for key in {*asked, *others}}) is None
+    fields = DeepSpeedZeroConfig.model_fields
+    names = [*fields, *filter(None, (field.alias for field in fields.values()))]
+    assert len(names) > len(fields) > 30 and deepspeed_keys.unknown({ZERO: dict.fromkeys(names)}) is None
+
+
+def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
+    monkeypatch.setattr(deepspeed_keys, "find_spec", lambda name: None)
+    assert deepspeed_keys.unknown({"foo": 1}) is None
+
+
 def test_no_torch_is_imported_by_settings():
-    code = "import sys; from saferlhf_fast import run_folder, pipeline; assert 'torch' not in sys.modules"
+    code = ("import sys; from saferlhf_fast import run_folder, pipeline, deepspeed_keys; "
+            "assert deepspeed_keys.unknown({'foo': 1}) and not {'torch', 'deepspeed'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

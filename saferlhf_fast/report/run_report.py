@@ -133,7 +133,7 @@ def section_of_data(run):
     sources = data.get("sources") if isinstance(data, dict) else None
     rows = []
     for source in sources or []:
-        rows.append([source.get("path"), "read", "of " + str(source.get("available")), source.get("rows")])
+        rows.append([source.get("path"), "read", f"of {source.get('available')} in the source", source.get("rows")])
         rows += [["", word, reason, count] for word in ("dropped", "flagged")
                  for reason, count in (source.get(word) or {}).items()]
         rows.append(["", "used", "examples", source.get("kept")])
