@@ -15,7 +15,7 @@ QUICK  := "not slow and not matrix and not faults"
 
 .PHONY: demo proof test test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
 
-demo: setup      ## the whole loop on the embedded world, one seed, under 5 minutes on two cores
+demo: setup      ## the whole loop on the embedded world, one seed: under 5 minutes on two free cores, the first time plus about 3 for the installation
 	$(BIN)/saferlhf-fast demo
 
 proof: setup     ## the same on three seeds

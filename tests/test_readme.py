@@ -36,6 +36,13 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.M), target
 
 
+def test_the_demo_s_time_is_said_in_the_same_words():
+    """README and Makefile said 8 minutes and 5."""
+    said = [re.search(r"^make demo +# .*: (under .*)$", README, re.M), re.search(
+        r"^demo: .*## .*: (under .*)$", (kit.ROOT / "Makefile").read_text(encoding="utf-8"), re.M)]
+    assert all(said) and said[0][1] == said[1][1], said
+
+
 def test_commands_are_known():
     known = {*STAGES, "run", "demo", "plan", "info", "bench", "checkpoint"}
     for command in re.findall(r"saferlhf-fast ([a-z-]+)", README):
