@@ -24,7 +24,7 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from saferlhf_fast import __version__, run_folder
+from saferlhf_fast import __version__, inputs, run_folder
 from saferlhf_fast.errors import UserError
 
 EQUAL = ("python", "saferlhf-fast", "commit", "torch", "cuda", "nccl", "driver", "transformers", "deepspeed", "triton", "gpus")
@@ -72,11 +72,13 @@ def arguments(words):
     if not args.limit.isdigit() or not int(args.limit):
         raise UserError(f"--limit: expected whole seconds from 1 on, got {args.limit}")
     args.limit = int(args.limit)
+    if args.folder == "":
+        raise UserError("--folder: expected a folder, got an empty text")
+    args.folder = inputs.check_home(args.folder, "--folder")
     return args
 
 
 # ---------------------------------------------------------------- reports
-
 
 def report(where=None):
     """What this rank stands on: versions, GPUs, host, free disk of `where` (bytes) -> dict that JSON can hold."""
@@ -92,8 +94,7 @@ def report(where=None):
     if torch.cuda.is_available():
         found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
         found["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    place = Path(where or ".")
-    found["free"] = shutil.disk_usage(place if place.is_dir() else ".").free
+    found["free"] = shutil.disk_usage(where if where and Path(where).is_dir() else ".").free
     return found
 
 
@@ -143,9 +144,8 @@ def _show(value):
 
 def warnings(reports):
     """Lines about what is not wrong but will be noticed."""
-    lines = [f"warning: rank {r} ({one['host']}): {one['free'] / 1e9:.1f} GB of disk are free"
-             for r, one in enumerate(reports) if one["free"] < LITTLE and one["local_rank"] == 0]
-    return lines
+    return [f"warning: rank {r} ({one['host']}): {one['free'] / 1e9:.1f} GB of disk are free"
+            for r, one in enumerate(reports) if one["free"] < LITTLE and one["local_rank"] == 0]
 
 
 def table(reports):
@@ -162,7 +162,6 @@ def table(reports):
 
 
 # ---------------------------------------------------------------- between ranks
-
 
 def meet(mine, rank, world, limit):
     """Waits for all ranks -> (store, reports in rank order, reasons why not)."""
@@ -289,9 +288,7 @@ class Ranks:
         apart = [statistics.median(times[r] - times[0] for times in rounds) for r in range(self.world)]
         most = max(range(self.world), key=lambda r: abs(apart[r]))
         line = f"clocks: {abs(apart[most]) * 1e3:.1f} ms apart at most (a barrier's jitter is in it)"
-        if abs(apart[most]) > SKEW:
-            line = f"warning: {line}: rank {most} ({self.reports[most]['host']})"
-        return line
+        return line if abs(apart[most]) <= SKEW else f"warning: {line}: rank {most} ({self.reports[most]['host']})"
 
 
 def _refused(reasons, rank):
@@ -302,12 +299,11 @@ def _refused(reasons, rank):
 
 # ---------------------------------------------------------------- a shared folder
 
-
 def folder(path, ranks):
     """Reason why this rank cannot share a folder with the others, None when it can. Every rank calls it; what it writes, it
     removes."""
     root = Path(path) / ranks.gather(f".saferlhf-fast-{uuid.uuid4().hex}")[0]
-    reason = _attempt(root.mkdir) if ranks.rank == 0 else None
+    reason = _attempt(_make, root, ranks.rank)
     try:
         for step in (_write_nonce, _read_nonce, _read_all, _rename):
             whose = ranks.gather(reason)
@@ -327,6 +323,16 @@ def _attempt(call, *arguments):
         return call(*arguments)
     except OSError as error:
         return f"{error.filename or ''}: {error.strerror or error}".lstrip(": ")
+
+
+def _make(root, rank):
+    parent = root.parent
+    if not parent.is_dir():
+        return f"{parent} {'is a file' if parent.exists() else 'does not exist'}; expected the folder that runs write to"
+    try:
+        return root.mkdir() if rank == 0 else None
+    except OSError as error:                             # it names a folder that nobody knows
+        return f"{parent} cannot be written into: {error.strerror}"
 
 
 def _write_nonce(root, rank, world):

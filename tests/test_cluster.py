@@ -48,7 +48,8 @@ def test_a_report_says_what_is_compared_and_the_table_shows_every_rank():
     assert cluster.warnings(made(_2={"free": 5 * 10 ** 9})) == ["warning: rank 2 (node1): 5.0 GB of disk are free"]
 
 
-@pytest.mark.parametrize("words", [["--folder", "a", "b"], ["--limit", "0"], ["--limit", "soon"], ["x=1"]])
+@pytest.mark.parametrize("words", [["--folder", "a", "b"], ["--limit", "0"], ["--limit", "soon"], ["x=1"],
+                                   ["--folder", ""], ["--folder", "~nobody-here/x"]])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(UserError):
         cluster.arguments(["--cluster", *words])
@@ -93,7 +94,15 @@ def test_a_folder_that_is_another_one_elsewhere_is_found_out(tmp_path, monkeypat
     said = shared([tmp_path / "a", tmp_path / "b"])
     assert said[0] is None and "is it the same folder?" in said[1]
     said = shared([tmp_path / "none", tmp_path / "b"])
-    assert "No such file" in said[0] and said[1] is None
+    assert said == [f"{tmp_path / 'none'} does not exist; expected the folder that runs write to", None]
+    (tmp_path / "file").write_text("")
+    assert shared([tmp_path / "b", tmp_path / "file"])[1].endswith("file is a file; expected the folder that runs write to")
+    assert shared(["/proc"])[0] == "/proc cannot be written into: No such file or directory"
+
+
+def test_a_folder_in_the_home_folder_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cluster.arguments(["--cluster", "--folder", "~/runs"]).folder == f"{tmp_path}/runs"
 
 
 def test_a_rename_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
