@@ -1,8 +1,9 @@
 """The command line: saferlhf-fast COMMAND [recipe.yaml] [key=value …] [--key value …] [--debug].
 
-This file and `info` need the standard library only. A stage's settings and inputs are checked before torch is imported,
-so a mistake ends in well under two seconds. Exit codes: 0 done, 1 a bug of ours (or a regression that `bench` found), 2 bad
-input, 130 interrupted.
+This file and `info` need the standard library only. A stage's settings, whether its models and data are there and of a kind
+that can be read, and its output are checked before torch is imported, so a mistake in them ends in well under two seconds; what
+the data holds is seen when it is read, with torch but before a model is trained or an output is touched. Exit codes: 0 done, 1 a
+bug of ours (or a regression that `bench` found), 2 bad input, 130 interrupted.
 """
 
 import argparse
@@ -70,6 +71,8 @@ def main(argv=None):
     if args.version:
         print(f"saferlhf-fast {__version__}")
         return 0
+    if args.command == "help":                           # help sft: sft --help
+        args.command, args.help = words.pop(0) if words else None, True
     if args.command is None:
         print(_top_help())
         return 0 if args.help else EXIT_CODE
@@ -127,9 +130,13 @@ def _dispatch(args, words, argv):
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
     from saferlhf_fast import launch
-    if args.processes is not None and command not in (*launch.COMMANDS, "info"):
-        raise UserError(f"--processes: {command} runs in one process")
-    if command == "info" and "--cluster" in words and not wants_help:
+    cluster_check = command == "info" and "--cluster" in words
+    if command not in launch.COMMANDS and not cluster_check and not wants_help:
+        for option, value in (("--processes", args.processes), ("--grace", args.grace)):
+            if value is not None:
+                raise UserError(f"{option}: {command} runs in one process"
+                                + ("; info --cluster runs in several" if command == "info" else ""))
+    if cluster_check and not wants_help:
         from saferlhf_fast import cluster
         launch.adopt()
         processes = launch.wanted(args.processes, lambda: cluster.arguments(words))

@@ -19,6 +19,8 @@ from saferlhf_fast.settings import to_dict
 
 MODEL_KEYS = ("model", "reward", "cost", "reference", "reward_critic", "cost_critic")
 DATA_KEYS = ("data", "prompts", "ptx", "train.eval_data", "evaluation.data")
+DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
+"""data/files.py's SUFFIXES: whose package imports torch."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 BEST_METRICS = {"sft": ("eval/loss",), "reward": ("eval/loss", "eval/accuracy"),
                 "cost": ("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
@@ -81,9 +83,9 @@ def check(stage, cfg, produced=(), prefix=""):
 
 
 def check_home(value, key):
-    """Refuses a path in the home folder of somebody who has none: ~nobody-here/data."""
+    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none: ~nobody-here/data."""
     try:
-        Path(value or "").expanduser()
+        return None if value is None else str(Path(value).expanduser())
     except RuntimeError as e:
         raise UserError(f"{key}: {value}: expected a home folder before the first /, got that of no user here") from e
 
@@ -253,6 +255,8 @@ def _has_tokenizer(path):
 def _check_data(key, path):
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; expected a data file or folder")
+    if path.is_file() and not path.name.lower().endswith(DATA_FILES):
+        raise UserError(f"{key}: {path}: expected a data file ending in {', '.join(DATA_FILES)}")
     if path.is_dir() and not any(p.is_file() for p in path.rglob("*")):
         raise UserError(f"{key}: {path} is an empty folder; expected data files")
     if path.is_file() and path.stat().st_size == 0:

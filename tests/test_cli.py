@@ -76,6 +76,13 @@ def test_a_command_s_help_teaches(command, capsys):
             assert recipe in (None, "recipe.yaml") and (recipe or overrides or command == "demo")
 
 
+@pytest.mark.parametrize("words, same", [(["help"], ["--help"]), (["help", "info"], ["info", "--help"])])
+def test_help_is_a_word_too(words, same, capsys):
+    assert cli.main(same) == 0
+    text = capsys.readouterr()
+    assert cli.main(words) == 0 and capsys.readouterr() == text
+
+
 def test_the_three_forms_of_an_override_mean_the_same():
     forms = (["train.max_steps=3", "overwrite=true"], ["--train.max_steps", "3", "--overwrite"],
              ["--train.max_steps=3", "--overwrite=true"], ["--overwrite", "true", "--train.max_steps", "3"])
@@ -113,6 +120,10 @@ def test_demo_takes_seeds_either_way(monkeypatch):
     (["sft", "pku_tiny"], "error: pku_tiny: has several stages; start it with: saferlhf-fast run pku_tiny"),
     (["run"], "error: run: missing: a recipe"),
     (["info", "x=1"], "error: info takes no settings"),
+    (["info", "--processes", "2"], "error: --processes: info runs in one process; info --cluster runs in several"),
+    (["info", "--grace", "2"], "error: --grace: info runs in one process; info --cluster runs in several"),
+    (["bench", "--quick", "--grace=2"], "error: --grace: bench runs in one process\n"),
+    (["help", "stf"], "error: unknown command 'stf'; did you mean sft?"),
 ])
 def test_wrong_words_get_one_line(words, line, capsys):
     assert cli.main(words) == 2

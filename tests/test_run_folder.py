@@ -338,6 +338,16 @@ def test_bad_paths_are_named_with_their_key(world, tmp_path):
     assert "is an empty folder" in check("sft", world(model="org/m", data=str(tmp_path / "folder")))
 
 
+def test_a_file_of_another_kind_is_no_data(world, tmp_path):
+    from saferlhf_fast.data import files as data_files
+    assert inputs.DATA_FILES == data_files.SUFFIXES
+    (tmp_path / "data.txt").write_text("x")
+    assert check("sft", world(data=str(tmp_path / "data.txt"))) == \
+        f"data: {tmp_path}/data.txt: expected a data file ending in {', '.join(data_files.SUFFIXES)}"
+    world.data.rename(tmp_path / "DATA.JSON")
+    inputs.check("sft", world(data=str(tmp_path / "DATA.JSON")))
+
+
 def test_paths_that_no_system_call_takes_are_named(world):
     for key in ("model", "data", "output", "resume"):
         assert check("sft", world(**{key: "~nobody-here/x"})).startswith(f"{key}: ~nobody-here/x: expected a home folder")
