@@ -186,11 +186,15 @@ _MEANING = {
 def write_card(folder, kind, card, notes=()):
     """Writes README.md: what the model is, what it was made from, its figures, how to load it.
 
-    kind: reward, cost or policy · card: {name: value}, values may be dicts and lists · notes: more sentences.
+    kind: reward, cost or policy · card: {name: value}, values may be dicts and lists · notes: more sentences. Cards are
+    published: of a local path they have the last name alone.
     """
     card = dict(card or {})
     tags = ["saferlhf-fast", "rlhf", *([f"{kind}-model"] if kind != "policy" else [])]
-    head = ["---", "library_name: transformers", "tags:", *(f"- {tag}" for tag in tags), "---", "",
+    base = card.get("model")
+    head = ["---", *([f"base_model: {base}"] if isinstance(base, str) and not is_local(base) else []),
+            "library_name: transformers", f"pipeline_tag: text-{'generation' if kind == 'policy' else 'classification'}",
+            "tags:", *(f"- {tag}" for tag in tags), "---", "",
             f"# {_title(Path(folder).resolve())}", "",
             _MEANING.get(kind, "A score model: one score for a prompt and its response.")]
     body = ["", *notes] if notes else []
@@ -213,27 +217,36 @@ def _lines(card, depth=0):
         if isinstance(value, dict):
             out += [f"{'  ' * depth}- {name}:", *_lines(value, depth + 1)]
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            items = {item.get("name", item.get("path", i)) if isinstance(item, dict) else i: item
-                     for i, item in enumerate(value)}
-            out += [f"{'  ' * depth}- {name}:", *_lines(items, depth + 1)]
+            out.append(f"{'  ' * depth}- {name}:")
+            for i, item in enumerate(value):             # two sources may have the same last name
+                title = item.get("name", item.get("path", i)) if isinstance(item, dict) else i
+                out += _lines({_public(title): item}, depth + 1)
         else:
+            value = [_public(item) for item in value] if isinstance(value, list) else _public(value)
             shown = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else \
                 json.dumps(value, default=str)
             out.append(f"{'  ' * depth}- {name}: {shown}")
     return out
 
 
+def _public(value):
+    """A local path's last name; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and "/" in value and is_local(value) else value
+
+
 def _usage(kind):
+    folder = 'folder = "path/to/this/folder"'
     if kind == "policy":
-        return ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        return ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", folder,
                 "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
                 "```"]
     return ["## Use", "", "The score is read at the last token that is not padding; end the text with the end-of-sequence "
             "token, as in training.", "", "```python",
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+            "from transformers import AutoModelForSequenceClassification, AutoTokenizer", folder,
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
             "model = AutoModelForSequenceClassification.from_pretrained(folder)",
-            "score = model(**tokenizer(text, return_tensors=\"pt\")).logits[0, 0]", "",
+            "tokens = tokenizer(\"a prompt and its response\" + tokenizer.eos_token, return_tensors=\"pt\")",
+            "score = model(**tokens).logits[0, 0]", "",
             "from saferlhf_fast.models import load_score_model", "model = load_score_model(folder)",
-            "scores_BL = model(input_ids, attention_mask)      # one score per token",
-            "score_B = model.end_scores(scores_BL, attention_mask)", "```"]
+            "scores_BL = model(tokens[\"input_ids\"], tokens[\"attention_mask\"])      # one score per token",
+            "score_B = model.end_scores(scores_BL, tokens[\"attention_mask\"])", "```"]

@@ -2,10 +2,14 @@
 
 import json
 import os
+import re
 
 import kit
 import pytest
 import torch
+import yaml
+
+from saferlhf_fast.model_files import write_card
 
 STAGES = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag", "evaluate")
 SECRET = "not-to-be-written-anywhere"
@@ -44,6 +48,34 @@ def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
         if name.endswith(".json"):
             json.loads(content, parse_constant=lambda text, name=name: pytest.fail(f"{name} holds {text}"))
     assert not [p.name for p in folder.iterdir() if p.name.endswith((".tmp", ".old"))]
+
+
+@pytest.mark.parametrize("stage", STAGES[:-1])
+def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, stage):
+    folder = world["folder"] / stage / "model"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    kind = "classification" if stage in ("reward", "cost") else "generation"
+    assert head["pipeline_tag"] == f"text-{kind}" and head["library_name"] == "transformers" and "base_model" not in head
+    assert str(world["folder"]) not in card and f"- stage: {stage}" in card and "- model: model" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+    assert 'folder = "path/to/this/folder"' in code
+    space = {}
+    exec(code.replace("path/to/this/folder", str(folder)), space)
+    if kind == "classification":
+        assert space["score"].item() == pytest.approx(space["score_B"].item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("model, base, shown", [
+    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("with space/my model", None, "my model"),
+    ("/home/someone/sft-7b", None, "sft-7b"), ("runs/sft/mine", None, "mine"), ("~/mine", None, "mine")])
+def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown):
+    sources = [{"path": "/private/a/x.json", "kept": 1}, {"path": "/private/b/x.json", "kept": 2}, {"path": "org/set", "kept": 3}]
+    write_card(tmp_path, "policy", {"stage": "sft", "model": model, "data": {"sources": sources}, "eval": ["/private/e.json"]})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1]).get("base_model") == base
+    assert f"- model: {shown}\n" in card and "private" not in card and "someone" not in card
+    assert card.count("- x.json:\n") == 2 and "- path: org/set\n" in card and '- eval: ["e.json"]' in card
 
 
 @pytest.mark.parametrize("stage", STAGES[:-1])
