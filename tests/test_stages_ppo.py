@@ -292,6 +292,15 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
 # ---------------------------------------------------------------- stopping, where padding is the end token
 
 
+def test_evaluation_on_training_prompts_is_told(go, capsys):
+    """The report says so too: test_report.py."""
+    go(ppo__max_steps=1)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "evaluation prompts: the first 24 training prompts; evaluation.fraction or evaluation.data gives" in told
+    go(ppo__max_steps=1, evaluation__fraction=0.3)
+    assert "training prompts" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("pad_is_eos", [True, False])
 def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end token."""
