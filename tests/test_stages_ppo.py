@@ -289,9 +289,6 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     assert kit.losses(out, "train/reward_critic_loss")
 
 
-# ---------------------------------------------------------------- stopping, where padding is the end token
-
-
 def test_evaluation_on_training_prompts_is_told(go, capsys):
     """The report says so too: test_report.py."""
     go(ppo__max_steps=1)
@@ -299,6 +296,9 @@ def test_evaluation_on_training_prompts_is_told(go, capsys):
     assert "evaluation prompts: the first 24 training prompts; evaluation.fraction or evaluation.data gives" in told
     go(ppo__max_steps=1, evaluation__fraction=0.3)
     assert "training prompts" not in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- stopping, where padding is the end token
 
 
 @pytest.mark.parametrize("pad_is_eos", [True, False])
