@@ -102,8 +102,7 @@ class DPOConfig:
 class PPOConfig:
     """ppo, ppo-lag: policy optimisation with a reward model; ppo-lag holds the mean cost under a threshold.
 
-    multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them (multiplier.lr and
-    multiplier.window with a warning only)."""
+    multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them."""
 
     model: str
     """Actor to start from (the SFT model), and the frozen reference: a folder or a Hub name."""

@@ -50,16 +50,18 @@ def preference(folder, kind, seed, cfg, sizes):
 
 
 def ppo(folder, stage, seed, cfg, sizes):
+    """stage: "ppo", which knows no constraint, or "ppo-lag"."""
+    constrained = stage == "ppo-lag"
     return PPOConfig(model=str(folder / "sft" / "model"), reward=str(folder / "reward" / "model"),
                      cost=str(folder / "cost" / "model"), data=str(folder / "data" / "prompts.jsonl"),
                      output=str(folder / stage), seed=seed, max_length=MAX_LENGTH,
                      ppo=PPO(batch_size=64, micro_batch_size=64, prompt_epochs=100,
                              max_steps=sizes.ppo_steps, kl_coeff=0.1),
-                     multiplier=Multiplier(threshold=-4.0, lr=0.1, max=5.0, window=256),
+                     multiplier=Multiplier(threshold=-4.0, lr=0.1, max=5.0, window=256) if constrained else Multiplier(),
                      sampling=sampling(batch_size=256), optim=Optimizer(learning_rate=3e-4, weight_decay=0.01),
                      critic_optim=Optimizer(learning_rate=1e-3, schedule="constant"),
                      evaluation=Evaluation(data=str(folder / "data" / "validation.jsonl"), interval=10, select=True,
-                                           margin=0.8),
+                                           margin=0.8 if constrained else 0.0),
                      engine=engine(cfg), log=log(cfg))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.explain import show
 from saferlhf_fast.groups import Multiplier
-from saferlhf_fast import console, deepspeed_keys, optimizers
+from saferlhf_fast import deepspeed_keys, optimizers
 from saferlhf_fast.metrics import check_trackers
 from saferlhf_fast.paths import TOKENIZER_FILES, is_local, pickle_problem
 from saferlhf_fast.settings import to_dict
@@ -32,9 +32,6 @@ ELSEWHERE = {"zero_optimization.stage": "engine.zero_stage", "bf16.enabled": "en
              "train_micro_batch_size_per_gpu": "the stage's batch size",
              "gradient_accumulation_steps": "the stage's batch size"}
 """DeepSpeed's settings that are not for engine.config, and what of ours sets them: our code goes by ours."""
-
-PACE = ("lr", "window")
-"""Settings of the multiplier that say how it moves, not that there is one: ppo warns of them and refuses the others."""
 
 
 def listed(cfg):
@@ -61,9 +58,6 @@ def check(stage, cfg, produced=(), prefix=""):
     produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written before keys.
     """
     check_settings(stage, cfg, prefix)
-    idle = [f"{prefix}multiplier.{name}" for name in _of_the_multiplier(cfg) if stage == "ppo"]
-    if idle:
-        console.warn(f"{', '.join(idle)}: without effect in the stage ppo, which has no constraint; ppo-lag has")
     if hasattr(cfg, "log"):
         check_trackers(cfg.log.trackers, f"{prefix}log.trackers")
     for key in ("output", "resume"):
@@ -169,7 +163,7 @@ def _ppo_contradiction(stage, cfg):
 
 def _constraint_without_effect(cfg):
     """Somebody who types ppo for ppo-lag would otherwise train without the constraint that he gave."""
-    given = {f"multiplier.{name}": value for name, value in _of_the_multiplier(cfg).items() if name not in PACE}
+    given = {f"multiplier.{name}": value for name, value in _of_the_multiplier(cfg).items()}
     if cfg.evaluation.margin:
         given["evaluation.margin"] = cfg.evaluation.margin
     for key, value in given.items():

@@ -18,7 +18,8 @@ STEPS, AT = 4, 2
 TRAIN = {"train.max_steps": STEPS, "train.batch_size": 3, "train.accumulation": 1, "train.epochs": 9, "optim.learning_rate": 1e-3}
 DROPOUT = {"lora.rank": 2, "lora.dropout": 0.2}
 PPO = {"max_length": 24, "ppo.batch_size": 3, "ppo.max_steps": STEPS, "optim.learning_rate": 1e-3,
-       "critic_optim.learning_rate": 1e-3, "multiplier.window": 8, "multiplier.lr": 0.5}
+       "critic_optim.learning_rate": 1e-3}
+LAG = {"multiplier.window": 8, "multiplier.lr": 0.5}
 
 
 def words(stage, world, output, processes=1, **settings):
@@ -26,7 +27,7 @@ def words(stage, world, output, processes=1, **settings):
     base, data = world["model"], world
     if stage in ("ppo", "ppo-lag"):
         common = {"model": base, "reward": world["reward"], "data": data["prompts"], "ptx": data["sft"], **PPO}
-        common |= {"cost": world["cost"]} if stage == "ppo-lag" else {}
+        common |= {"cost": world["cost"], **LAG} if stage == "ppo-lag" else {}
     else:
         common = {"model": base, "data": data["sft" if stage == "sft" else "pairs"], **TRAIN, **DROPOUT}
         if stage == "sft":

@@ -152,7 +152,7 @@ PPO_GIVEN = {"reward": "org/reward", "cost": "org/cost"}
 @pytest.mark.parametrize("key, value", [
     ("multiplier.threshold", -3.0), ("multiplier.threshold_quantile", 0.2), ("multiplier.init", 3.0), ("multiplier.max", 2.0),
     ("multiplier.rule", "pid"), ("multiplier.delay", 4), ("multiplier.kp", 0.5), ("multiplier.ki", 0.5),
-    ("multiplier.kd", 0.5), ("evaluation.margin", 3.0)])
+    ("multiplier.kd", 0.5), ("multiplier.lr", 0.5), ("multiplier.window", 8), ("evaluation.margin", 3.0)])
 def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
     given = {**GIVEN, **PPO_GIVEN, key: str(value)}
     with pytest.raises(UserError) as caught:
@@ -162,18 +162,8 @@ def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
     inputs.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
 
 
-def test_ppo_warns_of_a_multiplier_s_pace_and_says_nothing_of_defaults(monkeypatch):
-    warned = []
-    monkeypatch.setattr(inputs.console, "warn", warned.append)
-    model = {"model": "org/model", "data": "org/data"}
-    plain = {**GIVEN, **model, **PPO_GIVEN, "multiplier.threshold": "0", "multiplier.rule": "exponential"}
-    inputs.check("ppo", settings.load("ppo", None, plain))
-    moving = {**plain, "multiplier.lr": "0.5", "multiplier.window": "8"}
-    inputs.check("ppo-lag", settings.load("ppo-lag", None, moving))
-    assert warned == []
-    inputs.check("ppo", settings.load("ppo", None, moving), prefix="one.")
-    assert warned == ["one.multiplier.lr, one.multiplier.window: without effect in the stage ppo, which has no constraint; "
-                      "ppo-lag has"]
+def test_ppo_takes_a_multiplier_of_defaults():
+    inputs.check_settings("ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"}))
 
 
 def test_help_says_what_ppo_refuses():
