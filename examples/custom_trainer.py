@@ -14,13 +14,12 @@ Shapes: B rows, L tokens, N response tokens of all rows, packed; H hidden, V voc
 
 import argparse
 import copy
-import json
-import math
 import time
 
 import torch
 from torch.nn import functional as F
 
+from arguments import number, rows_of
 from saferlhf_fast import linear_logprob, pack, unpack
 
 
@@ -126,32 +125,6 @@ def real(args):
             mask[i, :whole], response[i, len(prompt):whole] = 1, True
         batches.append((ids.to(device), mask.to(device), response.to(device)))
     return AutoModelForCausalLM.from_pretrained(args.model).to(device), batches
-
-
-def number(kind, least=-math.inf, most=math.inf):
-    """What reads an argument that has to be a number of this kind within bounds."""
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or abs(value) == math.inf:
-            wanted = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"expected {wanted} from {least:g} to {most:g}, got {text}")
-        return value
-    return read
-
-
-def rows_of(path, *names):
-    """The objects of a file of JSON lines; ValueError for one without texts of these names, and for a file without any."""
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    for row in rows:
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
-            raise ValueError(f"{path}: expected texts {', '.join(names)} in each line, got {str(row)[:80]}")
-    if not rows:
-        raise ValueError(f"{path}: expected a line or more with {', '.join(names)}, got none")
-    return rows
 
 
 def main():

@@ -15,11 +15,10 @@ Shapes: B rows, P prompt, T response, N response tokens of the batch, packed.
 
 import argparse
 import copy
-import json
-import math
 
 import torch
 
+from arguments import number, rows_of
 from saferlhf_fast import LagrangeMultiplier, PPOLagLoss, gae, linear_logprob, pack, value_loss
 
 
@@ -131,32 +130,6 @@ def real(args):
         return (model.end_scores(model(ids_BL, mask_BL), mask_BL) for model in frozen)
 
     return actor, critics, batches(), scores, tokenizer.eos_token_id
-
-
-def number(kind, least=-math.inf, most=math.inf):
-    """What reads an argument that has to be a number of this kind within bounds."""
-    def read(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most or abs(value) == math.inf:
-            wanted = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"expected {wanted} from {least:g} to {most:g}, got {text}")
-        return value
-    return read
-
-
-def rows_of(path, *names):
-    """The objects of a file of JSON lines; ValueError for one without texts of these names, and for a file without any."""
-    with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    for row in rows:
-        if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
-            raise ValueError(f"{path}: expected texts {', '.join(names)} in each line, got {str(row)[:80]}")
-    if not rows:
-        raise ValueError(f"{path}: expected a line or more with {', '.join(names)}, got none")
-    return rows
 
 
 def main():

@@ -26,6 +26,7 @@ try:
 except ImportError:
     sys.exit("examples/trl_patched.py needs TRL: pip install 'trl==1.16.0'")
 
+from arguments import number
 from saferlhf_fast import integrations
 
 
@@ -84,13 +85,6 @@ def real(args):
     return args.model, AutoTokenizer.from_pretrained(args.model), datasets.load_dataset(args.dataset, split=args.split)
 
 
-def count(text):
-    """An argument that has to be a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text}")
-    return int(text)
-
-
 def main():
     """Trains without and with the patch and prints both, side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -98,16 +92,14 @@ def main():
     parser.add_argument("--model", help="a causal LM; without it a tiny one is made")
     parser.add_argument("--dataset", help="preference pairs (dpo) or prompts (grpo), in TRL's formats")
     parser.add_argument("--split", default="train")
-    parser.add_argument("--steps", type=count, default=5)
-    parser.add_argument("--rows", type=count, default=8)
-    parser.add_argument("--tokens", type=count, default=12, help="most tokens of a completion (grpo)")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=number(int, 1), default=5)
+    parser.add_argument("--rows", type=number(int, 1), default=8)
+    parser.add_argument("--tokens", type=number(int, 1), default=12, help="most tokens of a completion (grpo)")
+    parser.add_argument("--lr", type=number(float, 0), default=1e-3)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args()
     if args.model and not args.dataset:
         parser.error("--model needs --dataset")
-    if not 0 <= args.lr < float("inf"):
-        parser.error(f"--lr: expected a finite number, 0 or more, got {args.lr}")
     theirs, before = run(args)
     with integrations.patch("trl") as report:
         ours, after = run(args)
