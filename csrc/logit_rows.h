@@ -13,6 +13,7 @@
 namespace saferlhf {
 
 constexpr int kRowBlock = 2048;  // floats: 8 KiB
+constexpr double kLostMost = 32;  // LOST_MOST of kernels/token_logprob/reference.py
 
 // The shape of a call: rows of `vocabulary` logits, row r at logits + r * stride elements.
 struct LogitRows {
@@ -129,13 +130,13 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
 }
 
 // What rounding took from a float lse, as `logp` knows it: the target's z - lse must come out as its log-prob. 0 where that knows
-// less; see lost_of in kernels/token_logprob/reference.py.
+// less, as in the reference.
 template <int W, class T>
 SAFERLHF_INLINE double lost_of(const T* row, int64_t id, double logp, float lse, float inverse, float softcap) {
   alignas(64) float z[W];
   load_block<W>(z, row + id, 1, inverse, softcap);
   const double lost = double(z[0]) - double(lse) - logp;
-  return std::fabs(logp) < std::fabs(lse) && std::fabs(lost) < 32.0 ? lost : 0.0;
+  return std::fabs(logp) < std::fabs(lse) && std::fabs(lost) < kLostMost ? lost : 0.0;
 }
 
 // d logits of one row: g * (onehot - p) - g_H * p * (log p + H), over the temperature, through the softcap. `out` may be the
@@ -145,7 +146,8 @@ SAFERLHF_INLINE void row_gradient(O* out, const T* row, int64_t vocabulary, int6
                                   double grad_entropy, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
   alignas(64) float z[kRowBlock];
-  const float base = s.base, rest = float(s.rest), g = float(grad * inverse), h = float(grad_entropy * inverse), entropy = float(s.entropy);
+  const float base = s.base, rest = float(s.rest), entropy = float(s.entropy);
+  const float g = float(grad * inverse), h = float(grad_entropy * inverse);
   const float back = softcap > 0 ? 1.0f / (inverse * softcap) : 0.0f;  // from z to z_capped / softcap
   const auto one = [&](F v) SAFERLHF_INLINED {
     const F t = v - base - rest, p = exp_of<W>(t);

@@ -29,12 +29,12 @@ template <int W, class T, class O>
 SAFERLHF_INLINE void gradient_rows(O* out, int64_t out_stride, const T* logits, const Upstream& up, const LogitRows& rows,
                                    int64_t from, int64_t to) {
   for (int64_t row = from; row < to; ++row) {
-    const T* from_row = logits + row * rows.stride;
+    const T* mine = logits + row * rows.stride;
     const int64_t id = rows.ids[row];
     RowStatistics s = {up.logp[row], up.grad_entropy ? up.entropy[row] : 0.0, up.lse[row], 0};
     if (id >= 0 && id < rows.vocabulary)  // else the target is another rank's
-      s.rest = lost_of<W>(from_row, id, s.logp, s.base, rows.inverse(row), rows.softcap);
-    row_gradient<W>(out + row * out_stride, from_row, rows.vocabulary, id, s,
+      s.rest = lost_of<W>(mine, id, s.logp, s.base, rows.inverse(row), rows.softcap);
+    row_gradient<W>(out + row * out_stride, mine, rows.vocabulary, id, s,
                     up.grad_logp ? up.grad_logp[row] : 0.0, up.grad_entropy ? up.grad_entropy[row] : 0.0,
                     rows.inverse(row), rows.softcap);
   }

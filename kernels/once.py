@@ -42,7 +42,8 @@ def backward_alone(op, *inputs):
 def remember(output, *inputs):
     """For @once, of an op's output: its differentiable inputs, as empty tensors with their history, which hold no memory."""
     if not _traced() and output.grad_fn is not None:
-        output.grad_fn.sources = [tensor[:0].clone() for tensor in inputs if tensor is not None and tensor.requires_grad]
+        output.grad_fn.sources = [torch.narrow_copy(tensor, 0, 0, 0) for tensor in inputs
+                                  if tensor is not None and tensor.requires_grad]
 
 
 def once(op):

@@ -1,6 +1,8 @@
 """One table, op x bad input: memory layouts, dtypes, devices, shapes, empty tensors, ids outside the vocabulary. What is given is
 handled as a torch user expects, or refused by one line with expected and got; never a finite wrong value."""
 
+import weakref
+
 import interpret
 import naive
 import pytest
@@ -283,6 +285,18 @@ def test_other_derivatives(op):
             with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
                 torch.autograd.grad(got.sum(), two, create_graph=True, retain_graph=True)
             assert torch.equal(torch.autograd.grad(got.sum(), two)[0], torch.autograd.grad(expected.sum(), two)[0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")
+@pytest.mark.parametrize("op", ["ppo_loss", "value_loss", "linear_ppo_loss", "ppo_loss_from_logits"])
+def test_what_makes_its_gradient_in_forward_keeps_no_input(op):
+    """To refuse second derivatives the inputs' history is remembered, not their memory."""
+    given, name = inputs_of(op), TABLE[op][3][0]
+    given[name] = given[name].requires_grad_() * 1
+    held = weakref.ref(given[name])
+    loss = first(getattr(saferlhf_fast, op)(**given, **TABLE[op][2], **({"inplace": False} if "logits" in given else {})))
+    del given
+    assert loss.requires_grad and held() is None
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")

@@ -115,8 +115,8 @@ def token_logprob(
     or a tensor of them, 0-d or shaped as ids (no gradient flows to it; ValueError for others where ids are looked at, too).
     softcap: as Gemma caps its logits, or None.
     inplace_backward: the backward pass writes d logits into the memory of `logits`, which must not be needed again
-    (ignored for leaves and views of leaves, expanded tensors,
-    and under torch.compile and torch.func). impl: "auto", "reference", "triton" or "native".
+    (ignored for leaves and views of leaves, expanded tensors, and under torch.compile and torch.func).
+    impl: "auto", "reference", "triton" or "native".
 
     Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp <= 0
     always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in every
