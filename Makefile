@@ -23,7 +23,7 @@ proof: setup     ## the same on three seeds
 
 # Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
 # In the files' order: xdist would put those with few tests last, which are long ones, and one core would stand still at the end.
-test: setup      ## all tests but the slow ones, under 20 minutes on two cores; JOBS=1 for one file at a time
+test: setup      ## all tests but the slow ones, under 20 minutes on two free cores, the first time plus about 3 for the installation; JOBS=1 for one file at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
 
 test-slow: setup ## the tests that train for minutes
