@@ -21,8 +21,13 @@ def number(kind, least=-math.inf, most=math.inf):
 
 def rows_of(path, *names):
     """The objects of a file of JSON lines; ValueError for one without texts of these names, and for a file without any."""
+    rows = []
     with open(path, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
+        for place, line in enumerate(file, 1):
+            try:
+                rows += [json.loads(line)] if line.strip() else []
+            except ValueError as error:
+                raise ValueError(f"{path}: line {place}: expected a JSON object, got {line.strip()[:80]} ({error})") from error
     for row in rows:
         if not isinstance(row, dict) or not all(isinstance(row.get(name), str) for name in names):
             raise ValueError(f"{path}: expected texts {', '.join(names)} in each line, got {str(row)[:80]}")

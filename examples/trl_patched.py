@@ -30,10 +30,9 @@ from arguments import number
 from saferlhf_fast import integrations
 
 
-def run(args):
-    """Trains once, from the same seed each time -> (losses of each step, seconds)."""
+def run(args, model, tokenizer, dataset):
+    """Trains once, from the same weights and seed each time -> (losses of each step, seconds)."""
     torch.manual_seed(args.seed)
-    model, tokenizer, dataset = (real if args.model else toy)(args)
     common = {"output_dir": tempfile.mkdtemp(), "max_steps": args.steps, "per_device_train_batch_size": args.rows,
               "seed": args.seed, "logging_steps": 1, "model_init_kwargs": {"dtype": "float32"},
               "report_to": [], "save_strategy": "no", "learning_rate": args.lr, "disable_tqdm": True,
@@ -100,9 +99,16 @@ def main():
     args = parser.parse_args()
     if args.model and not args.dataset:
         parser.error("--model needs --dataset")
-    theirs, before = run(args)
+    if args.trainer == "grpo" and (args.rows < 4 or args.rows % 2):
+        parser.error(f"--rows: expected an even number, 4 or more (two prompts, half of the rows for each), got {args.rows}")
+    torch.manual_seed(args.seed)
+    try:
+        given = (real if args.model else toy)(args)
+    except (OSError, ValueError) as error:                           # a path, or a file, that is not what it should be
+        parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+    theirs, before = run(args, *given)
     with integrations.patch("trl") as report:
-        ours, after = run(args)
+        ours, after = run(args, *given)
     print("step   loss, TRL alone   loss, patched")
     for step, pair in enumerate(zip(theirs, ours), 1):
         print(f"{step:4d} {pair[0]:17.6f} {pair[1]:15.6f}")

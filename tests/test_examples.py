@@ -150,6 +150,8 @@ def test_trl_patched_says_what_it_needs():
      "--output_dir run", "error: .*none"),
     ("custom_trainer.py --model ./nowhere --data none.jsonl", "error: .*none.jsonl"),
     ("ppo_lag_loop.py --model ./nowhere --reward a --cost b --prompts none.jsonl", "error: .*none.jsonl"),
+    pytest.param("trl_patched.py --model ./nowhere --dataset ./none", "error: .*nowhere",
+                 marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")),
 ])
 def test_wrong_paths_end_in_one_line(words, message):
     name, *rest = words.split()
@@ -195,6 +197,8 @@ def test_arguments_that_cannot_be_end_in_one_line(words, message, monkeypatch, c
 
 @pytest.mark.parametrize(("words", "message"), [
     ("trl_ppo.py --per_device_train_batch_size 0", "--per_device_train_batch_size: expected a whole number, 1 or more, got 0"),
+    pytest.param("trl_patched.py --trainer grpo --rows 3", "--rows: expected an even number, 4 or more",
+                 marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")),
     pytest.param("trl_patched.py --steps 0", "argument --steps: expected a whole number from 1 to inf, got 0",
                  marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")),
 ])
@@ -205,6 +209,7 @@ def test_arguments_of_the_trl_examples_that_cannot_be(words, message):
 
 @pytest.mark.parametrize(("content", "message"), [
     ("", "rows.jsonl: expected a line or more with prompt.*, got none"),
+    ('{"prompt": "a"', "rows.jsonl: line 1: expected a JSON object, got {.prompt.: .a. "),
     ('["a"]', "rows.jsonl: expected texts prompt.* in each line, got .'a'"),
     ('{"text": "a"}', "rows.jsonl: expected texts prompt.* in each line, got {'text'"),
     ('{"prompt": "a", "chosen": "b", "rejected": "c"}', "nowhere"),                       # then it is the model
