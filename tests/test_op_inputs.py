@@ -9,6 +9,8 @@ import pytest
 import torch
 from losses_kit import laid_out
 from tolerance import assert_near
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import saferlhf_fast
 from saferlhf_fast.kernels import dispatch
@@ -285,6 +287,61 @@ def test_other_derivatives(op):
             with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
                 torch.autograd.grad(got.sum(), two, create_graph=True, retain_graph=True)
             assert torch.equal(torch.autograd.grad(got.sum(), two)[0], torch.autograd.grad(expected.sum(), two)[0])
+
+
+class Made(TorchDispatchMode):
+    """Bytes that the calls of torch made, views and results in place left out. On a CPU zeros cost no resident memory until they
+    are written, on a device they cost the allocation and a pass over it."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        result = function(*arguments, **(named or {}))
+        given = {part.untyped_storage().data_ptr() for part in tree_leaves((arguments, named)) if torch.is_tensor(part)}
+        self.bytes += sum(part.nbytes for part in tree_leaves(result)
+                          if torch.is_tensor(part) and part.untyped_storage().data_ptr() not in given)
+        return result
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")
+@pytest.mark.parametrize("impl, device", PLACES)
+@pytest.mark.parametrize("op, options", [*((op, {}) for op in TABLE if TABLE[op][3]),
+                                         ("ppo_loss_from_logits", dict(inplace=False))])
+def test_backward_makes_the_gradients_and_nothing_of_their_size(op, options, impl, device):
+    """No zeros for outputs that nobody differentiates: d weight is one, of 2 GB at V = 128256 and H = 4096."""
+    given = inputs_of(op)
+    leaves = {name: given[name].requires_grad_() for name in TABLE[op][3]}
+    through = {name: Through.apply(leaf) for name, leaf in leaves.items()}
+    output = first(getattr(saferlhf_fast, op)(**{**given, **through}, **TABLE[op][2], **options, impl=impl))
+    upstream = torch.ones_like(output)
+    with Made() as made:
+        gradients = torch.autograd.grad(output, list(leaves.values()), upstream)
+    written = sum(gradient.nbytes for gradient in gradients)
+    if op == "ppo_loss_from_logits" and not options:        # in the logits' memory
+        written = 0
+    assert written <= made.bytes <= written + 16            # and scalars: the upstream gradient times 1/Z
+
+
+class Nothing(torch.autograd.Function):
+    """Gives no gradient back, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, loss):
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return None
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("op", [op for op in TABLE if TABLE[op][3]])
+def test_no_upstream_gradient_gives_none(op, create_graph):
+    given = inputs_of(op)
+    leaves = [given[name].requires_grad_() for name in TABLE[op][3]]
+    loss = Nothing.apply(first(getattr(saferlhf_fast, op)(**given, **TABLE[op][2]))).sum()
+    assert torch.autograd.grad(loss, leaves, create_graph=create_graph, allow_unused=True) == (None,) * len(leaves)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the same above every implementation")

@@ -52,10 +52,13 @@ def _setup(ctx, inputs, output):
     ctx.kinds = (inputs[0].dtype, weight_VH.dtype, weight_VH.dtype)
     ctx.save_for_backward(*output[1:5])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second d weight
 
 
 @once("linear_ppo_loss")
 def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * (5 + len(shared.Policy._fields))
     *made, unscale = ctx.saved_tensors
     factor = upstream * unscale
     d_hidden, d_weight, d_bias = (scaled(gradient, factor, kind) if want else None

@@ -30,10 +30,13 @@ def _setup(ctx, inputs, output):
     ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
     ctx.save_for_backward(*output[1:4])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)     # else every output's would be filled with zeros
 
 
 @once("ppo_loss")
 def _backward(ctx, upstream, *_):
+    if upstream is None:
+        return (None,) * 18
     gradient, entropy_gradient, inverse = ctx.saved_tensors
     to_logp, to_entropy = (
         scaled(values, inverse, upstream, dtype) if ctx.needs_input_grad[index] else None

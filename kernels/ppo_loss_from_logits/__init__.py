@@ -49,11 +49,14 @@ def _setup(ctx, inputs, output):
     logits_NV, ctx.inplace, ctx.gradient = inputs[:3]
     ctx.save_for_backward(logits_NV if ctx.inplace else output[1], output[2])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second [N, V]
 
 
 @once("ppo_loss_from_logits")
 def _backward(ctx, upstream, *_):
     assert ctx.gradient, "a gradient is asked for that the forward pass was told nobody needs"
+    if upstream is None:
+        return (None,) * (3 + len(shared.Policy._fields))
     gradient_NV, unscale = ctx.saved_tensors
     factor = upstream * unscale
     if ctx.inplace:

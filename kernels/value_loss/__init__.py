@@ -28,10 +28,13 @@ def _setup(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:3])
     ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second d values
 
 
 @once("value_loss")
 def _backward(ctx, upstream_C, *_):
+    if upstream_C is None:
+        return (None,) * 9
     gradient, inverse = ctx.saved_tensors
     upstream = upstream_C.reshape(-1, *[1] * (gradient.dim() - 1))
     return (scaled(gradient, inverse, upstream, ctx.dtype), *[None] * 8)
