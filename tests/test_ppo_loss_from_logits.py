@@ -67,14 +67,15 @@ def test_vocabularies(impl, device, vocabulary):
     assert_near(leaf.grad, torch.autograd.grad(expected, exact)[0])
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the kernel needs the interpreter or a GPU")
+@pytest.mark.parametrize("impl, device", [place for place in naive.PLACES if place.values[0] == "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scaling_on_a_device(dtype):
+def test_scaling_on_a_device(impl, device, dtype):
+    usable(impl, dtype)
     from saferlhf_fast.kernels import scaling_triton
-    tensor = torch.randn(3, 1711).to(dtype)
+    tensor = torch.randn(3, 1711).to(dtype).to(device)
     for factor in (1.0, 0.37):
         expected = (tensor.float() * factor).to(dtype)
-        got = scaling_triton.scale(tensor.clone(), torch.tensor(factor))
+        got = scaling_triton.scale(tensor.clone(), torch.tensor(factor, device=device))
         # An ulp of bfloat16: the interpreter cuts where a GPU rounds.
         assert (got - expected).abs().max() <= 2 ** -7 * expected.abs().max()
         assert factor != 1.0 or torch.equal(got, tensor)
