@@ -2,9 +2,11 @@
 
 import ctypes
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,6 +241,24 @@ def test_a_build_that_fails_is_tried_again_without_cuda(monkeypatch, tmp_path):
     module.build_native(tmp_path / "_C.so")
     assert len(tries) == 2 and tries[1].startswith("-DSAFERLHF_WITHOUT_CUDA=the build with it failed: nvcc fatal")
     assert not set(tries[1]) & set('";')    # would end the string or the list that CMake makes of it
+
+
+@pytest.mark.parametrize("setting, variable, expected", [
+    ("", "", "80-real;90-real;100"), ("", "90", ""), ("-DCMAKE_CUDA_ARCHITECTURES=90", "", "90"),
+    ("-DCMAKE_CUDA_ARCHITECTURES=90", "80", "90")])
+def test_the_architectures_can_be_chosen(setting, variable, expected, tmp_path):
+    """What CMakeLists.txt leaves for enable_language, which takes CUDAARCHS only where nothing is set."""
+    cmake = shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    text = (ROOT / "CMakeLists.txt").read_text()
+    block = re.search(r"^( *)if\(NOT CMAKE_CUDA_ARCHITECTURES.*?^\1endif\(\)$", text, re.MULTILINE | re.DOTALL)
+    assert block.end() < text.index("enable_language(CUDA)")
+    script = tmp_path / "block.cmake"
+    script.write_text(f'set(version 13.0)\n{block[0]}\nmessage("<${{CMAKE_CUDA_ARCHITECTURES}}>")\n')
+    result = subprocess.run([cmake, *setting.split(), "-P", script], capture_output=True, text=True, timeout=60,
+                            env={**os.environ, "CUDAARCHS": variable})
+    assert result.stderr.strip() == f"<{expected}>"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
