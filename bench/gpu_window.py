@@ -49,6 +49,7 @@ class Window:
         self.out, self.seconds, self.rehearsal = Path(out), seconds, rehearsal
         self.clock = clock or (lambda: time.time() - started)
         self.started, self.section, self.deadline, self.children = started, "start", float(seconds), []
+        self.wanted, self.build = None, None    # what alone is measured, or None for everything; the build that was started
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "rows.jsonl"
 
@@ -59,6 +60,10 @@ class Window:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def wants(self, what):
+        """Whether this row is to be measured."""
+        return self.wanted is None or what in self.wanted
 
     def left(self):
         """Seconds of the section that are left; OutOfTime where there are none."""
@@ -145,6 +150,7 @@ def watch(window, again):
                 window.emit("failure", what=window.section, error="the whole time was up")
                 for child in window.children:
                     end(child)
+                print(table_of(window.path), flush=True)
                 os._exit(1)
             if window.clock() > window.deadline + GRACE:
                 window.emit("failure", what=window.section, error=f"hung: it did not end {GRACE} s after its time was up")

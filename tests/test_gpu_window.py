@@ -106,7 +106,7 @@ sys.exit(gpu_window.main(sections=sections))
 
 
 def test_a_section_costs_its_own_rows_alone(tmp_path):
-    """One raises, one sleeps past its time, one does not even hear the alarm: all others have their rows, and no child is left."""
+    """One raises, one sleeps past its time, one does not hear the alarm: the others have their rows, and no child is left."""
     script = tmp_path / "window.py"
     script.write_text(SCRIPT.format(bench=str(BENCH)))
     out = tmp_path / "out"
@@ -176,6 +176,47 @@ def test_the_table_of_a_file_that_was_cut_short(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert len(printed) < 10_000 and "more rows are in rows.jsonl" in printed and "cut short" in printed
     assert predictions.ratio(row) == pytest.approx(0.65 / 0.67)
+
+
+NCU = """
+==PROF== Disconnected from process 77
+[77] python3.12@127.0.0.1
+  forward_kernel (8192, 1, 1)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Section: GPU Speed Of Light Throughput
+    ----------------------- ----------- ------------
+    Metric Name             Metric Unit Metric Value
+    ----------------------- ----------- ------------
+    SM Frequency                    Ghz         1.72
+    Elapsed Cycles                cycle    1,123,456
+    Memory Throughput                 %        88.15
+    Duration                         us       652.30
+
+  void saferlhf::cuda::<unnamed>::gae_kernel<float, (bool)1>(T1 *, T1 *) (132, 1, 1)x(256, 1, 1), Context 1, Device 0, CC 9.0
+    Achieved Occupancy                %        41.00
+"""
+
+
+def test_what_ncu_prints_is_read():
+    import gpu.sections
+    assert list(gpu.sections.counted(NCU)) == [
+        ("forward_kernel", {"Memory Throughput, %": "88.15", "Duration, us": "652.30"}),
+        ("gae_kernel", {"Achieved Occupancy, %": "41.00"})]
+
+
+def test_the_second_command_repeats_the_best_and_what_surprised(tmp_path, monkeypatch):
+    import gpu.sections
+    import gpu_window
+    from gpu import predictions
+    kept = [dict(kind="row", section="logits", what=version, op="token_logprob + entropy forward", shape=predictions.LOGITS,
+                 version=version, seconds=seconds, wrong=wrong)
+            for version, seconds, wrong in (("triton", 0.9, ""), ("triton, 16 warps", 0.5, ""), ("triton, 4 warps", 0.1, "wrong"),
+                                            ("eager", 0.2, ""))]
+    monkeypatch.setattr(gpu.sections, "kept_rows", lambda: kept)
+    seen = []
+    for name in ("tokens", "logits", "linear"):
+        monkeypatch.setattr(gpu.sections, name, lambda window: seen.append(set(window.wanted)))
+    gpu.sections.once_more(gpu_window.Window(tmp_path, 100, clock=lambda: 1.0))
+    assert seen == [{"triton", "triton, 16 warps"}] * 3
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

@@ -16,8 +16,8 @@ from gpu_window import NotRun
 class Measure:
     """In the place of the fixture `measure` of conftest.py: what is wrong is marked and timed all the same."""
 
-    def __init__(self, window, seconds=0.3):
-        self.window, self.seconds, self.error, self.wrong = window, seconds, None, ""
+    def __init__(self, window, what, seconds=0.3):
+        self.window, self.what, self.seconds, self.error, self.wrong = window, what, seconds, None, ""
         self.faked = rehearsal.launches()
 
     def ran(self):
@@ -52,9 +52,9 @@ class Measure:
             found = clock.on_device(step, ready, rounds, again=before is None)
         else:
             found = on_host(step, ready, rounds)
-        self.window.emit("row", op=op, version=version, shape=shape, device=device, auto=auto, reads=reads, writes=writes,
-                         flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error, wrong=self.wrong, peak=peak,
-                         **found)
+        self.window.emit("row", what=self.what, op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
+                         writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,
+                         wrong=self.wrong, peak=peak, **found)
 
 
 def on_host(step, ready, rounds):
@@ -72,15 +72,19 @@ def bench(window, function, shape, version):
     """One row of a bench file: function(measure, device, shape, version) in a try of its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     what = f"{function.__module__.removeprefix('bench_')} {function.__name__.removeprefix('test_')}, {version}"
-    window.attempt(what, function, Measure(window), device, shape, version)
+    if window.wants(what):
+        window.attempt(what, function, Measure(window, what), device, shape, version)
 
 
 def timed(window, step, *, op, version, shape, ready=None, inputs=(), checked=(), **work):
     """A row of a step that has no bench file. checked: a dtype and the pairs that are compared first."""
+    what = f"{op}, {version}"
+
     def go():
-        measure = Measure(window)
+        measure = Measure(window, what)
         if checked:
             measure.check(*checked)
         measure(step, op=op, version=version, shape=shape, device="cuda" if torch.cuda.is_available() else "cpu", before=ready,
                 inputs=inputs, **work)
-    window.attempt(f"{op}, {version}", go)
+    if window.wants(what):
+        window.attempt(what, go)

@@ -115,11 +115,11 @@ def kernels(window, shape):
     policy_row("triton", lambda: policy_rows)
     policy_row("triton, threads first", lambda: variants.axes()[1])
     policy_row("triton, hints to the cache", variants.eviction)
-    out = torch.empty_like(clean)
+    out, logp_N, lse_N = torch.empty_like(clean), logp.float(), lse.float()
     pair = lambda: (out[some], exact.logits_gradient(clean, ids, lse, upstream, some))
     for each in (1, 4, 8):
         def step(each=each):
-            backward_in_parts(each, clean, ids, logp.float(), lse.float(), upstream, out)
+            backward_in_parts(each, clean, ids, logp_N, lse_N, upstream, out)
         window.attempt(f"token_logprob, backward alone, {each} tiles a program", backward_row, window, step, each, pair, work)
     one = torch.ones((), device=ceilings.DEVICE)
     if ceilings.DEVICE == "cuda" or window.rehearsal:
