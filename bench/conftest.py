@@ -8,7 +8,6 @@ A peer that cannot be imported, gives wrong results or fails is skipped with its
 import datetime
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ if CHECKOUT and (HERE.parent / "build" / "peers").is_dir():
     sys.path.append(str(HERE.parent / "build" / "peers"))
 
 import ceilings  # noqa: E402
+import clock  # noqa: E402
 import exact  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
@@ -31,7 +31,6 @@ import shapes  # noqa: E402
 from saferlhf_fast import __version__  # noqa: E402
 
 DEVICE = ceilings.DEVICE
-SMALL = 8 << 20     # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
 FOREIGN = ("eager", "bare products")    # versions that are neither ours nor in peers.py
 
 
@@ -180,7 +179,7 @@ class Measure:
         assert self.error is not None, "the result is checked before it is timed"
         # On a GPU the events count, not these rounds.
         seconds = min(seconds, 0.3 if device == "cuda" else 0.15 if shapes.QUICK else seconds)
-        flush = self._flush(device, reads + writes)
+        flush = clock.flush(device, reads + writes)
 
         def ready():
             if before is not None:
@@ -208,64 +207,16 @@ class Measure:
         self.benchmark.group = f"{op} {shape}"
         self.benchmark.extra_info.update(op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
                                          writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,
-                                         warm=device == "cpu" and reads + writes < SMALL)
+                                         warm=device == "cpu" and reads + writes < clock.SMALL)
         self.benchmark.pedantic(waited, setup=ready, rounds=rounds, warmup_rounds=int(not slow), iterations=1)
         if self.benchmark.stats is None:
             return
         extra = {"peak": peak}
         if device == "cuda":
-            extra |= self._on_device(step, ready, min(rounds, 30))
+            extra |= clock.on_device(step, ready, min(rounds, 30), again=before is None)
         else:
             extra |= {"seconds": self.benchmark.stats.stats.median, "best": self.benchmark.stats.stats.min}
         self.benchmark.extra_info.update(extra)
-
-    @staticmethod
-    def _flush(device, moved):
-        if device == "cpu" and moved < SMALL:
-            return lambda: None
-        size = 1 << 29 if device == "cuda" else ceilings.past_the_caches(device)
-        if Measure.buffer is None or Measure.buffer.nbytes != size:
-            Measure.buffer = torch.zeros(size // 4, device=device)
-        return Measure.buffer.sum       # read, not written: lines to be written back would slow what comes next
-
-    buffer = None
-
-    @staticmethod
-    def _on_device(step, ready, rounds):
-        """Seconds by events: the device still reads the buffer while Python launches. And what Python needs per call."""
-        times = []
-        for _ in range(rounds):
-            ready()
-            Measure.buffer.sum()
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1e3)
-        found = {"seconds": statistics.median(times), "best": min(times)}
-        if found["seconds"] < 1e-3:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(100):
-                step()
-            torch.cuda.synchronize()
-            found["call"] = (time.perf_counter() - start) / 100
-        ready()
-        return found | launches(step)
-
-
-def launches(step):
-    """{"launches": kernels and copies that one call puts on the device}, or {} where the profiler cannot see them."""
-    from torch.profiler import ProfilerActivity, profile
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as seen:
-            step()
-            torch.cuda.synchronize()
-        count = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
-    except (RuntimeError, AssertionError):      # no profiling on this machine: a figure less, not a bench less
-        return {}
-    return {"launches": count} if count else {}
 
 
 @pytest.fixture

@@ -1,0 +1,198 @@
+"""What is measured in a GPU window, in the order of what it would cost to miss: sections of (name, seconds, function)."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+from gpu_window import KEPT, ROOT, NotRun
+
+# The tests of kernels that run on the device itself, and nothing else: no interpreter, no second process.
+TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"
+
+
+def measured(name):
+    """A section of measurements.py, which imports torch: that must not come before the build has started."""
+    def section(window):
+        from gpu import measurements
+        getattr(measurements, name)(window)
+    return section
+
+
+products, linear, logits, tokens, peers = map(measured, ("products", "linear", "logits", "tokens", "peers"))
+
+
+def first():
+    return [("device", 15, device), ("build and tests", 80, build_and_tests), ("products", 35, products),
+            ("linear", 55, linear), ("logits", 60, logits), ("rows of tokens", 35, tokens), ("counters", 55, counters),
+            ("peers", 70, peers)]
+
+
+def again():
+    return [("device", 15, device), ("failed tests", 45, failed_tests), ("memory checker", 60, memory_checker),
+            ("once more", 55, once_more)]
+
+
+# ---- device, build, tests
+
+def device(window):
+    """What this is, and its ceilings. The build starts first: it needs neither torch nor the GPU."""
+    window.build = None if window.rehearsal else build(window)
+    told = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
+                           "--format=csv,noheader"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    import numpy
+    import torch
+    import triton
+
+    import ceilings
+    window.emit("device", device=ceilings.device_name(), torch=torch.__version__, triton=triton.__version__,
+                numpy=numpy.__version__, python=sys.version.split()[0], cuda=torch.version.cuda,
+                state=told.stdout.strip() if told else "no nvidia-smi")
+    if not torch.cuda.is_available() and not window.rehearsal:
+        raise RuntimeError("no CUDA device: --rehearse interpreter or --rehearse compiler tries the window on a CPU")
+    window.emit("ceilings", **ceilings.measure(ceilings.DEVICE))
+
+
+def build(window):
+    """Starts the build of _C for the GPU that is here and no other."""
+    told = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
+    architecture = told.stdout.split("\n")[0].strip().replace(".", "")
+    environment = os.environ | ({"CUDAARCHS": architecture} if architecture else {})
+    return window.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], "build.log", env=environment)
+
+
+def build_and_tests(window):
+    """The tests in processes of their own, and meanwhile the checks, which also compile what is timed later."""
+    if window.build is not None:
+        code = window.wait(window.build)
+        window.emit("figure", what="build of _C", value="done" if code == 0 else f"failed (exit {code}), see build.log")
+    from saferlhf_fast.kernels import dispatch
+    module, why = dispatch.native_module()
+    window.emit("figure", what="_C", value=f"{why}; CUDA: {getattr(module, 'cuda', False) or getattr(module, 'cuda_note', '')}")
+    tests = start_tests(window)
+    try:
+        from gpu import checks
+        checks.everything(window)
+    finally:
+        report_tests(window, tests, window.wait(tests))
+
+
+def start_tests(window, ids=()):
+    """pytest over the kernels' tests that run on this device; `ids`: these alone."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE"]
+    if window.rehearsal:
+        command += [file for file in kernel_tests() if "value_loss" in file] + ["-k", "wrong or refus", "-m", "not slow"]
+    elif ids:
+        command += ["--timeout", "60", "-n", "8", *ids]
+    else:
+        command += ["--timeout", "60", "-n", "12", "-m", "not slow", "-k", TESTS, *kernel_tests()]
+    return window.start(command, "tests.log", env=os.environ | {"OMP_NUM_THREADS": "2"})
+
+
+def kernel_tests():
+    """The test files of the kernels' rooms."""
+    from run import rooms
+    names = {str(file.relative_to(ROOT)) for files in rooms().values() for file in files}
+    return sorted(names | {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_triton_logits.py")})
+
+
+def report_tests(window, child, code):
+    """What pytest said: its last line, and a row for each test that failed."""
+    log = (window.out / "tests.log").read_text(errors="replace")
+    lines = log.splitlines()
+    for line in lines:
+        failed = re.match(r"(FAILED|ERROR) (\S+)(?: - (.*))?", line)
+        if failed:
+            window.emit("test", test=failed[2], error=(failed[3] or failed[1])[:200])
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no summary")
+    late = " (ended when the time was up; see tests.log)" if code is None else ""
+    window.emit("figure", what="tests on the device", value=summary.strip("= ") + late)
+
+
+# ---- hardware counters
+
+def counters(window):
+    """One launch of each of the main kernels under Nsight Compute, which reads the hardware's counters."""
+    if shutil.which("ncu") is None:
+        raise NotRun("ncu is not on this machine's PATH")
+    kernels = "regex:(forward_kernel|rows_kernel|fused_kernel|advantage_kernel|shape_kernel|gae_kernel)"
+    command = ["ncu", "--clock-control", "none", "-k", kernels, "--launch-count", "8", "--section", "SpeedOfLight", "--section",
+               "MemoryWorkloadAnalysis", "--section", "Occupancy", "--section", "WarpStateStats", sys.executable,
+               str(ROOT / "bench" / "gpu" / "launch_once.py")]
+    code = window.wait(window.start(command, "ncu.txt"))
+    log = (window.out / "ncu.txt").read_text(errors="replace")
+    for kernel, metrics in counted(log):
+        window.emit("counters", kernel=kernel, **metrics)
+    if code != 0:
+        raise RuntimeError(f"ncu ended with {'its time up' if code is None else f'exit {code}'}: {log.strip().splitlines()[-1:]}")
+
+
+def counted(log):
+    """(kernel, its main figures) from what ncu prints."""
+    kernel, metrics = None, {}
+    wanted = {"Duration", "Memory Throughput", "Compute (SM) Throughput", "DRAM Throughput", "Achieved Occupancy",
+              "L2 Hit Rate", "Theoretical Occupancy"}
+    for line in log.splitlines():
+        started = re.match(r"  .*?(\w+_kernel)\b.*\(\d+, \d+, \d+\)x\(\d+, \d+, \d+\)", line)
+        figure = re.match(r"    (\S.*?)\s{2,}(\S+)\s+([\d.,]+)\s*$", line)
+        if started:
+            if kernel:
+                yield kernel, metrics
+            kernel, metrics = started[1], {}
+        elif figure and figure[1] in wanted:
+            metrics.setdefault(f"{figure[1]}, {figure[2]}", figure[3])
+    if kernel:
+        yield kernel, metrics
+
+
+# ---- the second command
+
+def kept_rows():
+    """What the first command left."""
+    path = KEPT / "rows.jsonl"
+    if not path.is_file():
+        raise NotRun(f"the first command left nothing in {path.relative_to(ROOT)}")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def failed_tests(window):
+    """The tests that failed in the first command, with the tree as it is now."""
+    if window.build is not None:
+        window.wait(window.build)
+    ids = [row["test"] for row in kept_rows() if row["kind"] == "test"]
+    if not ids:
+        raise NotRun("no test failed in the first command")
+    child = start_tests(window, ids[:60])
+    report_tests(window, child, window.wait(child))
+
+
+def memory_checker(window):
+    """compute-sanitizer over each kernel on small data: reads and writes out of bounds."""
+    if shutil.which("compute-sanitizer") is None:
+        raise NotRun("compute-sanitizer is not on this machine's PATH")
+    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
+               str(ROOT / "bench" / "gpu" / "launch_once.py"), "small"]
+    code = window.wait(window.start(command, "memcheck.txt"))
+    log = (window.out / "memcheck.txt").read_text(errors="replace").splitlines()
+    summary = next((line for line in reversed(log) if "ERROR SUMMARY" in line), "no summary")
+    window.emit("figure", what="memcheck", value=f"{summary.strip('= ')} (exit {code})")
+
+
+def once_more(window):
+    """The fastest version of each op of ours again, for the spread, and the row that was furthest from its prediction."""
+    from gpu import predictions
+    rows = [row for row in kept_rows() if row["kind"] == "row" and row["section"] != "products"]
+    best = {}
+    for row in rows:
+        ours = row["version"].startswith(("triton", "native")) and not row["wrong"]
+        if ours and row["seconds"] < best.get((row["op"], row["shape"]), row)["seconds"] * 1.0001:
+            best[row["op"], row["shape"]] = row
+    far = lambda row: abs(predictions.ratio(row) - 1)
+    surprising = max((row for row in rows if predictions.ratio(row)), key=far, default=None)
+    window.emit("figure", what="furthest from its prediction", value="none" if surprising is None else
+                f"{surprising['op']}, {surprising['version']}: {predictions.ratio(surprising):.2f} x the prediction")
+    window.wanted = {row["what"] for row in [*best.values(), *filter(None, [surprising])]}
+    for name, section in (("tokens", tokens), ("logits", logits), ("linear", linear)):
+        window.attempt(name, section, window)

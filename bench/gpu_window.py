@@ -1,0 +1,273 @@
+"""What a GPU says in its first minutes: one process, one command of at most seven minutes on a bare machine.
+
+    bash bench/gpu.sh OUT                                the first command: everything below, in 420 s
+    bash bench/gpu.sh OUT again                          the second one, in 190 s: what failed or surprised, once more
+    python bench/gpu_window.py --table OUT/rows.jsonl    the table of a file of rows
+
+No network, no DeepSpeed, and nothing is written but OUT and build/. Each section has its seconds and its own try: one that
+raises, runs out of time or hangs costs its own rows alone. A row is a line of OUT/rows.jsonl as soon as it is known, so a machine
+that is taken away leaves what was measured. A row whose op was wrong stands there, marked. The predictions of gpu/predictions.py
+stand beside the figures. The table comes last and is short enough for a reader who is given the end of the output alone.
+
+Without a GPU, `--rehearse interpreter` runs every section on tiny shapes with Triton's interpreter, and `--rehearse compiler`
+(where that cannot run) compiles each Triton kernel for an H200 and launches none.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests")]
+KEPT = ROOT / "build" / "gpu_window"    # an ignored folder: `again` reads there what the first command found
+RESERVE = 15                            # seconds at the end for the table
+GRACE = 10                              # seconds that a section may go on after it was told to end
+
+
+class OutOfTime(Exception):
+    """The section's time is up."""
+
+
+class NotRun(Exception):
+    """Something that cannot run here; the text is the reason."""
+
+
+class Window:
+    """Where rows go and how much time there is. clock() -> seconds since the command began."""
+
+    def __init__(self, out, seconds, rehearsal="", clock=None, started=None):
+        started = time.time() if started is None else started
+        self.out, self.seconds, self.rehearsal = Path(out), seconds, rehearsal
+        self.clock = clock or (lambda: time.time() - started)
+        self.started, self.section, self.deadline, self.children = started, "start", float(seconds), []
+        self.wanted, self.build = None, None    # what alone is measured, or None for everything; the build that was started
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.path = self.out / "rows.jsonl"
+
+    def emit(self, kind, **row):
+        """Writes one row at once."""
+        line = json.dumps({"kind": kind, "section": self.section, "at": round(self.clock(), 1), **row}, default=str)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def wants(self, what):
+        """Whether this row is to be measured."""
+        return self.wanted is None or what in self.wanted
+
+    def left(self):
+        """Seconds of the section that are left; OutOfTime where there are none."""
+        left = self.deadline - self.clock()
+        if left <= 0:
+            raise OutOfTime(f"the section's time was up at {self.deadline:.0f} s")
+        return left
+
+    def attempt(self, what, function, *arguments):
+        """Calls the function in a try of its own; what it raises is a row, what there is no time for too."""
+        try:
+            self.left()
+            return function(*arguments)
+        except OutOfTime as late:
+            self.emit("not run", what=what, reason=str(late))
+            raise
+        except NotRun as reason:
+            self.emit("not run", what=what, reason=str(reason))
+        except Exception as error:
+            if type(error).__name__ == "Missing":               # of peers.py, which this file does not import
+                self.emit("not run", what=what, reason=str(error))
+                return None
+            self.emit("failure", what=what, error=describe(error), traceback=traceback.format_exc()[-2000:])
+            if self.clock() >= self.deadline:                   # the alarm, in whatever a library made of it
+                raise OutOfTime(f"the section's time was up at {self.deadline:.0f} s") from error
+        return None
+
+    def start(self, command, log, **options):
+        """A child process in a group of its own, whose output goes to a file in OUT; it ends with the window at the latest."""
+        with open(self.out / log, "ab") as file:
+            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, **options)
+        self.children.append(child)
+        return child
+
+    def wait(self, child):
+        """Its exit code, or None when the section's time was up first: then it is killed."""
+        while child.poll() is None:
+            if self.deadline - self.clock() <= 1:
+                end(child)
+                return None
+            time.sleep(0.1)
+        return child.returncode
+
+
+def describe(error):
+    """An exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def end(child):
+    """Kills a child and all that it started."""
+    if child.poll() is None:
+        try:
+            os.killpg(child.pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            pass
+        child.wait()
+
+
+def ended(path):
+    """The sections that a file of rows says have ended."""
+    if not Path(path).exists():
+        return set()
+    return {row["section"] for row in map(json.loads, Path(path).read_text().splitlines()) if row["kind"] == "section"}
+
+
+def alarm(seconds):
+    """OutOfTime in the main thread after so many seconds; 0 takes that back."""
+    def ring(*_):
+        raise OutOfTime("the section was interrupted when its time was up")
+    signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.05) if seconds else 0)
+
+
+def watch(window, again):
+    """A thread that ends a section which does not hear the alarm, a kernel that never returns say: the process starts anew.
+
+    again: the command that goes on after the sections that have ended. It replaces this process, whatever hangs in it.
+    """
+    def look():
+        while True:
+            time.sleep(0.2)
+            if time.time() - window.started > window.seconds + GRACE:
+                window.emit("failure", what=window.section, error="the whole time was up")
+                for child in window.children:
+                    end(child)
+                print(table_of(window.path), flush=True)
+                os._exit(1)
+            if window.clock() > window.deadline + GRACE:
+                window.emit("failure", what=window.section, error=f"hung: it did not end {GRACE} s after its time was up")
+                window.emit("section", seconds=None, ended="hung")
+                for child in window.children:
+                    end(child)
+                sys.stdout.flush()
+                os.execv(again[0], again)
+    threading.Thread(target=look, daemon=True).start()
+
+
+def run(window, sections, only=()):
+    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far."""
+    done, until = ended(window.path), 0.0
+    for name, seconds, function in sections:
+        until += seconds
+        if name in done or only and name not in only:
+            continue
+        window.section, begun = name, window.clock()
+        window.deadline = min(max(until, begun + seconds if only else 0), window.seconds - RESERVE)
+        print(f"[{begun:5.0f} s] {name}, until {window.deadline:.0f} s", flush=True)
+        how = "done"
+        try:
+            if window.deadline <= begun:
+                raise OutOfTime(f"the time was up at {window.deadline:.0f} s")
+            alarm(window.deadline - begun)
+            function(window)
+        except OutOfTime as late:
+            how = f"out of time: {late}"
+        except NotRun as reason:
+            how = f"not run: {reason}"
+            window.emit("not run", what=name, reason=str(reason))
+        except Exception as error:
+            how = describe(error)
+            window.emit("failure", what=name, error=how, traceback=traceback.format_exc()[-2000:])
+        finally:
+            alarm(0)
+        window.emit("section", seconds=round(window.clock() - begun, 2), ended=how)
+        window.deadline = float(window.seconds)
+
+
+def options(arguments):
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", nargs="?", help="folder for rows.jsonl, table.md and the logs")
+    parser.add_argument("--again", action="store_true", help="the second, shorter command")
+    parser.add_argument("--seconds", type=float, help="the whole time (default: 420, with --again 190)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these sections alone")
+    parser.add_argument("--commit", default=os.environ.get("BENCH_COMMIT"), help="noted beside the figures where there is no git")
+    parser.add_argument("--rehearse", choices=("interpreter", "compiler"), default="", help="without a GPU, on tiny shapes")
+    parser.add_argument("--table", metavar="ROWS", help="prints the table of a file of rows, and runs nothing")
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)      # when a run that goes on after a hang began
+    given = parser.parse_args(arguments)
+    if not given.table and not given.out:
+        parser.error("expected a folder for the results: bash bench/gpu.sh OUT")
+    if given.table and not Path(given.table).is_file():
+        parser.error(f"--table: expected a file of rows, got {given.table}")
+    given.seconds = given.seconds or (190 if given.again else 420)
+    return given
+
+
+def heading(window, given):
+    """The first row: where and what this is."""
+    commit = given.commit
+    if not commit:
+        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        commit = told.stdout.strip() or "not known: give --commit"
+    command = os.environ.get("BENCH_COMMAND") or " ".join(["python", "bench/gpu_window.py", *sys.argv[1:]])
+    window.emit("run", commit=commit, date=datetime.date.today().isoformat(), command=command, rehearsal=window.rehearsal,
+                again=given.again)
+
+
+def main(arguments=None, sections=None):
+    given = options(arguments)
+    if given.rehearse:      # before anything reads what it sets
+        from gpu import rehearsal
+        rehearsal.prepare(given.rehearse)
+    if given.table:
+        print(table_of(given.table))
+        return 0
+    window = Window(given.out, given.seconds, given.rehearse, started=given.started)
+    if given.started is None:
+        window.path.unlink(missing_ok=True)
+        heading(window, given)
+    again = [sys.executable, *sys.argv, *([] if given.started else ["--started", str(window.started)])]
+    watch(window, again)
+    if sections is None:
+        from gpu import sections as all_sections
+        sections = all_sections.again() if given.again else all_sections.first()
+    try:
+        run(window, sections, given.only)
+    finally:
+        for child in window.children:
+            end(child)
+    text = table_of(window.path)
+    (window.out / "table.md").write_text(text + "\n", encoding="utf-8")
+    keep(window)
+    print(text)
+    return 0
+
+
+def table_of(path):
+    """The table of a file of rows. It is imported last: the build must start before torch is imported."""
+    from gpu import table
+    return table.text(table.read(path))
+
+
+def keep(window):
+    """Leaves the rows where the second command finds them; no matter if that cannot be written."""
+    try:
+        KEPT.mkdir(parents=True, exist_ok=True)
+        (KEPT / "rows.jsonl").write_bytes(window.path.read_bytes())
+    except OSError as error:
+        print(f"the rows are not kept for a second command: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    import gpu_window       # the sections import it by that name, and its exceptions must be theirs
+
+    sys.exit(gpu_window.main())
