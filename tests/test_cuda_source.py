@@ -20,6 +20,8 @@ from saferlhf_fast.kernels.gae import reference as gae_reference
 from saferlhf_fast.kernels.ppo_lag_advantage import native as ppo_native
 from saferlhf_fast.kernels.ppo_lag_advantage import reference as ppo_reference
 
+pytestmark = pytest.mark.numeric
+
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
 PARTIALS = 12 * 2048    # csrc/ppo_lag_advantage.h

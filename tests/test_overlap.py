@@ -6,6 +6,8 @@ from pathlib import Path
 import kit
 import pytest
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = {"max_length": 24, "ppo__batch_size": 4, "ppo__max_steps": 4, "optim__learning_rate": 2e-2,
             "optim__warmup_ratio": 0.0, "critic_optim__learning_rate": 1e-3, "ppo__overlap": True, "ppo__importance_cap": 2.0}
 

@@ -50,6 +50,7 @@ def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
     assert not [p.name for p in folder.iterdir() if p.name.endswith((".tmp", ".old"))]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, stage):
     folder = world["folder"] / stage / "model"
@@ -78,6 +79,7 @@ def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown
     assert card.count("- x.json:\n") == 2 and "- path: org/set\n" in card and '- eval: ["e.json"]' in card
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_the_model_is_one_of_transformers(world, stage):
     """Loaded by its own classes, which know nothing of us; and it is not the model that the run began with."""
@@ -100,6 +102,7 @@ def test_the_model_is_one_of_transformers(world, stage):
     assert ours.kind == stage
 
 
+@pytest.mark.numeric
 def test_sft_learns_and_evaluates(world, tmp_path):
     from transformers import AutoModelForCausalLM
     out = kit.run("sft", tmp_path / "out", model=world["model"], data=world["sft"], train__epochs=100, train__max_steps=40,
@@ -117,6 +120,7 @@ def test_sft_learns_and_evaluates(world, tmp_path):
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("loss", ["sequence", "token"])
 @pytest.mark.parametrize("stage", ["reward", "cost"])
 def test_score_models_learn_separable_pairs(world, tmp_path, stage, loss):
@@ -128,6 +132,7 @@ def test_score_models_learn_separable_pairs(world, tmp_path, stage, loss):
     assert stage == "reward" or summary["eval/accuracy_sign"] >= 0.9
 
 
+@pytest.mark.numeric
 def test_dpo_learns_and_keeps_its_reference(world, tmp_path):
     out = kit.run("dpo", tmp_path / "out", model=world["model"], data=world["pairs"], train__epochs=100,
                   train__max_steps=20, **FAST)
@@ -136,6 +141,7 @@ def test_dpo_learns_and_keeps_its_reference(world, tmp_path):
     assert loss[-1] < 0.7 * loss[0] and kit.losses(out, "train/reward_accuracy")[-1] >= 0.9
 
 
+@pytest.mark.numeric
 def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
     """A learning rate that grows too fast for the last steps; a second run at almost none measures what was saved."""
     common = {"data": world["sft"], "train__eval_fraction": 0.3, "optim__schedule": "constant"}
@@ -151,6 +157,7 @@ def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
     assert kit.summary(again)["eval/loss"] == pytest.approx(min(evals), rel=1e-5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "reward", "cost", "dpo"])
 def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
     from safetensors.torch import load_file
@@ -167,12 +174,14 @@ def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
     assert all("_proj" not in name for name in same)
 
 
+@pytest.mark.numeric
 def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
     runs = [kit.run("sft", tmp_path / str(on), model=world["model"], data=world["sft"], train__max_steps=3,
                     train__gradient_checkpointing=on, **FAST) for on in (False, True)]
     assert kit.losses(runs[0]) == pytest.approx(kit.losses(runs[1]), rel=1e-6)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "cost"])
 def test_bf16_on_a_cpu(world, tmp_path, stage):
     data = world["sft" if stage == "sft" else "pairs"]
@@ -182,6 +191,7 @@ def test_bf16_on_a_cpu(world, tmp_path, stage):
     assert bf16 == pytest.approx(fp32, rel=0.02) and bf16 != fp32
 
 
+@pytest.mark.numeric
 def test_accumulation_is_one_larger_batch(world, tmp_path):
     common = {"model": world["model"], "data": world["sft"], "train__max_steps": 3}
     runs = [kit.run("sft", tmp_path / f"{size}", **common, **{**FAST, "train__batch_size": size,
@@ -193,6 +203,7 @@ def test_accumulation_is_one_larger_batch(world, tmp_path):
 # ---------------------------------------------------------------- what exactly is learned
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
     """The first step's loss is the mean over both answers and their ends of turn, by hand with transformers.
@@ -216,6 +227,7 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
     assert kit.losses(out) == pytest.approx([nll[learned[1:]].mean().item()], rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_path):
     """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by hand."""
     from transformers import AutoModelForCausalLM
@@ -238,6 +250,7 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
     assert stats["reward_margin"].item() == pytest.approx(margin.item(), rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_token_wise_loss_by_hand(world):
     """The responses share their first token: from the second on, the shorter one's last score standing in."""
     from saferlhf_fast.preference import pair_loss, reward_loss

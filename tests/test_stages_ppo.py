@@ -8,6 +8,8 @@ import kit
 import pytest
 import torch
 
+pytestmark = pytest.mark.numeric
+
 BASE = {"max_length": 24, "ppo__batch_size": 4, "ppo__max_steps": 3, "optim__learning_rate": 1e-3,
         "critic_optim__learning_rate": 1e-3}
 

@@ -12,6 +12,8 @@ from saferlhf_fast.config import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.packing import pack, response_rows
 from saferlhf_fast.policy import Policy
 
+pytestmark = pytest.mark.numeric
+
 SEQUENCES = [[5, 6, 7, 8, 9], [9, 8, 7], [6, 6, 5, 4]]
 LORA = {"lora__rank": 4, "lora__alpha": 32}
 
