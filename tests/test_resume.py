@@ -372,7 +372,8 @@ def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsy
 
 @pytest.mark.numeric
 def test_the_best_weights_of_another_run_come_along(world, tmp_path):
-    settings = {"optim.learning_rate": 1.0, "lora.rank": 0}      # gets worse, so that an early step is the best
+    # A rate that rises to far too much: the first loss is the best; those after step AT were 2.9 to 19 times it over 5 seeds.
+    settings = {"optim.learning_rate": 10.0, "optim.warmup_ratio": 0.99, "optim.schedule": "constant", "lora.rank": 0}
     run("sft", world, tmp_path / "a", **settings)
     summary = kit.summary(tmp_path / "a")
     assert summary["best_step"] <= AT

@@ -50,7 +50,7 @@ def test_around_any_transformers_body_and_trained_by_a_plain_loop(tmp_path, batc
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]                  # at most 0.0074 over 5 seeds
 
 
 def test_a_language_model_is_no_score_model(tmp_path):
