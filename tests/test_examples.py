@@ -124,15 +124,16 @@ def assert_its_cost_model_knows_harm(settings):
 @pytest.mark.numeric
 @pytest.mark.parametrize("algorithm", [pytest.param("ppo", marks=pytest.mark.slow), "ppo-lag"])
 def test_trl_ppo(algorithm, tmp_path):
-    text = run("trl_ppo.py", "--algorithm", algorithm, "--learning_rate", 5e-3, "--output_dir", tmp_path / "run",
+    rate = 5e-3 if algorithm == "ppo-lag" else 2e-3
+    text = run("trl_ppo.py", "--algorithm", algorithm, "--learning_rate", rate, "--output_dir", tmp_path / "run",
                trl=algorithm == "ppo")                     # it needs no TRL, and takes its parser where there is one
     if algorithm == "ppo":
         before, after, _ = numbers("ppo: 20 steps, reward {} -> {}, KL {};", text)
-        assert after > before  # MEASURED
+        assert after > before                              # by 0.1 to 2.6 over 4 seeds: it starts near its best in one
     else:
         _, _, before, after, threshold, multiplier, _ = numbers(
             "ppo-lag: 20 steps, reward {} -> {}, cost {} -> {} (threshold {}), lambda {}, KL {};", text)
-        assert after < before - 0.5 and multiplier != 1.0    # fell by 1.7 to 2.8 over 5 seeds (after 5 steps of 2e-3: by 0 to 2.2)
+        assert after < before - 0.5 and multiplier != 1.0    # fell by 1.7 to 2.8 over 5 seeds
         assert_its_cost_model_knows_harm(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
