@@ -29,7 +29,7 @@ test: setup      ## all tests but the slow ones, under 20 minutes on two free co
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
 
 # ATen's kernels of other processors. Left out is what they cannot touch: Triton's interpreter computes with numpy, resumed runs are
-# compared with themselves, far addresses are our C++'s; and what is too long for two rounds: sharded runs, the bench of a step, TRL.
+# compared with themselves, far addresses are our C++'s; and what is long: runs of two processes, killed ranks, a step's bench, TRL.
 test-portable: setup ## the tests that compare numbers or ask for learning, under two instruction sets; under 10 minutes on two free cores
 	for kernels in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(PORTABLE) -n $(JOBS) --dist loadfile \
