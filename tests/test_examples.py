@@ -133,7 +133,7 @@ def test_trl_ppo(algorithm, tmp_path):
     else:
         _, _, before, after, threshold, multiplier, _ = numbers(
             "ppo-lag: 20 steps, reward {} -> {}, cost {} -> {} (threshold {}), lambda {}, KL {};", text)
-        assert after < before - 0.5 and multiplier != 1.0    # fell by 1.7 to 2.8 over 5 seeds
+        assert after < before - 0.25 and multiplier != 1.0     # it fell by 1.6 to 3.9 in 12 runs: 5 seeds, 3 instruction sets
         assert_its_cost_model_knows_harm(yaml.safe_load((tmp_path / "run" / "config.yaml").read_text()))
     assert (tmp_path / "run" / "model" / "config.json").is_file()
 
