@@ -12,6 +12,8 @@ INSTALL := -m pip install -q --no-compile
 
 OLDEST := .venv-oldest
 QUICK  := "not slow and not matrix and not faults"
+PORTABLE := "numeric and not slow and not matrix and not faults"
+UNTOUCHED := addresses faults resume matrix two_processes pku_tiny bench_step integration_trl_run
 
 .PHONY: demo proof test test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
 
@@ -25,6 +27,14 @@ proof: setup     ## the same on three seeds
 # In the files' order: xdist would put those with few tests last, which are long ones, and one core would stand still at the end.
 test: setup      ## all tests but the slow ones, under 20 minutes on two free cores, the first time plus about 3 for the installation; JOBS=1 for one file at a time
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
+
+# ATen's kernels of other processors. Left out is what they cannot touch: Triton's interpreter computes with numpy, resumed runs are
+# compared with themselves, far addresses are our C++'s; and what is long: runs of two processes, killed ranks, a step's bench, TRL.
+test-portable: setup ## the tests that compare numbers or ask for learning, under two instruction sets; under 10 minutes on two free cores
+	for kernels in default avx2; do \
+		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(PORTABLE) -n $(JOBS) --dist loadfile \
+			--no-loadscope-reorder -k "not interpreter" $(UNTOUCHED:%=--ignore tests/test_%.py) || exit 1; \
+	done
 
 test-slow: setup ## the tests that train for minutes
 	$(BIN)/python -m pytest -m slow --timeout 3600

@@ -19,8 +19,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-BENCH_PARTS = {"ceilings", "clock", "compare", "conftest", "eager", "exact", "memory", "peers", "run", "shapes", "table", "targets",
-               "versions"}
+BENCH_PARTS = {"ceilings", "clock", "compare", "conftest", "eager", "exact", "memory", "peers", "run", "shapes", "table",
+               "targets", "versions"}
 NOTE = "_C_failed.txt"  # why there is no native module; read by kernels/dispatch.py
 
 

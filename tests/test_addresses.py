@@ -21,6 +21,8 @@ from tolerance import assert_near
 
 from saferlhf_fast.kernels import dispatch
 
+pytestmark = pytest.mark.numeric
+
 PAST = 2 ** 31
 WIDTH = 2 ** 20  # of the padded rows below: 4 MiB of float32
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)

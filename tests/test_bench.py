@@ -88,6 +88,7 @@ def test_peak_memory_of_known_allocations():
     assert memory._new_bytes((torch.ones(256), [given]), (given,)) == 1024
 
 
+@pytest.mark.numeric
 def test_the_chunked_scan_is_the_loop():
     import eager
     torch.manual_seed(0)
@@ -100,6 +101,7 @@ def test_the_chunked_scan_is_the_loop():
         torch.testing.assert_close(eager.advantage_chunked(*inputs), eager.advantage_loop(*inputs))
 
 
+@pytest.mark.numeric
 def test_the_right_answers_are_those_of_autograd():
     import eager
     import exact

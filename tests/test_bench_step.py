@@ -78,6 +78,7 @@ def test_the_default_work_is_the_issues():
     assert 2000 < work.tokens < 2200 and 0.3 < work.useful(32) < 0.48 and work.longest < 512
 
 
+@pytest.mark.numeric
 def test_models_are_the_same_on_every_side():
     import step_work
     import torch
@@ -149,6 +150,7 @@ def test_missing_data_is_named(tmp_path):
     assert result.returncode == 2 and "none.jsonl is not there" in result.stderr
 
 
+@pytest.mark.numeric
 def test_end_to_end(rows_file, tmp_path):
     """Ours, the padded, unfused form and, where it is importable, the reference on a tiny model; they must agree."""
     result = bench("--model", "tiny", "--quick", "--data", rows_file, "--json", tmp_path / "rows.json", "--no-trl")

@@ -105,6 +105,7 @@ def shifted(tensor):
     return there.copy_(tensor)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("carry", [False, True])
@@ -121,6 +122,7 @@ def test_gae(emulated, dtype, lengths, carry):
         assert all(torch.equal(a, b) for a, b in zip(got, elsewhere)), f"{name}: alignment changes bits"
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
 @pytest.mark.parametrize("carry, with_cost", [(False, True), (True, True), (False, False)])
@@ -159,15 +161,17 @@ def test_nothing_valid(emulated, rows):
                                                                  carry=True)))
 
 
+@pytest.mark.numeric
 def test_a_long_row_and_many_rows(emulated):
     ones = torch.ones(131_072)
     one_row = torch.tensor([0, len(ones)], dtype=torch.int32)
     assert gae(emulated, ones, 0 * ones, one_row, None, 1.0, 1.0, False)[0].equal(ones.flip(0).cumsum(0).flip(0))
-    # lam = 0.9995: far tokens count, by a power of a decay that float32 does not hold
+    # lam = 0.9995: far tokens count, by a power of a decay that float32 does not hold. Sums near 0 are of terms as large as those
+    # of the largest sum, so all are held to that; the numbers drawn differ from one instruction set to another.
     rewards = torch.randn(9000, generator=torch.Generator().manual_seed(0))
     rest = (torch.tensor([0, 9000], dtype=torch.int32), None, 1.0, 0.9995, False)
-    assert_near(gae(emulated, rewards, rewards, *rest)[0],
-                gae_reference.gae(rewards.double(), rewards.double(), *rest)[0])
+    exact = gae_reference.gae(rewards.double(), rewards.double(), *rest)[0]
+    assert_near(gae(emulated, rewards, rewards, *rest)[0] / exact.abs().max().float(), exact / exact.abs().max())
     lengths = torch.zeros(70_000, dtype=torch.int64)
     lengths[[0, 1, 65_534, 65_535, 65_536, 69_999]] = torch.tensor([3, 5, 1, 7, 2, 6])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
@@ -179,6 +183,7 @@ def test_a_long_row_and_many_rows(emulated):
         assert_near(ours, exact)
 
 
+@pytest.mark.numeric
 def test_native_py_hands_over_what_the_launchers_take(emulated, monkeypatch):
     """The branch for GPU tensors, with the emulation in the place of _C and CPU tensors in theirs."""
     def launcher(function):

@@ -14,6 +14,8 @@ from tolerance import assert_near
 
 from saferlhf_fast import gae, linear_logprob, ppo_lag_advantage, ppo_loss, token_logprob, value_loss
 
+pytestmark = pytest.mark.numeric
+
 INFINITY = float("inf")
 
 

@@ -11,6 +11,8 @@ import pytest
 from saferlhf_fast.config import Engine, Optimizer
 from saferlhf_fast.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 
 def launch(tmp_path, processes, precision="fp32"):
     out = tmp_path / f"{processes}-{precision}.json"

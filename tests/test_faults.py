@@ -68,6 +68,7 @@ def trials(world, folder, zero, count, tell=lambda line: None):
     return survived
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 @pytest.mark.timeout(1700)
 @pytest.mark.parametrize("zero", [2, 3])
@@ -75,6 +76,7 @@ def test_a_rank_killed_anywhere_in_a_save_costs_nothing(world, tmp_path, zero):
     assert trials(world, tmp_path, zero, 20) == 20
 
 
+@pytest.mark.numeric
 def test_a_rank_killed_in_a_save_once(world, tmp_path):
     """The short form, for every test run: rank 1 in the middle of its shard."""
     assert trials(world, tmp_path, 3, 1) == 1
@@ -130,6 +132,7 @@ def test_a_score_that_cannot_be_is_left_out_and_lambda_stays(world, tmp_path, ki
     assert len(lambdas) == STEPS and all(0 < x <= 5 for x in lambdas)
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 def test_sigterm_on_one_rank_ends_both_with_one_checkpoint(world, tmp_path):
     command = words("ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS})
@@ -143,6 +146,7 @@ def test_sigterm_on_one_rank_ends_both_with_one_checkpoint(world, tmp_path):
     resume_kit.assert_same(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 def test_a_disk_that_is_really_full_does_not_end_the_run(world, tmp_path):
     """The checkpoints' folder is a small file system of its own, in a user namespace."""
@@ -175,6 +179,7 @@ def exported(folder, output, *more):
     return digest(output / "model.safetensors")
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
@@ -212,6 +217,7 @@ def same_weights(checkpoint, dumped):
         assert (expected[name].to(value.dtype) == value).all(), name
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
@@ -227,6 +233,7 @@ def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
     assert load_score_model(str(tmp_path / "critic")).score.weight.abs().sum() > 0
 
 
+@pytest.mark.numeric
 def test_an_adapter_s_export_stands_on_its_base(world, tmp_path):
     output = tmp_path / "a"
     assert kit.main(*words("ppo-lag", world, output, **{"lora.rank": 2})) == 0

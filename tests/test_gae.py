@@ -15,6 +15,8 @@ from saferlhf_fast import gae
 from saferlhf_fast.kernels import dispatch
 from saferlhf_fast.kernels.gae import reference
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = dict(gamma=0.97, lam=0.9)
 
 

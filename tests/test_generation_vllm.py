@@ -16,6 +16,8 @@ from saferlhf_fast.config import Sampling
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.generation import open_generator, vllm_server
 
+pytestmark = pytest.mark.numeric
+
 ENDS = [2, 5]
 ALL = {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}
 

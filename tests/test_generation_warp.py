@@ -7,6 +7,8 @@ from tolerance import assert_near
 from saferlhf_fast.config import Sampling
 from saferlhf_fast.generation.warp import Context, context_of, pick, plain, uniforms, warp, warped_logprob
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = {
     "temperature": Sampling(temperature=0.7),
     "top_p": Sampling(top_p=0.9),

@@ -16,6 +16,8 @@ import openrlhf.models.loss as loss  # noqa: E402
 import openrlhf.models.utils as utils  # noqa: E402
 from saferlhf_fast import integrations  # noqa: E402
 
+pytestmark = pytest.mark.numeric
+
 THEIRS, LOSS = pristine(utils), pristine(loss)
 
 

@@ -13,6 +13,8 @@ from integration_kit import Batches, gradients, leaf, near, not_worse, same, sna
 from saferlhf_fast import integrations
 from saferlhf_fast.integrations import pku
 
+pytestmark = pytest.mark.numeric
+
 CHECKOUTS = {
     "safe_rlhf": ("safe_rlhf.utils", (
         ("safe_rlhf.trainers.rl_trainer", "RLTrainer"), ("safe_rlhf.algorithms.ppo.trainer", "PPOTrainer"),

@@ -8,6 +8,8 @@ import trl.trainer.utils as utils  # noqa: E402
 from integration_kit import Batches, gradients, leaf, near, not_worse, pristine, same, snapshot  # noqa: E402
 from saferlhf_fast import integrations  # noqa: E402
 
+pytestmark = pytest.mark.numeric
+
 THEIRS = pristine(utils)
 HELD = {"log_softmax": utils.selective_log_softmax, "head": utils._ChunkedLogProbFunction}
 ALL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from integration_kit import RANKS
 
+pytestmark = pytest.mark.numeric
+
 pytest.importorskip("trl", reason="TRL is not installed here")
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 

@@ -15,6 +15,8 @@ import verl.utils.torch_functional as functional  # noqa: E402
 from integration_kit import Batches, gradients, leaf, near, not_worse, pristine, same, snapshot  # noqa: E402
 from saferlhf_fast import integrations  # noqa: E402
 
+pytestmark = pytest.mark.numeric
+
 THEIRS, CORE, FUSED = pristine(functional), pristine(core), pristine(fused)
 CORE.verl_F = THEIRS
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-sum-norm", "seq-mean-token-mean")

@@ -7,6 +7,8 @@ import torch
 
 from saferlhf_fast import LagrangeMultiplier, PIDMultiplier
 
+pytestmark = pytest.mark.numeric
+
 
 def test_steps_follow_the_reference_formula():
     multiplier = LagrangeMultiplier(init=1.0, lr=0.1, max=5.0, threshold=0.5, window=4, delay=1)

@@ -101,6 +101,7 @@ def stubs(tmp_path):
     return folder
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 def test_torchrun_on_two_machines(sft, tmp_path, record_property):
     recipe, losses = sft
@@ -134,6 +135,7 @@ def test_a_machine_that_loses_its_power_is_named(tmp_path):
                      done.stderr), done.stderr
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 @pytest.mark.parametrize("hosts", ["localhost slots=2", "localhost slots=1\n127.0.0.1 slots=1"])
 def test_deepspeed_with_a_host_file(sft, tmp_path, stubs, hosts):

@@ -12,6 +12,8 @@ from tolerance import TABLE, assert_near
 from saferlhf_fast import linear_logprob, token_logprob
 from saferlhf_fast.kernels import dispatch, linear
 
+pytestmark = pytest.mark.numeric
+
 INTERPRETED = dispatch.interpreted()
 HERE = "triton" if INTERPRETED else "auto"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED else [BIG])

@@ -18,6 +18,8 @@ from tolerance import assert_near
 from saferlhf_fast import linear_logprob, linear_ppo_loss, ppo_loss
 from saferlhf_fast.kernels import dispatch, linear
 
+pytestmark = pytest.mark.numeric
+
 INTERPRETED = dispatch.interpreted()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED else [BIG])
 CLIP = 0.2

@@ -113,11 +113,13 @@ def whole(world):
     return Runs(world, PRODUCT)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("cell", COVER, ids=lambda cell: cell.name)
 def test_cover(cover, cell):
     agrees(cell, cover[cell], cover[cell.reference])
 
 
+@pytest.mark.numeric
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", PRODUCT, ids=lambda cell: cell.name)
 def test_product(whole, cell):

@@ -8,6 +8,8 @@ import sys
 import kit
 import pytest
 
+pytestmark = pytest.mark.numeric
+
 WIDTH, STD = 4096, 0.02
 
 

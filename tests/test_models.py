@@ -168,6 +168,7 @@ def test_the_end_token_learns_when_it_is_padding(tmp_path):
 # ---------------------------------------------------------------- score model
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_padding_side_changes_no_score(family, request):
     model = models.score_model_from_backbone(request.getfixturevalue(family)).eval()
@@ -184,6 +185,7 @@ def test_padding_side_changes_no_score(family, request):
     assert torch.allclose(alone, found[0][0][0], atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_padding_with_the_end_token_changes_no_score(llama):
     model = models.score_model_from_backbone(llama).eval()
     ends = []
@@ -193,6 +195,7 @@ def test_padding_with_the_end_token_changes_no_score(llama):
     assert torch.equal(*ends)
 
 
+@pytest.mark.numeric
 def test_head_is_computed_in_fp32(llama):
     model = models.score_model_from_backbone(llama, dtype=torch.bfloat16)
     ids_BL, mask_BL = batch([5, 3], 3)
@@ -202,6 +205,7 @@ def test_head_is_computed_in_fp32(llama):
     assert torch.allclose(model(ids_BL, mask_BL)[mask_BL], expected[mask_BL], atol=1e-6)
 
 
+@pytest.mark.numeric
 def test_new_head_has_the_config_s_spread(tmp_path):
     folder = make_model(tmp_path / "lm", hidden=512)
     torch.manual_seed(3)
@@ -211,6 +215,7 @@ def test_new_head_has_the_config_s_spread(tmp_path):
     assert torch.equal(weight, models.load_score_model(folder, new_head=True).score.weight)
 
 
+@pytest.mark.numeric
 def test_gradient_checkpointing_gives_the_same_gradient(llama):
     plain = models.score_model_from_backbone(llama)
     saving = copy.deepcopy(plain)
@@ -239,6 +244,7 @@ def test_text_part_of_a_multimodal_model(tmp_path):
 # ---------------------------------------------------------------- LoRA
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_of_a_causal_lm_is_merged_on_save(family, request, tmp_path):
     folder = request.getfixturevalue(family)
@@ -258,6 +264,7 @@ def test_lora_of_a_causal_lm_is_merged_on_save(family, request, tmp_path):
     assert (untouched - expected).abs().max() > 1e-3
 
 
+@pytest.mark.numeric
 def test_lora_of_a_score_model_trains_the_head_and_is_merged_on_save(llama, tmp_path):
     model = models.add_lora(models.score_model_from_backbone(llama), Lora(rank=4))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -287,6 +294,7 @@ def _shake(model):
 # ---------------------------------------------------------------- a real model
 
 
+@pytest.mark.numeric
 @pytest.mark.skipif(shared() is None, reason="needs models/stories260k under SAFERLHF_DATA")
 def test_real_llama(tmp_path):
     from transformers import AutoModelForSequenceClassification

@@ -6,6 +6,8 @@ import torch
 from saferlhf_fast.kernels import dispatch, linear
 from saferlhf_fast.on_policy import loss_of, on_policy_loss, whole_sequences
 
+pytestmark = pytest.mark.numeric
+
 COUNTS = (5, 0, 1, 9, 3, 2)
 
 

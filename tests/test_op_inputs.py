@@ -15,6 +15,8 @@ from torch.utils._pytree import tree_leaves
 import saferlhf_fast
 from saferlhf_fast.kernels import dispatch
 
+pytestmark = pytest.mark.numeric
+
 INTERPRETED = dispatch.interpreted()
 B, T, H, V = 2, 5, 4, 7
 LOSS = dict(clip_ratio=0.2, clip_high=0.3, dual_clip=1.5, kl_coeff=0.1)
@@ -283,7 +285,7 @@ def test_other_derivatives(op):
         for factor in (None, 1):                            # of a leaf, and of what may be written over
             expected = torch.stack([run(row.clone()) for row in two])
             got = torch.vmap(run)(two if factor is None else two * factor)
-            assert torch.equal(got, expected)
+            assert_near(got, expected)                      # torch's sums, over rows of another number
             with pytest.raises(RuntimeError, match=f"^{op} has first derivatives alone"):
                 torch.autograd.grad(got.sum(), two, create_graph=True, retain_graph=True)
             assert torch.equal(torch.autograd.grad(got.sum(), two)[0], torch.autograd.grad(expected.sum(), two)[0])

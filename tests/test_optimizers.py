@@ -15,6 +15,8 @@ from saferlhf_fast import optimizers
 from saferlhf_fast.config import Optimizer
 from saferlhf_fast.errors import UserError
 
+pytestmark = pytest.mark.numeric
+
 STAGES = {"adamw": (0, 1, 2, 3), "adamw-8bit": (0, 1, 2, 3), "adafactor": (0,)}
 CASES = [(kind, stage) for kind, stages in STAGES.items() for stage in stages]
 OFFLOADS = [(1, "states"), (2, "states"), (3, "states"), (3, "weights"), (3, "both")]

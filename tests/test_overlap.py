@@ -6,6 +6,8 @@ from pathlib import Path
 import kit
 import pytest
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = {"max_length": 24, "ppo__batch_size": 4, "ppo__max_steps": 4, "optim__learning_rate": 2e-2,
             "optim__warmup_ratio": 0.0, "critic_optim__learning_rate": 1e-3, "ppo__overlap": True, "ppo__importance_cap": 2.0}
 
@@ -30,7 +32,8 @@ def test_batches_are_one_step_stale(world, tmp_path):
     assert kit.losses(out, "train/staleness") == [0, 1, 1, 1]
     gaps = kit.losses(out, "train/engine_gap_mean")
     assert gaps[0] < 1e-5 and all(gap > 1e-3 for gap in gaps[1:])
-    assert kit.losses(out, "train/importance_weight")[1] != pytest.approx(1.0, abs=1e-3)
+    # The furthest of a run's weights was 0.04 to 0.10 off 1 over 5 seeds; the second alone 0.002 to 0.05.
+    assert max(abs(weight - 1.0) for weight in kit.losses(out, "train/importance_weight")) > 1e-3
 
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data=world["data"], output="none",
                     max_length=24, ppo=PPO(batch_size=4, max_steps=4))

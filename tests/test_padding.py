@@ -66,6 +66,7 @@ def test_any_fill_that_the_dtype_holds():
     assert unpack(torch.ones(1), offsets, width=2, fill=float("nan"))[0, 1].isnan()
 
 
+@pytest.mark.numeric
 def test_gradients():
     mask = torch.tensor([[False, True, True], [False, False, False], [True, False, True]])
     padded = torch.randn(3, 3, 2, dtype=torch.float64, requires_grad=True)
@@ -77,6 +78,7 @@ def test_gradients():
     assert torch.equal(poisoned.grad, mask.float())
 
 
+@pytest.mark.numeric
 def test_ops_give_the_same_on_both_forms():
     from saferlhf_fast import gae
     mask = torch.tensor([[True, True, False, False], [True, True, True, True]])

@@ -12,6 +12,8 @@ pytest.importorskip("transformers")
 from patch_kit import KINDS, V, close, gradients, make, random_batch  # noqa: E402
 from saferlhf_fast.integrations.transformers import patch_model  # noqa: E402
 
+pytestmark = pytest.mark.numeric
+
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_losses_and_gradients_are_transformers_own(kind):

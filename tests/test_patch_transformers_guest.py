@@ -32,6 +32,7 @@ def environment():
     os.environ.update(before)
 
 
+@pytest.mark.numeric
 def test_without_labels_it_is_the_model_itself():
     model, ids = make(), torch.tensor([[5, 6, 7]])
     patched = patch_model(copy.deepcopy(model))
@@ -129,6 +130,7 @@ def test_without_transformers_it_says_what_to_install(monkeypatch):
     assert not hasattr(model, "token_logprobs")
 
 
+@pytest.mark.numeric
 def test_torch_compile_goes_through_a_patched_model():
     model, ids = make(num_hidden_layers=1), torch.tensor([[5, 6, 7, 8], [9, 3, 4, 5]])
     torch._dynamo.reset()
@@ -142,6 +144,7 @@ def test_torch_compile_goes_through_a_patched_model():
         close(gradients(patched, got.loss), gradients(model, expected), torch.float32)
 
 
+@pytest.mark.numeric
 def test_copies_and_files(tmp_path):
     model, ids = make(), torch.tensor([[5, 6, 7]])
     expected = model(ids, labels=ids).loss
@@ -161,6 +164,7 @@ def test_copies_and_files(tmp_path):
     torch.testing.assert_close(again(ids, labels=ids).loss, expected)
 
 
+@pytest.mark.numeric
 def test_checkpointed_activations_and_modes():
     model = make()
     ids = torch.randint(0, V, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -174,6 +178,7 @@ def test_checkpointed_activations_and_modes():
         assert not model(ids, labels=ids).loss.requires_grad
 
 
+@pytest.mark.numeric
 def test_adapters_inside():
     peft = pytest.importorskip("peft")
     ids = torch.tensor([[5, 6, 7]])
@@ -258,6 +263,7 @@ def test_calls_that_need_logits_go_to_the_model_and_say_so():
         assert model(ids, labels=ids).logits is not None
 
 
+@pytest.mark.numeric
 def test_a_mixture_of_experts():
     config = transformers.MixtralConfig(**SMALL, num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
     torch.manual_seed(0)
@@ -284,6 +290,7 @@ def test_a_wrapper_around_the_patched_forward_stays_when_it_is_taken_off():
         patch_model(model)
 
 
+@pytest.mark.numeric
 def test_transformers_trainer_sees_the_same_losses(tmp_path):
     pytest.importorskip("accelerate")
     rows = [dict(zip(("input_ids", "attention_mask", "labels"), (t[0] for t in random_batch(seed)))) for seed in range(40)]
@@ -309,6 +316,7 @@ def test_transformers_trainer_sees_the_same_losses(tmp_path):
     assert not hasattr(unpatch_model(narrow), "token_logprobs")
 
 
+@pytest.mark.numeric
 @pytest.mark.slow
 def test_two_processes_under_ddp_and_zero_3():
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",

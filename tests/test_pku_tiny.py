@@ -8,6 +8,7 @@ import pytest
 SHARED = kit.shared()
 
 
+@pytest.mark.numeric
 @pytest.mark.skipif(SHARED is None, reason="real data and models are not there: set SAFERLHF_DATA to their folder")
 @pytest.mark.timeout(600)
 def test_slice_of_the_real_run(tmp_path):

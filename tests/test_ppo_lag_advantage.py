@@ -15,6 +15,8 @@ from saferlhf_fast import gae, ppo_lag_advantage, ppo_loss
 from saferlhf_fast.kernels import dispatch
 from saferlhf_fast.kernels.ppo_lag_advantage import reference, whitening
 
+pytestmark = pytest.mark.numeric
+
 SETTINGS = dict(kl_coeff=0.1, gamma=0.99, lam=0.95, clip_score=0.7)
 TOKENS = ("logp", "ref_logp", "reward_values", "cost_values")
 

@@ -12,6 +12,8 @@ from kit import ROOT
 from saferlhf_fast import LagrangeMultiplier, PIDMultiplier, PPOLagLoss, pack, ppo_loss
 from tolerance import assert_near
 
+pytestmark = pytest.mark.numeric
+
 
 def plain(logp, old_logp, reward_advantages, cost_advantages, multiplier, mask, clip=0.2):
     """The formula: mean over rows with a token of each one's token mean."""

@@ -12,6 +12,8 @@ from tolerance import assert_near
 from saferlhf_fast import ppo_loss
 from saferlhf_fast.kernels.ppo_loss.reference import STATISTICS
 
+pytestmark = pytest.mark.numeric
+
 CLIP = 0.2
 NAMES = ("logp", "old_logp", "advantages", "ref_logp", "entropy")
 TERMS = {"surrogate": {}, "k1": dict(kl_coeff=0.3, kl_estimator="k1"),

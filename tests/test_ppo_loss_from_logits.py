@@ -12,6 +12,8 @@ from tolerance import assert_near, assert_same
 from saferlhf_fast import ppo_loss, ppo_loss_from_logits, token_logprob
 from saferlhf_fast.kernels import dispatch
 
+pytestmark = pytest.mark.numeric
+
 INTERPRETED = dispatch.interpreted()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16] + ([] if INTERPRETED else [BIG])
 CLIP = 0.2

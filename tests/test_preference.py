@@ -8,6 +8,8 @@ import torch
 from saferlhf_fast import ScoreModel, cost_loss, reward_loss
 from saferlhf_fast.preference import token_wise
 
+pytestmark = pytest.mark.numeric
+
 
 def log_sigmoid(x):
     return -math.log1p(math.exp(-x))

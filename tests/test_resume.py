@@ -38,6 +38,7 @@ def rows_without_time(folder):
     return [{key: value for key, value in row.items() if key != "time"} for row in kit.rows(folder)]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_goes_on_as_if_nothing_had_happened(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a")
@@ -58,6 +59,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
     run("ppo-lag", world, tmp_path / "a", **VARIANTS[variant])
@@ -66,6 +68,7 @@ def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
     assert_same(tmp_path / "a", copy)
 
 
+@pytest.mark.numeric
 def test_writing_checkpoints_changes_nothing(world, tmp_path):
     run("sft", world, tmp_path / "a")
     run("sft", world, tmp_path / "b", **{"checkpoint.interval": 100})
@@ -84,6 +87,7 @@ def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
     assert kit.steps(copy) == kit.steps(tmp_path / "a")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "ppo-lag"])
 def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a", **{"checkpoint.interval": STEPS})
@@ -115,6 +119,7 @@ def test_the_clock_makes_a_checkpoint_due(world, tmp_path):
 # ---------------------------------------------------------------- which checkpoint, and why not another
 
 
+@pytest.mark.numeric
 def test_a_damaged_one_is_passed_over_and_named(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=3)
@@ -137,6 +142,7 @@ def test_nothing_whole_is_refused_and_nothing_is_lost(world, tmp_path, capsys):
     assert "can be used" in capsys.readouterr().err and kit.files(copy / "checkpoints") == before
 
 
+@pytest.mark.numeric
 def test_without_a_checkpoint_the_run_starts_anew(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", resume="auto")
     assert "the run starts anew" in capsys.readouterr().out
@@ -172,6 +178,7 @@ def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
     assert "holds an unfinished run" in capsys.readouterr().err
 
 
+@pytest.mark.numeric
 def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     run("reward", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT))
@@ -204,6 +211,7 @@ def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
 # ---------------------------------------------------------------- a full disk, and NaN
 
 
+@pytest.mark.numeric
 def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
     from saferlhf_fast.checkpoint import files
     from saferlhf_fast.checkpoint.run import Checkpoints
@@ -243,6 +251,7 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("zero, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
 @pytest.mark.parametrize("gradients", ["nan", "1"])
 def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, gradients, capsys):
@@ -293,11 +302,13 @@ def both(world, tmp_path, cells, processes=2, **settings):
     return [(tmp_path / f"a{i}", tmp_path / f"b{i}") for i in range(len(cells))]
 
 
+@pytest.mark.numeric
 def test_two_processes_go_on_as_if_nothing_had_happened(world, tmp_path):
     for pair in both(world, tmp_path, CELLS):
         assert_same(*pair)
 
 
+@pytest.mark.numeric
 @pytest.mark.faults
 def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
     cells = list(product(STAGES, (0, 1, 2, 3), ("fp32", "bf16")))
@@ -305,6 +316,7 @@ def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
         assert_same(*pair)
 
 
+@pytest.mark.numeric
 def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path, capsys):
     settings = {"batch_size": 3, "accumulation": 1, "max_steps": STEPS, "epochs": 9}
     recipe = tmp_path / "recipe.yaml"
@@ -349,6 +361,7 @@ def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_pat
     assert f"resume: step {AT} from" in capsys.readouterr().out.replace("\n", " ")
 
 
+@pytest.mark.numeric
 def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     run("reward", world, "~/a")
@@ -357,8 +370,10 @@ def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsy
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.numeric
 def test_the_best_weights_of_another_run_come_along(world, tmp_path):
-    settings = {"optim.learning_rate": 1.0, "lora.rank": 0}      # gets worse, so that an early step is the best
+    # A rate that rises to far too much: the first loss is the best; those after step AT were 2.9 to 19 times it over 5 seeds.
+    settings = {"optim.learning_rate": 10.0, "optim.warmup_ratio": 0.99, "optim.schedule": "constant", "lora.rank": 0}
     run("sft", world, tmp_path / "a", **settings)
     summary = kit.summary(tmp_path / "a")
     assert summary["best_step"] <= AT
@@ -369,6 +384,7 @@ def test_the_best_weights_of_another_run_come_along(world, tmp_path):
         resume_kit.digest(tmp_path / "b" / "model" / "model.safetensors")
 
 
+@pytest.mark.numeric
 def test_a_damaged_newer_one_does_not_push_out_what_is_written_now(world, tmp_path):
     keep = {"checkpoint.interval": 1, "checkpoint.keep": 9}
     run("reward", world, tmp_path / "a", **keep)

@@ -71,6 +71,7 @@ def write_ref(folder, llama, bias=0.7, mean=0.4, var=2.25, binary=False, drop=()
 # ---------------------------------------------------------------- export
 
 
+@pytest.mark.numeric
 def test_export_is_exact_through_the_class(llama, tmp_path):
     tokenizer, model = models.load_tokenizer(llama), models.score_model_from_backbone(llama)
     models.save_score_model(tmp_path / "rm", model, tokenizer, kind="reward", card={"data": ["pairs.jsonl"],
@@ -94,6 +95,7 @@ def test_export_of_a_state_dict(llama, tmp_path):
     assert torch.equal(models.load_score_model(tmp_path / "rm").score.weight, state["score.weight"])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "mixtral"])
 def test_export_of_other_families(family, tmp_path):
     import transformers
@@ -119,6 +121,7 @@ def test_export_of_other_families(family, tmp_path):
     assert torch.allclose(end_scores(models.load_score_model(tmp_path / "rm"), ids_BL, mask_BL), expected, atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_a_family_without_the_class_is_kept_for_our_loader(tmp_path):
     from transformers import BertConfig, BertForMaskedLM
     tokenizer = make_tokenizer()
@@ -132,6 +135,7 @@ def test_a_family_without_the_class_is_kept_for_our_loader(tmp_path):
     assert "load it with saferlhf-fast" in (tmp_path / "rm" / "README.md").read_text()
 
 
+@pytest.mark.numeric
 def test_pad_equal_to_eos_gets_another_pad(tmp_path):
     folder = make_model(tmp_path / "lm", pad_is_eos=True)
     tokenizer, model = models.load_tokenizer(folder), models.score_model_from_backbone(folder)
@@ -158,6 +162,7 @@ def test_pad_equal_to_eos_without_another_special_token_is_refused(llama, tmp_pa
 # ---------------------------------------------------------------- the reference implementation's layout
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("score_type, normalize", [("cost", False), ("cost", True), ("reward", True), ("critic", True)])
 @pytest.mark.parametrize("binary", [False, True])
 def test_ref_checkpoint_scores_as_its_formula(llama, tmp_path, score_type, normalize, binary):
@@ -177,6 +182,7 @@ def test_ref_checkpoint_scores_as_its_formula(llama, tmp_path, score_type, norma
     assert torch.allclose(end_scores(model, ids_BL, mask_BL), expected.gather(1, last[:, None])[:, 0], atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_ref_bias_is_refused_or_kept(llama, tmp_path):
     (tmp_path / "ref").mkdir()
     write_ref(tmp_path / "ref", llama, do_normalize=True, normalizer_type="RunningMeanStd")
@@ -193,6 +199,7 @@ def test_ref_bias_is_refused_or_kept(llama, tmp_path):
     assert config["saferlhf_fast"]["score_bias"] == pytest.approx(0.7) and "score_dim" not in config
 
 
+@pytest.mark.numeric
 def test_ref_bias_dropped_prints_the_shift(llama, tmp_path, capsys):
     (tmp_path / "ref").mkdir()
     write_ref(tmp_path / "ref", llama)

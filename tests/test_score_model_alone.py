@@ -18,6 +18,7 @@ def batch():
     return ids, mask
 
 
+@pytest.mark.numeric
 def test_it_scores_as_transformers_own_class_does(tmp_path, batch):
     from transformers import AutoModelForSequenceClassification
     base, (ids, mask) = make_model(tmp_path / "lm"), batch
@@ -35,6 +36,7 @@ def test_it_scores_as_transformers_own_class_does(tmp_path, batch):
     assert mine.kind == "reward" and padded.dtype == torch.float32
 
 
+@pytest.mark.numeric
 def test_around_any_transformers_body_and_trained_by_a_plain_loop(tmp_path, batch):
     from transformers import AutoModel
     ids, mask = batch
@@ -48,7 +50,7 @@ def test_around_any_transformers_body_and_trained_by_a_plain_loop(tmp_path, batc
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 * losses[0]
+    assert losses[-1] < 0.1 * losses[0]                  # at most 0.0074 over 5 seeds
 
 
 def test_a_language_model_is_no_score_model(tmp_path):
@@ -67,6 +69,7 @@ def tiny():
                                              num_attention_heads=2, max_position_embeddings=64, pad_token_id=0))).eval()
 
 
+@pytest.mark.numeric
 def test_without_a_mask_every_token_is_real(tiny, batch):
     ids, _ = batch
     expected = tiny(ids, torch.ones_like(ids))
@@ -88,6 +91,7 @@ def test_an_empty_batch_has_an_empty_answer(tiny, rows, columns):
         tiny.zero_grad()
 
 
+@pytest.mark.numeric
 def test_scores_are_fp32_under_autocast(tiny, batch):
     with torch.no_grad():
         hidden = tiny.backbone(input_ids=batch[0]).last_hidden_state
@@ -106,6 +110,7 @@ def test_a_row_without_a_token_has_no_score(batch):
     assert unseen[0] == 1.0 and unseen[1].isnan()
 
 
+@pytest.mark.numeric
 def test_both_steps_compile_to_one_graph(tiny, batch):
     def ends(ids, mask):
         return tiny.end_scores(tiny(ids, mask), mask)

@@ -50,6 +50,7 @@ def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
     assert not [p.name for p in folder.iterdir() if p.name.endswith((".tmp", ".old"))]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, stage):
     folder = world["folder"] / stage / "model"
@@ -78,6 +79,7 @@ def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown
     assert card.count("- x.json:\n") == 2 and "- path: org/set\n" in card and '- eval: ["e.json"]' in card
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_the_model_is_one_of_transformers(world, stage):
     """Loaded by its own classes, which know nothing of us; and it is not the model that the run began with."""
@@ -100,14 +102,15 @@ def test_the_model_is_one_of_transformers(world, stage):
     assert ours.kind == stage
 
 
+@pytest.mark.numeric
 def test_sft_learns_and_evaluates(world, tmp_path):
     from transformers import AutoModelForCausalLM
     out = kit.run("sft", tmp_path / "out", model=world["model"], data=world["sft"], train__epochs=100, train__max_steps=40,
                   train__eval_fraction=0.2, train__eval_interval=10, train__save_interval=15, **FAST)
     loss, summary = kit.losses(out), kit.summary(out)
-    assert len(loss) == 40 and loss[0] > 3 and loss[-1] < 0.5 * loss[0]
+    assert len(loss) == 40 and loss[0] > 3 and loss[-1] < 0.5 * loss[0]          # 0.40 to 0.41 over 5 seeds
     evals = kit.losses(out, "eval/loss")
-    assert len(evals) == 4 and evals[-1] < 0.7 * evals[0]
+    assert len(evals) == 4 and evals[-1] < 0.7 * evals[0]                        # 0.59 to 0.62
     assert summary["steps"] == 40 and summary["eval/loss"] == pytest.approx(evals[-1])
     assert summary["held_out"] > 0 and summary["examples"] + summary["held_out"] == summary["data"]["kept"] == 30
     saved = sorted(p.name for p in out.glob("step-*"))
@@ -117,33 +120,38 @@ def test_sft_learns_and_evaluates(world, tmp_path):
     assert not torch.equal(weights[0], weights[1]) and not torch.equal(weights[1], weights[2])
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("loss", ["sequence", "token"])
 @pytest.mark.parametrize("stage", ["reward", "cost"])
 def test_score_models_learn_separable_pairs(world, tmp_path, stage, loss):
     out = kit.run(stage, tmp_path / "out", model=world["model"], data=world["pairs"], train__epochs=100,
                   train__max_steps=20, train__eval_fraction=0.3, loss=loss, **FAST)
     summary = kit.summary(out)
-    assert kit.losses(out)[-1] < 0.5 * kit.losses(out)[0]
+    assert kit.losses(out)[-1] < 0.5 * kit.losses(out)[0]                        # 0.09 to 0.35 over 5 seeds, accuracies 1
     assert summary["eval/accuracy"] >= 0.9
     assert stage == "reward" or summary["eval/accuracy_sign"] >= 0.9
 
 
+@pytest.mark.numeric
 def test_dpo_learns_and_keeps_its_reference(world, tmp_path):
     out = kit.run("dpo", tmp_path / "out", model=world["model"], data=world["pairs"], train__epochs=100,
                   train__max_steps=20, **FAST)
     loss = kit.losses(out)
     assert loss[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)     # policy = reference
-    assert loss[-1] < 0.7 * loss[0] and kit.losses(out, "train/reward_accuracy")[-1] >= 0.9
+    assert loss[-1] < 0.7 * loss[0] and kit.losses(out, "train/reward_accuracy")[-1] >= 0.9      # 0.59 to 0.64, 1 over 5 seeds
 
 
+@pytest.mark.numeric
 def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
-    """A learning rate that grows too fast for the last steps; a second run at almost none measures what was saved."""
-    common = {"data": world["sft"], "train__eval_fraction": 0.3, "optim__schedule": "constant"}
+    """A learning rate that grows until every step is far too large; a second run at almost none measures what was saved.
+
+    The last loss was 5.2 to 18 times the best over 5 seeds."""
+    common = {"data": world["sft"], "train__eval_fraction": 0.3, "optim__schedule": "constant", "optim__warmup_ratio": 0.99}
     out = kit.run("sft", tmp_path / "out", model=world["model"], train__epochs=100, train__max_steps=24,
                   train__eval_interval=3, train__best_metric="eval/loss", **common,
-                  **{**FAST, "optim__learning_rate": 0.08})
+                  **{**FAST, "optim__learning_rate": 4.0})
     evals, summary = kit.losses(out, "eval/loss"), kit.summary(out)
-    assert min(evals) < evals[-1], "the last evaluation must not be the best, or this tests nothing"
+    assert 2 * min(evals) < evals[-1], "the last evaluation must not be the best, or this tests nothing"
     assert summary["eval/loss"] == min(evals) and summary["best_step"] == 3 * (1 + evals.index(min(evals)))
     assert not (out / "best").exists()
     again = kit.run("sft", tmp_path / "again", model=out / "model", train__max_steps=1, **common,
@@ -151,6 +159,7 @@ def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
     assert kit.summary(again)["eval/loss"] == pytest.approx(min(evals), rel=1e-5)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "reward", "cost", "dpo"])
 def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
     from safetensors.torch import load_file
@@ -158,7 +167,7 @@ def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
     out = kit.run(stage, tmp_path / "out", model=world["model"], data=data, train__epochs=100, train__max_steps=12,
                   lora__rank=4, **{**FAST, "optim__learning_rate": 1e-2})
     loss = kit.losses(out)
-    assert loss[-1] < 0.95 * loss[0]
+    assert loss[-1] < 0.95 * loss[0]                     # 0.84 to 0.90 (sft, dpo), 0.03 to 0.37 (reward, cost) over 5 seeds
     before, after = (load_file(f"{folder}/model.safetensors") for folder in (world["model"], out / "model"))
     assert not [name for name in after if "lora" in name or "base_layer" in name]
     same = [name for name in before if name in after and torch.equal(before[name], after[name])]
@@ -167,21 +176,24 @@ def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
     assert all("_proj" not in name for name in same)
 
 
+@pytest.mark.numeric
 def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
     runs = [kit.run("sft", tmp_path / str(on), model=world["model"], data=world["sft"], train__max_steps=3,
                     train__gradient_checkpointing=on, **FAST) for on in (False, True)]
     assert kit.losses(runs[0]) == pytest.approx(kit.losses(runs[1]), rel=1e-6)
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "cost"])
 def test_bf16_on_a_cpu(world, tmp_path, stage):
     data = world["sft" if stage == "sft" else "pairs"]
     runs = [kit.run(stage, tmp_path / precision, model=world["model"], data=data, train__max_steps=3,
                     engine__precision=precision, **FAST) for precision in ("fp32", "bf16")]
     fp32, bf16 = (kit.losses(out) for out in runs)
-    assert bf16 == pytest.approx(fp32, rel=0.02) and bf16 != fp32
+    assert bf16 == pytest.approx(fp32, rel=0.02) and bf16 != fp32                # off by at most 0.0045 over 5 seeds
 
 
+@pytest.mark.numeric
 def test_accumulation_is_one_larger_batch(world, tmp_path):
     common = {"model": world["model"], "data": world["sft"], "train__max_steps": 3}
     runs = [kit.run("sft", tmp_path / f"{size}", **common, **{**FAST, "train__batch_size": size,
@@ -193,6 +205,7 @@ def test_accumulation_is_one_larger_batch(world, tmp_path):
 # ---------------------------------------------------------------- what exactly is learned
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
     """The first step's loss is the mean over both answers and their ends of turn, by hand with transformers.
@@ -216,6 +229,7 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
     assert kit.losses(out) == pytest.approx([nll[learned[1:]].mean().item()], rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_path):
     """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by hand."""
     from transformers import AutoModelForCausalLM
@@ -238,6 +252,7 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
     assert stats["reward_margin"].item() == pytest.approx(margin.item(), rel=1e-5)
 
 
+@pytest.mark.numeric
 def test_token_wise_loss_by_hand(world):
     """The responses share their first token: from the second on, the shorter one's last score standing in."""
     from saferlhf_fast.preference import pair_loss, reward_loss

@@ -17,6 +17,7 @@ def world(tmp_path_factory):
 # ---------------------------------------------------------------- evaluate
 
 
+@pytest.mark.numeric
 def test_evaluate_gives_means_with_intervals(world, tmp_path, capsys):
     out = kit.run("evaluate", tmp_path / "out", model=world["model"], prompts=world["prompts"], reward=world["reward"],
                   cost=world["cost"], reference=world["model"], max_length=32)
@@ -43,6 +44,7 @@ def test_evaluate_measures_only_what_it_has_models_for(world, tmp_path, monkeypa
     assert not list(tmp_path.iterdir())                                 # without output nothing is written
 
 
+@pytest.mark.numeric
 def test_the_kl_of_two_policies_is_above_zero_and_seeds_repeat(world, tmp_path):
     from saferlhf_fast import models
     other = kit.make_model(tmp_path / "other", seed=5)
@@ -113,6 +115,7 @@ def test_the_paper_s_recipe_starts_on_stand_ins(world, tmp_path):
         assert len(kit.losses(out / name, key)) == 1
 
 
+@pytest.mark.numeric
 def test_a_run_s_model_is_compared_with_what_it_started_from(world, tmp_path):
     trained = kit.run("sft", tmp_path / "sft", model=world["model"], data=world["sft"], **{
         "train.max_steps": 3, "optim.learning_rate": 0.01})

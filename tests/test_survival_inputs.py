@@ -86,6 +86,7 @@ def rows(lengths, ends):
     return [row[:-1] + [2] if i in ends else row for i, row in enumerate(made)]
 
 
+@pytest.mark.numeric
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("pad", [3, 2], ids=["pad", "pad is eos"])
 @pytest.mark.parametrize("ends", [(), (0, 1, 2, 3), (1, 2)], ids=["no eos", "eos", "some eos"])
@@ -116,6 +117,7 @@ def test_scores_and_log_probs_are_those_of_the_unpadded_run(bases, architecture,
             assert torch.allclose(logp, own_logp, atol=1e-5)
 
 
+@pytest.mark.numeric
 def test_the_reward_lands_on_the_last_real_token():
     """Without KL and values the returns are the score, discounted from the last token of each row."""
     from saferlhf_fast.kernels.ppo_lag_advantage import ppo_lag_advantage

@@ -15,6 +15,8 @@ from tolerance import TABLE, assert_near, assert_same
 from saferlhf_fast import ppo_loss_from_logits, token_logprob
 from saferlhf_fast.kernels import dispatch
 
+pytestmark = pytest.mark.numeric
+
 INTERPRETED = dispatch.interpreted()
 HERE = "triton" if INTERPRETED else "auto"
 PLACES = naive.PLACES

@@ -19,6 +19,8 @@ from saferlhf_fast.kernels.ppo_loss_from_logits import triton_impl as policy
 from saferlhf_fast.kernels.token_logprob import reference
 from saferlhf_fast.kernels.token_logprob import triton_impl as rows
 
+pytestmark = pytest.mark.numeric
+
 INTERPRETED = dispatch.interpreted()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 here = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="no GPU: test_in_the_interpreter runs these")

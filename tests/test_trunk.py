@@ -12,6 +12,8 @@ from saferlhf_fast.config import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.packing import pack, response_rows
 from saferlhf_fast.policy import Policy
 
+pytestmark = pytest.mark.numeric
+
 SEQUENCES = [[5, 6, 7, 8, 9], [9, 8, 7], [6, 6, 5, 4]]
 LORA = {"lora__rank": 4, "lora__alpha": 32}
 
@@ -35,7 +37,8 @@ def packed():
 def make_cast(world, **settings):
     given = {"ppo": PPO(), "lora": Lora(rank=4, alpha=32), "engine": Engine(precision="fp32"), **settings}
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none",
-                    optim=Optimizer(learning_rate=1e-2), critic_optim=Optimizer(learning_rate=1e-2), max_length=64, **given)
+                    optim=Optimizer(learning_rate=1e-2), max_length=64, **given,
+                    critic_optim=Optimizer(learning_rate=1e-2, schedule="constant"))
     engine.start(cfg.engine, 0)
     return load_cast(cfg, models.load_tokenizer(world["model"]), 9, constrained=True)
 
@@ -158,7 +161,7 @@ def test_two_heads_on_one_critic_without_adapters(world, tmp_path):
         errors.append([part.item() for part in parts])
         critic.engine.backward(sum(parts))
         critic.engine.step()
-    assert errors[-1][0] < 0.4 * errors[0][0] and errors[-1][1] < 0.4 * errors[0][1]
+    assert errors[-1][0] < 0.4 * errors[0][0] and errors[-1][1] < 0.4 * errors[0][1]      # at most 0.03 over 5 seeds
 
 
 def test_what_does_not_go_with_a_trunk_is_said(world, tmp_path, capsys):

@@ -4,6 +4,8 @@ losses under everything else."""
 import kit
 import pytest
 
+pytestmark = pytest.mark.numeric
+
 STEPS = "train.max_steps=3"
 
 

@@ -11,6 +11,8 @@ from tolerance import assert_near
 
 from saferlhf_fast import value_loss
 
+pytestmark = pytest.mark.numeric
+
 CLIP = 0.3
 
 
