@@ -28,7 +28,7 @@ import exact  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
 import shapes  # noqa: E402
-from saferlhf_fast import __version__  # noqa: E402
+from saferlhf_fast.version import __version__  # noqa: E402
 
 DEVICE = ceilings.DEVICE
 FOREIGN = ("eager", "bare products")    # versions that are neither ours nor in peers.py

@@ -5,6 +5,8 @@ Importing this package imports neither torch, transformers nor deepspeed. `safer
 
 from typing import TYPE_CHECKING
 
+from .version import __version__ as __version__
+
 if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ loads; tests/test_api.py keeps it equal to _HOME
     from . import integrations as integrations
     from .errors import UserError as UserError
@@ -22,8 +24,6 @@ if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ l
     from .padding import pack as pack, unpack as unpack
     from .ppo_lag_loss import PPOLagLoss as PPOLagLoss
     from .preference import cost_loss as cost_loss, reward_loss as reward_loss
-
-__version__ = "0.1.0"
 
 _HOME = {
     "token_logprob": "kernels.token_logprob",

@@ -13,8 +13,9 @@ import sys
 import time
 import traceback
 
-from saferlhf_fast import __version__, signals
+from saferlhf_fast import signals
 from saferlhf_fast.errors import EXIT_CODE, UserError, require
+from saferlhf_fast.version import __version__
 
 COMMANDS = {
     "sft": "fine-tune a causal language model on instructions",

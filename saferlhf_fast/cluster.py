@@ -24,8 +24,9 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from saferlhf_fast import __version__, inputs, run_folder
+from saferlhf_fast import inputs, run_folder
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.version import __version__
 
 EQUAL = ("python", "saferlhf-fast", "commit", "torch", "cuda", "nccl", "driver", "transformers", "deepspeed", "triton", "gpus")
 """What must be the same on all ranks."""

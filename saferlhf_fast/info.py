@@ -9,7 +9,7 @@ import os
 import platform
 from pathlib import Path
 
-from saferlhf_fast import __version__
+from saferlhf_fast.version import __version__
 
 HELP = """usage: saferlhf-fast info
        saferlhf-fast info --cluster [--folder DIR] [--limit SECONDS]

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import yaml
 
-from saferlhf_fast import __version__, inputs
+from saferlhf_fast import inputs
 from saferlhf_fast.checkpoint import fits, manifest
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.settings import to_dict
+from saferlhf_fast.version import __version__
 
 SAVED = ("model", "best", "step-*", "checkpoints/*/" + manifest.NAME)
 """What a run folder holds that hours went into: models, and checkpoints that were finished."""

@@ -5,10 +5,11 @@ import shutil
 import time
 from pathlib import Path
 
-from .. import __version__, console, engine, inputs, signals
+from .. import console, engine, inputs, signals
 from ..errors import UserError
 from ..run_folder import set_aside_by, versions
 from ..settings import to_dict
+from ..version import __version__
 from . import fits, manifest, shards
 from .files import Files
 from .state import flatten, generators, restore, set_generators
