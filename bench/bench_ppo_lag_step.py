@@ -21,7 +21,7 @@ def step(tmp_path_factory):
     from saferlhf_fast import data, engine, models
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.cast import load_cast
-    from saferlhf_fast.config import PPO, PPOConfig, Sampling
+    from saferlhf_fast.config.stages import PPO, PPOConfig, Sampling
     from saferlhf_fast.ppo_lag import sample
     from saferlhf_fast.score import ask_trained, judge
     folder = tmp_path_factory.mktemp("step")

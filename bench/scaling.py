@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saferlhf_fast import settings                                          # noqa: E402
+from saferlhf_fast.config import load                                          # noqa: E402
 from saferlhf_fast.plan import communication, sizes, usable                 # noqa: E402
 from saferlhf_fast.plan.stages import Hardware, plan_stage                  # noqa: E402
 
@@ -53,7 +53,7 @@ def config_of(root, variant, stage):
     """PPOConfig of a variant under a ZeRO stage. A 70B actor is not gathered whole for its rollouts: no GPU could hold it."""
     actor, score = (folder_of(root, name) for name in VARIANTS[variant])
     gather = variant in ("7B", "13B") or stage < 3
-    return settings.build("ppo-lag", {
+    return load.build("ppo-lag", {
         "model": actor, "reward": score, "cost": score, "data": "none", "output": "none", "gradient_checkpointing": True,
         "engine": {"zero_stage": stage, "precision": "bf16"}, "sampling": {"gather": gather}})
 

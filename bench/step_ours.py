@@ -35,13 +35,13 @@ class Limited:
 
 def make_config(work, recipe):
     """The stage's default recipe for this work; `lora` and `micro_tokens` of the bench's own recipe where it has them."""
-    from saferlhf_fast import config
+    from saferlhf_fast.config import stages
     from saferlhf_fast.engine import world_size
-    return config.PPOConfig(
+    return stages.PPOConfig(
         model="random", reward=SEEDS["reward"], cost=SEEDS["cost"], data="none", output="none", seed=0,
-        max_length=max(512, work.longest), lora=config.Lora(rank=recipe["lora"]),
-        ppo=config.PPO(batch_size=len(work.prompts) // world_size(), micro_tokens=recipe["micro_tokens"]),
-        engine=config.Engine(packing=recipe["packing"], precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"))
+        max_length=max(512, work.longest), lora=stages.Lora(rank=recipe["lora"]),
+        ppo=stages.PPO(batch_size=len(work.prompts) // world_size(), micro_tokens=recipe["micro_tokens"]),
+        engine=stages.Engine(packing=recipe["packing"], precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"))
 
 
 SEEDS = {"reward": "random 1", "cost": "random 2"}      # the "paths" of the score models: what seed they are made from

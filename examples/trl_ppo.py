@@ -23,9 +23,9 @@ from typing import Literal
 
 from yaml import YAMLError
 
+from saferlhf_fast.config.load import load
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.pipeline import run_stage
-from saferlhf_fast.settings import load
 
 try:
     from trl import ModelConfig, ScriptArguments, TrlParser as Parser
@@ -123,7 +123,7 @@ def train(dataset, script, model, ppo):
 
 def first_row(script):
     """The first row of the data set that the arguments name: whether prompts are text or messages."""
-    from saferlhf_fast.config import Source
+    from saferlhf_fast.config.stages import Source
     from saferlhf_fast.data.sources import load_sources
     source = Source(path=script.dataset_name, name=script.dataset_config, split=script.dataset_train_split)
     return load_sources(source)[0].rows[0].fields

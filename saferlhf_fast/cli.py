@@ -8,12 +8,12 @@ bug of ours (or a regression that `bench` found), 2 bad input, 130 interrupted.
 
 import argparse
 import os
-import re
 import sys
 import time
 import traceback
 
 from saferlhf_fast import signals
+from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import EXIT_CODE, UserError, require
 from saferlhf_fast.version import __version__
 
@@ -164,14 +164,15 @@ def _dispatch(args, words, argv):
         from saferlhf_fast import plan
         print(plan.help_text()) if wants_help else plan.main(words)
         return 0
-    from saferlhf_fast import explain
+    from saferlhf_fast.config import schema
     if wants_help:
-        print(explain.help_text(command))
+        print(schema.help_text(command))
         return 0
     recipe, overrides = split_words(command, words)
     if command == "run" and recipe is None:
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
-    from saferlhf_fast import pipeline, settings
+    from saferlhf_fast import pipeline
+    from saferlhf_fast.config import load
     if command in launch.COMMANDS:
         launch.adopt()
         processes = launch.wanted(args.processes, lambda: _check(command, recipe, overrides))
@@ -180,69 +181,21 @@ def _dispatch(args, words, argv):
     if command == "run":
         pipeline.run(recipe, overrides)
     else:
-        pipeline.run_stage(command, settings.load(command, recipe, overrides))
+        pipeline.run_stage(command, load.load(command, recipe, overrides))
     return 0
 
 
 def _check(command, recipe, overrides):
     """Refuses what a stage, or `run`, would refuse before it imports torch."""
-    from saferlhf_fast import inputs, pipeline, run_folder, settings
+    from saferlhf_fast import pipeline, run_folder
+    from saferlhf_fast.config import checks, load
     if command == "run":
         pipeline.plan(recipe, overrides)
         return
-    cfg = settings.load(command, recipe, overrides)
-    inputs.check(command, cfg)
+    cfg = load.load(command, recipe, overrides)
+    checks.check(command, cfg)
     if getattr(cfg, "resume", None) != "auto" or not run_folder.is_finished(cfg.output, command, cfg):
         run_folder.check_output(cfg)
-
-
-def split_words(command, words):
-    """Sorts what follows a command into (recipe or None, {key: value}).
-
-    `key=value`, `--key=value`, `--key value`; a flag of a true-or-false setting needs no value, one of a list takes all
-    words up to the next flag, pair or recipe.
-    """
-    from saferlhf_fast import explain
-    kinds = {key: explain.takes(leaf.annotation) for key, leaf in explain.leaves(explain.SETTINGS[command]).items()}
-    if command == "run":
-        kinds |= {key: explain.takes(leaf.annotation) for stage in explain.STAGES.values()
-                  for key, leaf in explain.leaves(stage).items()}
-    recipe, overrides, rest = None, {}, list(words)
-    while rest:
-        word = rest.pop(0)
-        flag = re.fullmatch(r"--([\w.-]+)", word)
-        pair = re.fullmatch(r"(?:--)?([\w.-]+)=(.*)", word, re.DOTALL)
-        if flag:
-            key = flag[1]
-            # An unknown flag is refused with the settings, by its name; its value must not be taken for a recipe.
-            bare = not rest or rest[0].startswith("--") or "=" in rest[0]
-            kind = kinds.get(key, kinds.get(key.partition(".")[2], "switch" if bare else "value"))
-            overrides[key] = _flag_value(key, kind, rest)
-        elif pair:
-            overrides[pair[1]] = pair[2]
-        elif word.startswith("-"):
-            raise UserError(f"unknown option {word}; settings are --key value or key=value")
-        elif recipe is None:
-            recipe = word
-        else:
-            raise UserError(f"expected one recipe and key=value pairs, got {recipe} and {word}")
-    return recipe, overrides
-
-
-def _flag_value(key, kind, rest):
-    """Takes from the remaining words what belongs to a flag."""
-    def is_value():
-        return rest and not rest[0].startswith("--")
-
-    if kind == "switch":
-        return rest.pop(0) if is_value() and rest[0].lower() in ("true", "false") else "true"
-    if not is_value():
-        raise UserError(f"--{key}: expected a value after it")
-    values = [rest.pop(0)]
-    while kind == "list" and is_value() and not re.match(r"[\w.-]+=", rest[0]) and \
-            not rest[0].endswith((".yaml", ".yml")):
-        values.append(rest.pop(0))
-    return values if len(values) > 1 else values[0]
 
 
 def _top_help():

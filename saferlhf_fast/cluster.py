@@ -24,7 +24,8 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from saferlhf_fast import inputs, run_folder
+from saferlhf_fast import run_folder
+from saferlhf_fast.config import inputs
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.version import __version__
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import console, data, demo_recipe as recipe, engine, models
 from .cast import Cast, load_judge
-from .config import DemoConfig
+from .config.stages import DemoConfig
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .generation import open_generator

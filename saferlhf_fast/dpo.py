@@ -12,12 +12,12 @@ import torch.nn.functional as F
 
 from . import console, data, engine, models
 from .checkpoint.described import describe
+from .config.load import to_dict
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
 from .packing import pack, response_rows
 from .policy import Policy, sequence_sums
 from .run_folder import finish_run, open_run
-from .settings import to_dict
 from .sft import held_out_split, prepare, refuse_long, save_policy
 
 

@@ -14,14 +14,13 @@ eval/unsafe_share, eval/threshold, gold/*.
 """
 
 import importlib
-import importlib.util
 import json
 import math
 import os
 import time
 from pathlib import Path
 
-from .errors import UserError
+from .config.checks import check_trackers
 
 _SUPERVISED = ("train/loss", "train/lr", "train/epoch")
 _PPO = ("train/actor_loss", "train/reward_critic_loss", "train/reward", "train/reward_with_kl_penalty",
@@ -47,8 +46,6 @@ NAMES = {
                     "eval/reward", "eval/cost"),
 }
 """The reference implementation's metric names by stage."""
-
-PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
 class Metrics:
@@ -108,17 +105,6 @@ class Metrics:
             self.file = None
         while self.trackers:
             self.trackers.pop()[1]()
-
-
-def check_trackers(trackers, key="log.trackers"):
-    """Raises UserError when a tracker is named whose package is missing; imports none of them."""
-    for tracker in trackers:
-        package = PACKAGES[tracker]
-        spec = importlib.util.find_spec(package)
-        # Without an origin it is a folder of that name: wandb leaves one in the working directory.
-        if spec is None or spec.origin is None:
-            raise UserError(f"{key}: {tracker} is named, but the package {package} is not installed; "
-                            f"pip install {package}, or leave it out")
 
 
 def to_numbers(values):

@@ -9,8 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
+from .config.paths import is_local, pickle_problem
 from .errors import UserError
-from .paths import is_local, pickle_problem
 
 WEIGHTS = ("*.safetensors", "*.bin")
 

@@ -16,23 +16,13 @@ Left out: the learning-rate schedule and DeepSpeed (engine.py), offload (engine.
 """
 
 import contextlib
-import importlib.util
 
-from .errors import UserError
-
-
-def check(optim, zero_stage, key="optim"):
-    """Refuses an Optimizer config that cannot be had here; without torch, so that it can be asked before a model is loaded."""
-    if optim.kind == "adafactor" and zero_stage > 0:
-        raise UserError(f"{key}.kind: adafactor needs engine.zero_stage 0, got {zero_stage}: ZeRO 1 to 3 hand the optimiser flat "
-                        "pieces of weights, which have no rows and columns to factor; adamw-8bit works there")
-    if optim.kind == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(f"{key}.kind: adamw-8bit needs bitsandbytes, which is not installed: pip install 'saferlhf-fast[8bit]'")
+from .config.checks import check_optimizer
 
 
 def build(module, optim, zero_stage):
     """-> torch optimiser of the weights of an nn.Module that require a gradient. optim: Optimizer config."""
-    check(optim, zero_stage)
+    check_optimizer(optim, zero_stage)
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() > 1], "weight_decay": optim.weight_decay},
               {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0}]

@@ -27,11 +27,12 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from saferlhf_fast import inputs, redact, run_folder
-from saferlhf_fast.config import STAGES, RunConfig
+from saferlhf_fast import run_folder
+from saferlhf_fast.config import checks, redact
+from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
+from saferlhf_fast.config.schema import leaves, nearest, show
+from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.explain import leaves, nearest, show
-from saferlhf_fast.settings import apply, build, read_recipe, resolve, where
 
 ENTRIES = {
     "sft": "saferlhf_fast.sft:train",
@@ -60,7 +61,7 @@ def run_stage(stage, cfg):
     torch is imported by the stage's own module, after the checks. A stage opens its folder itself, with
     `run_folder.open_run`, once it has read its models and data: bad input leaves an existing output untouched.
     """
-    inputs.check(stage, cfg)
+    checks.check(stage, cfg)
     if stage == "demo":
         cfg = run_folder.with_output(stage, cfg)
     if getattr(cfg, "resume", None) == "auto" and run_folder.is_finished(cfg.output, stage, cfg):
@@ -118,7 +119,7 @@ def plan(recipe, overrides):
     """Returns (top settings, steps) of a recipe, everything validated: settings, inputs, outputs. Changes nothing."""
     top, steps = steps_of(recipe, overrides)
     for i, step in enumerate(steps):
-        inputs.check(step.kind, step.cfg, [earlier.cfg.output for earlier in steps[:i]], f"{step.name}.")
+        checks.check(step.kind, step.cfg, [earlier.cfg.output for earlier in steps[:i]], f"{step.name}.")
     _check_outputs(top, steps)
     return top, steps
 
@@ -141,7 +142,7 @@ def steps_of(recipe, overrides):
             raise UserError(f"{recipe}: stages.{i}.{kind}: expected a mapping of settings, got {show(given)}")
         common = {"output": f"{top.output}/{name}", "seed": top.seed, "overwrite": top.overwrite}
         cfg = build(kind, {**common, **given}, origin, f"{name}.")
-        inputs.check_settings(kind, cfg, f"{name}.")
+        checks.check_settings(kind, cfg, f"{name}.")
         if cfg.output in produced:
             raise UserError(f"{recipe}: {name}.output: {cfg.output} is another stage's output too")
         produced.append(cfg.output)

@@ -21,6 +21,7 @@ from .alarms import AtBound, Spikes
 from .cast import load_cast
 from .checkpoint.described import describe
 from .checkpoint.run import Checkpoints, Memory
+from .config.load import to_dict
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
@@ -29,7 +30,6 @@ from .overlap import Ahead, rollouts_ahead, step_seed
 from .rollout import assemble, generate
 from .run_folder import finish_run, open_run
 from .score import ask_trained, judge
-from .settings import to_dict
 from .sft import save_policy
 from .skips import Skips
 from .steplog import averages, sample_rows

@@ -127,10 +127,10 @@ def train_cost(cfg):
 def _train(cfg, kind):
     from . import adapters, console, data, engine, models
     from .checkpoint.described import describe
+    from .config.load import to_dict
     from .fit import Task, fit, total_steps
     from .metrics import Metrics
     from .run_folder import finish_run, open_run
-    from .settings import to_dict
     from .sft import held_out_split, prepare, refuse_long
     engine.start(cfg.engine, cfg.seed)
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)

@@ -25,10 +25,10 @@ from pathlib import Path
 
 import yaml
 
-from saferlhf_fast import inputs
 from saferlhf_fast.checkpoint import fits, manifest
+from saferlhf_fast.config import fingerprint, inputs
+from saferlhf_fast.config.load import to_dict
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.settings import to_dict
 from saferlhf_fast.version import __version__
 
 SAVED = ("model", "best", "step-*", "checkpoints/*/" + manifest.NAME)
@@ -160,7 +160,7 @@ def restarting(output):
 def _same_start(stage, cfg):
     """Tells whether what lies in the output was started with these very settings. stage: None for any."""
     started = _read(Path(cfg.output).expanduser() / "started.json")
-    return stage in (None, started.get("stage")) and started.get("recipe") == inputs.recipe_hash(started.get("stage"), cfg)
+    return stage in (None, started.get("stage")) and started.get("recipe") == fingerprint.recipe_hash(started.get("stage"), cfg)
 
 
 def with_output(stage, cfg):
@@ -207,8 +207,8 @@ def open_run(stage, cfg):
     settings = yaml.safe_dump({"stage": stage, **to_dict(cfg)}, sort_keys=False, allow_unicode=True)
     _write(folder / "config.yaml", settings)
     write_json(folder / "versions.json", versions(cfg))
-    write_json(folder / "started.json", {"stage": stage, "recipe": inputs.recipe_hash(stage, cfg),
-                                         "inputs": inputs.hashes(cfg), "started": _now(),
+    write_json(folder / "started.json", {"stage": stage, "recipe": fingerprint.recipe_hash(stage, cfg),
+                                         "inputs": fingerprint.hashes(cfg), "started": _now(),
                                          **({"set_aside": str(aside)} if aside else {})})
     if old:
         shutil.rmtree(old.parent)
@@ -253,13 +253,13 @@ def finish_run(folder, summary):
 
 def is_finished(folder, stage, cfg):
     """Tells whether a folder holds the finished run of these very settings and of inputs with this very content."""
-    return same_settings(folder, stage, cfg) and _finished(folder)["inputs"] == inputs.hashes(cfg)
+    return same_settings(folder, stage, cfg) and _finished(folder)["inputs"] == fingerprint.hashes(cfg)
 
 
 def same_settings(folder, stage, cfg):
     """Tells whether a folder holds the finished run of these very settings, whatever its inputs held."""
     done = _finished(folder)
-    return done.get("stage") == stage and done.get("recipe") == inputs.recipe_hash(stage, cfg)
+    return done.get("stage") == stage and done.get("recipe") == fingerprint.recipe_hash(stage, cfg)
 
 
 def _finished(folder):

@@ -7,12 +7,12 @@ import contextlib
 
 from . import body, console, data, engine, models
 from .checkpoint.described import describe
+from .config.load import to_dict
 from .fit import Task, fit, total_steps
 from .lora import has_lora
 from .metrics import Metrics
 from .policy import Policy, pack_trained
 from .run_folder import finish_run, open_run
-from .settings import to_dict
 
 
 def sft_loss(policy, examples):

@@ -7,7 +7,7 @@ import sys
 import torch
 
 from saferlhf_fast import engine
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 
 STAGES, MICRO_BATCHES = (0, 1, 2, 3), (1, 2, 5)
 

@@ -53,5 +53,5 @@ def naive(lm, prompt, seed, limit, ends, sampling):
 
 
 def settings(**changes):
-    from saferlhf_fast.config import Sampling
+    from saferlhf_fast.config.stages import Sampling
     return Sampling(**changes)

@@ -13,7 +13,7 @@ import generation_kit
 import torch
 
 from saferlhf_fast import engine
-from saferlhf_fast.config import Engine, Optimizer, Sampling
+from saferlhf_fast.config.stages import Engine, Optimizer, Sampling
 from saferlhf_fast.generation import open_generator
 
 

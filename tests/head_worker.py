@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from saferlhf_fast import engine, linear_logprob, linear_ppo_loss, ppo_loss
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 
 TOKENS, WIDTH, VOCABULARY = 24, 16, 40
 

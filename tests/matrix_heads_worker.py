@@ -12,7 +12,7 @@ import sys
 import torch
 
 from saferlhf_fast import engine, models
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 from saferlhf_fast.packing import end_row, pack
 
 SEQUENCES = [[1, 9, 8, 7, 12], [1, 5, 6], [1, 11, 10, 9, 8, 7, 6, 5]]

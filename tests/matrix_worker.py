@@ -22,7 +22,7 @@ from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
 from saferlhf_fast import data, dpo, engine, fit, models, sft
 from saferlhf_fast.advantage import advantages
 from saferlhf_fast.cast import load_cast
-from saferlhf_fast.config import PPO, Engine, Lora, Optimizer, PPOConfig
+from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.generation import Response
 from saferlhf_fast.lagrange import LagrangeMultiplier
 from saferlhf_fast.policy import Policy

@@ -13,7 +13,7 @@ import sys
 import torch
 
 from saferlhf_fast import engine, optimizers
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 
 STAGES = {"adamw": (0, 1, 2, 3), "adamw-8bit": (0, 1, 2, 3), "adafactor": (0,)}
 OFFLOADS = {0: (), 1: ("states",), 2: ("states",), 3: ("states", "weights", "both")}

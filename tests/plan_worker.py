@@ -13,7 +13,7 @@ import sys
 import torch
 
 from saferlhf_fast import engine
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 
 WIDTH = 1024
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from saferlhf_fast import cli, pipeline
+from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import UserError
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -72,7 +73,7 @@ def test_a_command_s_help_teaches(command, capsys):
     assert f"usage: saferlhf-fast {command} " in text and f"  saferlhf-fast {command}" in text.split("examples:")[1]
     for line in text.split("examples:")[1].split("settings:")[0].splitlines():
         if line.strip():  # every example is a command line that can be read
-            recipe, overrides = cli.split_words(command, line.split()[2:])
+            recipe, overrides = split_words(command, line.split()[2:])
             assert recipe in (None, "recipe.yaml") and (recipe or overrides or command == "demo")
 
 
@@ -87,12 +88,12 @@ def test_the_three_forms_of_an_override_mean_the_same():
     forms = (["train.max_steps=3", "overwrite=true"], ["--train.max_steps", "3", "--overwrite"],
              ["--train.max_steps=3", "--overwrite=true"], ["--overwrite", "true", "--train.max_steps", "3"])
     for words in forms:
-        assert cli.split_words("sft", [*words, "recipe.yaml"]) == (
+        assert split_words("sft", [*words, "recipe.yaml"]) == (
             "recipe.yaml", {"train.max_steps": "3", "overwrite": "true"}), words
 
 
 def test_flags_with_lists_negative_numbers_and_switches():
-    split = cli.split_words
+    split = split_words
     assert split("demo", ["--seeds", "0", "1", "2", "output=o"]) == (None, {"seeds": ["0", "1", "2"], "output": "o"})
     assert split("demo", ["--seeds", "3"]) == (None, {"seeds": "3"})
     assert split("sft", ["--data", "a", "b", "--overwrite", "r.yaml"]) == (

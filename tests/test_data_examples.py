@@ -5,7 +5,7 @@ import json
 import pytest
 from data_tokenizers import CHATML, LLAMA2, byte_tokenizer
 
-from saferlhf_fast.config import Source
+from saferlhf_fast.config.stages import Source
 from saferlhf_fast.data import preference_examples, prompt_examples, sft_examples, split_by_prompt
 from saferlhf_fast.errors import UserError
 

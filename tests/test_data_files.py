@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from saferlhf_fast.config import Source
+from saferlhf_fast.config.stages import Source
 from saferlhf_fast.data import load_rows, load_sources
 from saferlhf_fast.errors import UserError
 

@@ -8,7 +8,7 @@ import sys
 import kit
 import pytest
 
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 from saferlhf_fast.errors import UserError
 
 pytestmark = pytest.mark.numeric

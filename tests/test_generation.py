@@ -11,7 +11,7 @@ import pytest
 import torch
 from tolerance import assert_near_in_another_batch
 
-from saferlhf_fast.config import Sampling
+from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.generation import Response, open_generator
 from saferlhf_fast.generation.warp import context_of, warped_logprob
@@ -232,8 +232,8 @@ def test_engines_by_name(lm):
     assert isinstance(auto, Generate) or torch.cuda.is_available()
     assert dataclasses.is_dataclass(Response)
     with pytest.raises(UserError):
-        from saferlhf_fast import settings
-        settings.build("ppo", {"model": "a", "reward": "b", "data": "c", "output": "d", "sampling": {"engine": "sglang"}})
+        from saferlhf_fast.config import load
+        load.build("ppo", {"model": "a", "reward": "b", "data": "c", "output": "d", "sampling": {"engine": "sglang"}})
 
 
 def test_zero_3_in_two_processes(tmp_path):

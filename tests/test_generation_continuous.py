@@ -6,7 +6,7 @@ import torch
 from tolerance import assert_near_in_another_batch
 
 from saferlhf_fast import attention
-from saferlhf_fast.config import Sampling
+from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.generation import continuous, open_generator
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from generation_server import serving
 
-from saferlhf_fast.config import Sampling
+from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.generation import open_generator, vllm_server
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_near
 
-from saferlhf_fast.config import Sampling
+from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.generation.warp import Context, context_of, pick, plain, uniforms, warp, warped_logprob
 
 pytestmark = pytest.mark.numeric

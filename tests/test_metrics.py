@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from saferlhf_fast.config.checks import check_trackers
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.metrics import NAMES, Metrics, check_trackers, to_numbers
+from saferlhf_fast.metrics import NAMES, Metrics, to_numbers
 
 
 def cfg(*trackers):

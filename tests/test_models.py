@@ -8,7 +8,7 @@ import torch
 
 from kit import make_model, make_tokenizer, shared
 from saferlhf_fast import models
-from saferlhf_fast.config import Lora
+from saferlhf_fast.config.stages import Lora
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.tokenizer import spare_special, with_distinct_pad
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from saferlhf_fast import optimizers
-from saferlhf_fast.config import Optimizer
+from saferlhf_fast.config import checks
+from saferlhf_fast.config.stages import Optimizer
 from saferlhf_fast.errors import UserError
 
 pytestmark = pytest.mark.numeric
@@ -144,7 +145,7 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
             optimizers.build(net, Optimizer(kind="adafactor"), stage)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"^critic_optim\.kind: .* pip install 'saferlhf-fast\[8bit\]'$"):
-        optimizers.check(Optimizer(kind="adamw-8bit"), 0, "critic_optim")
+        checks.check_optimizer(Optimizer(kind="adamw-8bit"), 0, "critic_optim")
     with pytest.raises(UserError, match="pip install"):
         optimizers.build(net, Optimizer(kind="adamw-8bit"), 0)
 

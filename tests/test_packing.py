@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tolerance import assert_near, assert_near_in_another_batch
 
 from saferlhf_fast import attention, body, models
-from saferlhf_fast.config import Sampling
+from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.generation import warp
 from saferlhf_fast.packing import end_row, fill, pack, padded, response_rows
 from saferlhf_fast.policy import Objective, Policy, sequence_sums, trained_rows

@@ -240,7 +240,7 @@ def test_a_run_does_not_settle_in_a_stage_s_folder(go, stages):
 
 
 def test_flags_work_for_stages_of_a_run(go, stages, monkeypatch):
-    monkeypatch.setattr(pipeline.inputs, "check_trackers", lambda *_: None)    # neither is installed for the tests
+    monkeypatch.setattr(pipeline.checks, "check_trackers", lambda *_: None)    # neither is installed for the tests
     (go.folder / "recipe.yaml").write_text(RECIPE)
     words = ["run", str(go.folder / "recipe.yaml"), "--root", str(go.folder), f"--output={go.out}", "--overwrite",
              "--sft.log.trackers", "wandb", "trackio", "second.train.epochs=1.5"]

@@ -6,7 +6,9 @@ import json
 import kit
 import pytest
 
-from saferlhf_fast import cli, plan, settings
+from saferlhf_fast import cli, plan
+from saferlhf_fast.config import load
+from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.plan import options, sizes
 from saferlhf_fast.plan.stages import Hardware, plan_stage
@@ -32,7 +34,7 @@ def config(kind, model, **values):
         needed |= {"reward": model, "cost": model, "sampling": {"engine": "generate"}}
     if kind == "evaluate":
         needed = {"model": model, "prompts": "none.json", "sampling": {"engine": "generate"}}
-    return settings.build(kind, {**needed, **values})
+    return load.build(kind, {**needed, **values})
 
 
 def stage(kind, model, gpus=1, device="cpu", memory=1 << 40, **values):
@@ -235,9 +237,9 @@ def test_options_go_together_as_the_stage_itself_would_find(model):
 def test_settings_are_typed_as_the_command_line_takes_them(model):
     words = [choice.words("sft") for choice in options.choices(config("sft", model), Hardware(8, 1, "cuda"))]
     for word in words:
-        _, overrides = cli.split_words("sft", [w.removeprefix("sft.") for w in word.split()])
-        settings.load("sft", None, {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false",
-                                    **overrides})
+        _, overrides = split_words("sft", [w.removeprefix("sft.") for w in word.split()])
+        load.load("sft", None, {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false",
+                                **overrides})
     assert "sft.engine.zero_stage=3" in words and "sft.optim.kind=adamw-8bit" in words
     both = next(c for c in options.choices(config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
     assert both.words("ppo-lag") == "ppo-lag.optim.kind=adamw-8bit ppo-lag.critic_optim.kind=adamw-8bit"

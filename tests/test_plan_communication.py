@@ -9,7 +9,7 @@ from pathlib import Path
 import kit
 import pytest
 
-from saferlhf_fast import settings
+from saferlhf_fast.config import load
 from saferlhf_fast.plan import communication, sizes, stages
 from saferlhf_fast.plan.stages import Hardware
 
@@ -75,7 +75,7 @@ def count(cases, tmp_path_factory):
         words[name] = [kind, *needed[kind], *rest, f"output={folder / name.replace(' ', '-')}", "log.progress=false",
                        "log.trackers=[]"]
     found = launch(folder, words)
-    return {name: (kind, settings.load(kind, None, dict(w.split("=", 1) for w in rest)), found[name])
+    return {name: (kind, load.load(kind, None, dict(w.split("=", 1) for w in rest)), found[name])
             for name, (kind, *rest) in words.items()}
 
 

@@ -8,7 +8,7 @@ import kit
 import pytest
 
 from saferlhf_fast import engine
-from saferlhf_fast.config import Engine, Optimizer
+from saferlhf_fast.config.stages import Engine, Optimizer
 from saferlhf_fast.plan import states
 from saferlhf_fast.plan.sizes import Count
 

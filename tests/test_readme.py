@@ -4,7 +4,7 @@ import re
 
 import kit
 
-from saferlhf_fast.config import STAGES
+from saferlhf_fast.config.stages import STAGES
 
 README = (kit.ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from saferlhf_fast import pipeline
+from saferlhf_fast.config import load
 
 RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
 STAND_INS = {"pku_tiny": ("root",), "multi-node": ("output",)}
@@ -108,5 +109,5 @@ def test_paper_takes_a_stand_in_model_and_data(root):
     stand_ins |= {f"{stage}.data": data for stage in ("sft", "reward", "cost", "ppo-lag")}
     _, steps = pipeline.plan("paper", stand_ins)
     for step in steps:
-        used = yaml.safe_dump(pipeline.inputs.to_dict(step.cfg))
+        used = yaml.safe_dump(load.to_dict(step.cfg))
         assert "tatsu-lab" not in used and "PKU-Alignment" not in used and "huggyllama" not in used

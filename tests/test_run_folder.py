@@ -7,8 +7,9 @@ import shutil
 import pytest
 import yaml
 
-from saferlhf_fast import inputs, run_folder, settings
+from saferlhf_fast import run_folder
 from saferlhf_fast.checkpoint import fits
+from saferlhf_fast.config import checks, inputs, load
 from saferlhf_fast.errors import UserError
 
 
@@ -24,7 +25,7 @@ def world(tmp_path):
 
     def sft(stage="sft", **changes):
         given = {"model": str(model), "data": str(data), "output": str(tmp_path / "runs" / "sft")}
-        return settings.load(stage, None, {**given, **changes})
+        return load.load(stage, None, {**given, **changes})
     sft.model, sft.data, sft.out = model, data, tmp_path / "runs" / "sft"
     return sft
 
@@ -51,9 +52,9 @@ def test_a_run_folder_holds_settings_versions_and_no_environment(world, monkeypa
 def test_the_config_of_a_run_is_a_recipe(world):
     cfg = world(seed="7", **{"train.max_steps": "3"})
     folder = run_folder.open_run("sft", cfg)
-    assert settings.load("sft", folder / "config.yaml") == cfg
+    assert load.load("sft", folder / "config.yaml") == cfg
     with pytest.raises(UserError, match="is of the stage sft, not dpo"):
-        settings.load("dpo", folder / "config.yaml")
+        load.load("dpo", folder / "config.yaml")
 
 
 def test_another_run_s_folder_is_refused_and_untouched(world):
@@ -299,13 +300,13 @@ def test_lists_are_compared_entry_by_entry():
 
 def check(stage, cfg, **kwargs):
     with pytest.raises(UserError) as caught:
-        inputs.check(stage, cfg, **kwargs)
+        checks.check(stage, cfg, **kwargs)
     return str(caught.value)
 
 
 def test_good_inputs_and_hub_names_pass(world):
-    inputs.check("sft", world())
-    inputs.check("sft", world(model="org/model", data="gpt2"))
+    checks.check("sft", world())
+    checks.check("sft", world(model="org/model", data="gpt2"))
 
 
 @pytest.mark.parametrize("gone, message", [
@@ -322,7 +323,7 @@ def test_a_tokenizer_config_alone_is_a_tokenizer_only_for_byte_models(world):
     (world.model / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     assert "has no tokenizer" in check("sft", world())
     (world.model / "tokenizer_config.json").write_text('{"tokenizer_class": "ByT5Tokenizer"}')
-    inputs.check("sft", world())
+    checks.check("sft", world())
 
 
 def test_bad_paths_are_named_with_their_key(world, tmp_path):
@@ -345,7 +346,7 @@ def test_a_file_of_another_kind_is_no_data(world, tmp_path):
     assert check("sft", world(data=str(tmp_path / "data.txt"))) == \
         f"data: {tmp_path}/data.txt: expected a data file ending in {', '.join(data_files.SUFFIXES)}"
     world.data.rename(tmp_path / "DATA.JSON")
-    inputs.check("sft", world(data=str(tmp_path / "DATA.JSON")))
+    checks.check("sft", world(data=str(tmp_path / "DATA.JSON")))
 
 
 def test_paths_that_no_system_call_takes_are_named(world):
@@ -358,7 +359,7 @@ def test_paths_that_no_system_call_takes_are_named(world):
 def test_what_earlier_stages_make_need_not_be_there(world, tmp_path):
     cfg = world(model=str(tmp_path / "runs" / "a" / "model"))
     assert "does not exist" in check("sft", cfg)
-    inputs.check("sft", cfg, produced=[str(tmp_path / "runs" / "a")])
+    checks.check("sft", cfg, produced=[str(tmp_path / "runs" / "a")])
     assert "does not exist" in check("sft", cfg, produced=[str(tmp_path / "runs" / "ab")])
 
 
@@ -384,5 +385,5 @@ def test_settings_that_contradict_each_other(world, stage, changes, message):
 
 
 def test_ppo_goes_without_a_cost_model(world):
-    inputs.check("ppo", world("ppo", **PPO))
-    inputs.check("ppo", world("ppo", **PPO, cost="org/c", **{"ppo.shaping": "1"}))
+    checks.check("ppo", world("ppo", **PPO))
+    checks.check("ppo", world("ppo", **PPO, cost="org/c", **{"ppo.shaping": "1"}))

@@ -9,7 +9,8 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import models, redact
+from saferlhf_fast import models
+from saferlhf_fast.config import redact
 from saferlhf_fast.errors import UserError
 
 PACKAGE = kit.ROOT / "saferlhf_fast"

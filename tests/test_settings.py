@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from saferlhf_fast import deepspeed_keys, explain, inputs, settings
-from saferlhf_fast.config import STAGES, Source
+from saferlhf_fast.config import checks, deepspeed_keys, load as settings, schema
+from saferlhf_fast.config.stages import STAGES, Source
 from saferlhf_fast.errors import UserError
 
 GIVEN = {"model": "org/model", "data": "data.json", "output": "out"}
@@ -127,20 +127,20 @@ def test_a_recipe_that_cannot_be_read(tmp_path):
 
 
 def test_every_setting_explains_itself():
-    for command, cls in explain.SETTINGS.items():
-        text = explain.help_text(command)
-        for key, leaf in explain.leaves(cls).items():
+    for command, cls in schema.SETTINGS.items():
+        text = schema.help_text(command)
+        for key, leaf in schema.leaves(cls).items():
             assert leaf.doc, f"{command}: {key} has no docstring"
-            assert f"  {key}  ({explain.describe(leaf.annotation)}; " in text
+            assert f"  {key}  ({schema.describe(leaf.annotation)}; " in text
             assert leaf.doc.split()[0] in text
-    assert "train.epochs  (number above 0; default: 3.0)" in explain.help_text("sft")
-    assert "train.epochs  (number above 0; default: 2.0)" in explain.help_text("reward")
+    assert "train.epochs  (number above 0; default: 3.0)" in schema.help_text("sft")
+    assert "train.epochs  (number above 0; default: 2.0)" in schema.help_text("reward")
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_defaults_validate_and_survive_the_way_to_yaml_and_back(stage):
     given = {"model": "m", "data": "d", "prompts": "d", "reward": "r", "output": "o"}
-    given = {k: v for k, v in given.items() if k in explain.leaves(STAGES[stage])}
+    given = {k: v for k, v in given.items() if k in schema.leaves(STAGES[stage])}
     cfg = settings.load(stage, None, given)
     plain = settings.to_dict(cfg)
     assert settings.build(stage, json.loads(json.dumps(plain))) == cfg
@@ -156,18 +156,18 @@ PPO_GIVEN = {"reward": "org/reward", "cost": "org/cost"}
 def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
     given = {**GIVEN, **PPO_GIVEN, key: str(value)}
     with pytest.raises(UserError) as caught:
-        inputs.check_settings("ppo", settings.load("ppo", None, given), "one.")
+        checks.check_settings("ppo", settings.load("ppo", None, given), "one.")
     assert str(caught.value) == (f"one.{key}: only in the stage ppo-lag; ppo has no constraint. Expected none, "
-                                 f"got {explain.show(value)}")
-    inputs.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
+                                 f"got {schema.show(value)}")
+    checks.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
 
 
 def test_ppo_takes_a_multiplier_of_defaults():
-    inputs.check_settings("ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"}))
+    checks.check_settings("ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"}))
 
 
 def test_help_says_what_ppo_refuses():
-    assert "multiplier.* and evaluation.margin are for ppo-lag alone" in " ".join(explain.help_text("ppo").split())
+    assert "multiplier.* and evaluation.margin are for ppo-lag alone" in " ".join(schema.help_text("ppo").split())
 
 
 ZERO = "zero_optimization"
@@ -186,7 +186,7 @@ ZERO = "zero_optimization"
 def test_a_key_that_deepspeed_does_not_have_is_refused(config, expected):
     cfg = settings.build("sft", {**GIVEN, "engine": {"config": config}})
     with pytest.raises(UserError) as caught:
-        inputs.check_settings("sft", cfg)
+        checks.check_settings("sft", cfg)
     assert str(caught.value) == expected
 
 
@@ -228,6 +228,6 @@ def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
 
 
 def test_no_torch_is_imported_by_settings():
-    code = ("import sys; from saferlhf_fast import run_folder, pipeline, deepspeed_keys; "
+    code = ("import sys; from saferlhf_fast import run_folder, pipeline; from saferlhf_fast.config import deepspeed_keys; "
             "assert deepspeed_keys.unknown({'foo': 1}) and not {'torch', 'deepspeed'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

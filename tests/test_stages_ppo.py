@@ -97,7 +97,7 @@ def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
 def test_importance_weights_are_truncated():
     """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a filler is counted."""
     from types import SimpleNamespace
-    from saferlhf_fast.config import PPO
+    from saferlhf_fast.config.stages import PPO
     from saferlhf_fast.update import Tally, _weighted
     cfg, tally = SimpleNamespace(ppo=PPO(importance_cap=2.0)), Tally()
     ratio = torch.tensor([0.5, 1.0, 1.005, 4.0])
@@ -264,7 +264,7 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     """The same function under other ids gives the same scores; its critic starts from the policy, which is said."""
     from saferlhf_fast import engine, models
     from saferlhf_fast.cast import load_judge
-    from saferlhf_fast.config import PPOConfig
+    from saferlhf_fast.config.stages import PPOConfig
     from saferlhf_fast.data import PromptExample, Template
     from saferlhf_fast.generation import Response
     from saferlhf_fast.rollout import assemble
@@ -308,7 +308,7 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from saferlhf_fast import engine, models
-    from saferlhf_fast.config import Engine, Sampling
+    from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data import prompt_examples
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
@@ -340,7 +340,7 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     """Prompts of other lengths, padded with the end token on the left, are answered as alone. GPT-2's positions are
     absolute: they must be counted from each row's first token."""
     from saferlhf_fast import engine, models
-    from saferlhf_fast.config import Engine, Sampling
+    from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data import prompt_examples
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
@@ -366,7 +366,7 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
 def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain distribution."""
     from saferlhf_fast import engine, models
-    from saferlhf_fast.config import Engine, Sampling
+    from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data import prompt_examples
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy

@@ -8,7 +8,7 @@ import torch
 
 from saferlhf_fast import adapters, engine, models
 from saferlhf_fast.cast import load_cast
-from saferlhf_fast.config import PPO, Engine, Lora, Optimizer, PPOConfig
+from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.packing import pack, response_rows
 from saferlhf_fast.policy import Policy
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Lora
+from ..config.stages import Lora
 from ..errors import UserError
 from . import pickles
 from .convert import quiet

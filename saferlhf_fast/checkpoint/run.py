@@ -5,10 +5,11 @@ import shutil
 import time
 from pathlib import Path
 
-from .. import console, engine, inputs, signals
+from .. import console, engine, signals
+from ..config import fingerprint
+from ..config.load import to_dict
 from ..errors import UserError
 from ..run_folder import set_aside_by, versions
-from ..settings import to_dict
 from ..version import __version__
 from . import fits, manifest, shards
 from .files import Files
@@ -208,7 +209,7 @@ class Checkpoints:
         """UserError when settings, inputs or models are not those of the checkpoint."""
         found = []
         if engine.rank() == 0:
-            now = inputs.hashes(self.cfg)
+            now = fingerprint.hashes(self.cfg)
             found = fits.differences(values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now)
             found += [f"{key}: its content has changed" for key in now if values["inputs"].get(key) != now[key]]
             kinds = {name: _kind(model) for name, model in self.models.items()}

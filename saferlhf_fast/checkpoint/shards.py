@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from .. import redact
+from ..config import redact
 from . import pickles
 from .files import Files
 

@@ -10,10 +10,10 @@ import random
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from saferlhf_fast.config import Source
+from saferlhf_fast.config.paths import is_local
+from saferlhf_fast.config.stages import Source
 from saferlhf_fast.data.files import Row, is_data_file, read_file, shorten
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.paths import is_local
 
 _METADATA = ("dataset_info.json", "dataset_infos.json")
 SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")

@@ -72,24 +72,25 @@ def usable(hardware):
 
 def _steps(recipe, overrides, stage):
     """-> [(name, kind, config)] of a recipe, its settings checked."""
-    from .. import inputs, pipeline, settings
-    if recipe is not None and "stages" in settings.read_recipe(recipe):
+    from .. import pipeline
+    from ..config import checks, load
+    if recipe is not None and "stages" in load.read_recipe(recipe):
         if stage is not None:
             raise UserError(f"stage: {recipe} has stages of its own; expected none, got {stage}")
         return pipeline.steps_of(recipe, overrides)[1]
     if stage is None and recipe is not None:
-        stage = settings.read_recipe(recipe).get("stage")
-    if stage not in settings.SETTINGS or stage not in pipeline.STAGES:
+        stage = load.read_recipe(recipe).get("stage")
+    if stage not in load.SETTINGS or stage not in pipeline.STAGES:
         known = ", ".join(pipeline.STAGES)
         raise UserError(f"stage: expected one of {known} for a recipe without stages, got {stage or 'none'}")
-    cfg = settings.load(stage, recipe, overrides)
-    inputs.check_settings(stage, cfg)
+    cfg = load.load(stage, recipe, overrides)
+    checks.check_settings(stage, cfg)
     return [(stage, stage, cfg)]
 
 
 def main(words):
     """Runs `saferlhf-fast plan WORDS`."""
-    from ..cli import split_words
+    from ..config.overrides import split_words
     as_json = "--json" in words
     recipe, overrides = split_words("run", [word for word in words if word != "--json"])
     own = {key: overrides.pop(key) for key in ("gpus", "memory", "device", "stage", *LINKS) if key in overrides}
@@ -111,7 +112,7 @@ def main(words):
 
 def help_text():
     """The whole `--help`."""
-    from ..config import STAGES
+    from ..config.stages import STAGES
     return HELP.format(stages=", ".join(STAGES))
 
 

@@ -36,7 +36,7 @@ def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False,
     """-> Footprint of a packed pass. objective: the head makes the policy loss itself (`linear_ppo_loss`) · shape: top-p,
     top-k and penalty of the distribution that is scored, () for none."""
     def measure(blueprint):
-        from ..config import Sampling
+        from ..config.stages import Sampling
         from ..packing import pack
         from ..policy import Objective
         meta = torch.device("meta")

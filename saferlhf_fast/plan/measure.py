@@ -94,7 +94,7 @@ def _data(folder, longest):
 
 def settings_of(case, folder):
     """-> (stage, config) of a case over what `make` wrote."""
-    from ..settings import build
+    from ..config.load import build
     kind, values = CASES[case]
     folder = Path(folder)
     paths = {"model": str(folder / "lm"), "output": str(folder / f"run-{case.replace(' ', '-')}"), "overwrite": True,
@@ -131,7 +131,7 @@ def _child(folder, case):
     """Runs a case and prints its peak as JSON."""
     import torch
     from .. import console, engine, pipeline
-    from ..config import Optimizer
+    from ..config.stages import Optimizer
     from unittest import mock
     kind, cfg = settings_of(case, folder)
     engine.start(cfg.engine, 0)

@@ -8,8 +8,8 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
+from ..config.checks import check_settings
 from ..errors import UserError
-from ..inputs import check_settings
 from .stages import plan_stage
 
 WORTH = 0.98             # an option that leaves more of the peak than this is no help

@@ -5,8 +5,7 @@ from pathlib import Path
 
 from . import footprints, sizes
 from .footprints import lengths_of
-from .stages import (ANY, Moment, add, alive, asking, backward, forward, held, loading, passes_of, stepping,
-                     worst)
+from .stages import ANY, Moment, add, alive, asking, backward, forward, held, loading, passes_of, stepping, worst
 
 PICKING = 3 * 4      # bytes of float32 copies of a row's logits while its token is picked
 SORTING = 4 + 8 + 8  # and while a nucleus is cut: values, places, float64 sums
@@ -72,7 +71,7 @@ def _on_trunk(cast):
 
 def _saved_adapter(cast, name):
     """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
-    from ..config import Lora
+    from ..config.stages import Lora
     path, base = getattr(cast.cfg, name), cast.cfg.model
     folder = Path(path).expanduser() / "adapter" / "adapter_config.json"
     if folder.is_file():

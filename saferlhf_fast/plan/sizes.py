@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..config.paths import is_local
 from ..errors import UserError
-from ..paths import is_local
 from ..model_files import checked, quiet, readable
 from .states import PERSISTENT
 
@@ -113,7 +113,7 @@ def build(blueprint):
 
 
 def _adapted(model, blueprint):
-    from ..config import Lora
+    from ..config.stages import Lora
     from ..models import add_lora
     if not blueprint.lora:
         return model

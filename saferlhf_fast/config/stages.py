@@ -1,17 +1,17 @@
 """Every setting of every stage: frozen, typed, strict. No torch here: a wrong key ends in well under a second.
 
-One dataclass per stage, made of groups that several stages share (groups.py). The docstring under a field is its `--help`
+One dataclass per stage, made of groups that several stages share (sections.py). The docstring under a field is its `--help`
 text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's reference implementation. Recipes (YAML) and
-`key=value` overrides are merged over these defaults by `saferlhf_fast.settings`, which also reports errors.
+`key=value` overrides are merged over these defaults by `saferlhf_fast.config.load`, which also reports errors.
 Values are never written back: what is derived is a function of the config.
 """
 
 from dataclasses import field
 from typing import Literal, Optional
 
-from .groups import (PPO, AllowPickle, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative,
-                     NonNegativeInt, Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume,
-                     Sampling, Seed, Source, Template, Training, frozen)
+from .sections import (PPO, AllowPickle, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative,
+                       NonNegativeInt, Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume,
+                       Sampling, Seed, Source, Template, Training, frozen)
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig",
            "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling",

@@ -1,6 +1,6 @@
 """What the settings say about themselves: every key with its type in words, default and docstring; nearest keys; help.
 
-Reads the dataclasses of config.py; knows nothing of YAML or of the command line's words. The same words for a type are
+Reads the dataclasses of stages.py; knows nothing of YAML or of the command line's words. The same words for a type are
 used by `--help` and by error messages.
 """
 
@@ -11,7 +11,7 @@ import textwrap
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from saferlhf_fast.config import STAGES, DemoConfig, RunConfig, Source
+from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig, Source
 
 SETTINGS = {**STAGES, "run": RunConfig, "demo": DemoConfig}
 """Every command that has settings, and their class."""

@@ -1,4 +1,4 @@
-"""Groups of settings that several stages share, one dataclass each; config.py puts stages together from them. No torch here.
+"""Groups of settings that several stages share, one dataclass each; stages.py puts stages together from them. No torch here.
 
 The docstring under a field is its `--help` text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's
 reference implementation.

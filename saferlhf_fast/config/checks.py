@@ -1,27 +1,20 @@
-"""What a stage reads: its models and data, checked before anything slow, and hashed to tell whether they changed.
-
-Names on the Hub (see paths.py) are left to the loaders. No torch.
+"""What a stage refuses before anything slow: settings that contradict each other, models and data that cannot be read,
+optimisers and trackers that are not installed. No torch.
 """
 
 import dataclasses
-import hashlib
-import json
-import os
+import importlib.util
 from pathlib import Path
 
+from saferlhf_fast.config import deepspeed_keys
+from saferlhf_fast.config.inputs import check_data, check_home, check_model, lies_in, listed
+from saferlhf_fast.config.paths import is_local
+from saferlhf_fast.config.schema import show
+from saferlhf_fast.config.sections import Multiplier
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.explain import show
-from saferlhf_fast.groups import Multiplier
-from saferlhf_fast import deepspeed_keys, optimizers
-from saferlhf_fast.metrics import check_trackers
-from saferlhf_fast.paths import TOKENIZER_FILES, is_local, pickle_problem
-from saferlhf_fast.settings import to_dict
 
-MODEL_KEYS = ("model", "reward", "cost", "reference", "reward_critic", "cost_critic")
-DATA_KEYS = ("data", "prompts", "ptx", "train.eval_data", "evaluation.data")
-DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
-"""data/files.py's SUFFIXES: whose package imports torch."""
-WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
 BEST_METRICS = {"sft": ("eval/loss",), "reward": ("eval/loss", "eval/accuracy"),
                 "cost": ("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
                 "dpo": ("eval/loss", "eval/reward_accuracy", "eval/reward_margin")}
@@ -32,24 +25,6 @@ ELSEWHERE = {"zero_optimization.stage": "engine.zero_stage", "bf16.enabled": "en
              "train_micro_batch_size_per_gpu": "the stage's batch size",
              "gradient_accumulation_steps": "the stage's batch size"}
 """DeepSpeed's settings that are not for engine.config, and what of ours sets them: our code goes by ours."""
-
-
-def listed(cfg):
-    """Yields (key, value, kind) for every model and data source that a config names; kind is "model" or "data"."""
-    values = to_dict(cfg, hide=False)
-    for key in MODEL_KEYS:
-        if values.get(key) is not None:
-            yield key, values[key], "model"
-    for key in DATA_KEYS:
-        value = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        several = isinstance(value, list)
-        for i, source in enumerate(value if several else [value]):
-            if source is None:
-                continue
-            at = f"{key}.{i}" if several else key
-            yield (f"{at}.path", source["path"], "data") if isinstance(source, dict) else (at, source, "data")
 
 
 def check(stage, cfg, produced=(), prefix=""):
@@ -68,20 +43,12 @@ def check(stage, cfg, produced=(), prefix=""):
             raise UserError(f"{at}: expected a {kind} path or a Hub name, got {show(value)}")
         check_home(value, at)
         try:
-            if not is_local(value) or any(_inside(value, folder) for folder in produced):
+            if not is_local(value) or any(lies_in(value, folder) for folder in produced):
                 continue
             path = Path(value).expanduser()
-            _check_model(at, path, cfg.allow_pickle) if kind == "model" else _check_data(at, path)
+            check_model(at, path, cfg.allow_pickle) if kind == "model" else check_data(at, path)
         except OSError as e:                             # a name that is too long, a folder that may not be entered
             raise UserError(f"{at}: {value} cannot be read: {e.strerror or e}") from e
-
-
-def check_home(value, key):
-    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none: ~nobody-here/data."""
-    try:
-        return None if value is None else str(Path(value).expanduser())
-    except RuntimeError as e:
-        raise UserError(f"{key}: {value}: expected a home folder before the first /, got that of no user here") from e
 
 
 def check_settings(stage, cfg, prefix=""):
@@ -91,7 +58,7 @@ def check_settings(stage, cfg, prefix=""):
         raise UserError(f"{prefix}{problem}")
     for key in ("optim", "critic_optim"):
         if hasattr(cfg, key):
-            optimizers.check(getattr(cfg, key), cfg.engine.zero_stage, prefix + key)
+            check_optimizer(getattr(cfg, key), cfg.engine.zero_stage, prefix + key)
 
 
 def _contradiction(stage, cfg):
@@ -214,92 +181,21 @@ def _evaluation_contradiction(evaluation):
     return None
 
 
-def _check_model(key, path, allow_pickle):
-    if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{key}: {path} {what}; expected a model folder (config.json, weights, tokenizer)")
-    if not (path / "config.json").is_file():
-        raise UserError(f"{key}: {path} has no config.json; expected a Hugging Face model folder")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{key}: {path / 'config.json'} is not JSON: {e}") from e
-    if not isinstance(config, dict):
-        raise UserError(f"{key}: {path / 'config.json'}: expected a JSON object, got {show(config)}")
-    if not any(p.suffix in WEIGHT_ENDINGS for p in path.iterdir()):
-        raise UserError(f"{key}: {path} has no weights; expected a file that ends in .safetensors or .bin")
-    problem = pickle_problem(path, allow_pickle)
-    if problem:
-        raise UserError(f"{key}: {path} {problem}")
-    if not _has_tokenizer(path):
-        raise UserError(f"{key}: {path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES[:4])} …")
+def check_optimizer(optim, zero_stage, key="optim"):
+    """Refuses an Optimizer config that cannot be had here; without torch, so that it can be asked before a model is loaded."""
+    if optim.kind == "adafactor" and zero_stage > 0:
+        raise UserError(f"{key}.kind: adafactor needs engine.zero_stage 0, got {zero_stage}: ZeRO 1 to 3 hand the optimiser flat "
+                        "pieces of weights, which have no rows and columns to factor; adamw-8bit works there")
+    if optim.kind == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"{key}.kind: adamw-8bit needs bitsandbytes, which is not installed: pip install 'saferlhf-fast[8bit]'")
 
 
-def _has_tokenizer(path):
-    """Byte tokenizers (ByT5, CANINE) and those with code of their own have no vocabulary file, only their config."""
-    if any((path / name).is_file() for name in TOKENIZER_FILES) or any(path.glob("*.tiktoken")):
-        return True
-    config = path / "tokenizer_config.json"
-    if not config.is_file():
-        return False
-    text = config.read_text(encoding="utf-8", errors="replace")
-    return any(name in text for name in ("ByT5", "Canine", "Perceiver", "auto_map"))
-
-
-def _check_data(key, path):
-    if not path.exists():
-        raise UserError(f"{key}: {path} does not exist; expected a data file or folder")
-    if path.is_file() and not path.name.lower().endswith(DATA_FILES):
-        raise UserError(f"{key}: {path}: expected a data file ending in {', '.join(DATA_FILES)}")
-    if path.is_dir() and not any(p.is_file() for p in path.rglob("*")):
-        raise UserError(f"{key}: {path} is an empty folder; expected data files")
-    if path.is_file() and path.stat().st_size == 0:
-        raise UserError(f"{key}: {path} is empty; expected records")
-
-
-def _inside(value, folder):
-    path, folder = Path(os.path.abspath(Path(value).expanduser())), Path(os.path.abspath(Path(folder).expanduser()))
-    return path == folder or folder in path.parents
-
-
-# --- hashes -------------------------------------------------------------------------------------------------------
-
-def hashes(cfg):
-    """Returns {key: sha256 of the content} of every local input; names on the Hub are part of the recipe's hash."""
-    return {key: _content_hash(Path(value).expanduser()) for key, value, _ in listed(cfg)
-            if is_local(value) and Path(value).expanduser().exists()}
-
-
-def recipe_hash(stage, cfg):
-    """Returns the sha256 of a stage's settings, without what does not change its result.
-
-    Left out: `overwrite`, `output`, `resume`, `checkpoint`, `log` and `progress`; a local input counts by its content (see
-    `hashes`), so a data folder that was moved is still the same input.
-    """
-    values = to_dict(cfg)
-    for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
-        values.pop(key, None)
-    for key, value, _ in listed(cfg):
-        if is_local(value):
-            _replace(values, key.split("."), "local")
-    text = json.dumps({"stage": stage, **values}, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _replace(values, path, new):
-    for step in path[:-1]:
-        values = values[int(step) if isinstance(values, list) else step]
-    values[int(path[-1]) if isinstance(values, list) else path[-1]] = new
-
-
-def _content_hash(path):
-    """sha256 of a file, or of a folder's relative names and contents; hidden files (.git, caches) do not count."""
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    digest = hashlib.sha256()
-    for inner in sorted(p for p in path.rglob("*") if p.is_file()):
-        name = inner.relative_to(path)
-        if not any(part.startswith(".") for part in name.parts):
-            digest.update(f"{name.as_posix()}\0{_content_hash(inner)}\n".encode())
-    return digest.hexdigest()
+def check_trackers(trackers, key="log.trackers"):
+    """Raises UserError when a tracker is named whose package is missing; imports none of them."""
+    for tracker in trackers:
+        package = TRACKER_PACKAGES[tracker]
+        spec = importlib.util.find_spec(package)
+        # Without an origin it is a folder of that name: wandb leaves one in the working directory.
+        if spec is None or spec.origin is None:
+            raise UserError(f"{key}: {tracker} is named, but the package {package} is not installed; "
+                            f"pip install {package}, or leave it out")

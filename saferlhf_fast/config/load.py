@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from saferlhf_fast import redact
-from saferlhf_fast.config import Source
+from saferlhf_fast.config import redact
+from saferlhf_fast.config.schema import (REQUIRED, SETTINGS, defaults, describe, is_number, is_text, leaves, nearest, own_fields,
+                                         show)
+from saferlhf_fast.config.stages import Source
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.explain import (
-    REQUIRED, SETTINGS, defaults, describe, is_number, is_text, leaves, nearest, own_fields, show)
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def load(command, recipe=None, overrides=None):

@@ -13,7 +13,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from .explain import nearest
+from .schema import nearest
 
 
 def unknown(config):
