@@ -18,10 +18,11 @@ def step(tmp_path_factory):
     import kit
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from saferlhf_fast import data, engine, models
+    from saferlhf_fast import engine, models
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.cast import load_cast
     from saferlhf_fast.config.stages import PPO, PPOConfig, Sampling
+    from saferlhf_fast.data.examples import PromptExample
     from saferlhf_fast.ppo_lag import sample
     from saferlhf_fast.score import ask_trained, judge
     folder = tmp_path_factory.mktemp("step")
@@ -40,7 +41,7 @@ def step(tmp_path_factory):
     engine.start(cfg.engine, 0)
     cast = load_cast(cfg, tokenizer, 1000, constrained=True)
     draw = torch.Generator().manual_seed(1)
-    prompts = [data.PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
+    prompts = [PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
                for _ in range(PROMPTS)]
     from types import SimpleNamespace
     made = SimpleNamespace(cast=cast, cfg=cfg, prompts=prompts, multiplier=torch.tensor(1.0, device=engine.device()))

@@ -83,7 +83,8 @@ class Side:
     """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its numbers."""
 
     def __init__(self, work, recipe):
-        from saferlhf_fast import data, engine, ppo_lag
+        from saferlhf_fast import engine, ppo_lag
+        from saferlhf_fast.data.examples import PromptExample, SFTExample
         from saferlhf_fast.lagrange import make_multiplier
         self.work, self.page, self.steps, self.seconds = work, ppo_lag, [], {}
         self.cfg = make_config(work, recipe)
@@ -92,10 +93,10 @@ class Side:
         self.count = recipe["warmup"] + recipe["repeat"]
         self.cast = make_cast(work, self.cfg, self.count + 1)
         self.multiplier = make_multiplier(self.cfg.multiplier, self.cfg.multiplier.threshold, self.device)
-        self.prompts = [data.PromptExample(ids, "", ()) for ids in work.prompts]
+        self.prompts = [PromptExample(ids, "", ()) for ids in work.prompts]
         self.ptx = None
         if recipe["ptx"]:
-            self.ptx = [data.SFTExample(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(work.prompts, work.responses)]
+            self.ptx = [SFTExample(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(work.prompts, work.responses)]
         for name, part in PARTS.items():
             if hasattr(ppo_lag, name):
                 setattr(ppo_lag, name, self._timed(getattr(ppo_lag, name), part))

@@ -7,7 +7,8 @@ from typing import Any, Optional
 
 import torch
 
-from . import adapters, body, console, data, engine, models
+from . import adapters, body, console, engine, models
+from .data.examples import retokenize
 from .errors import UserError
 from .generation import open_generator
 from .packing import end_row, pack
@@ -29,9 +30,9 @@ class Judge:
         """-> scores_b of some rows of a rollout, fp32."""
         if not self.retokenizes or rows.start == rows.stop:      # the filler's score is left out by who asks
             return self.model(rollout.packed(rows, at_end=True))
-        ids = data.retokenize([p.messages for p in rollout.prompts[rows]], rollout.texts[rows], self.tokenizer,
-                              self.template, ended=rollout.ended[rows],
-                              max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None))
+        ids = retokenize([p.messages for p in rollout.prompts[rows]], rollout.texts[rows], self.tokenizer,
+                         self.template, ended=rollout.ended[rows],
+                         max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None))
         return self.model(pack(ids, [end_row(len(row)) for row in ids], rollout.device))
 
 

@@ -13,9 +13,12 @@ import json
 import time
 from pathlib import Path
 
-from . import console, data, demo_recipe as recipe, engine, models
+from . import console, demo_recipe as recipe, engine, models
 from .cast import Cast, load_judge
 from .config.stages import DemoConfig
+from .data.batches import share
+from .data.examples import PromptExample, prompt_examples
+from .data.templates import Template
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .generation import open_generator
@@ -130,10 +133,10 @@ def answers(model, prompts, temperature, seed, cfg):
     """One sampled answer of a policy to each prompt, as text."""
     tokenizer = models.load_tokenizer(str(model))
     policy = engine.Frozen(Policy(models.load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine(cfg))
-    template = data.Template(tokenizer, "auto")
+    template = Template(tokenizer, "auto")
     messages = [({"role": "user", "content": p},) for p in prompts]
-    examples = [data.PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)]
-    mine = data.share(range(len(prompts)), engine.rank(), engine.world_size())
+    examples = [PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)]
+    mine = share(range(len(prompts)), engine.rank(), engine.world_size())
     sampling = recipe.sampling(temperature, 256)
     generator = open_generator(policy, tokenizer, end_tokens(tokenizer, policy.module.lm, "auto"), sampling)
     _, responses = generate(generator, [examples[i] for i in mine], tokenizer, sampling, recipe.MAX_LENGTH, seed)
@@ -171,7 +174,7 @@ def judged(world, folder, where, seed, cfg, sizes):
     cast = Cast(tokenizer, ends, actor, policy(settings.reference), load_judge(settings.reward, tokenizer, settings)[0], None,
                 load_judge(settings.cost, tokenizer, settings)[0],
                 generator=open_generator(actor, tokenizer, ends, settings.sampling))
-    prompts, _ = data.prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)
+    prompts, _ = prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)
     rows = ask(cast, prompts, settings, seed)
     write(Path(folder) / f"test-{where}.jsonl", rows)
     model = summary_of(rows)

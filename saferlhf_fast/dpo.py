@@ -10,9 +10,10 @@ import copy
 
 import torch.nn.functional as F
 
-from . import console, data, engine, models
+from . import console, engine, models
 from .checkpoint.described import describe
 from .config.load import to_dict
+from .data.examples import preference_examples
 from .fit import Task, fit, total_steps
 from .metrics import Metrics
 from .packing import pack, response_rows
@@ -47,8 +48,8 @@ def train(cfg):
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
     def load(source):
-        return data.preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed,
-                                        cfg.preference)
+        return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed,
+                                   cfg.preference)
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)

@@ -18,7 +18,7 @@ import torch
 from . import console, engine
 from .alarms import Spikes
 from .checkpoint.run import Checkpoints, Memory
-from .data import global_batches
+from .data.batches import global_batches
 from .errors import UserError
 from .packing import fill
 from .skips import Skips

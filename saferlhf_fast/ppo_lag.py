@@ -15,13 +15,15 @@ import math
 from itertools import islice
 from pathlib import Path
 
-from . import console, data, engine, models
+from . import console, engine, models
 from .advantage import advantages
 from .alarms import AtBound, Spikes
 from .cast import load_cast
 from .checkpoint.described import describe
 from .checkpoint.run import Checkpoints, Memory
 from .config.load import to_dict
+from .data.batches import global_batches, share, split_by_prompt
+from .data.examples import prompt_examples, sft_examples
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
@@ -185,18 +187,18 @@ def descriptions(cast, tokenizer):
 def load_data(cfg, tokenizer):
     """-> prompts, evaluation prompts, PTX examples (or None), report."""
     longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
-    prompts, report = data.prompt_examples(cfg.data, tokenizer, cfg.template, longest, cfg.seed)
+    prompts, report = prompt_examples(cfg.data, tokenizer, cfg.template, longest, cfg.seed)
     if cfg.evaluation.data is not None:
-        held_out, _ = data.prompt_examples(cfg.evaluation.data, tokenizer, cfg.template, longest, cfg.seed)
+        held_out, _ = prompt_examples(cfg.evaluation.data, tokenizer, cfg.template, longest, cfg.seed)
     elif cfg.evaluation.fraction:
-        prompts, held_out = data.split_by_prompt(prompts, cfg.evaluation.fraction, cfg.seed)
+        prompts, held_out = split_by_prompt(prompts, cfg.evaluation.fraction, cfg.seed)
     else:
         held_out = prompts[:64]
         console.say(f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or evaluation.data "
                     "gives ones that are not trained on")
     ptx = None
     if cfg.ptx is not None and cfg.ppo.ptx_coeff:
-        ptx, _ = data.sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
+        ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
     return prompts, held_out, ptx, report
 
 
@@ -212,10 +214,10 @@ def prompt_batches(prompts, cfg, steps):
     order, epoch = [], 0
     for _ in range(steps):
         while len(order) < size:
-            order += [i for batch in data.global_batches(len(prompts), size, cfg.seed, epoch) for i in batch]
+            order += [i for batch in global_batches(len(prompts), size, cfg.seed, epoch) for i in batch]
             epoch += 1
         batch, order = order[:size], order[size:]
-        yield [prompts[i] for i in data.share(batch, engine.rank(), engine.world_size())]
+        yield [prompts[i] for i in share(batch, engine.rank(), engine.world_size())]
 
 
 def ptx_batches(ptx, cfg):
@@ -225,7 +227,7 @@ def ptx_batches(ptx, cfg):
         if ptx is None:
             yield None
             continue
-        for batch in data.global_batches(len(ptx), size, cfg.seed + 1, epoch):
+        for batch in global_batches(len(ptx), size, cfg.seed + 1, epoch):
             yield [ptx[i] for i in batch]
         epoch += 1
 

@@ -125,9 +125,10 @@ def train_cost(cfg):
 
 
 def _train(cfg, kind):
-    from . import adapters, console, data, engine, models
+    from . import adapters, console, engine, models
     from .checkpoint.described import describe
     from .config.load import to_dict
+    from .data.examples import preference_examples
     from .fit import Task, fit, total_steps
     from .metrics import Metrics
     from .run_folder import finish_run, open_run
@@ -136,7 +137,7 @@ def _train(cfg, kind):
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
     def load(source):
-        return data.preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, kind)
+        return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, kind)
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)

@@ -8,7 +8,9 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from . import data, engine
+from . import engine
+from .data.examples import PromptExample
+from .data.templates import Template
 from .generation import Response
 from .packing import fill
 from .types import Minibatch, Rollout
@@ -18,7 +20,7 @@ def end_tokens(tokenizer, lm, template):
     """Ids that end a response: the template's ends of a turn and those of the model's generation config."""
     named = lm.generation_config.eos_token_id
     named = [] if named is None else named if isinstance(named, (list, tuple)) else [named]
-    return sorted({*data.Template(tokenizer, template).stop_ids, *named})
+    return sorted({*Template(tokenizer, template).stop_ids, *named})
 
 
 def generate(generator, prompts, tokenizer, sampling, max_length, seed=0, first=0):
@@ -46,7 +48,7 @@ class Sampled(NamedTuple):
     """One sequence between sampling and packing. It travels between ranks."""
 
     place: int                       # in the global batch
-    prompt: data.PromptExample
+    prompt: PromptExample
     response: Response
     verdict: Optional[tuple] = None  # (ref_logp list, reward, cost or None) of `score.verdicts`, where it was asked already
 

@@ -5,9 +5,11 @@
 
 import contextlib
 
-from . import body, console, data, engine, models
+from . import body, console, engine, models
 from .checkpoint.described import describe
 from .config.load import to_dict
+from .data.batches import split_by_prompt
+from .data.examples import sft_examples
 from .fit import Task, fit, total_steps
 from .lora import has_lora
 from .metrics import Metrics
@@ -24,8 +26,8 @@ def train(cfg):
     """Runs the stage -> summary. The model lies in <output>/model."""
     engine.start(cfg.engine, cfg.seed)
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
-    examples, report = data.sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
-    examples, held_out = held_out_split(cfg, examples, lambda source: data.sft_examples(
+    examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
+    examples, held_out = held_out_split(cfg, examples, lambda source: sft_examples(
         source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed))
     lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                                allow_pickle=cfg.allow_pickle)
@@ -67,7 +69,7 @@ def held_out_split(cfg, examples, load):
         return examples, load(cfg.train.eval_data)[0]
     if not cfg.train.eval_fraction:
         return examples, []
-    return data.split_by_prompt(examples, cfg.train.eval_fraction, cfg.seed)
+    return split_by_prompt(examples, cfg.train.eval_fraction, cfg.seed)
 
 
 def save_policy(policy, folder, tokenizer, card):

@@ -19,10 +19,12 @@ import torch
 from matrix import PPO as POLICY_STAGES
 from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
 
-from saferlhf_fast import data, dpo, engine, fit, models, sft
+from saferlhf_fast import dpo, engine, fit, models, sft
 from saferlhf_fast.advantage import advantages
 from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
+from saferlhf_fast.data.batches import share
+from saferlhf_fast.data.examples import PromptExample, preference_examples, sft_examples
 from saferlhf_fast.generation import Response
 from saferlhf_fast.lagrange import LagrangeMultiplier
 from saferlhf_fast.policy import Policy
@@ -64,11 +66,11 @@ def adapted(model, cell):
 def task_of(cell, world, tokenizer):
     """-> (module to train, its Task, the examples), the losses those of the stages themselves."""
     if cell.stage == "sft":
-        examples, _ = data.sft_examples(world["sft"], tokenizer)
+        examples, _ = sft_examples(world["sft"], tokenizer)
         return (Policy(adapted(models.load_causal_lm(world["model"]), cell)), examples,
                 fit.Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
     kind = "better" if cell.stage == "dpo" else cell.stage
-    examples, _ = data.preference_examples(world["pairs"], tokenizer, kind=kind)
+    examples, _ = preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
         # Not the same weights: with them every margin of the first step is 0.
         reference = engine.Frozen(Policy(models.load_causal_lm(world["other"])), config(cell))
@@ -110,8 +112,8 @@ def stored_rollout(step, tokenizer, cfg):
         ids = torch.randint(4, len(tokenizer), (p + t,), generator=draw).tolist()
         told = (torch.rand(t, generator=draw) - 3.9).tolist() if cfg.ppo.importance_cap else None
         rows.append((ids[:p], Response(ids[p:], told, True)))
-    mine = [rows[i] for i in data.share(range(GLOBAL_BATCH), engine.rank(), engine.world_size())]
-    return assemble([data.PromptExample(p, "", ()) for p, _ in mine], [r for _, r in mine], tokenizer,
+    mine = [rows[i] for i in share(range(GLOBAL_BATCH), engine.rank(), engine.world_size())]
+    return assemble([PromptExample(p, "", ()) for p, _ in mine], [r for _, r in mine], tokenizer,
                     cfg.pass_tokens(), minibatches=cfg.ppo.minibatches)
 
 
@@ -132,7 +134,7 @@ def policy_optimisation(cell, world, tokenizer):
                     ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell), lora=ADAPTERS if cell.form == LORA else Lora())
     cast = load_cast(cfg, tokenizer, 12, constrained)
     multiplier = LagrangeMultiplier(window=8, lr=0.5) if constrained else None
-    texts = data.sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None
+    texts = sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None
     rows = []
     for step in range(STEPS):
         rollout = stored_rollout(step, tokenizer, cfg)

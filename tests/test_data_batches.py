@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from saferlhf_fast.data import collate_left, collate_right, global_batches, share
+from saferlhf_fast.data.batches import collate_left, collate_right, global_batches, share
 
 
 @pytest.mark.parametrize("n, size", [(1, 1), (1, 4), (7, 3), (12, 4), (63, 10)])

@@ -6,7 +6,8 @@ import pytest
 from data_tokenizers import CHATML, LLAMA2, byte_tokenizer
 
 from saferlhf_fast.config.stages import Source
-from saferlhf_fast.data import preference_examples, prompt_examples, sft_examples, split_by_prompt
+from saferlhf_fast.data.batches import split_by_prompt
+from saferlhf_fast.data.examples import preference_examples, prompt_examples, sft_examples
 from saferlhf_fast.errors import UserError
 
 HEAD = len("BEGINNING OF CONVERSATION: USER: ") + len(" ASSISTANT:") + 1      # with bos, one token per byte

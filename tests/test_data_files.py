@@ -7,7 +7,7 @@ import json
 import pytest
 
 from saferlhf_fast.config.stages import Source
-from saferlhf_fast.data import load_rows, load_sources
+from saferlhf_fast.data.sources import load_rows, load_sources
 from saferlhf_fast.errors import UserError
 
 ROWS = [{"prompt": f"How tall is tree {i}?", "n": i} for i in range(6)]

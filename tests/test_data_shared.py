@@ -8,7 +8,7 @@ import random
 import pytest
 from kit import shared
 
-from saferlhf_fast.data import preference_examples, prompt_examples, sft_examples
+from saferlhf_fast.data.examples import preference_examples, prompt_examples, sft_examples
 from saferlhf_fast.errors import UserError
 
 ROOT = shared()

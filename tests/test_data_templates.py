@@ -3,7 +3,8 @@
 import pytest
 from data_tokenizers import CHATML, LLAMA2, THINKING, byte_tokenizer, space_tokenizer
 
-from saferlhf_fast.data import Template, retokenize
+from saferlhf_fast.data.examples import retokenize
+from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
 TALK = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."},

@@ -233,7 +233,7 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
 def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_path):
     """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by hand."""
     from transformers import AutoModelForCausalLM
-    from saferlhf_fast.data import PairExample
+    from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.dpo import batch_loss
     from saferlhf_fast.policy import Policy
     lms = [AutoModelForCausalLM.from_pretrained(kit.make_model(tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
@@ -255,9 +255,9 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
 @pytest.mark.numeric
 def test_token_wise_loss_by_hand(world):
     """The responses share their first token: from the second on, the shorter one's last score standing in."""
-    from saferlhf_fast.preference import pair_loss, reward_loss
-    from saferlhf_fast.data import PairExample
+    from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.models import score_model_from_backbone
+    from saferlhf_fast.preference import pair_loss, reward_loss
     model = score_model_from_backbone(world["model"])
     a, b = [5, 6, 8, 9, 2], [5, 6, 8, 2]
     with torch.no_grad():

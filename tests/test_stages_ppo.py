@@ -265,7 +265,8 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     from saferlhf_fast import engine, models
     from saferlhf_fast.cast import load_judge
     from saferlhf_fast.config.stages import PPOConfig
-    from saferlhf_fast.data import PromptExample, Template
+    from saferlhf_fast.data.examples import PromptExample
+    from saferlhf_fast.data.templates import Template
     from saferlhf_fast.generation import Response
     from saferlhf_fast.rollout import assemble
     other = permuted(tmp_path / "permuted", world["model"], world["reward"])
@@ -309,7 +310,7 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from saferlhf_fast import engine, models
     from saferlhf_fast.config.stages import Engine, Sampling
-    from saferlhf_fast.data import prompt_examples
+    from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
     from saferlhf_fast.rollout import end_tokens, generate
@@ -341,7 +342,7 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     absolute: they must be counted from each row's first token."""
     from saferlhf_fast import engine, models
     from saferlhf_fast.config.stages import Engine, Sampling
-    from saferlhf_fast.data import prompt_examples
+    from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
     from saferlhf_fast.rollout import assemble, end_tokens, generate
@@ -367,7 +368,7 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain distribution."""
     from saferlhf_fast import engine, models
     from saferlhf_fast.config.stages import Engine, Sampling
-    from saferlhf_fast.data import prompt_examples
+    from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
     from saferlhf_fast.rollout import end_tokens, generate

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from saferlhf_fast import models
-from saferlhf_fast.data import preference_examples
+from saferlhf_fast.data.examples import preference_examples
 
 
 @pytest.fixture(scope="module")

@@ -10,18 +10,3 @@ batches    split by prompt, the order of an epoch, shares of ranks, padded tenso
 
 Needs neither transformers nor deepspeed; `datasets` is imported only for Hub names and saved data sets.
 """
-
-from saferlhf_fast.data.batches import (collate_left, collate_right, global_batches, share,
-                                        split_by_prompt)
-from saferlhf_fast.data.examples import (PairExample, PromptExample, SFTExample, preference_examples, prompt_examples,
-                                         retokenize, sft_examples)
-from saferlhf_fast.data.formats import FORMATS
-from saferlhf_fast.data.records import SAFE, UNKNOWN, UNSAFE, Conversation, Preference, Prompt
-from saferlhf_fast.data.report import Report
-from saferlhf_fast.data.sources import load_rows, load_sources
-from saferlhf_fast.data.templates import Template
-
-__all__ = ["FORMATS", "SAFE", "UNKNOWN", "UNSAFE", "Conversation", "PairExample", "Preference", "Prompt", "PromptExample",
-           "Report", "SFTExample", "Template", "collate_left", "collate_right", "global_batches", "load_rows",
-           "load_sources", "preference_examples", "prompt_examples", "retokenize", "sft_examples",
-           "share", "split_by_prompt"]

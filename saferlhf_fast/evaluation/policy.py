@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 import yaml
 
-from .. import console, data, engine, models
+from .. import console, engine, models
 from ..cast import Cast, load_judge
+from ..data.batches import share
+from ..data.examples import prompt_examples
 from ..generation import open_generator
 from ..policy import Policy, sequence_sums
 from ..rollout import assemble, end_tokens, generate
@@ -29,7 +31,7 @@ def ask(cast, prompts, cfg, seed=0):
     model for is None. Random numbers are the same at each call, so that evaluations of one run compare.
     """
     world = engine.world_size()
-    mine = [prompts[i] for i in data.share(range(len(prompts)), engine.rank(), world)]
+    mine = [prompts[i] for i in share(range(len(prompts)), engine.rank(), world)]
     # Every rank asks for as many as the fullest one: under ZeRO-3 each forward pass is a collective.
     mine += prompts[:1] * (math.ceil(len(prompts) / world) - len(mine))
     sampling = dataclasses.replace(cfg.sampling, num_return_sequences=1)
@@ -78,7 +80,7 @@ def evaluate(cfg):
     engine.start(cfg.engine, cfg.seed)
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
-    prompts, report = data.prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
+    prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
 
     def policy(path):
         lm = models.load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,

@@ -14,7 +14,8 @@ import math
 
 import torch
 
-from .. import data, engine
+from .. import engine
+from ..data.batches import collate_left
 from ..lora import plain as unwrapped
 from . import Response
 from .stop import StopStrings
@@ -53,7 +54,7 @@ class Generate:
 
     def _batch(self, lm, rows, together):
         """Fills rows (longest prompt first) with their responses."""
-        ids_BL, mask_BL = data.collate_left([row.prompt for row in rows], self.tokenizer.pad_token_id or 0)
+        ids_BL, mask_BL = collate_left([row.prompt for row in rows], self.tokenizer.pad_token_id or 0)
         device = engine.device() if self.actor.sharded else lm.device
         ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device).long()
         numbers_BT = uniforms([row.seed for row in rows], [row.limit for row in rows]).to(device)
