@@ -18,12 +18,13 @@ def step(tmp_path_factory):
     import kit
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from saferlhf_fast import engine, models
+    from saferlhf_fast import models
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.cast import load_cast
     from saferlhf_fast.config.stages import PPO, PPOConfig, Sampling
     from saferlhf_fast.data.examples import PromptExample
     from saferlhf_fast.ppo_lag import sample
+    from saferlhf_fast.runtime import engine
     from saferlhf_fast.score import ask_trained, judge
     folder = tmp_path_factory.mktemp("step")
     tokenizer = kit.make_tokenizer(extra=[f"w{i}" for i in range(VOCABULARY - 40)])
@@ -57,9 +58,9 @@ PARTS = ("rollout", "judge", "ask_trained", "advantages", "update", "update_in_o
 
 @pytest.mark.parametrize("part", PARTS)
 def test_step(step, benchmark, part):
-    from saferlhf_fast import engine
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.ppo_lag import sample
+    from saferlhf_fast.runtime import engine
     from saferlhf_fast.score import ask_trained, judge
     from saferlhf_fast.update import update, update_in_one_pass
     cast, cfg, rollout, multiplier = step.cast, step.cfg, step.rollout, step.multiplier

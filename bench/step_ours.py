@@ -36,7 +36,7 @@ class Limited:
 def make_config(work, recipe):
     """The stage's default recipe for this work; `lora` and `micro_tokens` of the bench's own recipe where it has them."""
     from saferlhf_fast.config import stages
-    from saferlhf_fast.engine import world_size
+    from saferlhf_fast.runtime.engine import world_size
     return stages.PPOConfig(
         model="random", reward=SEEDS["reward"], cost=SEEDS["cost"], data="none", output="none", seed=0,
         max_length=max(512, work.longest), lora=stages.Lora(rank=recipe["lora"]),
@@ -52,8 +52,9 @@ def make_cast(work, cfg, steps):
 
     With `lora` the score models are adapters of the actor's base, so that there is one trunk.
     """
-    from saferlhf_fast import adapters, cast, engine, lora, models
+    from saferlhf_fast import adapters, cast, lora, models
     from saferlhf_fast.generation import open_generator
+    from saferlhf_fast.runtime import engine
     tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
 
     def score_model(path, **ignored):
@@ -83,9 +84,10 @@ class Side:
     """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its numbers."""
 
     def __init__(self, work, recipe):
-        from saferlhf_fast import engine, ppo_lag
+        from saferlhf_fast import ppo_lag
         from saferlhf_fast.data.examples import PromptExample, SFTExample
         from saferlhf_fast.lagrange import make_multiplier
+        from saferlhf_fast.runtime import engine
         self.work, self.page, self.steps, self.seconds = work, ppo_lag, [], {}
         self.cfg = make_config(work, recipe)
         engine.start(self.cfg.engine, 0)

@@ -8,7 +8,7 @@ import math
 from collections import deque
 from statistics import median
 
-from . import console
+from .runtime import console
 
 FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
 

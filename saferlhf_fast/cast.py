@@ -7,13 +7,14 @@ from typing import Any, Optional
 
 import torch
 
-from . import adapters, body, console, engine, models
+from . import adapters, body, models
 from .data.examples import retokenize
 from .errors import UserError
 from .generation import open_generator
 from .packing import end_row, pack
 from .policy import Policy
 from .rollout import end_tokens
+from .runtime import console, engine
 from .trunk import OnTrunk, PolicyOnTrunk, ScoreOnTrunk, Trunk
 
 

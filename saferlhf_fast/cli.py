@@ -12,9 +12,9 @@ import sys
 import time
 import traceback
 
-from saferlhf_fast import signals
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import EXIT_CODE, UserError, require
+from saferlhf_fast.runtime import preemption
 from saferlhf_fast.version import __version__
 
 COMMANDS = {
@@ -83,7 +83,7 @@ def main(argv=None):
         return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
     except KeyboardInterrupt as e:
         return _failed(e, 130, "interrupted")
-    except signals.Stopped as e:  # after a checkpoint: no fault
+    except preemption.Stopped as e:  # after a checkpoint: no fault
         if os.environ.get("RANK", "0") == "0":
             print(e, file=sys.stderr)
         return _done(e.code, limit=20)
@@ -100,8 +100,8 @@ def main(argv=None):
 
 def _done(code, limit=None):
     """Ends the watch over other ranks, where there is one: this one is done. Returns the exit code."""
-    if "saferlhf_fast.watch" in sys.modules:
-        sys.modules["saferlhf_fast.watch"].end(limit)
+    if "saferlhf_fast.runtime.watchdog" in sys.modules:
+        sys.modules["saferlhf_fast.runtime.watchdog"].end(limit)
     return code
 
 
@@ -109,7 +109,7 @@ def _failed(error, code, line, debug=False):
     """Says in one line why this process ends, or which other rank is to blame; returns the exit code."""
     if debug:
         traceback.print_exc()
-    watch = sys.modules.get("saferlhf_fast.watch")
+    watch = sys.modules.get("saferlhf_fast.runtime.watchdog")
     blame = watch.failed(error, code) if watch else None
     if blame is None:
         if line and os.environ.get("LOCAL_RANK", "0") != "0":
@@ -130,18 +130,18 @@ def _dispatch(args, words, argv):
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
-    from saferlhf_fast import launch
+    from saferlhf_fast.runtime import launcher
     cluster_check = command == "info" and "--cluster" in words
-    if command not in launch.COMMANDS and not cluster_check and not wants_help:
+    if command not in launcher.COMMANDS and not cluster_check and not wants_help:
         for option, value in (("--processes", args.processes), ("--grace", args.grace)):
             if value is not None:
                 raise UserError(f"{option}: {command} runs in one process"
                                 + ("; info --cluster runs in several" if command == "info" else ""))
     if cluster_check and not wants_help:
         from saferlhf_fast import cluster
-        launch.adopt()
-        processes = launch.wanted(args.processes, lambda: cluster.arguments(words))
-        return cluster.main(words) if processes == 1 else launch.start(argv, processes, args.grace)
+        launcher.adopt()
+        processes = launcher.wanted(args.processes, lambda: cluster.arguments(words))
+        return cluster.main(words) if processes == 1 else launcher.start(argv, processes, args.grace)
     if command == "info":
         if words and not wants_help:
             raise UserError(f"info takes no settings but --cluster and its own, got {' '.join(words)}")
@@ -173,11 +173,11 @@ def _dispatch(args, words, argv):
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
     from saferlhf_fast import pipeline
     from saferlhf_fast.config import load
-    if command in launch.COMMANDS:
-        launch.adopt()
-        processes = launch.wanted(args.processes, lambda: _check(command, recipe, overrides))
+    if command in launcher.COMMANDS:
+        launcher.adopt()
+        processes = launcher.wanted(args.processes, lambda: _check(command, recipe, overrides))
         if processes > 1:
-            return launch.start(argv, processes, args.grace)
+            return launcher.start(argv, processes, args.grace)
     if command == "run":
         pipeline.run(recipe, overrides)
     else:
@@ -187,8 +187,9 @@ def _dispatch(args, words, argv):
 
 def _check(command, recipe, overrides):
     """Refuses what a stage, or `run`, would refuse before it imports torch."""
-    from saferlhf_fast import pipeline, run_folder
+    from saferlhf_fast import pipeline
     from saferlhf_fast.config import checks, load
+    from saferlhf_fast.runtime import run_folder
     if command == "run":
         pipeline.plan(recipe, overrides)
         return

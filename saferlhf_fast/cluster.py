@@ -24,9 +24,9 @@ from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
-from saferlhf_fast import run_folder
 from saferlhf_fast.config import inputs
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import provenance
 from saferlhf_fast.version import __version__
 
 EQUAL = ("python", "saferlhf-fast", "commit", "torch", "cuda", "nccl", "driver", "transformers", "deepspeed", "triton", "gpus")
@@ -86,7 +86,7 @@ def report(where=None):
     """What this rank stands on: versions, GPUs, host, free disk of `where` (bytes) -> dict that JSON can hold."""
     import torch
     found = {"host": socket.gethostname(), "address": _address(), "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
-             "python": platform.python_version(), "saferlhf-fast": __version__, "commit": run_folder.git_commit(),
+             "python": platform.python_version(), "saferlhf-fast": __version__, "commit": provenance.git_commit(),
              "torch": torch.__version__, "cuda": torch.version.cuda, "driver": _driver(), "nccl": None, "gpus": []}
     for name in ("transformers", "deepspeed", "triton"):
         try:
@@ -214,7 +214,7 @@ class Ranks:
         import torch
         from torch import distributed
 
-        from saferlhf_fast import watch
+        from saferlhf_fast.runtime import watchdog
         self.torch, self.dist, self.reports, self.rank, self.world = torch, distributed, reports, rank, world
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", reports[rank]["local_rank"]) if self.cuda else torch.device("cpu")
@@ -223,7 +223,7 @@ class Ranks:
         if world > 1:
             distributed.init_process_group("nccl" if self.cuda else "gloo", store=distributed.PrefixStore("cluster", store),
                                            rank=rank, world_size=world, timeout=timedelta(seconds=limit + 30))
-            watch.begin(limit)
+            watchdog.begin(limit)
 
     def gather(self, value):
         """One value of each rank, which JSON can hold, on all ranks; also a barrier."""

@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from . import console, demo_recipe as recipe, engine, models
+from . import demo_recipe as recipe, models
 from .cast import Cast, load_judge
 from .config.stages import DemoConfig
 from .data.batches import share
@@ -25,10 +25,11 @@ from .generation import open_generator
 from .policy import Policy
 from .ppo_lag import train_ppo, train_ppo_lag
 from .preference import train_cost, train_reward
-from .report import write_demo_report
-from .report.demo_report import CLAIMS
+from .report import write_report
+from .report.demo_report import CLAIMS, write_demo_report
 from .rollout import end_tokens, generate
-from .run_folder import finish_run, open_run
+from .runtime import console, engine
+from .runtime.run_folder import finish_run, open_run
 from .sft import train as train_sft
 from .world import World
 
@@ -75,21 +76,21 @@ def one_seed(seed, folder, cfg):
     engine.start(recipe.engine(cfg), seed)
     make_base(world, folder / "base", seed)
     clock.lap("world")
-    train_sft(recipe.sft(folder, seed, cfg, sizes))
+    trained(train_sft, recipe.sft(folder, seed, cfg, sizes))
     clock.lap("sft")
     # Pairs from the SFT policy's answers and the world's own, good and bad ones.
     prompts = world.annotation_prompts(sizes.pairs)
     sampled = {f"sft at {t}": answers(folder / "sft" / "model", prompts, t, seed, cfg) for t in recipe.TEMPERATURES}
     write(folder / "data" / "pairs.jsonl", world.preference_records(prompts, sampled, own=recipe.OWN))
     clock.lap("annotation")
-    train_reward(recipe.preference(folder, "reward", seed, cfg, sizes))
+    trained(train_reward, recipe.preference(folder, "reward", seed, cfg, sizes))
     clock.lap("reward")
-    train_cost(recipe.preference(folder, "cost", seed, cfg, sizes))
+    trained(train_cost, recipe.preference(folder, "cost", seed, cfg, sizes))
     clock.lap("cost")
     gold = gold_observer(world)
-    train_ppo(recipe.ppo(folder, "ppo", seed, cfg, sizes), gold)
+    trained(train_ppo, recipe.ppo(folder, "ppo", seed, cfg, sizes), gold)
     clock.lap("ppo")
-    lag = train_ppo_lag(recipe.ppo(folder, "ppo-lag", seed, cfg, sizes), gold)
+    lag = trained(train_ppo_lag, recipe.ppo(folder, "ppo-lag", seed, cfg, sizes), gold)
     clock.lap("ppo-lag")
     entry = {"threshold": lag["threshold"]}
     for name, where, multiplier in (("sft", "sft", 0.0), ("ppo", "ppo", 0.0), ("ppo_lag", "ppo-lag", lag["multiplier"])):
@@ -97,6 +98,14 @@ def one_seed(seed, folder, cfg):
     clock.lap("evaluation")
     entry["seconds"] = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
     return entry
+
+
+def trained(train, cfg, *more):
+    """Runs a stage and draws its report -> its summary."""
+    summary = train(cfg, *more)
+    if engine.rank() == 0:
+        write_report(Path(cfg.output))
+    return summary
 
 
 def write_world(world, folder, sizes):

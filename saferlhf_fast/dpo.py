@@ -10,15 +10,16 @@ import copy
 
 import torch.nn.functional as F
 
-from . import console, engine, models
+from . import models
 from .checkpoint.described import describe
 from .config.load import to_dict
 from .data.examples import preference_examples
 from .fit import Task, fit, total_steps
-from .metrics import Metrics
 from .packing import pack, response_rows
 from .policy import Policy, sequence_sums
-from .run_folder import finish_run, open_run
+from .runtime import console, engine
+from .runtime.metrics import Metrics
+from .runtime.run_folder import finish_run, open_run
 from .sft import held_out_split, prepare, refuse_long, save_policy
 
 

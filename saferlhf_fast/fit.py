@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from . import console, engine
 from .alarms import Spikes
-from .checkpoint.run import Checkpoints, Memory
 from .data.batches import global_batches
 from .errors import UserError
 from .packing import fill
+from .runtime import console, engine
+from .runtime.checkpoint.checkpointer import Checkpoints, Memory
 from .skips import Skips
 
 

@@ -25,9 +25,9 @@ from . import body
 from .errors import UserError, require
 from .kernels import checks
 from .lora import add_lora, has_lora, merge_lora, plain, plain_state
-from .packing import Packed
 from .model_files import (checked, has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing,
                           refuse_short_context, replacing, write_card)
+from .packing import Packed
 from .score_files import check_score_export, read_head, save_score_model
 from .tokenizer import load_tokenizer, same_tokenizer
 
@@ -315,7 +315,7 @@ def written(module):
     if not sharded:
         yield
         return
-    from . import engine
+    from .runtime import engine
     with engine.written(sharded):
         yield
 

@@ -15,10 +15,10 @@ from types import SimpleNamespace
 
 import torch
 
-from . import engine
 from .generation import open_generator
 from .generation.whole import twin
 from .rollout import Sampled, arrange, assemble, generate
+from .runtime import engine
 from .score import verdicts
 
 

@@ -11,8 +11,8 @@ A recipe of `run` has `output` and `stages`, and may have `root` and `seed`:
 
 A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages are checked
 before the first one starts. A finished stage with the same settings and inputs is not done again, an unfinished one goes on
-from its newest checkpoint or starts anew (what it had saved is set aside, see run_folder.py), any other existing output needs
-overwrite=true.
+from its newest checkpoint or starts anew (what it had saved is set aside, see runtime/run_folder.py), any other existing output
+needs overwrite=true.
 """
 
 import dataclasses
@@ -27,12 +27,12 @@ from typing import Any, NamedTuple
 import yaml
 from omegaconf import OmegaConf
 
-from saferlhf_fast import run_folder
 from saferlhf_fast.config import checks, redact
 from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
 from saferlhf_fast.config.schema import leaves, nearest, show
 from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import provenance, run_folder
 
 ENTRIES = {
     "sft": "saferlhf_fast.sft:train",
@@ -82,6 +82,9 @@ def run_stage(stage, cfg):
         raise
     if folder and (folder / "started.json").exists() and not (folder / "finished.json").exists():
         run_folder.finish_run(folder, summary)
+    if folder and run_folder.rank() == 0 and (folder / "metrics.jsonl").exists():
+        from saferlhf_fast.report import write_report
+        write_report(folder)             # last: a chart that cannot be drawn must not undo hours of training
     _say(f"{stage}: done in {time.perf_counter() - begun:.0f} s" + (f"; see {folder}" if folder else ""))
     return summary
 
@@ -109,7 +112,7 @@ def run(recipe, overrides=None):
         done[step.name] = entry
         if run_folder.rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
-            run_folder.write_json(output / "summary.json", {"recipe": str(recipe), "stages": done})
+            provenance.write_json(output / "summary.json", {"recipe": str(recipe), "stages": done})
     if run_folder.rank() == 0:
         _print_table(done, output)
     return done

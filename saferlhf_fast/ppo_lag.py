@@ -15,22 +15,23 @@ import math
 from itertools import islice
 from pathlib import Path
 
-from . import console, engine, models
+from . import models
 from .advantage import advantages
 from .alarms import AtBound, Spikes
 from .cast import load_cast
 from .checkpoint.described import describe
-from .checkpoint.run import Checkpoints, Memory
 from .config.load import to_dict
 from .data.batches import global_batches, share, split_by_prompt
 from .data.examples import prompt_examples, sft_examples
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
-from .metrics import Metrics
 from .overlap import Ahead, rollouts_ahead, step_seed
 from .rollout import assemble, generate
-from .run_folder import finish_run, open_run
+from .runtime import console, engine
+from .runtime.checkpoint.checkpointer import Checkpoints, Memory
+from .runtime.metrics import Metrics
+from .runtime.run_folder import finish_run, open_run
 from .score import ask_trained, judge
 from .sft import save_policy
 from .skips import Skips

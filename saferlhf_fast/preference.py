@@ -70,7 +70,7 @@ def pair_loss(model, examples, kind, regularization, per_token):
 
     In a PairExample the first response is the better (reward) or the safer (cost) one.
     """
-    from . import engine
+    from .runtime import engine
     n = len(examples)
     rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
     packed = pack(rows, [range(len(ids)) if per_token else end_row(len(ids)) for ids in rows], engine.device())
@@ -125,13 +125,14 @@ def train_cost(cfg):
 
 
 def _train(cfg, kind):
-    from . import adapters, console, engine, models
+    from . import adapters, models
     from .checkpoint.described import describe
     from .config.load import to_dict
     from .data.examples import preference_examples
     from .fit import Task, fit, total_steps
-    from .metrics import Metrics
-    from .run_folder import finish_run, open_run
+    from .runtime import console, engine
+    from .runtime.metrics import Metrics
+    from .runtime.run_folder import finish_run, open_run
     from .sft import held_out_split, prepare, refuse_long
     engine.start(cfg.engine, cfg.seed)
     tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)

@@ -8,11 +8,11 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from . import engine
 from .data.examples import PromptExample
 from .data.templates import Template
 from .generation import Response
 from .packing import fill
+from .runtime import engine
 from .types import Minibatch, Rollout
 
 

@@ -185,7 +185,7 @@ def _normalizer_fields(normalizer):
 
 
 def _say_dropped(bias, normalizer):
-    from . import console
+    from .runtime import console
     parts = [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
     if normalizer is not None:
         parts.append(f"scores are no longer normalised ({normalizer})")

@@ -5,16 +5,17 @@
 
 import contextlib
 
-from . import body, console, engine, models
+from . import body, models
 from .checkpoint.described import describe
 from .config.load import to_dict
 from .data.batches import split_by_prompt
 from .data.examples import sft_examples
 from .fit import Task, fit, total_steps
 from .lora import has_lora
-from .metrics import Metrics
 from .policy import Policy, pack_trained
-from .run_folder import finish_run, open_run
+from .runtime import console, engine
+from .runtime.metrics import Metrics
+from .runtime.run_folder import finish_run, open_run
 
 
 def sft_loss(policy, examples):

@@ -1,7 +1,7 @@
 """Steps that are left out because a number in them was not finite, on whichever rank: counted, and the end after too many."""
 
-from . import console
 from .errors import NonFinite
+from .runtime import console
 
 
 class Skips:

@@ -12,13 +12,13 @@ from itertools import accumulate
 
 import torch
 
-from . import engine
 from .advantage import advantages
 from .kernels.ppo_lag_advantage import whitening
 from .kernels.ppo_loss import ppo_loss
 from .kernels.value_loss import value_loss
 from .packing import fill
 from .policy import Objective
+from .runtime import engine
 from .sft import sft_loss
 from .types import Scored, believable
 

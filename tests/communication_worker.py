@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from saferlhf_fast import cli, engine
+from saferlhf_fast import cli
 from saferlhf_fast.generation import hf
+from saferlhf_fast.runtime import engine
 
 WHOLE = {"allreduce_": 0, "broadcast_": 0, "reduce_": 0, "_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0,
          "allgather_": 0, "_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1, "alltoall_base_": 0}

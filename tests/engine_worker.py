@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from saferlhf_fast import engine
 from saferlhf_fast.config.stages import Engine, Optimizer
+from saferlhf_fast.runtime import engine
 
 STAGES, MICRO_BATCHES = (0, 1, 2, 3), (1, 2, 5)
 

@@ -22,8 +22,8 @@ def die():
 
 def kill_within_a_file(share, number):
     """At a share of the bytes of this rank's optimiser shard, in the save of that number."""
-    from saferlhf_fast.checkpoint import files
-    real, saves = files.Files.save, [0]
+    from saferlhf_fast.runtime.checkpoint import writer
+    real, saves = writer.Files.save, [0]
 
     def save(self, state_dict, path):
         if "optim_states" not in path:
@@ -31,7 +31,7 @@ def kill_within_a_file(share, number):
         saves[0] += 1
         if saves[0] < number:
             return real(self, state_dict, path)
-        size, write = _size(state_dict), files._Hashed.write
+        size, write = _size(state_dict), writer._Hashed.write
 
         def cut(file, data):
             left = int(share * size) - file.count
@@ -42,10 +42,10 @@ def kill_within_a_file(share, number):
                 die()
             return write(file, data)
 
-        with mock.patch.object(files._Hashed, "write", cut):
+        with mock.patch.object(writer._Hashed, "write", cut):
             return real(self, state_dict, path)
 
-    return mock.patch.object(files.Files, "save", save)
+    return mock.patch.object(writer.Files, "save", save)
 
 
 def _size(state):
@@ -57,7 +57,7 @@ def _size(state):
 
 def kill_after_the_files(number):
     """When this rank has written all of its own and the others wait to hear of it."""
-    from saferlhf_fast.checkpoint.run import Checkpoints
+    from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
     real, saves = Checkpoints._settle, [0]
 
     def settle(self):
@@ -72,7 +72,7 @@ def kill_after_the_files(number):
 
 def kill_before_the_manifest(number):
     """When all shards are there and the rename that commits them is not made."""
-    from saferlhf_fast.checkpoint import manifest
+    from saferlhf_fast.runtime.checkpoint import manifest
     real, saves = os.replace, [0]
 
     def replace(a, b):
@@ -87,7 +87,7 @@ def kill_before_the_manifest(number):
 
 def nan_in_a_loss(number):
     """This rank's loss of one backward is NaN."""
-    from saferlhf_fast.engine import Engine
+    from saferlhf_fast.runtime.engine import Engine
     real, count = Engine.backward, [0]
 
     def backward(self, loss):
@@ -133,7 +133,7 @@ def dump_the_weights(path):
     """Rank 0 writes the whole weights that a resumed run begins with."""
     from safetensors.torch import save_file
 
-    from saferlhf_fast.checkpoint.run import Checkpoints
+    from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
     real = Checkpoints.resume
 
     def resume(self):

@@ -12,9 +12,9 @@ import time
 import generation_kit
 import torch
 
-from saferlhf_fast import engine
 from saferlhf_fast.config.stages import Engine, Optimizer, Sampling
 from saferlhf_fast.generation import open_generator
+from saferlhf_fast.runtime import engine
 
 
 class Holder(torch.nn.Module):

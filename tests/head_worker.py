@@ -11,8 +11,9 @@ import sys
 import torch
 import torch.distributed as dist
 
-from saferlhf_fast import engine, linear_logprob, linear_ppo_loss, ppo_loss
+from saferlhf_fast import linear_logprob, linear_ppo_loss, ppo_loss
 from saferlhf_fast.config.stages import Engine, Optimizer
+from saferlhf_fast.runtime import engine
 
 TOKENS, WIDTH, VOCABULARY = 24, 16, 40
 

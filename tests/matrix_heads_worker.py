@@ -11,9 +11,10 @@ import sys
 
 import torch
 
-from saferlhf_fast import engine, models
+from saferlhf_fast import models
 from saferlhf_fast.config.stages import Engine, Optimizer
 from saferlhf_fast.packing import end_row, pack
+from saferlhf_fast.runtime import engine
 
 SEQUENCES = [[1, 9, 8, 7, 12], [1, 5, 6], [1, 11, 10, 9, 8, 7, 6, 5]]
 ZERO_3 = Engine(zero_stage=3, precision="fp32", config={"zero_optimization": {"stage3_param_persistence_threshold": 0}})

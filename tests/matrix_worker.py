@@ -19,7 +19,7 @@ import torch
 from matrix import PPO as POLICY_STAGES
 from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
 
-from saferlhf_fast import dpo, engine, fit, models, sft
+from saferlhf_fast import dpo, fit, models, sft
 from saferlhf_fast.advantage import advantages
 from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
@@ -30,6 +30,7 @@ from saferlhf_fast.lagrange import LagrangeMultiplier
 from saferlhf_fast.policy import Policy
 from saferlhf_fast.preference import pair_loss
 from saferlhf_fast.rollout import assemble
+from saferlhf_fast.runtime import engine
 from saferlhf_fast.score import ask_trained, judge
 from saferlhf_fast.steplog import averages
 from saferlhf_fast.update import in_one_pass, update, update_in_one_pass

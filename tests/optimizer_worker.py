@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from saferlhf_fast import engine, optimizers
 from saferlhf_fast.config.stages import Engine, Optimizer
+from saferlhf_fast.runtime import engine, optimizers
 
 STAGES = {"adamw": (0, 1, 2, 3), "adamw-8bit": (0, 1, 2, 3), "adafactor": (0,)}
 OFFLOADS = {0: (), 1: ("states",), 2: ("states",), 3: ("states", "weights", "both")}

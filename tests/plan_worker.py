@@ -12,8 +12,8 @@ import sys
 
 import torch
 
-from saferlhf_fast import engine
 from saferlhf_fast.config.stages import Engine, Optimizer
+from saferlhf_fast.runtime import engine
 
 WIDTH = 1024
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import kit
 
-from saferlhf_fast.checkpoint import manifest
+from saferlhf_fast.runtime.checkpoint import manifest
 
 STEPS, AT = 4, 2
 TRAIN = {"train.max_steps": STEPS, "train.batch_size": 3, "train.accumulation": 1, "train.epochs": 9, "optim.learning_rate": 1e-3}

@@ -15,11 +15,12 @@ import torch
 
 from saferlhf_fast import lagrange
 from saferlhf_fast.alarms import AtBound, Spikes
-from saferlhf_fast.checkpoint import commands, fits, manifest, pickles
-from saferlhf_fast.checkpoint.files import Files
-from saferlhf_fast.checkpoint.state import flatten, generators, restore, set_generators
+from saferlhf_fast.checkpoint import commands
 from saferlhf_fast.checkpoint.verify import newest, whole
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime.checkpoint import compatibility, manifest, safe_pickle
+from saferlhf_fast.runtime.checkpoint.state import flatten, generators, restore, set_generators
+from saferlhf_fast.runtime.checkpoint.writer import Files
 from saferlhf_fast.skips import Skips
 
 
@@ -218,24 +219,24 @@ def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
     torch.load(path, weights_only=False)                 # the marker works
     assert mark.exists()
     mark.unlink()
-    for attempt in (lambda: pickles.load(path), lambda: Files(tmp_path).load(str(path))):
+    for attempt in (lambda: safe_pickle.load(path), lambda: Files(tmp_path).load(str(path))):
         with pytest.raises(UserError) as caught:
             attempt()
         assert str(path) in str(caught.value) and "was not run" in str(caught.value) and not mark.exists()
-    with pickles.guarded(), pytest.raises(UserError):
+    with safe_pickle.guarded(), pytest.raises(UserError):
         torch.load(path, map_location="cpu", weights_only=False)         # as DeepSpeed asks
-    assert not mark.exists() and torch.load is pickles._TORCH_LOAD
+    assert not mark.exists() and torch.load is safe_pickle._TORCH_LOAD
 
 
 def test_what_deepspeed_writes_is_let_through(tmp_path):
-    from saferlhf_fast import engine
+    from saferlhf_fast.runtime import engine
     engine.imported_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
     state = {"scaler": LossScaler(2.0), "stage": ZeroStageEnum.weights, "at": fragment_address(3, 4), "w": torch.ones(2)}
     torch.save(state, tmp_path / "x.pt")
-    back = pickles.load(tmp_path / "x.pt")
+    back = safe_pickle.load(tmp_path / "x.pt")
     assert back["scaler"].cur_scale == 2.0 and back["stage"] == ZeroStageEnum.weights and back["at"] == fragment_address(3, 4)
 
 
@@ -243,13 +244,13 @@ def test_an_old_style_pickle_is_refused_too(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "old.pt"
     path.write_bytes(pickle.dumps(Marker(mark)))
     with pytest.raises(UserError, match="old.pt"):
-        pickles.load(path)
+        safe_pickle.load(path)
     assert not mark.exists()
     with zipfile.ZipFile(tmp_path / "fake.pt", "w") as file:
         file.writestr("archive/data.pkl", pickle.dumps(Marker(mark)))
         file.writestr("archive/version", "3")
     with pytest.raises((UserError, RuntimeError)):
-        pickles.load(tmp_path / "fake.pt")
+        safe_pickle.load(tmp_path / "fake.pt")
     assert not mark.exists()
 
 
@@ -266,18 +267,18 @@ def changed(**values):
 
 def test_settings_that_change_no_result_may_differ():
     now = changed(output="b", train={"micro_tokens": 64}, engine={"threads": 2}, log={"interval": 5}, resume="auto")
-    assert fits.differences(BEFORE, now, 1, 1) == []
-    assert fits.differences(BEFORE, changed(seed=2, train={"epochs": 4.0}), 1, 1) == [
+    assert compatibility.differences(BEFORE, now, 1, 1) == []
+    assert compatibility.differences(BEFORE, changed(seed=2, train={"epochs": 4.0}), 1, 1) == [
         "seed: 1 then, 2 now", "train.epochs: 3.0 then, 4.0 now"]
     with pytest.raises(UserError, match="resume: x belongs to other settings: seed: 1 then, 2 now"):
-        fits.refuse("x", ["seed: 1 then, 2 now"])
+        compatibility.refuse("x", ["seed: 1 then, 2 now"])
 
 
 def test_another_number_of_processes_keeps_the_batch_of_all():
-    assert fits.differences(BEFORE, changed(train={"batch_size": 8}), 2, 1) == []
-    assert fits.differences(BEFORE, BEFORE, 2, 1) == ["batch of all processes: 16 then, 8 now (a process's portion times 2 and 1 "
-                                                      "processes)"]
-    assert fits.differences(BEFORE, changed(train={"batch_size": 8}), 1, 1) == ["train.batch_size: 4 then, 8 now"]
+    assert compatibility.differences(BEFORE, changed(train={"batch_size": 8}), 2, 1) == []
+    assert compatibility.differences(BEFORE, BEFORE, 2, 1) == [
+        "batch of all processes: 16 then, 8 now (a process's portion times 2 and 1 processes)"]
+    assert compatibility.differences(BEFORE, changed(train={"batch_size": 8}), 1, 1) == ["train.batch_size: 4 then, 8 now"]
 
 
 # ---------------------------------------------------------------- skips and alarms

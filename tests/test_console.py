@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from saferlhf_fast import console
+from saferlhf_fast.runtime import console
 
 STEP = {"reward": 1.25, "cost": -0.5, "lambda": 1.01, "kl_divergence": 0.3, "actor_loss": -0.00012,
         "mean_generated_length": 14.24, "reward_critic_loss": 9.0}

@@ -47,7 +47,7 @@ def test_gather_keeps_the_global_order(results):
 
 
 def test_schedule_moves_from_the_first_step():
-    from saferlhf_fast.engine import learning_rate_factor
+    from saferlhf_fast.runtime.engine import learning_rate_factor
     factor = learning_rate_factor(Optimizer(schedule="cosine", warmup_ratio=0.1), 100)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0 and factor(10) == pytest.approx(1.0)
     assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0, abs=1e-9)
@@ -58,7 +58,7 @@ def test_schedule_moves_from_the_first_step():
 def test_fp16_without_a_gpu_is_refused_in_words():
     import torch
 
-    from saferlhf_fast import engine
+    from saferlhf_fast.runtime import engine
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, where fp16 works")
     with pytest.raises(UserError, match=r"engine\.precision: expected fp32 or bf16 without a GPU"):

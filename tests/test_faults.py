@@ -18,7 +18,7 @@ import pytest
 import resume_kit
 from resume_kit import STEPS, digest, interrupted, launch, together, words
 
-from saferlhf_fast.checkpoint import manifest
+from saferlhf_fast.runtime.checkpoint import manifest
 
 POINTS = [{"rank": 1, "at": "bytes", "share": 0.5}, {"rank": 0, "at": "manifest"}, {"rank": 1, "at": "bytes", "share": 0.0},
           {"rank": 1, "at": "bytes", "share": 1.0}, {"rank": 0, "at": "files"}, {"rank": 0, "at": "bytes", "share": 0.5},

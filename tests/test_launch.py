@@ -10,8 +10,9 @@ import time
 import kit
 import pytest
 
-from saferlhf_fast import cli, launch
+from saferlhf_fast import cli
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import launcher
 
 SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
          "SLURM_STEP_NODELIST": "node[3-4]"}
@@ -35,7 +36,7 @@ def stub(folder, name, text):
 
 
 def adopted(**environ):
-    launch.adopt(environ)
+    launcher.adopt(environ)
     return environ
 
 
@@ -91,42 +92,42 @@ def never():
 
 
 def gpus(monkeypatch, installed, usable):
-    monkeypatch.setattr(launch.metadata, "version", lambda name: "2.13.0+cu130")
-    monkeypatch.setattr(launch, "installed", lambda: installed)
-    monkeypatch.setattr(launch, "_gpus", lambda: usable)
+    monkeypatch.setattr(launcher.metadata, "version", lambda name: "2.13.0+cu130")
+    monkeypatch.setattr(launcher, "installed", lambda: installed)
+    monkeypatch.setattr(launcher, "_gpus", lambda: usable)
 
 
 @pytest.mark.parametrize("named, count", [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("2,-1,3", 1), ("0,9,1", 1),
                                           ("GPU-1a,GPU-2b", 2)])
 def test_gpus_are_counted_as_cuda_does_without_torch(named, count, monkeypatch):
     gpus(monkeypatch, 4, 4)
-    assert launch.visible({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == count
-    monkeypatch.setattr(launch, "installed", lambda: 0)
-    assert launch.visible({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
+    assert launcher.visible({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == count
+    monkeypatch.setattr(launcher, "installed", lambda: 0)
+    assert launcher.visible({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
 
 
 def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
     gpus(monkeypatch, 4, 4)
     seen, environ = [], {}
-    assert launch.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 4
+    assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 4
     assert seen == ["4"] and environ == {}
-    monkeypatch.setattr(launch, "_gpus", lambda: 2)                  # torch has the last word, and the check its number
-    assert launch.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 2 and seen == ["4", "4", "2"]
-    monkeypatch.setattr(launch, "_gpus", never)
+    monkeypatch.setattr(launcher, "_gpus", lambda: 2)                  # torch has the last word, and the check its number
+    assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 2 and seen == ["4", "4", "2"]
+    monkeypatch.setattr(launcher, "_gpus", never)
     with pytest.raises(UserError, match="no data"):
-        launch.wanted(None, lambda: (_ for _ in ()).throw(UserError("no data")), environ)
+        launcher.wanted(None, lambda: (_ for _ in ()).throw(UserError("no data")), environ)
     assert environ == {}
 
 
 def test_one_process_stays_this_one(monkeypatch):
     gpus(monkeypatch, 1, 1)
-    assert launch.wanted(None, never, {}) == 1
+    assert launcher.wanted(None, never, {}) == 1
     gpus(monkeypatch, 4, 4)
-    assert launch.wanted("1", never, {}) == 1
-    assert launch.wanted(None, never, {"RANK": "0", "WORLD_SIZE": "2"}) == 1
-    monkeypatch.setattr(launch.metadata, "version", lambda name: "2.13.0+cpu")
-    assert launch.wanted(None, never, {}) == 1
-    assert launch.wanted("3", lambda: None, {}) == 3
+    assert launcher.wanted("1", never, {}) == 1
+    assert launcher.wanted(None, never, {"RANK": "0", "WORLD_SIZE": "2"}) == 1
+    monkeypatch.setattr(launcher.metadata, "version", lambda name: "2.13.0+cpu")
+    assert launcher.wanted(None, never, {}) == 1
+    assert launcher.wanted("3", lambda: None, {}) == 3
 
 
 def test_wrong_numbers_are_refused(monkeypatch):
@@ -134,7 +135,7 @@ def test_wrong_numbers_are_refused(monkeypatch):
     for asked, environ, line in (("0", {}, "from 1 on, got 0"), ("x", {}, "got x"), ("", {}, "--processes"),
                                  ("3", {}, "at most 2"), ("3", {"RANK": "0", "WORLD_SIZE": "2"}, "has started 2 already")):
         with pytest.raises(UserError, match=line):
-            launch.wanted(asked, lambda: None, environ)
+            launcher.wanted(asked, lambda: None, environ)
 
 
 def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_started():
@@ -157,13 +158,13 @@ def test_commands_of_one_process_take_no_number(capsys):
 @pytest.fixture
 def group(monkeypatch):
     """group(script, processes, grace) -> exit code; script is Python that knows `rank`."""
-    monkeypatch.setattr(launch, "_store", lambda listener: listener.close())
-    monkeypatch.setattr(launch, "SETTLE", 0.5)
+    monkeypatch.setattr(launcher, "_store", lambda listener: listener.close())
+    monkeypatch.setattr(launcher, "SETTLE", 0.5)
 
     def run(script, processes=2, grace="20"):
         text = f"import os, signal, sys, time; rank = int(os.environ['RANK'])\n{script}"
-        monkeypatch.setattr(launch, "_command", lambda words: [sys.executable, "-c", text])
-        return launch.start([], processes, grace)
+        monkeypatch.setattr(launcher, "_command", lambda words: [sys.executable, "-c", text])
+        return launcher.start([], processes, grace)
     return run
 
 
@@ -220,16 +221,16 @@ def test_no_rank_outlives_a_killed_launcher(tmp_path):
     script = f"""
 import sys
 sys.path.insert(0, {str(kit.ROOT)!r})
-from saferlhf_fast import launch
-launch._store = lambda listener: listener.close()
-launch._command = lambda words: [sys.executable, "-c", '''
+from saferlhf_fast.runtime import launcher
+launcher._store = lambda listener: listener.close()
+launcher._command = lambda words: [sys.executable, "-c", '''
 import os, sys, time
 sys.path.insert(0, {str(kit.ROOT)!r})
-from saferlhf_fast import launch
-launch.adopt()
+from saferlhf_fast.runtime import launcher
+launcher.adopt()
 open("{tmp_path}/" + str(os.getpid()), "w").close()
 time.sleep(60)''']
-launch.start([], 2)"""
+launcher.start([], 2)"""
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:

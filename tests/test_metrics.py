@@ -10,7 +10,7 @@ import torch
 
 from saferlhf_fast.config.checks import check_trackers
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.metrics import NAMES, Metrics, to_numbers
+from saferlhf_fast.runtime.metrics import NAMES, Metrics, to_numbers
 
 
 def cfg(*trackers):

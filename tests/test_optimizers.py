@@ -11,10 +11,10 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import optimizers
 from saferlhf_fast.config import checks
 from saferlhf_fast.config.stages import Optimizer
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import optimizers
 
 pytestmark = pytest.mark.numeric
 

@@ -23,11 +23,12 @@ def world(tmp_path_factory):
 def test_batches_are_one_step_stale(world, tmp_path):
     """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts and seeds under
     those weights give the same tokens; the gap to the trainer's log-probs opens with the second step."""
-    from saferlhf_fast import engine, models, overlap, ppo_lag
+    from saferlhf_fast import models, overlap, ppo_lag
     from saferlhf_fast.config.stages import PPO, Engine, PPOConfig, Sampling
     from saferlhf_fast.generation import open_generator
     from saferlhf_fast.policy import Policy
     from saferlhf_fast.rollout import end_tokens, generate
+    from saferlhf_fast.runtime import engine
     out = kit.run("ppo-lag", tmp_path / "run", save_interval=1, log__sample_interval=1, **world, **SETTINGS)
     assert kit.losses(out, "train/staleness") == [0, 1, 1, 1]
     gaps = kit.losses(out, "train/engine_gap_mean")

@@ -7,9 +7,10 @@ import types
 import kit
 import pytest
 
-from saferlhf_fast import pipeline, run_folder
+from saferlhf_fast import pipeline
 from saferlhf_fast.cli import main
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import run_folder
 
 RECIPE = """
 root: ???

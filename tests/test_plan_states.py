@@ -7,10 +7,10 @@ import sys
 import kit
 import pytest
 
-from saferlhf_fast import engine
 from saferlhf_fast.config.stages import Engine, Optimizer
 from saferlhf_fast.plan import states
 from saferlhf_fast.plan.sizes import Count
+from saferlhf_fast.runtime import engine
 
 LAYERS, WIDTH = 16, 1024
 WEIGHTS = LAYERS * WIDTH * WIDTH
@@ -100,7 +100,7 @@ def test_optimisers_remember_what_they_remember(kind, per_weight):
 
 def test_what_a_real_optimiser_remembers_is_what_the_table_says():
     import torch
-    from saferlhf_fast import optimizers
+    from saferlhf_fast.runtime import optimizers
     net = torch.nn.Linear(512, 512, bias=False)
     for kind, per_weight in states.MOMENTS.items():
         if kind == "adamw-8bit" and not pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"):

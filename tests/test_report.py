@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.report import write_demo_report, write_report
+from saferlhf_fast.report import write_report
 from saferlhf_fast.report import curves, plots
-from saferlhf_fast.report.demo_report import read_seeds, verdict
+from saferlhf_fast.report.demo_report import read_seeds, verdict, write_demo_report
 from saferlhf_fast.report.read import Run, read_lines, read_run
 from saferlhf_fast.report.scatter import counts, scatter
 

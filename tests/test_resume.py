@@ -13,7 +13,7 @@ import pytest
 import resume_kit
 from resume_kit import AT, STEPS, assert_same, interrupted, launch, words
 
-from saferlhf_fast.checkpoint import manifest
+from saferlhf_fast.runtime.checkpoint import manifest
 
 STAGES = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag")
 
@@ -92,7 +92,7 @@ def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
 def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a", **{"checkpoint.interval": STEPS})
     before = signal.getsignal(signal.SIGTERM)
-    from saferlhf_fast.metrics import Metrics
+    from saferlhf_fast.runtime.metrics import Metrics
     log = Metrics.log
 
     def told(self, step, values):
@@ -213,8 +213,8 @@ def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
 
 @pytest.mark.numeric
 def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
-    from saferlhf_fast.checkpoint import files
-    from saferlhf_fast.checkpoint.run import Checkpoints
+    from saferlhf_fast.runtime.checkpoint import writer
+    from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
     save, opened = Checkpoints.save, open
 
@@ -240,7 +240,7 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
             return getattr(self.file, name)
 
     def at(self, step):
-        with mock.patch.object(files, "open", Full if step == 3 else opened, create=True):
+        with mock.patch.object(writer, "open", Full if step == 3 else opened, create=True):
             save(self, step)
 
     with mock.patch.object(Checkpoints, "save", at):
@@ -256,8 +256,8 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
 @pytest.mark.parametrize("gradients", ["nan", "1"])
 def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, gradients, capsys):
     """Also where this model's own gradients are finite, since another rank's loss or another model's was not."""
-    from saferlhf_fast import engine
-    from saferlhf_fast.engine import Engine
+    from saferlhf_fast.runtime import engine
+    from saferlhf_fast.runtime.engine import Engine
     backward, states, count = Engine.backward, [], [0]
 
     def poisoned(self, loss):

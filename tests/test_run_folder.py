@@ -7,10 +7,10 @@ import shutil
 import pytest
 import yaml
 
-from saferlhf_fast import run_folder
-from saferlhf_fast.checkpoint import fits
 from saferlhf_fast.config import checks, inputs, load
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import provenance, run_folder
+from saferlhf_fast.runtime.checkpoint import compatibility
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_resume_auto_without_a_checkpoint_sets_aside_what_was_saved(world, saved
     assert files(aside) == before and not (world.out / "metrics.jsonl").exists()
     assert capsys.readouterr().out == (f"{world.out}: the unfinished run there was set aside, with all that it had saved: "
                                        f"{aside}\n")
-    assert run_folder.set_aside_by(world.out) == str(aside)
+    assert provenance.set_aside_by(world.out) == str(aside)
     begun_again = files(begun(world, saved, resume="auto"))
     run_folder.open_run("sft", world(resume="auto"))
     assert files(world.out.with_name("sft.set-aside-2")) == begun_again and files(aside) == before
@@ -128,7 +128,7 @@ def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
     folder = begun(world, "checkpoints/step-00000002/actor/shard.pt")        # without a manifest it is no checkpoint
     run_folder.open_run("sft", world(resume="auto"))
     assert [p.name for p in folder.parent.iterdir()] == ["sft"] and capsys.readouterr().out == ""
-    assert not (folder / "metrics.jsonl").exists() and run_folder.set_aside_by(folder) is None
+    assert not (folder / "metrics.jsonl").exists() and provenance.set_aside_by(folder) is None
 
 
 @pytest.mark.parametrize("saved", SAVED)
@@ -276,23 +276,24 @@ def test_a_half_written_finished_file_does_not_count(world):
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):
-    run_folder.write_json(tmp_path / "a.json", {"a": 1})
+    provenance.write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
-        run_folder.write_json(tmp_path / "a.json", {"a": object()})
+        provenance.write_json(tmp_path / "a.json", {"a": object()})
 
     def broken(*_):
         raise OSError("disk full")
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError):
-        run_folder.write_json(tmp_path / "a.json", {"a": 2})
+        provenance.write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 
 
 def test_lists_are_compared_entry_by_entry():
     before, now = {"data": ["a", {"path": "b", "count": 3}], "betas": (0.9, 0.95)}, {"data": ["c", {"path": "d", "count": 3}],
                                                                                     "betas": [0.9, 0.95]}
-    assert fits.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == []
-    assert fits.differences(before, {**now, "data": ["c", {"path": "d", "count": 4}]}, 1, 1, ["data.0", "data.1.path"]) == [
+    assert compatibility.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == []
+    now = {**now, "data": ["c", {"path": "d", "count": 4}]}
+    assert compatibility.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == [
         "data.1.count: 3 then, 4 now"]
 
 

@@ -6,11 +6,12 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import adapters, engine, models
+from saferlhf_fast import adapters, models
 from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.packing import pack, response_rows
 from saferlhf_fast.policy import Policy
+from saferlhf_fast.runtime import engine
 
 pytestmark = pytest.mark.numeric
 

@@ -9,7 +9,7 @@ import time
 import kit
 import pytest
 
-from saferlhf_fast import watch
+from saferlhf_fast.runtime import watchdog
 
 SMALL, LARGE = (str(kit.ROOT / "tests" / f"watch_{name}.py") for name in ("small", "worker"))
 
@@ -69,14 +69,14 @@ def test_the_same_error_on_all_ranks_is_one_line():
 
 
 def test_nothing_is_watched_in_one_process():
-    watch.begin(1.0)
-    assert watch._watch is None and watch.failed(ValueError("x")) is None
-    watch.end()
+    watchdog.begin(1.0)
+    assert watchdog._watch is None and watchdog.failed(ValueError("x")) is None
+    watchdog.end()
 
 
 def stub(timeout=10.0):
     """A Watch without a store or a thread; what it posts it returns."""
-    one = object.__new__(watch.Watch)
+    one = object.__new__(watchdog.Watch)
     one.rank, one.world, one.timeout, one.interval, one.doubts, one.near = 0, 3, timeout, 1.0, False, [1]
     one.who = [{"host": f"node{r}", "pid": 100 + r} for r in range(3)]
     one.silent = dict.fromkeys(range(3), (None, 0.0))
@@ -114,13 +114,13 @@ def test_silence_counts_for_other_machines():
 
 def test_a_dead_process_is_not_taken_for_a_later_one_of_the_same_number():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    who = {"pid": process.pid, "born": watch._born(process.pid)}
-    assert watch._alive(who) and not watch._alive({**who, "born": "1"})
+    who = {"pid": process.pid, "born": watchdog._born(process.pid)}
+    assert watchdog._alive(who) and not watchdog._alive({**who, "born": "1"})
     process.kill()
     deadline = time.monotonic() + 10
-    while watch._alive(who) and time.monotonic() < deadline:         # dead, not yet waited for
+    while watchdog._alive(who) and time.monotonic() < deadline:         # dead, not yet waited for
         time.sleep(0.01)
-    assert not watch._alive(who)
+    assert not watchdog._alive(who)
     process.communicate()
 
 

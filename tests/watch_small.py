@@ -12,8 +12,9 @@ import threading
 import torch
 import torch.distributed as dist
 
-from saferlhf_fast import cli, watch
+from saferlhf_fast import cli
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import watchdog
 
 
 def stuck():
@@ -22,7 +23,7 @@ def stuck():
 
 def main(fault, ranks, timeout, interval):
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=float(timeout) + 30))
-    watch.begin(float(timeout), float(interval))
+    watchdog.begin(float(timeout), float(interval))
     dist.all_reduce(torch.ones(1))
     if os.environ["RANK"] in ranks.split(","):
         if fault == "raise":

@@ -12,9 +12,9 @@ import shutil
 import warnings
 from pathlib import Path
 
-from .. import console
 from ..errors import UserError
-from . import manifest, pickles
+from ..runtime import console
+from ..runtime.checkpoint import manifest, safe_pickle
 from .verify import whole
 
 
@@ -52,13 +52,13 @@ def convert(folder, output=None):
 
 def _model(source, target, zero_stage):
     """One trained model's shards -> a file for each weight."""
-    from ..engine import imported_deepspeed
+    from ..runtime.engine import imported_deepspeed
     imported_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
     # One worker each: they then run in this process, where every load is guarded.
     settings = argparse.Namespace(input_folder=str(source), output_folder=str(target), num_extract_workers=1, num_merge_workers=1,
                                   keep_temp_folder=False, strict=True, inject_missing_state=zero_stage < 3)
-    with quiet(), pickles.guarded():
+    with quiet(), safe_pickle.guarded():
         ds_to_universal.main(settings)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from ..config.stages import Lora
 from ..errors import UserError
-from . import pickles
+from ..runtime.checkpoint import safe_pickle
 from .convert import quiet
 from .described import build
 from .verify import whole
@@ -46,13 +46,13 @@ def weights(folder, name, zero_stage):
 
     Weights that are not trained (under adapters) are in no optimiser; ZeRO 0 to 2 have them whole beside it.
     """
-    whole_too = {} if zero_stage == 3 else pickles.load(folder / name / "mp_rank_00_model_states.pt")["module"]
+    whole_too = {} if zero_stage == 3 else safe_pickle.load(folder / name / "mp_rank_00_model_states.pt")["module"]
     if zero_stage == 0:
         return whole_too
-    from ..engine import imported_deepspeed
+    from ..runtime.engine import imported_deepspeed
     imported_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    with quiet(), pickles.guarded():
+    with quiet(), safe_pickle.guarded():
         return {**whole_too, **get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)}
 
 

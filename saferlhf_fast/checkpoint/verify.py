@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..errors import UserError
-from . import manifest
+from ..runtime.checkpoint import manifest
 
 
 def whole(folder):

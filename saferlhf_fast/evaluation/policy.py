@@ -11,14 +11,15 @@ from pathlib import Path
 import torch
 import yaml
 
-from .. import console, engine, models
+from .. import models
 from ..cast import Cast, load_judge
 from ..data.batches import share
 from ..data.examples import prompt_examples
 from ..generation import open_generator
 from ..policy import Policy, sequence_sums
 from ..rollout import assemble, end_tokens, generate
-from ..run_folder import finish_run, open_run
+from ..runtime import console, engine
+from ..runtime.run_folder import finish_run, open_run
 from ..score import kept
 from .statistics import interval_text, summarise
 

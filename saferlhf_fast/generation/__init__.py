@@ -15,7 +15,7 @@ Log-probs are those of the distribution that was sampled: temperature, top-k, to
 from dataclasses import dataclass
 from typing import Optional
 
-from .. import engine
+from ..runtime import engine
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import math
 
 import torch
 
-from .. import engine
 from ..data.batches import collate_left
 from ..lora import plain as unwrapped
+from ..runtime import engine
 from . import Response
 from .stop import StopStrings
 from .warp import pick, uniforms, warp

@@ -16,10 +16,9 @@ import tempfile
 
 import torch
 
-from .. import engine
 from ..errors import UserError
-from ..lora import plain as unwrapped
-from ..lora import plain_state
+from ..lora import plain as unwrapped, plain_state
+from ..runtime import engine
 from . import Response
 from .whole import whole
 

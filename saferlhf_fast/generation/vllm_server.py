@@ -19,8 +19,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .. import engine, models
+from .. import models
 from ..errors import UserError
+from ..runtime import engine
 from . import Response
 from .warp import plain
 from .whole import whole

@@ -130,8 +130,9 @@ def measured(case, folder):
 def _child(folder, case):
     """Runs a case and prints its peak as JSON."""
     import torch
-    from .. import console, engine, pipeline
+    from .. import pipeline
     from ..config.stages import Optimizer
+    from ..runtime import console, engine
     from unittest import mock
     kind, cfg = settings_of(case, folder)
     engine.start(cfg.engine, 0)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import engine as engine_module
+from ..runtime import engine as engine_module
 from . import communication, footprints, sizes, states
 from .footprints import lengths_of
 

@@ -22,7 +22,7 @@ FLATTENED = 5 * 10 ** 8  # elements of gradients that ZeRO-0 adds up over ranks 
 REUSED = 10 ** 9         # stage3_max_reuse_distance: weights that pass before a module that comes again is let go of
 SUB_GROUP = 10 ** 9      # sub_group_size: weights that ZeRO-3 updates at once
 MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.03, "adafactor": 0.02}
-"""Bytes per trained parameter that an optimiser remembers (optimizers.py); of Adafactor, rows and columns of matrices."""
+"""Bytes per trained parameter that an optimiser remembers (runtime/optimizers.py); of Adafactor, rows and columns of matrices."""
 
 
 class States(NamedTuple):

@@ -1,6 +1,6 @@
 """A plan as people read it, on a terminal of 100 columns or in a file, and as JSON."""
 
-from .. import console
+from ..runtime import console
 from .communication import seconds
 from .stages import PARTS
 

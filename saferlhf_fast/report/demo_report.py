@@ -8,8 +8,8 @@ cost (run folders of the supervised stages), seed-N/test-{sft,ppo,ppo-lag}.jsonl
 
 from pathlib import Path
 
-from ..console import clock, number
 from ..errors import UserError
+from ..runtime.console import clock, number
 from . import page
 from .demo_plots import POLICIES, bars, score_models, tradeoff, training
 from .read import read_json, read_lines, read_run

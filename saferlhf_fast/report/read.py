@@ -2,7 +2,7 @@
 
 A run: config.yaml (with `stage`), versions.json, summary.json, metrics.jsonl, and for PPO stages evaluation_before.json
 and evaluation_after.json: lists of {prompt, response, reward, cost, kl, length}, where a score may be null.
-Only metrics.jsonl must be there. Its names are those of saferlhf_fast.metrics; gold/helpfulness, gold/cost and
+Only metrics.jsonl must be there. Its names are those of saferlhf_fast.runtime.metrics; gold/helpfulness, gold/cost and
 gold/unsafe_share are there where gold scores exist, eval/threshold is the constraint's d.
 """
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..console import clock, number
 from ..evaluation.statistics import interval_text, summarise
+from ..runtime.console import clock, number
 from . import page
 from .curves import ppo_plots, supervised_plots
 from .read import read_run

@@ -5,15 +5,15 @@ import shutil
 import time
 from pathlib import Path
 
-from .. import console, engine, signals
-from ..config import fingerprint
-from ..config.load import to_dict
-from ..errors import UserError
-from ..run_folder import set_aside_by, versions
-from ..version import __version__
-from . import fits, manifest, shards
-from .files import Files
+from ...config import fingerprint
+from ...config.load import to_dict
+from ...errors import UserError
+from ...version import __version__
+from .. import console, engine, preemption
+from ..provenance import set_aside_by, versions
+from . import compatibility, manifest, shards
 from .state import flatten, generators, restore, set_generators
+from .writer import Files
 
 
 class Checkpoints:
@@ -32,11 +32,11 @@ class Checkpoints:
         self.last, self.score = time.monotonic(), None
 
     def __enter__(self):
-        signals.listen()
+        preemption.listen()
         return self
 
     def __exit__(self, kind, error, trace):
-        signals.ignore()
+        preemption.ignore()
         if self.files is not None and kind is not None:  # the others may be gone: what was written stays uncommitted
             self.files.wait()
         return False
@@ -48,14 +48,14 @@ class Checkpoints:
         better. Writes a checkpoint when one is due; raises signals.Stopped when the run was told to end."""
         self.score = self.score if score is None else score
         due = self._is_due(step)
-        stop, due, busy = engine.any_rank([signals.asked() is not None, due, self.files is not None and self.files.is_busy()])
+        stop, due, busy = engine.any_rank([preemption.asked() is not None, due, self.files is not None and self.files.is_busy()])
         if self.files is not None and (not busy or stop):
             self._settle()
         if due or stop:
             self.save(step)
         if stop:
             self._settle()
-            raise signals.Stopped(step, manifest.folder_of(self.folder, step))
+            raise preemption.Stopped(step, manifest.folder_of(self.folder, step))
 
     def finish(self):
         """Call after the last step: waits for what is still being written."""
@@ -210,11 +210,11 @@ class Checkpoints:
         found = []
         if engine.rank() == 0:
             now = fingerprint.hashes(self.cfg)
-            found = fits.differences(values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now)
+            found = compatibility.differences(values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now)
             found += [f"{key}: its content has changed" for key in now if values["inputs"].get(key) != now[key]]
             kinds = {name: _kind(model) for name, model in self.models.items()}
             found += [] if kinds == values["models"] else [f"models: {values['models']} then, {kinds} now"]
-        fits.refuse(folder, engine.gather_objects(found)[0])
+        compatibility.refuse(folder, engine.gather_objects(found)[0])
 
     def _restore(self, folder):
         from safetensors.torch import load_file

@@ -21,9 +21,9 @@ from unittest import mock
 import numpy
 import torch
 
-from . import optimizers, watch
-from .errors import UserError
-from .ranks import all_gather, all_reduce, any_rank, barrier, device, gather_objects, not_finite, rank, world_size
+from ..errors import UserError
+from . import optimizers, watchdog
+from .collectives import all_gather, all_reduce, any_rank, barrier, device, gather_objects, not_finite, rank, world_size
 
 __all__ = ["Engine", "Frozen", "all_gather", "all_reduce", "any_rank", "barrier", "device", "finish", "gather_objects",
            "gathered", "imported_deepspeed", "learning_rate_factor", "not_finite", "precision", "rank", "seed_all", "settings",
@@ -60,7 +60,7 @@ def start(cfg, seed):
     if alone:                                        # a child process would take them for a launcher's, and our port
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-    watch.begin(60 * cfg.timeout)
+    watchdog.begin(60 * cfg.timeout)
     seed_all(seed)
 
 
@@ -94,7 +94,7 @@ def finish():
     """
     if started():
         barrier()
-        watch.end()
+        watchdog.end()
 
 
 def seed_all(seed):

@@ -1,6 +1,6 @@
 """Whether a run may go on from a checkpoint: the same settings, but for those that change no result. Standard library only."""
 
-from ..errors import UserError
+from ...errors import UserError
 
 FREE = ("stage", "output", "overwrite", "resume", "log", "checkpoint", "engine.threads", "engine.timeout", "engine.max_skips",
         "save_interval", "train.save_interval", "gradient_checkpointing", "train.gradient_checkpointing", "train.micro_tokens",

@@ -17,7 +17,7 @@ Left out: the learning-rate schedule and DeepSpeed (engine.py), offload (engine.
 
 import contextlib
 
-from .config.checks import check_optimizer
+from ..config.checks import check_optimizer
 
 
 def build(module, optim, zero_stage):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from . import manifest, pickles
+from . import manifest, safe_pickle
 
 
 class Files:
@@ -103,7 +103,7 @@ class Files:
         self.put(os.path.relpath(path, self.folder), lambda file: torch.save(state, file))
 
     def load(self, path, map_location=None):
-        return pickles.load(path, map_location=map_location or "cpu")
+        return safe_pickle.load(path, map_location=map_location or "cpu")
 
     def makedirs(self, path, exist_ok=False):
         """Made when the first file is written into it, where a failure can be told."""

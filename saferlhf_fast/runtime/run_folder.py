@@ -14,26 +14,21 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import yaml
 
-from saferlhf_fast.checkpoint import fits, manifest
 from saferlhf_fast.config import fingerprint, inputs
 from saferlhf_fast.config.load import to_dict
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.version import __version__
+from saferlhf_fast.runtime.checkpoint import compatibility, manifest
+from saferlhf_fast.runtime.provenance import now, process_count, read_json, versions, write_json, write_text
 
 SAVED = ("model", "best", "step-*", "checkpoints/*/" + manifest.NAME)
 """What a run folder holds that hours went into: models, and checkpoints that were finished."""
-PACKAGES = ("torch", "transformers", "deepspeed", "triton", "tokenizers", "datasets", "peft", "numpy")
 
 
 def rank():
@@ -79,7 +74,7 @@ def _check_output(cfg, folder, key):
     if not folder.exists() or not any(folder.iterdir()):
         check_place(folder, key)
     elif goes_on(cfg):
-        fits.refuse(folder, changed(cfg))
+        compatibility.refuse(folder, changed(cfg))
         check_place(folder, key)
     else:
         _check_replaced(cfg, folder, key)
@@ -131,8 +126,8 @@ def changed(cfg):
     """Returns what settings of an unfinished run are other ones now, in ways that change its result."""
     folder = Path(cfg.output).expanduser()
     before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    worlds = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["processes"], _processes()
-    return fits.differences(before, to_dict(cfg), *worlds, [name for name, _, _ in inputs.listed(cfg)])
+    worlds = json.loads((folder / "versions.json").read_text(encoding="utf-8"))["processes"], process_count()
+    return compatibility.differences(before, to_dict(cfg), *worlds, [name for name, _, _ in inputs.listed(cfg)])
 
 
 def starts_again(cfg):
@@ -159,7 +154,7 @@ def restarting(output):
 
 def _same_start(stage, cfg):
     """Tells whether what lies in the output was started with these very settings. stage: None for any."""
-    started = _read(Path(cfg.output).expanduser() / "started.json")
+    started = read_json(Path(cfg.output).expanduser() / "started.json")
     return stage in (None, started.get("stage")) and started.get("recipe") == fingerprint.recipe_hash(started.get("stage"), cfg)
 
 
@@ -191,7 +186,7 @@ def open_run(stage, cfg):
     check_output(cfg)
     if goes_on(cfg):
         with open(folder / "resumed.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": _now(), **versions(cfg)}) + "\n")
+            file.write(json.dumps({"time": now(), **versions(cfg)}) + "\n")
         return folder
     old = aside = None
     try:
@@ -205,10 +200,10 @@ def open_run(stage, cfg):
     except OSError as error:                             # between the check and now: no more room, another's folder
         raise UserError(f"output: {folder} cannot be created: {error.strerror or error}") from error
     settings = yaml.safe_dump({"stage": stage, **to_dict(cfg)}, sort_keys=False, allow_unicode=True)
-    _write(folder / "config.yaml", settings)
+    write_text(folder / "config.yaml", settings)
     write_json(folder / "versions.json", versions(cfg))
     write_json(folder / "started.json", {"stage": stage, "recipe": fingerprint.recipe_hash(stage, cfg),
-                                         "inputs": fingerprint.hashes(cfg), "started": _now(),
+                                         "inputs": fingerprint.hashes(cfg), "started": now(),
                                          **({"set_aside": str(aside)} if aside else {})})
     if old:
         shutil.rmtree(old.parent)
@@ -233,22 +228,14 @@ def _set_aside(folder):
     return place
 
 
-def set_aside_by(folder):
-    """Where the unfinished run lies that this folder's run took the place of; None when there was none to keep."""
-    return _read(Path(folder).expanduser() / "started.json").get("set_aside")
-
-
 def finish_run(folder, summary):
-    """Marks a run as ended well: summary.json, finished.json with the hashes that open_run took, then report.html."""
+    """Marks a run as ended well: summary.json, then finished.json with the hashes that open_run took."""
     if rank() != 0:
         return
     folder = Path(folder)
     write_json(folder / "summary.json", summary)
     started = json.loads((folder / "started.json").read_text(encoding="utf-8"))
-    write_json(folder / "finished.json", {**started, "finished": _now()})
-    if (folder / "metrics.jsonl").exists():          # last: a chart that cannot be drawn must not undo hours of training
-        from saferlhf_fast.report import write_report
-        write_report(folder)
+    write_json(folder / "finished.json", {**started, "finished": now()})
 
 
 def is_finished(folder, stage, cfg):
@@ -264,71 +251,9 @@ def same_settings(folder, stage, cfg):
 
 def _finished(folder):
     """Returns finished.json; an empty mapping when there is none that can be read."""
-    return _read(Path(folder).expanduser() / "finished.json")
-
-
-def _read(path):
-    """Returns a JSON file's mapping; an empty one when there is none that can be read."""
-    try:
-        done = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return done if isinstance(done, dict) else {}
+    return read_json(Path(folder).expanduser() / "finished.json")
 
 
 def read_summary(folder):
     """Returns the summary of a finished run."""
     return json.loads((Path(folder).expanduser() / "summary.json").read_text(encoding="utf-8"))
-
-
-def versions(cfg=None):
-    """Returns what a run depends on besides its settings: versions, device, seed, git commit."""
-    found = {"saferlhf-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = None
-    return {**found, "device": _device(), "processes": _processes(),
-            "seed": getattr(cfg, "seed", None), "git_commit": git_commit()}
-
-
-def _processes():
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _device():
-    """Names the device when torch is loaded; it is never imported for this."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return None
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
-
-
-def git_commit():
-    """Returns the commit of the checkout that this package runs from, "-dirty" when it has changes; else None."""
-    checkout = Path(__file__).resolve().parent.parent
-    if not (checkout / ".git").exists():  # installed: a repository further up would be someone else's
-        return None
-    try:
-        def git(*words):
-            return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=10,
-                                  check=True).stdout.strip()
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def write_json(path, value):
-    """Writes JSON so that a reader sees the old file or the new one, never a half."""
-    _write(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _write(path, text):
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def _now():
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z")

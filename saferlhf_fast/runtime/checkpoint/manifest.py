@@ -18,7 +18,7 @@ import re
 import shutil
 from pathlib import Path
 
-from ..errors import UserError
+from ...errors import UserError
 
 NAME = "manifest.json"
 FORMAT = 1

@@ -33,7 +33,7 @@ INTERVAL = 3.0      # seconds between two looks at the store
 LOST = 120.0        # a rank of another machine that is silent for so long is gone; a long call may hold its threads up
 SUSPECT = 20.0      # the same, when a collective has already failed
 OWN_WORD = 2.0      # seconds that a main thread gets to raise the same error itself before its process is ended
-PACKAGE = str(Path(__file__).resolve().parent)
+PACKAGE = str(Path(__file__).resolve().parents[1])
 
 _watch = None
 _begun = 0

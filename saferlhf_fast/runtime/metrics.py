@@ -20,7 +20,7 @@ import os
 import time
 from pathlib import Path
 
-from .config.checks import check_trackers
+from ..config.checks import check_trackers
 
 _SUPERVISED = ("train/loss", "train/lr", "train/epoch")
 _PPO = ("train/actor_loss", "train/reward_critic_loss", "train/reward", "train/reward_with_kl_penalty",

@@ -10,7 +10,7 @@ from importlib import import_module
 
 import torch
 
-from ..errors import UserError
+from ...errors import UserError
 
 ALLOWED = ("deepspeed.runtime.fp16.loss_scaler:LossScaler", "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
            "deepspeed.runtime.zero.config:ZeroStageEnum", "deepspeed.utils.tensor_fragment:fragment_address")

@@ -30,7 +30,7 @@ GRACE = 120
 """Seconds that ranks get after a signal that ends them, e.g. for a checkpoint (--grace)."""
 
 SETTLE = 20
-"""Seconds that ranks get to end by themselves when one has failed; they know why (watch.py)."""
+"""Seconds that ranks get to end by themselves when one has failed; they know why (watchdog.py)."""
 
 PARENT = "SAFERLHF_LAUNCHER"
 HANDED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -48,7 +48,7 @@ def adopt(environ=os.environ):
     found = {} if "RANK" in environ else _slurm(environ) or _mpi(environ) or {}
     if (found or environ).get("WORLD_SIZE", "1") == "1":
         return
-    # A lost rank makes torch print the C++ stack of every socket; watch.py says what happened.
+    # A lost rank makes torch print the C++ stack of every socket; watchdog.py says what happened.
     environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not found:
         return
@@ -263,8 +263,8 @@ class Group:
                   flush=True)
 
     def _hand_on(self, number, _):
-        """A signal that this process gets is for all ranks, which end after their step (signals.py), at Ctrl-C at once; a second
-        Ctrl-C kills them."""
+        """A signal that this process gets is for all ranks, which end after their step (preemption.py), at Ctrl-C at once; a
+        second Ctrl-C kills them."""
         self._send(number)
         if number == signal.SIGUSR2:                 # not one that ends a run
             return
@@ -295,7 +295,7 @@ def _command(words):
 
 def _environment(rank, processes, listener):
     """Variables of a rank, those that torchrun sets. The store at MASTER_PORT is hosted by this process."""
-    root = str(Path(__file__).resolve().parent.parent)
+    root = str(Path(__file__).resolve().parents[2])
     paths = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     if Path(root).name not in ("site-packages", "dist-packages"):
         paths.insert(0, root)

@@ -3,9 +3,9 @@
 import contextlib
 import os
 
-from ..config import redact
-from . import pickles
-from .files import Files
+from ...config import redact
+from . import safe_pickle
+from .writer import Files
 
 
 def save(model, folder, name, files):
@@ -27,7 +27,7 @@ def load(model, folder, name, universal=False):
     deepspeed.checkpoint_engine = Files(folder)
     deepspeed._config.load_universal_checkpoint = universal
     try:
-        with pickles.guarded(), _quiet():
+        with safe_pickle.guarded(), _quiet():
             path, _ = deepspeed.load_checkpoint(str(folder), tag=name)
     finally:
         deepspeed._config.load_universal_checkpoint = False
