@@ -18,11 +18,13 @@ def step(tmp_path_factory):
     import kit
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from saferlhf_fast import models
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.cast import load_cast
     from saferlhf_fast.config.stages import PPO, PPOConfig, Sampling
     from saferlhf_fast.data.examples import PromptExample
+    from saferlhf_fast.models.causal_lm import save_causal_lm
+    from saferlhf_fast.models.score_checkpoint import save_score_model
+    from saferlhf_fast.models.score_model import load_score_model
     from saferlhf_fast.ppo_lag import sample
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.score import ask_trained, judge
@@ -32,10 +34,10 @@ def step(tmp_path_factory):
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
                                       num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
                                       pad_token_id=tokenizer.pad_token_id))
-    models.save_causal_lm(folder / "actor", lm, tokenizer)
+    save_causal_lm(folder / "actor", lm, tokenizer)
     for kind in ("reward", "cost"):
-        scorer = models.load_score_model(str(folder / "actor"), new_head=True)
-        models.save_score_model(folder / kind, scorer, tokenizer, kind=kind)
+        scorer = load_score_model(str(folder / "actor"), new_head=True)
+        save_score_model(folder / kind, scorer, tokenizer, kind=kind)
     cfg = PPOConfig(model=str(folder / "actor"), reward=str(folder / "reward"), cost=str(folder / "cost"), data="none",
                     output="none", max_length=PROMPT_LENGTH + NEW_TOKENS, ppo=PPO(micro_batch_size=16),
                     sampling=Sampling(max_new_tokens=NEW_TOKENS))

@@ -52,28 +52,32 @@ def make_cast(work, cfg, steps):
 
     With `lora` the score models are adapters of the actor's base, so that there is one trunk.
     """
-    from saferlhf_fast import adapters, cast, lora, models
+    from saferlhf_fast import cast
     from saferlhf_fast.generation import open_generator
+    from saferlhf_fast.models import lora, multi_adapter
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+    from saferlhf_fast.models.score_model import ScoreModel, load_score_model
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.runtime import engine
     tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
 
     def score_model(path, **ignored):
         body, head = step_work.backbone(work.shape, int(path.split()[1]), where)
-        score = models.ScoreModel(body)
+        score = ScoreModel(body)
         with torch.no_grad():
             score.score.weight.copy_(head)
         return score
 
     def adapter(path, base):
-        return adapters.Saved(lora.lora_config(cfg.lora, "CAUSAL_LM"), {}, torch.randn(1, work.shape.hidden) * 0.02)
+        return multi_adapter.Saved(lora.lora_config(cfg.lora, "CAUSAL_LM"), {}, torch.randn(1, work.shape.hidden) * 0.02)
 
     def random_adapter(model, role, state):
-        for parameter in adapters.parameters(model, role):
+        for parameter in multi_adapter.parameters(model, role):
             torch.nn.init.normal_(parameter, 0.0, 0.01)
 
-    models.load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
-    models.load_score_model, models.load_tokenizer = score_model, lambda path, **ignored: tokenizer
-    adapters.of_score, adapters.load = adapter, random_adapter
+    load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
+    load_score_model, load_tokenizer = score_model, lambda path, **ignored: tokenizer
+    multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
     made = cast.load_cast(cfg, tokenizer, steps, constrained=True)
     never = [work.shape.vocabulary]     # an end that no sample is: a random policy must not end where no other side does
     generator = open_generator(made.actor, tokenizer, never, cfg.sampling)

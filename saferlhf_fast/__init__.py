@@ -19,9 +19,10 @@ if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ l
     from .kernels.token_logprob import token_logprob as token_logprob
     from .kernels.value_loss import value_loss as value_loss
     from .lagrange import LagrangeMultiplier as LagrangeMultiplier, PIDMultiplier as PIDMultiplier
-    from .models import (ScoreModel as ScoreModel, load_score_model as load_score_model, save_score_model as save_score_model,
-                         score_model_from_backbone as score_model_from_backbone)
-    from .padding import pack as pack, unpack as unpack
+    from .models.packing import pack as pack, unpack as unpack
+    from .models.score_checkpoint import save_score_model as save_score_model
+    from .models.score_model import (ScoreModel as ScoreModel, load_score_model as load_score_model,
+                                     score_model_from_backbone as score_model_from_backbone)
     from .ppo_lag_loss import PPOLagLoss as PPOLagLoss
     from .preference import cost_loss as cost_loss, reward_loss as reward_loss
 
@@ -35,16 +36,16 @@ _HOME = {
     "ppo_loss": "kernels.ppo_loss",
     "value_loss": "kernels.value_loss",
     "PPOLagLoss": "ppo_lag_loss",
-    "pack": "padding",
-    "unpack": "padding",
+    "pack": "models.packing",
+    "unpack": "models.packing",
     "LagrangeMultiplier": "lagrange",
     "PIDMultiplier": "lagrange",
     "reward_loss": "preference",
     "cost_loss": "preference",
-    "ScoreModel": "models",
-    "load_score_model": "models",
-    "save_score_model": "models",
-    "score_model_from_backbone": "models",
+    "ScoreModel": "models.score_model",
+    "load_score_model": "models.score_model",
+    "save_score_model": "models.score_checkpoint",
+    "score_model_from_backbone": "models.score_model",
     "UserError": "errors",
 }
 

@@ -7,15 +7,19 @@ from typing import Any, Optional
 
 import torch
 
-from . import adapters, body, models
 from .data.examples import retokenize
 from .errors import UserError
 from .generation import open_generator
-from .packing import end_row, pack
-from .policy import Policy
+from .models import backbone, multi_adapter
+from .models.causal_lm import load_causal_lm, without_dropout
+from .models.folders import refuse_short_context
+from .models.packing import end_row, pack_sequences
+from .models.policy import Policy
+from .models.score_model import load_score_model
+from .models.shared_base import OnTrunk, PolicyOnTrunk, ScoreOnTrunk, Trunk
+from .models.tokenizer import load_tokenizer, same_tokenizer
 from .rollout import end_tokens
 from .runtime import console, engine
-from .trunk import OnTrunk, PolicyOnTrunk, ScoreOnTrunk, Trunk
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Judge:
         ids = retokenize([p.messages for p in rollout.prompts[rows]], rollout.texts[rows], self.tokenizer,
                          self.template, ended=rollout.ended[rows],
                          max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None))
-        return self.model(pack(ids, [end_row(len(row)) for row in ids], rollout.device))
+        return self.model(pack_sequences(ids, [end_row(len(row)) for row in ids], rollout.device))
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,12 @@ class Critic:
 
 def load_judge(path, tokenizer, cfg):
     """A frozen score model for texts of a policy with `tokenizer` -> (Judge, ScoreModel in fp32 for a critic)."""
-    own = models.load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
-    score = models.load_score_model(path, tokenizer=own, trust_remote_code=cfg.trust_remote_code,
-                                    allow_pickle=cfg.allow_pickle)
-    differs = not models.same_tokenizer(tokenizer, own)
+    own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
+    score = load_score_model(path, tokenizer=own, trust_remote_code=cfg.trust_remote_code,
+                             allow_pickle=cfg.allow_pickle)
+    differs = not same_tokenizer(tokenizer, own)
     if not differs:                                  # else texts are cut to what it can read
-        models.refuse_short_context(path, score.config, cfg.max_length, "max_length")
+        refuse_short_context(path, score.config, cfg.max_length, "max_length")
     score.packs &= cfg.engine.packing
     return Judge(engine.Frozen(copy.deepcopy(score), cfg.engine), own, cfg.template, differs), score
 
@@ -111,11 +115,11 @@ def load_cast(cfg, tokenizer, steps, constrained):
 
     steps: optimiser steps of the run · constrained: with a cost critic (ppo-lag).
     """
-    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                               allow_pickle=cfg.allow_pickle)
-    models.refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
+    lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                        allow_pickle=cfg.allow_pickle)
+    refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
     if cfg.gradient_checkpointing:
-        body.recompute_activations(lm)
+        backbone.recompute_activations(lm)
     cast = (cast_on_trunk if cfg.lora.rank else cast_of_models)(cfg, lm, tokenizer, steps, constrained)
     ends = end_tokens(tokenizer, lm, cfg.template)
     return dataclasses.replace(cast, ends=ends, generator=open_generator(cast.actor, tokenizer, ends, cfg.sampling))
@@ -139,12 +143,12 @@ def cast_of_models(cfg, lm, tokenizer, steps, constrained):
 def load_critic(cfg, name, path, judge, score, tokenizer, steps, two_heads=False):
     """-> Engine of a critic: from its own path, or from its judge's ScoreModel where that reads the actor's ids."""
     def fresh(path):
-        return models.load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                                       allow_pickle=cfg.allow_pickle)
+        return load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                                allow_pickle=cfg.allow_pickle)
 
     if path is not None:
-        own = models.load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
-        if not models.same_tokenizer(tokenizer, own):
+        own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
+        if not same_tokenizer(tokenizer, own):
             raise UserError(f"{name}_critic: {path} has another tokenizer than {cfg.model}, whose ids it would read; "
                             "expected a model with the same one")
         score = fresh(path)
@@ -153,7 +157,7 @@ def load_critic(cfg, name, path, judge, score, tokenizer, steps, two_heads=False
                     f"head; {name}_critic names another start")
         score = fresh(cfg.model)
     if cfg.gradient_checkpointing:
-        body.recompute_activations(score.backbone)
+        backbone.recompute_activations(score.backbone)
     score.packs &= cfg.engine.packing
     if two_heads:
         score.add_head()
@@ -164,8 +168,8 @@ def cast_on_trunk(cfg, lm, tokenizer, steps, constrained):
     """-> Cast of adapters on one frozen base; score models of another base are whole models beside it."""
     trunk = Trunk(without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)), cfg.lora, cfg.engine.packing)
     trunk.add("actor")
-    saved = {"reward": adapters.of_score(cfg.reward, cfg.model),
-             "cost": adapters.of_score(cfg.cost, cfg.model) if cfg.cost else None}
+    saved = {"reward": multi_adapter.of_score(cfg.reward, cfg.model),
+             "cost": multi_adapter.of_score(cfg.cost, cfg.model) if cfg.cost else None}
 
     def judge(name, path):
         if saved[name] is None:
@@ -191,14 +195,3 @@ def cast_on_trunk(cfg, lm, tokenizer, steps, constrained):
     actor = engine.Engine(PolicyOnTrunk(trunk, "actor"), cfg.optim, cfg.engine, steps)
     reference = engine.Frozen(PolicyOnTrunk(trunk, None), cfg.engine)
     return Cast(tokenizer, [], actor, reference, reward, reward_critic, cost, cost_critic)
-
-
-def without_dropout(model):
-    """Switches every dropout off, in place: the log-probs of a rollout and of its update must be the same function."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-    return model

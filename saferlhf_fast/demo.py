@@ -13,7 +13,7 @@ import json
 import time
 from pathlib import Path
 
-from . import demo_recipe as recipe, models
+from . import demo_recipe as recipe
 from .cast import Cast, load_judge
 from .config.stages import DemoConfig
 from .data.batches import share
@@ -22,7 +22,9 @@ from .data.templates import Template
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .generation import open_generator
-from .policy import Policy
+from .models.causal_lm import load_causal_lm, save_causal_lm
+from .models.policy import Policy
+from .models.tokenizer import load_tokenizer
 from .ppo_lag import train_ppo, train_ppo_lag
 from .preference import train_cost, train_reward
 from .report import write_report
@@ -134,14 +136,14 @@ def make_base(world, folder, seed):
                              bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                              **recipe.ARCHITECTURE)
         engine.seed_all(seed)
-        models.save_causal_lm(folder, LlamaForCausalLM(config), tokenizer, card={"stage": "random weights"})
+        save_causal_lm(folder, LlamaForCausalLM(config), tokenizer, card={"stage": "random weights"})
     engine.barrier()
 
 
 def answers(model, prompts, temperature, seed, cfg):
     """One sampled answer of a policy to each prompt, as text."""
-    tokenizer = models.load_tokenizer(str(model))
-    policy = engine.Frozen(Policy(models.load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine(cfg))
+    tokenizer = load_tokenizer(str(model))
+    policy = engine.Frozen(Policy(load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine(cfg))
     template = Template(tokenizer, "auto")
     messages = [({"role": "user", "content": p},) for p in prompts]
     examples = [PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)]
@@ -173,10 +175,10 @@ def gold_means(world, rows):
 def judged(world, folder, where, seed, cfg, sizes):
     """One policy on the held-out prompts -> gold and model figures."""
     settings = recipe.evaluation(folder, where, seed, cfg)
-    tokenizer = models.load_tokenizer(settings.model)
+    tokenizer = load_tokenizer(settings.model)
 
     def policy(path):
-        return engine.Frozen(Policy(models.load_causal_lm(path, tokenizer=tokenizer)), settings.engine)
+        return engine.Frozen(Policy(load_causal_lm(path, tokenizer=tokenizer)), settings.engine)
 
     actor = policy(settings.model)
     ends = end_tokens(tokenizer, actor.module.lm, "auto")

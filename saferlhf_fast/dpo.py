@@ -10,13 +10,15 @@ import copy
 
 import torch.nn.functional as F
 
-from . import models
-from .checkpoint.described import describe
 from .config.load import to_dict
 from .data.examples import preference_examples
 from .fit import Task, fit, total_steps
-from .packing import pack, response_rows
-from .policy import Policy, sequence_sums
+from .models.causal_lm import load_causal_lm
+from .models.export_files import describe
+from .models.lora import add_lora
+from .models.packing import pack_sequences, response_rows
+from .models.policy import Policy, sequence_sums
+from .models.tokenizer import load_tokenizer
 from .runtime import console, engine
 from .runtime.metrics import Metrics
 from .runtime.run_folder import finish_run, open_run
@@ -34,7 +36,7 @@ def batch_loss(policy, reference, examples, beta):
     n = len(examples)
     rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
     asked = [response_rows(e.prompt_length, len(ids)) for e, ids in zip(examples * 2, rows)]
-    packed = pack(rows, asked, engine.device())
+    packed = pack_sequences(rows, asked, engine.device())
     logp_B, ref_B = (sequence_sums(model(packed), packed) for model in (policy, reference))
     losses, margin = dpo_loss(logp_B[:n], logp_B[n:], ref_B[:n], ref_B[n:], beta=beta)
     better, worse = (beta * (logp_B - ref_B)).detach().view(2, n)
@@ -46,7 +48,7 @@ def batch_loss(policy, reference, examples, beta):
 def train(cfg):
     """Runs the stage -> summary. The model lies in <output>/model."""
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
     def load(source):
         return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed,
@@ -54,13 +56,13 @@ def train(cfg):
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
-    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                               allow_pickle=cfg.allow_pickle)
+    lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                        allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
     reference = engine.Frozen(Policy(copy.deepcopy(lm), cfg.engine.packing), cfg.engine)
     prepare(lm, cfg)
     if cfg.lora.rank:
-        lm = models.add_lora(lm, cfg.lora)
+        lm = add_lora(lm, cfg.lora)
     folder = open_run("dpo", cfg)
     for line in report.lines():
         console.say(line)

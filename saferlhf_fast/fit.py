@@ -18,7 +18,7 @@ import torch
 from .alarms import Spikes
 from .data.batches import global_batches
 from .errors import UserError
-from .packing import fill
+from .models.packing import fill
 from .runtime import console, engine
 from .runtime.checkpoint.checkpointer import Checkpoints, Memory
 from .skips import Skips

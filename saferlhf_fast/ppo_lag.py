@@ -15,17 +15,17 @@ import math
 from itertools import islice
 from pathlib import Path
 
-from . import models
 from .advantage import advantages
 from .alarms import AtBound, Spikes
 from .cast import load_cast
-from .checkpoint.described import describe
 from .config.load import to_dict
 from .data.batches import global_batches, share, split_by_prompt
 from .data.examples import prompt_examples, sft_examples
 from .errors import UserError
 from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
+from .models.export_files import describe
+from .models.tokenizer import load_tokenizer
 from .overlap import Ahead, rollouts_ahead, step_seed
 from .rollout import assemble, generate
 from .runtime import console, engine
@@ -112,7 +112,7 @@ def train_ppo(cfg, observe=None):
 
 def _train(cfg, stage, observe):
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     prompts, held_out, ptx, report = load_data(cfg, tokenizer)
     steps = total_steps(len(prompts), cfg)
     cast = load_cast(cfg, tokenizer, steps * cfg.ppo.epochs * cfg.ppo.minibatches, constrained=stage == "ppo-lag")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .kernels import checks
-from .packing import end_row, pack
+from .models.packing import end_row, pack_sequences
 
 
 def reward_loss(better: torch.Tensor, worse: torch.Tensor, *, regularization: float = 0.001) -> torch.Tensor:
@@ -73,7 +73,7 @@ def pair_loss(model, examples, kind, regularization, per_token):
     from .runtime import engine
     n = len(examples)
     rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
-    packed = pack(rows, [range(len(ids)) if per_token else end_row(len(ids)) for ids in rows], engine.device())
+    packed = pack_sequences(rows, [range(len(ids)) if per_token else end_row(len(ids)) for ids in rows], engine.device())
     scores_N = model(packed)
     ends_B = (packed.cu_seqlens[1:] - 1).long()
     end_B = scores_N.index_select(0, ends_B)
@@ -125,32 +125,36 @@ def train_cost(cfg):
 
 
 def _train(cfg, kind):
-    from . import adapters, models
-    from .checkpoint.described import describe
     from .config.load import to_dict
     from .data.examples import preference_examples
     from .fit import Task, fit, total_steps
+    from .models import multi_adapter
+    from .models.export_files import describe
+    from .models.lora import add_lora
+    from .models.score_checkpoint import check_score_export, save_score_model
+    from .models.score_model import load_score_model
+    from .models.tokenizer import load_tokenizer
     from .runtime import console, engine
     from .runtime.metrics import Metrics
     from .runtime.run_folder import finish_run, open_run
     from .sft import held_out_split, prepare, refuse_long
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
     def load(source):
         return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, kind)
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
-    score = models.load_score_model(cfg.model, new_head=True, tokenizer=tokenizer,
-                                    trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle)
+    score = load_score_model(cfg.model, new_head=True, tokenizer=tokenizer,
+                             trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
     keep = {"drop_bias": cfg.drop_bias, "keep_bias": not cfg.drop_bias}
-    models.check_score_export(score, tokenizer, **keep)      # refused now, not after hours of training
+    check_score_export(score, tokenizer, **keep)      # refused now, not after hours of training
     prepare(score.backbone, cfg)
     score.packs &= cfg.engine.packing
     if cfg.lora.rank:
-        score = models.add_lora(score, cfg.lora)
+        score = add_lora(score, cfg.lora)
     folder = open_run(kind, cfg)
     for line in report.lines():
         console.say(line)
@@ -161,10 +165,10 @@ def _train(cfg, kind):
         state = trained.state_dict() if trained.sharded and not merged else None
         with trained.gathered() if merged else contextlib.nullcontext():
             if engine.rank() == 0:
-                models.save_score_model(path, trained.module, tokenizer, kind=kind, state_dict=state, **keep,
-                                        card={"stage": kind, "model": cfg.model, "data": report.as_dict()})
+                save_score_model(path, trained.module, tokenizer, kind=kind, state_dict=state, **keep,
+                                 card={"stage": kind, "model": cfg.model, "data": report.as_dict()})
                 if cfg.lora.rank and trained.module.score.bias is None and trained.module.normalizer is None:
-                    adapters.save_score(path / "adapter", trained.module, cfg.model)
+                    multi_adapter.save_score(path / "adapter", trained.module, cfg.model)
         engine.barrier()
 
     task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save, sequences=2,

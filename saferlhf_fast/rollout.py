@@ -11,7 +11,7 @@ import torch
 from .data.examples import PromptExample
 from .data.templates import Template
 from .generation import Response
-from .packing import fill
+from .models.packing import fill
 from .runtime import engine
 from .types import Minibatch, Rollout
 

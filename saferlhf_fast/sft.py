@@ -5,14 +5,17 @@
 
 import contextlib
 
-from . import body, models
-from .checkpoint.described import describe
 from .config.load import to_dict
 from .data.batches import split_by_prompt
 from .data.examples import sft_examples
 from .fit import Task, fit, total_steps
-from .lora import has_lora
-from .policy import Policy, pack_trained
+from .models import backbone
+from .models.causal_lm import load_causal_lm, save_causal_lm
+from .models.export_files import describe
+from .models.folders import refuse_short_context
+from .models.lora import add_lora, has_lora
+from .models.policy import Policy, pack_trained
+from .models.tokenizer import load_tokenizer
 from .runtime import console, engine
 from .runtime.metrics import Metrics
 from .runtime.run_folder import finish_run, open_run
@@ -26,16 +29,16 @@ def sft_loss(policy, examples):
 def train(cfg):
     """Runs the stage -> summary. The model lies in <output>/model."""
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
     examples, held_out = held_out_split(cfg, examples, lambda source: sft_examples(
         source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed))
-    lm = models.load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                               allow_pickle=cfg.allow_pickle)
+    lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                        allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
     prepare(lm, cfg)
     if cfg.lora.rank:
-        lm = models.add_lora(lm, cfg.lora)
+        lm = add_lora(lm, cfg.lora)
     folder = open_run("sft", cfg)
     for line in report.lines():
         console.say(line)
@@ -54,14 +57,14 @@ def train(cfg):
 
 def refuse_long(cfg, config, longest):
     """UserError when the longest example (tokens) goes beyond the model's context."""
-    models.refuse_short_context(cfg.model, config, longest, "train.max_length: the longest example")
+    refuse_short_context(cfg.model, config, longest, "train.max_length: the longest example")
 
 
 def prepare(model, cfg):
     """Gradient checkpointing where the recipe asks for it."""
     wanted = cfg.train.gradient_checkpointing if hasattr(cfg, "train") else cfg.gradient_checkpointing
     if wanted:
-        body.recompute_activations(model)
+        backbone.recompute_activations(model)
 
 
 def held_out_split(cfg, examples, load):
@@ -80,5 +83,5 @@ def save_policy(policy, folder, tokenizer, card):
     with policy.gathered() if has_lora(lm) else contextlib.nullcontext():
         if engine.rank() == 0:
             state = state and {name.removeprefix("lm."): tensor for name, tensor in state.items()}
-            models.save_causal_lm(folder, lm, tokenizer, state, card)
+            save_causal_lm(folder, lm, tokenizer, state, card)
     engine.barrier()

@@ -10,7 +10,7 @@ from typing import Optional
 
 import torch
 
-from .packing import end_row, pack, response_rows
+from .models.packing import end_row, pack_sequences, response_rows
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Rollout:
             sequences, lengths = [self.filler[0]], [self.filler[1]]
         asked = [end_row(len(ids)) if at_end else response_rows(len(ids) - n, len(ids))
                  for ids, n in zip(sequences, lengths)]
-        return pack(sequences, asked, self.device)
+        return pack_sequences(sequences, asked, self.device)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from .advantage import advantages
 from .kernels.ppo_lag_advantage import whitening
 from .kernels.ppo_loss import ppo_loss
 from .kernels.value_loss import value_loss
-from .packing import fill
-from .policy import Objective
+from .models.packing import fill
+from .models.policy import Objective
 from .runtime import engine
 from .sft import sft_loss
 from .types import Scored, believable
@@ -79,7 +79,8 @@ def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
 
 class Between:
     """What lies between a pass's log-probs and its losses: advantages, importance weights, the policy loss, for whole
-    sequences at a time. Called by the actor's head (saferlhf_fast.on_policy) with the log-probs that are old and new at once.
+    sequences at a time. Called by the actor's head (saferlhf_fast.models.on_policy_loss) with the log-probs that are old and new
+    at once.
     """
 
     def __init__(self, packed, rollout, rows, scored, value_n, multiplier, cfg, minibatch, settings, tally):

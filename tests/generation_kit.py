@@ -38,7 +38,7 @@ def prompts(count=7, vocabulary=VOCABULARY, longest=12, seed=0):
 @torch.no_grad()
 def naive(lm, prompt, seed, limit, ends, sampling):
     """(ids, log-probs, ended) of one sequence by full forward passes and a sum over the vocabulary."""
-    from saferlhf_fast.generation.warp import warp
+    from saferlhf_fast.models.sampling_distribution import warp
     numbers = torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ids, logp = list(prompt), []
     for number in numbers:

@@ -112,12 +112,14 @@ def rows(folder):
 def make_scores(folder, base, seed=1):
     """Writes an untrained reward model and cost model on the backbone of `base` -> {"reward": path, "cost": path}."""
     import torch
-    from saferlhf_fast import models
-    paths, tokenizer = {}, models.load_tokenizer(base)
+    from saferlhf_fast.models.score_checkpoint import save_score_model
+    from saferlhf_fast.models.score_model import score_model_from_backbone
+    from saferlhf_fast.models.tokenizer import load_tokenizer
+    paths, tokenizer = {}, load_tokenizer(base)
     for i, kind in enumerate(("reward", "cost")):
         torch.manual_seed(seed + i)
         paths[kind] = str(Path(folder) / kind)
-        models.save_score_model(paths[kind], models.score_model_from_backbone(base, kind=kind), tokenizer, kind=kind)
+        save_score_model(paths[kind], score_model_from_backbone(base, kind=kind), tokenizer, kind=kind)
     return paths
 
 

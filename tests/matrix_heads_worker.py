@@ -11,9 +11,11 @@ import sys
 
 import torch
 
-from saferlhf_fast import models
 from saferlhf_fast.config.stages import Engine, Optimizer
-from saferlhf_fast.packing import end_row, pack
+from saferlhf_fast.models.packing import end_row, pack_sequences
+from saferlhf_fast.models.score_checkpoint import save_score_model
+from saferlhf_fast.models.score_model import ScoreHead, load_score_model, score_model_from_backbone
+from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.runtime import engine
 
 SEQUENCES = [[1, 9, 8, 7, 12], [1, 5, 6], [1, 11, 10, 9, 8, 7, 6, 5]]
@@ -32,9 +34,9 @@ def spread(name, head):
 def drawn_in_place(base):
     """A head that was sharded as it was made: it is empty where it is drawn. Each rank draws from a seed of its own."""
     import deepspeed
-    model = models.score_model_from_backbone(base)
+    model = score_model_from_backbone(base)
     with deepspeed.zero.Init(config_dict_or_path=engine.settings(ZERO_3, None)):
-        model.score = models.ScoreHead(model.score.weight.shape[1])
+        model.score = ScoreHead(model.score.weight.shape[1])
     empty = model.score.weight.numel() == 0
     torch.manual_seed(100 + engine.rank())
     model.init_head()
@@ -43,7 +45,7 @@ def drawn_in_place(base):
 
 def scores(model):
     """Of the sequences, bits and all."""
-    packed = pack(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
+    packed = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
     with torch.no_grad():
         return model(packed).tolist()
 
@@ -53,32 +55,32 @@ def main(base, folder, out):
     found = drawn_in_place(base)
     # As the stages make them: a reward model with a new head, and a critic of two heads.
     torch.manual_seed(5)
-    score = models.load_score_model(base, new_head=True)
-    two = models.load_score_model(base, new_head=True)
+    score = load_score_model(base, new_head=True)
+    two = load_score_model(base, new_head=True)
     two.add_head()
     critic = engine.Engine(two, RATE, ZERO_3, 10)
     trained = engine.Engine(score, RATE, ZERO_3, 10)
     found["sharded"] = all(p.numel() < p.ds_numel for p in trained.module.parameters())
     found |= spread("new", trained.module.score) | spread("two heads", critic.module.score)
-    packed = pack(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
+    packed = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
     for _ in range(2):
         trained.backward(trained(packed).square().sum() / engine.world_size())
         trained.step()
     trained.train(False)
     before = scores(trained)
-    tokenizer = models.load_tokenizer(base)
+    tokenizer = load_tokenizer(base)
     with trained.gathered():
         if engine.rank() == 0:
-            models.save_score_model(folder, trained.module, tokenizer, kind="reward")
+            save_score_model(folder, trained.module, tokenizer, kind="reward")
     engine.barrier()
-    found["reloaded, whole"] = scores(models.load_score_model(folder).eval()) == before
+    found["reloaded, whole"] = scores(load_score_model(folder).eval()) == before
     for frozen in ("sharded", "replicated"):
         cfg = Engine(zero_stage=3, precision="fp32", frozen=frozen, config=ZERO_3.config)
-        asked = engine.Frozen(models.load_score_model(folder), cfg)
+        asked = engine.Frozen(load_score_model(folder), cfg)
         found[f"reloaded, {frozen}"] = scores(asked) == before
-    again = engine.Engine(models.load_score_model(folder), RATE, ZERO_3, 10).train(False)
+    again = engine.Engine(load_score_model(folder), RATE, ZERO_3, 10).train(False)
     found["reloaded, trained on"] = scores(again) == before
-    found["moved"] = before != scores(engine.Frozen(models.load_score_model(base, new_head=True), ZERO_3))
+    found["moved"] = before != scores(engine.Frozen(load_score_model(base, new_head=True), ZERO_3))
     if engine.rank() == 0:
         with open(out, "w") as file:
             json.dump(found, file)

@@ -19,7 +19,7 @@ import torch
 from matrix import PPO as POLICY_STAGES
 from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
 
-from saferlhf_fast import dpo, fit, models, sft
+from saferlhf_fast import dpo, fit, sft
 from saferlhf_fast.advantage import advantages
 from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
@@ -27,7 +27,11 @@ from saferlhf_fast.data.batches import share
 from saferlhf_fast.data.examples import PromptExample, preference_examples, sft_examples
 from saferlhf_fast.generation import Response
 from saferlhf_fast.lagrange import LagrangeMultiplier
-from saferlhf_fast.policy import Policy
+from saferlhf_fast.models.causal_lm import load_causal_lm
+from saferlhf_fast.models.lora import add_lora
+from saferlhf_fast.models.policy import Policy
+from saferlhf_fast.models.score_model import load_score_model
+from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.preference import pair_loss
 from saferlhf_fast.rollout import assemble
 from saferlhf_fast.runtime import engine
@@ -61,24 +65,24 @@ def spoilt(loss, stats=None):
 
 
 def adapted(model, cell):
-    return models.add_lora(model, ADAPTERS) if cell.form == LORA else model
+    return add_lora(model, ADAPTERS) if cell.form == LORA else model
 
 
 def task_of(cell, world, tokenizer):
     """-> (module to train, its Task, the examples), the losses those of the stages themselves."""
     if cell.stage == "sft":
         examples, _ = sft_examples(world["sft"], tokenizer)
-        return (Policy(adapted(models.load_causal_lm(world["model"]), cell)), examples,
+        return (Policy(adapted(load_causal_lm(world["model"]), cell)), examples,
                 fit.Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
     kind = "better" if cell.stage == "dpo" else cell.stage
     examples, _ = preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
         # Not the same weights: with them every margin of the first step is 0.
-        reference = engine.Frozen(Policy(models.load_causal_lm(world["other"])), config(cell))
-        module = Policy(adapted(models.load_causal_lm(world["model"]), cell))
+        reference = engine.Frozen(Policy(load_causal_lm(world["other"])), config(cell))
+        module = Policy(adapted(load_causal_lm(world["model"]), cell))
         loss = lambda model, batch: dpo.batch_loss(model, reference, batch, 0.1)
     else:
-        module = adapted(models.load_score_model(world[cell.stage]), cell)
+        module = adapted(load_score_model(world[cell.stage]), cell)
         loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
     return module, examples, fit.Task(weigh=lambda e: 1, loss=loss, save=None, sequences=2,
                                       tokens=lambda e: len(e.first_ids) + len(e.second_ids))
@@ -157,7 +161,7 @@ def main(world, cells, out):
     engine.start(Engine(precision="fp32"), 0)
     with open(world) as file, open(cells) as wanted:
         world, cells = json.load(file), [Cell(*cell) for cell in json.load(wanted)]
-    tokenizer = models.load_tokenizer(world["model"])
+    tokenizer = load_tokenizer(world["model"])
 
     def tell(**values):
         if engine.rank() == 0 or "error" in values:

@@ -228,7 +228,7 @@ def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
     for stage in ("dpo", "cost", "ppo-lag"):
         out = tmp_path / f"{stage}-export"
         assert exported(tmp_path / stage, out) == digest(tmp_path / stage / "model" / "model.safetensors")
-    from saferlhf_fast.models import load_score_model
+    from saferlhf_fast.models.score_model import load_score_model
     exported(tmp_path / "ppo-lag", tmp_path / "critic", "--model", "cost_critic")
     assert load_score_model(str(tmp_path / "critic")).score.weight.abs().sum() > 0
 

@@ -14,7 +14,7 @@ from tolerance import assert_near_in_another_batch
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.generation import Response, open_generator
-from saferlhf_fast.generation.warp import context_of, warped_logprob
+from saferlhf_fast.models.sampling_distribution import context_of, warped_logprob
 
 pytestmark = pytest.mark.numeric
 

@@ -5,7 +5,7 @@ import torch
 from tolerance import assert_near
 
 from saferlhf_fast.config.stages import Sampling
-from saferlhf_fast.generation.warp import Context, context_of, pick, plain, uniforms, warp, warped_logprob
+from saferlhf_fast.models.sampling_distribution import Context, context_of, pick, plain, uniforms, warp, warped_logprob
 
 pytestmark = pytest.mark.numeric
 

@@ -31,7 +31,7 @@ middle = time.perf_counter()
 import saferlhf_fast
 for name in saferlhf_fast.__all__:
     getattr(saferlhf_fast, name)
-from saferlhf_fast import integrations, models, preference
+from saferlhf_fast import integrations, preference; from saferlhf_fast.models import score_model
 end = time.perf_counter()
 values = torch.arange(4.0)
 assert saferlhf_fast.gae(values, values, gamma=1.0, lam=1.0)[1].tolist() == [6.0, 6.0, 5.0, 3.0]
@@ -207,8 +207,8 @@ def test_info_of_a_base_install_says_which_wheel_it_is_and_how_to_get_the_compil
 
 
 def test_loading_models_names_the_extra(base, tmp_path):
-    code = ("from saferlhf_fast import models, tokenizer\n"
-            "for load in (models.load_causal_lm, models.load_score_model, models.score_model_from_backbone, "
+    code = ("from saferlhf_fast.models import causal_lm, score_model, tokenizer\n"
+            "for load in (causal_lm.load_causal_lm, score_model.load_score_model, score_model.score_model_from_backbone, "
             "tokenizer.load_tokenizer):\n"
             "    try: load('m')\n"
             "    except ImportError as error: print(error)\n")

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from kit import make_model, make_tokenizer, shared
-from saferlhf_fast import models
 from saferlhf_fast.config.stages import Lora
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.tokenizer import spare_special, with_distinct_pad
+from saferlhf_fast.models.causal_lm import load_causal_lm, save_causal_lm
+from saferlhf_fast.models.lora import add_lora, merge_lora
+from saferlhf_fast.models.score_checkpoint import save_score_model
+from saferlhf_fast.models.score_model import load_score_model, score_model_from_backbone
+from saferlhf_fast.models.tokenizer import load_tokenizer, same_tokenizer, spare_special, with_distinct_pad
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def test_padding_falls_back_to_a_spare_special_token(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     tokenizer.save_pretrained(tmp_path)
-    loaded = models.load_tokenizer(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.pad_token_id not in (None, loaded.eos_token_id)
     # <unk> comes out of strange text here, so the begin token stands for padding.
     assert spare_special(make_tokenizer(pad_is_eos=True)) == "<s>"
@@ -78,7 +81,7 @@ def test_tokenizer_refusals(tmp_path, case, message):
     if case == "broken":
         (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=message) as error:
-        models.load_tokenizer(folder)
+        load_tokenizer(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -86,27 +89,27 @@ def test_same_tokenizer(tmp_path):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
-    assert models.same_tokenizer(tokenizer, models.load_tokenizer(tmp_path))
+    assert same_tokenizer(tokenizer, load_tokenizer(tmp_path))
     other_words, other_template = make_tokenizer(extra=("more",)), make_tokenizer()
-    assert not models.same_tokenizer(make_tokenizer(), other_words)
-    assert not models.same_tokenizer(tokenizer, other_template)
+    assert not same_tokenizer(make_tokenizer(), other_words)
+    assert not same_tokenizer(tokenizer, other_template)
     padded = make_tokenizer(pad_is_eos=True)
     padded.add_special_tokens({"pad_token": "<pad>"})
-    assert models.same_tokenizer(make_tokenizer(pad_is_eos=True), padded)
+    assert same_tokenizer(make_tokenizer(pad_is_eos=True), padded)
 
 
 # ---------------------------------------------------------------- causal language models
 
 
 def test_causal_lm_round_trip(llama, tmp_path):
-    tokenizer = models.load_tokenizer(llama)
+    tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    lm = models.load_causal_lm(llama, tokenizer=tokenizer)
+    lm = load_causal_lm(llama, tokenizer=tokenizer)
     lm.generation_config.temperature = 0.6          # without do_sample, as some published configs have it
-    models.save_causal_lm(tmp_path / "out", lm, tokenizer, card={"stage": "sft", "data": {"a.jsonl": 7}})
-    again = models.load_causal_lm(tmp_path / "out", tokenizer=tokenizer)
+    save_causal_lm(tmp_path / "out", lm, tokenizer, card={"stage": "sft", "data": {"a.jsonl": 7}})
+    again = load_causal_lm(tmp_path / "out", tokenizer=tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(lm.state_dict().values(), again.state_dict().values()))
-    assert models.load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
+    assert load_tokenizer(tmp_path / "out").chat_template == tokenizer.chat_template
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "generation_config.json", "README.md", "tokenizer.json"} <= names
     assert "a.jsonl: 7" in (tmp_path / "out" / "README.md").read_text()
@@ -114,42 +117,42 @@ def test_causal_lm_round_trip(llama, tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_model(llama, tmp_path):
-    tokenizer, lm = models.load_tokenizer(llama), models.load_causal_lm(llama)
-    models.save_causal_lm(tmp_path / "out", lm, tokenizer)
+    tokenizer, lm = load_tokenizer(llama), load_causal_lm(llama)
+    save_causal_lm(tmp_path / "out", lm, tokenizer)
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(AttributeError):
-        models.save_causal_lm(tmp_path / "out", lm, None)
+        save_causal_lm(tmp_path / "out", lm, None)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "rows.jsonl").write_text("{}")
     with pytest.raises(UserError, match="not a model folder"):
-        models.save_causal_lm(tmp_path / "data", lm, tokenizer)
+        save_causal_lm(tmp_path / "data", lm, tokenizer)
 
 
 def test_causal_lm_refusals(tmp_path, llama):
     with pytest.raises(UserError, match="does not exist"):
-        models.load_causal_lm(tmp_path / "nothing")
+        load_causal_lm(tmp_path / "nothing")
     (tmp_path / "bare").mkdir()
     with pytest.raises(UserError, match="no config.json"):
-        models.load_causal_lm(tmp_path / "bare")
+        load_causal_lm(tmp_path / "bare")
     (tmp_path / "bare" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(UserError, match="no weights"):
-        models.load_causal_lm(tmp_path / "bare")
+        load_causal_lm(tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").write_bytes(b"\x08\x00\x00\x00\x00\x00\x00\x00{")
     with pytest.raises(UserError, match="cannot be loaded"):
-        models.load_causal_lm(tmp_path / "bare")
-    score = models.score_model_from_backbone(llama)
-    models.save_score_model(tmp_path / "rm", score, models.load_tokenizer(llama), kind="reward")
+        load_causal_lm(tmp_path / "bare")
+    score = score_model_from_backbone(llama)
+    save_score_model(tmp_path / "rm", score, load_tokenizer(llama), kind="reward")
     with pytest.raises(UserError, match="lm_head"):
-        models.load_causal_lm(tmp_path / "rm")
+        load_causal_lm(tmp_path / "rm")
 
 
 def test_vocabulary_larger_than_the_embedding_names_both_sizes(tmp_path):
     rows = len(make_tokenizer())
     folder = make_model(tmp_path / "small", vocab=rows - 3)
-    tokenizer = models.load_tokenizer(folder)
-    for load in (models.load_causal_lm, lambda *a, **k: models.load_score_model(*a, new_head=True, **k)):
+    tokenizer = load_tokenizer(folder)
+    for load in (load_causal_lm, lambda *a, **k: load_score_model(*a, new_head=True, **k)):
         with pytest.raises(UserError, match=f"{rows} tokens.*{rows - 3} rows"):
             load(folder, tokenizer=tokenizer)
 
@@ -157,7 +160,7 @@ def test_vocabulary_larger_than_the_embedding_names_both_sizes(tmp_path):
 def test_the_end_token_learns_when_it_is_padding(tmp_path):
     """An embedding has no gradient at its padding_idx, and a score is read at the end token."""
     folder = make_model(tmp_path / "lm", pad_is_eos=True)
-    lm, score = models.load_causal_lm(folder), models.score_model_from_backbone(folder)
+    lm, score = load_causal_lm(folder), score_model_from_backbone(folder)
     ids = torch.tensor([[5, 6, 2]])
     lm(ids).logits.sum().backward()
     score(ids, torch.ones_like(ids))[:, -1].sum().backward()
@@ -171,7 +174,7 @@ def test_the_end_token_learns_when_it_is_padding(tmp_path):
 @pytest.mark.numeric
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_padding_side_changes_no_score(family, request):
-    model = models.score_model_from_backbone(request.getfixturevalue(family)).eval()
+    model = score_model_from_backbone(request.getfixturevalue(family)).eval()
     lengths = [9, 4, 1, 6]
     found = []
     for left in (False, True):
@@ -187,7 +190,7 @@ def test_padding_side_changes_no_score(family, request):
 
 @pytest.mark.numeric
 def test_padding_with_the_end_token_changes_no_score(llama):
-    model = models.score_model_from_backbone(llama).eval()
+    model = score_model_from_backbone(llama).eval()
     ends = []
     for pad in (3, 2):
         ids_BL, mask_BL = batch([7, 3], pad)
@@ -197,7 +200,7 @@ def test_padding_with_the_end_token_changes_no_score(llama):
 
 @pytest.mark.numeric
 def test_head_is_computed_in_fp32(llama):
-    model = models.score_model_from_backbone(llama, dtype=torch.bfloat16)
+    model = score_model_from_backbone(llama, dtype=torch.bfloat16)
     ids_BL, mask_BL = batch([5, 3], 3)
     hidden = model.backbone(input_ids=ids_BL, attention_mask=mask_BL.long()).last_hidden_state
     assert hidden.dtype == torch.bfloat16
@@ -209,15 +212,15 @@ def test_head_is_computed_in_fp32(llama):
 def test_new_head_has_the_config_s_spread(tmp_path):
     folder = make_model(tmp_path / "lm", hidden=512)
     torch.manual_seed(3)
-    weight = models.load_score_model(folder, new_head=True).score.weight
+    weight = load_score_model(folder, new_head=True).score.weight
     assert abs(weight.std().item() / 0.02 - 1) < 0.1 and abs(weight.mean().item()) < 0.004
     torch.manual_seed(3)
-    assert torch.equal(weight, models.load_score_model(folder, new_head=True).score.weight)
+    assert torch.equal(weight, load_score_model(folder, new_head=True).score.weight)
 
 
 @pytest.mark.numeric
 def test_gradient_checkpointing_gives_the_same_gradient(llama):
-    plain = models.score_model_from_backbone(llama)
+    plain = score_model_from_backbone(llama)
     saving = copy.deepcopy(plain)
     saving.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     ids_BL, mask_BL = batch([6, 4], 3)
@@ -236,7 +239,7 @@ def test_text_part_of_a_multimodal_model(tmp_path):
                   patch_size=14)
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "lm")
-    model = models.score_model_from_backbone(tmp_path / "lm").train()
+    model = score_model_from_backbone(tmp_path / "lm").train()
     model(*batch([5, 3], 3)).sum().backward()
     assert not any("vision" in name for name, _ in model.named_parameters())
 
@@ -248,39 +251,39 @@ def test_text_part_of_a_multimodal_model(tmp_path):
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_lora_of_a_causal_lm_is_merged_on_save(family, request, tmp_path):
     folder = request.getfixturevalue(family)
-    tokenizer, lm = models.load_tokenizer(folder), models.load_causal_lm(folder)
-    wrapped = models.add_lora(lm, Lora(rank=4, alpha=8.0))
+    tokenizer, lm = load_tokenizer(folder), load_causal_lm(folder)
+    wrapped = add_lora(lm, Lora(rank=4, alpha=8.0))
     _shake(wrapped)
     ids_BL, mask_BL = batch([6], 3)
     wrapped.eval()
     expected = wrapped(input_ids=ids_BL).logits
     before = {name: tensor.clone() for name, tensor in wrapped.state_dict().items()}
-    models.save_causal_lm(tmp_path / "out", wrapped, tokenizer)
+    save_causal_lm(tmp_path / "out", wrapped, tokenizer)
     assert all(torch.equal(before[name], tensor) for name, tensor in wrapped.state_dict().items())
-    again = models.load_causal_lm(tmp_path / "out", tokenizer=tokenizer).eval()
+    again = load_causal_lm(tmp_path / "out", tokenizer=tokenizer).eval()
     assert torch.allclose(again(input_ids=ids_BL).logits, expected, atol=1e-5)
-    assert torch.allclose(models.merge_lora(wrapped)(input_ids=ids_BL).logits, expected, atol=1e-5)
-    untouched = models.load_causal_lm(folder).eval()(input_ids=ids_BL).logits
+    assert torch.allclose(merge_lora(wrapped)(input_ids=ids_BL).logits, expected, atol=1e-5)
+    untouched = load_causal_lm(folder).eval()(input_ids=ids_BL).logits
     assert (untouched - expected).abs().max() > 1e-3
 
 
 @pytest.mark.numeric
 def test_lora_of_a_score_model_trains_the_head_and_is_merged_on_save(llama, tmp_path):
-    model = models.add_lora(models.score_model_from_backbone(llama), Lora(rank=4))
+    model = add_lora(score_model_from_backbone(llama), Lora(rank=4))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert "score.weight" in trained and all("lora_" in name for name in trained - {"score.weight"})
     _shake(model)
     model.eval()
     ids_BL, mask_BL = batch([6, 3], 3)
-    models.save_score_model(tmp_path / "rm", model, models.load_tokenizer(llama), kind="reward")
-    again = models.load_score_model(tmp_path / "rm").eval()
+    save_score_model(tmp_path / "rm", model, load_tokenizer(llama), kind="reward")
+    again = load_score_model(tmp_path / "rm").eval()
     assert torch.allclose(again(ids_BL, mask_BL)[mask_BL], model(ids_BL, mask_BL)[mask_BL], atol=1e-5)
-    assert torch.allclose(models.merge_lora(model)(ids_BL, mask_BL)[mask_BL], again(ids_BL, mask_BL)[mask_BL], atol=1e-5)
+    assert torch.allclose(merge_lora(model)(ids_BL, mask_BL)[mask_BL], again(ids_BL, mask_BL)[mask_BL], atol=1e-5)
 
 
 def test_lora_with_unknown_modules_is_refused(llama):
     with pytest.raises(UserError, match="target_modules"):
-        models.add_lora(models.load_causal_lm(llama), Lora(rank=2, target_modules=["nowhere"]))
+        add_lora(load_causal_lm(llama), Lora(rank=2, target_modules=["nowhere"]))
 
 
 def _shake(model):
@@ -299,12 +302,12 @@ def _shake(model):
 def test_real_llama(tmp_path):
     from transformers import AutoModelForSequenceClassification
     folder = shared() / "models" / "stories260k"
-    tokenizer = models.load_tokenizer(folder)
-    models.load_causal_lm(folder, tokenizer=tokenizer)
+    tokenizer = load_tokenizer(folder)
+    load_causal_lm(folder, tokenizer=tokenizer)
     with pytest.raises(UserError, match="without a head"):
-        models.load_score_model(folder)
-    model = models.load_score_model(folder, new_head=True, tokenizer=tokenizer).eval()
-    models.save_score_model(tmp_path / "cost", model, tokenizer, kind="cost")
+        load_score_model(folder)
+    model = load_score_model(folder, new_head=True, tokenizer=tokenizer).eval()
+    save_score_model(tmp_path / "cost", model, tokenizer, kind="cost")
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "cost").eval()
     texts = ["Once upon a time" + tokenizer.eos_token, "A dog ran to the park." + tokenizer.eos_token]
     tokenizer.padding_side = "right"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from saferlhf_fast.kernels import dispatch, linear
-from saferlhf_fast.on_policy import loss_of, on_policy_loss, whole_sequences
+from saferlhf_fast.models.on_policy_loss import loss_of, on_policy_loss, whole_sequences
 
 pytestmark = pytest.mark.numeric
 

@@ -23,10 +23,12 @@ def world(tmp_path_factory):
 def test_batches_are_one_step_stale(world, tmp_path):
     """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts and seeds under
     those weights give the same tokens; the gap to the trainer's log-probs opens with the second step."""
-    from saferlhf_fast import models, overlap, ppo_lag
+    from saferlhf_fast import overlap, ppo_lag
     from saferlhf_fast.config.stages import PPO, Engine, PPOConfig, Sampling
     from saferlhf_fast.generation import open_generator
-    from saferlhf_fast.policy import Policy
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+    from saferlhf_fast.models.policy import Policy
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout import end_tokens, generate
     from saferlhf_fast.runtime import engine
     out = kit.run("ppo-lag", tmp_path / "run", save_interval=1, log__sample_interval=1, **world, **SETTINGS)
@@ -39,14 +41,14 @@ def test_batches_are_one_step_stale(world, tmp_path):
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data=world["data"], output="none",
                     max_length=24, ppo=PPO(batch_size=4, max_steps=4))
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = models.load_tokenizer(world["model"])
+    tokenizer = load_tokenizer(world["model"])
     prompts, *_ = ppo_lag.load_data(cfg, tokenizer)
     lengths = kit.losses(out, "train/mean_generated_length")
     for step, batch in enumerate(ppo_lag.prompt_batches(prompts, cfg, 4), 1):
         found = {}
         for name, weights in (("stale", step - 2), ("fresh", step - 1)):
             folder = out / f"step-{weights}" if weights > 0 else world["model"]
-            lm = models.load_causal_lm(str(folder), tokenizer=tokenizer)
+            lm = load_causal_lm(str(folder), tokenizer=tokenizer)
             sampling = Sampling()
             actor = engine.Frozen(Policy(lm), Engine())
             generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from tolerance import assert_near, assert_near_in_another_batch
 
-from saferlhf_fast import attention, body, models
 from saferlhf_fast.config.stages import Sampling
-from saferlhf_fast.generation import warp
-from saferlhf_fast.packing import end_row, fill, pack, padded, response_rows
-from saferlhf_fast.policy import Objective, Policy, sequence_sums, trained_rows
+from saferlhf_fast.models import attention, backbone, sampling_distribution
+from saferlhf_fast.models.packing import end_row, fill, pack_sequences, padded, response_rows
+from saferlhf_fast.models.policy import Objective, Policy, sequence_sums, trained_rows
+from saferlhf_fast.models.score_model import ScoreModel, score_model_from_backbone
 
 pytestmark = pytest.mark.numeric
 
@@ -58,7 +58,7 @@ def one_at_a_time(lm, temperature):
 
 
 def responses():
-    return pack(SEQUENCES, [response_rows(s, len(ids)) for ids, s in zip(SEQUENCES, STARTS)], "cpu")
+    return pack_sequences(SEQUENCES, [response_rows(s, len(ids)) for ids, s in zip(SEQUENCES, STARTS)], "cpu")
 
 
 def gradients(module, loss):
@@ -99,7 +99,7 @@ def test_packed_says_where_everything_lies():
     assert packed.counts == (7, 2, 2, 4, 1) and packed.cu_seqlens.tolist() == [0, 7, 9, 11, 15, 16]
     assert packed.layout.cu_seqlens.tolist() == [0, 9, 12, 17, 22, 24] and packed.layout.runs == [(1, 9), (1, 3), (2, 5), (1, 2)]
     assert packed.targets_N.tolist() == [i for ids, s in zip(SEQUENCES, STARTS) for i in ids[s:]]
-    ends = pack(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], "cpu")
+    ends = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], "cpu")
     assert ends.ids_M[ends.rows_N].tolist() == [ids[-1] for ids in SEQUENCES] and ends.targets_N.tolist() == [-1] * 5
     assert sequence_sums(torch.arange(16.0), packed).tolist() == [21, 15, 19, 50, 15]
     assert trained_rows([True, False, True, True, False]) == [1, 2]
@@ -107,7 +107,7 @@ def test_packed_says_where_everything_lies():
     assert rows.ids_SL.shape == (5, 9) and rows.mask_SL.sum(1).tolist() == [9, 3, 5, 5, 2]
     assert torch.equal(rows.ids_SL.flatten()[rows.flat_M], packed.ids_M)
     with pytest.raises(ValueError, match="expected positions in 0 … 1, got -1"):
-        pack([[1, 2]], [response_rows(0, 2)], "cpu")
+        pack_sequences([[1, 2]], [response_rows(0, 2)], "cpu")
 
 
 # ---------------------------------------------------------------- attention and models
@@ -137,7 +137,7 @@ def test_no_sequence_sees_another():
     before = policy(responses())
     other = [list(ids) for ids in SEQUENCES]
     other[1] = [30, 31, 32]
-    after = policy(pack(other, [response_rows(s, len(ids)) for ids, s in zip(SEQUENCES, STARTS)], "cpu"))
+    after = policy(pack_sequences(other, [response_rows(s, len(ids)) for ids, s in zip(SEQUENCES, STARTS)], "cpu"))
     changed = (before != after).tolist()
     assert changed == [False] * 7 + [True] * 2 + [False] * 7
 
@@ -171,11 +171,12 @@ def test_no_dense_mask_is_ever_made(monkeypatch):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_score_models_answer_the_asked_positions(tmp_path, checkpointing):
-    model = models.score_model_from_backbone(kit.make_model(tmp_path / "m"))
+    model = score_model_from_backbone(kit.make_model(tmp_path / "m"))
     if checkpointing:
         model.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    packed = pack(SEQUENCES, [range(len(ids)) if i % 2 else end_row(len(ids)) for i, ids in enumerate(SEQUENCES)], "cpu")
+    asked = [range(len(ids)) if i % 2 else end_row(len(ids)) for i, ids in enumerate(SEQUENCES)]
+    packed = pack_sequences(SEQUENCES, asked, "cpu")
     alone = [model(torch.tensor([ids]), torch.ones(1, len(ids)))[0] for ids in SEQUENCES]
     expected_N = torch.cat([a if i % 2 else a[-1:] for i, a in enumerate(alone)])
     scores_N = model(packed)
@@ -189,8 +190,8 @@ def test_encoders_score_packed_too():
     from transformers import BertConfig, BertModel
     torch.manual_seed(0)
     settings = dict(TINY, max_position_embeddings=32, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
-    model = models.ScoreModel(BertModel(BertConfig(**settings), add_pooling_layer=False))
-    packed = pack(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], "cpu")
+    model = ScoreModel(BertModel(BertConfig(**settings), add_pooling_layer=False))
+    packed = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], "cpu")
     expected = torch.stack([model(torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1] for ids in SEQUENCES])
     assert_near_in_another_batch(model(packed), expected)
 
@@ -249,7 +250,7 @@ def test_what_is_scored_is_what_is_sampled(name, shape):
         for t in range(start, len(ids)):
             logits = lm(input_ids=torch.tensor([ids[:t]])).logits[0, -1:].float()
             target = torch.tensor([ids[t]])
-            scores = warp.warp(logits, sampling, torch.tensor([ids[:t]]), target)
+            scores = sampling_distribution.warp(logits, sampling, torch.tensor([ids[:t]]), target)
             expected.append(scores.log_softmax(-1)[0, ids[t]])
     logp_N = Policy(lm)(responses(), sampling)
     assert_near_in_another_batch(logp_N, torch.stack(expected))
@@ -273,5 +274,5 @@ def test_a_wrapped_model_is_still_itself(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert type(again.lm_head) is torch.nn.Linear and again.config._attn_implementation == "sdpa"
     assert sorted(again.state_dict()) == names
-    body.PROBES.clear()
+    backbone.PROBES.clear()
     assert Policy(again).packs

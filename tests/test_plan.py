@@ -309,11 +309,11 @@ def test_a_mistake_gets_one_line(words, line, capsys):
 
 
 def test_a_hub_name_without_a_network_says_what_to_give_instead(monkeypatch, capsys):
-    from saferlhf_fast import model_files
+    from saferlhf_fast.models import folders
 
     def unreachable(name):
         raise UserError(f"{name}: expected a model folder or a model on the Hub; there is no such folder, and the Hub says: no")
-    monkeypatch.setattr(model_files, "_find_on_hub", unreachable)
+    monkeypatch.setattr(folders, "_find_on_hub", unreachable)
     assert cli.main(["plan", "quickstart"]) == 2
     _, err = capsys.readouterr()
     assert err.count("\n") == 1 and "sft.model: HuggingFaceTB/SmolLM2-135M" in err and "sft.model=DIR" in err

@@ -7,11 +7,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.models import ScoreModel
-from saferlhf_fast.packing import pack
+from saferlhf_fast.models.packing import pack_sequences
+from saferlhf_fast.models.policy import Objective, Policy
+from saferlhf_fast.models.score_model import ScoreModel
 from saferlhf_fast.plan import footprints, sizes
 from saferlhf_fast.plan.trace import Tracker, footprint_of
-from saferlhf_fast.policy import Objective, Policy
 
 SHAPE = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SHAPE, "model_type": "llama", "intermediate_size": 172, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -51,7 +51,7 @@ def allocated(step):
 def measured(module, asked):
     """(held between forward and backward, most in forward, most in both) of a pass over LENGTHS."""
     ids = [[7] * n for n in LENGTHS]
-    packed = pack(ids, [footprints.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
+    packed = pack_sequences(ids, [footprints.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
     module(packed).sum().backward()                   # libraries take what they keep
     for p in module.parameters():
         p.grad = None
@@ -85,7 +85,7 @@ def test_a_pass_takes_what_the_allocator_hands_out(case):
 def test_without_gradient_a_pass_keeps_nothing():
     plan = footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", train=False)
     module = real(LLAMA).eval()
-    packed = pack([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
+    packed = pack_sequences([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
     with torch.no_grad():
         module(packed)
         _, peak, _ = allocated(lambda: module(packed))
@@ -99,7 +99,7 @@ def test_the_head_s_own_loss_holds_its_gradient_from_forward_on():
     # d weight and d hidden take the place of the hidden states and of three numbers for each row.
     assert objective.saved - plain.saved == pytest.approx(4 * vocabulary * width, rel=0.05)
     module = real(LLAMA)
-    packed = pack([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
+    packed = pack_sequences([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
     known_N = torch.zeros(rows)
     terms = Objective(known_N, known_N, {"clip_ratio": 0.2, "normalizer": 1})
     module(packed, None, terms)[0].backward()
@@ -111,7 +111,7 @@ def test_gradients_that_are_kept_are_counted_and_told_apart():
     module = sizes.build(blueprint(LLAMA))
     weights = 4 * sum(p.numel() for p in module.parameters())
     for lengths, share in (((2,), 0.6), ((512,), 0.0)):   # few tokens: gradients are the most; many: the start of backward is
-        packed = pack([[0] * n for n in lengths], [range(n - 1) for n in lengths], torch.device("meta"))
+        packed = pack_sequences([[0] * n for n in lengths], [range(n - 1) for n in lengths], torch.device("meta"))
         kept = footprint_of(module, lambda m: m(packed), "cpu", keep_gradients=True)  # noqa: B023
         passing = footprint_of(module, lambda m: m(packed), "cpu")                    # noqa: B023
         assert share * weights <= kept.gradients <= weights and passing.gradients == 0
@@ -121,7 +121,7 @@ def test_gradients_that_are_kept_are_counted_and_told_apart():
 
 def test_layers_beyond_a_few_are_a_straight_line():
     deep = blueprint({**LLAMA, "num_hidden_layers": 26})
-    packed = pack([[0] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("meta"))
+    packed = pack_sequences([[0] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("meta"))
     whole = footprint_of(sizes.build(deep), lambda m: m(packed), "cpu")
     assert footprints.of_pass(deep, LENGTHS, 1 << 30, "cpu") == whole
 

@@ -8,9 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kit import make_model, make_tokenizer
-from saferlhf_fast import models
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.model_files import quiet
+from saferlhf_fast.models.folders import quiet
+from saferlhf_fast.models.score_checkpoint import check_score_export, save_score_model
+from saferlhf_fast.models.score_model import load_score_model, score_model_from_backbone
+from saferlhf_fast.models.tokenizer import load_tokenizer, same_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -73,26 +75,26 @@ def write_ref(folder, llama, bias=0.7, mean=0.4, var=2.25, binary=False, drop=()
 
 @pytest.mark.numeric
 def test_export_is_exact_through_the_class(llama, tmp_path):
-    tokenizer, model = models.load_tokenizer(llama), models.score_model_from_backbone(llama)
-    models.save_score_model(tmp_path / "rm", model, tokenizer, kind="reward", card={"data": ["pairs.jsonl"],
+    tokenizer, model = load_tokenizer(llama), score_model_from_backbone(llama)
+    save_score_model(tmp_path / "rm", model, tokenizer, kind="reward", card={"data": ["pairs.jsonl"],
                                                                                    "accuracy": 0.75})
     ids_BL, mask_BL = right_padded(tokenizer)
     assert torch.allclose(class_scores(tmp_path / "rm", ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6)
     config = json.loads((tmp_path / "rm" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
     assert config["problem_type"] == "regression" and config["pad_token_id"] == tokenizer.pad_token_id
-    again = models.load_score_model(tmp_path / "rm", tokenizer=models.load_tokenizer(tmp_path / "rm"))
+    again = load_score_model(tmp_path / "rm", tokenizer=load_tokenizer(tmp_path / "rm"))
     assert again.kind == "reward" and torch.equal(again(ids_BL, mask_BL), model(ids_BL, mask_BL))
     card = (tmp_path / "rm" / "README.md").read_text()
     assert "pairs.jsonl" in card and "0.75" in card and "AutoModelForSequenceClassification" in card
 
 
 def test_export_of_a_state_dict(llama, tmp_path):
-    tokenizer, model = models.load_tokenizer(llama), models.score_model_from_backbone(llama)
+    tokenizer, model = load_tokenizer(llama), score_model_from_backbone(llama)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["score.weight"] = state["score.weight"] + 1
-    models.save_score_model(tmp_path / "rm", model, tokenizer, kind="reward", state_dict=state)
-    assert torch.equal(models.load_score_model(tmp_path / "rm").score.weight, state["score.weight"])
+    save_score_model(tmp_path / "rm", model, tokenizer, kind="reward", state_dict=state)
+    assert torch.equal(load_score_model(tmp_path / "rm").score.weight, state["score.weight"])
 
 
 @pytest.mark.numeric
@@ -113,12 +115,12 @@ def test_export_of_other_families(family, tmp_path):
     torch.manual_seed(0)
     names = {"GPT2": "GPT2LMHeadModel"}
     getattr(transformers, names.get(cls, f"{cls}ForCausalLM"))(config).save_pretrained(tmp_path / "lm")
-    model = models.score_model_from_backbone(tmp_path / "lm").eval()
-    models.save_score_model(tmp_path / "rm", model, tokenizer, kind="cost")
+    model = score_model_from_backbone(tmp_path / "lm").eval()
+    save_score_model(tmp_path / "rm", model, tokenizer, kind="cost")
     ids_BL, mask_BL = right_padded(tokenizer)
     expected = end_scores(model, ids_BL, mask_BL)
     assert torch.allclose(class_scores(tmp_path / "rm", ids_BL, mask_BL), expected, atol=1e-5)
-    assert torch.allclose(end_scores(models.load_score_model(tmp_path / "rm"), ids_BL, mask_BL), expected, atol=1e-5)
+    assert torch.allclose(end_scores(load_score_model(tmp_path / "rm"), ids_BL, mask_BL), expected, atol=1e-5)
 
 
 @pytest.mark.numeric
@@ -127,10 +129,10 @@ def test_a_family_without_the_class_is_kept_for_our_loader(tmp_path):
     tokenizer = make_tokenizer()
     BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
                                intermediate_size=64)).save_pretrained(tmp_path / "lm")
-    model = models.score_model_from_backbone(tmp_path / "lm").eval()
-    models.save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")
+    model = score_model_from_backbone(tmp_path / "lm").eval()
+    save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")
     ids_BL, mask_BL = right_padded(tokenizer)
-    again = models.load_score_model(tmp_path / "rm")
+    again = load_score_model(tmp_path / "rm")
     assert torch.allclose(end_scores(again, ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6)
     assert "load it with saferlhf-fast" in (tmp_path / "rm" / "README.md").read_text()
 
@@ -138,12 +140,12 @@ def test_a_family_without_the_class_is_kept_for_our_loader(tmp_path):
 @pytest.mark.numeric
 def test_pad_equal_to_eos_gets_another_pad(tmp_path):
     folder = make_model(tmp_path / "lm", pad_is_eos=True)
-    tokenizer, model = models.load_tokenizer(folder), models.score_model_from_backbone(folder)
+    tokenizer, model = load_tokenizer(folder), score_model_from_backbone(folder)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    models.save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")
-    saved = models.load_tokenizer(tmp_path / "rm")
+    save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")
+    saved = load_tokenizer(tmp_path / "rm")
     assert saved.pad_token_id != saved.eos_token_id and tokenizer.pad_token_id == tokenizer.eos_token_id
-    assert models.same_tokenizer(saved, tokenizer)
+    assert same_tokenizer(saved, tokenizer)
     ids_BL, mask_BL = right_padded(saved)
     assert torch.allclose(class_scores(tmp_path / "rm", ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6)
 
@@ -151,9 +153,9 @@ def test_pad_equal_to_eos_gets_another_pad(tmp_path):
 def test_pad_equal_to_eos_without_another_special_token_is_refused(llama, tmp_path):
     tokenizer = make_tokenizer(pad_is_eos=True)
     tokenizer.bos_token = tokenizer.unk_token = None
-    model = models.score_model_from_backbone(llama)
-    for call in (lambda: models.check_score_export(model, tokenizer),
-                 lambda: models.save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")):
+    model = score_model_from_backbone(llama)
+    for call in (lambda: check_score_export(model, tokenizer),
+                 lambda: save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")):
         with pytest.raises(UserError, match="another special token"):
             call()
     assert not list(tmp_path.iterdir())
@@ -168,8 +170,8 @@ def test_pad_equal_to_eos_without_another_special_token_is_refused(llama, tmp_pa
 def test_ref_checkpoint_scores_as_its_formula(llama, tmp_path, score_type, normalize, binary):
     state = write_ref(tmp_path, llama, binary=binary, score_type=score_type, do_normalize=normalize,
                       normalizer_type="RunningMeanStd" if normalize else None)
-    model = models.load_score_model(tmp_path, allow_pickle=binary)
-    ids_BL, mask_BL = right_padded(models.load_tokenizer(tmp_path))
+    model = load_score_model(tmp_path, allow_pickle=binary)
+    ids_BL, mask_BL = right_padded(load_tokenizer(tmp_path))
     from transformers import AutoModel
     hidden = AutoModel.from_pretrained(llama).eval()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
     expected = hidden @ state["score_head.weight"][0] + 0.7
@@ -186,13 +188,13 @@ def test_ref_checkpoint_scores_as_its_formula(llama, tmp_path, score_type, norma
 def test_ref_bias_is_refused_or_kept(llama, tmp_path):
     (tmp_path / "ref").mkdir()
     write_ref(tmp_path / "ref", llama, do_normalize=True, normalizer_type="RunningMeanStd")
-    model, tokenizer = models.load_score_model(tmp_path / "ref"), models.load_tokenizer(tmp_path / "ref")
+    model, tokenizer = load_score_model(tmp_path / "ref"), load_tokenizer(tmp_path / "ref")
     ids_BL, mask_BL = right_padded(tokenizer)
     scores = end_scores(model, ids_BL, mask_BL)
     with pytest.raises(UserError, match=r"bias \(\+0.7000\) and a normaliser.*drop_bias"):
-        models.save_score_model(tmp_path / "out", model, tokenizer, kind="cost")
-    models.save_score_model(tmp_path / "kept", model, tokenizer, kind="cost", keep_bias=True)
-    kept = models.load_score_model(tmp_path / "kept")
+        save_score_model(tmp_path / "out", model, tokenizer, kind="cost")
+    save_score_model(tmp_path / "kept", model, tokenizer, kind="cost", keep_bias=True)
+    kept = load_score_model(tmp_path / "kept")
     assert torch.allclose(end_scores(kept, ids_BL, mask_BL), scores, atol=1e-6)
     assert "only saferlhf-fast" in (tmp_path / "kept" / "README.md").read_text()
     config = json.loads((tmp_path / "kept" / "config.json").read_text())
@@ -203,13 +205,13 @@ def test_ref_bias_is_refused_or_kept(llama, tmp_path):
 def test_ref_bias_dropped_prints_the_shift(llama, tmp_path, capsys):
     (tmp_path / "ref").mkdir()
     write_ref(tmp_path / "ref", llama)
-    model, tokenizer = models.load_score_model(tmp_path / "ref"), models.load_tokenizer(tmp_path / "ref")
-    models.save_score_model(tmp_path / "out", model, tokenizer, kind="cost", drop_bias=True)
+    model, tokenizer = load_score_model(tmp_path / "ref"), load_tokenizer(tmp_path / "ref")
+    save_score_model(tmp_path / "out", model, tokenizer, kind="cost", drop_bias=True)
     assert "-0.700000" in "".join(capsys.readouterr())
     ids_BL, mask_BL = right_padded(tokenizer)
     shifted = class_scores(tmp_path / "out", ids_BL, mask_BL)
     assert torch.allclose(shifted, end_scores(model, ids_BL, mask_BL) - 0.7, atol=1e-5)
-    assert torch.allclose(end_scores(models.load_score_model(tmp_path / "out"), ids_BL, mask_BL), shifted, atol=1e-6)
+    assert torch.allclose(end_scores(load_score_model(tmp_path / "out"), ids_BL, mask_BL), shifted, atol=1e-6)
 
 
 # ---------------------------------------------------------------- refusals
@@ -217,23 +219,23 @@ def test_ref_bias_dropped_prints_the_shift(llama, tmp_path, capsys):
 
 def test_a_missing_head_is_never_random(llama, tmp_path):
     with pytest.raises(UserError, match="without a head"):
-        models.load_score_model(llama)
+        load_score_model(llama)
     write_ref(tmp_path, llama, drop=("score_head.weight", "score_head.bias"))
     for new_head in (False, True):
         with pytest.raises(UserError, match="expected the head of a score model"):
-            models.load_score_model(tmp_path, new_head=new_head)
+            load_score_model(tmp_path, new_head=new_head)
 
 
 def test_missing_backbone_weights_are_named(llama, tmp_path):
     write_ref(tmp_path, llama, drop=("model.layers.1.mlp.up_proj.weight",))
     with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight"):
-        models.load_score_model(tmp_path)
+        load_score_model(tmp_path)
 
 
 def test_an_existing_head_is_kept_with_new_head(llama, tmp_path):
-    model = models.score_model_from_backbone(llama)
-    models.save_score_model(tmp_path / "rm", model, models.load_tokenizer(llama), kind="reward")
-    assert torch.equal(models.load_score_model(tmp_path / "rm", new_head=True).score.weight, model.score.weight)
+    model = score_model_from_backbone(llama)
+    save_score_model(tmp_path / "rm", model, load_tokenizer(llama), kind="reward")
+    assert torch.equal(load_score_model(tmp_path / "rm", new_head=True).score.weight, model.score.weight)
 
 
 def test_a_classifier_with_several_labels_is_refused(llama, tmp_path):
@@ -242,7 +244,7 @@ def test_a_classifier_with_several_labels_is_refused(llama, tmp_path):
     config.num_labels = 3
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"one score.*\[3, 32\]"):
-        models.load_score_model(tmp_path)
+        load_score_model(tmp_path)
 
 
 def test_sharded_weights(llama, tmp_path):
@@ -252,7 +254,7 @@ def test_sharded_weights(llama, tmp_path):
     made = LlamaForSequenceClassification(config)
     made.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").is_file()
-    assert torch.equal(models.load_score_model(tmp_path).score.weight, made.score.weight)
+    assert torch.equal(load_score_model(tmp_path).score.weight, made.score.weight)
 
 
 def test_a_pickle_that_runs_code_is_refused(llama, tmp_path):
@@ -265,4 +267,4 @@ def test_a_pickle_that_runs_code_is_refused(llama, tmp_path):
 
     torch.save({"score_head.weight": Harm()}, tmp_path / "pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
-        models.load_score_model(tmp_path, allow_pickle=True)
+        load_score_model(tmp_path, allow_pickle=True)

@@ -148,8 +148,8 @@ def test_inputs_that_do_not_fit_are_refused(tiny, inputs, message):
 
 
 def test_a_packed_comes_alone(tiny):
-    from saferlhf_fast.packing import pack
-    packed = pack([[1, 2, 3]], [range(3)], torch.device("cpu"))
+    from saferlhf_fast.models.packing import pack_sequences
+    packed = pack_sequences([[1, 2, 3]], [range(3)], torch.device("cpu"))
     assert tiny(packed).shape == (3,)
     with pytest.raises(ValueError, match="expected a Packed alone, got a mask or position ids"):
         tiny(packed, torch.ones(1, 3))

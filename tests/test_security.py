@@ -9,9 +9,10 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import models
 from saferlhf_fast.config import redact
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.models.causal_lm import load_causal_lm
+from saferlhf_fast.models.score_model import load_backbone, load_score_model, score_model_from_backbone
 
 PACKAGE = kit.ROOT / "saferlhf_fast"
 
@@ -21,7 +22,7 @@ RISKY = {"torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "marsh
          "joblib.load", "numpy.load", "np.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "eval",
          "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path", "torch.hub.load", "torch.jit.load"}
 ALLOWED = {
-    ("score_files.py", "torch.load"): "weights_only=True",
+    ("models/score_checkpoint.py", "torch.load"): "weights_only=True",
     ("runtime/checkpoint/safe_pickle.py", "_TORCH_LOAD"): "weights_only=True, with a list of classes",
     ("plan/measure.py", "__import__"): "modules of this package, by name",
 }
@@ -68,7 +69,8 @@ def test_no_loader_of_transformers_may_read_pickles_or_code_by_itself():
             if isinstance(node, ast.Call) and dotted(node.func) in ("AutoModel.from_pretrained",
                                                                     "AutoModelForCausalLM.from_pretrained"):
                 options = ast.unparse(node)
-                assert "_only(allow_pickle)" in options and "trust_remote_code=trust_remote_code" in options, (path, options)
+                said = "allowed_files(allow_pickle)" in options and "trust_remote_code=trust_remote_code" in options
+                assert said, (path, options)
         if path.name != "sizes.py":
             assert "trust_remote_code=True" not in text and '"trust_remote_code": True' not in text, path
 
@@ -120,12 +122,12 @@ def test_weights_in_a_pickle_alone_are_refused_and_can_be_allowed(world, tmp_pat
     line = refused(capfd, *sft(folder, world, tmp_path / "out"))
     assert f"model: {folder} has its weights as a pickle alone (pytorch_model.bin)" in line and "allow_pickle=true" in line
     assert not (tmp_path / "out").exists()
-    for load in (models.load_causal_lm, models.score_model_from_backbone, models.load_backbone):
+    for load in (load_causal_lm, score_model_from_backbone, load_backbone):
         with pytest.raises(UserError, match="pickle alone"):
             load(folder)
         assert load(folder, allow_pickle=True) is not None
-    expected = models.load_causal_lm(world["model"]).state_dict()
-    found = models.load_causal_lm(folder, allow_pickle=True).state_dict()
+    expected = load_causal_lm(world["model"]).state_dict()
+    found = load_causal_lm(folder, allow_pickle=True).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -134,11 +136,11 @@ def test_safetensors_are_read_where_both_are_there(world, tmp_path):
     folder = Path(shutil.copytree(world["model"], tmp_path / "both"))
     torch.save({"lm_head.weight": Harm(tmp_path / "ran")}, folder / "pytorch_model.bin")
     for allow in (False, True):
-        models.load_causal_lm(folder, allow_pickle=allow)
+        load_causal_lm(folder, allow_pickle=allow)
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("load", [models.load_causal_lm, models.load_backbone, models.load_score_model])
+@pytest.mark.parametrize("load", [load_causal_lm, load_backbone, load_score_model])
 def test_a_pickle_that_would_run_something_never_does(world, tmp_path, load):
     folder = pickled(world, tmp_path / "harm", {"score.weight": Harm(tmp_path / "ran")})
     for allow in (False, True):
@@ -164,7 +166,7 @@ def test_an_index_names_no_file_outside_its_folder(world, tmp_path, name):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
     shutil.copy(Path(world["model"]) / "model.safetensors", folder / "other.safetensors")
-    for load in (models.load_causal_lm, models.load_backbone, models.load_score_model):
+    for load in (load_causal_lm, load_backbone, load_score_model):
         with pytest.raises(UserError, match="expected a file of this folder"):
             load(folder)
 

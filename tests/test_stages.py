@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from saferlhf_fast.model_files import write_card
+from saferlhf_fast.models.folders import write_card
 
 STAGES = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag", "evaluate")
 SECRET = "not-to-be-written-anywhere"
@@ -84,7 +84,7 @@ def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown
 def test_the_model_is_one_of_transformers(world, stage):
     """Loaded by its own classes, which know nothing of us; and it is not the model that the run began with."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-    from saferlhf_fast.models import load_score_model
+    from saferlhf_fast.models.score_model import load_score_model
     folder = world["folder"] / stage / "model"
     kind = AutoModelForSequenceClassification if stage in ("reward", "cost") else AutoModelForCausalLM
     model, info = kind.from_pretrained(folder, output_loading_info=True)
@@ -235,7 +235,7 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
     from transformers import AutoModelForCausalLM
     from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.dpo import batch_loss
-    from saferlhf_fast.policy import Policy
+    from saferlhf_fast.models.policy import Policy
     lms = [AutoModelForCausalLM.from_pretrained(kit.make_model(tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
     prompt, chosen, rejected = [5, 6, 7], [8, 9, 2], [10, 2]
     example = PairExample(prompt + chosen, prompt + rejected, len(prompt), "")
@@ -256,7 +256,7 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
 def test_token_wise_loss_by_hand(world):
     """The responses share their first token: from the second on, the shorter one's last score standing in."""
     from saferlhf_fast.data.examples import PairExample
-    from saferlhf_fast.models import score_model_from_backbone
+    from saferlhf_fast.models.score_model import score_model_from_backbone
     from saferlhf_fast.preference import pair_loss, reward_loss
     model = score_model_from_backbone(world["model"])
     a, b = [5, 6, 8, 9, 2], [5, 6, 8, 2]

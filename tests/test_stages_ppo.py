@@ -240,8 +240,10 @@ def test_the_actor_is_saved_every_n_steps(go):
 
 def permuted(folder, base, score):
     """Writes `score` with its vocabulary in another order: other ids, the same words, the same function of a text."""
-    from saferlhf_fast import models
-    tokenizer, model = models.load_tokenizer(base), models.load_score_model(score)
+    from saferlhf_fast.models.score_checkpoint import save_score_model
+    from saferlhf_fast.models.score_model import load_score_model
+    from saferlhf_fast.models.tokenizer import load_tokenizer
+    tokenizer, model = load_tokenizer(base), load_score_model(score)
     other = kit.make_tokenizer(extra=("more",))
     raw = json.loads(other.backend_tokenizer.to_str())
     vocab = tokenizer.get_vocab()
@@ -256,24 +258,24 @@ def permuted(folder, base, score):
     embedding = model.backbone.get_input_embeddings().weight
     with torch.no_grad():
         embedding.copy_(embedding.flip(0))
-    models.save_score_model(folder, model, other, kind="reward")
+    save_score_model(folder, model, other, kind="reward")
     return str(folder)
 
 
 def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
     """The same function under other ids gives the same scores; its critic starts from the policy, which is said."""
-    from saferlhf_fast import models
     from saferlhf_fast.cast import load_judge
     from saferlhf_fast.config.stages import PPOConfig
     from saferlhf_fast.data.examples import PromptExample
     from saferlhf_fast.data.templates import Template
     from saferlhf_fast.generation import Response
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout import assemble
     from saferlhf_fast.runtime import engine
     other = permuted(tmp_path / "permuted", world["model"], world["reward"])
     cfg = PPOConfig(model=world["model"], reward=other, data="none", output="none", max_length=32)
     engine.start(cfg.engine, 0)
-    tokenizer = models.load_tokenizer(world["model"])
+    tokenizer = load_tokenizer(world["model"])
     template = Template(tokenizer, "auto")
     prompts = []
     for text in ("what is red", "stop the day of blue"):
@@ -309,11 +311,12 @@ def test_evaluation_on_training_prompts_is_told(go, capsys):
 def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from saferlhf_fast import models
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.generation import open_generator
-    from saferlhf_fast.policy import Policy
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+    from saferlhf_fast.models.policy import Policy
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout import end_tokens, generate
     from saferlhf_fast.runtime import engine
     base = kit.make_model(tmp_path / "model", pad_is_eos=pad_is_eos)
@@ -328,8 +331,8 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     assert tokenizer.decode(answer) == "yes stop </s>"
 
     engine.start(Engine(), 0)
-    tokenizer = models.load_tokenizer(out / "model")
-    lm = models.load_causal_lm(out / "model", tokenizer=tokenizer)
+    tokenizer = load_tokenizer(out / "model")
+    lm = load_causal_lm(out / "model", tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
     sampling = Sampling(temperature=0.05)
     generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
@@ -342,18 +345,19 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
 def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architecture):
     """Prompts of other lengths, padded with the end token on the left, are answered as alone. GPT-2's positions are
     absolute: they must be counted from each row's first token."""
-    from saferlhf_fast import models
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.generation import open_generator
-    from saferlhf_fast.policy import Policy
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+    from saferlhf_fast.models.policy import Policy
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout import assemble, end_tokens, generate
     from saferlhf_fast.runtime import engine
     base = kit.make_model(tmp_path / "model", pad_is_eos=True, architecture=architecture)
     data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what"}, {"prompt": "what is the number of the day"}])
     engine.start(Engine(), 0)
-    tokenizer = models.load_tokenizer(base)
-    lm = models.load_causal_lm(base, tokenizer=tokenizer)
+    tokenizer = load_tokenizer(base)
+    lm = load_causal_lm(base, tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
     actor = engine.Frozen(Policy(lm), Engine())
     sampling = Sampling(max_new_tokens=6)
@@ -369,18 +373,19 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
 
 def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain distribution."""
-    from saferlhf_fast import models
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.generation import open_generator
-    from saferlhf_fast.policy import Policy
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+    from saferlhf_fast.models.policy import Policy
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout import end_tokens, generate
     from saferlhf_fast.runtime import engine
     base = kit.make_model(tmp_path / "model")
     data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what is the number of the day"}])
     engine.start(Engine(), 0)
-    tokenizer = models.load_tokenizer(base)
-    lm = models.load_causal_lm(base, tokenizer=tokenizer)
+    tokenizer = load_tokenizer(base)
+    lm = load_causal_lm(base, tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
     sampling = Sampling(max_new_tokens=10)
     generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)

@@ -46,12 +46,13 @@ def test_evaluate_measures_only_what_it_has_models_for(world, tmp_path, monkeypa
 
 @pytest.mark.numeric
 def test_the_kl_of_two_policies_is_above_zero_and_seeds_repeat(world, tmp_path):
-    from saferlhf_fast import models
+    from saferlhf_fast.models.causal_lm import load_causal_lm, save_causal_lm
+    from saferlhf_fast.models.tokenizer import load_tokenizer
     other = kit.make_model(tmp_path / "other", seed=5)
-    tokenizer = models.load_tokenizer(other)
-    lm = models.load_causal_lm(other)
+    tokenizer = load_tokenizer(other)
+    lm = load_causal_lm(other)
     lm.lm_head.weight.data.mul_(4.0)                                    # further from uniform
-    models.save_causal_lm(other, lm, tokenizer)
+    save_causal_lm(other, lm, tokenizer)
     runs = [kit.run("evaluate", tmp_path / str(i), model=other, prompts=world["prompts"], reference=world["model"],
                     max_length=32, seed=seed, batch_size=size) for i, (seed, size) in enumerate(((1, 16), (1, 16), (2, 16)))]
     kls = [kit.summary(out)["kl"]["mean"] for out in runs]

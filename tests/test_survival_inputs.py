@@ -10,8 +10,9 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import models
 from saferlhf_fast.data.examples import preference_examples
+from saferlhf_fast.models.causal_lm import load_causal_lm
+from saferlhf_fast.models.score_model import score_model_from_backbone
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +95,8 @@ def rows(lengths, ends):
 def test_scores_and_log_probs_are_those_of_the_unpadded_run(bases, architecture, left, pad, ends):
     """Scores of every token, the score at the end and each token's log-prob; fp32, 1e-5. GPT-2 sees absolute positions."""
     base = bases[architecture]
-    score = models.score_model_from_backbone(base).eval()
-    lm = models.load_causal_lm(base).eval()
+    score = score_model_from_backbone(base).eval()
+    lm = load_causal_lm(base).eval()
     texts = rows((9, 5, 7, 3), ends)
     longest = max(map(len, texts))
     padded = [[pad] * (longest - len(t)) + t if left else t + [pad] * (longest - len(t)) for t in texts]

@@ -6,11 +6,14 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import adapters, models
 from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
-from saferlhf_fast.packing import pack, response_rows
-from saferlhf_fast.policy import Policy
+from saferlhf_fast.models import multi_adapter
+from saferlhf_fast.models.causal_lm import load_causal_lm
+from saferlhf_fast.models.packing import pack_sequences, response_rows
+from saferlhf_fast.models.policy import Policy
+from saferlhf_fast.models.score_model import load_score_model
+from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.runtime import engine
 
 pytestmark = pytest.mark.numeric
@@ -32,7 +35,7 @@ def world(tmp_path_factory):
 
 
 def packed():
-    return pack(SEQUENCES, [response_rows(1, len(ids)) for ids in SEQUENCES], "cpu")
+    return pack_sequences(SEQUENCES, [response_rows(1, len(ids)) for ids in SEQUENCES], "cpu")
 
 
 def make_cast(world, **settings):
@@ -41,7 +44,7 @@ def make_cast(world, **settings):
                     optim=Optimizer(learning_rate=1e-2), max_length=64, **given,
                     critic_optim=Optimizer(learning_rate=1e-2, schedule="constant"))
     engine.start(cfg.engine, 0)
-    return load_cast(cfg, models.load_tokenizer(world["model"]), 9, constrained=True)
+    return load_cast(cfg, load_tokenizer(world["model"]), 9, constrained=True)
 
 
 def scramble(cast):
@@ -57,26 +60,26 @@ def test_each_role_is_a_model_of_its_own(world):
     """Reference = the base; actor = the merged model; the reward model's adapter = the whole model that was saved with it."""
     cast = make_cast(world)
     scramble(cast)
-    base = Policy(models.load_causal_lm(world["model"]))
+    base = Policy(load_causal_lm(world["model"]))
     torch.testing.assert_close(cast.reference(packed()), base(packed()).detach())
     values = cast.reward_critic(packed())
     actor_logp = cast.actor(packed())
-    merged = models.load_causal_lm(world["model"])
-    from saferlhf_fast.lora import plain_state
+    merged = load_causal_lm(world["model"])
+    from saferlhf_fast.models.lora import plain_state
     merged.load_state_dict(plain_state(cast.actor.module.lm))
     torch.testing.assert_close(actor_logp, Policy(merged)(packed()), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actor_logp, base(packed()), atol=1e-2)
     torch.testing.assert_close(cast.reference(packed()), base(packed()).detach())
     torch.testing.assert_close(cast.reward_critic(packed()), values)
 
-    whole = models.load_score_model(world["reward"])
+    whole = load_score_model(world["reward"])
     torch.testing.assert_close(cast.reward.model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_critics_start_from_their_score_model(world):
     """The reward critic from the reward adapter; the cost model is no adapter, so its critic starts without it, which is said."""
     cast = make_cast(world)
-    whole = models.load_score_model(world["reward"])
+    whole = load_score_model(world["reward"])
     torch.testing.assert_close(cast.reward_critic(packed()), whole(packed()), rtol=1e-4, atol=1e-5)
     assert not isinstance(cast.cost.model.module, type(cast.reward.model.module))
 
@@ -180,10 +183,10 @@ def test_the_saved_adapter_is_read_by_peft(world):
     """As AutoPeftModelForSequenceClassification reads it: the scores of the whole model."""
     from peft import AutoPeftModelForSequenceClassification
     folder = Path(world["reward"]) / "adapter"
-    assert adapters.of_score(world["reward"], world["cost"]) is None           # of another base
+    assert multi_adapter.of_score(world["reward"], world["cost"]) is None           # of another base
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     theirs.config.pad_token_id = 3
-    ours = models.load_score_model(world["reward"])
+    ours = load_score_model(world["reward"])
     ids = torch.tensor([SEQUENCES[0]])
     expected = ours(ids, torch.ones_like(ids))[0, -1]
     assert theirs(input_ids=ids).logits[0, 0].item() == pytest.approx(expected.item(), rel=1e-4)

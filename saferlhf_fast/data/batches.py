@@ -1,7 +1,7 @@
 """Examples -> batches: splits by prompt, shares of ranks, padded tensors.
 
 Shapes: B sequences, L tokens of the longest. Which examples make up an optimiser step depends on the seed, the epoch and
-the global batch size alone, not on the number of ranks nor on how it is cut into passes (saferlhf_fast.packing); the last
+the global batch size alone, not on the number of ranks nor on how it is cut into passes (saferlhf_fast.models.packing); the last
 batch of an epoch may be smaller and is kept.
 """
 

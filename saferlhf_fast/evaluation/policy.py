@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 import yaml
 
-from .. import models
 from ..cast import Cast, load_judge
 from ..data.batches import share
 from ..data.examples import prompt_examples
 from ..generation import open_generator
-from ..policy import Policy, sequence_sums
+from ..models.causal_lm import load_causal_lm
+from ..models.folders import refuse_short_context
+from ..models.policy import Policy, sequence_sums
+from ..models.tokenizer import load_tokenizer
 from ..rollout import assemble, end_tokens, generate
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
@@ -79,14 +81,14 @@ def summary_of(rows):
 def evaluate(cfg):
     """Runs the stage evaluate -> summary with 95 % intervals; writes evaluation.json and samples.jsonl."""
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = models.load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
     prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
 
     def policy(path):
-        lm = models.load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                                   allow_pickle=cfg.allow_pickle)
-        models.refuse_short_context(path, lm.config, cfg.max_length, "max_length")
+        lm = load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                            allow_pickle=cfg.allow_pickle)
+        refuse_short_context(path, lm.config, cfg.max_length, "max_length")
         return engine.Frozen(Policy(lm, cfg.engine.packing), cfg.engine)
 
     actor, reference = policy(cfg.model), cfg.reference or start_of(cfg.model)

@@ -23,12 +23,12 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor, ContinuousBatchingLogitsProcessorList)
 from transformers.generation.logits_process import LogitsProcessorList
 
-from .. import attention
 from ..errors import UserError
-from ..lora import plain as unwrapped
+from ..models import attention
+from ..models.lora import plain as unwrapped
+from ..models.sampling_distribution import pick, uniforms, warp
 from . import Response
 from .stop import StopStrings
-from .warp import pick, uniforms, warp
 from .whole import whole
 
 LAYERS = {"full_attention", "sliding_attention"}

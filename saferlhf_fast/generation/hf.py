@@ -15,11 +15,11 @@ import math
 import torch
 
 from ..data.batches import collate_left
-from ..lora import plain as unwrapped
+from ..models.lora import plain as unwrapped
+from ..models.sampling_distribution import pick, uniforms, warp
 from ..runtime import engine
 from . import Response
 from .stop import StopStrings
-from .warp import pick, uniforms, warp
 from .whole import whole
 
 LIVE_SHARE = 0.75

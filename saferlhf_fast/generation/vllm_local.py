@@ -17,7 +17,7 @@ import tempfile
 import torch
 
 from ..errors import UserError
-from ..lora import plain as unwrapped, plain_state
+from ..models.lora import plain as unwrapped, plain_state
 from ..runtime import engine
 from . import Response
 from .whole import whole

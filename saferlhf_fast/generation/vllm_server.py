@@ -19,11 +19,11 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from .. import models
 from ..errors import UserError
+from ..models.causal_lm import save_causal_lm
+from ..models.sampling_distribution import plain
 from ..runtime import engine
 from . import Response
-from .warp import plain
 from .whole import whole
 
 AT_ONCE = 256
@@ -88,7 +88,7 @@ class ServedVLLM:
             if engine.rank() == 0:
                 target = Path(self.folder).resolve() / "weights"
                 try:
-                    models.save_causal_lm(target, lm, self.tokenizer)
+                    save_causal_lm(target, lm, self.tokenizer)
                     self.server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
                     self.server.ask("/reset_prefix_cache", {})
                 except UserError as error:

@@ -10,7 +10,7 @@ from .shared import learns
 
 def is_open(head):
     """Whether a head lends its weights."""
-    from ..policy import OpenHead
+    from ..models.policy import OpenHead
     return type(head) is OpenHead
 
 
@@ -49,7 +49,7 @@ def negative_sum(hidden_NH, weight_VH, bias_V, ids_N, form):
     if not learns(hidden_NH, weight_VH, bias_V) or hidden_NH.dtype == torch.float64 or torch.compiler.is_compiling():
         return -scored(hidden_NH, weight_VH, bias_V, ids_N, form, 1.0, False).sum()
     from ..kernels.linear import chunk_size
-    from ..on_policy import on_policy_loss
+    from ..models.on_policy_loss import on_policy_loss
     most = chunk_size(len(weight_VH), hidden_NH.device)
     counts = [min(most, len(ids_N) - at) for at in range(0, len(ids_N), most)]
     return on_policy_loss(hidden_NH, weight_VH, bias_V, ids_N, counts,

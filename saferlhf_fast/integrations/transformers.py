@@ -25,7 +25,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..padding import boolean
+from ..models.packing import boolean
 from .head import is_open, name_of, negative_sum, scored, through_head
 from .report import Refused, Report
 from .shared import known_ids
@@ -155,7 +155,7 @@ class Patch:
 
 def _inner(model):
     """The Hugging Face model under peft's wrapper. Refused when there is none."""
-    from ..lora import plain
+    from ..models.lora import plain
     inner = plain(model)
     if not isinstance(inner, nn.Module) or not all(hasattr(inner, name) for name in ("config", "base_model", "loss_function")):
         raise Refused(f"expected a Hugging Face causal language model, got {type(model).__name__}")
@@ -170,7 +170,7 @@ def _patch(model, force, on_call):
     reason = _unfit(model)
     if reason:
         raise Refused(f"{type(model).__name__}: {reason}")
-    from ..policy import logit_form
+    from ..models.policy import logit_form
     head = model.get_output_embeddings()
     head_class, form = type(head), logit_form(model)
     if form is None:

@@ -37,10 +37,10 @@ def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False,
     top-k and penalty of the distribution that is scored, () for none."""
     def measure(blueprint):
         from ..config.stages import Sampling
-        from ..packing import pack
-        from ..policy import Objective
+        from ..models.packing import pack_sequences
+        from ..models.policy import Objective
         meta = torch.device("meta")
-        packed = pack([[0] * n for n in lengths], [asked_rows(asked, n) for n in lengths], meta)
+        packed = pack_sequences([[0] * n for n in lengths], [asked_rows(asked, n) for n in lengths], meta)
 
         def call(module):
             if blueprint.kind == "score":

@@ -55,15 +55,17 @@ def make(folder, shape=None):
     """Writes a causal LM, two score models and data into a folder; random weights, one token for each word."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from .. import models
+    from ..models.causal_lm import save_causal_lm
+    from ..models.score_checkpoint import save_score_model
+    from ..models.score_model import score_model_from_backbone
     shape, folder = {**SHAPE, **(shape or {})}, Path(folder)
     torch.manual_seed(0)
     tokenizer = _tokenizer(shape["vocab_size"])
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
-    models.save_causal_lm(folder / "lm", LlamaForCausalLM(LlamaConfig(**shape, **ids)), tokenizer)
+    save_causal_lm(folder / "lm", LlamaForCausalLM(LlamaConfig(**shape, **ids)), tokenizer)
     for kind in ("reward", "cost"):
-        score = models.score_model_from_backbone(folder / "lm", kind=kind)
-        models.save_score_model(folder / kind, score, tokenizer, kind=kind)
+        score = score_model_from_backbone(folder / "lm", kind=kind)
+        save_score_model(folder / kind, score, tokenizer, kind=kind)
     _data(folder, TRAIN["max_length"])
 
 

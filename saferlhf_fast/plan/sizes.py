@@ -14,7 +14,7 @@ import torch
 
 from ..config.paths import is_local
 from ..errors import UserError
-from ..model_files import checked, quiet, readable
+from ..models.folders import checked, quiet, readable
 from .states import PERSISTENT
 
 
@@ -90,9 +90,10 @@ def _config(blueprint):
 def build(blueprint):
     """-> the module as a stage would hand it to DeepSpeed, on the meta device: a Policy or a ScoreModel."""
     from transformers import AutoModel, AutoModelForCausalLM
-    from .. import body, models
-    from ..cast import without_dropout
-    from ..policy import Policy
+    from ..models import backbone
+    from ..models.causal_lm import train_every_row, without_dropout
+    from ..models.policy import Policy
+    from ..models.score_model import ScoreModel
     maker = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
     options = {"trust_remote_code": True} if blueprint.remote else {}
     config = _config(blueprint)
@@ -100,21 +101,21 @@ def build(blueprint):
         model = maker.from_config(config, dtype=blueprint.dtype, **options)
         if blueprint.kind == "score" and model.config.get_text_config() is not model.config:
             model = getattr(model, "language_model", model)
-        models.train_every_row(model)
+        train_every_row(model)
         if not blueprint.dropout:
             without_dropout(model)
         if blueprint.checkpointing:
-            body.recompute_activations(model)
+            backbone.recompute_activations(model)
         if blueprint.kind == "policy":
             module = Policy(_adapted(model, blueprint), blueprint.packing)
         else:
-            module = _adapted(models.ScoreModel(model, packing=blueprint.packing), blueprint)
+            module = _adapted(ScoreModel(model, packing=blueprint.packing), blueprint)
     return module.to(blueprint.dtype).train()
 
 
 def _adapted(model, blueprint):
     from ..config.stages import Lora
-    from ..models import add_lora
+    from ..models.lora import add_lora
     if not blueprint.lora:
         return model
     rank, targets = blueprint.lora
@@ -125,15 +126,15 @@ def _adapted(model, blueprint):
 def _unprobed():
     """Context in which wrapping a model compares no numbers: on the meta device there are none. An architecture that cannot
     run packed is then planned as if it could."""
-    from .. import body, policy
-    real, holds, probes = body._alike, policy._holds, dict(body.PROBES)
-    body._alike, policy._holds = (lambda *_: True), (lambda *_: True)
+    from ..models import backbone, policy
+    real, holds, probes = backbone._alike, policy._holds, dict(backbone.PROBES)
+    backbone._alike, policy._holds = (lambda *_: True), (lambda *_: True)
     try:
         yield
     finally:
-        body._alike, policy._holds = real, holds
-        body.PROBES.clear()
-        body.PROBES.update(probes)
+        backbone._alike, policy._holds = real, holds
+        backbone.PROBES.clear()
+        backbone.PROBES.update(probes)
 
 
 @functools.lru_cache(maxsize=64)

@@ -2,9 +2,9 @@
 
 import copy
 
-from .config.paths import TOKENIZER_FILES
-from .errors import UserError, require
-from .model_files import checked, quiet, readable
+from ..config.paths import TOKENIZER_FILES
+from ..errors import UserError, require
+from .folders import checked, quiet, readable
 
 # Text that no vocabulary has whole: shows whether `unk` can come out of text.
 _STRANGE = "\u2603 \ua728 \U00013080 zqxj \u0416"

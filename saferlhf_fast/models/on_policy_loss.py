@@ -12,10 +12,10 @@ Shapes: N tokens, C those of a chunk, H hidden, V vocabulary.
 
 import torch
 
-from .kernels import linear
-from .kernels.checks import known_ids
-from .kernels.dispatch import choose
-from .kernels.once import once, remember
+from ..kernels import linear
+from ..kernels.checks import known_ids
+from ..kernels.dispatch import choose
+from ..kernels.once import once, remember
 
 
 def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature=1.0, softcap=None):

@@ -11,10 +11,10 @@ activation checkpointing runs the forward again there. Leaves out: ZeRO-3, whose
 import torch
 from torch import nn
 
-from . import adapters, body
+from . import backbone, multi_adapter
 from .lora import plain
-from .models import ScoreHead, hidden_size
 from .policy import Policy
+from .score_model import ScoreHead, hidden_size
 
 
 class Trunk:
@@ -27,24 +27,24 @@ class Trunk:
         lm.requires_grad_(False)
         self.lora, self.lm = lora, None
         self.base = lm
-        self.packs = body.packs(lm.base_model) and packing
+        self.packs = backbone.packs(lm.base_model) and packing
         self.packing = packing
         self.layers = []
 
     def add(self, role, saved=None):
         """A new adapter, which changes nothing yet; saved: an `adapters.Saved` to begin with, its rank included."""
-        self.lm = adapters.add(self.lm or self.base, self.lora if saved is None else saved.config, role)
-        self.layers = adapters.layers(self.lm)
+        self.lm = multi_adapter.add(self.lm or self.base, self.lora if saved is None else saved.config, role)
+        self.layers = multi_adapter.layers(self.lm)
         if saved is not None:
-            adapters.load(self.lm, role, saved.state)
+            multi_adapter.load(self.lm, role, saved.state)
 
     def use(self, role):
         """Switches a role's adapter on, all others off; None: the base alone."""
-        adapters.use(self.layers, role)
+        multi_adapter.use(self.layers, role)
 
     def weights(self, role):
         """The parameters of a role's adapter."""
-        return adapters.parameters(self.lm, role)
+        return multi_adapter.parameters(self.lm, role)
 
 
 class OnTrunk(nn.Module):
@@ -97,5 +97,5 @@ class ScoreOnTrunk(OnTrunk):
 
     def forward(self, packed):
         self.trunk.use(self.role)
-        hidden_MH = body.hidden_states(plain(self.trunk.lm).base_model, packed, self.trunk.packs)
+        hidden_MH = backbone.hidden_states(plain(self.trunk.lm).base_model, packed, self.trunk.packs)
         return self.score(hidden_MH.index_select(0, packed.rows_N))

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from .errors import UserError
+from ..errors import UserError
+from .folders import quiet, readable, replacing, write_card
 from .lora import has_lora, plain, plain_state
-from .model_files import quiet, readable, replacing, write_card
 from .tokenizer import with_distinct_pad
 
 OURS = "saferlhf_fast"
@@ -185,7 +185,7 @@ def _normalizer_fields(normalizer):
 
 
 def _say_dropped(bias, normalizer):
-    from .runtime import console
+    from ..runtime import console
     parts = [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
     if normalizer is not None:
         parts.append(f"scores are no longer normalised ({normalizer})")

@@ -9,8 +9,8 @@ import json
 import shutil
 from pathlib import Path
 
-from .config.paths import is_local, pickle_problem
-from .errors import UserError
+from ..config.paths import is_local, pickle_problem
+from ..errors import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin")
 
@@ -247,6 +247,6 @@ def _usage(kind):
             "model = AutoModelForSequenceClassification.from_pretrained(folder)",
             "tokens = tokenizer(\"a prompt and its response\" + tokenizer.eos_token, return_tensors=\"pt\")",
             "score = model(**tokens).logits[0, 0]", "",
-            "from saferlhf_fast.models import load_score_model", "model = load_score_model(folder)",
+            "from saferlhf_fast.models.score_model import load_score_model", "model = load_score_model(folder)",
             "scores_BL = model(tokens[\"input_ids\"], tokens[\"attention_mask\"])      # one score per token",
             "score_B = model.end_scores(scores_BL, tokens[\"attention_mask\"])", "```"]

@@ -7,7 +7,7 @@ and taking the adapters out again would leave rounding errors behind at every sa
 import contextlib
 import warnings
 
-from .errors import UserError
+from ..errors import UserError
 
 
 def add_lora(model, cfg):
@@ -16,8 +16,7 @@ def add_lora(model, cfg):
     cfg: a `config.Lora`. -> the causal LM inside peft's wrapper, or the same ScoreModel.
     """
     import peft
-    from .models import ScoreModel
-    is_score = isinstance(model, ScoreModel)
+    is_score = is_score_model(model)
     lora = lora_config(cfg, None if is_score else "CAUSAL_LM")
     try:
         with quiet_peft():
@@ -49,6 +48,11 @@ def lora_config(cfg, task_type):
                            task_type=task_type)
 
 
+def is_score_model(model):
+    """True for a ScoreModel, told by what it does: score_model.py imports this file."""
+    return hasattr(model, "end_scores")
+
+
 def has_lora(model):
     """True for a model that peft wraps."""
     return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
@@ -61,8 +65,7 @@ def plain(model):
 
 def merge_lora(model):
     """Merges adapters into the weights for good -> the plain causal LM, or the same ScoreModel with a plain backbone."""
-    from .models import ScoreModel
-    if isinstance(model, ScoreModel):
+    if is_score_model(model):
         model.backbone = merge_lora(model.backbone)
         return model
     return model.merge_and_unload() if has_lora(model) else model

@@ -11,26 +11,12 @@ Shapes: M packed tokens, A attention heads, D head size, R sequences of a run, L
 
 import functools
 import inspect
-import itertools
 import sys
 
 import torch
 
 NAMES = {"sdpa": "saferlhf_fast_sdpa", "eager": "saferlhf_fast_eager"}
 """What a model's attention was -> our name for it. Eager models are those whose attention SDPA cannot do (softcap, sinks)."""
-
-
-class Layout:
-    """Where sequences lie in packed tokens: what attention needs to know, made once for all layers.
-
-    lengths: host integers · runs: (sequences, length) of neighbours of one length · cu_seqlens [S+1] int32 on the device.
-    """
-
-    def __init__(self, lengths, device):
-        self.lengths = tuple(lengths)
-        self.runs = [(len(list(same)), length) for length, same in itertools.groupby(self.lengths)]
-        self.longest = max(self.lengths, default=0)
-        self.cu_seqlens = torch.tensor([0, *itertools.accumulate(self.lengths)], dtype=torch.int32, device=device)
 
 
 def dummy_mask(device):

@@ -10,15 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import body
-from .generation import warp
-from .kernels.linear_logprob import linear_logprob
-from .kernels.linear_ppo_loss import linear_ppo_loss
-from .kernels.token_logprob import token_logprob
-from .kernels.ppo_loss import ppo_loss
+from ..kernels.linear_logprob import linear_logprob
+from ..kernels.linear_ppo_loss import linear_ppo_loss
+from ..kernels.ppo_loss import ppo_loss
+from ..kernels.token_logprob import token_logprob
+from . import backbone, sampling_distribution
 from .lora import plain
-from .on_policy import loss_of, on_policy_loss
-from .packing import pack
+from .on_policy_loss import loss_of, on_policy_loss
+from .packing import pack_sequences
 
 
 class Objective(NamedTuple):
@@ -47,7 +46,7 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         inner = plain(lm)
-        self.packs = body.packs(inner.base_model) and packing
+        self.packs = backbone.packs(inner.base_model) and packing
         self.logit_form = logit_form(inner)
 
     def forward(self, packed, sampling=None, objective=None, between=None):
@@ -55,7 +54,7 @@ class Policy(nn.Module):
         if self.logit_form is None:
             logp_N = self._of_logits(inner, packed, sampling)
             return _of_logp(logp_N, packed, objective, between)
-        hidden_MH = body.hidden_states(inner.base_model, packed, self.packs)
+        hidden_MH = backbone.hidden_states(inner.base_model, packed, self.packs)
         hidden_NH = hidden_MH.index_select(0, packed.rows_N)
         return inner.get_output_embeddings()(
             hidden_NH, lambda *weights: _fused(*weights, packed, sampling, objective, between, self.logit_form))
@@ -63,22 +62,22 @@ class Policy(nn.Module):
     def _of_logits(self, lm, packed, sampling):
         """Through the model's own logits, made for every position where it does not let itself be asked for some."""
         if self.packs:
-            inputs = body.packed_inputs(packed)
+            inputs = backbone.packed_inputs(packed)
             logits_NV = lm(**inputs, use_cache=False, logits_to_keep=packed.rows_N).logits[0]
         else:
-            rows = body.padded(packed)
-            logits_SLV = lm(**body.padded_inputs(lm, rows)).logits
+            rows = backbone.padded(packed)
+            logits_SLV = lm(**backbone.padded_inputs(lm, rows)).logits
             logits_NV = logits_SLV.flatten(0, 1).index_select(0, rows.flat_M.index_select(0, packed.rows_N))
         if is_plain(sampling):
             return token_logprob(logits_NV, packed.targets_N, temperature=_temperature(sampling), inplace_backward=True)
-        context = warp.context_of(packed.ids_M, packed.lengths, packed.rows_N)
-        scores_NV = warp.warp(logits_NV.float(), sampling, context.seen(slice(None)), packed.targets_N)
+        context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
+        scores_NV = sampling_distribution.warp(logits_NV.float(), sampling, context.seen(slice(None)), packed.targets_N)
         return scores_NV.log_softmax(-1).gather(1, packed.targets_N[:, None]).squeeze(1)
 
 
 def is_plain(sampling):
     """True when nothing but a temperature shapes the distribution: what the fused ops score."""
-    return sampling is None or warp.plain(sampling)
+    return sampling is None or sampling_distribution.plain(sampling)
 
 
 def _temperature(sampling):
@@ -95,8 +94,9 @@ def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, between, f
                               form.softcap)
     if is_plain(sampling):
         return linear_logprob(hidden_NH, weight_VH, packed.targets_N, **settings)
-    context = warp.context_of(packed.ids_M, packed.lengths, packed.rows_N)
-    logp_N = warp.warped_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N, sampling, context)
+    context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
+    logp_N = sampling_distribution.warped_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N,
+                                                  sampling, context)
     return _of_logp(logp_N, packed, objective, between)
 
 
@@ -176,4 +176,4 @@ def trained_rows(mask):
 
 def pack_trained(examples, device):
     """SFT examples -> Packed, asking for their trained tokens."""
-    return pack([e.ids for e in examples], [trained_rows(e.mask) for e in examples], device)
+    return pack_sequences([e.ids for e in examples], [trained_rows(e.mask) for e in examples], device)

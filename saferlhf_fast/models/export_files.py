@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ..errors import UserError
-from ..lora import plain
-from ..models import savable_generation
+from .causal_lm import savable_generation
+from .lora import plain
 
 SCORE = "score.json"
 
@@ -40,9 +40,9 @@ def build(folder, lora, trust_remote_code=False):
     """A folder of `describe` -> (module without weights that mean anything, tokenizer). lora: a Lora config."""
     import torch
     from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, AutoConfig
-    from ..lora import add_lora
-    from ..models import Normalizer, ScoreModel
-    from ..policy import Policy
+    from .lora import add_lora
+    from .policy import Policy
+    from .score_model import Normalizer, ScoreModel
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} has no config.json; this model stands on another one's base and is no model by itself")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from . import attention
-from .packing import pack, padded
+from .packing import pack_sequences, padded
 
 PROBES = {}
 """(class, configuration) -> whether it packs: a run loads the same architecture up to six times."""
@@ -79,8 +79,8 @@ def _alike(backbone):
     first, second = [[(7 * i + k) % vocabulary for i in range(n)] for k, n in ((1, 5), (3, 4))]
     backbone.eval()
     try:
-        together = hidden_states(backbone, pack([first, second], [range(0), range(0)], device), True)
-        apart = torch.cat([_padded_states(backbone, pack([ids], [range(0)], device)) for ids in (first, second)])
+        together = hidden_states(backbone, pack_sequences([first, second], [range(0), range(0)], device), True)
+        apart = torch.cat([_padded_states(backbone, pack_sequences([ids], [range(0)], device)) for ids in (first, second)])
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError):
         return False                                 # an architecture that does not take what packing needs
     finally:

@@ -1,17 +1,15 @@
-"""Models: any Hugging Face causal LM, and one `ScoreModel` (reward, cost, critic) around any backbone.
+"""One `ScoreModel` (reward, cost, critic) around any backbone.
 
-    lm = load_causal_lm(folder)
     score = load_score_model(folder)            # AutoModelForSequenceClassification(num_labels=1), or REF's layout
     scores_BL = score(ids_BL, mask_BL)          # one per token, fp32
     score_B = score.end_scores(scores_BL, mask_BL)
 
-Dropout is left as the config has it; the PPO stages switch it off. Files are read in score_files.py.
+Dropout is left as the config has it; the PPO stages switch it off. Files are read in score_checkpoint.py.
 
 Shapes: B sequences, L tokens with padding, H hidden size.
 """
 
 import contextlib
-import copy
 import inspect
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,96 +19,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import body
-from .errors import UserError, require
-from .kernels import checks
-from .lora import add_lora, has_lora, merge_lora, plain, plain_state
-from .model_files import (checked, has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing,
-                          refuse_short_context, replacing, write_card)
+from ..errors import UserError, require
+from ..kernels import checks
+from .backbone import hidden_states, packs
+from .causal_lm import LOADERS, allowed_files, train_every_row
+from .folders import has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing
+from .lora import plain
 from .packing import Packed
-from .score_files import check_score_export, read_head, save_score_model
-from .tokenizer import load_tokenizer, same_tokenizer
-
-__all__ = ["Normalizer", "ScoreModel", "add_lora", "check_score_export", "load_causal_lm", "load_score_model",
-           "load_tokenizer", "merge_lora", "refuse_short_context", "same_tokenizer", "save_causal_lm", "save_score_model",
-           "score_model_from_backbone"]
-
-LOADERS = ("transformers", "huggingface_hub", "safetensors")     # what reading a model folder needs
-
-
-# ---------------------------------------------------------------- causal language models
-
-
-def load_causal_lm(path, *, dtype=torch.float32, tokenizer=None, trust_remote_code=False, allow_pickle=False):
-    """-> a causal LM from a folder or the Hub, attention by SDPA where the architecture has it.
-
-    tokenizer: when given, its vocabulary must fit the embedding. UserError: no folder, no config.json, no weights, or
-    weights missing from them (a score model has no language-model head), a vocabulary larger than the embedding, weights in
-    pickles alone without allow_pickle (then tensors are taken from them, and nothing is run).
-    """
-    require("load_causal_lm", "train", *LOADERS)
-    folder = checked(path)
-    if folder is not None and not has_weights(folder):
-        raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
-    folder = local_copy(path, allow_pickle)
-    from transformers import AutoModelForCausalLM
-    with readable(path, "causal language model"), quiet():
-        lm, info = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, output_loading_info=True,
-                                                        trust_remote_code=trust_remote_code, **_only(allow_pickle))
-    refuse_missing(path, info, "causal language model")
-    if tokenizer is not None:
-        refuse_large_vocabulary(path, tokenizer, lm.get_input_embeddings().weight.shape[0])
-    train_every_row(lm)
-    lm.config.use_cache = True       # for `generate`; training passes use_cache=False itself
-    return lm
-
-
-def _only(allow_pickle):
-    """What transformers may read: safetensors alone, or pickles too, but only tensors of them."""
-    return {"use_safetensors": None if allow_pickle else True, "weights_only": True}
-
-
-def train_every_row(model):
-    """Lets the padding token's embedding learn, in place.
-
-    An nn.Embedding has no gradient at its padding_idx. With pad == eos (or pad == unk) that is a token that the model
-    reads in earnest; where it is padding the mask keeps gradients away by itself.
-    """
-    embedding = model.get_input_embeddings()
-    if isinstance(embedding, nn.Embedding):
-        embedding.padding_idx = None
-
-
-def savable_generation(generation, tokenizer):
-    """-> a copy of a generation config that transformers can save, with the tokenizer's ids where it has none."""
-    generation = copy.deepcopy(generation)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(generation, name, None) is None:
-            setattr(generation, name, getattr(tokenizer, name))
-    # Some published configs give a temperature without sampling, which transformers loads but refuses to save.
-    if any(getattr(generation, name, None) not in (None, plain_value)
-           for name, plain_value in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50))):
-        generation.do_sample = True
-    return generation
-
-
-def save_causal_lm(folder, model, tokenizer, state_dict=None, card=None):
-    """Writes a causal LM: safetensors, tokenizer with chat template, generation config, model card.
-
-    Adapters are merged into what is written, not into the model. state_dict: weights to write instead of the model's
-    (of a plain model: {name: tensor}). An existing model folder is replaced at the end.
-    """
-    assert state_dict is None or not has_lora(model), "a state dict of a model with adapters cannot be merged"
-    lm = plain(model)
-    state = plain_state(model) if state_dict is None else dict(state_dict)
-    lm.generation_config = savable_generation(lm.generation_config, tokenizer)
-    with replacing(folder) as new, quiet():
-        lm.save_pretrained(new, state_dict=state)
-        tokenizer.save_pretrained(new)
-        write_card(new, "policy", card)
-
-
-# ---------------------------------------------------------------- score models
+from .score_checkpoint import read_head
 
 
 @dataclass(frozen=True)
@@ -172,7 +88,7 @@ class ScoreModel(nn.Module):
                  kind: str | None = None, packing: bool = True) -> None:
         super().__init__()
         self.backbone = backbone
-        self.packs = body.packs(plain(backbone)) and packing
+        self.packs = packs(plain(backbone)) and packing
         self.config = backbone.config
         self.score = ScoreHead(hidden_size(backbone.config), bias, backbone.dtype)
         self.normalizer = normalizer
@@ -246,7 +162,7 @@ class ScoreModel(nn.Module):
         return self._scores(self.backbone(**inputs).last_hidden_state)
 
     def _packed_scores(self, packed):
-        hidden_MH = body.hidden_states(plain(self.backbone), packed, self.packs)
+        hidden_MH = hidden_states(plain(self.backbone), packed, self.packs)
         return self._scores(hidden_MH.index_select(0, packed.rows_N))
 
     def _scores(self, hidden):
@@ -315,7 +231,7 @@ def written(module):
     if not sharded:
         yield
         return
-    from .runtime import engine
+    from ..runtime import engine
     with engine.written(sharded):
         yield
 
@@ -338,7 +254,7 @@ def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False, allow_p
     from transformers import AutoModel
     with readable(path, "backbone"), quiet():
         backbone, info = AutoModel.from_pretrained(str(folder), dtype=dtype, output_loading_info=True,
-                                                   trust_remote_code=trust_remote_code, **_only(allow_pickle))
+                                                   trust_remote_code=trust_remote_code, **allowed_files(allow_pickle))
     # Encoders' poolers are not used: the head reads the hidden states.
     refuse_missing(path, info, "backbone", ignore=("pooler",))
     if backbone.config.is_encoder_decoder:
