@@ -26,8 +26,8 @@ def step(tmp_path_factory):
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
     from saferlhf_fast.ppo_lag import sample
+    from saferlhf_fast.rollout.scoring import ask_trained, judge
     from saferlhf_fast.runtime import engine
-    from saferlhf_fast.score import ask_trained, judge
     folder = tmp_path_factory.mktemp("step")
     tokenizer = kit.make_tokenizer(extra=[f"w{i}" for i in range(VOCABULARY - 40)])
     torch.manual_seed(0)
@@ -62,8 +62,8 @@ PARTS = ("rollout", "judge", "ask_trained", "advantages", "update", "update_in_o
 def test_step(step, benchmark, part):
     from saferlhf_fast.advantage import advantages
     from saferlhf_fast.ppo_lag import sample
+    from saferlhf_fast.rollout.scoring import ask_trained, judge
     from saferlhf_fast.runtime import engine
-    from saferlhf_fast.score import ask_trained, judge
     from saferlhf_fast.update import update, update_in_one_pass
     cast, cfg, rollout, multiplier = step.cast, step.cfg, step.rollout, step.multiplier
 

@@ -53,11 +53,11 @@ def make_cast(work, cfg, steps):
     With `lora` the score models are adapters of the actor's base, so that there is one trunk.
     """
     from saferlhf_fast import cast
-    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.models import lora, multi_adapter
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.score_model import ScoreModel, load_score_model
     from saferlhf_fast.models.tokenizer import load_tokenizer
+    from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
 
@@ -135,16 +135,16 @@ class Side:
 
     def check(self):
         """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
-        from saferlhf_fast import score
-        from saferlhf_fast.generation import Response
-        from saferlhf_fast.rollout import assemble
+        from saferlhf_fast.rollout import scoring
+        from saferlhf_fast.rollout.batch import assemble
+        from saferlhf_fast.rollout.types import Response
         from saferlhf_fast.update import in_one_pass, update_in_one_pass
         if self.processes > 1:
             return {}
         rollout = assemble(self.prompts, [Response(list(ids), None, True) for ids in self.work.responses], self.cast.tokenizer,
                            self.cfg.pass_tokens())
-        scored = score.judge(rollout, self.cast, self.cfg)
-        asked = score.ask_trained(rollout, self.cast, self.cfg)
+        scored = scoring.judge(rollout, self.cast, self.cfg)
+        asked = scoring.ask_trained(rollout, self.cast, self.cfg)
         total = lambda tensor: tensor.double().sum().item()
         found = {"logp": total(asked["logp_N"]), "ref_logp": total(scored.ref_logp_N), "reward": total(scored.reward_B),
                  "reward_values": total(asked["reward_values_N"]), "cost": total(scored.cost_B),

@@ -14,14 +14,11 @@ import time
 from pathlib import Path
 
 from . import demo_recipe as recipe
-from .cast import Cast, load_judge
 from .config.stages import DemoConfig
 from .data.batches import share
 from .data.examples import PromptExample, prompt_examples
 from .data.templates import Template
 from .errors import UserError
-from .evaluation.policy import ask, summary_of
-from .generation import open_generator
 from .models.causal_lm import load_causal_lm, save_causal_lm
 from .models.policy import Policy
 from .models.tokenizer import load_tokenizer
@@ -29,7 +26,10 @@ from .ppo_lag import train_ppo, train_ppo_lag
 from .preference import train_cost, train_reward
 from .report import write_report
 from .report.demo_report import CLAIMS, write_demo_report
-from .rollout import end_tokens, generate
+from .rollout.batch import end_tokens, generate
+from .rollout.engines import open_generator
+from .rollout.roles import Cast, load_judge
+from .rollout.sample_and_score import ask, summary_of
 from .runtime import console, engine
 from .runtime.run_folder import finish_run, open_run
 from .sft import train as train_sft

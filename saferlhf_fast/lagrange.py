@@ -18,7 +18,7 @@ from numbers import Real
 
 import torch
 
-from .types import believable
+from .rollout.types import believable
 
 
 class CostWindow:

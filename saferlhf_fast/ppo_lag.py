@@ -22,17 +22,17 @@ from .config.load import to_dict
 from .data.batches import global_batches, share, split_by_prompt
 from .data.examples import prompt_examples, sft_examples
 from .errors import UserError
-from .evaluation.policy import ask, summary_of
 from .lagrange import make_multiplier, suggestion
 from .models.export_files import describe
 from .models.tokenizer import load_tokenizer
-from .overlap import Ahead, rollouts_ahead, step_seed
-from .rollout import assemble, generate
+from .rollout.batch import assemble, generate
+from .rollout.prefetch import Ahead, rollouts_ahead, step_seed
+from .rollout.sample_and_score import ask, summary_of
+from .rollout.scoring import ask_trained, judge
 from .runtime import console, engine
 from .runtime.checkpoint.checkpointer import Checkpoints, Memory
 from .runtime.metrics import Metrics
 from .runtime.run_folder import finish_run, open_run
-from .score import ask_trained, judge
 from .sft import save_policy
 from .skips import Skips
 from .steplog import averages, sample_rows

@@ -18,9 +18,9 @@ from .kernels.ppo_loss import ppo_loss
 from .kernels.value_loss import value_loss
 from .models.packing import fill
 from .models.policy import Objective
+from .rollout.types import Scored, believable
 from .runtime import engine
 from .sft import sft_loss
-from .types import Scored, believable
 
 
 class Tally:

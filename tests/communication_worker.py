@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from saferlhf_fast import cli
-from saferlhf_fast.generation import hf
+from saferlhf_fast.rollout.engines import hf_generate
 from saferlhf_fast.runtime import engine
 
 WHOLE = {"allreduce_": 0, "broadcast_": 0, "reduce_": 0, "_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0,
@@ -76,8 +76,8 @@ def main(out, cases):
     counter.inside(engine.Engine, "__call__",
                    lambda this: f"{'forward' if torch.is_grad_enabled() else 'asked'} {called(this)}")
     counter.inside(engine.Frozen, "__call__", lambda this: f"frozen {called(this)}")
-    counter.inside(hf.Generate, "generate", "rollout")
-    counter.inside(hf.Call, "__call__", "token")
+    counter.inside(hf_generate.Generate, "generate", "rollout")
+    counter.inside(hf_generate.Call, "__call__", "token")
     for name, words in json.loads(Path(cases).read_text()).items():
         snapshots.clear()
         with counter:

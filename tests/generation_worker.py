@@ -13,7 +13,7 @@ import generation_kit
 import torch
 
 from saferlhf_fast.config.stages import Engine, Optimizer, Sampling
-from saferlhf_fast.generation import open_generator
+from saferlhf_fast.rollout.engines import open_generator
 from saferlhf_fast.runtime import engine
 
 

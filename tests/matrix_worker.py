@@ -25,7 +25,6 @@ from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.data.batches import share
 from saferlhf_fast.data.examples import PromptExample, preference_examples, sft_examples
-from saferlhf_fast.generation import Response
 from saferlhf_fast.lagrange import LagrangeMultiplier
 from saferlhf_fast.models.causal_lm import load_causal_lm
 from saferlhf_fast.models.lora import add_lora
@@ -33,9 +32,10 @@ from saferlhf_fast.models.policy import Policy
 from saferlhf_fast.models.score_model import load_score_model
 from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.preference import pair_loss
-from saferlhf_fast.rollout import assemble
+from saferlhf_fast.rollout.batch import assemble
+from saferlhf_fast.rollout.scoring import ask_trained, judge
+from saferlhf_fast.rollout.types import Response
 from saferlhf_fast.runtime import engine
-from saferlhf_fast.score import ask_trained, judge
 from saferlhf_fast.steplog import averages
 from saferlhf_fast.update import in_one_pass, update, update_in_one_pass
 

@@ -13,8 +13,9 @@ from tolerance import assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.generation import Response, open_generator
 from saferlhf_fast.models.sampling_distribution import context_of, warped_logprob
+from saferlhf_fast.rollout.engines import open_generator
+from saferlhf_fast.rollout.types import Response
 
 pytestmark = pytest.mark.numeric
 
@@ -209,7 +210,7 @@ def test_no_prompts(lm):
 
 
 def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
-    from saferlhf_fast.generation.whole import twin
+    from saferlhf_fast.rollout.engines.gathered_weights import twin
     calls = []
     handle = lm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     try:
@@ -227,7 +228,7 @@ def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
 
 def test_engines_by_name(lm):
     actor, tokenizer = generation_kit.actor(lm), generation_kit.tokenizer()
-    from saferlhf_fast.generation.hf import Generate
+    from saferlhf_fast.rollout.engines.hf_generate import Generate
     auto = open_generator(actor, tokenizer, ENDS, Sampling())
     assert isinstance(auto, Generate) or torch.cuda.is_available()
     assert dataclasses.is_dataclass(Response)

@@ -7,8 +7,8 @@ from tolerance import assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.generation import continuous, open_generator
 from saferlhf_fast.models import attention
+from saferlhf_fast.rollout.engines import continuous, open_generator
 
 pytestmark = pytest.mark.numeric
 

@@ -14,7 +14,7 @@ from generation_server import serving
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.generation import open_generator, vllm_server
+from saferlhf_fast.rollout.engines import open_generator, vllm_server
 
 pytestmark = pytest.mark.numeric
 

@@ -23,13 +23,14 @@ def world(tmp_path_factory):
 def test_batches_are_one_step_stale(world, tmp_path):
     """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts and seeds under
     those weights give the same tokens; the gap to the trainer's log-probs opens with the second step."""
-    from saferlhf_fast import overlap, ppo_lag
+    from saferlhf_fast import ppo_lag
     from saferlhf_fast.config.stages import PPO, Engine, PPOConfig, Sampling
-    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.policy import Policy
     from saferlhf_fast.models.tokenizer import load_tokenizer
-    from saferlhf_fast.rollout import end_tokens, generate
+    from saferlhf_fast.rollout import prefetch
+    from saferlhf_fast.rollout.batch import end_tokens, generate
+    from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     out = kit.run("ppo-lag", tmp_path / "run", save_interval=1, log__sample_interval=1, **world, **SETTINGS)
     assert kit.losses(out, "train/staleness") == [0, 1, 1, 1]
@@ -52,7 +53,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
             sampling = Sampling()
             actor = engine.Frozen(Policy(lm), Engine())
             generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
-            responses = generate(generator, batch, tokenizer, sampling, 24, overlap.step_seed(cfg, step))[1]
+            responses = generate(generator, batch, tokenizer, sampling, 24, prefetch.step_seed(cfg, step))[1]
             found[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
         assert lengths[step - 1] == pytest.approx(found["stale"][0])
         if step == 3:
@@ -63,15 +64,15 @@ def test_batches_are_one_step_stale(world, tmp_path):
 def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, monkeypatch):
     """Frozen models are asked in the thread, portion by portion; the figures are those of one portion."""
     import threading
-    from saferlhf_fast import score
+    from saferlhf_fast.rollout import scoring
     asked = []
-    plain = score.verdicts
+    plain = scoring.verdicts
 
     def spied(rollout, *rest):
         asked.append((threading.current_thread().name, len(rollout)))
         return plain(rollout, *rest)
 
-    monkeypatch.setattr("saferlhf_fast.overlap.verdicts", spied)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.verdicts", spied)
     runs = [kit.run("ppo-lag", tmp_path / str(size), sampling__batch_size=size, **world, **SETTINGS) for size in (1, 4)]
     assert [count for _, count in asked] == [1] * 16 + [4] * 4 and all("rollout" in name for name, _ in asked)
     for name in ("reward", "cost", "actor_loss", "kl_divergence", "cost_critic_loss"):
@@ -100,7 +101,7 @@ def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, sa
 def test_a_failure_in_the_thread_ends_the_run(world, tmp_path, monkeypatch, capsys):
     """It is raised where the batch is waited for, and no thread is left behind."""
     import threading
-    monkeypatch.setattr("saferlhf_fast.overlap.verdicts", lambda *rest: 1 / 0)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.verdicts", lambda *rest: 1 / 0)
     code = kit.main("ppo-lag", f"output={tmp_path / 'no'}",
                     *(f"{key.replace('__', '.')}={value}" for key, value in {**world, **SETTINGS}.items()))
     assert code != 0 and "ZeroDivisionError" in capsys.readouterr().err

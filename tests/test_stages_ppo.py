@@ -264,13 +264,13 @@ def permuted(folder, base, score):
 
 def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
     """The same function under other ids gives the same scores; its critic starts from the policy, which is said."""
-    from saferlhf_fast.cast import load_judge
     from saferlhf_fast.config.stages import PPOConfig
     from saferlhf_fast.data.examples import PromptExample
     from saferlhf_fast.data.templates import Template
-    from saferlhf_fast.generation import Response
     from saferlhf_fast.models.tokenizer import load_tokenizer
-    from saferlhf_fast.rollout import assemble
+    from saferlhf_fast.rollout.batch import assemble
+    from saferlhf_fast.rollout.roles import load_judge
+    from saferlhf_fast.rollout.types import Response
     from saferlhf_fast.runtime import engine
     other = permuted(tmp_path / "permuted", world["model"], world["reward"])
     cfg = PPOConfig(model=world["model"], reward=other, data="none", output="none", max_length=32)
@@ -313,11 +313,11 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
-    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.policy import Policy
     from saferlhf_fast.models.tokenizer import load_tokenizer
-    from saferlhf_fast.rollout import end_tokens, generate
+    from saferlhf_fast.rollout.batch import end_tokens, generate
+    from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     base = kit.make_model(tmp_path / "model", pad_is_eos=pad_is_eos)
     questions = [f"what is {word}" for word in ("one", "two", "three", "red of the day and night")]
@@ -347,11 +347,11 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     absolute: they must be counted from each row's first token."""
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
-    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.policy import Policy
     from saferlhf_fast.models.tokenizer import load_tokenizer
-    from saferlhf_fast.rollout import assemble, end_tokens, generate
+    from saferlhf_fast.rollout.batch import assemble, end_tokens, generate
+    from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     base = kit.make_model(tmp_path / "model", pad_is_eos=True, architecture=architecture)
     data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what"}, {"prompt": "what is the number of the day"}])
@@ -375,11 +375,11 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain distribution."""
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
-    from saferlhf_fast.generation import open_generator
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.policy import Policy
     from saferlhf_fast.models.tokenizer import load_tokenizer
-    from saferlhf_fast.rollout import end_tokens, generate
+    from saferlhf_fast.rollout.batch import end_tokens, generate
+    from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     base = kit.make_model(tmp_path / "model")
     data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what is the number of the day"}])

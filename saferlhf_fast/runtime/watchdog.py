@@ -380,7 +380,7 @@ def _waits(frame):
 
 
 def _place(stack):
-    """"saferlhf_fast/rollout.py:31 generate, in torch/x.py:7 f": the innermost line of ours and the innermost of all."""
+    """"saferlhf_fast/rollout/batch.py:31 generate, in torch/x.py:7 f": the innermost line of ours and the innermost of all."""
     if not stack:
         return "its end"
     ours = next((frame for frame in stack if frame.f_code.co_filename.startswith(PACKAGE)), stack[0])

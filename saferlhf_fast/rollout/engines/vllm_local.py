@@ -16,18 +16,18 @@ import tempfile
 
 import torch
 
-from ..errors import UserError
-from ..models.lora import plain as unwrapped, plain_state
-from ..runtime import engine
-from . import Response
-from .whole import whole
+from ...errors import UserError
+from ...models.lora import plain as unwrapped, plain_state
+from ...runtime import engine
+from ..types import Response
+from .gathered_weights import whole
 
 MEMORY = 0.4
 """Share of the GPU's memory for weights and cache where sampling.memory does not say."""
 
 
 class LocalVLLM:
-    """A rollout engine (see saferlhf_fast.generation)."""
+    """A rollout engine (see saferlhf_fast.rollout.engines)."""
 
     def __init__(self, actor, tokenizer, ends, sampling):
         # In this process, not in a child: weights are handed over as tensors. Read when vllm is imported.

@@ -14,20 +14,20 @@ import math
 
 import torch
 
-from ..data.batches import collate_left
-from ..models.lora import plain as unwrapped
-from ..models.sampling_distribution import pick, uniforms, warp
-from ..runtime import engine
-from . import Response
-from .stop import StopStrings
-from .whole import whole
+from ...data.batches import collate_left
+from ...models.lora import plain as unwrapped
+from ...models.sampling_distribution import pick, uniforms, warp
+from ...runtime import engine
+from ..types import Response
+from .gathered_weights import whole
+from .stop_strings import StopStrings
 
 LIVE_SHARE = 0.75
 """A call of `generate` ends when no more than this share of its rows is still going."""
 
 
 class Generate:
-    """A rollout engine (see saferlhf_fast.generation)."""
+    """A rollout engine (see saferlhf_fast.rollout.engines)."""
 
     def __init__(self, actor, tokenizer, ends, sampling):
         self.actor, self.tokenizer, self.ends, self.sampling = actor, tokenizer, ends, sampling

@@ -15,11 +15,11 @@ from types import SimpleNamespace
 
 import torch
 
-from .generation import open_generator
-from .generation.whole import twin
-from .rollout import Sampled, arrange, assemble, generate
-from .runtime import engine
-from .score import verdicts
+from ..runtime import engine
+from .batch import Sampled, arrange, assemble, generate
+from .engines import open_generator
+from .engines.gathered_weights import twin
+from .scoring import verdicts
 
 
 def rollouts_ahead(cast, batches, cfg, ahead):

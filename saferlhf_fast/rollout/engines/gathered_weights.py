@@ -10,7 +10,7 @@ from collections import OrderedDict
 
 import torch
 
-from ..runtime import engine
+from ...runtime import engine
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs",
          "_forward_hooks_always_called", "_backward_hooks", "_backward_pre_hooks")

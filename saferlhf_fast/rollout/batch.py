@@ -1,6 +1,6 @@
 """Prompts in, responses of the current policy out: a rollout engine samples, ranks share the tokens out evenly.
 
-What samples is one of saferlhf_fast.generation; what comes back lies on the host, packed into the passes that scoring and
+What samples is one of saferlhf_fast.rollout.engines; what comes back lies on the host, packed into the passes that scoring and
 update will make.
 """
 
@@ -8,12 +8,11 @@ from typing import NamedTuple, Optional
 
 import torch
 
-from .data.examples import PromptExample
-from .data.templates import Template
-from .generation import Response
-from .models.packing import fill
-from .runtime import engine
-from .types import Minibatch, Rollout
+from ..data.examples import PromptExample
+from ..data.templates import Template
+from ..models.packing import fill
+from ..runtime import engine
+from .types import Minibatch, Response, Rollout
 
 
 def end_tokens(tokenizer, lm, template):
@@ -50,7 +49,7 @@ class Sampled(NamedTuple):
     place: int                       # in the global batch
     prompt: PromptExample
     response: Response
-    verdict: Optional[tuple] = None  # (ref_logp list, reward, cost or None) of `score.verdicts`, where it was asked already
+    verdict: Optional[tuple] = None  # (ref_logp list, reward, cost or None) of `scoring.verdicts`, where it was asked already
 
     @property
     def ids(self):

@@ -19,12 +19,12 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from ..errors import UserError
-from ..models.causal_lm import save_causal_lm
-from ..models.sampling_distribution import plain
-from ..runtime import engine
-from . import Response
-from .whole import whole
+from ...errors import UserError
+from ...models.causal_lm import save_causal_lm
+from ...models.sampling_distribution import plain
+from ...runtime import engine
+from ..types import Response
+from .gathered_weights import whole
 
 AT_ONCE = 256
 """Requests under way at a time, of each rank."""
@@ -37,7 +37,7 @@ TIMEOUT = 3600.0
 
 
 class ServedVLLM:
-    """A rollout engine (see saferlhf_fast.generation)."""
+    """A rollout engine (see saferlhf_fast.rollout.engines)."""
 
     def __init__(self, actor, tokenizer, ends, sampling):
         self.actor, self.tokenizer, self.ends, self.sampling = actor, tokenizer, list(ends), sampling

@@ -1,7 +1,7 @@
 """Responses through transformers' continuous batching: a paged cache, sequences that come and go, CUDA graphs on a GPU.
 
 It samples with one generator for the batch and applies no repetition penalty. Here a logits processor of ours chooses the
-tokens, as in `generation.hf`: numbers of each sequence lie in a table on the device, log-probs and tokens are written to
+tokens, as in hf_generate.py: numbers of each sequence lie in a table on the device, log-probs and tokens are written to
 others, so that a captured graph can be replayed. The trained weights are used where they are; cache and graphs live for one
 `generate`, since the update needs their memory. Without flash-attn transformers goes through SDPA with a dense mask over all
 sequences of a step, and captures no graphs: slower by far, and so on a CPU, where it serves to be tested.
@@ -23,13 +23,13 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
     ContinuousBatchingLogitsProcessor, ContinuousBatchingLogitsProcessorList)
 from transformers.generation.logits_process import LogitsProcessorList
 
-from ..errors import UserError
-from ..models import attention
-from ..models.lora import plain as unwrapped
-from ..models.sampling_distribution import pick, uniforms, warp
-from . import Response
-from .stop import StopStrings
-from .whole import whole
+from ...errors import UserError
+from ...models import attention
+from ...models.lora import plain as unwrapped
+from ...models.sampling_distribution import pick, uniforms, warp
+from ..types import Response
+from .gathered_weights import whole
+from .stop_strings import StopStrings
 
 LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of layers that have a paged cache."""
@@ -48,7 +48,7 @@ def refusal(lm):
 
 
 class Continuous:
-    """A rollout engine (see saferlhf_fast.generation)."""
+    """A rollout engine (see saferlhf_fast.rollout.engines)."""
 
     def __init__(self, actor, tokenizer, ends, sampling):
         self.actor, self.ends, self.sampling = actor, list(ends), sampling

@@ -10,7 +10,7 @@ from typing import Optional
 
 import torch
 
-from .models.packing import end_row, pack_sequences, response_rows
+from ..models.packing import end_row, pack_sequences, response_rows
 
 
 @dataclass(frozen=True)
@@ -107,3 +107,12 @@ def believable(score_B):
         return None
     score_B = score_B.float()                            # first: the most negative integer is its own abs()
     return score_B.where(score_B.abs() <= BELIEVABLE, float("nan"))
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was sampled for one prompt."""
+
+    ids: list                        # up to and including the end token; no padding
+    logp: Optional[list]             # of each id under the sampling settings, nats; None: the engine does not tell
+    ended: bool                      # stopped by itself (end token or stop string), not at its limit

@@ -2,7 +2,7 @@
 
 import torch
 
-from .rollout import packed_numbers
+from .batch import packed_numbers
 from .types import Scored
 
 

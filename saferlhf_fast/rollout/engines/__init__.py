@@ -9,22 +9,10 @@ Order is kept. A sequence's sample depends on its prompt, its seed and the weigh
 through the last bits of logits (vLLM: as far as vLLM keeps to that). A response holds at most its limit of tokens, the end
 token or the tokens of a stop string included. Every rank calls `generate` and `refresh`, if with no prompts.
 Log-probs are those of the distribution that was sampled: temperature, top-k, top-p and repetition penalty as in
-`generation.warp`, which scoring uses too.
+models/sampling_distribution.py, which scoring uses too.
 """
 
-from dataclasses import dataclass
-from typing import Optional
-
-from ..runtime import engine
-
-
-@dataclass(frozen=True)
-class Response:
-    """What was sampled for one prompt."""
-
-    ids: list                        # up to and including the end token; no padding
-    logp: Optional[list]             # of each id under the sampling settings, nats; None: the engine does not tell
-    ended: bool                      # stopped by itself (end token or stop string), not at its limit
+from ...runtime import engine
 
 
 def open_generator(actor, tokenizer, ends, sampling):
@@ -35,7 +23,7 @@ def open_generator(actor, tokenizer, ends, sampling):
     """
     name = _fitting(actor, sampling) if sampling.engine == "auto" else sampling.engine
     if name == "generate":
-        from .hf import Generate as Chosen
+        from .hf_generate import Generate as Chosen
     elif name == "continuous":
         from .continuous import Continuous as Chosen
     elif name == "vllm":
