@@ -18,16 +18,16 @@ def step(tmp_path_factory):
     import kit
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from saferlhf_fast.advantage import advantages
-    from saferlhf_fast.cast import load_cast
     from saferlhf_fast.config.stages import PPO, PPOConfig, Sampling
     from saferlhf_fast.data.examples import PromptExample
     from saferlhf_fast.models.causal_lm import save_causal_lm
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
-    from saferlhf_fast.ppo_lag import sample
     from saferlhf_fast.rollout.scoring import ask_trained, judge
     from saferlhf_fast.runtime import engine
+    from saferlhf_fast.training.ppo.advantage import advantages
+    from saferlhf_fast.training.ppo.load_roles import load_cast
+    from saferlhf_fast.training.ppo_lag import sample
     folder = tmp_path_factory.mktemp("step")
     tokenizer = kit.make_tokenizer(extra=[f"w{i}" for i in range(VOCABULARY - 40)])
     torch.manual_seed(0)
@@ -60,11 +60,11 @@ PARTS = ("rollout", "judge", "ask_trained", "advantages", "update", "update_in_o
 
 @pytest.mark.parametrize("part", PARTS)
 def test_step(step, benchmark, part):
-    from saferlhf_fast.advantage import advantages
-    from saferlhf_fast.ppo_lag import sample
     from saferlhf_fast.rollout.scoring import ask_trained, judge
     from saferlhf_fast.runtime import engine
-    from saferlhf_fast.update import update, update_in_one_pass
+    from saferlhf_fast.training.ppo.advantage import advantages
+    from saferlhf_fast.training.ppo.update import update, update_in_one_pass
+    from saferlhf_fast.training.ppo_lag import sample
     cast, cfg, rollout, multiplier = step.cast, step.cfg, step.rollout, step.multiplier
 
     def whole():

@@ -1,4 +1,4 @@
-"""Our side of bench_step.py: `saferlhf_fast.ppo_lag.loop`, whole, on random models, with a clock around its parts.
+"""Our side of bench_step.py: `saferlhf_fast.training.ppo_lag.loop`, whole, on random models, with a clock around its parts.
 
 `unfused` is the same with `engine.packing=false` and SAFERLHF_IMPL=reference, which bench_step.py sets: padded rows, every op in
 plain torch. The recipe is the default one of the stage, so micro-batches are filled by tokens, score and update share their
@@ -15,7 +15,7 @@ import step_work
 from step_ref import now
 from step_words import one_word_an_id
 
-# what `loop` calls, by its names in saferlhf_fast.ppo_lag: whose time it is
+# what `loop` calls, by its names in saferlhf_fast.training.ppo_lag: whose time it is
 PARTS = {"sample": "rollout", "judge": "score", "ask_trained": "score", "advantages": "score"}
 
 
@@ -52,13 +52,12 @@ def make_cast(work, cfg, steps):
 
     With `lora` the score models are adapters of the actor's base, so that there is one trunk.
     """
-    from saferlhf_fast import cast
     from saferlhf_fast.models import lora, multi_adapter
-    from saferlhf_fast.models.causal_lm import load_causal_lm
-    from saferlhf_fast.models.score_model import ScoreModel, load_score_model
-    from saferlhf_fast.models.tokenizer import load_tokenizer
+    from saferlhf_fast.models.score_model import ScoreModel
+    from saferlhf_fast.rollout import roles
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
+    from saferlhf_fast.training.ppo import load_roles
     tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
 
     def score_model(path, **ignored):
@@ -75,10 +74,11 @@ def make_cast(work, cfg, steps):
         for parameter in multi_adapter.parameters(model, role):
             torch.nn.init.normal_(parameter, 0.0, 0.01)
 
-    load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
-    load_score_model, load_tokenizer = score_model, lambda path, **ignored: tokenizer
+    load_roles.load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
+    for room in (roles, load_roles):
+        room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
-    made = cast.load_cast(cfg, tokenizer, steps, constrained=True)
+    made = load_roles.load_cast(cfg, tokenizer, steps, constrained=True)
     never = [work.shape.vocabulary]     # an end that no sample is: a random policy must not end where no other side does
     generator = open_generator(made.actor, tokenizer, never, cfg.sampling)
     return dataclasses.replace(made, ends=never, generator=Limited(generator, work))
@@ -88,10 +88,10 @@ class Side:
     """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its numbers."""
 
     def __init__(self, work, recipe):
-        from saferlhf_fast import ppo_lag
         from saferlhf_fast.data.examples import PromptExample, SFTExample
-        from saferlhf_fast.lagrange import make_multiplier
         from saferlhf_fast.runtime import engine
+        from saferlhf_fast.training import ppo_lag
+        from saferlhf_fast.training.ppo.multiplier import make_multiplier
         self.work, self.page, self.steps, self.seconds = work, ppo_lag, [], {}
         self.cfg = make_config(work, recipe)
         engine.start(self.cfg.engine, 0)
@@ -138,7 +138,7 @@ class Side:
         from saferlhf_fast.rollout import scoring
         from saferlhf_fast.rollout.batch import assemble
         from saferlhf_fast.rollout.types import Response
-        from saferlhf_fast.update import in_one_pass, update_in_one_pass
+        from saferlhf_fast.training.ppo.update import in_one_pass, update_in_one_pass
         if self.processes > 1:
             return {}
         rollout = assemble(self.prompts, [Response(list(ids), None, True) for ids in self.work.responses], self.cast.tokenizer,

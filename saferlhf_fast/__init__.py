@@ -18,13 +18,13 @@ if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ l
     from .kernels.ppo_loss_from_logits import ppo_loss_from_logits as ppo_loss_from_logits
     from .kernels.token_logprob import token_logprob as token_logprob
     from .kernels.value_loss import value_loss as value_loss
-    from .lagrange import LagrangeMultiplier as LagrangeMultiplier, PIDMultiplier as PIDMultiplier
     from .models.packing import pack as pack, unpack as unpack
     from .models.score_checkpoint import save_score_model as save_score_model
     from .models.score_model import (ScoreModel as ScoreModel, load_score_model as load_score_model,
                                      score_model_from_backbone as score_model_from_backbone)
-    from .ppo_lag_loss import PPOLagLoss as PPOLagLoss
-    from .preference import cost_loss as cost_loss, reward_loss as reward_loss
+    from .training.losses import cost_loss as cost_loss, reward_loss as reward_loss
+    from .training.ppo.loss import PPOLagLoss as PPOLagLoss
+    from .training.ppo.multiplier import LagrangeMultiplier as LagrangeMultiplier, PIDMultiplier as PIDMultiplier
 
 _HOME = {
     "token_logprob": "kernels.token_logprob",
@@ -35,13 +35,13 @@ _HOME = {
     "ppo_lag_advantage": "kernels.ppo_lag_advantage",
     "ppo_loss": "kernels.ppo_loss",
     "value_loss": "kernels.value_loss",
-    "PPOLagLoss": "ppo_lag_loss",
+    "PPOLagLoss": "training.ppo.loss",
     "pack": "models.packing",
     "unpack": "models.packing",
-    "LagrangeMultiplier": "lagrange",
-    "PIDMultiplier": "lagrange",
-    "reward_loss": "preference",
-    "cost_loss": "preference",
+    "LagrangeMultiplier": "training.ppo.multiplier",
+    "PIDMultiplier": "training.ppo.multiplier",
+    "reward_loss": "training.losses",
+    "cost_loss": "training.losses",
     "ScoreModel": "models.score_model",
     "load_score_model": "models.score_model",
     "save_score_model": "models.score_checkpoint",

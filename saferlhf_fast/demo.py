@@ -22,8 +22,6 @@ from .errors import UserError
 from .models.causal_lm import load_causal_lm, save_causal_lm
 from .models.policy import Policy
 from .models.tokenizer import load_tokenizer
-from .ppo_lag import train_ppo, train_ppo_lag
-from .preference import train_cost, train_reward
 from .report import write_report
 from .report.demo_report import CLAIMS, write_demo_report
 from .rollout.batch import end_tokens, generate
@@ -32,7 +30,9 @@ from .rollout.roles import Cast, load_judge
 from .rollout.sample_and_score import ask, summary_of
 from .runtime import console, engine
 from .runtime.run_folder import finish_run, open_run
-from .sft import train as train_sft
+from .training.ppo_lag import train_ppo, train_ppo_lag
+from .training.preference import train_cost, train_reward
+from .training.sft import train as train_sft
 from .world import World
 
 COLUMNS = ("helpfulness", "cost", "unsafe_share", "model_reward", "model_cost", "kl", "multiplier")

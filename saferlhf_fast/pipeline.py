@@ -35,12 +35,12 @@ from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
 
 ENTRIES = {
-    "sft": "saferlhf_fast.sft:train",
-    "reward": "saferlhf_fast.preference:train_reward",
-    "cost": "saferlhf_fast.preference:train_cost",
-    "dpo": "saferlhf_fast.dpo:train",
-    "ppo": "saferlhf_fast.ppo_lag:train_ppo",
-    "ppo-lag": "saferlhf_fast.ppo_lag:train_ppo_lag",
+    "sft": "saferlhf_fast.training.sft:train",
+    "reward": "saferlhf_fast.training.preference:train_reward",
+    "cost": "saferlhf_fast.training.preference:train_cost",
+    "dpo": "saferlhf_fast.training.dpo:train",
+    "ppo": "saferlhf_fast.training.ppo_lag:train_ppo",
+    "ppo-lag": "saferlhf_fast.training.ppo_lag:train_ppo_lag",
     "evaluate": "saferlhf_fast.evaluation.policy:evaluate",
     "demo": "saferlhf_fast.demo:run",
 }

@@ -101,8 +101,9 @@ def nan_in_a_score(kind, value, number):
     """One score of this rank's is not believable, at that step."""
     import dataclasses
 
-    from saferlhf_fast import ppo_lag
-    real, count = ppo_lag.judge, [0]
+    from saferlhf_fast.rollout import scoring
+    from saferlhf_fast.training import ppo_lag
+    real, count = scoring.judge, [0]
 
     def judge(rollout, cast, cfg):
         scored, count[0] = real(rollout, cast, cfg), count[0] + 1
@@ -117,8 +118,9 @@ def nan_in_a_score(kind, value, number):
 
 def sigterm(number):
     """This rank is told to stop in the update of that step."""
-    from saferlhf_fast import ppo_lag
-    real, count = ppo_lag.judge, [0]
+    from saferlhf_fast.rollout import scoring
+    from saferlhf_fast.training import ppo_lag
+    real, count = scoring.judge, [0]
 
     def judge(*arguments):
         count[0] += 1

@@ -19,25 +19,26 @@ import torch
 from matrix import PPO as POLICY_STAGES
 from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
 
-from saferlhf_fast import dpo, fit, sft
-from saferlhf_fast.advantage import advantages
-from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.data.batches import share
 from saferlhf_fast.data.examples import PromptExample, preference_examples, sft_examples
-from saferlhf_fast.lagrange import LagrangeMultiplier
 from saferlhf_fast.models.causal_lm import load_causal_lm
 from saferlhf_fast.models.lora import add_lora
 from saferlhf_fast.models.policy import Policy
 from saferlhf_fast.models.score_model import load_score_model
 from saferlhf_fast.models.tokenizer import load_tokenizer
-from saferlhf_fast.preference import pair_loss
 from saferlhf_fast.rollout.batch import assemble
 from saferlhf_fast.rollout.scoring import ask_trained, judge
 from saferlhf_fast.rollout.types import Response
 from saferlhf_fast.runtime import engine
-from saferlhf_fast.steplog import averages
-from saferlhf_fast.update import in_one_pass, update, update_in_one_pass
+from saferlhf_fast.training import dpo, sft
+from saferlhf_fast.training.ppo.advantage import advantages
+from saferlhf_fast.training.ppo.load_roles import load_cast
+from saferlhf_fast.training.ppo.multiplier import LagrangeMultiplier
+from saferlhf_fast.training.ppo.step_metrics import averages
+from saferlhf_fast.training.ppo.update import in_one_pass, update, update_in_one_pass
+from saferlhf_fast.training.preference import pair_loss
+from saferlhf_fast.training.supervised import Task, evaluate, train_step
 
 STEPS, GLOBAL_BATCH, BUDGET = 3, 7, 80      # sequences or pairs of a step; tokens of a pass
 RATE, ADAPTERS = Optimizer(learning_rate=1e-3), Lora(rank=4)
@@ -73,7 +74,7 @@ def task_of(cell, world, tokenizer):
     if cell.stage == "sft":
         examples, _ = sft_examples(world["sft"], tokenizer)
         return (Policy(adapted(load_causal_lm(world["model"]), cell)), examples,
-                fit.Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
+                Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
     kind = "better" if cell.stage == "dpo" else cell.stage
     examples, _ = preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
@@ -84,8 +85,8 @@ def task_of(cell, world, tokenizer):
     else:
         module = adapted(load_score_model(world[cell.stage]), cell)
         loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
-    return module, examples, fit.Task(weigh=lambda e: 1, loss=loss, save=None, sequences=2,
-                                      tokens=lambda e: len(e.first_ids) + len(e.second_ids))
+    return module, examples, Task(weigh=lambda e: 1, loss=loss, save=None, sequences=2,
+                                  tokens=lambda e: len(e.first_ids) + len(e.second_ids))
 
 
 def supervised(cell, world, tokenizer):
@@ -97,11 +98,11 @@ def supervised(cell, world, tokenizer):
         batch = [examples[(step * GLOBAL_BATCH + i) % len(examples)] for i in range(GLOBAL_BATCH)]
         if step == 1 and cell != cell.reference:
             broken = dataclasses.replace(task, loss=lambda *given: spoilt(*task.loss(*given)))
-            assert "loss" in fit.train_step(trained, broken, batch, BUDGET)[1]
-        values, bad = fit.train_step(trained, task, batch, BUDGET)
+            assert "loss" in train_step(trained, broken, batch, BUDGET)[1]
+        values, bad = train_step(trained, task, batch, BUDGET)
         assert not bad, bad
         rows.append(values)
-    rows.append({**fit.evaluate(trained, task, examples[:5], BUDGET), "weights": magnitudes(trained)})
+    rows.append({**evaluate(trained, task, examples[:5], BUDGET), "weights": magnitudes(trained)})
     return rows
 
 

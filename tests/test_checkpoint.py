@@ -13,15 +13,14 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast import lagrange
-from saferlhf_fast.alarms import AtBound, Spikes
 from saferlhf_fast.checkpoint import commands
 from saferlhf_fast.checkpoint.verify import newest, whole
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import compatibility, manifest, safe_pickle
 from saferlhf_fast.runtime.checkpoint.state import flatten, generators, restore, set_generators
 from saferlhf_fast.runtime.checkpoint.writer import Files
-from saferlhf_fast.skips import Skips
+from saferlhf_fast.training.anomalies import AtBound, Skips, Spikes
+from saferlhf_fast.training.ppo import multiplier
 
 
 def made(output, step, score=None, content=b"weights"):
@@ -183,8 +182,8 @@ def test_generators_go_on_where_they_were():
     assert (random.random(), torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.gauss(0, 1)) == drawn
 
 
-@pytest.mark.parametrize("make", [lambda: lagrange.LagrangeMultiplier(window=5, lr=0.3, delay=1),
-                                  lambda: lagrange.PIDMultiplier(window=5)])
+@pytest.mark.parametrize("make", [lambda: multiplier.LagrangeMultiplier(window=5, lr=0.3, delay=1),
+                                  lambda: multiplier.PIDMultiplier(window=5)])
 def test_a_multiplier_goes_on_bit_for_bit(make):
     costs = [torch.randn(3) for _ in range(6)]
     straight, first, second = make(), make(), make()

@@ -31,7 +31,9 @@ middle = time.perf_counter()
 import saferlhf_fast
 for name in saferlhf_fast.__all__:
     getattr(saferlhf_fast, name)
-from saferlhf_fast import integrations, preference; from saferlhf_fast.models import score_model
+from saferlhf_fast import integrations
+from saferlhf_fast.models import score_model
+from saferlhf_fast.training import preference
 end = time.perf_counter()
 values = torch.arange(4.0)
 assert saferlhf_fast.gae(values, values, gamma=1.0, lam=1.0)[1].tolist() == [6.0, 6.0, 5.0, 3.0]

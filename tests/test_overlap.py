@@ -23,7 +23,6 @@ def world(tmp_path_factory):
 def test_batches_are_one_step_stale(world, tmp_path):
     """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts and seeds under
     those weights give the same tokens; the gap to the trainer's log-probs opens with the second step."""
-    from saferlhf_fast import ppo_lag
     from saferlhf_fast.config.stages import PPO, Engine, PPOConfig, Sampling
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.policy import Policy
@@ -32,6 +31,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
     from saferlhf_fast.rollout.batch import end_tokens, generate
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
+    from saferlhf_fast.training.ppo.prompts import load_data, prompt_batches
     out = kit.run("ppo-lag", tmp_path / "run", save_interval=1, log__sample_interval=1, **world, **SETTINGS)
     assert kit.losses(out, "train/staleness") == [0, 1, 1, 1]
     gaps = kit.losses(out, "train/engine_gap_mean")
@@ -43,9 +43,9 @@ def test_batches_are_one_step_stale(world, tmp_path):
                     max_length=24, ppo=PPO(batch_size=4, max_steps=4))
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(world["model"])
-    prompts, *_ = ppo_lag.load_data(cfg, tokenizer)
+    prompts, *_ = load_data(cfg, tokenizer)
     lengths = kit.losses(out, "train/mean_generated_length")
-    for step, batch in enumerate(ppo_lag.prompt_batches(prompts, cfg, 4), 1):
+    for step, batch in enumerate(prompt_batches(prompts, cfg, 4), 1):
         found = {}
         for name, weights in (("stale", step - 2), ("fresh", step - 1)):
             folder = out / f"step-{weights}" if weights > 0 else world["model"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saferlhf_fast import ScoreModel, cost_loss, reward_loss
-from saferlhf_fast.preference import token_wise
+from saferlhf_fast.training.losses import token_wise
 
 pytestmark = pytest.mark.numeric
 

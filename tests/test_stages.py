@@ -234,8 +234,8 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
     """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by hand."""
     from transformers import AutoModelForCausalLM
     from saferlhf_fast.data.examples import PairExample
-    from saferlhf_fast.dpo import batch_loss
     from saferlhf_fast.models.policy import Policy
+    from saferlhf_fast.training.dpo import batch_loss
     lms = [AutoModelForCausalLM.from_pretrained(kit.make_model(tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
     prompt, chosen, rejected = [5, 6, 7], [8, 9, 2], [10, 2]
     example = PairExample(prompt + chosen, prompt + rejected, len(prompt), "")
@@ -257,7 +257,8 @@ def test_token_wise_loss_by_hand(world):
     """The responses share their first token: from the second on, the shorter one's last score standing in."""
     from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.models.score_model import score_model_from_backbone
-    from saferlhf_fast.preference import pair_loss, reward_loss
+    from saferlhf_fast.training.losses import reward_loss
+    from saferlhf_fast.training.preference import pair_loss
     model = score_model_from_backbone(world["model"])
     a, b = [5, 6, 8, 9, 2], [5, 6, 8, 2]
     with torch.no_grad():

@@ -98,7 +98,7 @@ def test_importance_weights_are_truncated():
     """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a filler is counted."""
     from types import SimpleNamespace
     from saferlhf_fast.config.stages import PPO
-    from saferlhf_fast.update import Tally, _weighted
+    from saferlhf_fast.training.ppo.update import Tally, _weighted
     cfg, tally = SimpleNamespace(ppo=PPO(importance_cap=2.0)), Tally()
     ratio = torch.tensor([0.5, 1.0, 1.005, 4.0])
     engine_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0])

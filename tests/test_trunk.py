@@ -6,7 +6,6 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast.cast import load_cast
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.models import multi_adapter
 from saferlhf_fast.models.causal_lm import load_causal_lm
@@ -15,6 +14,7 @@ from saferlhf_fast.models.policy import Policy
 from saferlhf_fast.models.score_model import load_score_model
 from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.runtime import engine
+from saferlhf_fast.training.ppo.load_roles import load_cast
 
 pytestmark = pytest.mark.numeric
 

@@ -5,8 +5,9 @@ import signal
 import sys
 import time
 
-from saferlhf_fast import cli, ppo_lag
+from saferlhf_fast import cli
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.training import ppo_lag
 
 FAULT, RANKS = os.environ.get("FAULT", ""), os.environ.get("FAULTY", "").split(",")
 

@@ -1,5 +1,5 @@
-"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of sft.py, preference.py,
-dpo.py, cast.py, rollout/scoring.py and update.py, in bytes.
+"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of training/sft.py,
+training/preference.py, training/dpo.py, training/ppo/load_roles.py, rollout/scoring.py and training/ppo/update.py, in bytes.
 
 A moment is a sum of parts (`PARTS`); a stage's peak is its largest moment. What runs one after the other (passes of a step,
 optimiser steps of several models) counts by its worst turn.

@@ -98,17 +98,6 @@ class Advantages:
     stats: dict                                         # 0-d tensors, named by ppo_lag_advantage
 
 
-BELIEVABLE = 1e6
-
-
-def believable(score_B):
-    """Scores with NaN in place of those that no working score model gives (beyond ±1e6, infinite ones included); None: None."""
-    if score_B is None:
-        return None
-    score_B = score_B.float()                            # first: the most negative integer is its own abs()
-    return score_B.where(score_B.abs() <= BELIEVABLE, float("nan"))
-
-
 @dataclass(frozen=True)
 class Response:
     """What was sampled for one prompt."""

@@ -15,13 +15,12 @@ from pathlib import Path
 
 import torch
 
-from .alarms import Spikes
-from .data.batches import global_batches
-from .errors import UserError
-from .models.packing import fill
-from .runtime import console, engine
-from .runtime.checkpoint.checkpointer import Checkpoints, Memory
-from .skips import Skips
+from ..data.batches import global_batches
+from ..errors import UserError
+from ..models.packing import fill
+from ..runtime import console, engine
+from ..runtime.checkpoint.checkpointer import Checkpoints, Memory
+from .anomalies import Skips, Spikes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,16 +1,51 @@
-"""What a run should be looked at for, while it goes on: a loss that jumps, a multiplier that stays at its bound. Warnings only.
+"""Steps that are not as they should be: left out where a number was not finite, told where a loss jumps or λ stays at its bound.
 
-A spike: `PATIENCE` steps in a row above twice the median of the last `WINDOW` steps, told once until it is over. The rule is
-composer's KillLossSpike in kind (outliers of factor 2, four in a row), which by default does not stop a run either.
+`Skips` counts the steps that were left out because a number in them was not finite, on whichever rank, and ends the run after too
+many. The other two only warn. A spike: `PATIENCE` steps in a row above twice the median of the last `WINDOW` steps, told once
+until it is over. The rule is composer's KillLossSpike in kind (outliers of factor 2, four in a row), which by default does not
+stop a run either.
 """
 
 import math
 from collections import deque
 from statistics import median
 
-from .runtime import console
+from ..errors import NonFinite
+from ..runtime import console
 
 FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
+
+
+class Skips:
+    """Counts steps that are left out; the same on all ranks, since what is not finite was told to all.
+
+    limit: so many in a row end the run.
+    """
+
+    def __init__(self, limit):
+        self.limit, self.total, self.row = limit, 0, 0
+
+    def note(self, step, bad, save):
+        """bad: what was not finite in a step; empty when it was taken · save: () -> path of the batch, written when the run
+        ends here (every rank calls it)."""
+        if not bad:
+            self.row = 0
+            return
+        self.total, self.row = self.total + 1, self.row + 1
+        if self.row >= self.limit:
+            in_a_row = f" in {self.row} steps one after the other" if self.row > 1 else ""
+            raise NonFinite(f"step {step}: {', '.join(bad)}: expected finite numbers, got NaN or inf{in_a_row}; the batch is "
+                            f"saved in {save()}, no weight was changed by what was not finite; try a lower learning rate, or "
+                            "fp32")
+        console.warn(f"step {step} is left out on all ranks: {', '.join(bad)} not finite ({self.total} so far)")
+
+    def state_dict(self):
+        """For a checkpoint."""
+        return {"total": self.total, "row": self.row}
+
+    def load_state_dict(self, values):
+        """From a checkpoint."""
+        self.total, self.row = values["total"], values["row"]
 
 
 class Spikes:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .runtime import engine
+from ...runtime import engine
 
 FROM_ADVANTAGES = {"kl_sequence": "kl_divergence", "shaped_reward": "reward_with_kl_penalty",
                    "reward_advantage": "reward_advantage", "reward_return": "reward_return",

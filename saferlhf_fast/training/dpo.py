@@ -8,27 +8,20 @@ the sequence included.
 
 import copy
 
-import torch.nn.functional as F
-
-from .config.load import to_dict
-from .data.examples import preference_examples
-from .fit import Task, fit, total_steps
-from .models.causal_lm import load_causal_lm
-from .models.export_files import describe
-from .models.lora import add_lora
-from .models.packing import pack_sequences, response_rows
-from .models.policy import Policy, sequence_sums
-from .models.tokenizer import load_tokenizer
-from .runtime import console, engine
-from .runtime.metrics import Metrics
-from .runtime.run_folder import finish_run, open_run
-from .sft import held_out_split, prepare, refuse_long, save_policy
-
-
-def dpo_loss(chosen, rejected, ref_chosen, ref_rejected, *, beta):
-    """[B] summed log-probs under policy and reference -> [B] losses and [B] margins β(Δchosen − Δrejected), in nats."""
-    margin = beta * ((chosen - ref_chosen) - (rejected - ref_rejected))
-    return -F.logsigmoid(margin), margin
+from ..config.load import to_dict
+from ..data.examples import preference_examples
+from ..models.causal_lm import load_causal_lm
+from ..models.export_files import describe
+from ..models.lora import add_lora
+from ..models.packing import pack_sequences, response_rows
+from ..models.policy import Policy, sequence_sums
+from ..models.tokenizer import load_tokenizer
+from ..runtime import console, engine
+from ..runtime.metrics import Metrics
+from ..runtime.run_folder import finish_run, open_run
+from .losses import dpo_loss
+from .stage_helpers import held_out_split, prepare, refuse_long, save_policy
+from .supervised import Task, fit, total_steps
 
 
 def batch_loss(policy, reference, examples, beta):

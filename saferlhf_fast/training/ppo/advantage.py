@@ -1,7 +1,7 @@
 """From scores to what the update learns from: KL shaping, both GAE scans, (A_r − λ·A_c)/(1 + λ)."""
 
-from .kernels.ppo_lag_advantage import ppo_lag_advantage
-from .rollout.types import Advantages
+from ...kernels.ppo_lag_advantage import ppo_lag_advantage
+from ...rollout.types import Advantages
 
 
 def shaped_reward(scored, shaping):

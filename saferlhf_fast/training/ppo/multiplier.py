@@ -18,7 +18,7 @@ from numbers import Real
 
 import torch
 
-from .rollout.types import believable
+BELIEVABLE = 1e6
 
 
 class CostWindow:
@@ -230,3 +230,11 @@ def suggestion(costs_B):
     return (f"costs of the starting policy: mean {costs_B.float().mean().item():.2f}, {unsafe:.0%} above 0; quantiles "
             f"10 % {quantiles[0]:.2f}, 25 % {quantiles[1]:.2f}, 50 % {quantiles[2]:.2f}. A threshold is within reach "
             f"near the lower quantiles: multiplier.threshold_quantile=0.25 takes {quantiles[1]:.2f}")
+
+
+def believable(score_B):
+    """Scores with NaN in place of those that no working score model gives (beyond ±1e6, infinite ones included); None: None."""
+    if score_B is None:
+        return None
+    score_B = score_B.float()                            # first: the most negative integer is its own abs()
+    return score_B.where(score_B.abs() <= BELIEVABLE, float("nan"))

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .kernels import checks
-from .kernels.dispatch import NAMES
-from .kernels.losses import KL_ESTIMATORS, REDUCTIONS
-from .kernels.ppo_loss import ppo_loss
-from .lagrange import LagrangeMultiplier, PIDMultiplier
+from ...kernels import checks
+from ...kernels.dispatch import NAMES
+from ...kernels.losses import KL_ESTIMATORS, REDUCTIONS
+from ...kernels.ppo_loss import ppo_loss
+from .multiplier import LagrangeMultiplier, PIDMultiplier
 
 PER_CALL = {"logp", "old_logp", "advantages", "cu_seqlens", "mask", "ref_logp", "entropy", "normalizer", "advantage_scale",
             "advantage_shift"}

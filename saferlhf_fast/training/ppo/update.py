@@ -12,15 +12,16 @@ from itertools import accumulate
 
 import torch
 
+from ...kernels.ppo_lag_advantage import whitening
+from ...kernels.ppo_loss import ppo_loss
+from ...kernels.value_loss import value_loss
+from ...models.packing import fill
+from ...models.policy import Objective
+from ...rollout.types import Scored
+from ...runtime import engine
+from ..sft import sft_loss
 from .advantage import advantages
-from .kernels.ppo_lag_advantage import whitening
-from .kernels.ppo_loss import ppo_loss
-from .kernels.value_loss import value_loss
-from .models.packing import fill
-from .models.policy import Objective
-from .rollout.types import Scored, believable
-from .runtime import engine
-from .sft import sft_loss
+from .multiplier import believable
 
 
 class Tally:
@@ -79,7 +80,7 @@ def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
 
 class Between:
     """What lies between a pass's log-probs and its losses: advantages, importance weights, the policy loss, for whole
-    sequences at a time. Called by the actor's head (saferlhf_fast.models.on_policy_loss) with the log-probs that are old and new
+    sequences at a time. Called by the actor's head (models/on_policy_loss.py) with the log-probs that are old and new
     at once.
     """
 

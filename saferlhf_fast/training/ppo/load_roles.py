@@ -1,20 +1,20 @@
-"""The models of a PPO run: actor, reference, reward and cost model, their critics, loaded and handed to DeepSpeed."""
+"""Loads the models of a PPO run and hands them to DeepSpeed: actor, reference, reward and cost model, their critics."""
 
 import copy
 import dataclasses
 
-from .errors import UserError
-from .models import backbone, multi_adapter
-from .models.causal_lm import load_causal_lm, without_dropout
-from .models.folders import refuse_short_context
-from .models.policy import Policy
-from .models.score_model import load_score_model
-from .models.shared_base import PolicyOnTrunk, ScoreOnTrunk, Trunk
-from .models.tokenizer import load_tokenizer, same_tokenizer
-from .rollout.batch import end_tokens
-from .rollout.engines import open_generator
-from .rollout.roles import Cast, Judge, load_judge
-from .runtime import console, engine
+from ...errors import UserError
+from ...models import backbone, multi_adapter
+from ...models.causal_lm import load_causal_lm, without_dropout
+from ...models.folders import refuse_short_context
+from ...models.policy import Policy
+from ...models.score_model import load_score_model
+from ...models.shared_base import PolicyOnTrunk, ScoreOnTrunk, Trunk
+from ...models.tokenizer import load_tokenizer, same_tokenizer
+from ...rollout.batch import end_tokens
+from ...rollout.engines import open_generator
+from ...rollout.roles import Cast, Judge, load_judge
+from ...runtime import console, engine
 
 
 def load_cast(cfg, tokenizer, steps, constrained):

@@ -4,44 +4,42 @@
     saferlhf-fast ppo     model=DIR reward=DIR data=FILE output=DIR            (no constraint)
 
 Per token t: r_t = clip(−β·kl_t + [t last]·R), c_t = clip(+β·kl_t + [t last]·C); A = (A_r − λ·A_c)/(1 + λ) with both
-advantages by GAE; λ follows the mean cost of the last episodes (saferlhf_fast.lagrange). `ppo` is the same without the
-cost side; `ppo.shaping` makes it maximise R − ν·C with one critic.
+advantages by GAE; λ follows the mean cost of the last episodes (ppo/multiplier.py). `ppo` is the same without
+the cost side; `ppo.shaping` makes it maximise R − ν·C with one critic.
 Source: Safe RLHF (arXiv 2310.12773) and its reference implementation.
 """
 
 import dataclasses
 import json
-import math
 from itertools import islice
 from pathlib import Path
 
-from .advantage import advantages
-from .alarms import AtBound, Spikes
-from .cast import load_cast
-from .config.load import to_dict
-from .data.batches import global_batches, share, split_by_prompt
-from .data.examples import prompt_examples, sft_examples
-from .errors import UserError
-from .lagrange import make_multiplier, suggestion
-from .models.export_files import describe
-from .models.tokenizer import load_tokenizer
-from .rollout.batch import assemble, generate
-from .rollout.prefetch import Ahead, rollouts_ahead, step_seed
-from .rollout.sample_and_score import ask, summary_of
-from .rollout.scoring import ask_trained, judge
-from .runtime import console, engine
-from .runtime.checkpoint.checkpointer import Checkpoints, Memory
-from .runtime.metrics import Metrics
-from .runtime.run_folder import finish_run, open_run
-from .sft import save_policy
-from .skips import Skips
-from .steplog import averages, sample_rows
-from .update import in_one_pass, update, update_in_one_pass
+from ..config.load import to_dict
+from ..errors import UserError
+from ..models.export_files import describe
+from ..models.tokenizer import load_tokenizer
+from ..rollout.batch import assemble, generate
+from ..rollout.prefetch import Ahead, rollouts_ahead, step_seed
+from ..rollout.sample_and_score import ask, summary_of
+from ..rollout.scoring import ask_trained, judge
+from ..runtime import console, engine
+from ..runtime.checkpoint.checkpointer import Checkpoints, Memory
+from ..runtime.metrics import Metrics
+from ..runtime.run_folder import finish_run, open_run
+from .anomalies import AtBound, Skips, Spikes
+from .ppo.advantage import advantages
+from .ppo.load_roles import load_cast
+from .ppo.multiplier import make_multiplier, suggestion
+from .ppo.prompts import load_data, prompt_batches, ptx_batches, total_steps
+from .ppo.selection import Keeper
+from .ppo.step_metrics import averages, sample_rows
+from .ppo.update import in_one_pass, update, update_in_one_pass
+from .stage_helpers import save_policy
 
 
 def loop(cast, prompts, ptx, multiplier, cfg, steps, after_step, start=0, skips=None, ahead=None):
     """Steps start + 1 to `steps` of PPO; λ = multiplier.value, None without a constraint. after_step(step, metrics, rollout,
-    scored). skips: a `Skips` for steps with numbers that are not finite · ahead: an `overlap.Ahead`, if the recipe overlaps."""
+    scored). skips: a `Skips` for steps with numbers that are not finite · ahead: a `prefetch.Ahead`, if the recipe overlaps."""
     skips = skips or Skips(cfg.engine.max_skips)
     at_once = in_one_pass(cfg, cast)
     console.say("score and update share their forward passes" if at_once else "old log-probs and values have a pass of their own")
@@ -185,54 +183,6 @@ def descriptions(cast, tokenizer):
     return {name: describe(model.module, tokenizer) for name, model in engines_of(cast).items()}
 
 
-def load_data(cfg, tokenizer):
-    """-> prompts, evaluation prompts, PTX examples (or None), report."""
-    longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
-    prompts, report = prompt_examples(cfg.data, tokenizer, cfg.template, longest, cfg.seed)
-    if cfg.evaluation.data is not None:
-        held_out, _ = prompt_examples(cfg.evaluation.data, tokenizer, cfg.template, longest, cfg.seed)
-    elif cfg.evaluation.fraction:
-        prompts, held_out = split_by_prompt(prompts, cfg.evaluation.fraction, cfg.seed)
-    else:
-        held_out = prompts[:64]
-        console.say(f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or evaluation.data "
-                    "gives ones that are not trained on")
-    ptx = None
-    if cfg.ptx is not None and cfg.ppo.ptx_coeff:
-        ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
-    return prompts, held_out, ptx, report
-
-
-def total_steps(n, cfg):
-    """Steps of a run over n prompts."""
-    steps = max(1, math.ceil(cfg.ppo.prompt_epochs * n / (cfg.ppo.batch_size * engine.world_size())))
-    return min(steps, cfg.ppo.max_steps) if cfg.ppo.max_steps else steps
-
-
-def prompt_batches(prompts, cfg, steps):
-    """This rank's prompts of each step; every batch is full, and every prompt comes once before any comes twice."""
-    size = cfg.ppo.batch_size * engine.world_size()
-    order, epoch = [], 0
-    for _ in range(steps):
-        while len(order) < size:
-            order += [i for batch in global_batches(len(prompts), size, cfg.seed, epoch) for i in batch]
-            epoch += 1
-        batch, order = order[:size], order[size:]
-        yield [prompts[i] for i in share(batch, engine.rank(), engine.world_size())]
-
-
-def ptx_batches(ptx, cfg):
-    """The global batch of supervised examples of each step, as many as prompts; None without PTX."""
-    epoch, size = 0, cfg.ppo.batch_size * engine.world_size()
-    while True:
-        if ptx is None:
-            yield None
-            continue
-        for batch in global_batches(len(ptx), size, cfg.seed + 1, epoch):
-            yield [ptx[i] for i in batch]
-        epoch += 1
-
-
 def starting_threshold(cfg, before):
     """d: the recipe's number, or the quantile of the starting policy's costs; prints what lies within reach."""
     costs = [row["cost"] for row in before if row.get("cost") is not None]
@@ -244,68 +194,6 @@ def starting_threshold(cfg, before):
     if cfg.multiplier.threshold_quantile is None:
         return cfg.multiplier.threshold
     return torch.quantile(costs, cfg.multiplier.threshold_quantile).item()
-
-
-class Keeper:
-    """Evaluates the actor and keeps the weights that the recipe asks for: the last, or the best under the threshold."""
-
-    def __init__(self, cast, held_out, cfg, folder, tokenizer, multiplier, observe=None):
-        self.cast, self.held_out, self.cfg = cast, held_out, cfg
-        self.folder, self.tokenizer = Path(folder), tokenizer
-        self.multiplier = multiplier
-        self.observe = observe or (lambda rows: {})
-        self.best = self.rows = self.step = self.state = self.multiplier_then = self.offered = None
-
-    def score(self, step):
-        """Of the evaluation in this step, higher is better; None when there was none."""
-        return list(self.offered[1]) if self.offered and self.offered[0] == step else None
-
-    def state_dict(self):
-        """For a checkpoint; the kept weights are on rank 0."""
-        return {name: getattr(self, name) for name in ("best", "rows", "step", "state", "multiplier_then")}
-
-    def load_state_dict(self, values):
-        """From a checkpoint."""
-        for name, value in values.items():
-            setattr(self, name, tuple(value) if name == "best" and value is not None else value)
-        self.state = self.state if engine.rank() == 0 else None
-
-    @property
-    def limit(self):
-        """The mean cost under which an evaluation counts as feasible; None without a constraint."""
-        return None if self.multiplier is None else self.multiplier.threshold - self.cfg.evaluation.margin
-
-    def metrics(self, rows):
-        """What is logged of an evaluation."""
-        limit = {} if self.limit is None else {"eval/threshold": self.limit + self.cfg.evaluation.margin}
-        return {**{f"eval/{k}": v for k, v in summary_of(rows).items()}, **limit, **self.observe(rows)}
-
-    def offer(self, step):
-        """Evaluates -> metrics; remembers the weights when they are the best so far."""
-        rows = ask(self.cast, self.held_out, self.cfg)
-        rank = self._rank(summary_of(rows))
-        self.offered = (step, rank)
-        if not self.cfg.evaluation.select or self.best is None or rank > self.best:
-            self.best, self.rows, self.step = rank, rows, step
-            self.multiplier_then = None if self.multiplier is None else float(self.multiplier.value)
-            self.state = self.cast.actor.state_dict() if self.cfg.evaluation.select else None
-        return self.metrics(rows)
-
-    def _rank(self, values):
-        """Feasible ones by reward, above infeasible ones by how little they exceed the limit."""
-        if self.limit is None or values["cost"] <= self.limit:
-            return (1, values["reward"])
-        return (0, -values["cost"])
-
-    def settle(self, card):
-        """Puts the kept weights back and saves them in folder/model -> their evaluation rows."""
-        if self.cfg.evaluation.select:
-            if self.limit is not None and self.best[0] == 0:
-                console.warn(f"no evaluation met the threshold less the margin ({self.limit:.2f}); the one with the "
-                             f"lowest cost is kept (step {self.step})")
-            self.cast.actor.load_state_dict(self.state)
-        save_policy(self.cast.actor, self.folder / "model", self.tokenizer, {**card, "step": self.step})
-        return self.rows
 
 
 def save_batch(cfg, step, rollout, scored):

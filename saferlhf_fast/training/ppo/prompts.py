@@ -1,0 +1,55 @@
+"""The prompts of a PPO run, its evaluation prompts and its supervised examples: what is read, how often, in which order."""
+
+import math
+
+from ...data.batches import global_batches, share, split_by_prompt
+from ...data.examples import prompt_examples, sft_examples
+from ...runtime import console, engine
+
+
+def load_data(cfg, tokenizer):
+    """-> prompts, evaluation prompts, PTX examples (or None), report."""
+    longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
+    prompts, report = prompt_examples(cfg.data, tokenizer, cfg.template, longest, cfg.seed)
+    if cfg.evaluation.data is not None:
+        held_out, _ = prompt_examples(cfg.evaluation.data, tokenizer, cfg.template, longest, cfg.seed)
+    elif cfg.evaluation.fraction:
+        prompts, held_out = split_by_prompt(prompts, cfg.evaluation.fraction, cfg.seed)
+    else:
+        held_out = prompts[:64]
+        console.say(f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or evaluation.data "
+                    "gives ones that are not trained on")
+    ptx = None
+    if cfg.ptx is not None and cfg.ppo.ptx_coeff:
+        ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
+    return prompts, held_out, ptx, report
+
+
+def total_steps(n, cfg):
+    """Steps of a run over n prompts."""
+    steps = max(1, math.ceil(cfg.ppo.prompt_epochs * n / (cfg.ppo.batch_size * engine.world_size())))
+    return min(steps, cfg.ppo.max_steps) if cfg.ppo.max_steps else steps
+
+
+def prompt_batches(prompts, cfg, steps):
+    """This rank's prompts of each step; every batch is full, and every prompt comes once before any comes twice."""
+    size = cfg.ppo.batch_size * engine.world_size()
+    order, epoch = [], 0
+    for _ in range(steps):
+        while len(order) < size:
+            order += [i for batch in global_batches(len(prompts), size, cfg.seed, epoch) for i in batch]
+            epoch += 1
+        batch, order = order[:size], order[size:]
+        yield [prompts[i] for i in share(batch, engine.rank(), engine.world_size())]
+
+
+def ptx_batches(ptx, cfg):
+    """The global batch of supervised examples of each step, as many as prompts; None without PTX."""
+    epoch, size = 0, cfg.ppo.batch_size * engine.world_size()
+    while True:
+        if ptx is None:
+            yield None
+            continue
+        for batch in global_batches(len(ptx), size, cfg.seed + 1, epoch):
+            yield [ptx[i] for i in batch]
+        epoch += 1

@@ -1,0 +1,51 @@
+"""Stage sft: next-token cross-entropy over the assistant's tokens, averaged over all trained tokens of the batch.
+
+    saferlhf-fast sft model=DIR data=FILE output=DIR
+"""
+
+from ..config.load import to_dict
+from ..data.examples import sft_examples
+from ..models.causal_lm import load_causal_lm
+from ..models.export_files import describe
+from ..models.lora import add_lora
+from ..models.policy import Policy, pack_trained
+from ..models.tokenizer import load_tokenizer
+from ..runtime import console, engine
+from ..runtime.metrics import Metrics
+from ..runtime.run_folder import finish_run, open_run
+from .stage_helpers import held_out_split, prepare, refuse_long, save_policy
+from .supervised import Task, fit, total_steps
+
+
+def sft_loss(policy, examples):
+    """-> (summed negative log-prob of the trained tokens, {}). policy: a Policy or an engine that holds one."""
+    return -policy(pack_trained(examples, engine.device())).sum(), {}
+
+
+def train(cfg):
+    """Runs the stage -> summary. The model lies in <output>/model."""
+    engine.start(cfg.engine, cfg.seed)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
+    examples, held_out = held_out_split(cfg, examples, lambda source: sft_examples(
+        source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed))
+    lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
+                        allow_pickle=cfg.allow_pickle)
+    refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
+    prepare(lm, cfg)
+    if cfg.lora.rank:
+        lm = add_lora(lm, cfg.lora)
+    folder = open_run("sft", cfg)
+    for line in report.lines():
+        console.say(line)
+    policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
+                           total_steps(len(examples), cfg.train, engine.world_size()))
+    task = Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft_loss,
+                describe=describe(policy.module, tokenizer),
+                save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}))
+    metrics = Metrics(folder, cfg.log, to_dict(cfg), "sft")
+    summary = fit(policy, task, examples, held_out, cfg, folder, metrics, "sft")
+    metrics.close()
+    summary = {**summary, "examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
+    finish_run(folder, summary)
+    return summary
