@@ -19,10 +19,10 @@ from .data.batches import share
 from .data.examples import PromptExample, prompt_examples
 from .data.templates import Template
 from .errors import UserError
+from .evaluation.report import write_report
 from .models.causal_lm import load_causal_lm, save_causal_lm
 from .models.policy import Policy
 from .models.tokenizer import load_tokenizer
-from .report import write_report
 from .report.demo_report import CLAIMS, write_demo_report
 from .rollout.batch import end_tokens, generate
 from .rollout.engines import open_generator

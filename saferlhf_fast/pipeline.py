@@ -41,7 +41,7 @@ ENTRIES = {
     "dpo": "saferlhf_fast.training.dpo:train",
     "ppo": "saferlhf_fast.training.ppo_lag:train_ppo",
     "ppo-lag": "saferlhf_fast.training.ppo_lag:train_ppo_lag",
-    "evaluate": "saferlhf_fast.evaluation.policy:evaluate",
+    "evaluate": "saferlhf_fast.evaluation.evaluate:evaluate",
     "demo": "saferlhf_fast.demo:run",
 }
 """Where a stage lives; each takes its config and returns a summary that JSON can hold."""
@@ -83,7 +83,7 @@ def run_stage(stage, cfg):
     if folder and (folder / "started.json").exists() and not (folder / "finished.json").exists():
         run_folder.finish_run(folder, summary)
     if folder and run_folder.rank() == 0 and (folder / "metrics.jsonl").exists():
-        from saferlhf_fast.report import write_report
+        from saferlhf_fast.evaluation.report import write_report
         write_report(folder)             # last: a chart that cannot be drawn must not undo hours of training
     _say(f"{stage}: done in {time.perf_counter() - begun:.0f} s" + (f"; see {folder}" if folder else ""))
     return summary

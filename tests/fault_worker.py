@@ -161,7 +161,7 @@ def fault():
 
 
 if __name__ == "__main__":
-    with fault(), mock.patch("saferlhf_fast.report.write_report"):
+    with fault(), mock.patch("saferlhf_fast.evaluation.report.write_report"):
         code = kit.main(*json.loads(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()

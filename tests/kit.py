@@ -147,7 +147,7 @@ def run(stage, output, report=False, **settings):
     """
     words = [f"{key.replace('__', '.')}={value}" for key, value in {"output": output, **settings}.items()]
     quiet = [] if stage == "evaluate" else ["log.progress=false"]
-    with contextlib.nullcontext() if report else mock.patch("saferlhf_fast.report.write_report"):
+    with contextlib.nullcontext() if report else mock.patch("saferlhf_fast.evaluation.report.write_report"):
         code = main(stage, *words, *quiet)
     assert code == 0, f"{stage} ended with exit code {code}"
     return Path(output)

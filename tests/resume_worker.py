@@ -8,7 +8,7 @@ import kit
 
 
 def main():
-    with mock.patch("saferlhf_fast.report.write_report"):
+    with mock.patch("saferlhf_fast.evaluation.report.write_report"):
         for words in json.loads(sys.argv[1]):
             code = kit.main(*words)
             if code:

@@ -8,11 +8,10 @@ from html.parser import HTMLParser
 import pytest
 
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.report import write_report
-from saferlhf_fast.report import curves, plots
+from saferlhf_fast.evaluation.report import curves, plots, write_report
+from saferlhf_fast.evaluation.report.read import Run, read_lines, read_run
+from saferlhf_fast.evaluation.report.scatter import counts, scatter
 from saferlhf_fast.report.demo_report import read_seeds, verdict, write_demo_report
-from saferlhf_fast.report.read import Run, read_lines, read_run
-from saferlhf_fast.report.scatter import counts, scatter
 
 NASTY = "</td><script>alert(1)</script> \x1b[2J & <b>"
 

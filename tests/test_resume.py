@@ -25,7 +25,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_report():
-    with mock.patch("saferlhf_fast.report.write_report"):
+    with mock.patch("saferlhf_fast.evaluation.report.write_report"):
         yield
 
 

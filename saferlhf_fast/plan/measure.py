@@ -157,7 +157,7 @@ def _child(folder, case):
         peak["peak"] = _resident("VmHWM") - before
 
     with mock.patch.object(console, "track", track), mock.patch.object(console.Track, "end", end), \
-            mock.patch("saferlhf_fast.report.write_report"):
+            mock.patch("saferlhf_fast.evaluation.report.write_report"):
         pipeline.run_stage(kind, cfg)
     print(json.dumps(peak))
 

@@ -1,7 +1,7 @@
 """The demo's plots: what PPO and PPO-Lag did to helpfulness and safety, and how it came about, gold beside model."""
 
-from .curves import DOTS, draw_accuracy, percent
-from .plots import BLUE, GREY, INK, ORANGE, Plot, legend, level, line, panels, titled
+from ..evaluation.report.curves import DOTS, draw_accuracy, percent
+from ..evaluation.report.plots import BLUE, GREY, INK, ORANGE, Plot, legend, level, line, panels, titled
 
 POLICIES = {"sft": ("SFT", GREY), "ppo": ("PPO", ORANGE), "ppo_lag": ("PPO-Lag", BLUE)}
 """Keys of demo.json, in order: label and colour."""

@@ -9,11 +9,11 @@ cost (run folders of the supervised stages), seed-N/test-{sft,ppo,ppo-lag}.jsonl
 from pathlib import Path
 
 from ..errors import UserError
+from ..evaluation.report import page
+from ..evaluation.report.read import read_json, read_lines, read_run
+from ..evaluation.report.scatter import scatter
 from ..runtime.console import clock, number
-from . import page
 from .demo_plots import POLICIES, bars, score_models, tradeoff, training
-from .read import read_json, read_lines, read_run
-from .scatter import scatter
 
 COLUMNS = ("seed", "policy", "helpfulness (gold)", "cost (gold)", "unsafe (gold)", "model reward", "model cost",
            "threshold d", "KL (nats)", "λ")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import UserError
+from ...errors import UserError
 
 
 @dataclass(frozen=True)

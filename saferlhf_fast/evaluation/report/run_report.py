@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..evaluation.statistics import interval_text, summarise
-from ..runtime.console import clock, number
+from ...runtime.console import clock, number
+from ..statistics import interval_text, summarise
 from . import page
 from .curves import ppo_plots, supervised_plots
 from .read import read_run
@@ -17,7 +17,7 @@ MEASURES = (("reward", "reward (reward model units)"), ("cost", "cost (cost mode
 
 
 def write_report(folder):
-    """Makes report.html and plots/*.png in a run folder (see saferlhf_fast.report.read) -> path of the page."""
+    """Makes report.html and plots/*.png in a run folder (see saferlhf_fast.evaluation.report.read) -> path of the page."""
     run = read_run(folder)
     is_ppo = run.stage in ("ppo", "ppo-lag") or run.has("train/actor_loss")
     plots = ppo_plots(run) if is_ppo else supervised_plots(run)

@@ -2,7 +2,7 @@
 
 from html import escape
 
-from ..runtime.console import printable
+from ...runtime.console import printable
 
 CSS = """
 :root { color-scheme: light dark; --ink: #1f2329; --soft: #5b636e; --page: #ffffff; --card: #f5f6f8; --rule: #dfe3e8;
