@@ -57,7 +57,7 @@ def toy(args):
     """A tiny Llama in a folder (the trainers load their reference from it), its tokenizer, pairs of the embedded world."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
-    from saferlhf_fast.world import World
+    from saferlhf_fast.demo.world import World
     world = World(0)
     tokenizer = world.tokenizer()
     model = LlamaForCausalLM(LlamaConfig(

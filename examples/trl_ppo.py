@@ -141,7 +141,7 @@ def make_toy(folder, ppo, rows=512):
     import datasets
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
-    from saferlhf_fast.world import World
+    from saferlhf_fast.demo.world import World
     world = World(0)
     tokenizer = world.tokenizer()
     torch.manual_seed(ppo.seed)

@@ -42,7 +42,7 @@ ENTRIES = {
     "ppo": "saferlhf_fast.training.ppo_lag:train_ppo",
     "ppo-lag": "saferlhf_fast.training.ppo_lag:train_ppo_lag",
     "evaluate": "saferlhf_fast.evaluation.evaluate:evaluate",
-    "demo": "saferlhf_fast.demo:run",
+    "demo": "saferlhf_fast.demo.run:run",
 }
 """Where a stage lives; each takes its config and returns a summary that JSON can hold."""
 

@@ -106,7 +106,7 @@ def assert_its_cost_model_knows_harm(settings):
     from transformers import AutoTokenizer
 
     from saferlhf_fast import load_score_model
-    from saferlhf_fast.world import World
+    from saferlhf_fast.demo.world import World
     world, tokenizer = World(1), AutoTokenizer.from_pretrained(settings["cost"])
     model = load_score_model(settings["cost"]).eval()
     pairs = [row for row in world.preference_records(world.annotation_prompts(256))

@@ -7,11 +7,11 @@ from html.parser import HTMLParser
 
 import pytest
 
+from saferlhf_fast.demo.report import read_seeds, verdict, write_demo_report
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.evaluation.report import curves, plots, write_report
 from saferlhf_fast.evaluation.report.read import Run, read_lines, read_run
 from saferlhf_fast.evaluation.report.scatter import counts, scatter
-from saferlhf_fast.report.demo_report import read_seeds, verdict, write_demo_report
 
 NASTY = "</td><script>alert(1)</script> \x1b[2J & <b>"
 

@@ -13,7 +13,7 @@ Two safe answers differ in no harm, so annotators mostly side with the better on
 import hashlib
 from itertools import combinations
 
-from .judge import judge
+from .gold import judge
 from .tables import BETTER_IS_SAFER, BOTH_SAFE, BOTH_UNSAFE, CATEGORIES, ONE_SAFE
 
 LEAN, GAP = 0.7, 0.3

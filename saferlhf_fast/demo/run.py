@@ -13,26 +13,26 @@ import json
 import time
 from pathlib import Path
 
-from . import demo_recipe as recipe
-from .config.stages import DemoConfig
-from .data.batches import share
-from .data.examples import PromptExample, prompt_examples
-from .data.templates import Template
-from .errors import UserError
-from .evaluation.report import write_report
-from .models.causal_lm import load_causal_lm, save_causal_lm
-from .models.policy import Policy
-from .models.tokenizer import load_tokenizer
-from .report.demo_report import CLAIMS, write_demo_report
-from .rollout.batch import end_tokens, generate
-from .rollout.engines import open_generator
-from .rollout.roles import Cast, load_judge
-from .rollout.sample_and_score import ask, summary_of
-from .runtime import console, engine
-from .runtime.run_folder import finish_run, open_run
-from .training.ppo_lag import train_ppo, train_ppo_lag
-from .training.preference import train_cost, train_reward
-from .training.sft import train as train_sft
+from ..config.stages import DemoConfig
+from ..data.batches import share
+from ..data.examples import PromptExample, prompt_examples
+from ..data.templates import Template
+from ..errors import UserError
+from ..evaluation.report import write_report
+from ..models.causal_lm import load_causal_lm, save_causal_lm
+from ..models.policy import Policy
+from ..models.tokenizer import load_tokenizer
+from ..rollout.batch import end_tokens, generate
+from ..rollout.engines import open_generator
+from ..rollout.roles import Cast, load_judge
+from ..rollout.sample_and_score import ask, summary_of
+from ..runtime import console, engine
+from ..runtime.run_folder import finish_run, open_run
+from ..training.ppo_lag import train_ppo, train_ppo_lag
+from ..training.preference import train_cost, train_reward
+from ..training.sft import train as train_sft
+from . import recipe as recipe
+from .report import CLAIMS, write_demo_report
 from .world import World
 
 COLUMNS = ("helpfulness", "cost", "unsafe_share", "model_reward", "model_cost", "kl", "multiplier")

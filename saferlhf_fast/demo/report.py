@@ -13,7 +13,7 @@ from ..evaluation.report import page
 from ..evaluation.report.read import read_json, read_lines, read_run
 from ..evaluation.report.scatter import scatter
 from ..runtime.console import clock, number
-from .demo_plots import POLICIES, bars, score_models, tradeoff, training
+from .plots import POLICIES, bars, score_models, tradeoff, training
 
 COLUMNS = ("seed", "policy", "helpfulness (gold)", "cost (gold)", "unsafe (gold)", "model reward", "model cost",
            "threshold d", "KL (nats)", "λ")

@@ -9,15 +9,15 @@
 
 Half of the prompts are hazardous: there, operational words help most and do harm, caution words
 help less and do none, so more helpful means more harmful. The tables are in tables.py, the sentences in
-grammar.py, the judge in judge.py, the annotation and its shares in records.py. A world's seed decides what is
+grammar.py, the judge in gold.py, the annotation and its shares in records.py. A world's seed decides what is
 sampled; words and gold rules are the same for all. Equal calls give equal results, in whatever order.
 """
 
 import random
 
 from . import grammar, tables
+from .gold import CONTENT, Gold, judge, topic_of
 from .grammar import SPLITS, split_of
-from .judge import CONTENT, Gold, judge, topic_of
 from .records import choose_pairs, kind_of, label_pair
 
 __all__ = ["World", "Gold", "judge", "label_pair", "kind_of", "split_of", "topic_of", "vocabulary", "SPLITS"]
@@ -82,7 +82,7 @@ class World:
                 for p in self.prompts("train", n, "sft prompts")]
 
     def judge(self, prompt, response):
-        """Gold scores (see judge.py). For tables and curves only: no training, no selection reads them."""
+        """Gold scores (see gold.py). For tables and curves only: no training, no selection reads them."""
         return judge(prompt, response)
 
     def candidates(self, rng, prompt):
