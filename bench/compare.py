@@ -6,7 +6,7 @@ than the stored one is measured once more, with its eager row; the better of the
 
 python bench/compare.py                      measures and compares with the newest stored file of this device
 python bench/compare.py STORED FRESH         compares two results files, measures nothing
-saferlhf-fast bench --compare STORED         the same on a user's machine, with a table (saferlhf_fast/benchmark.py)
+saferlhf-fast bench --compare STORED         the same on a user's machine, with a table (saferlhf_fast/commands/bench.py)
 """
 
 import json

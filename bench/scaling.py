@@ -15,8 +15,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from saferlhf_fast.config import load                                          # noqa: E402
-from saferlhf_fast.plan import communication, sizes, usable                 # noqa: E402
-from saferlhf_fast.plan.stages import Hardware, plan_stage                  # noqa: E402
+from saferlhf_fast.commands.plan import communication, phases, sizes, usable                 # noqa: E402
+from saferlhf_fast.commands.plan.phases import Hardware  # noqa: E402
+from saferlhf_fast.commands.plan.stage_phases import plan_stage                  # noqa: E402
 
 COMMON = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
 SHAPES = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "70B": (8192, 28672, 80, 64, 8)}
@@ -157,7 +158,7 @@ def limit_table(root, plans, variants):
                 times = seconds_of(root, variant, stage, plan, gpus, peak)
                 cells = {key: f"{value:.2g}" for key, value in times.items()}
                 others = [sent for sent in plan.sent if sent.when != "rollout"]
-                slow = f"{communication.seconds(others, gpus, network=communication.NETWORK / communication.NODE):.2g}"
+                slow = f"{communication.seconds(others, gpus, network=phases.NETWORK / phases.NODE):.2g}"
                 most = max(times, key=times.get)
                 if loading(plan) > room:
                     most = f"loading ({gib(loading(plan))} GiB), then {most}"

@@ -23,9 +23,9 @@ from typing import Literal
 
 from yaml import YAMLError
 
+from saferlhf_fast.commands.run import run_stage
 from saferlhf_fast.config.load import load
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.pipeline import run_stage
 
 try:
     from trl import ModelConfig, ScriptArguments, TrlParser as Parser

@@ -138,30 +138,30 @@ def _dispatch(args, words, argv):
                 raise UserError(f"{option}: {command} runs in one process"
                                 + ("; info --cluster runs in several" if command == "info" else ""))
     if cluster_check and not wants_help:
-        from saferlhf_fast import cluster
+        from saferlhf_fast.commands import preflight
         launcher.adopt()
-        processes = launcher.wanted(args.processes, lambda: cluster.arguments(words))
-        return cluster.main(words) if processes == 1 else launcher.start(argv, processes, args.grace)
+        processes = launcher.wanted(args.processes, lambda: preflight.arguments(words))
+        return preflight.main(words) if processes == 1 else launcher.start(argv, processes, args.grace)
     if command == "info":
         if words and not wants_help:
             raise UserError(f"info takes no settings but --cluster and its own, got {' '.join(words)}")
-        from saferlhf_fast import info
+        from saferlhf_fast.commands import info
         print(info.HELP if wants_help else info.text())
         return 0
     if command == "bench":
         require("bench", "bench", "torch", "pytest", "pytest_benchmark")
-        from saferlhf_fast import benchmark
+        from saferlhf_fast.commands import bench
         if not wants_help:
-            return benchmark.main(words)
-        print(benchmark.help_text())
+            return bench.main(words)
+        print(bench.help_text())
         return 0
     require(command, "train", *NEEDED)
     if command == "checkpoint":
-        from saferlhf_fast.checkpoint import commands
-        print(commands.HELP) if wants_help else commands.main(words)
+        from saferlhf_fast.commands.checkpoint import cli
+        print(cli.HELP) if wants_help else cli.main(words)
         return 0
     if command == "plan":
-        from saferlhf_fast import plan
+        from saferlhf_fast.commands import plan
         print(plan.help_text()) if wants_help else plan.main(words)
         return 0
     from saferlhf_fast.config import schema
@@ -171,7 +171,7 @@ def _dispatch(args, words, argv):
     recipe, overrides = split_words(command, words)
     if command == "run" and recipe is None:
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
-    from saferlhf_fast import pipeline
+    from saferlhf_fast.commands import run
     from saferlhf_fast.config import load
     if command in launcher.COMMANDS:
         launcher.adopt()
@@ -179,19 +179,19 @@ def _dispatch(args, words, argv):
         if processes > 1:
             return launcher.start(argv, processes, args.grace)
     if command == "run":
-        pipeline.run(recipe, overrides)
+        run.run(recipe, overrides)
     else:
-        pipeline.run_stage(command, load.load(command, recipe, overrides))
+        run.run_stage(command, load.load(command, recipe, overrides))
     return 0
 
 
 def _check(command, recipe, overrides):
     """Refuses what a stage, or `run`, would refuse before it imports torch."""
-    from saferlhf_fast import pipeline
+    from saferlhf_fast.commands import run
     from saferlhf_fast.config import checks, load
     from saferlhf_fast.runtime import run_folder
     if command == "run":
-        pipeline.plan(recipe, overrides)
+        run.plan(recipe, overrides)
         return
     cfg = load.load(command, recipe, overrides)
     checks.check(command, cfg)

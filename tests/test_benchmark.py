@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 
-from saferlhf_fast import benchmark, cli
+from saferlhf_fast import cli
+from saferlhf_fast.commands import bench
 
 
 @pytest.fixture(autouse=True)
@@ -15,14 +16,14 @@ def outside(monkeypatch):
     for name, value in {"BENCH_TINY": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0",
                         "BENCH_QUICK": "0", "BENCH_TURNS": "1", "BENCH_PROGRESS": "0", "BENCH_COMMAND": ""}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "path", [str(benchmark.BENCH), *sys.path])
-    monkeypatch.setattr(benchmark, "TURNS", {True: 2, False: 1})
+    monkeypatch.setattr(sys, "path", [str(bench.BENCH), *sys.path])
+    monkeypatch.setattr(bench, "TURNS", {True: 2, False: 1})
     before, threads = set(sys.modules), torch.get_num_threads()
     torch.set_num_threads(1)                             # as many as the processes that measure: the device's name has them
     yield
     torch.set_num_threads(threads)
     for name in set(sys.modules) - before:               # the benches' modules read the variables when they are imported
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(benchmark.BENCH)):
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(bench.BENCH)):
             del sys.modules[name]
 
 
@@ -47,7 +48,7 @@ def measure(monkeypatch):
         measured.asked.append(arguments)
         return measured.runs.pop(0), measured.failed
     measured.runs, measured.asked, measured.failed = [], [], []
-    monkeypatch.setattr(benchmark, "measured", measured)
+    monkeypatch.setattr(bench, "measured", measured)
     return measured
 
 
@@ -72,7 +73,7 @@ def test_saved_and_compared_for_real(tmp_path, capfd, monkeypatch):
     assert "no regression past 900 %" in capfd.readouterr().out
     versions["reference"]["best"] /= 1000
     base.write_text(json.dumps(found))
-    monkeypatch.setattr(benchmark, "TRIES", 1)
+    monkeypatch.setattr(bench, "TRIES", 1)
     assert cli.main(["bench", "--compare", str(base), "--worse", "900"]) == 1
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines[2].split(" | ")[0:3] == ["| gae", "4x160", "reference"] and "REGRESSION" in lines[2]
@@ -127,7 +128,7 @@ def test_what_the_file_has_is_measured_again_in_its_shapes(tmp_path, measure, mo
     both = results(*json.loads(path.read_text())["benchmarks"])
     measure.runs = [both, both]
     assert cli.main(["bench", "--compare", str(path)]) == 0
-    assert measure.asked.pop() == ["--ours", "bench_gae.py", "bench_ppo_loss.py"] and benchmark.os.environ["BENCH_QUICK"] == "1"
+    assert measure.asked.pop() == ["--ours", "bench_gae.py", "bench_ppo_loss.py"] and bench.os.environ["BENCH_QUICK"] == "1"
     assert cli.main(["bench", "--compare", str(path), "--ops", "gae"]) == 0      # the other op's rows are not missed
     assert measure.asked == [["--ours", "bench_gae.py"]]
 
@@ -258,16 +259,16 @@ def test_a_faster_eager_torch_raises_ratios_too_and_help_says_so(tmp_path, measu
     measure.runs = [results(entry("eager", 0.5), entry("native", 0.5))] * 3
     assert cli.main(["bench", "--compare", str(path)]) == 1
     assert "eager torch takes 0.50 x what it took then" in capsys.readouterr().out
-    assert "so does a faster eager torch" in benchmark.help_text() and "only a slower kernel" not in benchmark.help_text()
+    assert "so does a faster eager torch" in bench.help_text() and "only a slower kernel" not in bench.help_text()
 
 
 def test_help_teaches_and_names_every_op_and_flag(capsys):
     assert cli.main(["bench", "--help"]) == 0
     text = capsys.readouterr().out
-    assert all(op in text for op in benchmark.known_ops()) and len(benchmark.known_ops()) == 8
-    assert all(f"--{field} " in text for field in benchmark.Request._fields)
+    assert all(op in text for op in bench.known_ops()) and len(bench.known_ops()) == 8
+    assert all(f"--{field} " in text for field in bench.Request._fields)
     for line in text.split("examples:")[1].splitlines():
         if line.strip():                                                # every example can be read
-            benchmark.request(line.split("   ")[0].split()[2:] if line.startswith("  saferlhf") and "   " in line.strip()
-                              else line.split()[2:])
+            bench.request(line.split("   ")[0].split()[2:] if line.startswith("  saferlhf") and "   " in line.strip()
+                          else line.split()[2:])
     assert max(map(len, text.splitlines())) <= 130

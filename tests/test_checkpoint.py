@@ -13,8 +13,8 @@ import kit
 import pytest
 import torch
 
-from saferlhf_fast.checkpoint import commands
-from saferlhf_fast.checkpoint.verify import newest, whole
+from saferlhf_fast.commands.checkpoint import cli
+from saferlhf_fast.commands.checkpoint.verify import newest, whole
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import compatibility, manifest, safe_pickle
 from saferlhf_fast.runtime.checkpoint.state import flatten, generators, restore, set_generators
@@ -318,20 +318,20 @@ def test_a_multiplier_at_its_bound_is_told(capsys):
 def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
     made(tmp_path, 1, [-0.5])
     folder = made(tmp_path, 2)
-    commands.main(["inspect", str(tmp_path)])
+    cli.main(["inspect", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("whole: every SHA-256 is right") == 2 and "evaluation: loss 0.500\n" in out and "actor: 7 weights" in out
     (folder / "actor" / "shard.pt").write_bytes(b"WEIGHTS")
     with pytest.raises(UserError, match="1 of 2 cannot be used: .*shard.pt is damaged"):
-        commands.main(["inspect", str(tmp_path)])
-    commands.main(["inspect", str(folder), "--quick"])   # the size is right
+        cli.main(["inspect", str(tmp_path)])
+    cli.main(["inspect", str(folder), "--quick"])   # the size is right
 
 
 @pytest.mark.parametrize("stage, score, said", [
     ("ppo-lag", [1, -0.003351], "cost within the threshold, reward -0.003"),
     ("ppo-lag", [0, -1.5], "cost 1.500, above the threshold"), ("ppo", [1, 2], "reward 2.000")])
 def test_an_evaluation_is_told_in_words(stage, score, said):
-    assert commands.evaluation({"stage": stage, "score": score}) == said
+    assert cli.evaluation({"stage": stage, "score": score}) == said
 
 
 @pytest.mark.parametrize("words, said", [
@@ -340,7 +340,7 @@ def test_an_evaluation_is_told_in_words(stage, score, said):
     (["export", "/no/where/step-00000001"], "missing: --output"), (["convert", "/no/where/step-00000001"], "is no folder")])
 def test_mistakes_are_told_in_a_line(words, said):
     with pytest.raises(UserError, match=said):
-        commands.main(words)
+        cli.main(words)
 
 
 def test_inspect_needs_no_torch(tmp_path):
@@ -359,7 +359,7 @@ def test_a_conversion_deletes_nothing_that_is_not_its_own(tmp_path, capsys):
     manifest.write(folder, {**values, "models": {"actor": {"weights": 7, "zero_stage": 2, "precision": "float32"}}})
     for output in (mine, tmp_path, folder):
         with pytest.raises(UserError, match="is not empty; expected a new folder"):
-            commands.main(["convert", str(folder), "--output", str(output)])
+            cli.main(["convert", str(folder), "--output", str(output)])
     assert (mine / "thesis.tex").read_text() == "precious" and whole(folder)
 
 

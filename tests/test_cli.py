@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from saferlhf_fast import cli, pipeline
+from saferlhf_fast import cli
+from saferlhf_fast.commands import run
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import UserError
 
@@ -63,10 +64,10 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
     places = [text.index(f"\n  {command} ") for command in cli.COMMANDS]
     assert places == sorted(places) and "examples:" in text
     assert list(cli.COMMANDS)[:5] == ["sft", "reward", "cost", "ppo", "ppo-lag"]
-    assert set(cli.COMMANDS) == {*pipeline.ENTRIES, "run", "plan", "checkpoint", "bench", "info"}
+    assert set(cli.COMMANDS) == {*run.ENTRIES, "run", "plan", "checkpoint", "bench", "info"}
 
 
-@pytest.mark.parametrize("command", pipeline.ENTRIES)
+@pytest.mark.parametrize("command", run.ENTRIES)
 def test_a_command_s_help_teaches(command, capsys):
     assert cli.main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_flags_with_lists_negative_numbers_and_switches():
 
 def test_demo_takes_seeds_either_way(monkeypatch):
     seen = []
-    monkeypatch.setattr(pipeline, "run_stage", lambda stage, cfg: seen.append((stage, cfg.seeds)))
+    monkeypatch.setattr(run, "run_stage", lambda stage, cfg: seen.append((stage, cfg.seeds)))
     for words in (["--seeds", "0", "1", "2"], ["seeds=[0,1,2]"], ["--seeds=[0, 1, 2]"], ["--seeds", "4"], []):
         assert cli.main(["demo", *words]) == 0
     assert seen == [("demo", [0, 1, 2])] * 3 + [("demo", [4]), ("demo", [0])]
@@ -135,7 +136,7 @@ def test_wrong_words_get_one_line(words, line, capsys):
 def breaking(monkeypatch, error):
     def stage(*_):
         raise error
-    monkeypatch.setattr(pipeline, "run_stage", stage)
+    monkeypatch.setattr(run, "run_stage", stage)
     return ["demo"]
 
 

@@ -10,7 +10,8 @@ import time
 import kit
 import pytest
 
-from saferlhf_fast import cli, cluster
+from saferlhf_fast import cli
+from saferlhf_fast.commands import preflight
 from saferlhf_fast.errors import UserError
 
 
@@ -36,23 +37,23 @@ def made(n=4, **changes):
     ({"_3": {"local_rank": 2}}, ["rank 3 (node1): is number 2 of its machine, which shows it 2 GPUs"]),
 ])
 def test_what_differs_is_named_with_its_rank(changes, reasons):
-    assert cluster.compare(made(**changes)) == reasons
+    assert preflight.compare(made(**changes)) == reasons
 
 
 def test_a_report_says_what_is_compared_and_the_table_shows_every_rank():
-    own = cluster.report()
-    assert set(cluster.EQUAL) <= set(own) and own["free"] > 0
-    lines = cluster.table(made())
+    own = preflight.report()
+    assert set(preflight.EQUAL) <= set(own) and own["free"] > 0
+    lines = preflight.table(made())
     assert lines[0].startswith("4 ranks on 2 machines, all with python 3.11.7") and len(lines) == 5
     assert "rank   3  node1  10.0.0.1  H100" in lines[4]
-    assert cluster.warnings(made(_2={"free": 5 * 10 ** 9})) == ["warning: rank 2 (node1): 5.0 GB of disk are free"]
+    assert preflight.warnings(made(_2={"free": 5 * 10 ** 9})) == ["warning: rank 2 (node1): 5.0 GB of disk are free"]
 
 
 @pytest.mark.parametrize("words", [["--folder", "a", "b"], ["--limit", "0"], ["--limit", "soon"], ["x=1"],
                                    ["--folder", ""], ["--folder", "~nobody-here/x"]])
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(UserError):
-        cluster.arguments(["--cluster", *words])
+        preflight.arguments(["--cluster", *words])
     assert cli.main(["info", "--cluster", *words]) == 2 and capsys.readouterr().out == ""
 
 
@@ -76,7 +77,7 @@ def shared(paths):
     barrier, board = threading.Barrier(world), [None] * world
 
     def one(rank):
-        said[rank] = cluster.folder(paths[rank], Threads(rank, world, barrier, board))
+        said[rank] = preflight.folder(paths[rank], Threads(rank, world, barrier, board))
     threads = [threading.Thread(target=one, args=(r,)) for r in range(world)]
     [thread.start() for thread in threads]
     [thread.join(60) for thread in threads]
@@ -88,7 +89,7 @@ def test_a_folder_that_all_see_passes_and_is_left_as_it_was(tmp_path):
 
 
 def test_a_folder_that_is_another_one_elsewhere_is_found_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster, "WAIT", 0.3)
+    monkeypatch.setattr(preflight, "WAIT", 0.3)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     said = shared([tmp_path / "a", tmp_path / "b"])
@@ -102,7 +103,7 @@ def test_a_folder_that_is_another_one_elsewhere_is_found_out(tmp_path, monkeypat
 
 def test_a_folder_in_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cluster.arguments(["--cluster", "--folder", "~/runs"]).folder == f"{tmp_path}/runs"
+    assert preflight.arguments(["--cluster", "--folder", "~/runs"]).folder == f"{tmp_path}/runs"
 
 
 def test_a_rename_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
@@ -112,7 +113,7 @@ def test_a_rename_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
             file.flush()
             time.sleep(0.02)
             file.write(f"{number:07d} " * 4096)
-    monkeypatch.setattr(cluster, "_put", slowly)
+    monkeypatch.setattr(preflight, "_put", slowly)
     assert "not atomic" in shared([tmp_path] * 2)[1]
 
 

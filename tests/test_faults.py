@@ -209,7 +209,7 @@ def same_weights(checkpoint, dumped):
     """The weights that the new processes began with are those of the checkpoint, bit by bit."""
     from safetensors.torch import load_file
 
-    from saferlhf_fast.checkpoint.export import weights
+    from saferlhf_fast.commands.checkpoint.export import weights
     kind = manifest.read(checkpoint)["models"]["model"]
     expected, got = weights(checkpoint, "model", kind["zero_stage"]), load_file(dumped)
     assert set(got) <= set(expected) and len(got) > 3

@@ -5,7 +5,7 @@ import importlib.metadata
 import sys
 from types import SimpleNamespace
 
-from saferlhf_fast import info
+from saferlhf_fast.commands import info
 
 
 def test_it_names_versions_device_and_every_op():

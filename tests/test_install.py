@@ -228,7 +228,7 @@ def test_the_compiled_module_works_in_an_installed_package(base, tmp_path):
     package = next(base.parent.glob("lib/python*/site-packages/saferlhf_fast"))
     shutil.copy(built[0], package)
     try:
-        code = ("import torch; from saferlhf_fast import gae, info; v = torch.ones(3)\n"
+        code = ("import torch; from saferlhf_fast import gae; from saferlhf_fast.commands import info; v = torch.ones(3)\n"
                 "print(gae(v, v, gamma=1.0, lam=1.0, impl='native')[1].tolist()); print(info.compiled())")
         result = call(base / "python", "-c", code, cwd=tmp_path, PATH=str(base))
     finally:

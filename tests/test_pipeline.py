@@ -7,8 +7,8 @@ import types
 import kit
 import pytest
 
-from saferlhf_fast import pipeline
 from saferlhf_fast.cli import main
+from saferlhf_fast.commands import run as pipeline
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import run_folder
 

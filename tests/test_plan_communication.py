@@ -9,9 +9,9 @@ from pathlib import Path
 import kit
 import pytest
 
+from saferlhf_fast.commands.plan import communication, phases, sizes, stage_phases
+from saferlhf_fast.commands.plan.phases import Hardware
 from saferlhf_fast.config import load
-from saferlhf_fast.plan import communication, sizes, stages
-from saferlhf_fast.plan.stages import Hardware
 
 ZERO = "engine.config.zero_optimization.stage3_"
 SHARDED = f"{ZERO}param_persistence_threshold=1000 "         # a tiny model's matrices are then sharded
@@ -84,8 +84,8 @@ def planned(kind, cfg, found):
     def times(place):
         return found.get(place, {}).get("times", 0)
 
-    cast = stages.Cast(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
-    stages.moments_of(cast)
+    cast = phases.Cast(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
+    stage_phases.moments_of(cast)
     backward, scoring = times("backward Policy"), times("frozen Policy")
     update = times("backward ScoreModel") // 2 if kind == "ppo-lag" else backward      # two critics; PTX is the actor's alone
     rollout = 1 if kind == "sft" or cfg.sampling.gather else times("token")
@@ -120,7 +120,7 @@ def test_the_stages_of_zero_send_what_the_literature_says():
                        "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8})
     import torch
     blueprint = sizes.Blueprint(text, "policy", torch.bfloat16)
-    model = stages.Model("policy", "", blueprint, sizes.count(blueprint), None, True)
+    model = phases.Model("policy", "", blueprint, sizes.count(blueprint), None, True)
     whole = 2 * model.count.all
     for stage, expected in ((0, 2), (1, 3), (2, 3), (3, 3)):
         zero = {"stage": stage, "persistent": 0, "reuse": 0}

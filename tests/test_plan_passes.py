@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from saferlhf_fast.commands.plan import pass_memory, sizes
+from saferlhf_fast.commands.plan.trace import Tracker, footprint_of
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.models.packing import pack_sequences
 from saferlhf_fast.models.policy import Objective, Policy
 from saferlhf_fast.models.score_model import ScoreModel
-from saferlhf_fast.plan import footprints, sizes
-from saferlhf_fast.plan.trace import Tracker, footprint_of
 
 SHAPE = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 LLAMA = {**SHAPE, "model_type": "llama", "intermediate_size": 172, "num_key_value_heads": 2, "tie_word_embeddings": True}
@@ -51,7 +51,7 @@ def allocated(step):
 def measured(module, asked):
     """(held between forward and backward, most in forward, most in both) of a pass over LENGTHS."""
     ids = [[7] * n for n in LENGTHS]
-    packed = pack_sequences(ids, [footprints.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
+    packed = pack_sequences(ids, [pass_memory.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
     module(packed).sum().backward()                   # libraries take what they keep
     for p in module.parameters():
         p.grad = None
@@ -75,7 +75,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_pass_takes_what_the_allocator_hands_out(case):
     values, options, asked = CASES[case]
-    plan = footprints.of_pass(blueprint(values, **options), LENGTHS, asked, "cpu")
+    plan = pass_memory.of_pass(blueprint(values, **options), LENGTHS, asked, "cpu")
     saved, forward, both = measured(real(values, **options), asked)
     assert plan.saved == pytest.approx(saved, rel=0.03)
     assert plan.peak == pytest.approx(max(forward, both), rel=0.05)
@@ -83,7 +83,7 @@ def test_a_pass_takes_what_the_allocator_hands_out(case):
 
 
 def test_without_gradient_a_pass_keeps_nothing():
-    plan = footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", train=False)
+    plan = pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", train=False)
     module = real(LLAMA).eval()
     packed = pack_sequences([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_without_gradient_a_pass_keeps_nothing():
 
 
 def test_the_head_s_own_loss_holds_its_gradient_from_forward_on():
-    plain, objective = (footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known) for known in (0, 1))
+    plain, objective = (pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known) for known in (0, 1))
     vocabulary, width, rows = LLAMA["vocab_size"], LLAMA["hidden_size"], sum(LENGTHS) - len(LENGTHS)
     # d weight and d hidden take the place of the hidden states and of three numbers for each row.
     assert objective.saved - plain.saved == pytest.approx(4 * vocabulary * width, rel=0.05)
@@ -123,21 +123,21 @@ def test_layers_beyond_a_few_are_a_straight_line():
     deep = blueprint({**LLAMA, "num_hidden_layers": 26})
     packed = pack_sequences([[0] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("meta"))
     whole = footprint_of(sizes.build(deep), lambda m: m(packed), "cpu")
-    assert footprints.of_pass(deep, LENGTHS, 1 << 30, "cpu") == whole
+    assert pass_memory.of_pass(deep, LENGTHS, 1 << 30, "cpu") == whole
 
 
 def test_kinds_of_layers_keep_their_cycle():
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
     values = {**SHAPE, "model_type": "gemma3_text", "intermediate_size": 172, "num_key_value_heads": 2, "head_dim": 16,
               "num_hidden_layers": 24, "layer_types": kinds * 4, "sliding_window": 32}
-    fewer = json.loads(footprints.with_layers(blueprint(values), 12).config)
+    fewer = json.loads(pass_memory.with_layers(blueprint(values), 12).config)
     assert fewer["layer_types"] == kinds * 2 and fewer["num_hidden_layers"] == 12
 
 
 def test_a_gpu_has_larger_chunks_of_logits_and_float32_sums():
     half = blueprint({**LLAMA, "vocab_size": 50000})._replace(dtype=torch.bfloat16)
     rows = sum(LENGTHS) - len(LENGTHS)
-    gpu, cpu = (footprints.of_pass(half, LENGTHS, 1 << 30, device) for device in ("cuda", "cpu"))
+    gpu, cpu = (pass_memory.of_pass(half, LENGTHS, 1 << 30, device) for device in ("cuda", "cpu"))
     logits, d_weight = 4 * 50000, 4 * 50000 * 64
     assert gpu.head == pytest.approx(rows * logits + d_weight + 4 * rows * 64, rel=0.01)
     chunk = (64 << 20) // logits // 16 * 16
@@ -145,7 +145,7 @@ def test_a_gpu_has_larger_chunks_of_logits_and_float32_sums():
 
 
 def test_scoring_a_cut_distribution_takes_more_than_a_plain_one():
-    plain, cut = (footprints.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape) for shape in ((), (0.9, 0, 1.1)))
+    plain, cut = (pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape) for shape in ((), (0.9, 0, 1.1)))
     assert cut.peak > plain.peak
 
 
@@ -163,29 +163,29 @@ def test_the_tracker_frees_what_is_freed():
 
 
 def test_lengths_fill_a_pass():
-    assert footprints.lengths_of(1000, 300) == (300, 300, 300, 100)
-    assert footprints.lengths_of(100, 300) == (300,)
-    assert list(footprints.asked_rows(3, 10)) == [6, 7, 8]
-    assert list(footprints.asked_rows(1 << 30, 4)) == [0, 1, 2]
-    assert list(footprints.asked_rows("end", 4)) == [3] and list(footprints.asked_rows("all", 2)) == [0, 1]
+    assert pass_memory.lengths_of(1000, 300) == (300, 300, 300, 100)
+    assert pass_memory.lengths_of(100, 300) == (300,)
+    assert list(pass_memory.asked_rows(3, 10)) == [6, 7, 8]
+    assert list(pass_memory.asked_rows(1 << 30, 4)) == [0, 1, 2]
+    assert list(pass_memory.asked_rows("end", 4)) == [3] and list(pass_memory.asked_rows("all", 2)) == [0, 1]
 
 
 def test_an_architecture_that_looks_at_numbers_is_refused_in_words():
     few = blueprint({**LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 8,
                      "moe_intermediate_size": 32})
     with pytest.raises(UserError, match="a qwen3_moe cannot be planned"):
-        footprints.of_pass(few, LENGTHS, 8, "cpu")
+        pass_memory.of_pass(few, LENGTHS, 8, "cpu")
 
 
 def test_positions_that_grow_with_the_text_are_planned_as_they_stand():
     grows = blueprint({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}})
-    assert footprints.of_generation(grows, 2, 32, 64, "cpu") == footprints.of_generation(blueprint(LLAMA), 2, 32, 64, "cpu")
+    assert pass_memory.of_generation(grows, 2, 32, 64, "cpu") == pass_memory.of_generation(blueprint(LLAMA), 2, 32, 64, "cpu")
     assert sizes.cache_bytes(grows, 32) == sizes.cache_bytes(blueprint(LLAMA), 32)
 
 
 def test_the_last_step_of_a_rollout_takes_what_the_allocator_hands_out():
     rows, length = 8, 256
-    _, plan = footprints.of_generation(blueprint(LLAMA), rows, 32, length, "cpu")
+    _, plan = pass_memory.of_generation(blueprint(LLAMA), rows, 32, length, "cpu")
     module = real(LLAMA).lm.eval()
     ids = torch.ones(rows, length - 1, dtype=torch.long)
     mask = torch.ones(rows, length, dtype=torch.long)

@@ -7,9 +7,9 @@ import sys
 import kit
 import pytest
 
+from saferlhf_fast.commands.plan import zero_memory
+from saferlhf_fast.commands.plan.sizes import Count
 from saferlhf_fast.config.stages import Engine, Optimizer
-from saferlhf_fast.plan import states
-from saferlhf_fast.plan.sizes import Count
 from saferlhf_fast.runtime import engine
 
 LAYERS, WIDTH = 16, 1024
@@ -30,8 +30,8 @@ def measured(tmp_path, processes, stage, precision, offload=0):
 
 def planned(processes, stage, precision, offload=0):
     cfg = Engine(zero_stage=stage, precision=precision, offload_optimizer=bool(offload))
-    zero = states.zero_settings(engine.settings(cfg, Optimizer()))
-    return states.trained(SIZES, 4 if precision == "fp32" else 2, zero, processes, on_cpu=True)
+    zero = zero_memory.zero_settings(engine.settings(cfg, Optimizer()))
+    return zero_memory.trained(SIZES, 4 if precision == "fp32" else 2, zero, processes, on_cpu=True)
 
 
 def compare(tmp_path, processes, stage, precision, offload=0):
@@ -72,16 +72,16 @@ def test_bytes_of_a_parameter_are_those_of_the_table():
 def test_a_gpu_pays_for_the_whole_bucket():
     cfg = Engine(zero_stage=2, precision="bf16", config={"zero_optimization": {"reduce_bucket_size": 1000}})
     for config, elements in ((cfg, 1000), (Engine(zero_stage=2, precision="bf16"), 500_000_000)):
-        zero = states.zero_settings(engine.settings(config, Optimizer()))
-        assert states.trained(SIZES, 2, zero, 8).backward >= 2 * elements
+        zero = zero_memory.zero_settings(engine.settings(config, Optimizer()))
+        assert zero_memory.trained(SIZES, 2, zero, 8).backward >= 2 * elements
 
 
 def test_frozen_models_are_sharded_by_zero_3_alone():
     for stage, expected in ((0, 1.0), (2, 1.0), (3, 1 / 8)):
-        zero = states.zero_settings({"zero_optimization": {"stage": stage}})
-        assert states.frozen(SIZES, 2, zero, 8).weights == pytest.approx(2 * WEIGHTS * expected, rel=1e-6)
+        zero = zero_memory.zero_settings({"zero_optimization": {"stage": stage}})
+        assert zero_memory.frozen(SIZES, 2, zero, 8).weights == pytest.approx(2 * WEIGHTS * expected, rel=1e-6)
     small = SIZES._replace(small=WEIGHTS // 2)
-    assert states.frozen(small, 2, zero, 8).weights == pytest.approx(2 * WEIGHTS * (1 / 8 + 1 / 2), rel=1e-6)
+    assert zero_memory.frozen(small, 2, zero, 8).weights == pytest.approx(2 * WEIGHTS * (1 / 8 + 1 / 2), rel=1e-6)
 
 
 def test_offload_moves_states_to_the_host():
@@ -93,8 +93,8 @@ def test_offload_moves_states_to_the_host():
 
 @pytest.mark.parametrize("kind, per_weight", [("adamw", 8), ("adamw-8bit", 2.03), ("adafactor", 0.02)])
 def test_optimisers_remember_what_they_remember(kind, per_weight):
-    zero = states.zero_settings({"zero_optimization": {"stage": 0}})
-    plan = states.trained(SIZES, 4, zero, 1, kind)
+    zero = zero_memory.zero_settings({"zero_optimization": {"stage": 0}})
+    plan = zero_memory.trained(SIZES, 4, zero, 1, kind)
     assert plan.optimizer == pytest.approx(per_weight * WEIGHTS, rel=1e-6)
 
 
@@ -102,7 +102,7 @@ def test_what_a_real_optimiser_remembers_is_what_the_table_says():
     import torch
     from saferlhf_fast.runtime import optimizers
     net = torch.nn.Linear(512, 512, bias=False)
-    for kind, per_weight in states.MOMENTS.items():
+    for kind, per_weight in zero_memory.MOMENTS.items():
         if kind == "adamw-8bit" and not pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"):
             continue
         optimizer = optimizers.build(net, Optimizer(kind=kind), 0)

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from saferlhf_fast import pipeline
+from saferlhf_fast.commands import run
 from saferlhf_fast.config import load
 
-RECIPES = sorted((Path(pipeline.__file__).parent / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(run.__file__).parents[1] / "recipes").glob("*.yaml"))
 STAND_INS = {"pku_tiny": ("root",), "multi-node": ("output",)}
 
 
@@ -30,7 +30,7 @@ def root(tmp_path):
 
 def plan(name, root, **overrides):
     given = {"root": str(root), "output": str(root / "out")}
-    return pipeline.plan(name, {**{k: given[k] for k in STAND_INS.get(name, ())}, **overrides})
+    return run.plan(name, {**{k: given[k] for k in STAND_INS.get(name, ())}, **overrides})
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -51,7 +51,7 @@ def test_the_recipes_that_the_readme_promises_are_there():
 
 def test_pku_tiny_needs_a_root():
     with pytest.raises(ValueError, match="pku_tiny: missing: root"):
-        pipeline.plan("pku_tiny", {})
+        run.plan("pku_tiny", {})
 
 
 def test_pku_tiny_splits_by_prompt_and_compares_with_a_baseline(root):
@@ -107,7 +107,7 @@ def test_paper_takes_a_stand_in_model_and_data(root):
     (root / "data.json").write_text("[{}]")
     stand_ins = {"sft.model": str(root / "models" / "stories260k"), "ppo-lag.ptx": data, "output": str(root / "out")}
     stand_ins |= {f"{stage}.data": data for stage in ("sft", "reward", "cost", "ppo-lag")}
-    _, steps = pipeline.plan("paper", stand_ins)
+    _, steps = run.plan("paper", stand_ins)
     for step in steps:
         used = yaml.safe_dump(load.to_dict(step.cfg))
         assert "tatsu-lab" not in used and "PKU-Alignment" not in used and "huggyllama" not in used

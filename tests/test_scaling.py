@@ -38,10 +38,10 @@ def test_the_shapes_have_as_many_weights_as_their_names_say(scaling, tmp_path):
     import json
 
     import torch
-    from saferlhf_fast.plan import footprints, sizes
+    from saferlhf_fast.commands.plan import pass_memory, sizes
     for name, billions in (("7B", 6.74), ("13B", 13.02), ("70B", 68.98)):
         values = json.loads((scaling.Path(scaling.folder_of(tmp_path, name)) / "config.json").read_text())
         whole = sizes.Blueprint(json.dumps(values, sort_keys=True), "policy", torch.bfloat16)
-        one, two = (sizes.count(footprints.with_layers(whole, n)).all for n in (1, 2))
+        one, two = (sizes.count(pass_memory.with_layers(whole, n)).all for n in (1, 2))
         total = one + (two - one) * (values["num_hidden_layers"] - 1)
         assert round(total / 1e9, 2) == billions

@@ -228,6 +228,7 @@ def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
 
 
 def test_no_torch_is_imported_by_settings():
-    code = ("import sys; from saferlhf_fast.runtime import run_folder; from saferlhf_fast import pipeline; from saferlhf_fast.config import deepspeed_keys; "
+    code = ("import sys; from saferlhf_fast.commands import run; from saferlhf_fast.config import deepspeed_keys; "
+            "from saferlhf_fast.runtime import run_folder; "
             "assert deepspeed_keys.unknown({'foo': 1}) and not {'torch', 'deepspeed'} & set(sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

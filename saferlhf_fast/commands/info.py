@@ -86,7 +86,7 @@ def ops():
 
 def install():
     """Says which form of the package runs here: a wheel, by its tag, or a checkout."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     try:
         found = importlib.metadata.distribution("saferlhf-fast")
     except importlib.metadata.PackageNotFoundError:

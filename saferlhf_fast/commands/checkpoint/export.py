@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from ..config.stages import Lora
-from ..errors import UserError
-from ..models.export_files import build
-from ..runtime.checkpoint import safe_pickle
+from ...config.stages import Lora
+from ...errors import UserError
+from ...models.export_files import build
+from ...runtime.checkpoint import safe_pickle
 from .convert import quiet
 from .verify import whole
 
@@ -18,8 +18,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def export(folder, output, name=None, dtype=None):
     """Writes a model of a checkpoint to `output`. name: actor, reward_critic, cost_critic, or model (sft, dpo, reward, cost);
     the first of those when None · dtype: fp32, bf16, fp16; None: what the run's model has, so that the weights are equal."""
-    from ..models.causal_lm import save_causal_lm
-    from ..models.score_checkpoint import save_score_model
+    from ...models.causal_lm import save_causal_lm
+    from ...models.score_checkpoint import save_score_model
     folder, output = Path(folder), Path(output).expanduser()
     values = whole(folder)
     if values["universal"]:
@@ -50,7 +50,7 @@ def weights(folder, name, zero_stage):
     whole_too = {} if zero_stage == 3 else safe_pickle.load(folder / name / "mp_rank_00_model_states.pt")["module"]
     if zero_stage == 0:
         return whole_too
-    from ..runtime.engine import imported_deepspeed
+    from ...runtime.engine import imported_deepspeed
     imported_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     with quiet(), safe_pickle.guarded():
@@ -74,9 +74,9 @@ def _module(folder, name, state, settings):
 
 def _on_trunk(name, state, settings, lora, trust):
     """An actor that is an adapter: the base that the run started from, which must still be there."""
-    from ..models.causal_lm import load_causal_lm
-    from ..models.shared_base import PolicyOnTrunk, Trunk
-    from ..models.tokenizer import load_tokenizer
+    from ...models.causal_lm import load_causal_lm
+    from ...models.shared_base import PolicyOnTrunk, Trunk
+    from ...models.tokenizer import load_tokenizer
     if name != "actor":
         raise UserError(f"--model: {name} is an adapter on the actor's base, no model by itself; expected actor")
     tokenizer = load_tokenizer(settings["model"], trust_remote_code=trust)

@@ -1,5 +1,4 @@
-"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of training/sft.py,
-training/preference.py, training/dpo.py, training/ppo/load_roles.py, rollout/scoring.py and training/ppo/update.py, in bytes.
+"""What the stages' plans are put together from: models, moments and their parts in bytes, and the turns that a pass takes.
 
 A moment is a sum of parts (`PARTS`); a stage's peak is its largest moment. What runs one after the other (passes of a step,
 optimiser steps of several models) counts by its worst turn.
@@ -10,9 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from ..runtime import engine as engine_module
-from . import communication, footprints, sizes, states
-from .footprints import lengths_of
+from ...runtime import engine as engine_module
+from . import pass_memory, sizes, zero_memory
+
+NODE, NVLINK, NETWORK = 8, 450.0, 50.0
+"""GPUs per node and GB/s that a GPU can send: by NVLink of an H100 or H200 (900 GB/s both ways together), and 400 Gb/s to other
+nodes."""
 
 PARTS = ("weights", "gradients", "optimiser", "buffers", "activations", "logits", "cache")
 """What a moment's bytes are spent on; buffers are DeepSpeed's (buckets, gathered weights)."""
@@ -26,9 +28,9 @@ class Hardware(NamedTuple):
     gpus: int
     memory: int                          # bytes of each
     device: str = "cuda"                 # or cpu: one process for each of `gpus`
-    node: int = communication.NODE       # GPUs of a node
-    nvlink: float = communication.NVLINK      # GB/s that a GPU can send to others of its node
-    network: float = communication.NETWORK    # and to other nodes
+    node: int = NODE                     # GPUs of a node
+    nvlink: float = NVLINK               # GB/s that a GPU can send to others of its node
+    network: float = NETWORK             # and to other nodes
 
 
 class Model(NamedTuple):
@@ -38,7 +40,7 @@ class Model(NamedTuple):
     start: str                           # the folder or name whose configuration it has
     blueprint: sizes.Blueprint
     count: sizes.Count
-    states: states.States
+    states: zero_memory.States
     trained: bool
 
 
@@ -52,40 +54,6 @@ class Moment(NamedTuple):
     def total(self):
         """Bytes on one device."""
         return sum(self.parts.values())
-
-
-@dataclasses.dataclass(frozen=True)
-class StagePlan:
-    """What a stage needs."""
-
-    name: str
-    kind: str
-    models: list                         # Model
-    use: dict                            # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
-    moments: list                        # Moment
-    host: int                            # bytes of host memory per process: what is offloaded
-    sent: list = dataclasses.field(default_factory=list)      # communication.Sent of one step
-
-    @property
-    def worst(self):
-        """The largest moment."""
-        return max(self.moments, key=lambda moment: moment.total)
-
-
-def plan_stage(name, kind, cfg, hardware, earlier):
-    """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
-    cast = Cast(name, kind, cfg, hardware, earlier)
-    moments = moments_of(cast)
-    return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models),
-                     communication.of_stage(cast))
-
-
-def moments_of(cast):
-    """Makes a stage's models -> its Moments."""
-    from .ppo import evaluate, ppo
-    build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": ppo, "ppo-lag": ppo,
-             "evaluate": evaluate}[cast.kind]
-    return build(cast)
 
 
 class Cast:
@@ -112,16 +80,16 @@ class Cast:
             count = count._replace(all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0)
         zero = self._zero(optim)
         if optim is None:
-            made = states.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
+            made = zero_memory.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
         else:
-            made = states.trained(count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu")
+            made = zero_memory.trained(count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu")
         self.models.append(Model(role, start, blueprint, count, made, optim is not None))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
 
     def _zero(self, optim):
         settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
-        return states.zero_settings(engine_module.settings(settings, optim))
+        return zero_memory.zero_settings(engine_module.settings(settings, optim))
 
     def zero(self, model):
         """`zero_settings` of a model."""
@@ -129,7 +97,7 @@ class Cast:
 
     def footprint(self, model, lengths, asked, **options):
         """-> Footprint of a pass of a model, noted in `use`."""
-        made = footprints.of_pass(model.blueprint, lengths, asked, self.device, **options)
+        made = pass_memory.of_pass(model.blueprint, lengths, asked, self.device, **options)
         self.note(model, activations=made.peak - made.head - made.gradients, logits=made.head)
         return made
 
@@ -200,7 +168,7 @@ def backward(model, made):
 
 
 def asking(cast, model, lengths, asked, shape=()):
-    """A pass without gradient. shape: of the scored distribution (see `footprints.of_pass`)."""
+    """A pass without gradient. shape: of the scored distribution (see `pass_memory.of_pass`)."""
     return forward(model, cast.footprint(model, lengths, asked, train=False, shape=shape))
 
 
@@ -226,38 +194,7 @@ def passes_of(tokens, budget):
     return -(-tokens // max(1, budget))
 
 
-# ---------------------------------------------------------------- supervised stages
-
-
-def _checkpointed(cfg):
-    train = getattr(cfg, "train", None)
-    return (train or cfg).gradient_checkpointing
-
-
-def _supervised(cast, kind, asked, per_example, reference=False):
-    cfg = cast.cfg
-    if reference:
-        frozen = cast.add("reference", "model", "policy")
-    model = cast.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora, _checkpointed(cfg))
-    budget = cfg.train.pass_tokens(per_example)
-    # An example of several sequences is not cut: its pass is as long as they are together.
-    lengths = lengths_of(max(budget, per_example * cfg.train.max_length), cfg.train.max_length)
-    several = passes_of(cfg.train.batch_size * cfg.train.accumulation * per_example * cfg.train.max_length, budget) > 1
-    made = cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
-    before = add(cast.resident(), held([model], not several))
-    turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
-    if reference:
-        turns.append(add(before, alive(model, made), asking(cast, frozen, lengths, asked)))
-    return [loading(cast), worst("passes", turns), stepping(cast)]
-
-
-def _sft(cast):
-    return _supervised(cast, "policy", ANY, 1)
-
-
-def _preference(cast):
-    return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end", 2)
-
-
-def _dpo(cast):
-    return _supervised(cast, "policy", ANY, 2, reference=True)
+def in_one_pass(cfg):
+    """As update.in_one_pass says; a recipe cannot bring dropout but through adapters."""
+    dropout = cfg.lora.rank and cfg.lora.dropout
+    return cfg.ppo.single_pass and cfg.ppo.epochs == cfg.ppo.minibatches == 1 and not cfg.ppo.whiten and not dropout

@@ -19,10 +19,7 @@ import functools
 from typing import NamedTuple
 
 from . import sizes
-
-NODE, NVLINK, NETWORK = 8, 450.0, 50.0
-"""GPUs per node and GB/s that a GPU can send: by NVLink of an H100 or H200 (900 GB/s both ways together), and 400 Gb/s to other
-nodes."""
+from .phases import NETWORK, NODE, NVLINK
 
 
 class Sent(NamedTuple):
@@ -167,8 +164,7 @@ class Passes(NamedTuple):
 
 def passes_of_stage(cast):
     """-> Passes of a step, every sequence as long as may be."""
-    from .ppo import in_one_pass
-    from .stages import passes_of
+    from .phases import in_one_pass, passes_of
     cfg, kind = cast.cfg, cast.kind
     if kind in ("sft", "reward", "cost", "dpo"):
         each = 1 if kind == "sft" else 2
@@ -190,7 +186,7 @@ def passes_of_stage(cast):
 
 
 def of_stage(cast, passes=None):
-    """-> [Sent] of one step of a stage (of PPO: one batch of rollouts). cast: stages.Cast whose models are there."""
+    """-> [Sent] of one step of a stage (of PPO: one batch of rollouts). cast: a phases.Cast whose models are there."""
     if cast.hardware.gpus == 1:
         return []
     passes, sent = passes or passes_of_stage(cast), []

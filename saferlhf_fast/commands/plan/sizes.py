@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from ..config.paths import is_local
-from ..errors import UserError
-from ..models.folders import checked, quiet, readable
-from .states import PERSISTENT
+from ...config.paths import is_local
+from ...errors import UserError
+from ...models.folders import checked, quiet, readable
+from .zero_memory import PERSISTENT
 
 
 class Blueprint(NamedTuple):
@@ -90,10 +90,10 @@ def _config(blueprint):
 def build(blueprint):
     """-> the module as a stage would hand it to DeepSpeed, on the meta device: a Policy or a ScoreModel."""
     from transformers import AutoModel, AutoModelForCausalLM
-    from ..models import backbone
-    from ..models.causal_lm import train_every_row, without_dropout
-    from ..models.policy import Policy
-    from ..models.score_model import ScoreModel
+    from ...models import backbone
+    from ...models.causal_lm import train_every_row, without_dropout
+    from ...models.policy import Policy
+    from ...models.score_model import ScoreModel
     maker = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
     options = {"trust_remote_code": True} if blueprint.remote else {}
     config = _config(blueprint)
@@ -114,8 +114,8 @@ def build(blueprint):
 
 
 def _adapted(model, blueprint):
-    from ..config.stages import Lora
-    from ..models.lora import add_lora
+    from ...config.stages import Lora
+    from ...models.lora import add_lora
     if not blueprint.lora:
         return model
     rank, targets = blueprint.lora
@@ -126,7 +126,7 @@ def _adapted(model, blueprint):
 def _unprobed():
     """Context in which wrapping a model compares no numbers: on the meta device there are none. An architecture that cannot
     run packed is then planned as if it could."""
-    from ..models import backbone, policy
+    from ...models import backbone, policy
     real, holds, probes = backbone._alike, policy._holds, dict(backbone.PROBES)
     backbone._alike, policy._holds = (lambda *_: True), (lambda *_: True)
     try:

@@ -3,14 +3,14 @@
     saferlhf-fast plan recipe.yaml --gpus 8 --memory 80
     results = plan("recipe.yaml", {"sft.model": "DIR"}, Hardware(gpus=8, memory=80 << 30))
 
-states.py knows what DeepSpeed keeps, communication.py what it sends, trace.py and footprints.py what passes take, stages.py who
-is in a stage and when, options.py what to change; measure.py compares with real peaks. docs/memory.md and docs/scaling.md say
-how right it is.
+zero_memory.py knows what DeepSpeed keeps, communication.py what it sends, trace.py and pass_memory.py what passes take, phases.py
+what stages are put together from, stage_phases.py and ppo_phases.py who is in a stage and when, options.py what to change;
+bench/plan_memory.py compares with real peaks. docs/memory.md and docs/scaling.md say how right it is.
 """
 
 import json
 
-from ..errors import UserError
+from ...errors import UserError
 
 HELP = """usage: saferlhf-fast plan recipe.yaml [--gpus N] [--memory GiB] [--device cuda|cpu] [--json]
                           [stage=KIND] [key=value …] [--debug]
@@ -54,7 +54,7 @@ def plan(recipe, overrides, hardware, stage=None, options=True):
     recipe: path or name of a shipped one; None with `stage` alone · overrides: {key: value} as on the command line.
     """
     from .options import advise
-    from .stages import plan_stage
+    from .stage_phases import plan_stage
     results, earlier, room = [], {}, usable(hardware)
     for name, kind, cfg in _steps(recipe, overrides, stage):
         made = plan_stage(name, kind, cfg, hardware, earlier)
@@ -72,16 +72,16 @@ def usable(hardware):
 
 def _steps(recipe, overrides, stage):
     """-> [(name, kind, config)] of a recipe, its settings checked."""
-    from .. import pipeline
-    from ..config import checks, load
+    from ...config import checks, load
+    from .. import run
     if recipe is not None and "stages" in load.read_recipe(recipe):
         if stage is not None:
             raise UserError(f"stage: {recipe} has stages of its own; expected none, got {stage}")
-        return pipeline.steps_of(recipe, overrides)[1]
+        return run.steps_of(recipe, overrides)[1]
     if stage is None and recipe is not None:
         stage = load.read_recipe(recipe).get("stage")
-    if stage not in load.SETTINGS or stage not in pipeline.STAGES:
-        known = ", ".join(pipeline.STAGES)
+    if stage not in load.SETTINGS or stage not in run.STAGES:
+        known = ", ".join(run.STAGES)
         raise UserError(f"stage: expected one of {known} for a recipe without stages, got {stage or 'none'}")
     cfg = load.load(stage, recipe, overrides)
     checks.check_settings(stage, cfg)
@@ -90,7 +90,7 @@ def _steps(recipe, overrides, stage):
 
 def main(words):
     """Runs `saferlhf-fast plan WORDS`."""
-    from ..config.overrides import split_words
+    from ...config.overrides import split_words
     as_json = "--json" in words
     recipe, overrides = split_words("run", [word for word in words if word != "--json"])
     own = {key: overrides.pop(key) for key in ("gpus", "memory", "device", "stage", *LINKS) if key in overrides}
@@ -100,7 +100,7 @@ def main(words):
         raise UserError(f"command line: device: expected one of cuda, cpu, got {own['device']}")
     gpus, memory = _number("gpus", own.get("gpus", "1"), int), _number("memory", own.get("memory", "80"), float)
     from . import table
-    from .stages import Hardware
+    from .phases import Hardware
     links = {key: _number(key, own[key], kind) for key, kind in LINKS.items() if key in own}
     hardware = Hardware(gpus, int(memory * 2 ** 30), own.get("device", "cuda"), **links)
     results = plan(recipe, overrides, hardware, own.get("stage"))
@@ -112,7 +112,7 @@ def main(words):
 
 def help_text():
     """The whole `--help`."""
-    from ..config.stages import STAGES
+    from ...config.stages import STAGES
     return HELP.format(stages=", ".join(STAGES))
 
 

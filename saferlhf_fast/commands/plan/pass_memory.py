@@ -36,9 +36,9 @@ def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False,
     """-> Footprint of a packed pass. objective: the head makes the policy loss itself (`linear_ppo_loss`) · shape: top-p,
     top-k and penalty of the distribution that is scored, () for none."""
     def measure(blueprint):
-        from ..config.stages import Sampling
-        from ..models.packing import pack_sequences
-        from ..models.policy import Objective
+        from ...config.stages import Sampling
+        from ...models.packing import pack_sequences
+        from ...models.policy import Objective
         meta = torch.device("meta")
         packed = pack_sequences([[0] * n for n in lengths], [asked_rows(asked, n) for n in lengths], meta)
 

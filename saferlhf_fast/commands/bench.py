@@ -43,7 +43,7 @@ examples:
   saferlhf-fast bench --compare base.json                  after it
   saferlhf-fast bench --compare base.json --worse 5 --ops ppo_lag_advantage"""
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 BENCH = (HERE / "bench").resolve()
 TRIES = 2                       # how often what seems slower is measured again
 TURNS = {True: 3, False: 2}     # of every row, for small shapes and for the usual ones

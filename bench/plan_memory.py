@@ -1,4 +1,4 @@
-"""Plans against real peaks on this CPU: python -m saferlhf_fast.plan.measure [case …] [--json FILE]
+"""Plans against real peaks on this CPU: python bench/plan_memory.py [case …] [--json FILE]
 
 Each case makes small random models and data whose sequences are as long as the recipe allows, runs a stage of two steps in a
 process of its own, and compares the resident memory at its worst (VmHWM, reset when the first step begins) less that of a
@@ -15,7 +15,10 @@ import os
 import subprocess
 import sys
 import tempfile
+from importlib import import_module
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 SHAPE = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "num_attention_heads": 8,
          "num_key_value_heads": 4, "max_position_embeddings": 1024}
@@ -55,9 +58,9 @@ def make(folder, shape=None):
     """Writes a causal LM, two score models and data into a folder; random weights, one token for each word."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
-    from ..models.causal_lm import save_causal_lm
-    from ..models.score_checkpoint import save_score_model
-    from ..models.score_model import score_model_from_backbone
+    from saferlhf_fast.models.causal_lm import save_causal_lm
+    from saferlhf_fast.models.score_checkpoint import save_score_model
+    from saferlhf_fast.models.score_model import score_model_from_backbone
     shape, folder = {**SHAPE, **(shape or {})}, Path(folder)
     torch.manual_seed(0)
     tokenizer = _tokenizer(shape["vocab_size"])
@@ -96,7 +99,7 @@ def _data(folder, longest):
 
 def settings_of(case, folder):
     """-> (stage, config) of a case over what `make` wrote."""
-    from ..config.load import build
+    from saferlhf_fast.config.load import build
     kind, values = CASES[case]
     folder = Path(folder)
     paths = {"model": str(folder / "lm"), "output": str(folder / f"run-{case.replace(' ', '-')}"), "overwrite": True,
@@ -113,7 +116,8 @@ def settings_of(case, folder):
 
 def predicted(case, folder, gpus=1):
     """-> StagePlan of a case on this CPU."""
-    from .stages import Hardware, plan_stage
+    from saferlhf_fast.commands.plan.phases import Hardware
+    from saferlhf_fast.commands.plan.stage_phases import plan_stage
     kind, cfg = settings_of(case, folder)
     return plan_stage(kind, kind, cfg, Hardware(gpus, 1 << 40, "cpu"), {})
 
@@ -122,7 +126,7 @@ def measured(case, folder):
     """-> bytes at the worst moment of training, in a process of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "MALLOC_MMAP_THRESHOLD_": "65536",
                    "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, "-W", "ignore", "-m", "saferlhf_fast.plan.measure", "--child", str(folder), case],
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--child", str(folder), case],
                           capture_output=True, text=True, env=environment)
     if done.returncode:
         raise RuntimeError(f"{case}: the stage ended with exit code {done.returncode}: {done.stderr[-2000:]}")
@@ -132,14 +136,15 @@ def measured(case, folder):
 def _child(folder, case):
     """Runs a case and prints its peak as JSON."""
     import torch
-    from .. import pipeline
-    from ..config.stages import Optimizer
-    from ..runtime import console, engine
+    from saferlhf_fast.commands import run
+    from saferlhf_fast.config.stages import Optimizer
+    from saferlhf_fast.runtime import console, engine
     from unittest import mock
     kind, cfg = settings_of(case, folder)
     engine.start(cfg.engine, 0)
-    for module in ("sft", "dpo", "preference", "ppo_lag", "data", "report", "lora", "generation.hf"):
-        __import__(f"saferlhf_fast.{module}")
+    for module in ("training.sft", "training.dpo", "training.preference", "training.ppo_lag", "data.examples",
+                   "evaluation.report", "models.lora", "rollout.engines.hf_generate"):
+        import_module(f"saferlhf_fast.{module}")
     import peft  # noqa: F401
     toy = engine.Engine(torch.nn.Linear(8, 8), Optimizer(), dataclasses.replace(cfg.engine, config=None), 10)
     for _ in range(2):
@@ -158,7 +163,7 @@ def _child(folder, case):
 
     with mock.patch.object(console, "track", track), mock.patch.object(console.Track, "end", end), \
             mock.patch("saferlhf_fast.evaluation.report.write_report"):
-        pipeline.run_stage(kind, cfg)
+        run.run_stage(kind, cfg)
     print(json.dumps(peak))
 
 
@@ -189,7 +194,7 @@ def compare(cases, folder, shape=None):
 
 def main():
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m saferlhf_fast.plan.measure", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python bench/plan_memory.py", description=__doc__.splitlines()[0])
     parser.add_argument("cases", nargs="*", help=", ".join(CASES))
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from ..errors import UserError
-from ..runtime.checkpoint import manifest
+from ...errors import UserError
+from ...runtime.checkpoint import manifest
 from .verify import newest
 
 HELP = """usage: saferlhf-fast checkpoint inspect PATH [--quick]
@@ -44,7 +44,7 @@ def main(words):
         return None
     if not args.output:
         raise UserError("checkpoint export: missing: --output, a new folder for the model")
-    from ..runtime import console
+    from ...runtime import console
     from . import export
     console.say(export.describe_output(export.export(folder, args.output, args.model, args.dtype)))
     return None
@@ -92,7 +92,7 @@ def _describe(folder, quick):
 
 def evaluation(values):
     """What a manifest's score says, in words: of ppo and ppo-lag (is feasible, reward or −cost), else one metric, −loss."""
-    from ..runtime.console import number
+    from ...runtime.console import number
     score, config = values["score"], values.get("config") or {}
     if len(score) == 1:
         name = (config.get("train") or {}).get("best_metric") or "eval/loss"

@@ -31,7 +31,6 @@ from saferlhf_fast.version import __version__
 
 EQUAL = ("python", "saferlhf-fast", "commit", "torch", "cuda", "nccl", "driver", "transformers", "deepspeed", "triton", "gpus")
 """What must be the same on all ranks."""
-
 MIB = 1 << 20
 SKEW = 1.0          # seconds between clocks that are worth a warning
 LITTLE = 10 << 30   # bytes of free disk that are worth a warning

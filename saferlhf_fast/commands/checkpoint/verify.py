@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from ..errors import UserError
-from ..runtime.checkpoint import manifest
+from ...errors import UserError
+from ...runtime.checkpoint import manifest
 
 
 def whole(folder):

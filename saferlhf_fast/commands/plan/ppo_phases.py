@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from . import footprints, sizes
-from .footprints import lengths_of
-from .stages import ANY, Moment, add, alive, asking, backward, forward, held, loading, passes_of, stepping, worst
+from . import pass_memory, sizes
+from .pass_memory import lengths_of
+from .phases import ANY, Moment, add, alive, asking, backward, forward, held, in_one_pass, loading, passes_of, stepping, worst
 
 PICKING = 3 * 4      # bytes of float32 copies of a row's logits while its token is picked
 SORTING = 4 + 8 + 8  # and while a nucleus is cut: values, places, float64 sums
@@ -71,7 +71,7 @@ def _on_trunk(cast):
 
 def _saved_adapter(cast, name):
     """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
-    from ..config.stages import Lora
+    from ...config.stages import Lora
     path, base = getattr(cast.cfg, name), cast.cfg.model
     folder = Path(path).expanduser() / "adapter" / "adapter_config.json"
     if folder.is_file():
@@ -81,12 +81,6 @@ def _saved_adapter(cast, name):
     made = sizes.made_by(path, cast.earlier)
     maker = cast.earlier.get(made)
     return maker.lora if maker is not None and maker.lora.rank and maker.model == base else None
-
-
-def in_one_pass(cfg):
-    """As update.in_one_pass says; a recipe cannot bring dropout but through adapters."""
-    dropout = cfg.lora.rank and cfg.lora.dropout
-    return cfg.ppo.single_pass and cfg.ppo.epochs == cfg.ppo.minibatches == 1 and not cfg.ppo.whiten and not dropout
 
 
 def _shape(sampling):
@@ -165,7 +159,7 @@ def rollout(cast, actor, prompts):
     cast.note(actor, cache=cache)
     vocabulary = sizes.build(actor.blueprint).lm.get_input_embeddings().weight.shape[0]
     logits = rows * vocabulary * (PICKING + (SORTING if _shape(sampling) else 0))
-    start, end = footprints.of_generation(actor.blueprint, rows, first, longest, cast.device)
+    start, end = pass_memory.of_generation(actor.blueprint, rows, first, longest, cast.device)
     filled = rows * sizes.cache_bytes(actor.blueprint, first)
     return [worst("rollout", [add(before, {"cache": filled, "activations": max(0, start.forward - filled)}),
                               add(before, {"cache": cache, "activations": max(0, end.forward - cache), "logits": logits})])]

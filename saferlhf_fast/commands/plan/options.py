@@ -8,9 +8,9 @@ import dataclasses
 import functools
 from typing import NamedTuple
 
-from ..config.checks import check_settings
-from ..errors import UserError
-from .stages import plan_stage
+from ...config.checks import check_settings
+from ...errors import UserError
+from .stage_phases import plan_stage
 
 WORTH = 0.98             # an option that leaves more of the peak than this is no help
 LORA_RANK = 16

@@ -1,8 +1,8 @@
 """A plan as people read it, on a terminal of 100 columns or in a file, and as JSON."""
 
-from ..runtime import console
+from ...runtime import console
 from .communication import seconds
-from .stages import PARTS
+from .phases import PARTS
 
 GIB = 2 ** 30
 SHORT = {"activations": "activ."}      # a table must fit 100 columns

@@ -16,7 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..kernels import linear
+from ...kernels import linear
 
 
 class Footprint(NamedTuple):
@@ -179,7 +179,7 @@ def standing_in_for(device):
     """Context in which attention on meta tensors takes the way that it takes on a device: with meta tensors torch would choose
     the form that writes out all scores. Flash attention, the GPU's and the CPU's, keeps query, key, value, output and one
     float32 for each token and head."""
-    from ..models import attention
+    from ...models import attention
     from torch.nn import functional
     real, real_varlen = functional.scaled_dot_product_attention, attention._varlen
 

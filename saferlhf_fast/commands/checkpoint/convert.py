@@ -12,9 +12,9 @@ import shutil
 import warnings
 from pathlib import Path
 
-from ..errors import UserError
-from ..runtime import console
-from ..runtime.checkpoint import manifest, safe_pickle
+from ...errors import UserError
+from ...runtime import console
+from ...runtime.checkpoint import manifest, safe_pickle
 from .verify import whole
 
 
@@ -52,7 +52,7 @@ def convert(folder, output=None):
 
 def _model(source, target, zero_stage):
     """One trained model's shards -> a file for each weight."""
-    from ..runtime.engine import imported_deepspeed
+    from ...runtime.engine import imported_deepspeed
     imported_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
     # One worker each: they then run in this process, where every load is guarded.

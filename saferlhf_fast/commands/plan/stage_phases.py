@@ -1,0 +1,81 @@
+"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of training/sft.py,
+preference.py, dpo.py, ppo/load_roles.py and ppo/update.py and of rollout/scoring.py, in bytes. ppo_phases.py has ppo, ppo-lag and
+evaluate.
+"""
+
+import dataclasses
+
+from . import communication
+from .pass_memory import lengths_of
+from .phases import ANY, Cast, add, alive, asking, backward, forward, held, loading, passes_of, stepping, worst
+
+
+@dataclasses.dataclass(frozen=True)
+class StagePlan:
+    """What a stage needs."""
+
+    name: str
+    kind: str
+    models: list                         # Model
+    use: dict                            # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
+    moments: list                        # Moment
+    host: int                            # bytes of host memory per process: what is offloaded
+    sent: list = dataclasses.field(default_factory=list)      # communication.Sent of one step
+
+    @property
+    def worst(self):
+        """The largest moment."""
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+def plan_stage(name, kind, cfg, hardware, earlier):
+    """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
+    cast = Cast(name, kind, cfg, hardware, earlier)
+    moments = moments_of(cast)
+    return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models),
+                     communication.of_stage(cast))
+
+
+def moments_of(cast):
+    """Makes a stage's models -> its Moments."""
+    from .ppo_phases import evaluate, ppo
+    build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": ppo, "ppo-lag": ppo,
+             "evaluate": evaluate}[cast.kind]
+    return build(cast)
+
+
+# ---------------------------------------------------------------- supervised stages
+
+
+def _checkpointed(cfg):
+    train = getattr(cfg, "train", None)
+    return (train or cfg).gradient_checkpointing
+
+
+def _supervised(cast, kind, asked, per_example, reference=False):
+    cfg = cast.cfg
+    if reference:
+        frozen = cast.add("reference", "model", "policy")
+    model = cast.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora, _checkpointed(cfg))
+    budget = cfg.train.pass_tokens(per_example)
+    # An example of several sequences is not cut: its pass is as long as they are together.
+    lengths = lengths_of(max(budget, per_example * cfg.train.max_length), cfg.train.max_length)
+    several = passes_of(cfg.train.batch_size * cfg.train.accumulation * per_example * cfg.train.max_length, budget) > 1
+    made = cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
+    before = add(cast.resident(), held([model], not several))
+    turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
+    if reference:
+        turns.append(add(before, alive(model, made), asking(cast, frozen, lengths, asked)))
+    return [loading(cast), worst("passes", turns), stepping(cast)]
+
+
+def _sft(cast):
+    return _supervised(cast, "policy", ANY, 1)
+
+
+def _preference(cast):
+    return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end", 2)
+
+
+def _dpo(cast):
+    return _supervised(cast, "policy", ANY, 2, reference=True)
