@@ -33,7 +33,7 @@ test: setup      ## all tests but the slow ones, under 20 minutes on two free co
 test-portable: setup ## the tests that compare numbers or ask for learning, under two instruction sets; under 10 minutes on two free cores
 	for kernels in default avx2; do \
 		ATEN_CPU_CAPABILITY=$$kernels OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(PORTABLE) -n $(JOBS) --dist loadfile \
-			--no-loadscope-reorder -k "not interpreter" $(UNTOUCHED:%=--ignore tests/test_%.py) || exit 1; \
+			--no-loadscope-reorder -k "not interpreter" $(UNTOUCHED:%=--ignore-glob '*/test_%.py') || exit 1; \
 	done
 
 test-slow: setup ## the tests that train for minutes
@@ -60,7 +60,7 @@ test-oldest: $(OLDEST)/.installed ## all but the slow tests on the oldest suppor
 test-integrations: setup $(foreach name,trl verl openrlhf,.venv-$(name)/.installed) $(if $(SAFE_RLHF)$(ALIGN_ANYTHING),.venv-pku/.installed)
 	for name in trl verl openrlhf $(if $(SAFE_RLHF)$(ALIGN_ANYTHING),pku); do \
 		PYTHONPATH=$(CURDIR):$(SAFE_RLHF):$(ALIGN_ANYTHING) OMP_NUM_THREADS=1 .venv-$$name/bin/python -m pytest -rs \
-			tests/test_integration_$$name*.py $(ARGS) || exit 1; \
+			tests/integrations/test_integration_$$name*.py $(ARGS) || exit 1; \
 	done
 
 .venv-%/.installed: tests/integrations/%.txt

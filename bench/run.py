@@ -51,11 +51,12 @@ def measure(path, arguments, log=None):
 
 
 def rooms():
-    """{op: its test files}: tests/test_<op>.py and tests/test_<op>_*.py, each given to the op with the longest name."""
+    """{op: its test files}: tests/kernels/test_<op>.py and tests/kernels/test_<op>_*.py, each given to the op with the longest
+    name."""
     from saferlhf_fast.kernels import dispatch
     ops = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
     owner = lambda name: max((op for op in ops if name == op or name.startswith(op + "_")), key=len, default=None)
-    files = sorted(ROOT.glob("tests/test_*.py"))
+    files = sorted(ROOT.glob("tests/kernels/test_*.py"))
     return {op: [file for file in files if owner(file.stem.removeprefix("test_")) == op] for op in ops}
 
 

@@ -5,7 +5,7 @@
 // one after another, in double, so that long rows lose no digits. Every step has a fixed place: equal inputs, equal bits.
 // A team is a block (two chunks a warp) or, for short rows, a warp (one chunk); it walks over its row from the end in tiles.
 //
-// Compiled by nvcc, and by a C++ compiler against tests/cuda_on_cpu/, which runs the threads of a block as fibers.
+// Compiled by nvcc, and by a C++ compiler against tests/kernels/cuda_on_cpu/, which runs the threads of a block as fibers.
 #pragma once
 
 #include <cuda_runtime.h>

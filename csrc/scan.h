@@ -77,7 +77,7 @@ struct Lanes {
 };
 
 // D of one stream, walking backwards. Inside a vector it is summed in T, from vector to vector in double: the error is a few
-// ulp of the sum of the terms' sizes, whatever the length of the row (tests/test_gae.py holds it to that).
+// ulp of the sum of the terms' sizes, whatever the length of the row (tests/kernels/test_gae.py holds it to that).
 template <int W, class T>
 struct Handed {
   using L = Lanes<W, T>;

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from .version import __version__ as __version__
 
-if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ loads; tests/test_api.py keeps it equal to _HOME
+if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ loads; test_api.py keeps it equal to _HOME
     from . import integrations as integrations
     from .errors import UserError as UserError
     from .kernels.gae import gae as gae

@@ -40,7 +40,8 @@ def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_
     ratio = tl.exp(log_ratio)
     plain, clipped = ratio * advantage, clamped(ratio, 1 - clip_ratio, 1 + clip_high) * advantage
     worse = plain > clipped     # false for NaN, which must stay visible
-    # advantage < 0 and ratio > dual_clip; so written ptxas has registers enough on every architecture (tests/test_compile.py).
+    # advantage < 0 and ratio > dual_clip; so written ptxas has registers enough on every architecture
+    # (tests/kernels/test_compile.py).
     bounded = ratio > tl.where(advantage < 0, dual_clip, float("inf"))
     loss = -tl.where(bounded, tl.minimum(ratio, dual_clip) * advantage, tl.where(worse, clipped, plain))
     d_logp = tl.where(worse | bounded | (tl.abs(difference) > LOG_RATIO_LIMIT), 0.0, -plain)

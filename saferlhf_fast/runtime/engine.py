@@ -130,7 +130,8 @@ def imported_deepspeed():
 
 
 def _tells(record):
-    """False for DeepSpeed's warning that it has not tried an optimiser of ours with ZeRO: tests/test_optimizers.py has."""
+    """False for DeepSpeed's warning that it has not tried an optimiser of ours with ZeRO: tests/runtime/test_optimizers.py
+    has."""
     return "untested optimizer" not in record.getMessage()
 
 

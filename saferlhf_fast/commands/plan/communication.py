@@ -1,7 +1,8 @@
 """What a step sends: for each model the collectives that DeepSpeed starts, in bytes, and how long the links take at the least.
 
-As counted in small runs of two processes with DeepSpeed 0.19.8 (tests/test_plan_communication.py); P ranks, T trained weights and
-S those of them and of the frozen ones that ZeRO-3 shards, in the weights' own number format, whatever the optimiser's:
+As counted in small runs of two processes with DeepSpeed 0.19.8 (tests/commands/test_plan_communication.py); P ranks, T trained
+weights and S those of them and of the frozen ones that ZeRO-3 shards, in the weights' own number format, whatever the
+optimiser's:
 
     ZeRO   per backward pass                                per step
     0                                                       all-reduce T

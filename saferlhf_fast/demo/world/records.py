@@ -1,6 +1,6 @@
 """Annotation: pairs of responses as PKU-SafeRLHF rows (16 fields), and the choice of pairs that gives their shares.
 
-Reproduced within the tolerances of tests/test_world.py: severity shares of positions; shares of both safe,
+Reproduced within the tolerances of tests/demo/test_world.py: severity shares of positions; shares of both safe,
 one safe, both unsafe; share of better == safer; categories by position; is_safe == (severity 0) == (no
 category) without exception; a safe answer is `safer` than an unsafe one, always. Not reproduced: the ties of
 position and source in the real data, its text lengths, its few contradicting rows.

@@ -1,0 +1,166 @@
+"""A failing, hanging or killed rank ends all ranks within seconds, named; nothing is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import kit
+import pytest
+
+from saferlhf_fast.runtime import watchdog
+
+SMALL, LARGE = (str(kit.SUPPORT / f"watch_{name}.py") for name in ("small", "worker"))
+
+
+def ranks(arguments, world=2, **env):
+    """Starts processes as ranks of one machine, without a launcher: rank 0 hosts the store -> [Popen]."""
+    port = kit.free_port()
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}", "WORLD_SIZE": str(world),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR", **env}
+    return [subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, start_new_session=True,
+                             env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+
+
+def ended(processes, timeout):
+    """Waits -> ([exit code], [stderr]); no process of any rank is left."""
+    try:
+        said = [process.communicate(timeout=timeout)[1] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    for process in processes:
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    return [process.returncode for process in processes], said
+
+
+def small(fault, ranks_, timeout=60, interval=0.3, world=2):
+    return ended(ranks([SMALL, fault, ranks_, timeout, interval], world), 90)
+
+
+def test_a_rank_that_raises_ends_the_others_who_wait_for_it():
+    codes, (first, second) = small("raise", "1")
+    assert codes == [1, 1]
+    assert "[rank 1] bug: RuntimeError: no tokens left" in second and second.count("\n") == 1
+    assert first.startswith("[rank 0] ended: rank 1 (") and first.endswith("): RuntimeError: no tokens left\n")
+    assert first.count("\n") == 1
+
+
+def test_a_killed_rank_is_named_also_when_the_store_goes_with_it():
+    codes, (_, second) = small("kill", "0")
+    assert codes == [-signal.SIGKILL, 1]
+    assert "[rank 1] ended: rank 0 (" in second and "is gone, and the store with it" in second
+
+
+def test_a_rank_that_hangs_is_named_with_the_place_where_it_stands():
+    codes, said = small("hang", "1", timeout=3)
+    assert codes == [1, 1]
+    for line in said:
+        assert "ended: rank 1 (" in line and "threading.py" in line and "(engine.timeout)" in line and "rank 0 (" not in line
+
+
+def test_the_same_error_on_all_ranks_is_one_line():
+    codes, said = small("refuse", "0,1")
+    assert codes == [2, 2] and said == ["error: row 3: expected a prompt, got none\n", ""]
+
+
+def test_nothing_is_watched_in_one_process():
+    watchdog.begin(1.0)
+    assert watchdog._watch is None and watchdog.failed(ValueError("x")) is None
+    watchdog.end()
+
+
+def stub(timeout=10.0):
+    """A Watch without a store or a thread; what it posts it returns."""
+    one = object.__new__(watchdog.Watch)
+    one.rank, one.world, one.timeout, one.interval, one.doubts, one.near = 0, 3, timeout, 1.0, False, [1]
+    one.who = [{"host": f"node{r}", "pid": 100 + r} for r in range(3)]
+    one.silent = dict.fromkeys(range(3), (None, 0.0))
+    one.post = lambda fault: fault
+    return one
+
+
+def beat(count=1, stood=0.0, waits=True, collectives=5, state="runs", at="x.py:1 f"):
+    return {"count": count, "stood": stood, "waits": waits, "collectives": collectives, "state": state, "at": at}
+
+
+def test_to_blame_for_a_hang_is_who_does_not_wait_and_is_behind():
+    one = stub()
+    assert one._hang({0: beat(stood=9.9), 1: beat(), 2: beat(waits=False)}) is None
+    assert one._hang({0: beat(stood=10), 1: beat(), 2: beat(waits=False)}).rank == 2
+    behind = one._hang({0: beat(stood=10), 1: beat(waits=False, collectives=5), 2: beat(waits=False, collectives=4)})
+    assert behind.rank == 2 and "rank 1" not in behind.line          # rank 1 may wait in a read of its GPU
+    all_wait = one._hang({r: beat(stood=10, at=f"x.py:{r} f") for r in range(3)})
+    assert "waited for each other" in all_wait.line and "rank 2 at x.py:2 f" in all_wait.line
+    assert one._hang({0: beat(stood=99, state="ended"), 1: beat(), 2: beat()}) is None
+
+
+def test_silence_counts_for_other_machines():
+    one = stub(timeout=600.0)
+    for _ in range(60):                                              # LOST is 120 s
+        assert one._silence({0: beat(), 1: beat(), 2: beat()}, 2.0) is None
+    assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0) is None
+    for _ in range(60):
+        assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0) is None
+    assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0).gone == (2,)      # 1 is alive next door
+    assert one._silence({0: beat(), 1: beat(), 2: beat(count=2, state="ended")}, 2.0) is None
+    one.doubts = True
+    assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0).gone == (2,)
+
+
+def test_a_dead_process_is_not_taken_for_a_later_one_of_the_same_number():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    who = {"pid": process.pid, "born": watchdog._born(process.pid)}
+    assert watchdog._alive(who) and not watchdog._alive({**who, "born": "1"})
+    process.kill()
+    deadline = time.monotonic() + 10
+    while watchdog._alive(who) and time.monotonic() < deadline:         # dead, not yet waited for
+        time.sleep(0.01)
+    assert not watchdog._alive(who)
+    process.communicate()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault, codes, cause", [
+    ("kill", [1, -9, 1], "rank 1 ("), ("raise", [1, 1, 1], "no tokens left"), ("interrupt", [130, 130, 130], None)])
+def test_three_ranks(fault, codes, cause):
+    found, said = small(fault, "1", world=3)
+    assert found == codes
+    for r in (0, 2):
+        assert said[r].count("\n") == (cause is not None) and (cause or "") in said[r]
+
+
+@pytest.mark.faults
+def test_a_rank_that_was_told_to_end_is_no_fault():
+    codes, said = small("early", "0,1")
+    assert codes == [143, 143] and said == ["", ""]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("watch")
+    base = kit.make_model(folder / "model")
+    scores = kit.make_scores(folder, base)
+    data = kit.make_data(folder / "data", n=16)
+    return ["ppo-lag", f"model={base}", f"reward={scores['reward']}", f"cost={scores['cost']}", f"data={data['prompts']}",
+            "max_length=32", "ppo.batch_size=2", "ppo.max_steps=4", "log.progress=false"]
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault, faulty, codes, cause", [
+    ("raise", "1", [1, 1], "RuntimeError: no tokens left"),
+    ("hang", "1", [1, 1], "hangs at saferlhf_fast/training/ppo_lag.py"),
+    ("kill", "1", [1, -9], "rank 1 ("),
+    ("kill", "0", [-9, 1], "rank 0 (")])
+def test_a_fault_in_the_middle_of_a_rollout(recipe, tmp_path, fault, faulty, codes, cause):
+    """Ends within the collectives' limit (engine.timeout, 12 s here) + 30 s, start included in what is allowed."""
+    processes = ranks([LARGE, *recipe, f"output={tmp_path / 'out'}", "engine.timeout=0.2"], FAULT=fault, FAULTY=faulty)
+    found, said = ended(processes, 120)
+    assert found == codes
+    waiting = said[1 - int(faulty)]
+    assert cause in waiting.splitlines()[-1] and waiting.count(" ended: ") == 1, waiting
+    assert not (tmp_path / "out" / "finished.json").exists()
