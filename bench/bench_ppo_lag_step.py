@@ -15,7 +15,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 32, 24, 48, 4096
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
     """Cast, config, prompts and one rollout with its scores."""
-    import kit
+    import plan_memory
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from saferlhf_fast.config.stages import PPO, PPOConfig, Sampling
@@ -29,7 +29,7 @@ def step(tmp_path_factory):
     from saferlhf_fast.training.ppo.load_roles import load_cast
     from saferlhf_fast.training.ppo_lag import sample
     folder = tmp_path_factory.mktemp("step")
-    tokenizer = kit.make_tokenizer(extra=[f"w{i}" for i in range(VOCABULARY - 40)])
+    tokenizer = plan_memory.tokenizer_of(VOCABULARY)
     torch.manual_seed(0)
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
                                       num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,

@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 CHECKOUT = (HERE.parent / "setup.py").is_file()     # else the folder above is saferlhf_fast/ of an installed wheel
-sys.path[:0] = [str(HERE), *([str(HERE.parent / "tests")] if CHECKOUT else [])]
+sys.path.insert(0, str(HERE))
 if CHECKOUT and (HERE.parent / "build" / "peers").is_dir():
     sys.path.append(str(HERE.parent / "build" / "peers"))
 

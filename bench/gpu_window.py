@@ -27,7 +27,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(HERE), str(ROOT)]
 KEPT = ROOT / "build" / "gpu_window"    # an ignored folder: `again` reads there what the first command found
 RESERVE = 15                            # seconds at the end for the table
 GRACE = 10                              # seconds that a section may go on after it was told to end

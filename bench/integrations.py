@@ -20,7 +20,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "tests")]
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import memory  # noqa: E402
 import torch  # noqa: E402
@@ -104,7 +104,7 @@ def verl_cases():
 
 
 def openrlhf_cases():
-    from integration_kit import stub
+    from stubs import stub
     stub("flash_attn", "vllm", without=["flash_attn.ops"])
     utils, loss = "openrlhf.models.utils:", "openrlhf.models.loss:"
     for kind in (torch.float32, torch.bfloat16):

@@ -63,7 +63,7 @@ def make(folder, shape=None):
     from saferlhf_fast.models.score_model import score_model_from_backbone
     shape, folder = {**SHAPE, **(shape or {})}, Path(folder)
     torch.manual_seed(0)
-    tokenizer = _tokenizer(shape["vocab_size"])
+    tokenizer = tokenizer_of(shape["vocab_size"])
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 3}
     save_causal_lm(folder / "lm", LlamaForCausalLM(LlamaConfig(**shape, **ids)), tokenizer)
     for kind in ("reward", "cost"):
@@ -72,7 +72,8 @@ def make(folder, shape=None):
     _data(folder, TRAIN["max_length"])
 
 
-def _tokenizer(size):
+def tokenizer_of(size):
+    """A tokenizer of `size` ids: four special tokens, then w4, w5, … by white space."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     vocabulary = {word: i for i, word in enumerate(["<unk>", "<s>", "</s>", "<pad>"])}

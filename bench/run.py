@@ -29,7 +29,7 @@ def measure(path, arguments, log=None):
 
     arguments: bench files, by name or as pytest's own names of tests, and options; log: a file that takes what pytest says.
     pytest runs in a folder and with a configuration of its own: what lies around a user's folder must not change it, and
-    nothing may put saferlhf_fast/ itself on sys.path, whose rollout/types.py would stand in for Python's.
+    nothing may put saferlhf_fast/ itself on sys.path, whose version.py would stand in for others' of that name.
     """
     wanted = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
     options = [argument for argument in arguments if argument not in wanted]

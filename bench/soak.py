@@ -22,7 +22,10 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
+
+SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+         "num_key_value_heads": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
 
 SETTINGS = ["max_length=48", "ppo.batch_size=8", "ppo.prompt_epochs=100000", "optim.schedule=constant",
             "optim.learning_rate=1e-4", "checkpoint.interval=10", "checkpoint.asynchronous=true", "log.progress=false",
@@ -47,11 +50,12 @@ def main():
 
 def recipe(folder, out, steps):
     """Makes models and data -> the command line."""
-    import kit
-    import resume_kit
-    world = resume_kit.make_world(folder)
-    data = kit.make_data(folder / "more", n=400, seed=1)
-    return ["ppo-lag", f"model={world['model']}", f"reward={world['reward']}", f"cost={world['cost']}", f"data={data['prompts']}",
+    import plan_memory
+    plan_memory.make(folder, SHAPE)
+    prompts = folder / "many.jsonl"
+    rows = [{"prompt": f"w{4 + i % 60} w{4 + i // 60}"} for i in range(400)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return ["ppo-lag", f"model={folder / 'lm'}", f"reward={folder / 'reward'}", f"cost={folder / 'cost'}", f"data={prompts}",
             f"output={out}", f"ppo.max_steps={steps}", *SETTINGS]
 
 

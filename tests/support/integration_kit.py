@@ -4,12 +4,14 @@ Run in an environment of the library's own (`make test-integrations`): torch and
 """
 
 import copy
-import importlib.machinery
 import importlib.util
+import runpy
 import sys
-import types
+from pathlib import Path
 
 import torch
+
+stub = runpy.run_path(str(Path(__file__).resolve().parents[2] / "bench" / "stubs.py"))["stub"]
 
 BATCHES = 50
 # What another test of this process, one of several ranks, may have left in the environment; a child would believe it.
@@ -59,42 +61,6 @@ def pristine(module):
     finally:
         del sys.modules[spec.name]
     return copied
-
-
-class _Anything(type):
-    """A class of which any attribute is another such class, made from any arguments."""
-
-    def __getattr__(cls, name):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Anything(name, (), {"__init__": lambda self, *args, **kwargs: None})
-
-
-class _Stubs:
-    """Finds and makes empty modules for packages that are not installed, and for all that is in them."""
-
-    def __init__(self, names):
-        self.names = names
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.names:
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec):
-        made = types.ModuleType(spec.name)
-        made.__getattr__ = lambda name: getattr(_Anything("", (), {}), name)
-        made.__version__ = "2.8.3"
-        return made
-
-    def exec_module(self, module):
-        pass
-
-
-def stub(*names, without=()):
-    """Lets packages be imported that are not installed here; whatever is asked of them is a class. without: parts that stay
-    missing, so that a library goes the way it goes where it has none."""
-    sys.modules.update(dict.fromkeys(without))
-    sys.meta_path.append(_Stubs(names))              # last: what is installed comes first
 
 
 class Batches:
