@@ -15,13 +15,18 @@ QUICK  := "not slow and not matrix and not faults"
 PORTABLE := "numeric and not slow and not matrix and not faults"
 UNTOUCHED := addresses faults resume matrix two_processes pku_tiny bench_step integration_trl_run
 
-.PHONY: demo proof test test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
+.PHONY: demo proof lint test test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed: under 5 minutes on two free cores, the first time plus about 3 for the installation
 	$(BIN)/saferlhf-fast demo
 
 proof: setup     ## the same on three seeds
 	$(BIN)/saferlhf-fast demo --seeds 0 1 2
+
+lint: setup      ## ruff, then the contract of pyproject.toml on which room may import which, and the same for kernels/ and bench/
+	$(BIN)/ruff check
+	$(BIN)/lint-imports
+	$(BIN)/python tests/support/imports_of_kernels.py
 
 # Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
 # In the files' order: xdist would put those with few tests last, which are long ones, and one core would stand still at the end.
