@@ -13,22 +13,17 @@ import time
 import traceback
 
 from saferlhf_fast.config.overrides import split_words
+from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS
 from saferlhf_fast.errors import EXIT_CODE, UserError, require
 from saferlhf_fast.runtime import preemption
 from saferlhf_fast.version import __version__
 
 COMMANDS = {
-    "sft": "fine-tune a causal language model on instructions",
-    "reward": "train a reward model on helpfulness preferences",
-    "cost": "train a cost model on harmlessness preferences and safety labels",
-    "ppo": "optimise the policy for reward alone (or for R − ν·C: ppo.shaping)",
-    "ppo-lag": "optimise the policy for reward while its mean cost stays under a threshold",
-    "dpo": "optimise the policy on preferences directly, without score models",
-    "evaluate": "mean reward, mean cost, unsafe share, KL and length of a policy",
-    "run": "several of these stages, one after the other, from one recipe",
+    **{name: spec.help for name, spec in STAGE_SPECS.items()},
+    "run": RUN.help,
     "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is loaded",
     "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their models",
-    "demo": "the whole loop on an embedded world: no data, no network, minutes on two cores",
+    "demo": DEMO.help,
     "bench": "measure the kernels on this machine, keep the figures, fail when one has become slower",
     "info": "versions, device, and which implementation of each op runs here and why",
 }

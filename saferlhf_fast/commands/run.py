@@ -30,20 +30,12 @@ from omegaconf import OmegaConf
 from saferlhf_fast.config import checks, redact
 from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
 from saferlhf_fast.config.schema import leaves, nearest, show
+from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
 
-ENTRIES = {
-    "sft": "saferlhf_fast.training.sft:train",
-    "reward": "saferlhf_fast.training.preference:train_reward",
-    "cost": "saferlhf_fast.training.preference:train_cost",
-    "dpo": "saferlhf_fast.training.dpo:train",
-    "ppo": "saferlhf_fast.training.ppo_lag:train_ppo",
-    "ppo-lag": "saferlhf_fast.training.ppo_lag:train_ppo_lag",
-    "evaluate": "saferlhf_fast.evaluation.evaluate:evaluate",
-    "demo": "saferlhf_fast.demo.run:run",
-}
+ENTRIES = {name: spec.entry for name, spec in WITH_SETTINGS.items() if spec.entry}
 """Where a stage lives; each takes its config and returns a summary that JSON can hold."""
 
 

@@ -11,14 +11,11 @@ from saferlhf_fast.config.inputs import check_data, check_home, check_model, lie
 from saferlhf_fast.config.paths import is_local
 from saferlhf_fast.config.schema import show
 from saferlhf_fast.config.sections import Multiplier
+from saferlhf_fast.config.stage_table import STAGE_SPECS
 from saferlhf_fast.errors import UserError
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
-BEST_METRICS = {"sft": ("eval/loss",), "reward": ("eval/loss", "eval/accuracy"),
-                "cost": ("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
-                "dpo": ("eval/loss", "eval/reward_accuracy", "eval/reward_margin")}
-"""What train.best_metric can name, by stage."""
 ELSEWHERE = {"zero_optimization.stage": "engine.zero_stage", "bf16.enabled": "engine.precision",
              "fp16.enabled": "engine.precision", "gradient_clipping": "optim.max_grad_norm", "optimizer": "optim.kind",
              "scheduler": "optim.schedule", "train_batch_size": "the stage's batch size",
@@ -70,8 +67,8 @@ def _contradiction(stage, cfg):
     if train and (train.best_metric or train.eval_interval) and train.eval_data is None and train.eval_fraction == 0:
         name = "best_metric" if train.best_metric else "eval_interval"
         return f"train.{name}: needs something to evaluate on: train.eval_fraction or train.eval_data"
-    if train and train.best_metric and train.best_metric not in BEST_METRICS[stage]:
-        return f"train.best_metric: expected one of {', '.join(BEST_METRICS[stage])}, got {train.best_metric}"
+    if train and train.best_metric and train.best_metric not in STAGE_SPECS[stage].best_by:
+        return f"train.best_metric: expected one of {', '.join(STAGE_SPECS[stage].best_by)}, got {train.best_metric}"
     sampling = getattr(cfg, "sampling", None)
     for name in ("max_new_tokens", "max_prompt_length"):
         length = getattr(sampling, name, None)

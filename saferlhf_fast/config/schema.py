@@ -11,6 +11,7 @@ import textwrap
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig, Source
 
 SETTINGS = {**STAGES, "run": RunConfig, "demo": DemoConfig}
@@ -144,28 +145,6 @@ def show(value):
 
 # --- help ---------------------------------------------------------------------------------------------------------
 
-EXAMPLES = {
-    "sft": ["sft model=Qwen/Qwen3-0.6B data=alpaca.json output=runs/sft",
-            "sft recipe.yaml train.max_steps=10 --optim.learning_rate 1e-5 --overwrite"],
-    "reward": ["reward model=runs/sft/model data=PKU-Alignment/PKU-SafeRLHF output=runs/reward",
-               "reward recipe.yaml train.eval_fraction=0.1 --baseline"],
-    "cost": ["cost model=runs/sft/model data=PKU-Alignment/PKU-SafeRLHF output=runs/cost",
-             "cost recipe.yaml lora.rank=16 train.batch_size=8"],
-    "dpo": ["dpo model=runs/sft/model data=pairs.jsonl output=runs/dpo beta=0.1",
-            "dpo recipe.yaml --preference safer"],
-    "ppo": ["ppo model=runs/sft/model reward=runs/reward/model data=prompts.jsonl output=runs/ppo",
-            "ppo recipe.yaml cost=runs/cost/model ppo.shaping=1.0"],
-    "ppo-lag": [("ppo-lag model=runs/sft/model reward=runs/reward/model cost=runs/cost/model "
-                "data=prompts.jsonl output=runs/ppo-lag"),
-                "ppo-lag recipe.yaml multiplier.rule=pid --multiplier.threshold -0.5"],
-    "evaluate": [("evaluate model=runs/ppo-lag/model prompts=prompts.jsonl reward=runs/reward/model "
-                 "cost=runs/cost/model"),
-                 "evaluate recipe.yaml output=runs/evaluation --sampling.max_new_tokens 128"],
-    "run": ["run recipe.yaml root=/data output=runs/mine",
-            "run quickstart sft.train.max_steps=10 --ppo-lag.ppo.max_steps 5"],
-    "demo": ["demo", "demo --seeds 0 1 2 output=runs/demo"],
-}
-
 PLACES = """Settings come from three places, the later winning: the defaults below, the recipe (YAML), the command line.
 `key=value`, `--key value` and `--key=value` mean the same; values are YAML: null, true, 1e-5, [a, b].
 A recipe may say `${root}` for the value of its key `root`, and `???` where a value must be given."""
@@ -177,7 +156,7 @@ def help_text(command):
     recipe = "recipe.yaml" if command == "run" else "[recipe.yaml]"
     lines = [f"usage: saferlhf-fast {command} {recipe} [key=value …] [--key value …] [--debug]", ""]
     lines += _wrap(cls.__doc__.strip(), "") + ["", *PLACES.splitlines(), "", "examples:"]
-    lines += [f"  saferlhf-fast {example}" for example in EXAMPLES[command]]
+    lines += [f"  saferlhf-fast {example}" for example in WITH_SETTINGS[command].examples]
     groups = []
     lines += ["", "settings:"]
     for name, annotation, default, doc in own_fields(cls):

@@ -12,6 +12,7 @@ from typing import Literal, Optional
 from .sections import (PPO, AllowPickle, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative,
                        NonNegativeInt, Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume,
                        Sampling, Seed, Source, Template, Training, frozen)
+from .stage_table import STAGE_SPECS
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig",
            "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling",
@@ -221,6 +222,5 @@ class RunConfig:
     """auto: an unfinished stage goes on from its newest checkpoint, if its settings are the same; never: it starts anew."""
 
 
-STAGES = {"sft": SFTConfig, "reward": PreferenceConfig, "cost": PreferenceConfig, "dpo": DPOConfig,
-          "ppo": PPOConfig, "ppo-lag": PPOConfig, "evaluate": EvaluateConfig}
-"""The stages that a recipe can name, in the order of the pipeline, and their settings."""
+STAGES = {name: globals()[spec.config] for name, spec in STAGE_SPECS.items()}
+"""The stages that a recipe can name, and their settings."""

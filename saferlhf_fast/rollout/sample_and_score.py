@@ -5,6 +5,7 @@ import math
 
 import torch
 
+from ..config.stages import PPOConfig
 from ..data.batches import share
 from ..models.policy import sequence_sums
 from ..runtime import engine
@@ -25,7 +26,7 @@ def ask(cast, prompts, cfg, seed=0):
     mine += prompts[:1] * (math.ceil(len(prompts) / world) - len(mine))
     sampling = dataclasses.replace(cfg.sampling, num_return_sequences=1)
     # Generation fits more rows than scoring does.
-    size = sampling.batch_size or (cfg.ppo.batch_size if hasattr(cfg, "ppo") else 4 * cfg.batch_size)
+    size = sampling.batch_size or (cfg.ppo.batch_size if isinstance(cfg, PPOConfig) else 4 * cfg.batch_size)
     found = []
     for start in range(0, len(mine), size):
         rows, responses = generate(cast.generator, mine[start:start + size], cast.tokenizer, sampling, cfg.max_length, seed,

@@ -21,9 +21,10 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
+from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.errors import UserError
 
-COMMANDS = ("sft", "reward", "cost", "ppo", "ppo-lag", "dpo", "evaluate", "run")
+COMMANDS = tuple(name for name, spec in WITH_SETTINGS.items() if spec.several_processes)
 """Commands that run in several processes."""
 
 GRACE = 120

@@ -9,6 +9,7 @@ import functools
 from typing import NamedTuple
 
 from ...config.checks import check_settings
+from ...config.stages import PPOConfig
 from ...errors import UserError
 from .stage_phases import plan_stage
 
@@ -117,22 +118,23 @@ def choices(cfg, hardware):
     owner, at = (cfg.train, "train.") if hasattr(cfg, "train") else (cfg, "")
     if getattr(owner, "gradient_checkpointing", True) is False:
         yield Choice(f"{at}gradient_checkpointing", True, "a third more time in passes")
-    if hasattr(cfg, "ppo") and cfg.ppo.overlap:
+    if isinstance(cfg, PPOConfig) and cfg.ppo.overlap:
         yield Choice("ppo.overlap", False, "rollout and update take turns")
-    if hasattr(cfg, "ppo") and cfg.ppo.single_pass:
+    if isinstance(cfg, PPOConfig) and cfg.ppo.single_pass:
         yield Choice("ppo.single_pass", False, "a forward pass more of each trained model")
     if hardware.gpus > 1:
         yield from _sharding(cfg, (3,))
     if trains and cfg.optim.kind == "adamw":
-        yield Choice("optim.kind", "adamw-8bit", "moments in 8 bits", "critic_optim.kind" if hasattr(cfg, "ppo") else "")
+        yield Choice("optim.kind", "adamw-8bit", "moments in 8 bits", "critic_optim.kind" if isinstance(cfg, PPOConfig) else "")
     if trains and not cfg.engine.offload_optimizer:
         if cfg.engine.zero_stage == 0 and hardware.gpus == 1:
             yield from _sharding(cfg, (2,))
         yield Choice("engine.offload_optimizer", True, "the step runs on the CPU")
-    if hasattr(cfg, "ppo") and cfg.cost and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
+    if isinstance(cfg, PPOConfig) and cfg.cost and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
         yield Choice("ppo.shared_critic", True, "one critic with two heads")
     if trains and cfg.lora.rank == 0:
-        yield Choice("lora.rank", LORA_RANK, "adapters alone are trained" + (", on one base" if hasattr(cfg, "ppo") else ""))
+        on_one_base = ", on one base" if isinstance(cfg, PPOConfig) else ""
+        yield Choice("lora.rank", LORA_RANK, f"adapters alone are trained{on_one_base}")
     if not cfg.engine.offload_parameters and hardware.gpus > 1:
         yield Choice("engine.offload_parameters", True, "weights cross the bus in every pass")
 
@@ -150,14 +152,14 @@ def _smaller_batches(cfg):
     sampling = getattr(cfg, "sampling", None)
     if hasattr(cfg, "train"):
         key, longest, tokens = "train.micro_tokens", cfg.train.max_length, cfg.train.pass_tokens()
-    elif hasattr(cfg, "ppo"):
+    elif isinstance(cfg, PPOConfig):
         key, longest, tokens = "ppo.micro_tokens", cfg.max_length, cfg.pass_tokens()
     else:
         key, longest, tokens = "batch_size", 1, cfg.batch_size
     while tokens > longest:
         tokens = max(longest, tokens // 2)
         yield Choice(key, tokens, "shorter passes")
-    if sampling is None or not hasattr(cfg, "ppo"):
+    if sampling is None or not isinstance(cfg, PPOConfig):
         return
     rows = min(cfg.ppo.batch_size * sampling.num_return_sequences, sampling.batch_size or 1 << 30)
     while rows > 1:

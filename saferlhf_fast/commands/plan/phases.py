@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...config.stages import PPOConfig
 from ...runtime import engine as engine_module
 from . import pass_memory, sizes, zero_memory
 
@@ -73,7 +74,7 @@ class Cast:
         start = getattr(self.cfg, key)
         config, remote = sizes.config_of(start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code)
         blueprint = sizes.Blueprint(config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
-                                    adapter_of(lora), self.cfg.engine.packing, not hasattr(self.cfg, "ppo"))
+                                    adapter_of(lora), self.cfg.engine.packing, not isinstance(self.cfg, PPOConfig))
         count = sizes.count(blueprint)
         if shared:
             own = count.trained if blueprint.lora else 0

@@ -4,7 +4,9 @@ evaluate.
 """
 
 import dataclasses
+from importlib import import_module
 
+from ...config.stage_table import STAGE_SPECS
 from . import communication
 from .pass_memory import lengths_of
 from .phases import ANY, Cast, add, alive, asking, backward, forward, held, loading, passes_of, stepping, worst
@@ -38,10 +40,8 @@ def plan_stage(name, kind, cfg, hardware, earlier):
 
 def moments_of(cast):
     """Makes a stage's models -> its Moments."""
-    from .ppo_phases import evaluate, ppo
-    build = {"sft": _sft, "reward": _preference, "cost": _preference, "dpo": _dpo, "ppo": ppo, "ppo-lag": ppo,
-             "evaluate": evaluate}[cast.kind]
-    return build(cast)
+    module, name = STAGE_SPECS[cast.kind].planner.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)(cast)
 
 
 # ---------------------------------------------------------------- supervised stages
@@ -69,13 +69,13 @@ def _supervised(cast, kind, asked, per_example, reference=False):
     return [loading(cast), worst("passes", turns), stepping(cast)]
 
 
-def _sft(cast):
+def sft(cast):
     return _supervised(cast, "policy", ANY, 1)
 
 
-def _preference(cast):
+def preference(cast):
     return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end", 2)
 
 
-def _dpo(cast):
+def dpo(cast):
     return _supervised(cast, "policy", ANY, 2, reference=True)
