@@ -41,6 +41,10 @@ class NotRun(Exception):
     """Something that cannot run here; the text is the reason."""
 
 
+class Stop(Exception):
+    """Nothing that follows would mean anything."""
+
+
 class Window:
     """Where rows go and how much time there is. clock() -> seconds since the command began."""
 
@@ -163,7 +167,8 @@ def watch(window, again):
 
 
 def run(window, sections, only=()):
-    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far."""
+    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far -> whether all were
+    begun: one that raises Stop is the last."""
     done, until = ended(window.path), 0.0
     for name, seconds, function in sections:
         until += seconds
@@ -180,6 +185,10 @@ def run(window, sections, only=()):
             function(window)
         except OutOfTime as late:
             how = f"out of time: {late}"
+        except Stop as reason:
+            how = f"stopped: {reason}"
+            window.emit("failure", what=name, error=str(reason))
+            return False
         except NotRun as reason:
             how = f"not run: {reason}"
             window.emit("not run", what=name, reason=str(reason))
@@ -188,8 +197,9 @@ def run(window, sections, only=()):
             window.emit("failure", what=name, error=how, traceback=traceback.format_exc()[-2000:])
         finally:
             alarm(0)
-        window.emit("section", seconds=round(window.clock() - begun, 2), ended=how)
-        window.deadline = float(window.seconds)
+            window.emit("section", seconds=round(window.clock() - begun, 2), ended=how)
+            window.deadline = float(window.seconds)
+    return True
 
 
 def options(arguments):
@@ -216,8 +226,11 @@ def heading(window, given):
     """The first row: where and what this is."""
     commit = given.commit
     if not commit:
-        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-        commit = told.stdout.strip() or "not known: give --commit"
+        try:
+            told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+        except OSError:         # a bare machine
+            told = ""
+        commit = told.strip() or "not known: give --commit"
     command = os.environ.get("BENCH_COMMAND") or " ".join(["python", "bench/gpu_window.py", *sys.argv[1:]])
     window.emit("run", commit=commit, date=datetime.date.today().isoformat(), command=command, rehearsal=window.rehearsal,
                 again=given.again)
@@ -241,7 +254,7 @@ def main(arguments=None, sections=None):
         from gpu import sections as all_sections
         sections = all_sections.again() if given.again else all_sections.first()
     try:
-        run(window, sections, given.only)
+        all_begun = run(window, sections, given.only)
     finally:
         for child in window.children:
             end(child)
@@ -249,7 +262,7 @@ def main(arguments=None, sections=None):
     (window.out / "table.md").write_text(text + "\n", encoding="utf-8")
     keep(window)
     print(text)
-    return 0
+    return 0 if all_begun else 1
 
 
 def table_of(path):

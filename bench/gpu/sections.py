@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from gpu_window import KEPT, ROOT, NotRun
+from gpu_window import KEPT, ROOT, NotRun, Stop
 
 # The tests of kernels that run on the device itself, and nothing else: no interpreter, no second process.
 TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"
@@ -40,8 +40,7 @@ def again():
 def device(window):
     """What this is, and its ceilings. The build starts first: it needs neither torch nor the GPU."""
     window.build = None if window.rehearsal else build(window)
-    told = subprocess.run(["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw",
-                           "--format=csv,noheader"], capture_output=True, text=True) if shutil.which("nvidia-smi") else None
+    state = asked_of_the_driver("name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw")
     import numpy
     import torch
     import triton
@@ -49,18 +48,27 @@ def device(window):
     import ceilings
     window.emit("device", device=ceilings.device_name(), torch=torch.__version__, triton=triton.__version__,
                 numpy=numpy.__version__, python=sys.version.split()[0], cuda=torch.version.cuda,
-                state=told.stdout.strip() if told else "no nvidia-smi")
+                state=state or "no nvidia-smi")
     if not torch.cuda.is_available() and not window.rehearsal:
-        raise RuntimeError("no CUDA device: --rehearse interpreter or --rehearse compiler tries the window on a CPU")
+        raise Stop("torch sees no CUDA device: --rehearse interpreter or --rehearse compiler tries the window on a CPU")
     window.emit("ceilings", **ceilings.measure(ceilings.DEVICE))
 
 
+def asked_of_the_driver(fields):
+    """What nvidia-smi says of the GPUs, a line for each; "" where there is no nvidia-smi."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    return subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True,
+                          text=True).stdout.strip()
+
+
 def build(window):
-    """Starts the build of _C for the GPU that is here and no other."""
-    told = subprocess.run(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True)
-    architecture = told.stdout.split("\n")[0].strip().replace(".", "")
-    environment = os.environ | ({"CUDAARCHS": architecture} if architecture else {})
-    return window.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], "build.log", env=environment)
+    """Starts the build of _C for the GPU that is here and no other; None where the driver names none."""
+    architecture = asked_of_the_driver("compute_cap").split("\n")[0].replace(".", "")
+    if not architecture:
+        return None
+    return window.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], "build.log",
+                        env=os.environ | {"CUDAARCHS": architecture})
 
 
 def build_and_tests(window):

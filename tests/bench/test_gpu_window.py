@@ -178,6 +178,16 @@ def test_the_table_of_a_file_that_was_cut_short(tmp_path, capsys):
     assert predictions.ratio(row) == pytest.approx(0.65 / 0.67)
 
 
+def test_without_a_device_nothing_is_measured(tmp_path):
+    """nvidia-smi may name a GPU that torch cannot use: the processor's figures would say nothing."""
+    bare = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "PATH": str(tmp_path)}       # no git, no nvidia-smi
+    result = subprocess.run([sys.executable, str(BENCH / "gpu_window.py"), str(tmp_path)], cwd=ROOT, capture_output=True,
+                            text=True, timeout=120, env=bare)
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert result.returncode == 1 and "torch sees no CUDA device" in result.stdout, result.stderr
+    assert [row["section"] for row in of_kind(rows, "section")] == ["device"] and not of_kind(rows, "row")
+
+
 NCU = """
 ==PROF== Disconnected from process 77
 [77] python3.12@127.0.0.1
