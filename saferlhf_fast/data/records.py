@@ -230,7 +230,25 @@ def _message(row, name, item):
     if not isinstance(role, str) or role not in _ROLES:
         raise UserError(f"{row.where}, field '{name}.{role_key}': expected system, user or assistant, "
                         f"got {describe(role)}")
-    return {"role": _ROLES[role], "content": checked_text(row, f"{name}.{content_key}", content)}
+    name = f"{name}.{content_key}"
+    return {"role": _ROLES[role],
+            "content": _joined_parts(row, name, content) if isinstance(content, list) else checked_text(row, name, content)}
+
+
+def _joined_parts(row: Row, name: str, parts: list) -> str:
+    """A content of parts as one text. Nothing is put between them, as in the chat templates that take parts."""
+    if not parts:
+        raise UserError(f"{row.where}, field '{name}': expected text or text parts, got an empty list")
+    texts = []
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise UserError(f"{row.where}, field '{name}[{i}]': expected a part of type text, got the type "
+                            f'"{shorten(kind)}"; images and other parts cannot be read yet')
+        if kind is None:
+            raise UserError(f"{row.where}, field '{name}[{i}]': expected a part {{type: text, text: …}}, got {describe(part)}")
+        texts.append(checked_text(row, f"{name}[{i}].text", part.get("text")))
+    return "".join(texts)
 
 
 def prompt_of(messages):
