@@ -3,10 +3,11 @@
 files      one file -> rows with their places (JSON, CSV, Parquet; the errors that name a line)
 sources    files, folders, Hub names and mixtures of them -> rows
 formats    row -> conversation, preference or prompt (docs/data.md has the list)
-records    those three, and checked fields
+records    those three, harm labels of responses, and checked fields
+harm_taxonomy  the categories and severities of harm, and what other taxonomies call them
 templates  messages -> token ids, and which of them are learned
 examples   records -> examples of a length, with a report of what was dropped and why
-batches    split by prompt, the order of an epoch, shares of ranks, padded tensors
+batches    split by prompt, the order of an epoch, shares of ranks, padded tensors, tensors of harm labels
 
 Needs neither transformers nor deepspeed; `datasets` is imported only for Hub names and saved data sets.
 """

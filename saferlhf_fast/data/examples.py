@@ -6,13 +6,16 @@ gives way first: it loses its beginning, never the assistant tag. Lengths count 
 
 A record with a mistake in it ends the loading (UserError with file, row and field). These do not; they are counted:
 ties, identical responses, empty responses, labels that contradict each other, dialogues without an answer, too long.
+
+Harm labels (safety, severity, categories of each response) are read where they are asked for: `labels=True`. Else their
+columns are not looked at, so that a stage without use for them neither pays for them nor loses a row over them.
 """
 
 from dataclasses import dataclass, field, replace
 
-from saferlhf_fast.data.formats import FORMATS, format_of
-from saferlhf_fast.data.records import (SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, Preference, prompt_of,
-                                        prompt_text)
+from saferlhf_fast.data.formats import FORMATS, format_of, with_labels
+from saferlhf_fast.data.records import (SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, Preference, Prompt,
+                                        prompt_of, prompt_text)
 from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.sources import load_sources
 from saferlhf_fast.data.templates import Template
@@ -27,6 +30,7 @@ EMPTY = "a response with no token"
 INCONSISTENT = "the safer response is labelled unsafe and the other safe"
 UNSIGNED = "no safety label of each response"
 CONTRADICTED = "other labels of the same responses contradict this one"
+DISAGREEING = "safety, severity and categories of a response contradict each other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class SFTExample:
     mask: list
     """True on the tokens to learn: all assistant turns and their ends [L]."""
     prompt_text: str = ""
+    labels: tuple = ()
+    """(HarmLabel of the last answer,); () when labels were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +64,8 @@ class PairExample:
     second_text: str = ""
     flagged: bool = False
     """Other labels contradict this one's."""
+    labels: tuple = ()
+    """(HarmLabel of the first response, HarmLabel of the second); () when labels were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +85,10 @@ class PromptExample:
         return self.text
 
 
-def sft_examples(data, tokenizer, template_name="auto", max_length=512, seed=0):
-    """Instruction data -> ([SFTExample], Report)."""
+def sft_examples(data, tokenizer, template_name="auto", max_length=512, seed=0, labels=False):
+    """Instruction data -> ([SFTExample], Report). labels: read the harm labels of the last answers."""
     template, report, examples = Template(tokenizer, template_name), Report(), []
-    for counts, records in _sources(data, seed, report):
+    for counts, records in _sources(data, seed, report, labels):
         _need(counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)")
         pieces = _each(counts, records, lambda record: template.pieces(record.messages))
         kept = []
@@ -102,18 +110,19 @@ def sft_examples(data, tokenizer, template_name="auto", max_length=512, seed=0):
                 continue
             counts.kept += 1
             examples.append(SFTExample(prompt + ids[start:], [False] * len(prompt) + mask[start:],
-                                       prompt_text(_opening(record.messages))))
+                                       prompt_text(_opening(record.messages)), record.labels))
+            _flag_disagreeing(counts, record)
     report.require("conversation")
     return examples, report
 
 
-def preference_examples(data, tokenizer, template_name="auto", max_length=512, seed=0, kind="reward"):
+def preference_examples(data, tokenizer, template_name="auto", max_length=512, seed=0, kind="reward", labels=False):
     """Preference data -> ([PairExample], Report). kind: reward or better (first = more helpful), cost (first = safer,
-    both signs known), safer (first = safer)."""
+    both signs known), safer (first = safer). labels: read the harm labels of both responses."""
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     template, report, examples = Template(tokenizer, template_name), Report(), []
-    for counts, records in _sources(data, seed, report):
+    for counts, records in _sources(data, seed, report, labels):
         _need(counts, Preference, "preferences (two responses with labels, or chosen and rejected)")
         pairs = _labelled(counts, records, kind)
         pieces = _each(counts, pairs, lambda pair: (template.pieces(pair[0].messages, generate=True),
@@ -138,6 +147,7 @@ def preference_examples(data, tokenizer, template_name="auto", max_length=512, s
             if len(kept) < len(prompt):
                 counts.flag("the prompt lost its beginning", record.where)
             counts.kept += 1
+            _flag_disagreeing(counts, record)
             examples.append((_pair(record, first, kept, responses), counts, record.where))
     report.require("preference")
     return _flag_contradictions(examples, KINDS[kind] == "safer"), report
@@ -197,8 +207,8 @@ def retokenize(prompts, texts, tokenizer, template_name="auto", max_length=None,
 # ── Helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _sources(data, seed, report):
-    """Yields (SourceReport, records) per source; what the formats drop is counted already."""
+def _sources(data, seed, report, labels=False):
+    """Yields (SourceReport, records) per source; what the formats drop is counted already. labels: with harm labels."""
     for item in load_sources(data, seed):
         name, form = format_of(item.rows, item.source.format, item.source.path)
         counts = SourceReport(item.source.path, name, item.available, len(item.rows))
@@ -206,6 +216,8 @@ def _sources(data, seed, report):
         records = []
         for row in item.rows:
             for record in form.parse(row):
+                if labels and not isinstance(record, (Dropped, Prompt)):
+                    record = with_labels(form, row, record)
                 if isinstance(record, Dropped):
                     counts.drop(record.reason, record.where)
                 else:
@@ -272,7 +284,12 @@ def _pair(record, first, prompt, responses):
     second = 1 - first
     return PairExample(prompt + responses[first], prompt + responses[second], len(prompt), prompt_text(record.messages),
                        record.signs[first], record.signs[second], record.responses[first], record.responses[second],
-                       record.flagged)
+                       record.flagged, tuple(record.labels[i] for i in (first, second)) if record.labels else ())
+
+
+def _flag_disagreeing(counts, record):
+    if any(label.contradicts_itself for label in record.labels):
+        counts.flag(DISAGREEING, record.where)
 
 
 def _flag_contradictions(made, by_sign):

@@ -7,11 +7,12 @@ can name it (`format:`). Parsers are generators: a row may hold several records.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from saferlhf_fast.data.files import describe, shorten
-from saferlhf_fast.data.records import (SAFE, UNSAFE, Conversation, Dropped, Preference, Prompt, assistant, bool_field,
-                                        checked_text, choice_field, messages_field, prompt_of, text_field, user)
+from saferlhf_fast.data.files import Row, describe, shorten
+from saferlhf_fast.data.records import (SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, HarmLabel, LabelFault, Preference,
+                                        Prompt, assistant, bool_field, checked_text, choice_field, harm_label, messages_field,
+                                        prompt_of, text_field, user)
 from saferlhf_fast.errors import UserError
 
 PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction")
@@ -25,6 +26,12 @@ def _pku(row):
     signs = tuple(SAFE if bool_field(row, f"is_response_{i}_safe") else UNSAFE for i in (0, 1))
     yield Preference((user(text_field(row, "prompt")),), _two(row, "response_0", "response_1"), row.where,
                      better, safer, signs)
+
+
+def _pku_labels(row):
+    """Of both responses; v0's 7 fields have neither categories nor severities."""
+    return tuple(harm_label(row, f"is_response_{i}_safe", f"response_{i}_harm_category", f"response_{i}_severity_level", "pku")
+                 for i in (0, 1))
 
 
 def _pku_single(row):
@@ -181,6 +188,14 @@ def _qa(row):
     yield Conversation((user(text_field(row, "prompt")), assistant(text_field(row, "response"))), row.where)
 
 
+def _qa_labels(row):
+    """PKU-SafeRLHF-QA's `harm_category` and `severity_level`, or BeaverTails' `category`, an object of flags. A `category`
+    that is no object is another data set's column and says nothing here."""
+    if "harm_category" not in row.fields and isinstance(row.fields.get("category"), dict):
+        return (harm_label(row, "is_safe", "category", "severity_level", "beavertails"),)
+    return (harm_label(row, "is_safe", "harm_category", "severity_level", "pku"),)
+
+
 def _prompts(row):
     """A list of prompts; other short fields (category, label, type …) go along."""
     name = next((name for name in PROMPT_COLUMNS if name in row.fields), "prompt")
@@ -200,10 +215,12 @@ class Format:
     parse: Callable
     """Row -> Conversation, Preference, Prompt or Dropped, any number of them."""
     record: type
+    labels: Callable | None = None
+    """Row -> a HarmLabel for each response, or LabelFault; None where the format knows no more than the record's signs."""
 
 
 FORMATS = {
-    "pku": Format(("prompt", "response_0", "response_1", "is_response_0_safe"), _pku, Preference),
+    "pku": Format(("prompt", "response_0", "response_1", "is_response_0_safe"), _pku, Preference, _pku_labels),
     "pku-single": Format(("prompt", "response_0", "response_1"), _pku_single, Preference),
     "safe-over-unsafe": Format(("prompt", "safe_response", "unsafe_response"), _safe_over_unsafe, Preference),
     "alpaca-eval": Format(("instruction", "reference_output"), _alpaca_eval, Preference),
@@ -216,10 +233,19 @@ FORMATS = {
     "prompt-completion": Format(("prompt", "completion"), _prompt_completion, Conversation),
     "alpaca": Format(("instruction", "output"), _alpaca, Conversation),
     "alpaca-seed": Format(("instruction", "instances"), _alpaca_seed, Conversation),
-    "qa": Format(("prompt", "response"), _qa, Conversation),
+    "qa": Format(("prompt", "response"), _qa, Conversation, _qa_labels),
     "prompts": Format((), _prompts, Prompt),
 }
 """Name -> format, in the order in which they are tried."""
+
+
+def with_labels(form: Format, row: Row, record: Conversation | Preference) -> Conversation | Preference | Dropped:
+    """A record with the harm labels of its responses; Dropped when one of them cannot be a label."""
+    try:
+        labels = form.labels(row) if form.labels else tuple(map(HarmLabel, getattr(record, "signs", (UNKNOWN,))))
+    except LabelFault as fault:
+        return Dropped(str(fault), record.where)
+    return replace(record, labels=labels)
 
 
 def format_of(rows, name, label):

@@ -7,9 +7,11 @@ use (a tie, a dialogue without an answer) is Dropped and counted.
 Messages are tuples of {"role": "system" | "user" | "assistant" | …, "content": text}.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from saferlhf_fast.data.files import describe
+from saferlhf_fast.data.files import Row, describe, shorten
+from saferlhf_fast.data.harm_taxonomy import SEVERITIES, TAXONOMIES
 from saferlhf_fast.errors import UserError
 
 UNSAFE, SAFE, UNKNOWN = 1, -1, 0
@@ -20,11 +22,39 @@ _ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant
 
 
 @dataclass(frozen=True, slots=True)
+class HarmLabel:
+    """What annotators say about the harm of one response. What they do not say is unknown, which is not "no harm"."""
+
+    sign: int = UNKNOWN
+    """UNSAFE, SAFE or UNKNOWN."""
+    severity: int | None = None
+    """0 to 3 (harm_taxonomy.SEVERITIES); None: unknown."""
+    taxonomy: str | None = None
+    """Whose categories these are, a key of harm_taxonomy.TAXONOMIES; None: no category is labelled."""
+    categories: tuple[bool | None, ...] = ()
+    """One flag for each category of the taxonomy, in its order; None: unknown."""
+
+    @property
+    def contradicts_itself(self) -> bool:
+        """One of safety, severity and categories says that there is harm, and another one that there is none."""
+        says = {UNSAFE: {True}, SAFE: {False}, UNKNOWN: set()}[self.sign]
+        if self.severity is not None:
+            says = says | {self.severity > 0}
+        if True in self.categories:
+            says = says | {True}
+        elif self.categories and None not in self.categories:
+            says = says | {False}
+        return len(says) > 1
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
     """A dialogue to imitate: all of its assistant turns are learned."""
 
     messages: tuple
     where: str
+    labels: tuple = ()
+    """(HarmLabel of the last answer,); () when labels were not asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +86,12 @@ class Preference:
     """The label says that neither is better."""
     flagged: bool = False
     """The file itself says that other labels contradict this row's."""
+    labels: tuple = ()
+    """(HarmLabel of response 0, HarmLabel of response 1); () when labels were not asked for."""
+
+
+class LabelFault(Exception):
+    """A label that cannot be one. Its text is the reason for which the record is dropped, the same for equal faults."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +153,56 @@ def bool_field(row, name):
     return value
 
 
+def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: str) -> HarmLabel:
+    """The label of one response.
+
+    Args:
+        row: The row.
+        safe: The field that is true when the response is safe.
+        categories: The field with an object {category: true or false}; categories that it does not name are unknown.
+        severity: The field with the severity.
+        taxonomy: Whose categories they are, a key of harm_taxonomy.TAXONOMIES.
+
+    Returns:
+        What is known; a field that is missing or null is unknown.
+
+    Raises:
+        LabelFault: A severity out of 0 to 3, a category that the taxonomy has not, a flag that is not true or false.
+    """
+    is_safe, level, flags = (_label_field(row, name) for name in (safe, severity, categories))
+    if row.untyped and isinstance(level, str) and level.strip().isdecimal():
+        level = int(level)
+    if row.untyped and isinstance(is_safe, str):
+        is_safe = {"true": True, "1": True, "false": False, "0": False}.get(is_safe.strip().lower(), is_safe)
+    if is_safe is not None and not isinstance(is_safe, bool):
+        raise LabelFault(f"field '{safe}' is not true or false")
+    if level is not None and (isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < len(SEVERITIES)):
+        raise LabelFault(f"field '{severity}' is not a severity of 0 to {len(SEVERITIES) - 1}")
+    sign = UNKNOWN if is_safe is None else SAFE if is_safe else UNSAFE
+    if flags is None:
+        return HarmLabel(sign, level)
+    return HarmLabel(sign, level, taxonomy, _category_flags(flags, categories, taxonomy))
+
+
+def _category_flags(flags: object, name: str, taxonomy: str) -> tuple[bool | None, ...]:
+    """A field's flags in the order of the taxonomy."""
+    if not isinstance(flags, Mapping):
+        raise LabelFault(f"field '{name}' is not an object of categories with true or false")
+    names = TAXONOMIES[taxonomy]
+    for category, flag in flags.items():
+        if category not in names:
+            raise LabelFault(f"field '{name}' has a category that {taxonomy} has not: {shorten(category)}")
+        if flag is not None and not isinstance(flag, bool):
+            raise LabelFault(f"field '{name}.{category}' is not true or false")
+    return tuple(flags.get(category) for category in names)
+
+
+def _label_field(row: Row, name: str) -> object:
+    """A label's value; None where it is unknown. CSV has no null, only empty text."""
+    value = row.fields.get(name)
+    return None if row.untyped and isinstance(value, str) and not value.strip() else value
+
+
 def _present(row, name, expected):
     if name not in row.fields:
         raise UserError(f"{row.where}: no field '{name}' (expected {expected}); "
@@ -144,7 +230,25 @@ def _message(row, name, item):
     if not isinstance(role, str) or role not in _ROLES:
         raise UserError(f"{row.where}, field '{name}.{role_key}': expected system, user or assistant, "
                         f"got {describe(role)}")
-    return {"role": _ROLES[role], "content": checked_text(row, f"{name}.{content_key}", content)}
+    name = f"{name}.{content_key}"
+    return {"role": _ROLES[role],
+            "content": _joined_parts(row, name, content) if isinstance(content, list) else checked_text(row, name, content)}
+
+
+def _joined_parts(row: Row, name: str, parts: list) -> str:
+    """A content of parts as one text. Nothing is put between them, as in the chat templates that take parts."""
+    if not parts:
+        raise UserError(f"{row.where}, field '{name}': expected text or text parts, got an empty list")
+    texts = []
+    for i, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if isinstance(kind, str) and kind != "text":
+            raise UserError(f"{row.where}, field '{name}[{i}]': expected a part of type text, got the type "
+                            f'"{shorten(kind)}"; images and other parts cannot be read yet')
+        if kind is None:
+            raise UserError(f"{row.where}, field '{name}[{i}]': expected a part {{type: text, text: …}}, got {describe(part)}")
+        texts.append(checked_text(row, f"{name}[{i}].text", part.get("text")))
+    return "".join(texts)
 
 
 def prompt_of(messages):

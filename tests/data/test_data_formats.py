@@ -100,6 +100,22 @@ def test_chosen_and_rejected_of_different_dialogues_are_dropped():
     assert isinstance(records({"chosen": [ask(Q)], "rejected": [ask(Q), say(B)]})[1][0], Dropped)
 
 
+def test_text_parts_are_joined_as_a_chat_template_writes_them():
+    from data_tokenizers import byte_tokenizer
+    template = ("{% for m in messages %}{{ '<|im_start|>' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+                "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
+                "{% endif %}{{ '<|im_end|>' }}{% endfor %}")
+    parts = [{"type": "text", "text": "Which bird "}, {"type": "text", "text": "sings?\n", "image": None}]
+    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": A}]}]
+    _, (record,) = records({"messages": talk})
+    assert record == Conversation((ask("Which bird sings?\n"), say(A)), "f.jsonl line 1")
+    render = byte_tokenizer(bos=False, template=template).apply_chat_template
+    assert render(talk, tokenize=False) == render(list(record.messages), tokenize=False)
+    assert records({"prompt": talk[:1], "chosen": talk[1:], "rejected": [say(B)]})[1][0].responses == (A, B)
+    assert records({"conversations": [{"from": "human", "value": parts}, {"from": "gpt", "value": A}]})[1] == [record]
+    assert records({"prompt": talk[:1]})[1] == [Prompt(record.messages[:1], "f.jsonl line 1")]
+
+
 @pytest.mark.parametrize("row, name, messages", [
     ({"messages": [*TALK, say(A)]}, "messages", (*TALK, say(A))),
     ({"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}, "sharegpt", (ask(Q), say(A))),
@@ -147,6 +163,11 @@ def test_prompt_lists():
     ({"messages": [{"role": "narrator", "content": Q}]}, ["messages[0].role", "narrator"]),
     ({"messages": [{"role": ["user"], "content": Q}]}, ["messages[0].role", "a list"]),
     ({"messages": [{"role": "user"}]}, ["messages[0].content", "null"]),
+    ({"messages": [ask([{"type": "text", "text": "See"}, {"type": "image"}])]},
+     ["messages[0].content[1]", "expected a part of type text", 'type "image"', "cannot be read yet"]),
+    ({"messages": [ask([{"type": "image_url", "image_url": {"url": "x"}}])]}, ["content[0]", 'type "image_url"']),
+    ({"messages": [ask([{"type": "text", "text": 3}])]}, ["messages[0].content[0].text", "expected text", "number 3"]),
+    ({"messages": [ask([Q])]}, ["messages[0].content[0]", "type: text", Q]), ({"messages": [ask([])]}, ["an empty list"]),
     ({"instruction": Q, "output": 3}, ["'output'", "number 3"]),
     ({"instruction": Q, "output": A, "history": [["alone"]]}, ["history[0]", "question, answer"]),
     ({"instruction": Q, "instances": A}, ["'instances'"]), ({"sentence": Q}, ["no known format", "sentence"]),

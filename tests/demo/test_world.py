@@ -43,6 +43,16 @@ def test_same_seed_same_world_another_seed_another():
     assert World(5).sft_records(50) == World(5).sft_records(50) != World(6).sft_records(50)
 
 
+def test_the_world_does_not_change_by_accident():
+    """Its rows and words, to the bit. Who changes them on purpose measures the demo's figures again and changes the digest."""
+    world = World(0)
+    prompts = world.annotation_prompts(200)
+    rows = world.preference_records(prompts)
+    parts = [prompts, rows, world.prompts("test", 50), world.sft_records(100), vocabulary(), CATEGORIES, HAZARDS,
+             [judge(row["prompt"], row["response_0"]) for row in rows]]
+    assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == "be59f51eb63434ec"
+
+
 def test_judge_on_texts_of_every_kind():
     harmful, harmless = judge(PROMPT, "start with ambush then fists ."), judge(PROMPT, "please consider distance and police .")
     refusal = judge(PROMPT, "sorry i cannot help with that .")

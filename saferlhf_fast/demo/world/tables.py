@@ -7,13 +7,7 @@ detail words. The words are labels at a harmless level of abstraction: nothing h
 
 from collections import namedtuple
 
-# The 19 categories of PKU-SafeRLHF, in card order.
-CATEGORIES = (
-    "Endangering National Security", "Insulting Behavior", "Discriminatory Behavior", "Endangering Public Health",
-    "Copyright Issues", "Violence", "Drugs", "Privacy Violation", "Economic Crime", "Mental Manipulation",
-    "Human Trafficking", "Physical Harm", "Sexual Content", "Cybercrime", "Disrupting Public Order",
-    "Environmental Damage", "Psychological Harm", "White-Collar Crime", "Animal Abuse",
-)
+from saferlhf_fast.data.harm_taxonomy import PKU as CATEGORIES
 
 # Shares of the real data (dual train split, 73,907 rows): the quotas that records.py fills.
 SEVERITY_SHARES = (0.485, 0.062, 0.382, 0.071)            # of positions, severity 0..3
