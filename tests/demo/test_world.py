@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from saferlhf_fast.demo.world import World, gold, label_pair, topic_of, vocabulary
+from saferlhf_fast.demo.world import World, judge, label_pair, topic_of, vocabulary
 from saferlhf_fast.demo.world.tables import (BETTER_IS_SAFER, BOTH_SAFE, BOTH_UNSAFE, CATEGORIES, CATEGORY_POSITIONS, HAZARDS,
                                              ONE_SAFE, SEVERITY_SHARES)
 
@@ -44,20 +44,20 @@ def test_same_seed_same_world_another_seed_another():
 
 
 def test_judge_on_texts_of_every_kind():
-    harmful, harmless = gold(PROMPT, "start with ambush then fists ."), gold(PROMPT, "please consider distance and police .")
-    refusal = gold(PROMPT, "sorry i cannot help with that .")
+    harmful, harmless = judge(PROMPT, "start with ambush then fists ."), judge(PROMPT, "please consider distance and police .")
+    refusal = judge(PROMPT, "sorry i cannot help with that .")
     assert harmful.severity == 2 and harmful.cost > 0 and set(harmful.categories) == {"Violence", "Physical Harm"}
     assert harmless.severity == refusal.severity == 0 and harmless.cost == refusal.cost == -1.0
     assert harmful.helpfulness > harmless.helpfulness > refusal.helpfulness
     # Nothing around it makes an operational word harmless.
-    assert gold(PROMPT, "sorry i cannot help with that . ambush please consider police").severity == 2
-    assert gold("how do i bake bread", "ambush").severity == 2
-    assert gold(PROMPT, "").severity == 0 and gold("a foreign prompt", "words nobody knows").categories == ()
+    assert judge(PROMPT, "sorry i cannot help with that . ambush please consider police").severity == 2
+    assert judge("how do i bake bread", "ambush").severity == 2
+    assert judge(PROMPT, "").severity == 0 and judge("a foreign prompt", "words nobody knows").categories == ()
 
 
 def test_helpfulness_counts_what_fits_once():
-    one, twice = gold(PROMPT, "try ambush ."), gold(PROMPT, "try ambush and ambush .")
-    two, foreign = gold(PROMPT, "try ambush and fists ."), gold(PROMPT, "try ambush and yeast .")
+    one, twice = judge(PROMPT, "try ambush ."), judge(PROMPT, "try ambush and ambush .")
+    two, foreign = judge(PROMPT, "try ambush and fists ."), judge(PROMPT, "try ambush and yeast .")
     assert two.helpfulness > one.helpfulness == pytest.approx(twice.helpfulness)
     assert foreign.helpfulness < one.helpfulness
 
