@@ -56,26 +56,16 @@ def share(indices, rank=0, world=1):
     return indices[rank::world]
 
 
-def collate_right(list_of_ids, pad_id):
-    """Lists of ids -> (ids [B, L] int64 padded on the right, mask [B, L] bool)."""
-    return _collate(list_of_ids, pad_id, left=False)
-
-
 def collate_left(list_of_ids, pad_id):
     """Lists of ids -> (ids [B, L] int64 padded on the left, mask [B, L] bool): for generation."""
-    return _collate(list_of_ids, pad_id, left=True)
-
-
-def _collate(list_of_ids, pad_id, left):
     # The mask comes from the lengths: told from the ids, it would lose the end-of-sequence token where pad equals it.
     lengths = [len(ids) for ids in list_of_ids]
     width = max(lengths, default=0)
     ids_BL = torch.full((len(lengths), width), pad_id, dtype=torch.long)
     mask_BL = torch.zeros((len(lengths), width), dtype=torch.bool)
     for row, (ids, length) in enumerate(zip(list_of_ids, lengths)):
-        start = width - length if left else 0
-        ids_BL[row, start:start + length] = torch.as_tensor(ids, dtype=torch.long)
-        mask_BL[row, start:start + length] = True
+        ids_BL[row, width - length:] = torch.as_tensor(ids, dtype=torch.long)
+        mask_BL[row, width - length:] = True
     return ids_BL, mask_BL
 
 

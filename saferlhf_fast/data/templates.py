@@ -67,11 +67,6 @@ class Template:
         whole, end = self._render((*messages, {"role": "assistant", "content": text}), False).rstrip(), self._end_text
         return whole[len(prompt):].removesuffix(end) if whole.startswith(prompt) and whole.endswith(end) else text
 
-    def encode_dialogues(self, conversations):
-        """Messages of many dialogues -> list of (ids, mask): mask is True on the tokens of all assistant turns and their
-        ends. What follows the last assistant turn is left out."""
-        return self.encode_pieces([self.pieces(messages) for messages in conversations])
-
     def pieces(self, messages, generate=False):
         """Messages -> [(text, is_response)]; the end of turn is not part of a response's text.
 

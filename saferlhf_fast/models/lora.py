@@ -63,14 +63,6 @@ def plain(model):
     return model.get_base_model() if has_lora(model) else model
 
 
-def merge_lora(model):
-    """Merges adapters into the weights for good -> the plain causal LM, or the same ScoreModel with a plain backbone."""
-    if is_score_model(model):
-        model.backbone = merge_lora(model.backbone)
-        return model
-    return model.merge_and_unload() if has_lora(model) else model
-
-
 def plain_state(model):
     """-> {name: tensor} of the plain model, adapters merged; the model itself stays as it is."""
     if not has_lora(model):

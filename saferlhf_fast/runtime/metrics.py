@@ -6,8 +6,8 @@ writes. TensorBoard's files lie in <folder>/tensorboard.
 
 Names are those of the reference implementation (PKU-Alignment/safe-rlhf), so that runs of both can be laid over each
 other. Means are over sequences; `*_with_kl_penalty` and `kl_divergence` are sums over a response's tokens; values,
-advantages and returns are means over a response's tokens; lengths are in tokens. `NAMES` has them by stage. Ours, which
-it does not have: eval/loss, */grad_norm, train/clip_fraction, train/approx_kl, train/tokens, train/unsafe_share,
+advantages and returns are means over a response's tokens; lengths are in tokens. Ours, which it does not
+have: eval/loss, */grad_norm, train/clip_fraction, train/approx_kl, train/tokens, train/unsafe_share,
 train/engine_gap_mean and _max (|log π_trainer − log π_engine| of a token, nats), train/engine_gap_share (of tokens whose
 probabilities differ by more than 1 %), train/importance_weight (mean), train/staleness (PPO steps), eval/kl, eval/length,
 eval/unsafe_share, eval/threshold, gold/*.
@@ -21,31 +21,6 @@ import time
 from pathlib import Path
 
 from ..config.checks import check_trackers
-
-_SUPERVISED = ("train/loss", "train/lr", "train/epoch")
-_PPO = ("train/actor_loss", "train/reward_critic_loss", "train/reward", "train/reward_with_kl_penalty",
-        "train/reward_advantage", "train/reward_return", "train/reward_value", "train/kl_divergence", "train/actor_lr",
-        "train/reward_critic_lr", "train/mean_generated_length", "train/max_generated_length", "train/ptx_loss",
-        "eval/reward")
-_COST = ("train/cost_critic_loss", "train/lambda", "train/episode_cost", "train/cost", "train/cost_with_kl_penalty",
-         "train/cost_advantage", "train/cost_return", "train/cost_value", "train/cost_critic_lr", "eval/cost")
-NAMES = {
-    "sft": _SUPERVISED,
-    "reward": (*_SUPERVISED, "train/accuracy", "eval/accuracy", "eval/reward_mean", "eval/reward_std"),
-    "cost": (*_SUPERVISED, "train/accuracy", "train/accuracy_sign", "eval/accuracy", "eval/accuracy_sign",
-             "eval/cost_mean", "eval/cost_std"),
-    "dpo": (*_SUPERVISED, "train/reward", "train/better_sample_reward", "train/worse_sample_reward",
-            "train/reward_accuracy", "train/reward_margin"),
-    "ppo": _PPO,
-    "ppo-lag": (*_PPO, *_COST),
-    # ppo with ppo.shaping: the reference logs the shaped stream under these names beside plain reward and cost.
-    "ppo-shaping": ("train/actor_loss", "train/reward_critic_loss", "train/episode_cost", "train/reward", "train/cost",
-                    "train/shaped_reward", "train/shaped_reward_with_kl_penalty", "train/shaped_reward_advantage",
-                    "train/shaped_reward_return", "train/shaped_reward_value", "train/kl_divergence", "train/actor_lr",
-                    "train/reward_critic_lr", "train/mean_generated_length", "train/max_generated_length",
-                    "eval/reward", "eval/cost"),
-}
-"""The reference implementation's metric names by stage."""
 
 
 class Metrics:

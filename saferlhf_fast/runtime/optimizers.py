@@ -52,9 +52,3 @@ def untouched(optimizer):
     for group, rate in rates:
         group["lr"] = rate
     optimizer.state.clear()
-
-
-def state_bytes(optimizer):
-    """Bytes of all tensors that an optimiser remembers, each counted once (bitsandbytes shares its tables)."""
-    tensors = {id(value): value for state in optimizer.state.values() for value in state.values() if hasattr(value, "numel")}
-    return sum(value.numel() * value.element_size() for value in tensors.values())

@@ -31,7 +31,7 @@ from .ppo.advantage import advantages
 from .ppo.load_roles import load_cast
 from .ppo.multiplier import make_multiplier, suggestion
 from .ppo.prompts import load_data, prompt_batches, ptx_batches, total_steps
-from .ppo.selection import Keeper
+from .ppo.selection import PolicySelection
 from .ppo.step_metrics import averages, sample_rows
 from .ppo.update import in_one_pass, update, update_in_one_pass
 from .stage_helpers import save_policy
@@ -120,7 +120,7 @@ def _train(cfg, stage, observe):
     metrics = Metrics(folder, cfg.log, to_dict(cfg), stage)
 
     multiplier = make_multiplier(cfg.multiplier, 0.0, engine.device()) if stage == "ppo-lag" else None
-    keep = Keeper(cast, held_out, cfg, folder, tokenizer, multiplier, observe)
+    keep = PolicySelection(cast, held_out, cfg, folder, tokenizer, multiplier, observe)
     skips, known, ahead = Skips(min(cfg.engine.max_skips, steps)), Memory(before=None), Ahead()
     spikes = Spikes(("reward_critic_loss", "cost_critic_loss", "ptx_loss"))
     state = {"skips": skips, "known": known, "keep": keep, "metrics": metrics, "ahead": ahead,
@@ -152,12 +152,12 @@ def _train(cfg, stage, observe):
 
         loop(cast, prompts, ptx, multiplier, cfg, steps, after_step, start, skips, ahead)
         checkpoints.finish()
-    after = keep.settle({"stage": stage, "model": cfg.model, "reward": cfg.reward, "cost": cfg.cost})
+    after, kept_step, multiplier_then = keep.settle({"stage": stage, "model": cfg.model, "reward": cfg.reward, "cost": cfg.cost})
     _write(folder / "evaluation_after.json", after)
     metrics.close()
-    summary = {"steps": steps, "kept_step": keep.step, "before": summary_of(known["before"]), "after": summary_of(after),
+    summary = {"steps": steps, "kept_step": kept_step, "before": summary_of(known["before"]), "after": summary_of(after),
                "threshold": None if multiplier is None else multiplier.threshold,
-               "multiplier": keep.multiplier_then, "skipped_steps": skips.total, "data": report.as_dict()}
+               "multiplier": multiplier_then, "skipped_steps": skips.total, "data": report.as_dict()}
     finish_run(folder, summary)
     return summary
 

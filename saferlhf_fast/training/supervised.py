@@ -21,6 +21,7 @@ from ..models.packing import fill
 from ..runtime import console, engine
 from ..runtime.checkpoint.checkpointer import Checkpoints, Memory
 from .anomalies import Skips, Spikes
+from .best_checkpoint import BestCheckpoint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ def fit(model, task, examples, held_out, cfg, folder, metrics, label):
     steps = total_steps(len(examples), train, world)
     size = global_size(train, world)
     budget = train.pass_tokens(task.sequences)
-    best, skips = Best(train.best_metric, task, folder), Skips(min(cfg.engine.max_skips, steps))
+    best, skips = best_of(train.best_metric, task, folder), Skips(min(cfg.engine.max_skips, steps))
     known, spikes = Memory(last={}, loss=float("nan")), Spikes(("loss",))
     state = {"best": best, "skips": skips, "known": known, "metrics": metrics}
     with (Checkpoints(cfg, label, folder, {"model": model}, state, {"model": task.describe}) as checkpoints,
@@ -77,14 +78,14 @@ def fit(model, task, examples, held_out, cfg, folder, metrics, label):
             if held_out and (step == steps or (train.eval_interval and step % train.eval_interval == 0)):
                 known["last"] = evaluate(model, task, held_out, budget)
                 metrics.log(step, known["last"])
-                best.offer(known["last"], step)
+                best.offer(step, known["last"])
                 score = score_of(known["last"], train.best_metric or "eval/loss")
             if train.save_interval and step % train.save_interval == 0 and step < steps:
                 task.save(Path(folder) / f"step-{step}")
             bar.advance(tokens=sum(task.tokens(e) for e in batch), line=_line(values))
             checkpoints.after_step(step, score)
         checkpoints.finish()
-    kept = best.settle(known["last"])
+    kept = settle(best, known["last"], task, folder)
     if skips.total:
         console.warn(f"{skips.total} of {steps} steps were left out: their numbers were not finite")
     return {"steps": steps, "train/loss": known["loss"], "skipped_steps": skips.total, **kept}
@@ -155,53 +156,35 @@ def with_deviation(values):
     return out
 
 
-class Best:
-    """Keeps the weights of the best evaluation on disk, so that the end of a run can return to them."""
+def best_of(metric, task, folder):
+    """-> BestCheckpoint that keeps the weights of the best evaluation by a metric in folder/best; of none without a metric."""
+    def keep():
+        task.save(Path(folder) / "best")                 # on disk alone: a checkpoint of the run names the step, not the weights
+    return BestCheckpoint(lambda values: score_of(values, metric), None if metric is None else keep)
 
-    def __init__(self, metric, task, folder):
-        self.metric, self.task, self.folder = metric, task, Path(folder)
-        self.value = self.values = self.step = None
 
-    def offer(self, values, step):
-        if self.metric is None:
-            return
-        if self.metric not in values:
-            raise UserError(f"train.best_metric: expected one of {', '.join(sorted(values))}, got {self.metric}")
-        value = values[self.metric]
-        lower_is_better = "loss" in self.metric
-        if self.value is None or (value < self.value if lower_is_better else value > self.value):
-            self.value, self.values, self.step = value, values, step
-            self.task.save(self.folder / "best")
-
-    def settle(self, last):
-        """Leaves the result in folder/model -> its evaluation."""
-        if self.step is None:
-            self.task.save(self.folder / "model")
-            return last
-        there = engine.gather_objects([(self.folder / name).exists() for name in ("best", "model")])[0]
-        if not any(there):
-            console.warn(f"the best weights (step {self.step}) are gone from {self.folder / 'best'}; the last ones are kept")
-            self.task.save(self.folder / "model")
-            return last
-        if engine.rank() == 0 and there[0]:              # else a run that was killed here had moved it
-            shutil.rmtree(self.folder / "model", ignore_errors=True)
-            (self.folder / "best").rename(self.folder / "model")
-        engine.barrier()
-        return {**self.values, "best_step": self.step}
-
-    def state_dict(self):
-        """For a checkpoint; the weights lie in folder/best."""
-        return {"value": self.value, "values": self.values, "step": self.step}
-
-    def load_state_dict(self, values):
-        """From a checkpoint."""
-        self.value, self.values, self.step = values["value"], values["values"], values["step"]
+def settle(best, last, task, folder):
+    """Leaves the result in folder/model -> its evaluation. last: the run's last evaluation."""
+    folder = Path(folder)
+    if best.keep is None or best.step is None:
+        task.save(folder / "model")
+        return last
+    there = engine.gather_objects([(folder / name).exists() for name in ("best", "model")])[0]
+    if not any(there):
+        console.warn(f"the best weights (step {best.step}) are gone from {folder / 'best'}; the last ones are kept")
+        task.save(folder / "model")
+        return last
+    if engine.rank() == 0 and there[0]:                  # else a run that was killed here had moved it
+        shutil.rmtree(folder / "model", ignore_errors=True)
+        (folder / "best").rename(folder / "model")
+    engine.barrier()
+    return {**best.evaluation, "best_step": best.step}
 
 
 def score_of(values, metric):
-    """An evaluation as a checkpoint's score, higher is better; None when it lacks the metric."""
+    """An evaluation's score by a metric, higher is better, as a BestCheckpoint and a run's checkpoints take it."""
     if metric not in values:
-        return None
+        raise UserError(f"train.best_metric: expected one of {', '.join(sorted(values))}, got {metric}")
     return [-values[metric] if "loss" in metric else values[metric]]
 
 

@@ -17,7 +17,8 @@ def shown(tokenizer, ids, mask=None):
 
 
 def encoded(template, messages):
-    return template.encode_dialogues([messages])[0]
+    """(ids, mask) of a dialogue: mask is True on the tokens of all assistant turns and their ends."""
+    return template.encode_pieces([template.pieces(messages)])[0]
 
 
 def test_safe_rlhf_is_the_references_text():

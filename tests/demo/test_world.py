@@ -8,12 +8,13 @@ import pytest
 
 from saferlhf_fast.demo.world import World, judge, label_pair, topic_of, vocabulary
 from saferlhf_fast.demo.world.tables import (BETTER_IS_SAFER, BOTH_SAFE, BOTH_UNSAFE, CATEGORIES, CATEGORY_POSITIONS, HAZARDS,
-                                             ONE_SAFE, SEVERITY_SHARES)
+                                             ONE_SAFE)
 
 FIELDS = {"prompt", "response_0", "response_1", "prompt_source", "response_0_source", "response_1_source",
           "is_response_0_safe", "is_response_1_safe", "response_0_harm_category", "response_1_harm_category",
           "response_0_severity_level", "response_1_severity_level", "better_response_id", "safer_response_id",
           "response_0_sha256", "response_1_sha256"}
+SEVERITY_SHARES = (0.485, 0.062, 0.382, 0.071)    # of the real data's positions, severity 0..3
 PROMPT = "how do i start a street fight"
 
 

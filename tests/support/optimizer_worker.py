@@ -13,7 +13,7 @@ import sys
 import torch
 
 from saferlhf_fast.config.stages import Engine, Optimizer
-from saferlhf_fast.runtime import engine, optimizers
+from saferlhf_fast.runtime import engine
 
 STAGES = {"adamw": (0, 1, 2, 3), "adamw-8bit": (0, 1, 2, 3), "adafactor": (0,)}
 OFFLOADS = {0: (), 1: ("states",), 2: ("states",), 3: ("states", "weights", "both")}
@@ -63,7 +63,13 @@ def run(kind, stage, precision, offload, zero=False):
     inner, held = trained.deepspeed.basic_optimizer, trained.deepspeed.optimizer
     out["counted"] = sorted({float(state["step"]) for state in inner.state.values()})
     flags = {name: bool(getattr(held, name, False)) for name in ("cpu_offload", "offload_optimizer", "offload_param")}
-    return {**out, **flags, "bytes": optimizers.state_bytes(inner), "class": type(inner).__name__}
+    return {**out, **flags, "bytes": state_bytes(inner), "class": type(inner).__name__}
+
+
+def state_bytes(optimizer):
+    """Bytes of all tensors that an optimiser remembers, each counted once (bitsandbytes shares its tables)."""
+    tensors = {id(value): value for state in optimizer.state.values() for value in state.values() if hasattr(value, "numel")}
+    return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
 def magnitudes(trained):

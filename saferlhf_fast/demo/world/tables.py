@@ -10,7 +10,6 @@ from collections import namedtuple
 from saferlhf_fast.data.harm_taxonomy import PKU as CATEGORIES
 
 # Shares of the real data (dual train split, 73,907 rows): the quotas that records.py fills.
-SEVERITY_SHARES = (0.485, 0.062, 0.382, 0.071)            # of positions, severity 0..3
 CATEGORY_POSITIONS = (6438, 7852, 3711, 2046, 2096, 9417, 7232, 16976, 19122, 13853, 4689, 9209, 1792, 22836,
                       4819, 1621, 9243, 9846, 1448)       # of 76,125 unsafe positions
 BOTH_SAFE, ONE_SAFE, BOTH_UNSAFE = 0.412, 0.146, 0.442    # of pairs

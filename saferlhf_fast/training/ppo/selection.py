@@ -4,10 +4,11 @@ from pathlib import Path
 
 from ...rollout.sample_and_score import ask, summary_of
 from ...runtime import console, engine
+from ..best_checkpoint import BestCheckpoint
 from ..stage_helpers import save_policy
 
 
-class Keeper:
+class PolicySelection:
     """Evaluates the actor and keeps the weights that the recipe asks for: the last, or the best under the threshold."""
 
     def __init__(self, cast, held_out, cfg, folder, tokenizer, multiplier, observe=None):
@@ -15,7 +16,9 @@ class Keeper:
         self.folder, self.tokenizer = Path(folder), tokenizer
         self.multiplier = multiplier
         self.observe = observe or (lambda rows: {})
-        self.best = self.rows = self.step = self.state = self.multiplier_then = self.offered = None
+        self.best = BestCheckpoint(lambda evaluation: self._score(summary_of(evaluation["rows"])),
+                                   cast.actor.state_dict if cfg.evaluation.select else None)
+        self.offered = None
 
     def score(self, step):
         """Of the evaluation in this step, higher is better; None when there was none."""
@@ -23,13 +26,12 @@ class Keeper:
 
     def state_dict(self):
         """For a checkpoint; the kept weights are on rank 0."""
-        return {name: getattr(self, name) for name in ("best", "rows", "step", "state", "multiplier_then")}
+        return self.best.state_dict()
 
     def load_state_dict(self, values):
         """From a checkpoint."""
-        for name, value in values.items():
-            setattr(self, name, tuple(value) if name == "best" and value is not None else value)
-        self.state = self.state if engine.rank() == 0 else None
+        self.best.load_state_dict(values)
+        self.best.weights = self.best.weights if engine.rank() == 0 else None
 
     @property
     def limit(self):
@@ -44,26 +46,23 @@ class Keeper:
     def offer(self, step):
         """Evaluates -> metrics; remembers the weights when they are the best so far."""
         rows = ask(self.cast, self.held_out, self.cfg)
-        rank = self._rank(summary_of(rows))
-        self.offered = (step, rank)
-        if not self.cfg.evaluation.select or self.best is None or rank > self.best:
-            self.best, self.rows, self.step = rank, rows, step
-            self.multiplier_then = None if self.multiplier is None else float(self.multiplier.value)
-            self.state = self.cast.actor.state_dict() if self.cfg.evaluation.select else None
+        self.offered = (step, self._score(summary_of(rows)))
+        self.best.offer(step, {"rows": rows, "multiplier": None if self.multiplier is None else float(self.multiplier.value)})
         return self.metrics(rows)
 
-    def _rank(self, values):
+    def _score(self, values):
         """Feasible ones by reward, above infeasible ones by how little they exceed the limit."""
         if self.limit is None or values["cost"] <= self.limit:
             return (1, values["reward"])
         return (0, -values["cost"])
 
     def settle(self, card):
-        """Puts the kept weights back and saves them in folder/model -> their evaluation rows."""
+        """Puts the kept weights back and saves them in folder/model -> (their evaluation's rows, their step, λ at that step)."""
+        best = self.best
         if self.cfg.evaluation.select:
-            if self.limit is not None and self.best[0] == 0:
+            if self.limit is not None and best.score(best.evaluation)[0] == 0:
                 console.warn(f"no evaluation met the threshold less the margin ({self.limit:.2f}); the one with the "
-                             f"lowest cost is kept (step {self.step})")
-            self.cast.actor.load_state_dict(self.state)
-        save_policy(self.cast.actor, self.folder / "model", self.tokenizer, {**card, "step": self.step})
-        return self.rows
+                             f"lowest cost is kept (step {best.step})")
+            self.cast.actor.load_state_dict(best.weights)
+        save_policy(self.cast.actor, self.folder / "model", self.tokenizer, {**card, "step": best.step})
+        return best.evaluation["rows"], best.step, best.evaluation["multiplier"]

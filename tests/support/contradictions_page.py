@@ -1,0 +1,39 @@
+"""docs/contradictions.md as config/contradictions.py has it: `python tests/support/contradictions_page.py` writes it anew.
+
+A row is a setting, the stage in which it is refused when that is one of the table's stages alone, and the message.
+"""
+
+import re
+from pathlib import Path
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "contradictions.md"
+HEAD = """# Settings that do not go together
+
+What a stage refuses before it loads anything, and in which words. It reports the first row, from the top of this page, that is
+true of its settings. `python tests/support/contradictions_page.py` prints the page from the tables.
+‹max_length› is the value of max_length, ‹got› the value that was given. The tables are in
+`saferlhf_fast/config/contradictions.py`; `saferlhf-fast ppo-lag --help` explains the settings themselves.
+"""
+
+
+def page():
+    """-> the whole page as text."""
+    from saferlhf_fast.config import contradictions
+    trained = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag")
+    optimisers = ("Optimisers (critic_optim as optim)", trained, contradictions.OPTIMIZER)
+    parts = [HEAD]
+    for title, stages, rows in (*contradictions.TABLES, optimisers):
+        parts.append(f"\n## {title}\n\nStages: {', '.join(stages)}.\n\n| setting | message |\n|---|---|\n")
+        for row in rows:
+            only = f" ({row.only})" if row.only else ""
+            parts.append(f"| `{_template(row.key.replace('{at}', 'optim'))}`{only} | {_template(row.message)} |\n")
+    return "".join(parts)
+
+
+def _template(text):
+    """{cfg.ppo.batch_size} -> ‹ppo.batch_size›"""
+    return re.sub(r"\{(?:cfg\.)?([\w.]+)(?::\w+)?\}", r"‹\1›", text)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
