@@ -12,6 +12,7 @@ import zipfile
 import kit
 import pytest
 import torch
+from resume_kit import Marker
 
 from saferlhf_fast.commands.checkpoint import cli
 from saferlhf_fast.commands.checkpoint.verify import newest, whole
@@ -200,16 +201,6 @@ def test_a_multiplier_goes_on_bit_for_bit(make):
 
 
 # ---------------------------------------------------------------- what may be loaded
-
-
-class Marker:
-    """Runs `touch` when it is unpickled."""
-
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.path}",)
 
 
 def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):

@@ -11,7 +11,7 @@ from unittest import mock
 import kit
 import pytest
 import resume_kit
-from resume_kit import AT, STEPS, assert_same, interrupted, launch, words
+from resume_kit import AT, STEPS, Marker, assert_same, interrupted, launch, words
 
 from saferlhf_fast.runtime.checkpoint import manifest
 
@@ -192,7 +192,6 @@ def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
 def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
     """Even when the manifest is made to fit: whoever can write the folder can do that."""
     import torch
-    from test_checkpoint import Marker
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     folder, mark = manifest.folder_of(copy, AT), tmp_path / "ran"

@@ -130,5 +130,5 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(kit.ROOT))
+    sys.path[:0] = [str(kit.ROOT), str(kit.ROOT / "tests" / "config")]      # of test_bad_input.py
     sys.exit(main())
