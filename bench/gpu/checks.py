@@ -10,7 +10,7 @@ import ceilings
 import exact
 import saferlhf_fast as ops
 import shapes
-from gpu import rehearsal
+from gpu import graphs, rehearsal
 from gpu_window import NotRun
 from saferlhf_fast.kernels import dispatch
 
@@ -22,7 +22,8 @@ NARROW = shapes.LOGITS[DEVICE][0][2]       # of logits, hidden states and weight
 
 
 class Case(NamedTuple):
-    """call(dtype, impl) -> tensors, the same numbers whatever the dtype; op: whose implementations are tried."""
+    """call(dtype, impl) -> tensors, the same numbers whatever the dtype; op: whose implementations are tried. A call copies
+    nothing from the host: it is also captured in a CUDA graph."""
 
     op: str
     name: str
@@ -30,8 +31,8 @@ class Case(NamedTuple):
 
 
 def _random(*size, seed=0, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(*size, generator=generator, dtype=torch.float64) * scale).to(NARROW).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(seed)      # on the device: a processor needs seconds for a weight
+    return (torch.randn(*size, generator=generator, device=DEVICE) * scale).to(NARROW)
 
 
 def _ids(count, vocabulary):
@@ -64,12 +65,12 @@ def logprob(count, vocabulary, inplace):
 def policy(count, vocabulary):
     logits_NV, ids_N = _random(count, vocabulary, scale=2), _ids(count, vocabulary)
     old_N = torch.log_softmax(logits_NV.double(), -1).gather(1, ids_N[:, None])[:, 0].float() + 0.05
-    advantage_N = _random(count, seed=3).float()
+    advantage_N, cu_seqlens = _random(count, seed=3).float(), _offsets(count)
 
     def call(dtype, impl):
         leaf = _as(logits_NV, dtype).requires_grad_()
         loss, _ = ops.ppo_loss_from_logits(leaf * 1, ids_N, _as(old_N, dtype), advantage_N, clip_ratio=0.2,
-                                           cu_seqlens=_offsets(count), impl=impl)
+                                           cu_seqlens=cu_seqlens, impl=impl)
         return loss, torch.autograd.grad(loss * 0.7, leaf)[0]
     return Case("ppo_loss_from_logits", f"{count}x{vocabulary}", call)
 
@@ -78,6 +79,7 @@ def head(count, vocabulary, op):
     hidden_NH, ids_N = _random(count, WIDTH), _ids(count, vocabulary)
     weight_VH = _random(vocabulary, WIDTH, seed=4, scale=2 / WIDTH ** 0.5)
     old_N, advantage_N = _random(count, seed=5).float() - 10, _random(count, seed=3).float()
+    cu_seqlens = _offsets(count)
 
     def call(dtype, impl):
         leaves = [_as(tensor, dtype).requires_grad_() for tensor in (hidden_NH, weight_VH)]
@@ -87,7 +89,7 @@ def head(count, vocabulary, op):
             result = ops.linear_logprob(*leaves, ids_N, impl=impl)
             return alone, result, *torch.autograd.grad((result * advantage_N).sum(), leaves)
         loss, _ = ops.linear_ppo_loss(*leaves, ids_N, _as(old_N, dtype), advantage_N, clip_ratio=0.2,
-                                      cu_seqlens=_offsets(count), impl=impl)
+                                      cu_seqlens=cu_seqlens, impl=impl)
         return loss, *torch.autograd.grad(loss, leaves)
     return Case(op, f"{count}x{WIDTH}x{vocabulary}", call)
 
@@ -103,6 +105,7 @@ def rows(count, width, packed, op):
     shape = (int(lengths.sum()),) if packed else (count, width)
     token = [torch.randn(*shape, generator=generator).to(DEVICE) for _ in range(4)]
     score = [torch.randn(count, generator=generator).to(DEVICE) for _ in range(2)]
+    multiplier = torch.tensor(1.5, device=DEVICE)
 
     def call(dtype, impl):
         a, b, c, d = (_as(tensor, dtype) for tensor in token)
@@ -110,8 +113,8 @@ def rows(count, width, packed, op):
         if op == "gae":
             return ops.gae(a, b, gamma=0.99, lam=0.95, impl=impl, **where)
         if op == "ppo_lag_advantage":
-            return ops.ppo_lag_advantage(a, b, r, s, c, d, torch.tensor(1.5, device=DEVICE), kl_coeff=0.02, gamma=1.0, lam=0.95,
-                                         clip_score=50.0, impl=impl, **where)[:3]
+            return ops.ppo_lag_advantage(a, b, r, s, c, d, multiplier, kl_coeff=0.02, gamma=1.0, lam=0.95, clip_score=50.0,
+                                         impl=impl, **where)[:3]
         leaf = a.requires_grad_()
         if op == "ppo_loss":
             loss = ops.ppo_loss(leaf, b, c, clip_ratio=0.2, impl=impl, **where)[0]
@@ -211,15 +214,7 @@ def graph(call):
     """Called, and captured in a CUDA graph and replayed twice."""
     if DEVICE != "cuda":
         raise NotRun("there are no CUDA graphs on a CPU")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):      # what is made at the first call, a counter say, is made outside the capture
-            first = call()
-    torch.cuda.current_stream().wait_stream(stream)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, stream=stream):
-        second = call()
+    first, captured, second = graphs.capture(call)
     for _ in range(2):
         captured.replay()
     torch.cuda.synchronize()

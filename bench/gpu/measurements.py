@@ -17,7 +17,7 @@ import bench_value_loss
 import ceilings
 import exact
 import shapes
-from gpu import variants
+from gpu import graphs, variants
 from gpu.measure import bench, timed
 from gpu_window import NotRun
 from saferlhf_fast.kernels import scaling, scaling_triton
@@ -168,24 +168,20 @@ def replayed(window, shape, version):
     scores = [random()[:, 0].contiguous() for _ in range(2)]
     call = bench_ppo_lag_advantage.ours(version)
     inputs = (*tokens[:2], *scores, *tokens[2:], torch.tensor(1.5, device="cuda"), mask)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        call(*inputs)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call(*inputs)
+    _, graph, _ = graphs.capture(lambda: call(*inputs)[:3])
     timed(window, graph.replay, op="ppo_lag_advantage, replayed graph", version=version, shape=shapes.name(shape))
 
 
 # ---- other projects
 
 PEERS = (("bench_linear_ppo_loss", "test_forward_and_backward", "LINEAR", (
-             "Liger scaled cross entropy + loss", "Liger FusedLinearGRPOLoss", "verl linear_cross_entropy + loss",
-             "TRL ChunkedLogProb + loss", "Liger linear cross entropy (mean), chunks x 16", "CCE + loss")),
+             "Liger scaled cross entropy + loss", "verl linear_cross_entropy + loss", "TRL ChunkedLogProb + loss",
+             "Liger linear cross entropy (mean), chunks x 16", "CCE + loss")),
          ("bench_linear_logprob", "test_forward", "LINEAR", ("verl linear_cross_entropy", "CCE", "TRL ChunkedLogProb")),
          ("bench_token_logprob", "test_forward_with_entropy", "LOGITS", ("TRL selective_log_softmax_and_entropy",)),
-         ("bench_ppo_loss_from_logits", "test_forward_and_backward", "LOGITS", ("Liger triton_grpo_loss",)))
+         ("bench_ppo_loss_from_logits", "test_forward_and_backward", "LOGITS", ("Liger triton_grpo_loss",)),
+         # last, since torch.compile needs its time
+         ("bench_linear_ppo_loss", "test_forward_and_backward", "LINEAR", ("Liger FusedLinearGRPOLoss",)))
 
 
 def peers(window):
