@@ -19,7 +19,8 @@ WORK=$(mktemp -d)
 trap 'rm -rf "$WORK"' EXIT
 EXTRA=$WORK/site
 mkdir "$EXTRA"
-export PYTHONPATH="$PWD:$EXTRA${PYTHONPATH:+:$PYTHONPATH}" PATH="$EXTRA/bin:$PATH" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$EXTRA${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PATH="$EXTRA/bin:$PATH:/usr/local/cuda/bin"      # its tools may lie where CUDA is installed and nowhere else
 export BENCH_COMMAND="bash bench/gpu.sh OUT${AGAIN:+ again}"
 
 "$PYTHON" - <<'PY' || exit 1

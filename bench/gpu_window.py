@@ -5,15 +5,18 @@
     python bench/gpu_window.py --table OUT/rows.jsonl    the table of a file of rows
 
 No network, no DeepSpeed, and nothing is written but OUT and build/. Each section has its seconds and its own try: one that
-raises, runs out of time or hangs costs its own rows alone. A row is a line of OUT/rows.jsonl as soon as it is known, so a machine
-that is taken away leaves what was measured. A row whose op was wrong stands there, marked. The predictions of gpu/predictions.py
-stand beside the figures. The table comes last and is short enough for a reader who is given the end of the output alone.
+raises, runs out of time or hangs costs its own rows alone; a kernel that breaks the device's context, after which no call in
+this process can work, costs one row and the start of a new process. A row is a line of OUT/rows.jsonl as soon as it is known,
+so a machine that is taken away leaves what was measured. A row whose op was wrong stands there, marked. The predictions of
+gpu/predictions.py stand beside the figures. The table comes last and is short enough for a reader who is given the end of the
+output alone.
 
 Without a GPU, `--rehearse interpreter` runs every section on tiny shapes with Triton's interpreter, and `--rehearse compiler`
 (where that cannot run) compiles each Triton kernel for an H200 and launches none.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -31,6 +34,7 @@ sys.path[:0] = [str(HERE), str(ROOT)]
 KEPT = ROOT / "build" / "gpu_window"    # an ignored folder: `again` reads there what the first command found
 RESERVE = 15                            # seconds at the end for the table
 GRACE = 10                              # seconds that a section may go on after it was told to end
+START = 12                              # seconds that a new process needs before it measures
 
 
 class OutOfTime(Exception):
@@ -41,6 +45,10 @@ class NotRun(Exception):
     """Something that cannot run here; the text is the reason."""
 
 
+class Dead(Exception):
+    """A kernel has broken the device's context: only a new process can go on."""
+
+
 class Stop(Exception):
     """Nothing that follows would mean anything."""
 
@@ -49,6 +57,7 @@ class Window:
     """Where rows go and how much time there is. clock() -> seconds since the command began."""
 
     def __init__(self, out, seconds, rehearsal="", clock=None, started=None):
+        resumed = started is not None
         started = time.time() if started is None else started
         self.out, self.seconds, self.rehearsal = Path(out), seconds, rehearsal
         self.clock = clock or (lambda: time.time() - started)
@@ -56,6 +65,9 @@ class Window:
         self.wanted, self.build = None, None    # what alone is measured, or None for everything; the build that was started
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "rows.jsonl"
+        self.again = None                       # the command of a process that takes over
+        self.tried = []                         # [section, what] of each attempt that is over
+        self.before = [tried for row in rows_of(self.path) if row["kind"] == "tried" for tried in row["what"]] if resumed else []
 
     def emit(self, kind, **row):
         """Writes one row at once."""
@@ -69,6 +81,21 @@ class Window:
         """Whether this row is to be measured."""
         return self.wanted is None or what in self.wanted
 
+    def over(self, what):
+        """Whether this section's attempt at it was over when this process took over."""
+        return [self.section, what] in self.before
+
+    @contextlib.contextmanager
+    def uninterrupted(self, least=0):
+        """No alarm inside: an import that is broken off cannot be made twice. The section then has `least` seconds."""
+        alarm(0)
+        until, self.deadline = self.deadline, float(self.seconds)
+        try:
+            yield
+        finally:
+            self.deadline = max(until, min(self.clock() + least, self.seconds - RESERVE))
+            alarm(max(self.deadline - self.clock(), 0.05))
+
     def left(self):
         """Seconds of the section that are left; OutOfTime where there are none."""
         left = self.deadline - self.clock()
@@ -78,19 +105,30 @@ class Window:
 
     def attempt(self, what, function, *arguments):
         """Calls the function in a try of its own; what it raises is a row, what there is no time for too."""
+        if self.over(what):
+            return None
         try:
             self.left()
-            return function(*arguments)
+            result = function(*arguments)
+            self.tried.append([self.section, what])
+            return result
         except OutOfTime as late:
             self.emit("not run", what=what, reason=str(late))
             raise
+        except Dead:
+            self.tried.append([self.section, what])
+            raise
         except NotRun as reason:
+            self.tried.append([self.section, what])
             self.emit("not run", what=what, reason=str(reason))
         except Exception as error:
+            self.tried.append([self.section, what])
             if type(error).__name__ == "Missing":               # of peers.py, which this file does not import
                 self.emit("not run", what=what, reason=str(error))
                 return None
             self.emit("failure", what=what, error=describe(error), traceback=traceback.format_exc()[-2000:])
+            if not answers():
+                raise Dead(describe(error)) from error
             if self.clock() >= self.deadline:                   # the alarm, in whatever a library made of it
                 raise OutOfTime(f"the section's time was up at {self.deadline:.0f} s") from error
         return None
@@ -127,11 +165,37 @@ def end(child):
         child.wait()
 
 
+def answers():
+    """Whether the device still works in this process: after an address that was none, every call there is an error."""
+    torch = sys.modules.get("torch")
+    try:
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except OutOfTime:
+        raise
+    except Exception:
+        return False
+    return True
+
+
+def rows_of(path):
+    """The rows that were written."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
+
+
 def ended(path):
     """The sections that a file of rows says have ended."""
-    if not Path(path).exists():
-        return set()
-    return {row["section"] for row in map(json.loads, Path(path).read_text().splitlines()) if row["kind"] == "section"}
+    return {row["section"] for row in rows_of(path) if row["kind"] == "section"}
+
+
+def take_over(window):
+    """Replaces this process, whatever hangs or is broken in it, by one that goes on after what is over."""
+    window.emit("tried", what=[*window.before, *window.tried])
+    for child in window.children:
+        end(child)
+    sys.stdout.flush()
+    os.closerange(3, 4096)      # with them goes the device's memory
+    os.execv(window.again[0], window.again)
 
 
 def alarm(seconds):
@@ -142,11 +206,8 @@ def alarm(seconds):
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.05) if seconds else 0)
 
 
-def watch(window, again):
-    """A thread that ends a section which does not hear the alarm, a kernel that never returns say: the process starts anew.
-
-    again: the command that goes on after the sections that have ended. It replaces this process, whatever hangs in it.
-    """
+def watch(window):
+    """A thread that ends a section which does not hear the alarm, a kernel that never returns say: the process starts anew."""
     def look():
         while True:
             time.sleep(0.2)
@@ -159,10 +220,7 @@ def watch(window, again):
             if window.clock() > window.deadline + GRACE:
                 window.emit("failure", what=window.section, error=f"hung: it did not end {GRACE} s after its time was up")
                 window.emit("section", seconds=None, ended="hung")
-                for child in window.children:
-                    end(child)
-                sys.stdout.flush()
-                os.execv(again[0], again)
+                take_over(window)
     threading.Thread(target=look, daemon=True).start()
 
 
@@ -174,7 +232,7 @@ def run(window, sections, only=()):
         until += seconds
         if name in done or only and name not in only:
             continue
-        window.section, begun = name, window.clock()
+        window.section, begun, dead, resumes = name, window.clock(), False, False
         window.deadline = min(max(until, begun + seconds if only else 0), window.seconds - RESERVE)
         print(f"[{begun:5.0f} s] {name}, until {window.deadline:.0f} s", flush=True)
         how = "done"
@@ -192,13 +250,20 @@ def run(window, sections, only=()):
         except NotRun as reason:
             how = f"not run: {reason}"
             window.emit("not run", what=name, reason=str(reason))
+        except Dead as error:
+            how, dead = f"the device's context was broken: {error}", True
+            resumes = window.again is not None and window.deadline - window.clock() > START
         except Exception as error:
             how = describe(error)
             window.emit("failure", what=name, error=how, traceback=traceback.format_exc()[-2000:])
+            dead = not answers()
         finally:
             alarm(0)
-            window.emit("section", seconds=round(window.clock() - begun, 2), ended=how)
+            if not resumes:
+                window.emit("section", seconds=round(window.clock() - begun, 2), ended=how)
             window.deadline = float(window.seconds)
+        if dead and window.again:
+            take_over(window)
     return True
 
 
@@ -248,13 +313,15 @@ def main(arguments=None, sections=None):
     if given.started is None:
         window.path.unlink(missing_ok=True)
         heading(window, given)
-    again = [sys.executable, *sys.argv, *([] if given.started else ["--started", str(window.started)])]
-    watch(window, again)
+    window.again = [sys.executable, *sys.argv, *([] if given.started else ["--started", str(window.started)])]
+    watch(window)
     if sections is None:
         from gpu import sections as all_sections
         sections = all_sections.again() if given.again else all_sections.first()
     try:
         all_begun = run(window, sections, given.only)
+    except OutOfTime:       # an alarm that rang while a section's end was written down
+        all_begun = False
     finally:
         for child in window.children:
             end(child)

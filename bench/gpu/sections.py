@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from gpu_window import KEPT, ROOT, NotRun, Stop
+from gpu_window import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe
 
 # The tests of kernels that run on the device itself, and nothing else: no interpreter, no second process.
 TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"
@@ -16,7 +16,8 @@ TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"
 def measured(name):
     """A section of measurements.py, which imports torch: that must not come before the build has started."""
     def section(window):
-        from gpu import measurements
+        with window.uninterrupted():
+            from gpu import measurements
         getattr(measurements, name)(window)
     return section
 
@@ -41,11 +42,12 @@ def device(window):
     """What this is, and its ceilings. The build starts first: it needs neither torch nor the GPU."""
     window.build = None if window.rehearsal else build(window)
     state = asked_of_the_driver("name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw")
-    import numpy
-    import torch
-    import triton
+    with window.uninterrupted(least=12):        # from a cold disk torch alone may take longer than the section
+        import numpy
+        import torch
+        import triton
 
-    import ceilings
+        import ceilings
     window.emit("device", device=ceilings.device_name(), torch=torch.__version__, triton=triton.__version__,
                 numpy=numpy.__version__, python=sys.version.split()[0], cuda=torch.version.cuda,
                 state=state or "no nvidia-smi")
@@ -76,27 +78,32 @@ def build_and_tests(window):
     if window.build is not None:
         code = window.wait(window.build)
         window.emit("figure", what="build of _C", value="done" if code == 0 else f"failed (exit {code}), see build.log")
-    from saferlhf_fast.kernels import dispatch
-    module, why = dispatch.native_module()
-    window.emit("figure", what="_C", value=f"{why}; CUDA: {getattr(module, 'cuda', False) or getattr(module, 'cuda_note', '')}")
-    tests = start_tests(window)
+    tests = None if window.over("tests") else start_tests(window)
     try:
-        from gpu import checks
+        with window.uninterrupted():
+            from gpu import checks
+            from saferlhf_fast.kernels import dispatch
+        module, why = dispatch.native_module()
+        cuda = getattr(module, "cuda", False) or getattr(module, "cuda_note", "")
+        window.emit("figure", what="_C", value=f"{why}; CUDA: {cuda}")
         checks.everything(window)
     finally:
-        report_tests(window, tests, window.wait(tests))
+        if tests is not None:
+            report_tests(window, tests, window.wait(tests))
+            window.tried.append([window.section, "tests"])
 
 
 def start_tests(window, ids=()):
     """pytest over the kernels' tests that run on this device; `ids`: these alone."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE"]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "-p", "gpu.workers", "-vv", "--tb=short"]
     if window.rehearsal:
         command += [file for file in kernel_tests() if "value_loss" in file] + ["-k", "wrong or refus", "-m", "not slow"]
     elif ids:
         command += ["--timeout", "60", "-n", "8", *ids]
     else:
         command += ["--timeout", "60", "-n", "12", "-m", "not slow", "-k", TESTS, *kernel_tests()]
-    return window.start(command, "tests.log", env=os.environ | {"OMP_NUM_THREADS": "2"})
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "bench"), os.environ.get("PYTHONPATH")]))
+    return window.start(command, "tests.log", env=os.environ | {"OMP_NUM_THREADS": "2", "PYTHONPATH": path})
 
 
 def kernel_tests():
@@ -107,16 +114,26 @@ def kernel_tests():
 
 
 def report_tests(window, child, code):
-    """What pytest said: its last line, and a row for each test that failed."""
-    log = (window.out / "tests.log").read_text(errors="replace")
-    lines = log.splitlines()
-    for line in lines:
-        failed = re.match(r"(FAILED|ERROR) (\S+)(?: - (.*))?", line)
-        if failed:
-            window.emit("test", test=failed[2], error=(failed[3] or failed[1])[:200])
-    summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error)", line)), "no summary")
+    """What pytest said: its last line, and a row for each test that failed. Where it was ended, what it had said until then."""
+    lines = (window.out / "tests.log").read_text(errors="replace").splitlines()
+    found = outcomes(lines)
+    failed = {test: why for test, (outcome, why) in found.items() if outcome in ("FAILED", "ERROR")}
+    summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error).* in ", line)),
+                   f"{sum(outcome == 'PASSED' for outcome, _ in found.values())} passed, {len(failed)} failed")
     late = " (ended when the time was up; see tests.log)" if code is None else ""
     window.emit("figure", what="tests on the device", value=summary.strip("= ") + late)
+    for test, why in failed.items():
+        window.emit("test", test=test, error=(why or "failed")[:200])
+
+
+def outcomes(lines):
+    """{test: (outcome, why)} from pytest's lines: those of each test as it ends, with or without xdist, and those at the end."""
+    found = {}
+    for line in lines:
+        ended = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+\.py::.+?)(?: - (.*))?$", line)
+        if ended:
+            found[ended[2]] = (ended[1], ended[3])
+    return found
 
 
 # ---- hardware counters
@@ -203,4 +220,9 @@ def once_more(window):
                 f"{surprising['op']}, {surprising['version']}: {predictions.ratio(surprising):.2f} x the prediction")
     window.wanted = {row["what"] for row in [*best.values(), *filter(None, [surprising])]}
     for name, section in (("tokens", tokens), ("logits", logits), ("linear", linear)):
-        window.attempt(name, section, window)
+        try:
+            section(window)
+        except (OutOfTime, Dead):
+            raise
+        except Exception as error:
+            window.emit("failure", what=name, error=describe(error))

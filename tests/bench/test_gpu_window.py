@@ -127,6 +127,77 @@ def test_a_section_costs_its_own_rows_alone(tmp_path):
     assert "hung" in result.stdout and "broken in two lines" in result.stdout
 
 
+BROKEN = """
+import sys
+sys.path.insert(0, {bench!r})
+import gpu_window
+gpu_window.RESERVE, gpu_window.START = 0.5, 0
+gpu_window.answers = lambda: not broken     # as a process whose kernel has read where nothing is
+broken = []
+
+def breaks():
+    broken.append(1)
+    raise RuntimeError("an illegal memory access was encountered")
+
+def row(what):
+    return lambda: window.emit("figure", what=what, value=1)
+
+def rows(given):
+    global window
+    window = given
+    window.attempt("first", row("first"))
+    window.attempt("around", lambda: window.attempt("breaks", breaks))
+    window.attempt("last", row("last"))
+
+def outside(window):
+    window.emit("figure", what="outside", value=1)
+    breaks()
+
+def after(window):
+    window.emit("figure", what="after", value=1)
+
+sections = [("rows", 20, rows), ("outside", 20, outside), ("after", 20, after)]
+sys.exit(gpu_window.main(sections=sections))
+"""
+
+
+def test_a_broken_context_costs_one_row_and_a_new_process(tmp_path):
+    """After an illegal access every call of a process is an error: a new one goes on behind the row that did it."""
+    script = tmp_path / "window.py"
+    script.write_text(BROKEN.format(bench=str(BENCH)))
+    out = tmp_path / "out"
+    result = subprocess.run([sys.executable, str(script), str(out), "--seconds", "60"], cwd=ROOT, capture_output=True, text=True,
+                            timeout=100, env=ENVIRONMENT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
+    assert [row["what"] for row in of_kind(rows, "figure")] == ["first", "last", "outside", "after"]
+    assert [(row["section"], row["what"]) for row in of_kind(rows, "failure")] == [("rows", "breaks"), ("outside", "outside")]
+    assert [row["section"] for row in of_kind(rows, "section")] == ["rows", "outside", "after"]
+    assert len(of_kind(rows, "run")) == 1 and len(of_kind(rows, "tried")) == 2
+
+
+LOG = """
+[gw1] [  3%] PASSED tests/kernels/test_gae.py::test_a[triton-cuda]
+[gw0] [  4%] FAILED tests/kernels/test_gae.py::test_b[k3 and entropy-triton-cuda]
+"""
+
+
+def test_what_pytest_says_is_read_though_it_was_ended(tmp_path):
+    import gpu.sections
+    import gpu_window
+    window = gpu_window.Window(tmp_path, 100, clock=lambda: 1.0)
+    (tmp_path / "tests.log").write_text(LOG)
+    gpu.sections.report_tests(window, None, None)
+    test = "tests/kernels/test_gae.py::test_b[k3 and entropy-triton-cuda]"
+    (tmp_path / "tests.log").write_text(f"{LOG}FAILED {test} - assert 1 == 2\n===== 1 failed, 1 passed in 3.2s =====\n")
+    gpu.sections.report_tests(window, None, 1)
+    rows = [json.loads(line) for line in window.path.read_text().splitlines()]
+    assert [row["error"] for row in of_kind(rows, "test")] == ["failed", "assert 1 == 2"]
+    assert {row["test"] for row in of_kind(rows, "test")} == {test}
+    assert [row["value"] for row in of_kind(rows, "figure")] == [
+        "1 passed, 1 failed (ended when the time was up; see tests.log)", "1 failed, 1 passed in 3.2s"]
+
+
 def test_a_clock_that_runs_ahead(tmp_path):
     """Sections that run out of time say so row by row, and those after them have the time that was planned for them."""
     import gpu_window
