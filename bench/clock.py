@@ -63,6 +63,6 @@ def launches(step):
             step()
             torch.cuda.synchronize()
         count = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
-    except (RuntimeError, AssertionError):      # no profiling on this machine: a figure less, not a bench less
+    except Exception:       # no profiling on this machine, or no profiler: a figure less, not a bench less
         return {}
     return {"launches": count} if count else {}

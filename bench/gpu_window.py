@@ -82,8 +82,12 @@ class Window:
         return self.wanted is None or what in self.wanted
 
     def over(self, what):
-        """Whether this section's attempt at it was over when this process took over."""
-        return [self.section, what] in self.before
+        """Whether this section's attempt at it was over when this process took over; of several of one name, each counts once."""
+        if [self.section, what] not in self.before:
+            return False
+        self.before.remove([self.section, what])
+        self.tried.append([self.section, what])
+        return True
 
     @contextlib.contextmanager
     def uninterrupted(self, least=0):

@@ -201,8 +201,10 @@ def memory_checker(window):
                str(ROOT / "bench" / "gpu" / "launch_once.py"), "small"]
     code = window.wait(window.start(command, "memcheck.txt"))
     log = (window.out / "memcheck.txt").read_text(errors="replace").splitlines()
-    summary = next((line for line in reversed(log) if "ERROR SUMMARY" in line), "no summary")
-    window.emit("figure", what="memcheck", value=f"{summary.strip('= ')} (exit {code})")
+    wrong = sum("= Invalid " in line for line in log)
+    summary = next((line for line in reversed(log) if "ERROR SUMMARY" in line), f"no summary, {wrong} accesses that were invalid")
+    through = ", ".join(line for line in log if re.fullmatch(r"\w+ (triton|native)", line))
+    window.emit("figure", what="memcheck", value=f"{summary.strip('= ')} (exit {code}); through: {through or 'nothing'}")
 
 
 def once_more(window):

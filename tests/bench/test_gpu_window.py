@@ -147,6 +147,7 @@ def rows(given):
     window = given
     window.attempt("first", row("first"))
     window.attempt("around", lambda: window.attempt("breaks", breaks))
+    window.attempt("first", row("first of another shape"))
     window.attempt("last", row("last"))
 
 def outside(window):
@@ -170,7 +171,7 @@ def test_a_broken_context_costs_one_row_and_a_new_process(tmp_path):
                             timeout=100, env=ENVIRONMENT)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = [json.loads(line) for line in (out / "rows.jsonl").read_text().splitlines()]
-    assert [row["what"] for row in of_kind(rows, "figure")] == ["first", "last", "outside", "after"]
+    assert [row["what"] for row in of_kind(rows, "figure")] == ["first", "first of another shape", "last", "outside", "after"]
     assert [(row["section"], row["what"]) for row in of_kind(rows, "failure")] == [("rows", "breaks"), ("outside", "outside")]
     assert [row["section"] for row in of_kind(rows, "section")] == ["rows", "outside", "after"]
     assert len(of_kind(rows, "run")) == 1 and len(of_kind(rows, "tried")) == 2
