@@ -56,7 +56,7 @@ def run_stage(stage, cfg):
     checks.check(stage, cfg)
     if stage == "demo":
         cfg = run_folder.with_output(stage, cfg)
-    if getattr(cfg, "resume", None) == "auto" and run_folder.is_finished(cfg.output, stage, cfg):
+    if cfg.resume == "auto" and run_folder.is_finished(cfg.output, stage, cfg):
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
         return run_folder.read_summary(cfg.output)
     run_folder.check_output(cfg)
@@ -212,7 +212,7 @@ def _check_outputs(top, steps):
 def _resumed(step, resume):
     """Returns a step's config, with resume=auto for a folder that holds an unfinished run which has a checkpoint; one of other
     settings will be refused by their names, unless overwrite=true says what is to become of it."""
-    if resume == "auto" and hasattr(step.cfg, "resume"):
+    if resume == "auto":
         going_on = dataclasses.replace(step.cfg, resume="auto")
         if run_folder.goes_on(going_on) and not (step.cfg.overwrite and run_folder.changed(going_on)):
             return going_on

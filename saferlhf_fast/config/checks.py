@@ -9,6 +9,8 @@ from saferlhf_fast.config import contradictions
 from saferlhf_fast.config.inputs import check_data, check_home, check_model, lies_in, listed
 from saferlhf_fast.config.paths import is_local
 from saferlhf_fast.config.schema import show
+from saferlhf_fast.config.sections import Logging, Optimizer
+from saferlhf_fast.config.stage_table import STAGE_SPECS
 from saferlhf_fast.errors import UserError
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
@@ -19,11 +21,14 @@ def check(stage, cfg, produced=(), prefix=""):
 
     produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written before keys.
     """
+    if stage not in STAGE_SPECS:                         # the demo has neither models nor data of its own
+        check_home(cfg.output, "output")
+        return
     check_settings(stage, cfg, prefix)
-    if hasattr(cfg, "log"):
-        check_trackers(cfg.log.trackers, f"{prefix}log.trackers")
-    for key in ("output", "resume"):
-        check_home(getattr(cfg, key, None), prefix + key)
+    for key, logging in cfg.groups(Logging).items():
+        check_trackers(logging.trackers, f"{prefix}{key}.trackers")
+    for key, value in (("output", cfg.output), ("resume", cfg.resume)):
+        check_home(value, prefix + key)
     for key, value, kind in listed(cfg):
         at = prefix + key
         if not value.strip():
@@ -43,9 +48,8 @@ def check_settings(stage, cfg, prefix=""):
     problem = contradictions.first(stage, cfg)
     if problem:
         raise UserError(f"{prefix}{problem}")
-    for key in ("optim", "critic_optim"):
-        if hasattr(cfg, key):
-            check_optimizer(getattr(cfg, key), cfg.engine.zero_stage, prefix + key)
+    for key, optim in cfg.groups(Optimizer).items():
+        check_optimizer(optim, cfg.engine.zero_stage, prefix + key)
 
 
 def check_optimizer(optim, zero_stage, key="optim"):

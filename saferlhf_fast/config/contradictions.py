@@ -113,6 +113,11 @@ SAMPLING = tuple(
         f"must be below max_length ({{cfg.max_length}}), got {{cfg.sampling.{name}}}")
     for name in ("max_new_tokens", "max_prompt_length"))
 
+EVALUATE = (
+    Row("resume", lambda cfg: cfg.resume not in (None, "auto"),
+        "expected auto or none, since an evaluation writes no checkpoints, got {cfg.resume}"),
+)
+
 # --- ppo and ppo-lag ------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +201,7 @@ TABLES = (
     Table("Engine", tuple(STAGES), ENGINE),
     Table("Training on examples", tuple(BEST_METRICS), TRAIN),
     Table("Lengths", ("ppo", "ppo-lag", "evaluate"), SAMPLING),
+    Table("Starting an evaluation again", ("evaluate",), EVALUATE),
     Table("Constraint and costs", ("ppo", "ppo-lag"), CONSTRAINT),
     Table("PPO step", ("ppo", "ppo-lag"), PPO),
     Table("Overlap of sampling and learning", ("ppo", "ppo-lag"), OVERLAP),

@@ -15,8 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from saferlhf_fast.config import redact
-from saferlhf_fast.config.schema import (REQUIRED, SETTINGS, defaults, describe, is_number, is_text, leaves, nearest, own_fields,
-                                         show)
+from saferlhf_fast.config.schema import (REQUIRED, SETTINGS, defaults, describe, in_order, is_number, is_text, leaves,
+                                         nearest, own_fields, show)
 from saferlhf_fast.config.stages import Source
 from saferlhf_fast.errors import UserError
 
@@ -160,7 +160,7 @@ def to_dict(cfg, hide=True):
     """
     def plain(value):
         if dataclasses.is_dataclass(value):
-            return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+            return {f.name: plain(getattr(value, f.name)) for f in in_order(type(value))}
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

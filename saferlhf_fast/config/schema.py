@@ -29,16 +29,27 @@ class Leaf(NamedTuple):
     doc: str
 
 
+def in_order(cls):
+    """The fields of a settings class as people read them: its own first, then those that it shares with others."""
+    return sorted(dataclasses.fields(cls), key=lambda f: f.name not in vars(cls).get("__annotations__", {}))
+
+
 def own_fields(cls):
     """Yields (name, annotation, default, doc) of a settings class; groups are not opened."""
     hints = get_type_hints(cls, include_extras=True)
-    for f in dataclasses.fields(cls):
+    for f in in_order(cls):
         default = REQUIRED
         if f.default is not dataclasses.MISSING:
             default = f.default
         elif f.default_factory is not dataclasses.MISSING:
             default = f.default_factory()
-        yield f.name, _without_description(hints[f.name]), default, cls.__pydantic_fields__[f.name].description or ""
+        yield f.name, _without_description(hints[f.name]), default, _doc(cls, f.name)
+
+
+def _doc(cls, name):
+    """The docstring under a field, which pydantic reads in the class that declares it alone."""
+    known = (c.__pydantic_fields__[name].description for c in cls.__mro__ if name in vars(c).get("__pydantic_fields__", {}))
+    return next((doc for doc in known if doc), "")
 
 
 def _without_description(annotation):

@@ -17,7 +17,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
-frozen = dataclass(frozen=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False))
+frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False))
 
 
 @frozen
@@ -45,16 +45,6 @@ Data = Union[str, Source, list[Union[str, Source]]]
 # Settings that several stages have, each documented once.
 PreferenceData = Annotated[Data, Field(description="Preference data: a path, a Hub name, or a list of sources.")]
 Output = Annotated[str, Field(description="Folder of the run; the trained model lies in <output>/model.")]
-Seed = Annotated[int, Field(ge=0, description="Seed of everything random.")]
-Overwrite = Annotated[bool, Field(description="Replace an existing output folder.")]
-Template = Annotated[Literal["auto", "tokenizer", "safe-rlhf", "none"], Field(
-    description="Conversation template: auto (the tokenizer's own, else safe-rlhf), tokenizer, safe-rlhf, or none.")]
-Resume = Annotated[Optional[str], Field(
-    description="Go on from a checkpoint: auto takes the newest complete one in <output>/checkpoints (none there: starts anew), "
-                "or name one's folder.")]
-AllowPickle = Annotated[bool, Field(
-    description="Read weights from .bin files (pickles) where a model has no .safetensors; tensors alone are taken from them.")]
-RemoteCode = Annotated[bool, Field(description="Run Python code that lies in the model's folder or Hub repository.")]
 
 
 @frozen

@@ -6,21 +6,45 @@ text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's
 Values are never written back: what is derived is a function of the config.
 """
 
-from dataclasses import field
-from typing import Literal, Optional
+from dataclasses import field, fields
+from typing import ClassVar, Literal, Optional
 
-from .sections import (PPO, AllowPickle, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative,
-                       NonNegativeInt, Optimizer, Output, Overwrite, Positive, PositiveInt, PreferenceData, RemoteCode, Resume,
-                       Sampling, Seed, Source, Template, Training, frozen)
+from .sections import (PPO, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative, NonNegativeInt,
+                       Optimizer, Output, Positive, PositiveInt, PreferenceData, Sampling, Source, Training, frozen)
 from .stage_table import STAGE_SPECS
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig",
            "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling",
-           "Source", "Training"]
+           "Source", "StageConfig", "Training"]
 
 
 @frozen
-class SFTConfig:
+class StageConfig:
+    """What every stage of a recipe has. Stages inherit from it, and from nothing else."""
+
+    seed: NonNegativeInt = 42
+    """Seed of everything random."""
+    overwrite: bool = False
+    """Replace an existing output folder."""
+    resume: Optional[str] = None
+    """Go on from a checkpoint: auto takes the newest complete one in <output>/checkpoints (none there: starts anew), or name
+    one's folder."""
+    template: Literal["auto", "tokenizer", "safe-rlhf", "none"] = "auto"
+    """Conversation template: auto (the tokenizer's own, else safe-rlhf), tokenizer, safe-rlhf, or none."""
+    trust_remote_code: bool = False
+    """Run Python code that lies in the model's folder or Hub repository."""
+    allow_pickle: bool = False
+    """Read weights from .bin files (pickles) where a model has no .safetensors; tensors alone are taken from them."""
+    engine: Engine = field(default_factory=Engine)
+
+    def groups(self, kind):
+        """{name: settings} of the groups of one class from sections.py: a stage may have none, one, or several (PPO's two
+        optimisers)."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), kind)}
+
+
+@frozen
+class SFTConfig(StageConfig):
     """sft: supervised fine-tuning of a causal language model on instruction data (next-token loss over responses)."""
 
     model: str
@@ -28,34 +52,21 @@ class SFTConfig:
     data: Data
     """Instruction data: a path, a Hub name, or a list of sources."""
     output: Output
-    seed: Seed = 42
-    overwrite: Overwrite = False
-    resume: Resume = None
-    template: Template = "auto"
-    trust_remote_code: RemoteCode = False
-    allow_pickle: AllowPickle = False
     train: Training = field(default_factory=lambda: Training(epochs=3, batch_size=4, accumulation=8))
     optim: Optimizer = field(default_factory=Optimizer)
-    engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
 
 @frozen
-class PreferenceConfig:
+class PreferenceConfig(StageConfig):
     """reward, cost: a score model from preferences; the cost model's loss adds the safety-sign terms."""
 
     model: str
     """Backbone to start from (usually the SFT model), or a score model to go on from: a folder or a Hub name."""
     data: PreferenceData
     output: Output
-    seed: Seed = 42
-    overwrite: Overwrite = False
-    resume: Resume = None
-    template: Template = "auto"
-    trust_remote_code: RemoteCode = False
-    allow_pickle: AllowPickle = False
     regularization: NonNegative = 0.001
     """c: weight of the mean squared score in the loss."""
     loss: Literal["sequence", "token"] = "sequence"
@@ -67,40 +78,32 @@ class PreferenceConfig:
     """Report TF-IDF with logistic regression on the same pairs beside the model (needs scikit-learn)."""
     train: Training = field(default_factory=lambda: Training(epochs=2, batch_size=16))
     optim: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.1))
-    engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
 
 @frozen
-class DPOConfig:
+class DPOConfig(StageConfig):
     """dpo: direct preference optimisation, −log σ(β(Δlogp_chosen − Δlogp_rejected)) (Rafailov et al., 2023)."""
 
     model: str
     """Causal language model to start from, and the frozen reference: a folder or a Hub name."""
     data: PreferenceData
     output: Output
-    seed: Seed = 42
-    overwrite: Overwrite = False
-    resume: Resume = None
-    template: Template = "auto"
-    trust_remote_code: RemoteCode = False
-    allow_pickle: AllowPickle = False
     beta: Positive = 0.1
     """β: strength of the pull towards the reference."""
     preference: Literal["better", "safer"] = "better"
     """Which label of a safety record says what is chosen: the more helpful or the safer response."""
     train: Training = field(default_factory=lambda: Training(epochs=2, batch_size=16))
     optim: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-6))
-    engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
 
 @frozen
-class PPOConfig:
+class PPOConfig(StageConfig):
     """ppo, ppo-lag: policy optimisation with a reward model; ppo-lag holds the mean cost under a threshold.
 
     multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them."""
@@ -120,12 +123,6 @@ class PPOConfig:
     """Cost critic to start from; the cost model when not given."""
     ptx: Optional[Data] = None
     """Instruction data for the supervised loss that keeps the policy's abilities."""
-    seed: Seed = 42
-    overwrite: Overwrite = False
-    resume: Resume = None
-    template: Template = "auto"
-    trust_remote_code: RemoteCode = False
-    allow_pickle: AllowPickle = False
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
     save_interval: Optional[PositiveInt] = None
@@ -139,7 +136,6 @@ class PPOConfig:
     critic_optim: Optimizer = field(
         default_factory=lambda: Optimizer(learning_rate=5e-6, schedule="constant", weight_decay=0.0))
     evaluation: Evaluation = field(default_factory=Evaluation)
-    engine: Engine = field(default_factory=Engine)
     lora: Lora = field(default_factory=Lora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
@@ -150,7 +146,7 @@ class PPOConfig:
 
 
 @frozen
-class EvaluateConfig:
+class EvaluateConfig(StageConfig):
     """evaluate: mean reward and cost, share with C > 0, KL and length of a policy, with 95 % intervals."""
 
     model: str
@@ -166,11 +162,6 @@ class EvaluateConfig:
     reference: Optional[str] = None
     """Reference policy for the KL divergence: a folder or a Hub name; the model that a run's model started from when not
     given."""
-    seed: Seed = 42
-    overwrite: Overwrite = False
-    template: Template = "auto"
-    trust_remote_code: RemoteCode = False
-    allow_pickle: AllowPickle = False
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
     batch_size: PositiveInt = 16
@@ -178,7 +169,6 @@ class EvaluateConfig:
     show: NonNegativeInt = 4
     """Samples shown on the terminal."""
     sampling: Sampling = field(default_factory=Sampling)
-    engine: Engine = field(default_factory=Engine)
 
     def pass_tokens(self):
         """Most tokens of a forward pass."""
@@ -193,11 +183,13 @@ class DemoConfig:
     """Folder of the run; runs/demo-<date> when not given."""
     seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
     """Seeds to run one after another; each changes the world, the models and the data."""
-    overwrite: Overwrite = False
+    overwrite: bool = False
+    """Replace an existing output folder."""
     quick: bool = False
     """A few steps of everything, to see that it runs; shows nothing about safety."""
     progress: bool = True
     """Progress bars on the terminal."""
+    resume: ClassVar[None] = None        # it always starts anew
 
 
 @frozen

@@ -10,6 +10,7 @@ import copy
 
 from ..config.load import to_dict
 from ..data.examples import preference_examples
+from ..models import backbone
 from ..models.causal_lm import load_causal_lm
 from ..models.export_files import describe
 from ..models.lora import add_lora
@@ -20,7 +21,7 @@ from ..runtime import console, engine
 from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
 from .losses import dpo_loss
-from .stage_helpers import held_out_split, prepare, refuse_long, save_policy
+from .stage_helpers import held_out_split, refuse_long, save_policy
 from .supervised import Task, fit, total_steps
 
 
@@ -53,7 +54,8 @@ def train(cfg):
                         allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
     reference = engine.Frozen(Policy(copy.deepcopy(lm), cfg.engine.packing), cfg.engine)
-    prepare(lm, cfg)
+    if cfg.train.gradient_checkpointing:
+        backbone.recompute_activations(lm)
     if cfg.lora.rank:
         lm = add_lora(lm, cfg.lora)
     folder = open_run("dpo", cfg)

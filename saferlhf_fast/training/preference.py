@@ -58,7 +58,7 @@ def train_cost(cfg):
 def _train(cfg, kind):
     from ..config.load import to_dict
     from ..data.examples import preference_examples
-    from ..models import multi_adapter
+    from ..models import backbone, multi_adapter
     from ..models.export_files import describe
     from ..models.lora import add_lora
     from ..models.score_checkpoint import check_score_export, save_score_model
@@ -67,7 +67,7 @@ def _train(cfg, kind):
     from ..runtime import console, engine
     from ..runtime.metrics import Metrics
     from ..runtime.run_folder import finish_run, open_run
-    from .stage_helpers import held_out_split, prepare, refuse_long
+    from .stage_helpers import held_out_split, refuse_long
     from .supervised import Task, fit, total_steps
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
@@ -82,7 +82,8 @@ def _train(cfg, kind):
     refuse_long(cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
     keep = {"drop_bias": cfg.drop_bias, "keep_bias": not cfg.drop_bias}
     check_score_export(score, tokenizer, **keep)      # refused now, not after hours of training
-    prepare(score.backbone, cfg)
+    if cfg.train.gradient_checkpointing:
+        backbone.recompute_activations(score.backbone)
     score.packs &= cfg.engine.packing
     if cfg.lora.rank:
         score = add_lora(score, cfg.lora)

@@ -5,6 +5,7 @@
 
 from ..config.load import to_dict
 from ..data.examples import sft_examples
+from ..models import backbone
 from ..models.causal_lm import load_causal_lm
 from ..models.export_files import describe
 from ..models.lora import add_lora
@@ -13,7 +14,7 @@ from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
-from .stage_helpers import held_out_split, prepare, refuse_long, save_policy
+from .stage_helpers import held_out_split, refuse_long, save_policy
 from .supervised import Task, fit, total_steps
 
 
@@ -32,7 +33,8 @@ def train(cfg):
     lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                         allow_pickle=cfg.allow_pickle)
     refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
-    prepare(lm, cfg)
+    if cfg.train.gradient_checkpointing:
+        backbone.recompute_activations(lm)
     if cfg.lora.rank:
         lm = add_lora(lm, cfg.lora)
     folder = open_run("sft", cfg)

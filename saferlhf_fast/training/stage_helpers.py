@@ -1,9 +1,8 @@
-"""What the stages share around their loops: refusals, held-out examples, gradient checkpointing, saving a policy."""
+"""What the stages share around their loops: refusals, held-out examples, saving a policy."""
 
 import contextlib
 
 from ..data.batches import split_by_prompt
-from ..models import backbone
 from ..models.causal_lm import save_causal_lm
 from ..models.folders import refuse_short_context
 from ..models.lora import has_lora
@@ -13,13 +12,6 @@ from ..runtime import engine
 def refuse_long(cfg, config, longest):
     """UserError when the longest example (tokens) goes beyond the model's context."""
     refuse_short_context(cfg.model, config, longest, "train.max_length: the longest example")
-
-
-def prepare(model, cfg):
-    """Gradient checkpointing where the recipe asks for it."""
-    wanted = cfg.train.gradient_checkpointing if hasattr(cfg, "train") else cfg.gradient_checkpointing
-    if wanted:
-        backbone.recompute_activations(model)
 
 
 def held_out_split(cfg, examples, load):
