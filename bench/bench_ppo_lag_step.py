@@ -23,11 +23,11 @@ def step(tmp_path_factory):
     from saferlhf_fast.models.causal_lm import save_causal_lm
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
+    from saferlhf_fast.rollout.sample import sample
     from saferlhf_fast.rollout.scoring import ask_trained, judge
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.advantage import advantages
     from saferlhf_fast.training.ppo.load_roles import load_cast
-    from saferlhf_fast.training.ppo_lag import sample
     folder = tmp_path_factory.mktemp("step")
     tokenizer = plan_memory.tokenizer_of(VOCABULARY)
     torch.manual_seed(0)
@@ -47,11 +47,11 @@ def step(tmp_path_factory):
     prompts = [PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
                for _ in range(PROMPTS)]
     from types import SimpleNamespace
-    made = SimpleNamespace(cast=cast, cfg=cfg, prompts=prompts, multiplier=torch.tensor(1.0, device=engine.device()))
+    made = SimpleNamespace(cast=cast, cfg=cfg, prompts=prompts, multipliers={"cost": torch.tensor(1.0, device=engine.device())})
     made.rollout = sample(cast, prompts, cfg, 0)
     made.scored = judge(made.rollout, cast, cfg)
     made.asked = dataclasses.replace(made.scored, **ask_trained(made.rollout, cast, cfg))
-    made.adv = advantages(made.rollout.cu_seqlens, made.asked, made.multiplier, cfg.ppo)
+    made.adv = advantages(made.rollout.cu_seqlens, made.asked, made.multipliers, cfg.ppo)
     return made
 
 
@@ -60,22 +60,22 @@ PARTS = ("rollout", "judge", "ask_trained", "advantages", "update", "update_in_o
 
 @pytest.mark.parametrize("part", PARTS)
 def test_step(step, benchmark, part):
+    from saferlhf_fast.rollout.sample import sample
     from saferlhf_fast.rollout.scoring import ask_trained, judge
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.advantage import advantages
     from saferlhf_fast.training.ppo.update import update, update_in_one_pass
-    from saferlhf_fast.training.ppo_lag import sample
-    cast, cfg, rollout, multiplier = step.cast, step.cfg, step.rollout, step.multiplier
+    cast, cfg, rollout, multipliers = step.cast, step.cfg, step.rollout, step.multipliers
 
     def whole():
         fresh = sample(cast, step.prompts, cfg, 0)
-        return update_in_one_pass(cast, fresh, judge(fresh, cast, cfg), multiplier, cfg)
+        return update_in_one_pass(cast, fresh, judge(fresh, cast, cfg), multipliers, cfg)
 
     run = {"rollout": lambda: sample(cast, step.prompts, cfg, 0), "judge": lambda: judge(rollout, cast, cfg),
            "ask_trained": lambda: ask_trained(rollout, cast, cfg),
-           "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multiplier, cfg.ppo),
+           "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multipliers, cfg.ppo),
            "update": lambda: update(cast, rollout, step.asked, step.adv, cfg),
-           "update_in_one_pass": lambda: update_in_one_pass(cast, rollout, step.scored, multiplier, cfg),
+           "update_in_one_pass": lambda: update_in_one_pass(cast, rollout, step.scored, multipliers, cfg),
            "whole": whole}[part]
 
     def waited():

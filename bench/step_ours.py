@@ -15,7 +15,7 @@ import step_work
 from step_ref import now
 from step_words import one_word_an_id
 
-# what `loop` calls, by its names in saferlhf_fast.training.ppo_lag: whose time it is
+# what `loop` calls, by its names in rollout/sample.py and training/ppo_lag.py: whose time it is
 PARTS = {"sample": "rollout", "judge": "score", "ask_trained": "score", "advantages": "score"}
 
 
@@ -54,7 +54,7 @@ def make_cast(work, cfg, steps):
     """
     from saferlhf_fast.models import lora, multi_adapter
     from saferlhf_fast.models.score_model import ScoreModel
-    from saferlhf_fast.rollout import roles
+    from saferlhf_fast.rollout import scorers
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo import load_roles
@@ -75,7 +75,7 @@ def make_cast(work, cfg, steps):
             torch.nn.init.normal_(parameter, 0.0, 0.01)
 
     load_roles.load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
-    for room in (roles, load_roles):
+    for room in (scorers, load_roles):
         room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
     made = load_roles.load_cast(cfg, tokenizer, steps, constrained=True)
@@ -89,23 +89,24 @@ class Side:
 
     def __init__(self, work, recipe):
         from saferlhf_fast.data.examples import PromptExample, SFTExample
+        from saferlhf_fast.rollout import sample
         from saferlhf_fast.runtime import engine
         from saferlhf_fast.training import ppo_lag
-        from saferlhf_fast.training.ppo.multiplier import make_multiplier
+        from saferlhf_fast.training.ppo.constraints import make_multipliers
         self.work, self.page, self.steps, self.seconds = work, ppo_lag, [], {}
         self.cfg = make_config(work, recipe)
         engine.start(self.cfg.engine, 0)
         self.device, self.processes = engine.device(), engine.world_size()
         self.count = recipe["warmup"] + recipe["repeat"]
         self.cast = make_cast(work, self.cfg, self.count + 1)
-        self.multiplier = make_multiplier(self.cfg.multiplier, self.cfg.multiplier.threshold, self.device)
+        self.multipliers = make_multipliers(self.cfg)
         self.prompts = [PromptExample(ids, "", ()) for ids in work.prompts]
         self.ptx = None
         if recipe["ptx"]:
             self.ptx = [SFTExample(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(work.prompts, work.responses)]
         for name, part in PARTS.items():
-            if hasattr(ppo_lag, name):
-                setattr(ppo_lag, name, self._timed(getattr(ppo_lag, name), part))
+            room = sample if name == "sample" else ppo_lag
+            setattr(room, name, self._timed(getattr(room, name), part))
 
     def _timed(self, call, part):
         def timed(*args, **more):
@@ -124,14 +125,17 @@ class Side:
     def _run(self):
         self.seconds, self.start = {}, now(self.device)
 
-        def after_step(step, metrics, rollout, scored):
+        from saferlhf_fast.training.ppo.prompts import ptx_batches, rollouts_of
+
+        def after_step(step, metrics, rollout, scored, bad):
             end = now(self.device)
             split = {name: self.seconds.get(name, 0.0) for name in ("rollout", "score")}
             tokens = sum(minibatch.tokens for minibatch in rollout.minibatches)
             self.steps.append({**split, "update": end - self.start - sum(split.values()), "tokens": tokens})
             self.seconds, self.start = {}, now(self.device)
 
-        self.page.loop(self.cast, self.prompts, self.ptx, self.multiplier, self.cfg, self.count, after_step)
+        rollouts = rollouts_of(self.cast, self.prompts, self.cfg, self.count)
+        self.page.loop(self.cast, rollouts, ptx_batches(self.ptx, self.cfg), self.multipliers, self.cfg, self.count, after_step)
 
     def check(self):
         """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
@@ -147,9 +151,9 @@ class Side:
         asked = scoring.ask_trained(rollout, self.cast, self.cfg)
         total = lambda tensor: tensor.double().sum().item()
         found = {"logp": total(asked["logp_N"]), "ref_logp": total(scored.ref_logp_N), "reward": total(scored.reward_B),
-                 "reward_values": total(asked["reward_values_N"]), "cost": total(scored.cost_B),
-                 "cost_values": total(asked["cost_values_N"])}
+                 "reward_values": total(asked["values"]["reward"]), "cost": total(scored.costs["cost"]),
+                 "cost_values": total(asked["values"]["cost"])}
         assert in_one_pass(self.cfg, self.cast), "the default recipe trains in the pass that scores"
-        tally = update_in_one_pass(self.cast, rollout, scored, self.multiplier.value, self.cfg)
+        tally = update_in_one_pass(self.cast, rollout, scored, {name: m.value for name, m in self.multipliers.items()}, self.cfg)
         self.cast.generator.refresh()
         return found | {f"{name}_critic_loss": total(tally.sums[f"{name}_critic_loss"]) for name in ("reward", "cost")}

@@ -6,12 +6,13 @@ of the stage's config. Where the words of a message come from more than the conf
 
 import dataclasses
 import importlib.util
+import re
 from collections.abc import Callable
 from typing import NamedTuple
 
 from saferlhf_fast.config import deepspeed_keys
 from saferlhf_fast.config.schema import show
-from saferlhf_fast.config.sections import Multiplier, Optimizer
+from saferlhf_fast.config.sections import REWARD, Multiplier, Optimizer
 from saferlhf_fast.config.stage_table import STAGE_SPECS
 from saferlhf_fast.config.stages import STAGES
 
@@ -129,12 +130,56 @@ def _of_the_multiplier(cfg):
     return None
 
 
+def _given_twice(cfg):
+    """The first setting of the short form that stands beside the long one."""
+    if cfg.constraints is None:
+        return None
+    given = [name for name in ("cost", "cost_critic") if getattr(cfg, name) is not None]
+    given += [f"multiplier.{words['name']}"] if (words := _of_the_multiplier(cfg)) else []
+    return {"name": given[0]} if given else None
+
+
+def _names_of_constraints(cfg):
+    return [constraint.name for constraint in cfg.constraints or []]
+
+
+def _odd_name_of_a_constraint(cfg):
+    odd = [name for name in _names_of_constraints(cfg) if name == REWARD or not re.fullmatch(r"[\w-]+", name, re.ASCII)]
+    return {"got": show(odd[0])} if odd else None
+
+
+def _multiplier_where(condition):
+    """The first constraint of whose multiplier a condition is true: where it stands, its λ at the start and its bound."""
+    def first(cfg):
+        for i, multiplier in enumerate(constraint.multiplier for constraint in cfg.long_form()):
+            if condition(multiplier):
+                return {"multiplier": "multiplier" if cfg.constraints is None else f"constraints.{i}.multiplier",
+                        "got": f"{multiplier.init:g}", "bound": f"{multiplier.max:g}"}
+        return None
+    return first
+
+
+def _named_critic(cfg, but=()):
+    """The first setting that names a critic to start from."""
+    named = [setting for stream, (setting, path) in cfg.critics().items() if path is not None and stream not in but]
+    return {"critic": named[0]} if named else None
+
+
 def _nothing_to_evaluate_on(cfg):
     return cfg.evaluation.data is None and cfg.evaluation.fraction == 0
 
 
 CONSTRAINT = (
-    Row("cost", lambda cfg: cfg.cost is None, "missing; ppo-lag needs a cost model (without one, use the stage ppo)", "ppo-lag"),
+    Row("constraints", lambda cfg: cfg.constraints is not None,
+        "only in the stage ppo-lag; ppo has no constraint. cost=… alone reports costs", "ppo"),
+    Row("constraints", _given_twice,
+        "expected either constraints or their short form (cost, cost_critic, multiplier), got {name} too", "ppo-lag"),
+    Row("cost", lambda cfg: not cfg.long_form(), "missing; ppo-lag needs a cost model (without one, use the stage ppo)",
+        "ppo-lag"),
+    Row("constraints", lambda cfg: len(_names_of_constraints(cfg)) > 1 and {"got": ", ".join(_names_of_constraints(cfg))},
+        "expected one constraint, since the stage keeps no more than one so far; got {got}", "ppo-lag"),
+    Row("constraints.0.name", _odd_name_of_a_constraint,
+        "expected letters, digits, _ and -, and not reward, which is the reward model's; got {got}", "ppo-lag"),
     Row("ppo.shaping", lambda cfg: cfg.ppo.shaping is not None, "only in the stage ppo; ppo-lag has the multiplier instead",
         "ppo-lag"),
     # Somebody who types ppo for ppo-lag would otherwise train without the constraint that he gave.
@@ -144,15 +189,15 @@ CONSTRAINT = (
         "only in the stage ppo-lag; ppo has no constraint. Expected none, got {got}", "ppo"),
     Row("ppo.shaping", lambda cfg: cfg.ppo.shaping is not None and cfg.cost is None, "needs a cost model: cost=…"),
     Row("cost_critic", lambda cfg: cfg.cost_critic is not None and cfg.cost is None, "needs a cost model: cost=…"),
-    Row("multiplier.init", lambda cfg: cfg.multiplier.rule == "exponential" and cfg.multiplier.init == 0,
-        "expected above 0 for the exponential rule, which cannot leave 0; got 0", "ppo-lag"),
-    Row("multiplier.init", lambda cfg: cfg.multiplier.init > cfg.multiplier.max,
-        "expected at most multiplier.max ({cfg.multiplier.max:g}), got {cfg.multiplier.init:g}", "ppo-lag"),
+    Row("{multiplier}.init", _multiplier_where(lambda multiplier: multiplier.rule == "exponential" and multiplier.init == 0),
+        "expected above 0 for the exponential rule, which cannot leave 0; got {got}", "ppo-lag"),
+    Row("{multiplier}.init", _multiplier_where(lambda multiplier: multiplier.init > multiplier.max),
+        "expected at most {multiplier}.max ({bound}), got {got}", "ppo-lag"),
 )
 PPO = (
     Row("ppo.shared_critic", lambda cfg: cfg.ppo.shared_critic,
         "only in the stage ppo-lag; without a constraint there is one critic anyway", "ppo"),
-    Row("cost_critic", lambda cfg: cfg.ppo.shared_critic and cfg.cost_critic is not None,
+    Row("{critic}", lambda cfg: cfg.ppo.shared_critic and _named_critic(cfg, but=(REWARD,)),
         "expected none with ppo.shared_critic, which starts from reward_critic or the reward model"),
     Row("ppo.importance_cap", lambda cfg: cfg.ppo.importance_cap is not None and cfg.ppo.old_logp == "engine",
         "only with ppo.old_logp=trainer; from the engine's log-probs the ratio itself corrects"),
@@ -178,9 +223,8 @@ SHARED_BASE = (
         "expected 0, 1 or 2 with lora.rank, got 3; the frozen base lies on every device whole"),
     Row("engine.frozen", lambda cfg: cfg.lora.rank and cfg.engine.frozen == "sharded",
         "expected auto or replicated with lora.rank, whose roles share one base; got sharded"),
-    *(Row(name, lambda cfg, name=name: cfg.lora.rank and getattr(cfg, name) is not None,
-          "expected none with lora.rank, whose critics are adapters on {cfg.model}")
-      for name in ("reward_critic", "cost_critic")),
+    Row("{critic}", lambda cfg: cfg.lora.rank and _named_critic(cfg),
+        "expected none with lora.rank, whose critics are adapters on {cfg.model}"),
 )
 EVALUATION = tuple(
     Row(f"evaluation.{name}", lambda cfg, name=name: getattr(cfg.evaluation, name) and _nothing_to_evaluate_on(cfg),

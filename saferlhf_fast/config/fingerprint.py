@@ -8,6 +8,8 @@ from .inputs import listed
 from .load import to_dict
 from .paths import is_local
 
+LATER = [("constraints", None)]
+"""Settings that came when there were run folders already, and the value under which these keep their hash."""
 
 # --- hashes -------------------------------------------------------------------------------------------------------
 
@@ -26,6 +28,7 @@ def recipe_hash(stage, cfg):
     values = to_dict(cfg)
     for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
         values.pop(key, None)
+    values = {key: value for key, value in values.items() if (key, value) not in LATER}
     for key, value, _ in listed(cfg):
         if is_local(value):
             _replace(values, key.split("."), "local")

@@ -12,6 +12,7 @@ from .paths import TOKENIZER_FILES, pickle_problem
 from .schema import show
 
 MODEL_KEYS = ("model", "reward", "cost", "reference", "reward_critic", "cost_critic")
+CONSTRAINT_KEYS = ("cost", "critic")
 DATA_KEYS = ("data", "prompts", "ptx", "train.eval_data", "evaluation.data")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 """data/files.py's SUFFIXES: whose package imports torch."""
@@ -21,9 +22,9 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 def listed(cfg):
     """Yields (key, value, kind) for every model and data source that a config names; kind is "model" or "data"."""
     values = to_dict(cfg, hide=False)
-    for key in MODEL_KEYS:
-        if values.get(key) is not None:
-            yield key, values[key], "model"
+    yield from _models(values, MODEL_KEYS)
+    for i, constraint in enumerate(values.get("constraints") or []):
+        yield from _models(constraint, CONSTRAINT_KEYS, f"constraints.{i}.")
     for key in DATA_KEYS:
         value = values
         for part in key.split("."):
@@ -34,6 +35,14 @@ def listed(cfg):
                 continue
             at = f"{key}.{i}" if several else key
             yield (f"{at}.path", source["path"], "data") if isinstance(source, dict) else (at, source, "data")
+
+
+def _models(values, keys, prefix=""):
+    """Yields (key, path, "model") of those keys that name a model, by its path or as a scorer that has one."""
+    for key in keys:
+        value = values.get(key)
+        if value is not None:
+            yield (f"{prefix}{key}.path", value["path"], "model") if isinstance(value, dict) else (prefix + key, value, "model")
 
 
 def check_home(value, key):

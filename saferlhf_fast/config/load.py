@@ -15,9 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from saferlhf_fast.config import redact
-from saferlhf_fast.config.schema import (REQUIRED, SETTINGS, defaults, describe, in_order, is_number, is_text, leaves,
-                                         nearest, own_fields, show)
-from saferlhf_fast.config.stages import Source
+from saferlhf_fast.config.schema import (LONG_FORMS, REQUIRED, SETTINGS, defaults, describe, in_order, is_number, is_text,
+                                         leaves, nearest, own_fields, show)
 from saferlhf_fast.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -146,7 +145,7 @@ def build(command, values, origin=lambda key: "settings", prefix=""):
         raise UserError(f"{origin('')}: missing: {names} (give {'them' if len(missing) > 1 else 'it'} as "
                         f"{prefix}{missing[0]}=… or in the recipe)")
     merged = _merge(defaults(cls), values)
-    _refuse_odd_numbers(leaves(cls), merged, fail)
+    _refuse_odd_numbers(cls, merged, fail)
     try:
         return TypeAdapter(cls).validate_python(merged)
     except ValidationError as e:
@@ -202,15 +201,22 @@ def _unknown(cls, values, prefix=""):
     return None
 
 
-def _refuse_odd_numbers(known, values, fail):
-    """Refuses what pydantic would let through: true as 1, and numbers that are not finite."""
-    for key, leaf in known.items():
-        value = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        if is_number(leaf.annotation) and isinstance(value, bool) or \
-                isinstance(value, float) and not math.isfinite(value):
-            fail(key, f"expected {describe(leaf.annotation)}, got {show(value)}")
+def _refuse_odd_numbers(cls, values, fail):
+    """Refuses what pydantic would let through: true as 1, and numbers that are not finite; inside of lists too."""
+    for path, value in _plain_values(values):
+        if isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
+            annotation = _type_at(cls, path)
+            if is_number(annotation):
+                fail(".".join(map(str, path)), f"expected {describe(annotation)}, got {show(value)}")
+
+
+def _plain_values(value, path=()):
+    """Yields (path, value) of everything in nested settings that is neither a mapping nor a list."""
+    if isinstance(value, (dict, list)):
+        for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _plain_values(inner, (*path, step))
+    else:
+        yield path, value
 
 
 def _sentence(cls, values, errors):
@@ -222,8 +228,10 @@ def _sentence(cls, values, errors):
     path, value = _real_path(error, values)
     key = ".".join(str(step) for step in path)
     if error["type"] == "unexpected_keyword_argument":
-        guess = nearest(str(path[-1]), [f.name for f in dataclasses.fields(Source)])
-        return key, "unknown key" + (f"; did you mean {guess}?" if guess else f"; expected {describe(Source)}")
+        group = _type_at(cls, path[:-1])
+        group = next((long for long in LONG_FORMS if long in get_args(group)), group)
+        guess = nearest(str(path[-1]), [f.name for f in dataclasses.fields(group)])
+        return key, "unknown key" + (f"; did you mean {guess}?" if guess else f"; expected {describe(group)}")
     if _is_missing(error):
         return key, "missing"
     return key, f"expected {describe(_type_at(cls, path))}, got {show(value)}"
@@ -245,19 +253,24 @@ def _real_path(error, values):
 
 
 def _type_at(annotation, path):
-    """Returns the annotation of the setting at a path; through lists and unions to the branch that fits the step."""
+    """Returns the annotation of the setting at a path; through lists and unions to the branch that fits the step. Where a step
+    is unknown, and inside of free mappings, the annotation of what holds it."""
     for step in path:
         if dataclasses.is_dataclass(annotation):
-            annotation = {name: a for name, a, *_ in own_fields(annotation)}[step]
+            inner = {name: a for name, a, *_ in own_fields(annotation)}
+            if step not in inner:
+                break
+            annotation = inner[step]
             continue
         branches = get_args(annotation)
         lists = [a for a in (annotation, *branches) if get_origin(a) is list]
         if isinstance(step, int) and (lists or get_origin(annotation) is tuple):
             annotation = get_args(lists[0])[0] if lists else branches[step]
-        elif Source in branches:
-            annotation = _type_at(Source, [step])
         else:
-            break
+            group = next((long for long in LONG_FORMS if long in branches), None)
+            if group is None:
+                break
+            annotation = _type_at(group, [step])
     return annotation
 
 

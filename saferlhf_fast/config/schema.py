@@ -12,10 +12,20 @@ import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
-from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig, Source
+from saferlhf_fast.config.sections import Constraint, ScorerSpec, Source
+from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig
 
 SETTINGS = {**STAGES, "run": RunConfig, "demo": DemoConfig}
 """Every command that has settings, and their class."""
+
+LONG_FORMS = {Source: "source", ScorerSpec: "scorer"}
+"""Groups that a plain path is short for, and what messages call them."""
+
+EXAMPLES = {
+    Source: "a source, where data is more than a path, e.g. data='[{path: a.json, count: 100}, b.jsonl]':",
+    ScorerSpec: "a scorer, where it is more than a path, e.g. reward='{kind: score_model, path: DIR}':",
+    Constraint: "a constraint, e.g. constraints='[{name: harm, cost: DIR, multiplier: {threshold: -0.5}}]':"}
+"""Groups that are written inside a value, and how `--help` begins its list of their settings."""
 
 REQUIRED = object()
 """The default of a key that has none."""
@@ -87,9 +97,10 @@ def describe(annotation):
         return "one of " + ", ".join(str(a) for a in args)
     if origin in (Union, types.UnionType):
         null = " or null" if type(None) in args else ""
-        if Source in args:
-            several = ", or a list of these" if any(get_origin(a) is list for a in args) else ""
-            return "a path, or a source (path: …)" + several + null
+        for group, word in LONG_FORMS.items():
+            if group in args:
+                several = ", or a list of these" if any(get_origin(a) is list for a in args) else ""
+                return f"a path, or a {word} (path: …){several}{null}"
         return " or ".join(describe(a) for a in args if a is not type(None)) + null
     if origin is list:
         return "a list, each " + describe(args[0])
@@ -108,6 +119,13 @@ def _bounds(metadata):
     words = {"Gt": "above {}", "Ge": "at least {}", "Lt": "below {}", "Le": "at most {}"}
     said = [words[name].format(limit) for name, limit in limits.items()]
     return " " + " and ".join(said) if said else ""
+
+
+def groups_within(annotation):
+    """The settings classes that a value of a type may hold: Source in Data, Constraint and what it holds in a list of them."""
+    found = {annotation} if dataclasses.is_dataclass(annotation) else set()
+    inner = [a for _, a, *_ in own_fields(annotation)] if found else get_args(annotation)
+    return found.union(*(groups_within(a) for a in inner))
 
 
 def takes(annotation):
@@ -179,10 +197,12 @@ def help_text(command):
         lines += ["", f"{name}: {annotation.__doc__.strip()}"]
         for key, leaf in leaves(annotation, f"{name}.", default).items():
             lines += _entry(key, leaf)
-    if any("source (path: …)" in describe(leaf.annotation) for leaf in leaves(cls).values()):
-        lines += ["", "a source, where data is more than a path, e.g. data='[{path: a.json, count: 100}, b.jsonl]':"]
-        for key, leaf in leaves(Source).items():
-            lines += _entry(key, leaf)
+    within = set().union(*(groups_within(leaf.annotation) for leaf in leaves(cls).values()))
+    for group, beginning in EXAMPLES.items():
+        if group in within:
+            lines += ["", beginning]
+            for key, leaf in leaves(group).items():
+                lines += _entry(key, leaf)
     return "\n".join(lines)
 
 

@@ -42,6 +42,31 @@ class Source:
 
 Data = Union[str, Source, list[Union[str, Source]]]
 
+REWARD, COST = PAIR = ("reward", "cost")
+"""What a response is scored by: how helpful it is, how harmful it is. In this order wherever both are named."""
+
+SCORER_KINDS = ("score_model",)
+"""What can score a response; rollout/scorers.py loads each."""
+
+
+@frozen
+class ScorerSpec:
+    """What scores a response."""
+
+    path: str
+    """A score model: a folder or a Hub name."""
+    kind: Literal[SCORER_KINDS] = "score_model"
+    """What scores: score_model, a model with a scalar head that reads prompt and response."""
+
+
+Scorer = Union[str, ScorerSpec]
+"""A plain path is a score model's."""
+
+
+def scorer_spec(scorer):
+    """The ScorerSpec of a setting of the type Scorer; None of None."""
+    return ScorerSpec(path=scorer) if isinstance(scorer, str) else scorer
+
 # Settings that several stages have, each documented once.
 PreferenceData = Annotated[Data, Field(description="Preference data: a path, a Hub name, or a list of sources.")]
 Output = Annotated[str, Field(description="Folder of the run; the trained model lies in <output>/model.")]
@@ -243,6 +268,20 @@ class Multiplier:
     """K_i of the pid rule."""
     kd: NonNegative = 0.01
     """K_d of the pid rule."""
+
+
+@frozen
+class Constraint:
+    """A cost whose mean stays under a threshold."""
+
+    name: str = COST
+    """What messages call it; behind the names of its metrics where there are several constraints (letters, digits, _ and -)."""
+    cost: Scorer
+    """Cost model: a folder or a Hub name, or a scorer."""
+    critic: Optional[str] = None
+    """Critic to start from; the cost model when not given."""
+    multiplier: Multiplier = field(default_factory=Multiplier)
+    """Its λ and its threshold: the settings of multiplier.*."""
 
 
 @frozen

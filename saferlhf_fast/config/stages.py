@@ -9,13 +9,14 @@ Values are never written back: what is derived is a function of the config.
 from dataclasses import field, fields
 from typing import ClassVar, Literal, Optional
 
-from .sections import (PPO, Checkpoint, Data, Engine, Evaluation, Logging, Lora, Multiplier, NonNegative, NonNegativeInt,
-                       Optimizer, Output, Positive, PositiveInt, PreferenceData, Sampling, Source, Training, frozen)
+from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, Multiplier,
+                       NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData, Sampling, Scorer,
+                       Source, Training, frozen, scorer_spec)
 from .stage_table import STAGE_SPECS
 
-__all__ = ["PPO", "STAGES", "Checkpoint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation", "EvaluateConfig",
-           "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig", "SFTConfig", "Sampling",
-           "Source", "StageConfig", "Training"]
+__all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation",
+           "EvaluateConfig", "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig",
+           "SFTConfig", "Sampling", "Source", "StageConfig", "Training"]
 
 
 @frozen
@@ -110,17 +111,19 @@ class PPOConfig(StageConfig):
 
     model: str
     """Actor to start from (the SFT model), and the frozen reference: a folder or a Hub name."""
-    reward: str
+    reward: Scorer
     """Reward model: a folder or a Hub name."""
     data: Data
     """Prompts: a path, a Hub name, or a list of sources."""
     output: Output
-    cost: Optional[str] = None
+    cost: Optional[Scorer] = None
     """Cost model: a folder or a Hub name (ppo-lag; in ppo only with ppo.shaping, or to report costs)."""
     reward_critic: Optional[str] = None
     """Reward critic to start from; the reward model when not given."""
     cost_critic: Optional[str] = None
     """Cost critic to start from; the cost model when not given."""
+    constraints: Optional[list[Constraint]] = None
+    """The long form of cost, cost_critic and multiplier (ppo-lag): [{name: …, cost: …, critic: …, multiplier: {…}}]."""
     ptx: Optional[Data] = None
     """Instruction data for the supervised loss that keeps the policy's abilities."""
     max_length: PositiveInt = 512
@@ -144,6 +147,22 @@ class PPOConfig(StageConfig):
         """Most tokens of a forward and backward pass."""
         return self.ppo.micro_tokens or self.ppo.micro_batch_size * self.max_length
 
+    def long_form(self):
+        """[Constraint]: `constraints`, or what cost, cost_critic and multiplier say in short; [] without a cost model."""
+        if self.constraints is not None:
+            return self.constraints
+        return [] if self.cost is None else [Constraint(cost=self.cost, critic=self.cost_critic, multiplier=self.multiplier)]
+
+    def critics(self):
+        """{stream: (setting, path or None)}: what names the critic of the reward, and of each cost, to start from."""
+        costs = {c.name: ("cost_critic" if self.constraints is None else f"constraints.{i}.critic", c.critic)
+                 for i, c in enumerate(self.long_form())}
+        return {REWARD: ("reward_critic", self.reward_critic), **costs}
+
+    def scorers(self):
+        """{name: ScorerSpec} of the reward and of each cost, whether it is constrained or not."""
+        return {REWARD: scorer_spec(self.reward), **{c.name: scorer_spec(c.cost) for c in self.long_form()}}
+
 
 @frozen
 class EvaluateConfig(StageConfig):
@@ -155,9 +174,9 @@ class EvaluateConfig(StageConfig):
     """Prompts: a path, a Hub name, or a list of sources."""
     output: Optional[str] = None
     """Folder for evaluation.json, samples.jsonl and the table; only printed when not given."""
-    reward: Optional[str] = None
+    reward: Optional[Scorer] = None
     """Reward model: a folder or a Hub name."""
-    cost: Optional[str] = None
+    cost: Optional[Scorer] = None
     """Cost model: a folder or a Hub name."""
     reference: Optional[str] = None
     """Reference policy for the KL divergence: a folder or a Hub name; the model that a run's model started from when not
@@ -173,6 +192,10 @@ class EvaluateConfig(StageConfig):
     def pass_tokens(self):
         """Most tokens of a forward pass."""
         return self.batch_size * self.max_length
+
+    def scorers(self):
+        """{name: ScorerSpec} of those that are given."""
+        return {name: scorer_spec(scorer) for name, scorer in ((REWARD, self.reward), (COST, self.cost)) if scorer is not None}
 
 
 @frozen

@@ -18,13 +18,13 @@ from ..data.batches import share
 from ..data.examples import PromptExample, prompt_examples
 from ..data.templates import Template
 from ..errors import UserError
+from ..evaluation.evaluate import load_evaluation_roles
 from ..evaluation.report import write_report
 from ..models.causal_lm import load_causal_lm, save_causal_lm
 from ..models.policy import Policy
 from ..models.tokenizer import load_tokenizer
 from ..rollout.batch import end_tokens, generate
 from ..rollout.engines import open_generator
-from ..rollout.roles import Cast, load_judge
 from ..rollout.sample_and_score import ask, summary_of
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
@@ -176,15 +176,7 @@ def judged(world, folder, where, seed, cfg, sizes):
     """One policy on the held-out prompts -> gold and model figures."""
     settings = recipe.evaluation(folder, where, seed, cfg)
     tokenizer = load_tokenizer(settings.model)
-
-    def policy(path):
-        return engine.Frozen(Policy(load_causal_lm(path, tokenizer=tokenizer)), settings.engine)
-
-    actor = policy(settings.model)
-    ends = end_tokens(tokenizer, actor.module.lm, "auto")
-    cast = Cast(tokenizer, ends, actor, policy(settings.reference), load_judge(settings.reward, tokenizer, settings)[0], None,
-                load_judge(settings.cost, tokenizer, settings)[0],
-                generator=open_generator(actor, tokenizer, ends, settings.sampling))
+    cast = load_evaluation_roles(settings, tokenizer)
     prompts, _ = prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)
     rows = ask(cast, prompts, settings, seed)
     write(Path(folder) / f"test-{where}.jsonl", rows)

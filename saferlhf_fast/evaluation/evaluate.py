@@ -8,6 +8,7 @@ from pathlib import Path
 
 import yaml
 
+from ..config.sections import PAIR
 from ..data.examples import prompt_examples
 from ..models.causal_lm import load_causal_lm
 from ..models.folders import refuse_short_context
@@ -15,8 +16,9 @@ from ..models.policy import Policy
 from ..models.tokenizer import load_tokenizer
 from ..rollout.batch import end_tokens
 from ..rollout.engines import open_generator
-from ..rollout.roles import Cast, load_judge
+from ..rollout.roles import Cast
 from ..rollout.sample_and_score import ask
+from ..rollout.scorers import load_scorer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
 from .statistics import interval_text, summarise
@@ -28,7 +30,24 @@ def evaluate(cfg):
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
     prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
+    cast = load_evaluation_roles(cfg, tokenizer)
+    folder = open_run("evaluate", cfg) if cfg.output else None
+    rows = ask(cast, prompts, cfg, cfg.seed)
+    columns = ([row[name] for row in rows] if rows[0][name] is not None else None for name in (*PAIR, "kl", "length"))
+    summary = {**summarise(*columns), "data": report.as_dict()}
+    if engine.rank() == 0:
+        _show(summary, rows[:cfg.show])
+        if folder is not None:
+            (folder / "evaluation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+            with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+    if folder is not None:
+        finish_run(folder, summary)
+    return summary
 
+
+def load_evaluation_roles(cfg, tokenizer):
+    """-> Cast of what an EvaluateConfig names: the policy, its reference and the scorers, those that are given."""
     def policy(path):
         lm = load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                             allow_pickle=cfg.allow_pickle)
@@ -39,26 +58,9 @@ def evaluate(cfg):
     if reference is None:
         console.say(f"no KL: {cfg.model} is no model of a run here; reference= names the policy to compare it with")
     ends = end_tokens(tokenizer, actor.module.lm, cfg.template)
-    cast = Cast(tokenizer, ends, actor,
-                policy(reference) if reference else None,
-                load_judge(cfg.reward, tokenizer, cfg)[0] if cfg.reward else None, None,
-                load_judge(cfg.cost, tokenizer, cfg)[0] if cfg.cost else None,
+    return Cast(tokenizer, ends, actor, policy(reference) if reference else None,
+                {name: load_scorer(spec, tokenizer, cfg)[0] for name, spec in cfg.scorers().items()},
                 generator=open_generator(actor, tokenizer, ends, cfg.sampling))
-    folder = open_run("evaluate", cfg) if cfg.output else None
-    rows = ask(cast, prompts, cfg, cfg.seed)
-    column = {name: [row[name] for row in rows] if rows[0][name] is not None else None
-              for name in ("reward", "cost", "kl", "length")}
-    summary = {**summarise(column["reward"], column["cost"], column["kl"], column["length"]),
-               "data": report.as_dict()}
-    if engine.rank() == 0:
-        _show(summary, rows[:cfg.show])
-        if folder is not None:
-            (folder / "evaluation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-            with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-    if folder is not None:
-        finish_run(folder, summary)
-    return summary
 
 
 def start_of(model):

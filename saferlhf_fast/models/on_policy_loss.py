@@ -18,20 +18,20 @@ from ..kernels.dispatch import choose
 from ..kernels.once import once, remember
 
 
-def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature=1.0, softcap=None):
+def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature=1.0, softcap=None):
     """-> loss, a scalar with gradients to hidden, weight and bias.
 
-    counts: tokens of each sequence, host integers · between(sequences, tokens, logp_C) -> (loss, d loss / d logp_C): two
+    counts: tokens of each sequence, host integers · chunk_loss(sequences, tokens, logp_C) -> (loss, d loss / d logp_C): two
     slices that say where the chunk lies, and its log-probs (fp32, nats, no graph). It is called once for each chunk, in order.
     """
-    loss = _OnPolicy.apply(hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature, softcap or 0.0)
+    loss = _OnPolicy.apply(hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature, softcap or 0.0)
     remember(loss, hidden_NH, weight_VH, bias_V)
     return loss
 
 
-def loss_of(logp_N, counts, between):
+def loss_of(logp_N, counts, chunk_loss):
     """The same loss from log-probs that were made otherwise, with graph."""
-    loss, grad_N = between(slice(0, len(counts)), slice(0, len(logp_N)), logp_N.detach())
+    loss, grad_N = chunk_loss(slice(0, len(counts)), slice(0, len(logp_N)), logp_N.detach())
     return loss + ((logp_N - logp_N.detach()) * grad_N).sum()
 
 
@@ -49,7 +49,7 @@ def whole_sequences(counts, most):
 class _OnPolicy(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, counts, between, temperature, softcap):
+    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature, softcap):
         known_ids("on_policy_loss", targets_N, len(weight_VH))
         forward, _ = choose("token_logprob", (hidden_NH,), "auto")
         backward, _ = choose("token_logprob_backward", (hidden_NH,), "auto")
@@ -60,7 +60,7 @@ class _OnPolicy(torch.autograd.Function):
         for sequences, at in cuts:
             logits_CV = head.logits(at, buffer_CV)
             logp_C, entropy_C, lse_C = forward(logits_CV, targets_N[at], temperature, None, softcap, False)
-            loss, grad_C = between(sequences, at, logp_C)
+            loss, grad_C = chunk_loss(sequences, at, logp_C)
             total += loss
             d_CV = head.over(logits_CV)
             backward(logits_CV, targets_N[at], logp_C, entropy_C, lse_C, grad_C, None, temperature, None, softcap, d_CV)

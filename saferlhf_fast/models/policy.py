@@ -38,7 +38,7 @@ class Policy(nn.Module):
     `forward(packed, sampling)` -> logp_N, the log-prob of each asked-for token given what precedes it, under the distribution
     that such a Sampling config samples from (fp32; nats); None: the model's own.
     `forward(packed, sampling, objective)` -> (loss, statistics) of `linear_ppo_loss`: three products of the head instead of
-    four. `forward(packed, sampling, between=f)` -> loss of `on_policy_loss`, whose advantages f makes from the log-probs.
+    four. `forward(packed, sampling, chunk_loss=f)` -> loss of `on_policy_loss`, whose advantages f makes from the log-probs.
     packing: False runs the body on padded rows, whatever the architecture can.
     """
 
@@ -49,15 +49,15 @@ class Policy(nn.Module):
         self.packs = backbone.packs(inner.base_model) and packing
         self.logit_form = logit_form(inner)
 
-    def forward(self, packed, sampling=None, objective=None, between=None):
+    def forward(self, packed, sampling=None, objective=None, chunk_loss=None):
         inner = plain(self.lm)
         if self.logit_form is None:
             logp_N = self._of_logits(inner, packed, sampling)
-            return _of_logp(logp_N, packed, objective, between)
+            return _of_logp(logp_N, packed, objective, chunk_loss)
         hidden_MH = backbone.hidden_states(inner.base_model, packed, self.packs)
         hidden_NH = hidden_MH.index_select(0, packed.rows_N)
         return inner.get_output_embeddings()(
-            hidden_NH, lambda *weights: _fused(*weights, packed, sampling, objective, between, self.logit_form))
+            hidden_NH, lambda *weights: _fused(*weights, packed, sampling, objective, chunk_loss, self.logit_form))
 
     def _of_logits(self, lm, packed, sampling):
         """Through the model's own logits, made for every position where it does not let itself be asked for some."""
@@ -84,26 +84,26 @@ def _temperature(sampling):
     return 1.0 if sampling is None else sampling.temperature
 
 
-def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, between, form):
+def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, chunk_loss, form):
     settings = {"bias": bias_V, "temperature": _temperature(sampling) / form.scale, "softcap": form.softcap}
     if is_plain(sampling) and objective is not None:
         return linear_ppo_loss(hidden_NH, weight_VH, packed.targets_N, objective.old_logp_N, objective.advantages_N,
                                cu_seqlens=packed.cu_seqlens, **objective.settings, **settings)
-    if is_plain(sampling) and between is not None:
-        return on_policy_loss(hidden_NH, weight_VH, bias_V, packed.targets_N, packed.counts, between, settings["temperature"],
+    if is_plain(sampling) and chunk_loss is not None:
+        return on_policy_loss(hidden_NH, weight_VH, bias_V, packed.targets_N, packed.counts, chunk_loss, settings["temperature"],
                               form.softcap)
     if is_plain(sampling):
         return linear_logprob(hidden_NH, weight_VH, packed.targets_N, **settings)
     context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
     logp_N = sampling_distribution.warped_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N,
                                                   sampling, context)
-    return _of_logp(logp_N, packed, objective, between)
+    return _of_logp(logp_N, packed, objective, chunk_loss)
 
 
-def _of_logp(logp_N, packed, objective, between):
+def _of_logp(logp_N, packed, objective, chunk_loss):
     """What was asked for, from log-probs with graph."""
-    if between is not None:
-        return loss_of(logp_N, packed.counts, between)
+    if chunk_loss is not None:
+        return loss_of(logp_N, packed.counts, chunk_loss)
     return logp_N if objective is None else objective.loss(logp_N, packed)
 
 

@@ -49,7 +49,7 @@ class Sampled(NamedTuple):
     place: int                       # in the global batch
     prompt: PromptExample
     response: Response
-    verdict: Optional[tuple] = None  # (ref_logp list, reward, cost or None) of `scoring.verdicts`, where it was asked already
+    verdict: Optional[tuple] = None  # of `scoring.verdicts`, where the frozen models were asked already
 
     @property
     def ids(self):

@@ -19,11 +19,12 @@ from ..runtime import engine
 from .batch import Sampled, arrange, assemble, generate
 from .engines import open_generator
 from .engines.gathered_weights import twin
+from .sample import step_seed
 from .scoring import verdicts
 
 
 def rollouts_ahead(cast, batches, cfg, ahead):
-    """Yields the Rollout of each (step, prompts): the first at once, then each sampled during the step before its own.
+    """Yields (step, Rollout) of each (step, prompts): the first at once, then each sampled during the step before its own.
 
     ahead: an `Ahead`, which keeps for a checkpoint by which weights the batch after the current one is sampled.
     """
@@ -47,7 +48,7 @@ def rollouts_ahead(cast, batches, cfg, ahead):
                 snapshot.take()
             source.refresh()
             pending = _begin(threads, stream, source, cast, next(steps, None), cfg)
-            yield rollout
+            yield step, rollout
     finally:
         threads.shutdown(wait=True, cancel_futures=True)
         if source is not cast.generator:
@@ -78,11 +79,6 @@ def _sample(stream, source, cast, prompts, cfg, step):
         if stream is not None:
             stream.synchronize()
     return rows, responses, said
-
-
-def step_seed(cfg, step):
-    """Seed of a step's rollout."""
-    return cfg.seed * 100_003 + step
 
 
 class Ahead:

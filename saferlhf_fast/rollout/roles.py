@@ -1,61 +1,49 @@
 """The models that score a rollout and the policy that makes it, by role: what every stage with rollouts hands around."""
 
-import copy
-from dataclasses import dataclass
-from typing import Any, Optional
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from ..data.examples import retokenize
-from ..models.folders import refuse_short_context
-from ..models.packing import end_row, pack_sequences
-from ..models.score_model import load_score_model
+from ..config.sections import REWARD
 from ..models.shared_base import OnTrunk
-from ..models.tokenizer import load_tokenizer, same_tokenizer
 from ..runtime import engine
 
 
 @dataclass(frozen=True)
-class Judge:
-    """A frozen score model with its own tokenizer; text is re-tokenised where that differs from the actor's."""
+class Critic:
+    """A trained model that gives values of one stream, or of several by a head for each."""
 
-    model: engine.Frozen
-    tokenizer: Any
-    template: str
-    retokenizes: bool
+    engine: engine.Engine
+    names: tuple                     # of its streams: "reward", or a constraint's name
 
-    def __call__(self, rollout, rows):
-        """-> scores_b of some rows of a rollout, fp32."""
-        if not self.retokenizes or rows.start == rows.stop:      # the filler's score is left out by who asks
-            return self.model(rollout.packed(rows, at_end=True))
-        ids = retokenize([p.messages for p in rollout.prompts[rows]], rollout.texts[rows], self.tokenizer,
-                         self.template, ended=rollout.ended[rows],
-                         max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None))
-        return self.model(pack_sequences(ids, [end_row(len(row)) for row in ids], rollout.device))
+    def __call__(self, packed):
+        """-> {"reward": values_N, …} before each asked-for token, fp32."""
+        values = self.engine(packed)
+        return {self.names[0]: values} if len(self.names) == 1 else dict(zip(self.names, values.unbind(-1)))
 
 
 @dataclass(frozen=True)
 class Cast:
-    """Who plays in a PPO run. Without a cost critic there is no constraint."""
+    """Who plays in a PPO run, or in an evaluation, which has no critics and may lack other roles."""
 
     tokenizer: Any
     ends: list                       # token ids that end a response
     actor: engine.Engine
     reference: engine.Frozen
-    reward: Judge
-    reward_critic: engine.Engine
-    cost: Optional[Judge] = None
-    cost_critic: Optional[engine.Engine] = None
+    scorers: dict = field(default_factory=dict)    # {"reward": scorer, name of a cost: scorer}, as config.scorers() has them
+    critics: list = field(default_factory=list)    # Critic of the reward, then of each constraint; or one for all
     generator: Any = None            # a rollout engine of saferlhf_fast.rollout.engines
 
     @property
-    def critics(self):
-        """The critics there are: reward, then cost; or one for both."""
-        if self.cost_critic is None:
-            return [Critic(self.reward_critic, ("reward",))]
-        if self.cost_critic is self.reward_critic:
-            return [Critic(self.reward_critic, ("reward", "cost"))]
-        return [Critic(self.reward_critic, ("reward",)), Critic(self.cost_critic, ("cost",))]
+    def costs(self):
+        """Names of the costs that are scored, whether they are constrained or not."""
+        return tuple(name for name in self.scorers if name != REWARD)
+
+    @property
+    def constraints(self):
+        """Names of the costs that have a critic, and so a multiplier."""
+        return tuple(name for critic in self.critics for name in critic.names if name != REWARD)
 
     @property
     def trained(self):
@@ -76,28 +64,3 @@ class Cast:
 def whole(module):
     """A trained module with the base that it stands on, if it is an adapter."""
     return module.trunk.lm if isinstance(module, OnTrunk) else module
-
-
-@dataclass(frozen=True)
-class Critic:
-    """A trained model that gives values of one stream, or of both by two heads."""
-
-    engine: engine.Engine
-    names: tuple
-
-    def __call__(self, packed):
-        """-> {"reward": values_N, …} before each asked-for token, fp32."""
-        values = self.engine(packed)
-        return {self.names[0]: values} if len(self.names) == 1 else dict(zip(self.names, values.unbind(-1)))
-
-
-def load_judge(path, tokenizer, cfg):
-    """A frozen score model for texts of a policy with `tokenizer` -> (Judge, ScoreModel in fp32 for a critic)."""
-    own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
-    score = load_score_model(path, tokenizer=own, trust_remote_code=cfg.trust_remote_code,
-                             allow_pickle=cfg.allow_pickle)
-    differs = not same_tokenizer(tokenizer, own)
-    if not differs:                                  # else texts are cut to what it can read
-        refuse_short_context(path, score.config, cfg.max_length, "max_length")
-    score.packs &= cfg.engine.packing
-    return Judge(engine.Frozen(copy.deepcopy(score), cfg.engine), own, cfg.template, differs), score

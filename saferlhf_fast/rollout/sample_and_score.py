@@ -5,20 +5,23 @@ import math
 
 import torch
 
+from ..config.sections import COST, REWARD
 from ..config.stages import PPOConfig
 from ..data.batches import share
 from ..models.policy import sequence_sums
 from ..runtime import engine
 from .batch import assemble, generate
 from .scoring import kept
+from .types import per_constraint
 
 
 @torch.no_grad()
 def ask(cast, prompts, cfg, seed=0):
     """Samples one response for each prompt and scores it -> one dict per prompt, in order, on every rank.
 
-    Each has prompt, response, reward, cost, kl (summed over the response, nats) and length (tokens); what there is no
-    model for is None. Random numbers are the same at each call, so that evaluations of one run compare.
+    Each has prompt, response, reward, cost (of several costs cost/<name> each), kl (summed over the response, nats) and length
+    (tokens); what there is no model for is None. Random numbers are the same at each call, so that evaluations of one run
+    compare.
     """
     world = engine.world_size()
     mine = [prompts[i] for i in share(range(len(prompts)), engine.rank(), world)]
@@ -38,28 +41,30 @@ def ask(cast, prompts, cfg, seed=0):
 
 
 def _rows(cast, rollout, cfg):
-    reward, cost, kl = [], [], []
+    parts = {name: [] for name in (*cast.scorers, "kl")}
     for rows in rollout.passes:
-        reward.append(cast.reward(rollout, rows) if cast.reward is not None else None)
-        cost.append(cast.cost(rollout, rows) if cast.cost is not None else None)
+        for name, scorer in cast.scorers.items():
+            parts[name].append(scorer(rollout, rows))
         if cast.reference is not None:
             packed = rollout.packed(rows)
             gap_N = cast.actor(packed, cfg.sampling) - cast.reference(packed, cfg.sampling)
-            kl.append(sequence_sums(gap_N, packed))
-    columns = [kept(parts, rollout).tolist() if parts and parts[0] is not None else [None] * len(rollout)
-               for parts in (reward, cost, kl)]
-    return [{"prompt": prompt.text, "response": text, "reward": r, "cost": c, "kl": k, "length": length}
-            for prompt, text, r, c, k, length in zip(rollout.prompts, rollout.texts, *columns, rollout.lengths)]
+            parts["kl"].append(sequence_sums(gap_N, packed))
+    labels = {name: per_constraint(COST, name, cast.costs) for name in cast.costs}
+    scores = dict.fromkeys((REWARD, *(labels.values() or (COST,)), "kl"), [None] * len(rollout))
+    scores |= {labels.get(name, name): kept(values, rollout).tolist() for name, values in parts.items() if values}
+    prompts = [prompt.text for prompt in rollout.prompts]
+    columns = {"prompt": prompts, "response": rollout.texts, **scores, "length": rollout.lengths}
+    return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
 def summary_of(rows):
-    """Means over the rows of `ask` -> {"reward", "cost", "unsafe_share" (cost > 0), "kl", "length"}, those there are."""
-    out = {}
-    for name in ("reward", "cost", "kl", "length"):
-        found = [row[name] for row in rows if row[name] is not None]
-        if found:
-            out[name] = sum(found) / len(found)
-    costs = [row["cost"] for row in rows if row["cost"] is not None]
-    if costs:
-        out["unsafe_share"] = sum(c > 0 for c in costs) / len(costs)
+    """Means over the rows of `ask` -> {"reward", "cost", "unsafe_share" (cost > 0), "kl", "length"}, those there are; of several
+    costs each has its name behind it."""
+    names = [name for name in (rows[0] if rows else ()) if name not in ("prompt", "response")]
+    columns = {name: [row[name] for row in rows if row[name] is not None] for name in names}
+    out = {name: sum(column) / len(column) for name, column in columns.items() if column}
+    for name in names:
+        stem, _, cost = name.partition("/")
+        if stem == COST and columns[name]:
+            out["unsafe_share" + (f"/{cost}" if cost else "")] = sum(c > 0 for c in columns[name]) / len(columns[name])
     return out

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..config.sections import REWARD
 from .batch import packed_numbers
 from .types import Scored
 
@@ -15,22 +16,24 @@ def kept(parts, rollout):
 def judge(rollout, cast, cfg):
     """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and values."""
     if rollout.verdicts and rollout.verdicts[0] is not None:
-        ref_logp, reward, cost = zip(*rollout.verdicts)
-        return Scored(packed_numbers(ref_logp), packed_numbers([reward]), packed_numbers([cost]) if cast.cost else None)
-    ref_logp, reward, cost = [], [], []
-    for rows in rollout.passes:
-        ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling))
-        reward.append(cast.reward(rollout, rows))
-        if cast.cost is not None:
-            cost.append(cast.cost(rollout, rows))
-    return Scored(kept(ref_logp, rollout), kept(reward, rollout), kept(cost, rollout) if cost else None)
+        ref_logp, *scores = zip(*rollout.verdicts)
+        ref_logp_N, scores = packed_numbers(ref_logp), [packed_numbers([column]) for column in scores]
+    else:
+        ref_logp, scores = [], [[] for _ in cast.scorers]
+        for rows in rollout.passes:
+            ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling))
+            for scorer, column in zip(cast.scorers.values(), scores):
+                column.append(scorer(rollout, rows))
+        ref_logp_N, scores = kept(ref_logp, rollout), [kept(column, rollout) for column in scores]
+    costs = dict(zip(cast.scorers, scores))
+    return Scored(ref_logp_N, costs.pop(REWARD), costs)
 
 
 def verdicts(rollout, cast, cfg):
-    """Asks the frozen models -> for each row of a rollout (ref_logp list, reward, cost or None), on the host."""
+    """Asks the frozen models -> for each row of a rollout (ref_logp list, score by each of cast.scorers …), on the host."""
     scored = judge(rollout, cast, cfg)
-    cost = [None] * len(rollout) if scored.cost_B is None else scored.cost_B.tolist()
-    return list(zip((part.tolist() for part in scored.ref_logp_N.split(rollout.lengths)), scored.reward_B.tolist(), cost))
+    scores = (column.tolist() for column in (scored.reward_B, *scored.costs.values()))
+    return list(zip((part.tolist() for part in scored.ref_logp_N.split(rollout.lengths)), *scores))
 
 
 @torch.no_grad()
@@ -47,5 +50,5 @@ def ask_trained(rollout, cast, cfg):
         for critic in cast.critics:
             made |= critic(packed)
         values.append(made)
-    fields = {f"{name}_values_N": kept([part[name] for part in values], rollout) for name in values[0]}
-    return {"logp_N": kept(logp, rollout) if own else rollout.engine_logp_N, **fields}
+    values = {name: kept([part[name] for part in values], rollout) for name in values[0]}
+    return {"logp_N": kept(logp, rollout) if own else rollout.engine_logp_N, "values": values}

@@ -1,15 +1,17 @@
 """What flows through a PPO step: Rollout -> Scored -> Advantages.
 
+A stream is what a critic predicts: "reward", or a constraint by its name.
 Shapes: B sequences of this device, N response tokens of them, packed row after row. Ids and lengths live on the host, where
 sampling ended; what models say lives on the device.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Optional
 
 import torch
 
+from ..config.sections import COST, REWARD
 from ..models.packing import end_row, pack_sequences, response_rows
 
 
@@ -39,7 +41,7 @@ class Rollout:
     version: int = 0                 # PPO steps that the policy has made since it sampled
 
     size: int = 0                    # sequences of the global batch
-    verdicts: tuple = ()             # of each row what frozen models said while others were sampled; None: not asked yet
+    verdicts: tuple = ()             # what frozen models said of each row while others were sampled; None: not asked yet
 
     def __len__(self):
         return len(self.sequences)
@@ -82,10 +84,9 @@ class Scored:
 
     ref_logp_N: torch.Tensor                            # nats, reference
     reward_B: torch.Tensor
-    cost_B: Optional[torch.Tensor] = None               # > 0: unsafe
+    costs: dict = field(default_factory=dict)           # {name of a cost: cost_B}, > 0: unsafe
     logp_N: Optional[torch.Tensor] = None               # nats, actor; None until the update makes it (single pass)
-    reward_values_N: Optional[torch.Tensor] = None      # V before each response token; None likewise
-    cost_values_N: Optional[torch.Tensor] = None        # None: no cost critic, or likewise
+    values: dict = field(default_factory=dict)          # {stream: V before each response token, N}; {} likewise
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,7 @@ class Advantages:
     """What the update learns from."""
 
     advantages_N: torch.Tensor                          # combined, (A_r − λ·A_c) / (1 + λ)
-    reward_returns_N: torch.Tensor
-    cost_returns_N: Optional[torch.Tensor]
+    returns: dict                                       # {stream: returns_N}
     stats: dict                                         # 0-d tensors, named by ppo_lag_advantage
 
 
@@ -105,3 +105,13 @@ class Response:
     ids: list                        # up to and including the end token; no padding
     logp: Optional[list]             # of each id under the sampling settings, nats; None: the engine does not tell
     ended: bool                      # stopped by itself (end token or stop string), not at its limit
+
+
+def per_constraint(stem, name, names):
+    """Name of a number of one cost out of `names`: the stem alone, with /<name> behind it where there are several costs."""
+    return stem if len(names) == 1 else f"{stem}/{name}"
+
+
+def per_stream(stem, stream, names):
+    """Name of a number of one stream: reward_<stem>, cost_<stem>; names: of all constraints."""
+    return f"{REWARD}_{stem}" if stream == REWARD else per_constraint(f"{COST}_{stem}", stream, names)

@@ -19,6 +19,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column, Table
 
+from ..config.sections import PAIR
+
 PLAIN_INTERVAL = 5.0   # seconds between a bar's lines where there is no terminal
 PLAIN_WIDTH = 120      # columns
 LONGEST_TEXT = 240     # characters of a prompt or response in a sample table
@@ -143,7 +145,8 @@ def sample_table(rows):
     rows = list(rows)
     if not rows or (_current is not None and not _current.enabled):
         return
-    scores = [name for name in ("reward", "cost") if any(row.get(name) is not None for row in rows)]
+    names = dict.fromkeys(name for row in rows for name in row if name.partition("/")[0] in PAIR)      # cost/<name> of several
+    scores = [name for name in names if any(row.get(name) is not None for row in rows)]
     if not _console().is_terminal:
         for i, row in enumerate(rows, 1):
             said = "  ".join(f"{name} {number(row.get(name))}" for name in scores)

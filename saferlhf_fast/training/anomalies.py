@@ -75,14 +75,16 @@ class Spikes:
 class AtBound:
     """Looks at λ: at its upper bound for `patience` steps the constraint is not met however hard it is weighed."""
 
-    def __init__(self, bound, threshold, patience=20):
+    def __init__(self, bound, threshold, patience=20, value="lambda", mean_cost="episode_cost"):
+        """value, mean_cost: names of λ and J_C among a step's numbers."""
         self.bound, self.threshold, self.patience, self.row = bound, threshold, patience, 0
+        self.value, self.mean_cost = value, mean_cost
 
     def look(self, step, values):
-        """values: {"lambda", "episode_cost"} of a step."""
-        self.row = self.row + 1 if values.get("lambda", 0.0) >= self.bound * (1 - 1e-6) else 0
+        """values: {name: number} of a step."""
+        self.row = self.row + 1 if values.get(self.value, 0.0) >= self.bound * (1 - 1e-6) else 0
         if self.row == self.patience:
             console.warn(f"step {step}: λ has been at its bound of {self.bound:g} for {self.patience} steps, with a mean cost of "
-                         f"{values.get('episode_cost', math.nan):.3g} against a threshold of {self.threshold:.3g}: the policy "
+                         f"{values.get(self.mean_cost, math.nan):.3g} against a threshold of {self.threshold:.3g}: the policy "
                          "cannot get there; a higher multiplier.max, a higher threshold or a lower ppo.kl_coeff may help "
                          "(docs/lambda.md)")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from saferlhf_fast.config import checks, deepspeed_keys, load as settings, schema
+from saferlhf_fast.config import checks, deepspeed_keys, fingerprint, inputs, load as settings, schema
 from saferlhf_fast.config.stages import STAGES, Source
 from saferlhf_fast.errors import UserError
 
@@ -49,6 +49,40 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
     assert (cfg.seed, cfg.train.max_steps, cfg.optim.learning_rate) == (5, None, 1e-3)
     assert cfg.optim.betas == (0.8, 0.9) and cfg.log.trackers == ["wandb"]
     assert cfg.data == ["a.json", Source(path="b.json", count=3)]
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ({"reward": "{kind: judge, path: x}"}, 'reward.kind: expected one of score_model, got "judge"'),
+    ({"reward": "{kinds: score_model, path: x}"}, "reward.kinds: unknown key; did you mean kind?"),
+    ({"reward": "{kind: score_model}"}, "reward.path: missing"),
+    ({"reward": "[a]"}, 'reward: expected a path, or a scorer (path: …), got ["a"]'),
+    ({"constraints": "[{cost: c, names: x}]"}, "constraints.0.names: unknown key; did you mean name?"),
+    ({"constraints": "[{name: harm}]"}, "constraints.0.cost: missing"),
+    ({"constraints": "[{cost: c, multiplier: {threshold: true}}]"},
+     "constraints.0.multiplier.threshold: expected number, got true"),
+    ({"constraints": "[{cost: c, multiplier: {treshold: 1}}]"}, "treshold: unknown key; did you mean threshold?"),
+    ({"constraints": "{cost: c}"}, "constraints: expected a list, each a group with name, cost, critic, multiplier or null"),
+    ({"data": "[{path: d, count: true}]"}, "data.0.count: expected whole number above 0 or null, got true")])
+def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said):
+    with pytest.raises(UserError) as caught:
+        settings.load("ppo-lag", None, {**GIVEN, "reward": "r", **given})
+    assert said in str(caught.value)
+
+
+def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
+    cfg = settings.load("ppo-lag", None, {**GIVEN, "reward": "{path: r}", "constraints": "[{cost: {path: c}, critic: v}]"})
+    assert list(inputs.listed(cfg)) == [("model", "org/model", "model"), ("reward.path", "r", "model"),
+                                        ("constraints.0.cost.path", "c", "model"), ("constraints.0.critic", "v", "model"),
+                                        ("data", "data.json", "data")]
+    assert {name: (spec.kind, spec.path) for name, spec in cfg.scorers().items()} == {
+        "reward": ("score_model", "r"), "cost": ("score_model", "c")}
+
+
+def test_a_run_from_before_there_were_constraints_keeps_its_hash():
+    """Its folder would otherwise count as one of other settings."""
+    values = {"model": "org/model", "data": "data.json", "output": "out", "reward": "r", "cost": "c"}
+    assert fingerprint.recipe_hash("ppo-lag", settings.load("ppo-lag", None, values)) == \
+        "505dd34e702ca006498b6451991f5f339094159a9aa364133c35b39456be59f2"
 
 
 def test_text_stays_text_whatever_it_looks_like():

@@ -32,7 +32,7 @@ def test_every_row_names_settings_that_its_stage_has(stage):
         assert not row.condition(cfg) or row.key == "cost", f"{row.key}: the defaults contradict each other"
         names = {name for _, name, _, _ in string.Formatter().parse(f"{row.key}: {row.message}") if name}
         words = {name: name for name in names if not name.startswith("cfg.")}
-        assert words.keys() <= {"got", "key", "name", "hint"}
+        assert words.keys() <= {"got", "key", "name", "hint", "multiplier", "bound", "critic"}
         assert row.message.format(cfg=cfg, **words)
 
 
@@ -44,9 +44,17 @@ def test_every_row_names_settings_that_its_stage_has(stage):
     ({"lora__rank": "4", "reward_critic": "c"}, "reward_critic"),
     ({"ppo__shared_critic": "true", "cost_critic": "c"}, "cost_critic"),
     ({"ppo__minibatches": "99"}, "ppo.minibatches"),
-    ({"multiplier__init": "0"}, "multiplier.init")])
+    ({"multiplier__init": "0"}, "multiplier.init"), ({"multiplier__init": "9"}, "multiplier.init"),
+    ({"cost": None, "constraints": "[]"}, "cost"), ({"constraints": "[{cost: c}]"}, "constraints"),
+    ({"cost": None, "constraints": "[{cost: c}]", "cost_critic": "c"}, "constraints"),
+    ({"cost": None, "constraints": "[{cost: c}]", "multiplier__threshold": "1"}, "constraints"),
+    ({"cost": None, "constraints": "[{cost: c, name: harm}, {cost: c, name: privacy}]"}, "constraints"),
+    ({"cost": None, "constraints": "[{cost: c, name: reward}]"}, "constraints.0.name"),
+    ({"cost": None, "constraints": "[{cost: c, name: a/b}]"}, "constraints.0.name"),
+    ({"cost": None, "constraints": "[{cost: c, multiplier: {init: 9}}]"}, "constraints.0.multiplier.init"),
+    ({"cost": None, "constraints": "[{cost: c, critic: c}]", "lora__rank": "4"}, "constraints.0.critic")])
 def test_rows_of_ppo_lag_are_found(settings, key):
-    assert contradictions.first("ppo-lag", config("ppo-lag", cost="c", **settings)).startswith(f"{key}: ")
+    assert contradictions.first("ppo-lag", config("ppo-lag", **{"cost": "c", **settings})).startswith(f"{key}: ")
 
 
 def test_a_message_may_hold_braces():

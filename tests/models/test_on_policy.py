@@ -20,16 +20,16 @@ def problem(dtype, bias, vocabulary=37, width=16):
     return hidden, weight, bias, torch.randint(vocabulary, (count,), generator=random)
 
 
-def made_between(seen=None):
+def make_chunk_loss(seen=None):
     """Advantages of a token depend on all log-probs of its sequence, as KL shaping and GAE make them."""
-    def between(sequences, tokens, logp):
+    def chunk_loss(sequences, tokens, logp):
         if seen is not None:
             seen.append((sequences, tokens))
         counts = COUNTS[sequences]
         advantages = torch.cat([torch.linspace(-1, 1, n).to(logp) * part.sum().sin() if n else part
                                 for n, part in zip(counts, logp.split(counts))])
         return -advantages.sum(), -advantages              # of −Σ ratio · A, whose ratio is 1
-    return between
+    return chunk_loss
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
@@ -45,12 +45,12 @@ def test_loss_and_gradients(monkeypatch, impl, dtype, tolerance, bias, temperatu
     logits = leaves[0] @ leaves[1].t() + (0.0 if leaves[2] is None else leaves[2])
     logits = softcap * torch.tanh(logits / softcap) if softcap else logits
     logp = torch.log_softmax(logits / temperature, -1).gather(1, ids[:, None])[:, 0]
-    expected, grad = made_between()(slice(0, len(COUNTS)), slice(0, len(ids)), logp.detach())
+    expected, grad = make_chunk_loss()(slice(0, len(COUNTS)), slice(0, len(ids)), logp.detach())
     (logp * grad).sum().backward()
 
     ours = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
     seen = []
-    loss = on_policy_loss(*ours, ids, COUNTS, made_between(seen), temperature, softcap)
+    loss = on_policy_loss(*ours, ids, COUNTS, make_chunk_loss(seen), temperature, softcap)
     assert seen == [(slice(0, 4), slice(0, 15)), (slice(4, 6), slice(15, 20))]
     assert loss.item() == pytest.approx(expected.item(), abs=tolerance * 20)
     (3.0 * loss).backward()
@@ -67,10 +67,10 @@ def test_the_form_for_log_probs_is_the_same():
     for fused in (True, False):
         leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
         if fused:
-            loss = on_policy_loss(*leaves, None, ids, COUNTS, made_between())
+            loss = on_policy_loss(*leaves, None, ids, COUNTS, make_chunk_loss())
         else:
             logp = torch.log_softmax(leaves[0] @ leaves[1].t(), -1).gather(1, ids[:, None])[:, 0]
-            loss = loss_of(logp, COUNTS, made_between())
+            loss = loss_of(logp, COUNTS, make_chunk_loss())
         loss.backward()
         results.append([loss.detach(), *(leaf.grad for leaf in leaves)])
     for a, b in zip(*results):
@@ -81,7 +81,7 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_made():
     """Adapters: only the hidden states learn."""
     hidden, weight, _, ids = problem(torch.float32, False)
     hidden.requires_grad_()
-    on_policy_loss(hidden, weight, None, ids, COUNTS, made_between()).backward()
+    on_policy_loss(hidden, weight, None, ids, COUNTS, make_chunk_loss()).backward()
     assert hidden.grad.abs().sum() > 0 and weight.grad is None
 
 
@@ -97,13 +97,13 @@ def test_an_id_outside_the_vocabulary_is_refused_on_the_cpu():
     hidden, weight, _, ids = problem(torch.float32, False)
     ids[3] = 37
     with pytest.raises(ValueError, match="37"):
-        on_policy_loss(hidden.requires_grad_(), weight, None, ids, COUNTS, made_between())
+        on_policy_loss(hidden.requires_grad_(), weight, None, ids, COUNTS, make_chunk_loss())
 
 
 def test_first_derivatives_alone():
     hidden, weight, _, ids = problem(torch.float32, False)
     hidden.requires_grad_()
-    loss = on_policy_loss(hidden, weight, None, ids, COUNTS, made_between())
+    loss = on_policy_loss(hidden, weight, None, ids, COUNTS, make_chunk_loss())
     gradient, = torch.autograd.grad(loss, hidden, create_graph=True)
     for again in (lambda: torch.autograd.grad(gradient.square().sum(), hidden), gradient.square().sum().backward):
         with pytest.raises(RuntimeError, match="^on_policy_loss has first derivatives alone"):

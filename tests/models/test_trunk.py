@@ -62,7 +62,7 @@ def test_each_role_is_a_model_of_its_own(world):
     scramble(cast)
     base = Policy(load_causal_lm(world["model"]))
     torch.testing.assert_close(cast.reference(packed()), base(packed()).detach())
-    values = cast.reward_critic(packed())
+    values = cast.critics[0].engine(packed())
     actor_logp = cast.actor(packed())
     merged = load_causal_lm(world["model"])
     from saferlhf_fast.models.lora import plain_state
@@ -70,25 +70,25 @@ def test_each_role_is_a_model_of_its_own(world):
     torch.testing.assert_close(actor_logp, Policy(merged)(packed()), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actor_logp, base(packed()), atol=1e-2)
     torch.testing.assert_close(cast.reference(packed()), base(packed()).detach())
-    torch.testing.assert_close(cast.reward_critic(packed()), values)
+    torch.testing.assert_close(cast.critics[0].engine(packed()), values)
 
     whole = load_score_model(world["reward"])
-    torch.testing.assert_close(cast.reward.model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(cast.scorers["reward"].model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_critics_start_from_their_score_model(world):
     """The reward critic from the reward adapter; the cost model is no adapter, so its critic starts without it, which is said."""
     cast = make_cast(world)
     whole = load_score_model(world["reward"])
-    torch.testing.assert_close(cast.reward_critic(packed()), whole(packed()), rtol=1e-4, atol=1e-5)
-    assert not isinstance(cast.cost.model.module, type(cast.reward.model.module))
+    torch.testing.assert_close(cast.critics[0].engine(packed()), whole(packed()), rtol=1e-4, atol=1e-5)
+    assert not isinstance(cast.scorers["cost"].model.module, type(cast.scorers["reward"].model.module))
 
 
 def test_the_base_lies_in_memory_once(world):
     cast = make_cast(world)
     trunk = cast.actor.module.trunk
-    modules = [cast.actor.module, cast.reference.module, cast.reward.model.module, cast.reward_critic.module,
-               cast.cost_critic.module]
+    modules = [cast.actor.module, cast.reference.module, cast.scorers["reward"].model.module,
+               *(critic.engine.module for critic in cast.critics)]
     assert all(module.trunk is trunk for module in modules)
     embeddings = [p for p in trunk.lm.parameters() if p.numel() == trunk.base.get_input_embeddings().weight.numel()]
     assert len(embeddings) == 2                                # the input's and the head's: no copy of either
@@ -101,8 +101,8 @@ def test_backwards_reach_their_own_adapter_alone(world, checkpointing):
     cast = make_cast(world, gradient_checkpointing=checkpointing)
     scramble(cast)
     cast.train()
-    logp, reward_values, cost_values = cast.actor(packed()), cast.reward_critic(packed()), cast.cost_critic(packed())
-    losses = ((cast.cost_critic, cost_values), (cast.actor, logp), (cast.reward_critic, reward_values))
+    logp, reward_values, cost_values = cast.actor(packed()), cast.critics[0].engine(packed()), cast.critics[1].engine(packed())
+    losses = ((cast.critics[1].engine, cost_values), (cast.actor, logp), (cast.critics[0].engine, reward_values))
     for model, out in losses:
         model.backward((out * torch.arange(len(out))).sum())
     got = [[p.grad.clone() for p in model.module.parameters()] for model, _ in losses]
@@ -156,7 +156,7 @@ def test_two_heads_on_one_critic_without_adapters(world, tmp_path):
 
     cast = make_cast(world, lora=Lora(), ppo=PPO(shared_critic=True))
     critic, = cast.critics
-    assert critic.names == ("reward", "cost") and cast.trained == [cast.actor, cast.reward_critic]
+    assert critic.names == ("reward", "cost") and cast.trained == [cast.actor, cast.critics[0].engine]
     wanted = {"reward": torch.linspace(-1, 1, 9), "cost": torch.linspace(2, 0, 9)}
     errors = []
     for _ in range(30):

@@ -109,9 +109,9 @@ def nan_in_a_score(kind, value, number):
         scored, count[0] = real(rollout, cast, cfg), count[0] + 1
         if count[0] != number:
             return scored
-        broken = getattr(scored, f"{kind}_B").clone()
+        broken = (scored.reward_B if kind == "reward" else scored.costs[kind]).clone()
         broken[0] = float(value)
-        return dataclasses.replace(scored, **{f"{kind}_B": broken})
+        return dataclasses.replace(scored, **{"reward_B": broken} if kind == "reward" else {"costs": {kind: broken}})
 
     return mock.patch.object(ppo_lag, "judge", judge)
 

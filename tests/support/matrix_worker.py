@@ -33,6 +33,7 @@ from saferlhf_fast.rollout.types import Response
 from saferlhf_fast.runtime import engine
 from saferlhf_fast.training import dpo, sft
 from saferlhf_fast.training.ppo.advantage import advantages
+from saferlhf_fast.training.ppo.constraints import update_multipliers
 from saferlhf_fast.training.ppo.load_roles import load_cast
 from saferlhf_fast.training.ppo.multiplier import LagrangeMultiplier
 from saferlhf_fast.training.ppo.step_metrics import averages
@@ -139,21 +140,20 @@ def policy_optimisation(cell, world, tokenizer):
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none", max_length=64,
                     ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell), lora=ADAPTERS if cell.form == LORA else Lora())
     cast = load_cast(cfg, tokenizer, 12, constrained)
-    multiplier = LagrangeMultiplier(window=8, lr=0.5) if constrained else None
+    multipliers = {"cost": LagrangeMultiplier(window=8, lr=0.5)} if constrained else {}
     texts = sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None
     rows = []
     for step in range(STEPS):
         rollout = stored_rollout(step, tokenizer, cfg)
         scored = judge(rollout, cast, cfg)
-        if constrained:
-            multiplier.update(engine.all_gather(scored.cost_B, rollout.order, rollout.size))
-        value = multiplier.value if constrained else None
+        update_multipliers(multipliers, scored, rollout)
+        value = {name: multiplier.value for name, multiplier in multipliers.items()}
         if step == 1 and cell != cell.reference:
             broken = dataclasses.replace(scored, reward_B=spoilt(scored.reward_B)[0])
             assert learn(cast, rollout, broken, value, cfg, texts).bad
         tally = learn(cast, rollout, scored, value, cfg, texts)
         assert not tally.bad, tally.bad
-        rows.append(averages(rollout, scored, tally, multiplier, cfg.ppo.shaping))
+        rows.append(averages(rollout, scored, tally, multipliers, cfg.ppo.shaping))
     rows.append({f"weights of {i}": magnitudes(trained) for i, trained in enumerate(cast.trained)})
     return rows
 

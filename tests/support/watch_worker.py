@@ -7,7 +7,7 @@ import time
 
 from saferlhf_fast import cli
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.training import ppo_lag
+from saferlhf_fast.rollout import sample
 
 FAULT, RANKS = os.environ.get("FAULT", ""), os.environ.get("FAULTY", "").split(",")
 
@@ -35,5 +35,5 @@ def faulty(sample, calls=[0]):              # noqa: B006 counts over calls
 
 
 if __name__ == "__main__":
-    ppo_lag.sample = faulty(ppo_lag.sample)
+    sample.sample = faulty(sample.sample)
     sys.exit(cli.main())

@@ -7,6 +7,7 @@ from pathlib import Path
 import kit
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytestmark = pytest.mark.numeric
 
@@ -47,6 +48,20 @@ def test_a_run_is_the_same_twice_and_another_with_another_seed(go):
     a, b, c = go(), go(), go(seed=7)
     close(a, b, 0)
     assert kit.losses(a) == [] and kit.losses(a, "train/actor_loss") != kit.losses(c, "train/actor_loss")
+
+
+def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
+    """Bit for bit and under the same names, whatever the constraint is called."""
+    settings = {"rule": "pid", "threshold": -0.1, "init": 0.5}
+    selecting = {"evaluation__select": True, "evaluation__fraction": 0.2}
+    short = go(**selecting, **{f"multiplier__{key}": value for key, value in settings.items()})
+    constraint = {"name": "privacy", "cost": {"kind": "score_model", "path": world["cost"]}, "multiplier": settings}
+    long = go(**selecting, cost="null", constraints=json.dumps([constraint]))
+    close(short, long, 0)
+    weights = [load_file(folder / "model" / "model.safetensors") for folder in (short, long)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    summaries = [{key: value for key, value in kit.summary(folder).items() if key != "data"} for folder in (short, long)]
+    assert summaries[0] == summaries[1] and summaries[0]["threshold"] == -0.1
 
 
 @pytest.mark.parametrize("changes", [{}, {"ppo__epochs": 2, "ppo__whiten": True}, {"ppo__reduction": "token-mean"}])
@@ -98,18 +113,18 @@ def test_importance_weights_are_truncated():
     """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a filler is counted."""
     from types import SimpleNamespace
     from saferlhf_fast.config.stages import PPO
-    from saferlhf_fast.training.ppo.update import Tally, _weighted
+    from saferlhf_fast.training.ppo.update import OptimizerStep, Tally
     cfg, tally = SimpleNamespace(ppo=PPO(importance_cap=2.0)), Tally()
     ratio = torch.tensor([0.5, 1.0, 1.005, 4.0])
     engine_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     advantages = torch.tensor([1.0, -1.0, 2.0, 3.0])
-    minibatch = SimpleNamespace(tokens=4)
-    got = _weighted(advantages, engine_logp + ratio.log(), engine_logp, cfg, tally, minibatch, True)
+    step = OptimizerStep(None, None, None, cfg, SimpleNamespace(tokens=4), tally, False)
+    got = step.weighted(advantages, engine_logp + ratio.log(), engine_logp)
     torch.testing.assert_close(got, advantages * ratio.clamp(max=2.0))
     assert tally.sums["engine_gap_share"].item() == pytest.approx(0.5)
     assert tally.sums["engine_gap_mean"].item() == pytest.approx(ratio.log().abs().mean().item(), rel=1e-5)
     assert tally.maxima["engine_gap_max"].item() == pytest.approx(ratio.log().abs().max().item(), rel=1e-5)
-    assert torch.equal(_weighted(advantages, engine_logp, engine_logp, cfg, tally, minibatch, False), advantages)
+    assert torch.equal(step.weighted(advantages, engine_logp, None), advantages)
 
 
 def test_the_step_reads_the_device_twice(go, monkeypatch):
@@ -149,7 +164,7 @@ def test_ptx_keeps_the_policy_near_its_data(go, world):
 
 def test_reward_shaping_is_ppo_on_the_difference(go, world, tmp_path):
     """R − 2·C fed by two models, and by one model whose head is the difference of theirs (their backbones are the same)."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
     heads = [load_file(Path(world[kind]) / "model.safetensors") for kind in ("reward", "cost")]
     difference = {**heads[0], "score.weight": heads[0]["score.weight"] - 2.0 * heads[1]["score.weight"]}
     shutil.copytree(world["reward"], tmp_path / "difference")
@@ -269,7 +284,9 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     from saferlhf_fast.data.templates import Template
     from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout.batch import assemble
-    from saferlhf_fast.rollout.roles import load_judge
+    from saferlhf_fast.config.sections import SCORER_KINDS, ScorerSpec
+    from saferlhf_fast.rollout.scorers import KINDS, load_scorer
+    assert tuple(KINDS) == SCORER_KINDS
     from saferlhf_fast.rollout.types import Response
     from saferlhf_fast.runtime import engine
     other = permuted(tmp_path / "permuted", world["model"], world["reward"])
@@ -284,7 +301,7 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     responses = [tokenizer("yes red </s>")["input_ids"], tokenizer("no")["input_ids"]]     # the second did not end
     rollout = assemble(prompts, [Response(ids, None, ended) for ids, ended in zip(responses, (True, False))], tokenizer, 99)
     assert sorted(rollout.texts) == ["no", "yes red"]
-    judges = [load_judge(path, tokenizer, cfg)[0] for path in (world["reward"], other)]
+    judges = [load_scorer(ScorerSpec(path=path), tokenizer, cfg)[0] for path in (world["reward"], other)]
     assert [judge.retokenizes for judge in judges] == [False, True]
     a, b = (judge(rollout, slice(0, 2)) for judge in judges)
     assert a.tolist() == pytest.approx(b.tolist(), abs=1e-5) and abs(a[0] - a[1]) > 1e-4

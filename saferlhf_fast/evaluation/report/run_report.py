@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ...config.sections import PAIR
 from ...runtime.console import clock, number
 from ..statistics import interval_text, summarise
 from . import page
@@ -87,7 +88,7 @@ def columns(rows):
     """Evaluation rows -> intervals by measure."""
     if not rows:
         return {}
-    return summarise(*([row.get(key) for row in rows] for key in ("reward", "cost", "kl", "length")))
+    return summarise(*([row.get(key) for row in rows] for key in (*PAIR, "kl", "length")))
 
 
 def section_of_numbers(run):
@@ -155,10 +156,10 @@ def section_of_samples(run):
     """The same prompts before and after, in the order of the evaluation: nothing is picked."""
     if not run.after:
         return page.Raw("")
-    names, numeric = ["prompt", "before", "reward", "cost", "after", "reward", "cost"], (2, 3, 5, 6)
+    names, numeric = ["prompt", "before", *PAIR, "after", *PAIR], (2, 3, 5, 6)
 
     def scores(row):
-        return [number(row.get(key)) for key in ("reward", "cost")]
+        return [number(row.get(key)) for key in PAIR]
 
     rows = []
     for i, row in enumerate(run.after[:SAMPLES + MORE_SAMPLES]):

@@ -1,21 +1,26 @@
 """From scores to what the update learns from: KL shaping, both GAE scans, (A_r − λ·A_c)/(1 + λ)."""
 
+from ...config.sections import REWARD
 from ...kernels.ppo_lag_advantage import ppo_lag_advantage
 from ...rollout.types import Advantages
 
 
 def shaped_reward(scored, shaping):
     """The paper's baseline: one reward R − ν·C, clamped once with the KL term. shaping: ν, or None for R."""
-    return scored.reward_B if shaping is None else scored.reward_B - shaping * scored.cost_B
+    if shaping is None:
+        return scored.reward_B
+    cost_B, = scored.costs.values()
+    return scored.reward_B - shaping * cost_B
 
 
-def advantages(cu_seqlens, scored, multiplier, ppo):
-    """-> Advantages. cu_seqlens: of the responses · multiplier: λ as a 0-d tensor, or None without a constraint · ppo: a PPO
-    config."""
-    constrained = scored.cost_values_N is not None
+def advantages(cu_seqlens, scored, multipliers, ppo):
+    """-> Advantages. cu_seqlens: of the responses · multipliers: {name of a constraint: λ as a 0-d tensor}, {} without one ·
+    ppo: a PPO config. ValueError for several constraints."""
+    if len(multipliers) > 1:
+        raise ValueError(f"advantages: expected one constraint or none, got {', '.join(multipliers)}")
+    name, multiplier = next(iter(multipliers.items()), (None, None))
     combined, reward_returns, cost_returns, stats = ppo_lag_advantage(
-        scored.logp_N, scored.ref_logp_N, shaped_reward(scored, ppo.shaping),
-        scored.cost_B if constrained else None, scored.reward_values_N, scored.cost_values_N,
-        multiplier if constrained else None, kl_coeff=ppo.kl_coeff, gamma=ppo.gamma, lam=ppo.lam,
-        clip_score=ppo.clip_score, cu_seqlens=cu_seqlens, whiten=ppo.whiten)
-    return Advantages(combined, reward_returns, cost_returns, stats)
+        scored.logp_N, scored.ref_logp_N, shaped_reward(scored, ppo.shaping), scored.costs[name] if name else None,
+        scored.values[REWARD], scored.values[name] if name else None, multiplier, kl_coeff=ppo.kl_coeff, gamma=ppo.gamma,
+        lam=ppo.lam, clip_score=ppo.clip_score, cu_seqlens=cu_seqlens, whiten=ppo.whiten)
+    return Advantages(combined, {REWARD: reward_returns} | ({name: cost_returns} if name else {}), stats)

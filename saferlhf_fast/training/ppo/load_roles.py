@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 
+from ...config.sections import REWARD
 from ...errors import UserError
 from ...models import backbone, multi_adapter
 from ...models.causal_lm import load_causal_lm, without_dropout
+from ...models.export_files import describe
 from ...models.folders import refuse_short_context
 from ...models.policy import Policy
 from ...models.score_model import load_score_model
@@ -13,14 +15,16 @@ from ...models.shared_base import PolicyOnTrunk, ScoreOnTrunk, Trunk
 from ...models.tokenizer import load_tokenizer, same_tokenizer
 from ...rollout.batch import end_tokens
 from ...rollout.engines import open_generator
-from ...rollout.roles import Cast, Judge, load_judge
+from ...rollout.roles import Cast, Critic
+from ...rollout.scorers import ScoreModelScorer, load_scorer
+from ...rollout.types import per_stream
 from ...runtime import console, engine
 
 
 def load_cast(cfg, tokenizer, steps, constrained):
     """Loads every model that a PPOConfig names and makes the engines.
 
-    steps: optimiser steps of the run · constrained: with a cost critic (ppo-lag).
+    steps: optimiser steps of the run · constrained: with a critic for each cost (ppo-lag).
     """
     lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                         allow_pickle=cfg.allow_pickle)
@@ -36,37 +40,42 @@ def cast_of_models(cfg, lm, tokenizer, steps, constrained):
     """-> Cast of separate models, all of whose weights are trained."""
     packing = cfg.engine.packing
     reference = engine.Frozen(Policy(copy.deepcopy(lm), packing), cfg.engine)
-    reward, reward_score = load_judge(cfg.reward, tokenizer, cfg)
-    cost, cost_score = load_judge(cfg.cost, tokenizer, cfg) if cfg.cost else (None, None)
+    loaded = {name: load_scorer(spec, tokenizer, cfg) for name, spec in cfg.scorers().items()}
     actor = engine.Engine(Policy(without_dropout(lm), packing), cfg.optim, cfg.engine, steps)
-    shared = constrained and cfg.ppo.shared_critic
-    reward_critic = load_critic(cfg, "reward", cfg.reward_critic, reward, reward_score, tokenizer, steps, shared)
-    cost_critic = reward_critic if shared else None
-    if constrained and not shared:
-        cost_critic = load_critic(cfg, "cost", cfg.cost_critic, cost, cost_score, tokenizer, steps)
-    return Cast(tokenizer, [], actor, reference, reward, reward_critic, cost, cost_critic)
+    critics = [Critic(load_critic(cfg, streams, *loaded[streams[0]], tokenizer, steps), streams)
+               for streams in streams_of_critics(cfg, constrained)]
+    scorers = {name: scorer for name, (scorer, _) in loaded.items()}
+    return Cast(tokenizer, [], actor, reference, scorers, critics)
 
 
-def load_critic(cfg, name, path, judge, score, tokenizer, steps, two_heads=False):
-    """-> Engine of a critic: from its own path, or from its judge's ScoreModel where that reads the actor's ids."""
+def streams_of_critics(cfg, constrained):
+    """[streams of each critic]: one critic for the reward and one for each constraint, or one with a head for each."""
+    streams = (REWARD, *(c.name for c in cfg.long_form())) if constrained else (REWARD,)
+    return [streams] if constrained and cfg.ppo.shared_critic else [(name,) for name in streams]
+
+
+def load_critic(cfg, streams, scorer, score, tokenizer, steps):
+    """-> Engine of a critic: from its own path, or from the ScoreModel that scores its first stream where that reads the actor's
+    ids, else from the actor's model with a new head."""
     def fresh(path):
         return load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                                 allow_pickle=cfg.allow_pickle)
 
+    setting, path = cfg.critics()[streams[0]]
     if path is not None:
         own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
         if not same_tokenizer(tokenizer, own):
-            raise UserError(f"{name}_critic: {path} has another tokenizer than {cfg.model}, whose ids it would read; "
+            raise UserError(f"{setting}: {path} has another tokenizer than {cfg.model}, whose ids it would read; "
                             "expected a model with the same one")
         score = fresh(path)
-    elif judge.retokenizes:
-        console.say(f"{name}: another tokenizer than the actor's, so the critic starts from {cfg.model} with a new "
-                    f"head; {name}_critic names another start")
+    elif score is None or scorer.retokenizes:
+        why = "no score model" if score is None else "another tokenizer than the actor's"
+        console.say(f"{streams[0]}: {why}, so the critic starts from {cfg.model} with a new head; {setting} names another start")
         score = fresh(cfg.model)
     if cfg.gradient_checkpointing:
         backbone.recompute_activations(score.backbone)
     score.packs &= cfg.engine.packing
-    if two_heads:
+    for _ in streams[1:]:
         score.add_head()
     return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
 
@@ -75,30 +84,43 @@ def cast_on_trunk(cfg, lm, tokenizer, steps, constrained):
     """-> Cast of adapters on one frozen base; score models of another base are whole models beside it."""
     trunk = Trunk(without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)), cfg.lora, cfg.engine.packing)
     trunk.add("actor")
-    saved = {"reward": multi_adapter.of_score(cfg.reward, cfg.model),
-             "cost": multi_adapter.of_score(cfg.cost, cfg.model) if cfg.cost else None}
+    specs = cfg.scorers()
+    saved = {name: multi_adapter.of_score(spec.path, cfg.model) for name, spec in specs.items()}
 
-    def judge(name, path):
+    def scorer(name, spec):
         if saved[name] is None:
-            return load_judge(path, tokenizer, cfg)[0]
-        trunk.add(name, saved[name])
-        model = engine.Frozen(ScoreOnTrunk(trunk, name, saved[name].head), cfg.engine)
-        return Judge(model, tokenizer, cfg.template, False)
+            return load_scorer(spec, tokenizer, cfg)[0]
+        trunk.add(f"{name}_model", saved[name])
+        model = engine.Frozen(ScoreOnTrunk(trunk, f"{name}_model", saved[name].head), cfg.engine)
+        return ScoreModelScorer(model, tokenizer, cfg.template, False)
 
-    def critic(role, start, heads=1):
+    def critic(streams):
+        start, role, heads = saved[streams[0]], "critic" if len(streams) > 1 else f"{streams[0]}_critic", len(streams)
         trunk.add(role, start)
         head = None if start is None or heads > 1 else start.head
-        return engine.Engine(ScoreOnTrunk(trunk, role, head, heads), cfg.critic_optim, cfg.engine, steps)
+        return Critic(engine.Engine(ScoreOnTrunk(trunk, role, head, heads), cfg.critic_optim, cfg.engine, steps), streams)
 
-    reward = judge("reward", cfg.reward)
-    cost = judge("cost", cfg.cost) if cfg.cost else None
-    for name, found in saved.items():
-        if found is None and getattr(cfg, name):
+    scorers = {name: scorer(name, spec) for name, spec in specs.items()}
+    for name, adapter in saved.items():
+        if adapter is None:
             console.say(f"{name}: a whole model beside the trunk, whose critic starts without it; trained with lora.rank on "
                         f"{cfg.model} it would be an adapter")
-    shared = constrained and cfg.ppo.shared_critic
-    reward_critic = critic("critic" if shared else "reward_critic", saved["reward"], 2 if shared else 1)
-    cost_critic = reward_critic if shared else critic("cost_critic", saved["cost"]) if constrained else None
+    critics = [critic(streams) for streams in streams_of_critics(cfg, constrained)]
     actor = engine.Engine(PolicyOnTrunk(trunk, "actor"), cfg.optim, cfg.engine, steps)
     reference = engine.Frozen(PolicyOnTrunk(trunk, None), cfg.engine)
-    return Cast(tokenizer, [], actor, reference, reward, reward_critic, cost, cost_critic)
+    return Cast(tokenizer, [], actor, reference, scorers, critics)
+
+
+def engines_of(cast):
+    """{name: Engine} of the trained models, by which a checkpoint knows them: actor, reward_critic, cost_critic; of several
+    constraints cost_critic-<name>; critic where there is one for all streams."""
+    def name_of(critic):
+        if len(critic.names) > 1:
+            return "critic"
+        return per_stream("critic", critic.names[0], cast.constraints).replace("/", "-")
+    return {"actor": cast.actor, **{name_of(critic): critic.engine for critic in cast.critics}}
+
+
+def descriptions(cast, tokenizer):
+    """{name: function that describes a trained model for exports}."""
+    return {name: describe(model.module, tokenizer) for name, model in engines_of(cast).items()}

@@ -1,9 +1,12 @@
 """The prompts of a PPO run, its evaluation prompts and its supervised examples: what is read, how often, in which order."""
 
 import math
+from itertools import islice
 
 from ...data.batches import global_batches, share, split_by_prompt
 from ...data.examples import prompt_examples, sft_examples
+from ...rollout.prefetch import Ahead, rollouts_ahead
+from ...rollout.sample import rollouts_now
 from ...runtime import console, engine
 
 
@@ -43,8 +46,21 @@ def prompt_batches(prompts, cfg, steps):
         yield [prompts[i] for i in share(batch, engine.rank(), engine.world_size())]
 
 
-def ptx_batches(ptx, cfg):
-    """The global batch of supervised examples of each step, as many as prompts; None without PTX."""
+def rollouts_of(cast, prompts, cfg, steps, start=0, ahead=None):
+    """Yields (step, Rollout) of the steps after `start`, sampled when it is asked for, or a step ahead.
+
+    ahead: a `prefetch.Ahead`, if the recipe overlaps and the run writes checkpoints.
+    """
+    batches = enumerate(islice(prompt_batches(prompts, cfg, steps), start, None), start + 1)
+    return rollouts_ahead(cast, batches, cfg, ahead or Ahead()) if cfg.ppo.overlap else rollouts_now(cast, batches, cfg)
+
+
+def ptx_batches(ptx, cfg, start=0):
+    """Yields the global batch of supervised examples of each step after `start`, as many as prompts; None without PTX."""
+    return islice(_all_ptx_batches(ptx, cfg), start, None)
+
+
+def _all_ptx_batches(ptx, cfg):
     epoch, size = 0, cfg.ppo.batch_size * engine.world_size()
     while True:
         if ptx is None:

@@ -1,7 +1,15 @@
-"""What a PPO step tells: means over all ranks under the reference implementation's names, and sample rows."""
+"""What a PPO step reports: means over all ranks under the reference implementation's names, and sample rows.
+
+Of several constraints each has its name behind those of its numbers (rollout.types.per_constraint).
+"""
+
+import json
+from pathlib import Path
 
 import torch
 
+from ...config.sections import COST, REWARD
+from ...rollout.types import per_constraint, per_stream
 from ...runtime import engine
 
 FROM_ADVANTAGES = {"kl_sequence": "kl_divergence", "shaped_reward": "reward_with_kl_penalty",
@@ -11,40 +19,63 @@ FROM_ADVANTAGES = {"kl_sequence": "kl_divergence", "shaped_reward": "reward_with
 """Statistics of ppo_lag_advantage -> metric names."""
 
 
-def averages(rollout, scored, tally, multiplier, shaping=None):
+class Tally:
+    """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what all share.
+
+    bad: what was not finite on some rank; the step was then left out on all.
+    """
+
+    def __init__(self):
+        self.sums, self.maxima, self.shared, self.advantages, self.bad = {}, {}, {}, [], []
+
+    def add(self, name, value):
+        """Adds to a local sum."""
+        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+
+    def largest(self, name, value):
+        """Raises a local maximum."""
+        self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+
+
+def averages(rollout, scored, tally, multipliers, shaping=None):
     """-> {name: float} of one step's global batch: means over sequences. One reduction, one read of the device.
 
-    tally: of the update. kl_divergence and *_with_kl_penalty are summed over a response's tokens; lengths are in tokens;
-    tokens is a count. shaping: ν, or None; with it the reward stream is R − ν·C and named shaped_reward_*.
+    tally: of the update · multipliers: {constraint: its rule}. kl_divergence and *_with_kl_penalty are summed over a response's
+    tokens; lengths are in tokens; tokens is a count. shaping: ν, or None; with it the reward stream is R − ν·C and named
+    shaped_reward_*.
     """
     sequences, tokens = (sum(getattr(m, name) for m in rollout.minibatches) for name in ("sequences", "tokens"))
-    sums = {"reward": scored.reward_B.float().sum()}
-    if scored.cost_B is not None:
-        sums |= {"cost": scored.cost_B.float().sum(), "unsafe_share": (scored.cost_B > 0).float().sum()}
+    sums = {REWARD: scored.reward_B.float().sum()}
+    for name, cost_B in scored.costs.items():
+        sums |= {per_constraint(COST, name, scored.costs): cost_B.float().sum(),
+                 per_constraint("unsafe_share", name, scored.costs): (cost_B > 0).float().sum()}
     for stats in tally.advantages:
         for key, name in FROM_ADVANTAGES.items():
             if key in stats:
                 sums[name] = sums.get(name, 0.0) + stats[key] * stats["sequences"]
     sums = {name: value / max(1, sequences) for name, value in sums.items()} | tally.sums
     sums, largest, shared = _read(sums, {"max_generated_length": float(max(rollout.lengths, default=0)), **tally.maxima},
-                                  _shared(tally, multiplier))
+                                  _shared(tally, multipliers))
     out = {**sums, **largest, **shared, "tokens": tokens, "mean_generated_length": tokens / max(1, sequences),
            "staleness": rollout.version}
-    for stream in ("reward", "cost"):
-        if f"{stream}_return" in out:                # returns are advantages + values
-            out[f"{stream}_value"] = out[f"{stream}_return"] - out[f"{stream}_advantage"]
+    for stream in (REWARD, *multipliers):
+        total, advantage, value = (per_stream(stem, stream, multipliers) for stem in ("return", "advantage", "value"))
+        if total in out:                             # returns are advantages + values
+            out[value] = out[total] - out[advantage]
     if shaping is None:
         return out
-    out["shaped_reward"] = out["reward"] - shaping * out["cost"]
+    out["shaped_reward"] = out[REWARD] - shaping * out[COST]
     return {f"shaped_{name}" if name.startswith("reward_") and "critic" not in name else name: value
             for name, value in out.items()}
 
 
-def _shared(tally, multiplier):
+def _shared(tally, multipliers):
     """What is the same on all ranks."""
-    if multiplier is None:
-        return tally.shared
-    return {**tally.shared, "lambda": multiplier.value, "episode_cost": multiplier.mean_cost}
+    shared = dict(tally.shared)
+    for name, multiplier in multipliers.items():
+        shared |= {per_constraint("lambda", name, multipliers): multiplier.value,
+                   per_constraint("episode_cost", name, multipliers): multiplier.mean_cost}
+    return shared
 
 
 def _read(sums, maxima, shared):
@@ -65,11 +96,18 @@ def _read(sums, maxima, shared):
 
 
 def sample_rows(rollout, scored, count):
-    """-> `count` rows, by their place in the batch, as dicts of prompt, response, reward and cost."""
-    rows = []
-    for i in sorted(range(len(rollout)), key=rollout.order.__getitem__)[:count]:
-        row = {"prompt": rollout.prompts[i].text, "response": rollout.texts[i], "reward": scored.reward_B[i].item()}
-        if scored.cost_B is not None:
-            row["cost"] = scored.cost_B[i].item()
-        rows.append(row)
-    return rows
+    """-> `count` rows, by their place in the batch, as dicts of prompt, response, reward and costs."""
+    scores = {REWARD: scored.reward_B, **{per_constraint(COST, name, scored.costs): cost_B
+                                          for name, cost_B in scored.costs.items()}}
+    return [{"prompt": rollout.prompts[i].text, "response": rollout.texts[i],
+             **{name: score_B[i].item() for name, score_B in scores.items()}}
+            for i in sorted(range(len(rollout)), key=rollout.order.__getitem__)[:count]]
+
+
+def save_batch(cfg, step, rollout, scored):
+    """Writes the texts and scores of a batch that gave a number that is not finite -> path of this rank's file."""
+    path = Path(cfg.output).expanduser() / f"nonfinite_batch_step{step}_rank{engine.rank()}.jsonl"
+    with open(path, "w", encoding="utf-8") as file:
+        for row in sample_rows(rollout, scored, len(rollout)):
+            file.write(json.dumps(row) + "\n")
+    return path

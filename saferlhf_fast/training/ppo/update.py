@@ -8,38 +8,113 @@ new ones, so what the step's own forward passes say is what they start from, and
 log-probs and values were asked for beforehand.
 """
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import torch
 
+from ...config.sections import REWARD
+from ...config.stages import PPOConfig
 from ...kernels.ppo_lag_advantage import whitening
 from ...kernels.ppo_loss import ppo_loss
 from ...kernels.value_loss import value_loss
-from ...models.packing import fill
+from ...models.packing import Packed, fill
 from ...models.policy import Objective
-from ...rollout.types import Scored
+from ...rollout.roles import Cast
+from ...rollout.types import Minibatch, Rollout, Scored, per_stream
 from ...runtime import engine
 from ..sft import sft_loss
 from .advantage import advantages
 from .multiplier import believable
+from .step_metrics import Tally
 
 
-class Tally:
-    """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what all share.
+@dataclass(frozen=True)
+class OptimizerStep:
+    """What all passes of one optimiser step share."""
 
-    bad: what was not finite on some rank; the step was then left out on all.
-    """
+    cast: Cast
+    rollout: Rollout
+    scored: Scored
+    cfg: PPOConfig
+    minibatch: Minibatch
+    tally: Tally
+    supervised: bool                 # a loss on PTX data comes beside the policy's
 
-    def __init__(self):
-        self.sums, self.maxima, self.shared, self.advantages, self.bad = {}, {}, {}, [], []
+    @cached_property
+    def settings(self):
+        """Of all losses: clip_ratio, reduction, normalizer."""
+        ppo = self.cfg.ppo
+        count = self.minibatch.sequences if ppo.reduction == "sequence-mean" else self.minibatch.tokens
+        return {"clip_ratio": ppo.clip_ratio, "reduction": ppo.reduction, "normalizer": max(1, count)}
 
-    def add(self, name, value):
-        """Adds to a local sum."""
-        self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
+    def passes(self):
+        """Yields each Pass of the step."""
+        for rows in self.minibatch.passes:
+            yield Pass(rows, self.rollout.tokens(rows), self.rollout.packed(rows))
 
-    def largest(self, name, value):
-        """Raises a local maximum."""
-        self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+    def train_actor(self, loss):
+        """The backward of the policy loss of a pass."""
+        self.cast.actor.backward(loss * (0.5 if self.supervised else 1.0))
+        self.tally.add("actor_loss", loss)
+
+    def train_critic(self, critic, packed, value_n, old_value_n, returns):
+        """One backward of a critic, for the losses of all streams that it has a head for. All but packed: {stream: [n]}."""
+        total = 0.0
+        for name in critic.names:
+            loss, _ = value_loss(value_n[name], old_value_n[name], returns[name], clip_value=self.cfg.ppo.clip_value,
+                                 cu_seqlens=packed.cu_seqlens, reduction=self.settings["reduction"],
+                                 normalizer=self.settings["normalizer"])
+            self.tally.add(per_stream("critic_loss", name, self.cast.constraints), loss)
+            total = total + loss
+        critic.engine.backward(total)
+
+    def count(self, stats):
+        """Tallies a policy loss's statistics, which are means over its tokens: here their share of the minibatch's."""
+        for name in ("clip_fraction", "approx_kl"):
+            self.tally.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
+
+    def weighted(self, advantages_n, old_logp_n, engine_logp_n):
+        """Advantages times truncated importance weights where the recipe wants them; tallies how far the engine is off."""
+        ppo, tally = self.cfg.ppo, self.tally
+        if engine_logp_n is None or ppo.old_logp == "engine":
+            return advantages_n
+        gap_n = old_logp_n - engine_logp_n
+        share = 1.0 / max(1, self.minibatch.tokens)
+        tally.add("engine_gap_mean", gap_n.abs().sum() * share)
+        tally.add("engine_gap_share", (gap_n.exp() - 1.0).abs().gt(0.01).sum() * share)
+        if gap_n.numel():
+            tally.largest("engine_gap_max", gap_n.abs().max())
+        if ppo.importance_cap is None:
+            return advantages_n
+        weight_n = gap_n.exp().clamp(max=ppo.importance_cap)
+        tally.add("importance_weight", weight_n.sum() * share)
+        return advantages_n * weight_n
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Some rows of a rollout, packed. A rank without rows runs a dummy sequence, whose numbers are zeros and teach nothing."""
+
+    rows: slice
+    tokens: slice                    # of N
+    packed: Packed
+
+    @property
+    def is_dummy(self):
+        """True where there are no rows."""
+        return self.rows.stop == self.rows.start
+
+    def of_tokens(self, values_N):
+        """This pass's share of a number for each token; None of None."""
+        if values_N is None:
+            return None
+        return values_N.new_zeros(sum(self.packed.counts)) if self.is_dummy else values_N[self.tokens]
+
+    def of_rows(self, values_B):
+        """This pass's share of a number for each row."""
+        return values_B.new_zeros(len(self.packed.counts)) if self.is_dummy else values_B[self.rows]
 
 
 def in_one_pass(cfg, cast):
@@ -49,90 +124,92 @@ def in_one_pass(cfg, cast):
     return ppo.single_pass and ppo.epochs == ppo.minibatches == 1 and not ppo.whiten and not cast.has_dropout()
 
 
-def update_in_one_pass(cast, rollout, scored, multiplier, cfg, ptx=None):
-    """Trains actor and critics with one step on one batch -> Tally. multiplier: λ, 0-d, or None.
+def update_in_one_pass(cast, rollout, scored, multipliers, cfg, ptx=None):
+    """Trains actor and critics with one step on one batch -> Tally. multipliers: {constraint: λ, 0-d}.
 
     ptx: SFT examples of the *global* batch, or None.
     """
     cast.train()
     tally, (minibatch,) = Tally(), rollout.minibatches
-    settings = _settings(cfg, minibatch)
-    for rows in minibatch.passes:
-        packed = rollout.packed(rows)
-        value_n = {}
+    step = OptimizerStep(cast, rollout, scored, cfg, minibatch, tally, bool(ptx))
+    for part in step.passes():
+        packed, value_n = part.packed, {}
         for critic in cast.critics:
             value_n |= critic(packed)
-        between = Between(packed, rollout, rows, scored, value_n, multiplier, cfg, minibatch, settings, tally)
-        if cfg.ppo.old_logp == "trainer":
-            loss = cast.actor(packed, cfg.sampling, between=between)
-        else:
-            adv_n = between.advantages(slice(0, len(packed.counts)), slice(0, len(between.engine_logp_n)), between.engine_logp_n)
-            loss, stats = cast.actor(packed, cfg.sampling, Objective(between.engine_logp_n, adv_n, settings))
-            between.count(stats)
-        cast.actor.backward(loss * (0.5 if ptx else 1.0))
-        tally.add("actor_loss", loss)
         old_value_n = {name: value.detach() for name, value in value_n.items()}
+        on_policy = OnPolicyLoss(step, part, old_value_n, multipliers)
+        if cfg.ppo.old_logp == "trainer":
+            loss = cast.actor(packed, cfg.sampling, chunk_loss=on_policy)
+        else:
+            loss = on_policy.from_engine_logp()
+        step.train_actor(loss)
         for critic in cast.critics:
-            _critic_backward(critic, value_n, old_value_n, between.returns(), packed, settings, cfg, tally)
+            step.train_critic(critic, packed, value_n, old_value_n, on_policy.returns())
     _finish(cast, scored, ptx, cfg, tally)
     return tally
 
 
-class Between:
-    """What lies between a pass's log-probs and its losses: advantages, importance weights, the policy loss, for whole
-    sequences at a time. Called by the actor's head (models/on_policy_loss.py) with the log-probs that are old and new
-    at once.
+class OnPolicyLoss:
+    """The policy loss of the policy that sampled, for whole sequences at a time: advantages, importance weights, loss.
+
+    The actor's head calls it (models/on_policy_loss.py) with log-probs that are old and new at once.
     """
 
-    def __init__(self, packed, rollout, rows, scored, value_n, multiplier, cfg, minibatch, settings, tally):
-        self.packed, self.multiplier, self.cfg = packed, multiplier, cfg
-        self.minibatch, self.settings, self.tally = minibatch, settings, tally
-        self.real, at = rows.stop > rows.start, rollout.tokens(rows)
-        count = len(packed.counts)
-        self.ref_logp_n = _part(scored.ref_logp_N, at, packed, self.real)
-        self.engine_logp_n = _part(rollout.engine_logp_N, at, packed, self.real)
-        self.reward_b, self.cost_b = (
-            None if part is None else part[rows] if self.real else part.new_zeros(count)
-            for part in (scored.reward_B, scored.cost_B))
-        self.value_n = {name: value.detach() for name, value in value_n.items()}
-        self.return_parts = []
+    def __init__(self, step, part, value_n, multipliers):
+        """value_n: {stream: the critics' values in this pass, without graph}."""
+        self.step, self.part, self.value_n, self.multipliers = step, part, value_n, multipliers
+        self.ref_logp_n = part.of_tokens(step.scored.ref_logp_N)
+        self.engine_logp_n = part.of_tokens(step.rollout.engine_logp_N)
+        self.reward_b = part.of_rows(step.scored.reward_B)
+        self.cost_b = {name: part.of_rows(cost_B) for name, cost_B in step.scored.costs.items()}
+        self.return_parts = {name: [] for name in value_n}
 
     def __call__(self, sequences, tokens, logp_c):
         """-> (loss, d loss / d logp_c) of a chunk, whose ratio is 1."""
         advantages_c = self.advantages(sequences, tokens, logp_c)
         with torch.enable_grad():
             leaf = logp_c.detach().requires_grad_()
-            loss, stats = ppo_loss(leaf, logp_c, advantages_c, cu_seqlens=self._offsets(sequences), **self.settings)
+            loss, stats = ppo_loss(leaf, logp_c, advantages_c, cu_seqlens=self._offsets(sequences), **self.step.settings)
         grad_c, = torch.autograd.grad(loss, leaf)
-        self.count(stats)
+        self._count(stats)
         return loss.detach(), grad_c
 
+    def from_engine_logp(self):
+        """The loss of the whole pass with the engine's log-probs as the old ones, which are known before the actor's forward."""
+        everything = slice(0, len(self.part.packed.counts)), slice(0, len(self.engine_logp_n))
+        objective = Objective(self.engine_logp_n, self.advantages(*everything, self.engine_logp_n), self.step.settings)
+        loss, stats = self.step.cast.actor(self.part.packed, self.step.cfg.sampling, objective)
+        self._count(stats)
+        return loss
+
     def advantages(self, sequences, tokens, old_logp_c):
-        """Of some sequences, importance weights included; zeros for a filler."""
-        values = [self.value_n[name][tokens] if name in self.value_n else None for name in ("reward", "cost")]
-        if not self.real:                            # nothing is learned from it: its returns are its values
-            self.return_parts.append(values)
+        """Of some sequences, importance weights included; zeros for a dummy."""
+        values = {name: value_n[tokens] for name, value_n in self.value_n.items()}
+        if self.part.is_dummy:                       # nothing is learned from it: its returns are its values
+            self._keep(values)
             return torch.zeros_like(old_logp_c)
-        scored = Scored(self.ref_logp_n[tokens], self.reward_b[sequences],
-                        None if self.cost_b is None else self.cost_b[sequences], old_logp_c, *values)
-        adv = advantages(self._offsets(sequences), scored, self.multiplier, self.cfg.ppo)
-        self.tally.advantages.append(adv.stats)
-        self.return_parts.append([adv.reward_returns_N, adv.cost_returns_N])
+        costs = {name: cost_b[sequences] for name, cost_b in self.cost_b.items()}
+        scored = Scored(self.ref_logp_n[tokens], self.reward_b[sequences], costs, old_logp_c, values)
+        adv = advantages(self._offsets(sequences), scored, self.multipliers, self.step.cfg.ppo)
+        self.step.tally.advantages.append(adv.stats)
+        self._keep(adv.returns)
         engine_logp_c = None if self.engine_logp_n is None else self.engine_logp_n[tokens]
-        return _weighted(adv.advantages_N, old_logp_c, engine_logp_c, self.cfg, self.tally, self.minibatch, True)
+        return self.step.weighted(adv.advantages_N, old_logp_c, engine_logp_c)
 
     def returns(self):
-        """{"reward": returns_n, "cost": … or None} of the whole pass, once all chunks were here."""
-        return {name: None if parts[0] is None else torch.cat(parts)
-                for name, parts in zip(("reward", "cost"), zip(*self.return_parts))}
+        """{stream: returns_n} of the whole pass, once all chunks were here."""
+        return {name: torch.cat(parts) for name, parts in self.return_parts.items()}
 
-    def count(self, stats):
-        """Tallies a policy loss's statistics, each token as much as any other of the minibatch."""
-        if self.real:
-            _count(stats, self.minibatch, self.tally)
+    def _keep(self, returns):
+        for name, part in returns.items():
+            self.return_parts[name].append(part)
+
+    def _count(self, stats):
+        if not self.part.is_dummy:
+            self.step.count(stats)
 
     def _offsets(self, sequences):
-        counts = self.packed.counts[sequences]
+        counts = self.part.packed.counts[sequences]
         return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(self.ref_logp_n.device, non_blocking=True)
 
 
@@ -147,9 +224,9 @@ def update(cast, rollout, scored, adv, cfg, ptx=None):
         tally = Tally()
         tally.advantages.append(adv.stats)
         for i, minibatch in enumerate(rollout.minibatches):
-            settings = _settings(cfg, minibatch)
-            for rows in minibatch.passes:
-                _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, {**settings, **whitened}, settings, ptx, tally)
+            step = OptimizerStep(cast, rollout, scored, cfg, minibatch, tally, bool(ptx))
+            for part in step.passes():
+                _known_pass(step, part, adv, whitened)
             _finish(cast, scored, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, tally)
             if tally.bad:                                # what comes after a bad step would start from the same numbers
                 return tally
@@ -158,96 +235,48 @@ def update(cast, rollout, scored, adv, cfg, ptx=None):
     return tally
 
 
-def _known_pass(cast, rollout, scored, adv, rows, cfg, minibatch, actor_settings, settings, ptx, tally):
+def _known_pass(step, part, adv, whitened):
     """Forward and backward of all trained models on some rows, whose old log-probs, values and advantages are known."""
-    packed, at, real = rollout.packed(rows), rollout.tokens(rows), rows.stop > rows.start
-    old_logp_n = _part(scored.logp_N, at, packed, real)
-    weighted_n = _weighted(_part(adv.advantages_N, at, packed, real), old_logp_n,
-                           _part(rollout.engine_logp_N, at, packed, real), cfg, tally, minibatch, real)
-    loss, stats = cast.actor(packed, cfg.sampling, Objective(old_logp_n, weighted_n, actor_settings))
-    cast.actor.backward(loss * (0.5 if ptx else 1.0))
-    tally.add("actor_loss", loss)
-    if real:
-        _count(stats, minibatch, tally)
-    old_value_n = {name: _part(getattr(scored, f"{name}_values_N"), at, packed, real) for name in ("reward", "cost")}
-    returns = {"reward": _part(adv.reward_returns_N, at, packed, real), "cost": _part(adv.cost_returns_N, at, packed, real)}
+    cast, scored = step.cast, step.scored
+    old_logp_n, advantages_n = part.of_tokens(scored.logp_N), part.of_tokens(adv.advantages_N)
+    if not part.is_dummy:
+        advantages_n = step.weighted(advantages_n, old_logp_n, part.of_tokens(step.rollout.engine_logp_N))
+    loss, stats = cast.actor(part.packed, step.cfg.sampling, Objective(old_logp_n, advantages_n, {**step.settings, **whitened}))
+    step.train_actor(loss)
+    if not part.is_dummy:
+        step.count(stats)
+    old_value_n = {name: part.of_tokens(value_N) for name, value_N in scored.values.items()}
+    returns = {name: part.of_tokens(return_N) for name, return_N in adv.returns.items()}
     for critic in cast.critics:
-        value_n = critic(packed)
-        # Nothing is learned from a filler: its returns are its values. Zeros would pull the critic towards 0.
-        known = (old_value_n, returns) if real else [{name: value.detach() for name, value in value_n.items()}] * 2
-        _critic_backward(critic, value_n, *known, packed, settings, cfg, tally)
-
-
-def _settings(cfg, minibatch):
-    """What all losses of an optimiser step share."""
-    ppo = cfg.ppo
-    count = minibatch.sequences if ppo.reduction == "sequence-mean" else minibatch.tokens
-    return {"clip_ratio": ppo.clip_ratio, "reduction": ppo.reduction, "normalizer": max(1, count)}
-
-
-def _part(values_N, at, packed, real):
-    """A pass's share of packed values; zeros for a filler, whose losses are then zero."""
-    if values_N is None:
-        return None
-    return values_N[at] if real else values_N.new_zeros(sum(packed.counts))
-
-
-def _weighted(advantages_n, old_logp_n, engine_logp_n, cfg, tally, minibatch, real):
-    """Advantages times truncated importance weights where the recipe wants them; tallies how far the engine is off."""
-    if engine_logp_n is None or cfg.ppo.old_logp == "engine" or not real:
-        return advantages_n
-    gap_n = old_logp_n - engine_logp_n
-    share = 1.0 / max(1, minibatch.tokens)
-    tally.add("engine_gap_mean", gap_n.abs().sum() * share)
-    tally.add("engine_gap_share", (gap_n.exp() - 1.0).abs().gt(0.01).sum() * share)
-    if gap_n.numel():
-        tally.largest("engine_gap_max", gap_n.abs().max())
-    if cfg.ppo.importance_cap is None:
-        return advantages_n
-    weight_n = gap_n.exp().clamp(max=cfg.ppo.importance_cap)
-    tally.add("importance_weight", weight_n.sum() * share)
-    return advantages_n * weight_n
-
-
-def _count(stats, minibatch, tally):
-    """A policy loss's statistics are means over its tokens: here their share of the minibatch's."""
-    for name in ("clip_fraction", "approx_kl"):
-        tally.add(name, stats[name] * stats["tokens"] / max(1, minibatch.tokens))
-
-
-def _critic_backward(critic, value_n, old_value_n, returns, packed, settings, cfg, tally):
-    """One backward of a critic, for the losses of all streams that it has a head for."""
-    total = 0.0
-    for name in critic.names:
-        loss, _ = value_loss(value_n[name], old_value_n[name], returns[name], clip_value=cfg.ppo.clip_value,
-                             cu_seqlens=packed.cu_seqlens, reduction=settings["reduction"],
-                             normalizer=settings["normalizer"])
-        tally.add(f"{name}_critic_loss", loss)
-        total = total + loss
-    critic.engine.backward(total)
+        value_n = critic(part.packed)
+        # Nothing is learned from a dummy: its returns are its values. Zeros would pull the critic towards 0.
+        known = [{name: value.detach() for name, value in value_n.items()}] * 2 if part.is_dummy else (old_value_n, returns)
+        step.train_critic(critic, part.packed, value_n, *known)
 
 
 def _finish(cast, scored, ptx, cfg, tally):
     """The supervised loss, one look at what must be finite, the optimiser steps: of all models or, on all ranks, of none."""
     if ptx:
         _ptx(cast, ptx, cfg, tally)
-    losses = {name: value for name, value in tally.sums.items() if name.endswith("loss")}
-    models = [(cast.actor, ("actor",)), *((c.engine, tuple(f"{name}_critic" for name in c.names)) for c in cast.critics)]
-    norms = {f"gradient of {' and '.join(names)}": model.local_norm() for model, names in models}
-    scores = {f"score of the {name} model": believable(score_B) for name, score_B in
-              (("reward", scored.reward_B), ("cost", scored.cost_B))}
+    losses = {name: value for name, value in tally.sums.items() if "loss" in name}
+    models = {"actor": cast.actor} | {" and ".join(f"{name}_critic" for name in c.names): c.engine for c in cast.critics}
+    norms = {f"gradient of {name}": model.local_norm() for name, model in models.items()}
+    scores = {f"score of the {name} model": believable(score_B)
+              for name, score_B in {REWARD: scored.reward_B, **scored.costs}.items()}
     scores |= {"log-prob of the reference": scored.ref_logp_N, "log-prob of the policy": scored.logp_N}
     tally.bad = bad = engine.not_finite({**scores, **losses, **norms})
-    for model, names in models:
+    streams = {"actor": (), **{name: critic.names for name, critic in zip(list(models)[1:], cast.critics)}}
+    for name, model in models.items():
         if bad:
             step = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
             model.discard()
         else:
             step = model.step()
         if step["skipped"]:
-            tally.bad = [*tally.bad, f"gradient of {' and '.join(names)}"]
-        for name in names:
-            tally.shared |= {f"{name}_lr": step["lr"], f"{name}_grad_norm": step["grad_norm"]}
+            tally.bad = [*tally.bad, f"gradient of {name}"]
+        for key in ("lr", "grad_norm"):
+            labels = [per_stream(f"critic_{key}", stream, cast.constraints) for stream in streams[name]] or [f"{name}_{key}"]
+            tally.shared |= dict.fromkeys(labels, step[key])
 
 
 def _ptx(cast, examples, cfg, tally):
