@@ -190,8 +190,7 @@ def _check(command, recipe, overrides):
         return
     cfg = load.load(command, recipe, overrides)
     checks.check(command, cfg)
-    if cfg.resume != "auto" or not run_folder.is_finished(cfg.output, command, cfg):
-        run_folder.check_output(cfg)
+    run_folder.check_output(command, cfg)
 
 
 def _top_help():

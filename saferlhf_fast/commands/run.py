@@ -11,8 +11,8 @@ A recipe of `run` has `output` and `stages`, and may have `root` and `seed`:
 
 A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages are checked
 before the first one starts. A finished stage with the same settings and inputs is not done again, an unfinished one goes on
-from its newest checkpoint or starts anew (what it had saved is set aside, see runtime/run_folder.py), any other existing output
-needs overwrite=true.
+from its newest checkpoint or starts anew (what it had saved is set aside, see runtime/run_decision.py), any other existing
+output needs overwrite=true.
 """
 
 import dataclasses
@@ -24,7 +24,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
 from omegaconf import OmegaConf
 
 from saferlhf_fast.config import checks, redact
@@ -34,9 +33,11 @@ from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
+from saferlhf_fast.runtime.run_decision import Action, asked_by
+from saferlhf_fast.runtime.run_state import RunState, is_ours
 
 ENTRIES = {name: spec.entry for name, spec in WITH_SETTINGS.items() if spec.entry}
-"""Where a stage lives; each takes its config and returns a summary that JSON can hold."""
+"""Where a stage lives; each takes its config and `restart`, and returns a summary that JSON can hold."""
 
 
 class Step(NamedTuple):
@@ -47,24 +48,24 @@ class Step(NamedTuple):
     cfg: Any
 
 
-def run_stage(stage, cfg):
+def run_stage(stage, cfg, restart=False):
     """Checks a stage's inputs and output, runs it, marks its folder finished, returns its summary.
 
+    restart: an unfinished run of the same stage in its output may be started again without `overwrite`.
     torch is imported by the stage's own module, after the checks. A stage opens its folder itself, with
     `run_folder.open_run`, once it has read its models and data: bad input leaves an existing output untouched.
     """
     checks.check(stage, cfg)
     if stage == "demo":
         cfg = run_folder.with_output(stage, cfg)
-    if cfg.resume == "auto" and run_folder.is_finished(cfg.output, stage, cfg):
+    if run_folder.check_output(stage, cfg, restart=restart) is Action.SKIP:
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
         return run_folder.read_summary(cfg.output)
-    run_folder.check_output(cfg)
     module, name = ENTRIES[stage].split(":")
     folder = Path(cfg.output).expanduser() if cfg.output else None
     begun = time.perf_counter()
     try:
-        summary = getattr(import_module(module), name)(cfg)
+        summary = getattr(import_module(module), name)(cfg, restart=restart)
     except UserError:
         raise
     except Exception as e:  # a bug of ours: keep where it happened, since the terminal shows one line
@@ -92,13 +93,13 @@ def run(recipe, overrides=None):
     done = {}
     for step in steps:
         entry = {"kind": step.kind, "output": step.cfg.output, "state": "done", "seconds": None}
-        if run_folder.is_finished(step.cfg.output, step.kind, step.cfg):
+        state = RunState(step.kind, step.cfg)
+        if state.is_done:
             _say(f"{step.name}: finished before with the same settings and inputs; skipped")
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
             begun = time.perf_counter()
-            with run_folder.restarting(_restartable(step)):
-                entry["summary"] = run_stage(step.kind, _resumed(step, top.resume))
+            entry["summary"] = run_stage(step.kind, _resumed(step, top.resume, state), restart=True)
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         done[step.name] = entry
@@ -200,32 +201,21 @@ def _check_outputs(top, steps):
     """Refuses, before the first stage starts, what would be refused later; changed inputs show in their turn."""
     if run_folder.rank() != 0:
         return
-    if run_folder.is_ours(top.output):
+    if is_ours(top.output):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
     run_folder.check_place(Path(top.output).expanduser(), "output")          # summary.json lies there
     for step in steps:
-        if not run_folder.same_settings(step.cfg.output, step.kind, step.cfg):
-            with run_folder.restarting(_restartable(step)):
-                run_folder.check_output(_resumed(step, top.resume), f"{step.name}.output")
+        state = RunState(step.kind, step.cfg)
+        if not state.is_done_but_for_inputs:
+            run_folder.checked_action(state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output")
 
 
-def _resumed(step, resume):
+def _resumed(step, resume, state):
     """Returns a step's config, with resume=auto for a folder that holds an unfinished run which has a checkpoint; one of other
     settings will be refused by their names, unless overwrite=true says what is to become of it."""
-    if resume == "auto":
-        going_on = dataclasses.replace(step.cfg, resume="auto")
-        if run_folder.goes_on(going_on) and not (step.cfg.overwrite and run_folder.changed(going_on)):
-            return going_on
+    if resume == "auto" and state.resumes("auto") and not (step.cfg.overwrite and state.changed):
+        return dataclasses.replace(step.cfg, resume="auto")
     return step.cfg
-
-
-def _restartable(step):
-    """Returns a step's output when it holds an unfinished run of the same kind, which a recipe may start again; else None."""
-    folder = Path(step.cfg.output).expanduser()
-    if run_folder.rank() != 0 or not run_folder.is_ours(folder) or (folder / "finished.json").exists():
-        return None
-    with open(folder / "config.yaml", encoding="utf-8") as file:
-        return step.cfg.output if (yaml.safe_load(file) or {}).get("stage") == step.kind else None
 
 
 def _keep_traceback(folder):

@@ -1,11 +1,10 @@
 """What tells one run from another: the hash of its settings and of what its inputs hold. No torch."""
 
+import copy
 import hashlib
 import json
 from pathlib import Path
 
-from .inputs import listed
-from .load import to_dict
 from .paths import is_local
 
 LATER = [("constraints", None)]
@@ -13,23 +12,27 @@ LATER = [("constraints", None)]
 
 # --- hashes -------------------------------------------------------------------------------------------------------
 
-def hashes(cfg):
-    """Returns {key: sha256 of the content} of every local input; names on the Hub are part of the recipe's hash."""
-    return {key: _content_hash(Path(value).expanduser()) for key, value, _ in listed(cfg)
+def hashes(sources):
+    """Returns {key: sha256 of the content} of every local input; names on the Hub are part of the recipe's hash.
+
+    sources: what `inputs.listed` gives.
+    """
+    return {key: _content_hash(Path(value).expanduser()) for key, value, _ in sources
             if is_local(value) and Path(value).expanduser().exists()}
 
 
-def recipe_hash(stage, cfg):
+def recipe_hash(stage, settings, sources):
     """Returns the sha256 of a stage's settings, without what does not change its result.
 
+    settings: as `load.to_dict` gives them · sources: the models and data among them, as `inputs.listed` gives them.
     Left out: `overwrite`, `output`, `resume`, `checkpoint`, `log` and `progress`; a local input counts by its content (see
     `hashes`), so a data folder that was moved is still the same input.
     """
-    values = to_dict(cfg)
+    values = copy.deepcopy(settings)
     for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
         values.pop(key, None)
     values = {key: value for key, value in values.items() if (key, value) not in LATER}
-    for key, value, _ in listed(cfg):
+    for key, value, _ in sources:
         if is_local(value):
             _replace(values, key.split("."), "local")
     text = json.dumps({"stage": stage, **values}, sort_keys=True)

@@ -12,7 +12,8 @@ class StageSpec(NamedTuple):
 
     Attributes:
         config: The class of its settings in stages.py.
-        entry: "module:function" that runs it: the function takes the config and returns a summary that JSON can hold.
+        entry: "module:function" that runs it: the function takes the config and `restart` (see run_folder.open_run), and
+            returns a summary that JSON can hold.
         help: One line for the list of commands.
         examples: Command lines for its `--help`, without the program's name.
         best_by: What train.best_metric can name.

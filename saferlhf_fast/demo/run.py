@@ -39,11 +39,11 @@ COLUMNS = ("helpfulness", "cost", "unsafe_share", "model_reward", "model_cost", 
 TITLES = ("policy", "gold helpfulness", "gold cost", "gold unsafe", "model reward", "model cost", "KL", "λ")
 
 
-def run(cfg: DemoConfig):
-    """Runs the demo for each seed -> the contents of demo.json."""
+def run(cfg: DemoConfig, restart=False):
+    """Runs the demo for each seed -> the contents of demo.json. restart: as in `run_folder.open_run`."""
     if len(set(cfg.seeds)) != len(cfg.seeds):
         raise UserError(f"seeds: expected different numbers, got {cfg.seeds}")
-    folder = open_run("demo", cfg)
+    folder = open_run("demo", cfg, restart)
     result = {"threshold": None, "seeds": {}}
     for seed in cfg.seeds:
         result["seeds"][str(seed)] = one_seed(seed, folder / f"seed-{seed}", cfg)

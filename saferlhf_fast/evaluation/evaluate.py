@@ -24,14 +24,17 @@ from ..runtime.run_folder import finish_run, open_run
 from .statistics import interval_text, summarise
 
 
-def evaluate(cfg):
-    """Runs the stage evaluate -> summary with 95 % intervals; writes evaluation.json and samples.jsonl."""
+def evaluate(cfg, restart=False):
+    """Runs the stage evaluate -> summary with 95 % intervals; writes evaluation.json and samples.jsonl.
+
+    restart: as in `run_folder.open_run`.
+    """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
     prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
     cast = load_evaluation_roles(cfg, tokenizer)
-    folder = open_run("evaluate", cfg) if cfg.output else None
+    folder = open_run("evaluate", cfg, restart) if cfg.output else None
     rows = ask(cast, prompts, cfg, cfg.seed)
     columns = ([row[name] for row in rows] if rows[0][name] is not None else None for name in (*PAIR, "kl", "length"))
     summary = {**summarise(*columns), "data": report.as_dict()}

@@ -39,8 +39,8 @@ def batch_loss(policy, reference, examples, beta):
                           "reward_margin": margin.detach().sum()}
 
 
-def train(cfg):
-    """Runs the stage -> summary. The model lies in <output>/model."""
+def train(cfg, restart=False):
+    """Runs the stage -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
@@ -58,7 +58,7 @@ def train(cfg):
         backbone.recompute_activations(lm)
     if cfg.lora.rank:
         lm = add_lora(lm, cfg.lora)
-    folder = open_run("dpo", cfg)
+    folder = open_run("dpo", cfg, restart)
     for line in report.lines():
         console.say(line)
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,

@@ -74,32 +74,33 @@ def loop(cast, rollouts, ptx, multipliers, cfg, steps, after_step):
         after_step(step, averages(rollout, scored, tally, multipliers, cfg.ppo.shaping), rollout, scored, tally.bad)
 
 
-def train_ppo_lag(cfg, observe=None):
+def train_ppo_lag(cfg, observe=None, restart=False):
     """Runs the stage ppo-lag -> summary. The actor lies in <output>/model.
 
-    observe: rows of an evaluation (see `ask`) -> more metrics to log with it; nothing else reads them.
+    observe: rows of an evaluation (see `ask`) -> more metrics to log with it; nothing else reads them ·
+    restart: as in `run_folder.open_run`.
     """
     if not cfg.long_form():
         raise UserError("cost: expected a cost model for ppo-lag, got none; the stage ppo runs without one")
     if cfg.ppo.shaping is not None:
         raise UserError("ppo.shaping: expected none in ppo-lag, whose λ does its work; the stage ppo takes it")
-    return _train(cfg, "ppo-lag", observe)
+    return _train(cfg, "ppo-lag", observe, restart)
 
 
-def train_ppo(cfg, observe=None):
-    """Runs the stage ppo -> summary. The actor lies in <output>/model. observe: as in `train_ppo_lag`."""
+def train_ppo(cfg, observe=None, restart=False):
+    """Runs the stage ppo -> summary. The actor lies in <output>/model. observe, restart: as in `train_ppo_lag`."""
     if cfg.ppo.shaping is not None and cfg.cost is None:
         raise UserError("cost: expected a cost model for ppo.shaping, got none")
-    return _train(cfg, "ppo", observe)
+    return _train(cfg, "ppo", observe, restart)
 
 
-def _train(cfg, stage, observe):
+def _train(cfg, stage, observe, restart):
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     prompts, held_out, ptx, report = load_data(cfg, tokenizer)
     steps = total_steps(len(prompts), cfg)
     cast = load_cast(cfg, tokenizer, steps * cfg.ppo.epochs * cfg.ppo.minibatches, constrained=stage == "ppo-lag")
-    folder = open_run(stage, cfg)
+    folder = open_run(stage, cfg, restart)
     for line in report.lines():
         console.say(line)
     metrics = Metrics(folder, cfg.log, to_dict(cfg), stage)

@@ -45,17 +45,17 @@ def pair_loss(model, examples, kind, regularization, per_token):
     return loss * n, stats
 
 
-def train_reward(cfg):
-    """Runs the stage reward -> summary. The model lies in <output>/model."""
-    return _train(cfg, "reward")
+def train_reward(cfg, restart=False):
+    """Runs the stage reward -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
+    return _train(cfg, "reward", restart)
 
 
-def train_cost(cfg):
-    """Runs the stage cost -> summary. The model lies in <output>/model."""
-    return _train(cfg, "cost")
+def train_cost(cfg, restart=False):
+    """Runs the stage cost -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
+    return _train(cfg, "cost", restart)
 
 
-def _train(cfg, kind):
+def _train(cfg, kind, restart):
     from ..config.load import to_dict
     from ..data.examples import preference_examples
     from ..models import backbone, multi_adapter
@@ -87,7 +87,7 @@ def _train(cfg, kind):
     score.packs &= cfg.engine.packing
     if cfg.lora.rank:
         score = add_lora(score, cfg.lora)
-    folder = open_run(kind, cfg)
+    folder = open_run(kind, cfg, restart)
     for line in report.lines():
         console.say(line)
     trained = engine.Engine(score, cfg.optim, cfg.engine, total_steps(len(examples), cfg.train, engine.world_size()))

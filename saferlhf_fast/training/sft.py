@@ -23,8 +23,8 @@ def sft_loss(policy, examples):
     return -policy(pack_trained(examples, engine.device())).sum(), {}
 
 
-def train(cfg):
-    """Runs the stage -> summary. The model lies in <output>/model."""
+def train(cfg, restart=False):
+    """Runs the stage -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
@@ -37,7 +37,7 @@ def train(cfg):
         backbone.recompute_activations(lm)
     if cfg.lora.rank:
         lm = add_lora(lm, cfg.lora)
-    folder = open_run("sft", cfg)
+    folder = open_run("sft", cfg, restart)
     for line in report.lines():
         console.say(line)
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,

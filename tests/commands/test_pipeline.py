@@ -10,7 +10,7 @@ import pytest
 from saferlhf_fast.cli import main
 from saferlhf_fast.commands import run as pipeline
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.runtime import run_folder
+from saferlhf_fast.runtime import run_folder, run_state
 
 RECIPE = """
 root: ???
@@ -30,9 +30,9 @@ class Stages:
     def __init__(self):
         self.calls, self.broken, self.saved = [], None, []
 
-    def train(self, stage, cfg):
+    def train(self, stage, cfg, restart):
         self.calls.append((stage, cfg))
-        folder = run_folder.open_run(stage, cfg)
+        folder = run_folder.open_run(stage, cfg, restart)
         if self.broken == stage:
             for name in self.saved:
                 (folder / name).parent.mkdir(parents=True)
@@ -55,7 +55,7 @@ def stages(monkeypatch):
     fake = Stages()
     module = types.ModuleType("fake_stages")
     for stage in pipeline.ENTRIES:
-        setattr(module, f"do_{stage}", lambda cfg, stage=stage: fake.train(stage, cfg))
+        setattr(module, f"do_{stage}", lambda cfg, restart, stage=stage: fake.train(stage, cfg, restart))
         monkeypatch.setitem(pipeline.ENTRIES, stage, f"fake_stages:do_{stage}")
     monkeypatch.setitem(sys.modules, "fake_stages", module)
     return fake
@@ -262,8 +262,8 @@ def test_one_stage_by_itself_is_finished_too(go, stages, capsys):
 
 def test_a_demo_without_output_gets_a_folder_of_its_own(go, stages, monkeypatch):
     monkeypatch.chdir(go.folder)
-    monkeypatch.setattr(stages, "train", lambda stage, cfg: {"output": str(run_folder.open_run(stage, cfg))})
+    monkeypatch.setattr(stages, "train", lambda stage, cfg, restart: {"output": str(run_folder.open_run(stage, cfg))})
     assert main(["demo"]) == 0
     made = list((go.folder / "runs").iterdir())
-    assert len(made) == 1 and made[0].name.startswith("demo-2") and run_folder.is_ours(made[0])
+    assert len(made) == 1 and made[0].name.startswith("demo-2") and run_state.is_ours(made[0])
     assert json.loads((made[0] / "summary.json").read_text()) == {"output": f"runs/{made[0].name}"}

@@ -81,7 +81,8 @@ def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
 def test_a_run_from_before_there_were_constraints_keeps_its_hash():
     """Its folder would otherwise count as one of other settings."""
     values = {"model": "org/model", "data": "data.json", "output": "out", "reward": "r", "cost": "c"}
-    assert fingerprint.recipe_hash("ppo-lag", settings.load("ppo-lag", None, values)) == \
+    cfg = settings.load("ppo-lag", None, values)
+    assert fingerprint.recipe_hash("ppo-lag", settings.to_dict(cfg), list(inputs.listed(cfg))) == \
         "505dd34e702ca006498b6451991f5f339094159a9aa364133c35b39456be59f2"
 
 

@@ -1,5 +1,6 @@
 """The one table of stages: every name in it leads somewhere, and what is derived from it has nothing more."""
 
+import inspect
 from importlib import import_module
 
 import pytest
@@ -18,7 +19,8 @@ def test_every_name_in_a_row_leads_somewhere(name):
     assert cli.COMMANDS[name] == spec.help and all(example.startswith(name) for example in spec.examples)
     if spec.entry:
         module, function = spec.entry.split(":")
-        assert callable(getattr(import_module(module), function)) and run.ENTRIES[name] == spec.entry
+        parameters = inspect.signature(getattr(import_module(module), function)).parameters
+        assert list(parameters)[0] == "cfg" and "restart" in parameters and run.ENTRIES[name] == spec.entry
     if spec.planner:
         module, function = spec.planner.split(":")
         assert callable(getattr(import_module(f"saferlhf_fast.commands.plan.{module}"), function))

@@ -11,6 +11,7 @@ from saferlhf_fast.config import checks, inputs, load
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
 from saferlhf_fast.runtime.checkpoint import compatibility
+from saferlhf_fast.runtime.run_state import RunState
 
 
 @pytest.fixture
@@ -28,6 +29,10 @@ def world(tmp_path):
         return load.load(stage, None, {**given, **changes})
     sft.model, sft.data, sft.out = model, data, tmp_path / "runs" / "sft"
     return sft
+
+
+def is_done(stage, cfg):
+    return RunState(stage, cfg).is_done
 
 
 def files(folder):
@@ -61,9 +66,9 @@ def test_another_run_s_folder_is_refused_and_untouched(world):
     folder = run_folder.open_run("sft", world())
     (folder / "weights").write_text("precious")
     before = files(folder)
-    for check in (run_folder.check_output, lambda cfg: run_folder.open_run("sft", cfg)):
+    for check in (run_folder.check_output, run_folder.open_run):
         with pytest.raises(UserError, match="runs/sft holds an unfinished run; .* overwrite=true"):
-            check(world(seed="2"))
+            check("sft", world(seed="2"))
     run_folder.finish_run(folder, {})
     with pytest.raises(UserError, match="holds a finished run"):
         run_folder.open_run("sft", world(seed="2"))
@@ -134,19 +139,17 @@ def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
 @pytest.mark.parametrize("saved", SAVED)
 def test_a_recipe_s_unfinished_stage_is_set_aside_with_what_it_saved(world, saved):
     before = files(begun(world, saved))
-    with run_folder.restarting(str(world.out)):
-        run_folder.open_run("sft", world())                                  # run … resume=never, where it is a checkpoint
+    run_folder.open_run("sft", world(), restart=True)                        # run … resume=never, where it is a checkpoint
     assert files(world.out.with_name("sft.set-aside")) == before
 
 
 def test_other_settings_set_aside_whatever_there_is_unless_overwriting_is_asked_for(world):
     before = files(begun(world))
-    with run_folder.restarting(str(world.out.with_name("other"))), pytest.raises(UserError, match="holds an unfinished run"):
+    with pytest.raises(UserError, match="holds an unfinished run"):
         run_folder.open_run("sft", world(seed="2"))
-    with run_folder.restarting(str(world.out)):
-        run_folder.open_run("sft", world(seed="2"))
-        assert files(world.out.with_name("sft.set-aside")) == before
-        run_folder.open_run("sft", world(seed="3", overwrite="true"))
+    run_folder.open_run("sft", world(seed="2"), restart=True)
+    assert files(world.out.with_name("sft.set-aside")) == before
+    run_folder.open_run("sft", world(seed="3", overwrite="true"), restart=True)
     assert sorted(p.name for p in world.out.parent.iterdir()) == ["sft", "sft.set-aside"]
 
 
@@ -154,7 +157,7 @@ def test_an_output_in_the_home_folder_is_found_again(world, tmp_path, monkeypatc
     monkeypatch.setenv("HOME", str(tmp_path))
     cfg = world(output="~/runs/sft")
     run_folder.finish_run(run_folder.open_run("sft", cfg), {"loss": 1.5})
-    assert run_folder.is_finished(cfg.output, "sft", cfg) and run_folder.read_summary(cfg.output) == {"loss": 1.5}
+    assert is_done("sft", cfg) and run_folder.read_summary(cfg.output) == {"loss": 1.5}
     assert files(world.out)
 
 
@@ -165,7 +168,7 @@ def test_an_output_in_the_home_folder_is_found_again(world, tmp_path, monkeypatc
 def test_an_output_that_cannot_be_one(world, make, message):
     make(world.out)
     with pytest.raises(UserError, match=message):
-        run_folder.check_output(world())
+        run_folder.check_output("sft", world())
 
 
 @pytest.mark.parametrize("output, message", [
@@ -178,7 +181,7 @@ def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(world, 
     names = {"data": world.data, "root": world.data.parent}
     before = files(world.data.parent)
     with pytest.raises(UserError) as caught:
-        run_folder.check_output(world(output=output.format(**names)))
+        run_folder.check_output("sft", world(output=output.format(**names)))
     assert message.format(**names) in str(caught.value) and files(world.data.parent) == before
 
 
@@ -186,11 +189,11 @@ def test_a_folder_that_cannot_be_written_into_is_told(world, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
     world.out.mkdir(parents=True)
-    run_folder.check_output(world())
+    run_folder.check_output("sft", world())
     assert not list(world.out.iterdir())
     monkeypatch.setattr(run_folder.tempfile, "mkdtemp", full)
     with pytest.raises(UserError, match="runs/sft cannot be written into: .* takes no folder: No space left on device"):
-        run_folder.check_output(world())
+        run_folder.check_output("sft", world())
 
 
 def test_a_folder_that_cannot_be_made_after_all_is_no_bug(world, monkeypatch):
@@ -207,7 +210,7 @@ def test_the_folder_that_a_command_runs_in_is_not_renamed(world, monkeypatch):
     before = files(world.out)
     for output in (".", str(world.out)):
         with pytest.raises(UserError, match="holds the folder that this command was started in"):
-            run_folder.check_output(world(output=output, overwrite="true"))
+            run_folder.check_output("sft", world(output=output, overwrite="true"))
     assert files(world.out) == before
 
 
@@ -233,22 +236,22 @@ def test_only_rank_0_writes_and_decides(world, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     run_folder.open_run("sft", world())
     monkeypatch.setenv("RANK", "1")
-    run_folder.check_output(world())  # rank 0 has made the folder already: no reason to refuse
+    run_folder.check_output("sft", world())  # rank 0 has made the folder already: no reason to refuse
 
 
 def test_finished_means_same_settings_and_same_input_content(world):
     cfg = world()
     folder = run_folder.open_run("sft", cfg)
-    assert not run_folder.is_finished(folder, "sft", cfg)
+    assert not is_done("sft", cfg)
     run_folder.finish_run(folder, {})
-    assert run_folder.is_finished(folder, "sft", cfg)
-    assert run_folder.is_finished(folder, "sft", world(overwrite="true", **{"log.progress": "false"}))
-    assert not run_folder.is_finished(folder, "sft", world(seed="1"))
-    assert not run_folder.is_finished(folder, "dpo", cfg)
+    assert is_done("sft", cfg)
+    assert is_done("sft", world(overwrite="true", **{"log.progress": "false"}))
+    assert not is_done("sft", world(seed="1"))
+    assert not is_done("dpo", cfg)
     moved = world.data.rename(world.data.with_name("moved.json"))
-    assert run_folder.is_finished(folder, "sft", world(data=str(moved)))
+    assert is_done("sft", world(data=str(moved)))
     moved.write_text('[{"instruction": "a", "output": "c"}]')
-    assert not run_folder.is_finished(folder, "sft", world(data=str(moved)))
+    assert not is_done("sft", world(data=str(moved)))
 
 
 def test_finished_sees_a_changed_weight_file(world):
@@ -256,7 +259,7 @@ def test_finished_sees_a_changed_weight_file(world):
     folder = run_folder.open_run("sft", cfg)
     run_folder.finish_run(folder, {})
     (world.model / "model.safetensors").write_text("other weights")
-    assert not run_folder.is_finished(folder, "sft", cfg)
+    assert not is_done("sft", cfg)
 
 
 def test_the_hashes_are_those_of_the_start(world):
@@ -265,14 +268,14 @@ def test_the_hashes_are_those_of_the_start(world):
     folder = run_folder.open_run("sft", cfg)
     world.data.write_text("[1]")
     run_folder.finish_run(folder, {})
-    assert not run_folder.is_finished(folder, "sft", cfg)
+    assert not is_done("sft", cfg)
 
 
 def test_a_half_written_finished_file_does_not_count(world):
     cfg = world()
     folder = run_folder.open_run("sft", cfg)
     (folder / "finished.json").write_text('{"stage": "sf')
-    assert not run_folder.is_finished(folder, "sft", cfg)
+    assert not is_done("sft", cfg)
 
 
 def test_writing_is_atomic(tmp_path, monkeypatch):

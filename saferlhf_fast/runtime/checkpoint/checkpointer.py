@@ -5,7 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
-from ...config import fingerprint
+from ...config import fingerprint, inputs
 from ...config.load import to_dict
 from ...errors import UserError
 from ...version import __version__
@@ -209,7 +209,7 @@ class Checkpoints:
         """UserError when settings, inputs or models are not those of the checkpoint."""
         found = []
         if engine.rank() == 0:
-            now = fingerprint.hashes(self.cfg)
+            now = fingerprint.hashes(inputs.listed(self.cfg))
             found = compatibility.differences(values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now)
             found += [f"{key}: its content has changed" for key in now if values["inputs"].get(key) != now[key]]
             kinds = {name: _kind(model) for name, model in self.models.items()}

@@ -48,9 +48,14 @@ def _shown(values, key):
     return values.get(key, "not set")
 
 
+def refusal(where, found):
+    """-> the sentence on differences, of which there is one at least."""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return (f"resume: {where} belongs to other settings: {'; '.join(found[:3])}{more}; expected the same, "
+            "another output, or a new start (overwrite=true without resume; in a run of stages resume=never)")
+
+
 def refuse(where, found):
     """UserError when there are differences."""
     if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise UserError(f"resume: {where} belongs to other settings: {'; '.join(found[:3])}{more}; expected the same, "
-                        "another output, or a new start (overwrite=true without resume; in a run of stages resume=never)")
+        raise UserError(refusal(where, found))

@@ -1,0 +1,201 @@
+"""What becomes of an output folder: the table, case by case, and how often the facts behind it are worked out."""
+
+import itertools
+import sys
+import types
+from collections import Counter
+
+import pytest
+
+from saferlhf_fast.commands import run as pipeline
+from saferlhf_fast.config import fingerprint, load
+from saferlhf_fast.config.stages import DemoConfig
+from saferlhf_fast.runtime import provenance, run_folder
+from saferlhf_fast.runtime.checkpoint import manifest
+from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
+from saferlhf_fast.runtime.run_state import RunState
+
+RESUMES = (None, "auto", "its own checkpoint", "a checkpoint elsewhere")
+ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
+"""(overwrite, resume, restart), in the order of the columns of EXPECTED: without overwrite, a space, with it."""
+
+LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
+REFUSALS = {"; choose another folder, or overwrite=true": "h", "no run folder of ours": "f", "belongs to other settings": "c",
+            "expected auto or the folder of a checkpoint": "m", "is a file; expected a folder": "d"}
+
+# A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no result (free), in ones
+# that do (other), in the number of processes, in its stage (kind) · what it saved.
+EXPECTED = """
+absent                      NNNNmmNN NNNNmmNN
+empty                       NNNNmmNN NNNNmmNN
+file                        ddddmmdd ddddmmdd
+foreign                     hhhhmmhh ffffmmff
+none    same      nothing   hPPPmmhP PPPPmmPP
+none    same      model     hAAAmmhA PAAAmmPA
+none    same      checkpt   hARRRRhA PARRRRPA
+none    free      nothing   hAhAmmhA PPPPmmPP
+none    free      model     hAhAmmhA PPPPmmPP
+none    free      checkpt   hARRRRhA PPRRRRPP
+none    other     nothing   hAhAmmhA PPPPmmPP
+none    other     model     hAhAmmhA PPPPmmPP
+none    other     checkpt   hAcccchA PPccccPP
+none    processes nothing   hPPPmmhP PPPPmmPP
+none    processes model     hAAAmmhA PAAAmmPA
+none    processes checkpt   hAcccchA PAccccPA
+none    kind      nothing   hhAAmmhh PPPPmmPP
+none    kind      model     hhAAmmhh PPPPmmPP
+none    kind      checkpt   hhRRRRhh PPRRRRPP
+damaged same      nothing   hhPPmmhh PPPPmmPP
+damaged same      model     hhAAmmhh PPAAmmPP
+damaged same      checkpt   hhAAhhhh PPAAPPPP
+damaged free      nothing   hhhhmmhh PPPPmmPP
+damaged free      model     hhhhmmhh PPPPmmPP
+damaged free      checkpt   hhhhhhhh PPPPPPPP
+damaged other     nothing   hhhhmmhh PPPPmmPP
+damaged other     model     hhhhmmhh PPPPmmPP
+damaged other     checkpt   hhhhhhhh PPPPPPPP
+damaged processes nothing   hhPPmmhh PPPPmmPP
+damaged processes model     hhAAmmhh PPAAmmPP
+damaged processes checkpt   hhAAhhhh PPAAPPPP
+damaged kind      nothing   hhAAmmhh PPPPmmPP
+damaged kind      model     hhAAmmhh PPPPmmPP
+damaged kind      checkpt   hhAAhhhh PPPPPPPP
+whole   same      nothing   hhSSmmhh PPSSmmPP
+whole   same      model     hhSSmmhh PPSSmmPP
+whole   same      checkpt   hhSShhhh PPSSPPPP
+whole   free      nothing   hhhhmmhh PPPPmmPP
+whole   free      model     hhhhmmhh PPPPmmPP
+whole   free      checkpt   hhhhhhhh PPPPPPPP
+whole   other     nothing   hhhhmmhh PPPPmmPP
+whole   other     model     hhhhmmhh PPPPmmPP
+whole   other     checkpt   hhhhhhhh PPPPPPPP
+whole   processes nothing   hhSSmmhh PPSSmmPP
+whole   processes model     hhSSmmhh PPSSmmPP
+whole   processes checkpt   hhSShhhh PPSSPPPP
+whole   kind      nothing   hhhhmmhh PPPPmmPP
+whole   kind      model     hhhhmmhh PPPPmmPP
+whole   kind      checkpt   hhhhhhhh PPPPPPPP
+whole   inputs    nothing   hhhhmmhh PPPPmmPP
+whole   inputs    model     hhhhmmhh PPPPmmPP
+whole   inputs    checkpt   hhhhhhhh PPPPPPPP
+"""
+CHANGES = {"free": {"engine.threads": "3"}, "other": {"seed": "2"}}
+
+
+@pytest.fixture
+def world(tmp_path):
+    """Makes a config of the stage reward over a model folder and a data file; world.out is its output."""
+    model, data = tmp_path / "llama", tmp_path / "data.json"
+    model.mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (model / name).write_text("{}")
+    data.write_text("[1]")
+
+    def config(**changes):
+        given = {"model": str(model), "data": str(data), "output": str(tmp_path / "runs" / "reward")}
+        return load.load("reward", None, {**given, **changes})
+    config.data, config.out, config.elsewhere = data, tmp_path / "runs" / "reward", tmp_path / "elsewhere"
+    return config
+
+
+def checkpoint(output):
+    """Writes a checkpoint of no files -> its folder."""
+    folder = manifest.folder_of(output, 2)
+    folder.mkdir(parents=True)
+    manifest.write(folder, {"files": {}})
+    return folder
+
+
+def make_output(world, content, differs=None, saved=None):
+    """Makes the output folder of one line of EXPECTED."""
+    if content == "empty":
+        world.out.mkdir(parents=True)
+    elif content == "file":
+        world.out.parent.mkdir()
+        world.out.write_text("")
+    elif content == "foreign":
+        world.out.mkdir(parents=True)
+        (world.out / "thesis.tex").write_text("precious")
+    if differs is None:
+        return
+    run_folder.open_run("cost" if differs == "kind" else "reward", world(**CHANGES.get(differs, {})))
+    if differs == "processes":
+        provenance.write_json(world.out / "versions.json", {"processes": 2})
+    if saved == "checkpt":
+        checkpoint(world.out)
+    elif saved == "model":
+        (world.out / "model").mkdir()
+    if content == "whole":
+        run_folder.finish_run(world.out, {})
+    elif content == "damaged":
+        (world.out / "finished.json").write_text('{"stage": "rew')
+    if differs == "inputs":
+        world.data.write_text("[2]")
+
+
+def letter(decision):
+    if decision.action is not Action.REFUSE:
+        return LETTERS[decision.action]
+    return next(letter for part, letter in REFUSALS.items() if part in decision.sentence)
+
+
+@pytest.mark.parametrize("line", EXPECTED.strip().splitlines())
+def test_every_case_has_its_action(world, line):
+    *case, without, with_overwrite = line.split()
+    make_output(world, *case)
+    names = dict(zip(RESUMES, (None, "auto", manifest.folder_of(world.out, 2), checkpoint(world.elsewhere))))
+    state = RunState("reward", world())
+
+    def row(skip):
+        cases = [Asked(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
+                 for overwrite, resume, restart in ASKED]
+        return "".join(letter(decide(state, asked)) for asked in cases)
+
+    assert row(skip=True) == without + with_overwrite
+    assert row(skip=False) == without.replace("S", "h") + with_overwrite.replace("S", "P")       # a stage that was started runs
+
+
+def test_the_check_before_says_what_the_stage_then_does(world):
+    for resume, action, remains in ((None, Action.NEW, ["reward"]), ("auto", Action.REPLACE, ["reward"]),
+                                    ("saved", Action.SET_ASIDE, ["reward", "reward.set-aside"])):
+        if resume == "saved":
+            (world.out / "model").mkdir()
+        cfg = world(**({"resume": "auto"} if resume else {}))
+        assert run_folder.check_output("reward", cfg) is action
+        run_folder.open_run("reward", cfg)
+        assert sorted(p.name for p in world.out.parent.iterdir()) == remains
+    checkpoint(world.out)
+    assert run_folder.check_output("reward", world(resume="auto")) is Action.RESUME
+    assert run_folder.open_run("reward", world(resume="auto")) == world.out and (world.out / "resumed.jsonl").exists()
+    run_folder.finish_run(world.out, {})
+    assert run_folder.check_output("reward", world(resume="auto")) is Action.SKIP
+
+
+def test_the_demo_resumes_nothing():
+    assert asked_by(DemoConfig(overwrite=True)) == Asked(None, True)
+
+
+def counted(monkeypatch, *functions):
+    """Counts the calls of functions, by whatever name a module of ours knows them -> Counter by name."""
+    counts = Counter()
+    for function in functions:
+        def wrapped(*args, function=function, **kwargs):
+            counts[function.__name__] += 1
+            return function(*args, **kwargs)
+        for module in [m for name, m in sys.modules.items() if name.startswith("saferlhf_fast")]:
+            for name in [name for name, value in vars(module).items() if value is function]:
+                monkeypatch.setattr(module, name, wrapped)
+    return counts
+
+
+@pytest.mark.parametrize("saved, hashed", [("checkpt", 0), ("model", 1)])
+def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_its_folder(world, monkeypatch, saved, hashed):
+    make_output(world, "none", "same", saved)
+    stage = types.ModuleType("fake_stage")
+    stage.train = lambda cfg, restart: run_folder.open_run("reward", cfg, restart) and {}
+    monkeypatch.setitem(sys.modules, "fake_stage", stage)
+    monkeypatch.setitem(pipeline.ENTRIES, "reward", "fake_stage:train")
+    counts = counted(monkeypatch, load.to_dict, fingerprint.recipe_hash, fingerprint.hashes)
+    pipeline.run_stage("reward", world(resume="auto"))
+    # to_dict: once for the check of the inputs; then with and without secrets, by the check of the output and by the stage.
+    assert Counter(to_dict=1, hashes=hashed) <= counts <= Counter(to_dict=5, recipe_hash=2 * hashed, hashes=hashed)
