@@ -57,10 +57,10 @@ void ppo_lag_advantage_cuda(Address advantages, Address reward_returns, Address 
                             int64_t count, int64_t width, int dtype, double kl_coeff, double gamma, double lam,
                             double clip_score, bool carry, Address partials, Address counter, Address stream) {
   raise_cuda(saferlhf::ppo_lag_advantage_cuda(
-      out(advantages), out(reward_returns), out(cost_returns), out(statistics), in(logp), in(ref_logp), in(reward),
-      in(cost), in(reward_values), in(cost_values), in(multiplier), rows_of(offsets, mask, tokens, count, width), dtype,
-      kl_coeff, gamma, lam, clip_score, carry, static_cast<double*>(out(partials)), static_cast<int*>(out(counter)),
-      out(stream)));
+      {out(advantages), out(reward_returns), out(cost_returns), out(statistics)},
+      {in(logp), in(ref_logp), in(reward), in(cost), in(reward_values), in(cost_values), in(multiplier)},
+      rows_of(offsets, mask, tokens, count, width), dtype, {kl_coeff, gamma, lam, clip_score, carry},
+      static_cast<double*>(out(partials)), static_cast<int*>(out(counter)), out(stream)));
 }
 #endif
 
@@ -76,9 +76,9 @@ void ppo_lag_advantage_cpu(Address advantages, Address reward_returns, Address c
                            int64_t count, int64_t width, int dtype, double kl_coeff, double gamma, double lam,
                            double clip_score, bool carry, int threads) {
   raise_if(saferlhf::ppo_lag_advantage_cpu(
-      out(advantages), out(reward_returns), out(cost_returns), out(statistics), in(logp), in(ref_logp), in(reward),
-      in(cost), in(reward_values), in(cost_values), in(multiplier), rows_of(offsets, mask, tokens, count, width), dtype,
-      kl_coeff, gamma, lam, clip_score, carry, threads));
+      {out(advantages), out(reward_returns), out(cost_returns), out(statistics)},
+      {in(logp), in(ref_logp), in(reward), in(cost), in(reward_values), in(cost_values), in(multiplier)},
+      rows_of(offsets, mask, tokens, count, width), dtype, {kl_coeff, gamma, lam, clip_score, carry}, threads));
 }
 
 void ppo_loss_cpu(Address loss, Address gradient, Address entropy_gradient, Address inverse, Address statistics, Address logp,
