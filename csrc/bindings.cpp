@@ -7,6 +7,7 @@
 
 #include "gae.h"
 #include "logit_rows.h"
+#include "policy_terms.h"
 #include "ppo_lag_advantage.h"
 #include "ppo_loss.h"
 #include "ppo_loss_from_logits.h"
@@ -56,10 +57,10 @@ void ppo_lag_advantage_cuda(Address advantages, Address reward_returns, Address 
                             int64_t count, int64_t width, int dtype, double kl_coeff, double gamma, double lam,
                             double clip_score, bool carry, Address partials, Address counter, Address stream) {
   raise_cuda(saferlhf::ppo_lag_advantage_cuda(
-      out(advantages), out(reward_returns), out(cost_returns), out(statistics), in(logp), in(ref_logp), in(reward),
-      in(cost), in(reward_values), in(cost_values), in(multiplier), rows_of(offsets, mask, tokens, count, width), dtype,
-      kl_coeff, gamma, lam, clip_score, carry, static_cast<double*>(out(partials)), static_cast<int*>(out(counter)),
-      out(stream)));
+      {out(advantages), out(reward_returns), out(cost_returns), out(statistics)},
+      {in(logp), in(ref_logp), in(reward), in(cost), in(reward_values), in(cost_values), in(multiplier)},
+      rows_of(offsets, mask, tokens, count, width), dtype, {kl_coeff, gamma, lam, clip_score, carry},
+      static_cast<double*>(out(partials)), static_cast<int*>(out(counter)), out(stream)));
 }
 #endif
 
@@ -75,9 +76,9 @@ void ppo_lag_advantage_cpu(Address advantages, Address reward_returns, Address c
                            int64_t count, int64_t width, int dtype, double kl_coeff, double gamma, double lam,
                            double clip_score, bool carry, int threads) {
   raise_if(saferlhf::ppo_lag_advantage_cpu(
-      out(advantages), out(reward_returns), out(cost_returns), out(statistics), in(logp), in(ref_logp), in(reward),
-      in(cost), in(reward_values), in(cost_values), in(multiplier), rows_of(offsets, mask, tokens, count, width), dtype,
-      kl_coeff, gamma, lam, clip_score, carry, threads));
+      {out(advantages), out(reward_returns), out(cost_returns), out(statistics)},
+      {in(logp), in(ref_logp), in(reward), in(cost), in(reward_values), in(cost_values), in(multiplier)},
+      rows_of(offsets, mask, tokens, count, width), dtype, {kl_coeff, gamma, lam, clip_score, carry}, threads));
 }
 
 void ppo_loss_cpu(Address loss, Address gradient, Address entropy_gradient, Address inverse, Address statistics, Address logp,
@@ -89,7 +90,7 @@ void ppo_loss_cpu(Address loss, Address gradient, Address entropy_gradient, Addr
       out(loss), out(gradient), out(entropy_gradient), out(inverse), out(statistics),
       {in(logp), in(old_logp), in(advantages), in(ref_logp), in(entropy), in(normalizer), in(scale), in(shift)},
       rows_of(offsets, mask, tokens, count, width), dtype,
-      {clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff, token_mean}, threads));
+      {clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff}, token_mean, threads));
 }
 
 void value_loss_cpu(Address loss, Address gradient, Address inverse, Address statistics, Address values, Address old_values,
@@ -127,7 +128,7 @@ void ppo_rows_cpu(Address logp, Address entropy, Address gradient, int64_t gradi
       static_cast<float*>(out(logp)), static_cast<float*>(out(entropy)), out(gradient), gradient_stride, gradient_dtype,
       floats(old_logp), floats(advantage), floats(ref_logp), floats(weight),
       logit_rows_of(logits, stride, ids, count, vocabulary, temperatures, temperature, softcap, dtype),
-      {clip_ratio, clip_high, dual_clip, kl_coeff, entropy_coeff, k1}, threads));
+      {clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff}, threads));
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
 // The policy objective of one token and its derivative, without branches so that loops over it become vector code. The formula
-// is in kernels/ppo_loss/reference.py.
+// is in kernels/ppo_loss/reference.py. Both policy losses are made of it: from log-probs and from logits.
 #pragma once
 
 #include <cmath>
@@ -8,6 +8,14 @@
 #include "losses.h"
 
 namespace saferlhf {
+
+// The numbers of the objective. dual_clip: infinity for none. k1: the estimator of the KL, else k3. The coefficients count only
+// where there is a reference policy, and an entropy.
+struct PolicySettings {
+  double clip_ratio, clip_high, dual_clip, kl_coeff;
+  bool k1;
+  double entropy_coeff;
+};
 
 constexpr double kLogRatioLimit = 20.0;
 constexpr double kMaxRatio = 4.9e8;  // above exp(20): a dual clip from here on does nothing
@@ -61,8 +69,9 @@ struct PolicyTerms {
 
 // The clipped surrogate with advantage scaled and shifted already. Without Dual dual_clip is not looked at.
 template <bool Dual, typename T>
-SAFERLHF_INLINE PolicyTerms<T> policy_terms(T logp, T old_logp, T advantage, T clip_ratio, T clip_high, T dual_clip) {
-  const T difference = logp - old_logp, limit = T(kLogRatioLimit), low = 1 - clip_ratio, high = 1 + clip_high;
+SAFERLHF_INLINE PolicyTerms<T> policy_terms(T logp, T old_logp, T advantage, const PolicySettings& s) {
+  const T low = 1 - T(s.clip_ratio), high = 1 + T(s.clip_high), dual_clip = T(s.dual_clip);
+  const T difference = logp - old_logp, limit = T(kLogRatioLimit);
   const T log_ratio = clamped(difference, -limit, limit);
   const T ratio = exponential(log_ratio);
   const T plain = ratio * advantage, clipped = clamped(ratio, low, high) * advantage;

@@ -18,8 +18,8 @@ struct RowSums {
 };
 
 struct Call {
-  void *advantages, *reward_returns, *cost_returns;
-  const void *logp, *ref_logp, *reward, *cost, *reward_values, *cost_values;
+  AdvantageOutputs out;
+  AdvantageInputs in;
   double kl_coeff, clip_score, multiplier, weight;  // weight = 1 / (1 + multiplier)
   Decay decay;
 };
@@ -37,13 +37,15 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
                                int64_t length) {
   using L = Lanes<W, T>;
   using V = typename L::Type;
-  T *advantages = static_cast<T*>(call.advantages) + at, *reward_returns = static_cast<T*>(call.reward_returns) + at;
-  T* cost_returns = kCost ? static_cast<T*>(call.cost_returns) + at : nullptr;
-  const T *logp = static_cast<const T*>(call.logp) + at, *ref_logp = static_cast<const T*>(call.ref_logp) + at;
-  const T* reward_values = static_cast<const T*>(call.reward_values) + at;
-  const T* cost_values = kCost ? static_cast<const T*>(call.cost_values) + at : nullptr;
-  const double reward = static_cast<const T*>(call.reward)[index];
-  const double cost = kCost ? double(static_cast<const T*>(call.cost)[index]) : 0.0;
+  const AdvantageOutputs& out = call.out;
+  const AdvantageInputs& in = call.in;
+  T *advantages = static_cast<T*>(out.advantages) + at, *reward_returns = static_cast<T*>(out.reward_returns) + at;
+  T* cost_returns = kCost ? static_cast<T*>(out.cost_returns) + at : nullptr;
+  const T *logp = static_cast<const T*>(in.logp) + at, *ref_logp = static_cast<const T*>(in.ref_logp) + at;
+  const T* reward_values = static_cast<const T*>(in.reward_values) + at;
+  const T* cost_values = kCost ? static_cast<const T*>(in.cost_values) + at : nullptr;
+  const double reward = static_cast<const T*>(in.reward)[index];
+  const double cost = kCost ? double(static_cast<const T*>(in.cost)[index]) : 0.0;
   const double kl_coeff = call.kl_coeff, limit = call.clip_score, multiplier = call.multiplier, weight = call.weight;
   Handed<W, T> handed_reward(call.decay), handed_cost(call.decay);
   V lanes[kSums] = {};
@@ -132,10 +134,10 @@ template <int W>
 SAFERLHF_INLINE void row_body(RowSums& sums, const Call& call, const uint8_t* mask, int64_t index, int64_t at, int64_t length,
                               int dtype) {
   if (dtype == kFloat64) {
-    if (call.cost) shape_row<W, true, double>(sums, call, mask, index, at, length);
+    if (call.in.cost) shape_row<W, true, double>(sums, call, mask, index, at, length);
     else shape_row<W, false, double>(sums, call, mask, index, at, length);
   } else {
-    if (call.cost) shape_row<W, true, float>(sums, call, mask, index, at, length);
+    if (call.in.cost) shape_row<W, true, float>(sums, call, mask, index, at, length);
     else shape_row<W, false, float>(sums, call, mask, index, at, length);
   }
 }
@@ -146,32 +148,29 @@ SAFERLHF_WIDTHS(row, (RowSums& sums, const Call& call, const uint8_t* mask, int6
 
 template <class T>
 void write_statistics(T* statistics, const std::vector<RowSums>& sums_B, const Call& call) {
-  double total[12] = {};
+  double total[kStatistics] = {};
   for (const RowSums& row : sums_B) {
     if (row.count == 0) continue;
     const double share = 1.0 / double(row.count), *of = row.of;
     const double advantage = (of[kRewardAdvantage] - call.multiplier * of[kCostAdvantage]) * call.weight;
-    const double values[12] = {double(row.count), advantage, of[kSquare], 1.0, of[kKl] * share, of[kKl],
+    const double values[kStatistics] = {double(row.count), advantage, of[kSquare], 1.0, of[kKl] * share, of[kKl],
                                of[kShapedReward], of[kShapedCost], of[kRewardAdvantage] * share,
                                of[kCostAdvantage] * share, of[kRewardReturn] * share, of[kCostReturn] * share};
-    for (int i = 0; i < 12; ++i) total[i] += values[i];
+    for (int i = 0; i < kStatistics; ++i) total[i] += values[i];
   }
   const double sequences = std::max(total[3], 1.0);
-  for (int i = 0; i < 12; ++i) statistics[i] = T(i < 4 ? total[i] : total[i] / sequences);
+  for (int i = 0; i < kStatistics; ++i) statistics[i] = T(i < 4 ? total[i] : total[i] / sequences);
 }
 
 }  // namespace
 
-const char* ppo_lag_advantage_cpu(void* advantages, void* reward_returns, void* cost_returns, void* statistics,
-                                  const void* logp, const void* ref_logp, const void* reward, const void* cost,
-                                  const void* reward_values, const void* cost_values, const void* multiplier,
-                                  const Rows& rows, int dtype, double kl_coeff, double gamma, double lam,
-                                  double clip_score, bool carry, int threads) {
+const char* ppo_lag_advantage_cpu(const AdvantageOutputs& outputs, const AdvantageInputs& inputs, const Rows& rows, int dtype,
+                                  const AdvantageSettings& s, int threads) {
   if (const char* error = check_rows(rows)) return error;
+  const void* multiplier = inputs.multiplier;
   const double lambda = multiplier == nullptr ? 0.0
       : dtype == kFloat64 ? *static_cast<const double*>(multiplier) : double(*static_cast<const float*>(multiplier));
-  const Call call = {advantages, reward_returns, cost_returns, logp, ref_logp, reward, cost, reward_values, cost_values,
-                     kl_coeff, clip_score, lambda, 1.0 / (1.0 + lambda), Decay(gamma, lam, carry)};
+  const Call call = {outputs, inputs, s.kl_coeff, s.clip_score, lambda, 1.0 / (1.0 + lambda), Decay(s.gamma, s.lam, s.carry)};
   std::vector<RowSums> sums_B(rows.count);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t index = 0; index < rows.count; ++index) {
@@ -179,11 +178,11 @@ const char* ppo_lag_advantage_cpu(void* advantages, void* reward_returns, void* 
     row(sums_B[index], call, rows.mask ? rows.mask + at : nullptr, index, at, rows.end(index) - at, dtype);
   }
   const int64_t size = dtype == kFloat64 ? 8 : 4;
-  for (void* out : {advantages, reward_returns, cost_returns}) {
+  for (void* out : {outputs.advantages, outputs.reward_returns, outputs.cost_returns}) {
     if (out) fill_zero(static_cast<char*>(out), rows.covered() * size, rows.tokens * size);
   }
-  if (dtype == kFloat64) write_statistics(static_cast<double*>(statistics), sums_B, call);
-  else write_statistics(static_cast<float*>(statistics), sums_B, call);
+  if (dtype == kFloat64) write_statistics(static_cast<double*>(outputs.statistics), sums_B, call);
+  else write_statistics(static_cast<float*>(outputs.statistics), sums_B, call);
   return nullptr;
 }
 

@@ -283,39 +283,31 @@ shape_kernel(T* statistics, const Vectors<T> at, const Rows rows, const Scalars<
 }
 
 template <typename T>
-const char* run(T* statistics, Vectors<T> at, const Rows& rows, Scalars<T> s, const T* multiplier, double* partials,
-                int* counter, void* stream) {
+const char* run(const AdvantageOutputs& out, const AdvantageInputs& in, const Rows& rows, const AdvantageSettings& settings,
+                double* partials, int* counter, void* stream) {
+  const void* vectors[] = {out.advantages, out.reward_returns, out.cost_returns, in.logp, in.ref_logp, in.reward_values,
+                           in.cost_values};
+  const Vectors<T> at = {static_cast<T*>(out.advantages), static_cast<T*>(out.reward_returns),
+                         static_cast<T*>(out.cost_returns), static_cast<const T*>(in.logp),
+                         static_cast<const T*>(in.ref_logp), static_cast<const T*>(in.reward_values),
+                         static_cast<const T*>(in.cost_values), static_cast<const T*>(in.reward),
+                         static_cast<const T*>(in.cost)};
+  const Scalars<T> s = {T(settings.kl_coeff), T(settings.clip_score),
+                        Decay<T>(settings.gamma, settings.lam, settings.carry), aligned(rows, vectors, 7)};
   const Shape shape(rows, kPerSM<T>);
   const auto kernel = shape.block ? (at.cost ? shape_kernel<T, true, true> : shape_kernel<T, true, false>)
                                   : (at.cost ? shape_kernel<T, false, true> : shape_kernel<T, false, false>);
-  return launch(kernel, shape, stream, statistics, at, rows, s, multiplier, partials, counter);
-}
-
-template <typename T>
-const char* typed(void* advantages, void* reward_returns, void* cost_returns, void* statistics, const void* logp,
-                  const void* ref_logp, const void* reward, const void* cost, const void* reward_values,
-                  const void* cost_values, const void* multiplier, const Rows& rows, double kl_coeff, double gamma,
-                  double lam, double clip_score, bool carry, double* partials, int* counter, void* stream) {
-  const void* vectors[] = {advantages, reward_returns, cost_returns, logp, ref_logp, reward_values, cost_values};
-  const Vectors<T> at = {static_cast<T*>(advantages), static_cast<T*>(reward_returns), static_cast<T*>(cost_returns),
-                         static_cast<const T*>(logp), static_cast<const T*>(ref_logp),
-                         static_cast<const T*>(reward_values), static_cast<const T*>(cost_values),
-                         static_cast<const T*>(reward), static_cast<const T*>(cost)};
-  const Scalars<T> s = {T(kl_coeff), T(clip_score), Decay<T>(gamma, lam, carry), aligned(rows, vectors, 7)};
-  return run<T>(static_cast<T*>(statistics), at, rows, s, static_cast<const T*>(multiplier), partials, counter, stream);
+  return launch(kernel, shape, stream, static_cast<T*>(out.statistics), at, rows, s, static_cast<const T*>(in.multiplier),
+                partials, counter);
 }
 
 }  // namespace
 }  // namespace cuda
 
-const char* ppo_lag_advantage_cuda(void* advantages, void* reward_returns, void* cost_returns, void* statistics,
-                                   const void* logp, const void* ref_logp, const void* reward, const void* cost,
-                                   const void* reward_values, const void* cost_values, const void* multiplier,
-                                   const Rows& rows, int dtype, double kl_coeff, double gamma, double lam,
-                                   double clip_score, bool carry, double* partials, int* counter, void* stream) {
-  const auto run = dtype == kFloat64 ? cuda::typed<double> : cuda::typed<float>;
-  return run(advantages, reward_returns, cost_returns, statistics, logp, ref_logp, reward, cost, reward_values, cost_values,
-             multiplier, rows, kl_coeff, gamma, lam, clip_score, carry, partials, counter, stream);
+const char* ppo_lag_advantage_cuda(const AdvantageOutputs& outputs, const AdvantageInputs& inputs, const Rows& rows, int dtype,
+                                   const AdvantageSettings& settings, double* partials, int* counter, void* stream) {
+  const auto run = dtype == kFloat64 ? cuda::run<double> : cuda::run<float>;
+  return run(outputs, inputs, rows, settings, partials, counter, stream);
 }
 
 }  // namespace saferlhf

@@ -5,21 +5,33 @@
 
 namespace saferlhf {
 
-// All [rows.tokens] of dtype but reward, cost [rows.count], multiplier [1], statistics [12] (order: reference.py).
-// cost, cost_values, cost_returns and multiplier are all null for plain PPO.
-const char* ppo_lag_advantage_cpu(void* advantages, void* reward_returns, void* cost_returns, void* statistics,
-                                  const void* logp, const void* ref_logp, const void* reward, const void* cost,
-                                  const void* reward_values, const void* cost_values, const void* multiplier,
-                                  const Rows& rows, int dtype, double kl_coeff, double gamma, double lam,
-                                  double clip_score, bool carry, int threads);
+constexpr int kStatistics = 12;
+
+// What comes in, all of one dtype: logp, ref_logp and the values [rows.tokens]; reward, cost [rows.count]; multiplier [1].
+// cost, cost_values and multiplier are all null for plain PPO.
+struct AdvantageInputs {
+  const void *logp, *ref_logp, *reward, *cost, *reward_values, *cost_values, *multiplier;
+};
+
+// advantages and the returns [rows.tokens], statistics [kStatistics] (order: reference.py), all of dtype. cost_returns is null
+// without cost.
+struct AdvantageOutputs {
+  void *advantages, *reward_returns, *cost_returns, *statistics;
+};
+
+// carry: as for gae.
+struct AdvantageSettings {
+  double kl_coeff, gamma, lam, clip_score;
+  bool carry;
+};
+
+const char* ppo_lag_advantage_cpu(const AdvantageOutputs& outputs, const AdvantageInputs& inputs, const Rows& rows, int dtype,
+                                  const AdvantageSettings& settings, int threads);
 
 // The same with device memory, in ppo_lag_advantage.cu: one launch, the host waits for nothing, offsets are trusted.
 // partials: kPartials doubles to work in. counter: one integer that is 0 and will be 0 again, not shared with another stream.
-constexpr int kStatistics = 12, kPartials = kStatistics * 2048;
-const char* ppo_lag_advantage_cuda(void* advantages, void* reward_returns, void* cost_returns, void* statistics,
-                                   const void* logp, const void* ref_logp, const void* reward, const void* cost,
-                                   const void* reward_values, const void* cost_values, const void* multiplier,
-                                   const Rows& rows, int dtype, double kl_coeff, double gamma, double lam,
-                                   double clip_score, bool carry, double* partials, int* counter, void* stream);
+constexpr int kPartials = kStatistics * 2048;
+const char* ppo_lag_advantage_cuda(const AdvantageOutputs& outputs, const AdvantageInputs& inputs, const Rows& rows, int dtype,
+                                   const AdvantageSettings& settings, double* partials, int* counter, void* stream);
 
 }  // namespace saferlhf

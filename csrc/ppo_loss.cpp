@@ -25,7 +25,6 @@ template <bool Dual, typename T>
 SAFERLHF_INLINE Sums row_body(const Row<T>& row, T share, T scale, T shift, const PolicySettings& s) {
   T* __restrict gradient = row.gradient;
   const T *__restrict logp = row.logp, *__restrict old_logp = row.old_logp, *__restrict advantages = row.advantages;
-  const T clip_ratio = T(s.clip_ratio), clip_high = T(s.clip_high), dual_clip = T(s.dual_clip);
   const T kl_coeff = T(s.kl_coeff), entropy_coeff = T(s.entropy_coeff);
   Sums sums = {};
   for (int64_t start = 0; start < row.length; start += kBlock) {
@@ -38,8 +37,7 @@ SAFERLHF_INLINE Sums row_body(const Row<T>& row, T share, T scale, T shift, cons
       // keep(), `&` and `|` instead of branches: this loop must become vector code. What is masked is read as 0.
       const Bits<T> on = bits_where<T>(real[i] != 0);
       const T used = keep(advantages[start + i] * scale + shift, on);
-      const auto terms = policy_terms<Dual>(keep(logp[start + i], on), keep(old_logp[start + i], on), used, clip_ratio,
-                                            clip_high, dual_clip);
+      const auto terms = policy_terms<Dual>(keep(logp[start + i], on), keep(old_logp[start + i], on), used, s);
       loss[i] = terms.loss;
       gradient[start + i] = keep(terms.d_logp * share, on);
       outside += Bits<T>(terms.outside) & on;
@@ -95,10 +93,10 @@ SAFERLHF_CLONES Sums row_sums(const Row<double>& row, double share, double scale
 
 template <typename T>
 void launch(void* loss, void* gradient_, void* entropy_gradient_, void* inverse, void* statistics, const PolicyInputs& in,
-            const Rows& rows, const PolicySettings& settings, int threads) {
+            const Rows& rows, const PolicySettings& settings, bool token_mean, int threads) {
   T *gradient = static_cast<T*>(gradient_), *entropy_gradient = static_cast<T*>(entropy_gradient_);
   const double divisor = read_scalar<T>(in.normalizer, 0.0);
-  const Weights weights(rows, settings.token_mean, in.normalizer ? &divisor : nullptr);
+  const Weights weights(rows, token_mean, in.normalizer ? &divisor : nullptr);
   const T scale = T(read_scalar<T>(in.scale, 1.0)), shift = T(read_scalar<T>(in.shift, 0.0));
   std::vector<Sums> sums_B(rows.count);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
@@ -122,10 +120,10 @@ void launch(void* loss, void* gradient_, void* entropy_gradient_, void* inverse,
 
 const char* ppo_loss_cpu(void* loss, void* gradient, void* entropy_gradient, void* inverse, void* statistics,
                          const PolicyInputs& inputs, const Rows& rows, int dtype, const PolicySettings& settings,
-                         int threads) {
+                         bool token_mean, int threads) {
   if (const char* error = check_rows(rows)) return error;
   const auto run = dtype == kFloat64 ? launch<double> : launch<float>;
-  run(loss, gradient, entropy_gradient, inverse, statistics, inputs, rows, settings, threads);
+  run(loss, gradient, entropy_gradient, inverse, statistics, inputs, rows, settings, token_mean, threads);
   return nullptr;
 }
 

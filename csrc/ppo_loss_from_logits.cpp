@@ -11,14 +11,14 @@ namespace saferlhf {
 namespace {
 
 // d objective / d logp of one token.
-double slope(double logp, double old_logp, double advantage, const float* ref_logp, const PolicyObjective& o) {
-  const double d = policy_terms<true>(logp, old_logp, advantage, o.clip_ratio, o.clip_high, o.dual_clip).d_logp;
-  return ref_logp ? d + o.kl_coeff * kl_terms<double>(double(*ref_logp) - logp, o.k1).d_logp : d;
+double slope(double logp, double old_logp, double advantage, const float* ref_logp, const PolicySettings& s) {
+  const double d = policy_terms<true>(logp, old_logp, advantage, s).d_logp;
+  return ref_logp ? d + s.kl_coeff * kl_terms<double>(double(*ref_logp) - logp, s.k1).d_logp : d;
 }
 
 struct PolicyRows {
   const float *old_logp, *advantage, *ref_logp, *weight;
-  const PolicyObjective& objective;
+  const PolicySettings& settings;
 };
 
 template <int W, class T, class O>
@@ -35,8 +35,8 @@ SAFERLHF_INLINE void policy_row(float* logp, float* entropy, O* out, const T* lo
   entropy[row] = float(s.entropy);
   // The float is what the loss is made of, and what a separate pass would have seen.
   const double grad = slope(logp[row], p.old_logp[row], p.advantage[row], p.ref_logp ? p.ref_logp + row : nullptr,
-                            p.objective);
-  row_gradient<W>(out, logits, rows.vocabulary, rows.ids[row], s, weight * grad, -weight * p.objective.entropy_coeff,
+                            p.settings);
+  row_gradient<W>(out, logits, rows.vocabulary, rows.ids[row], s, weight * grad, -weight * p.settings.entropy_coeff,
                   rows.inverse(row), rows.softcap);
 }
 
@@ -57,8 +57,8 @@ SAFERLHF_WIDTHS(policy, (float* logp, float* entropy, void* out, int64_t out_str
 
 const char* ppo_rows_cpu(float* logp, float* entropy, void* out, int64_t out_stride, int out_dtype, const float* old_logp,
                          const float* advantage, const float* ref_logp, const float* weight, const LogitRows& rows,
-                         const PolicyObjective& objective, int threads) {
-  const PolicyRows p = {old_logp, advantage, ref_logp, weight, objective};
+                         const PolicySettings& settings, int threads) {
+  const PolicyRows p = {old_logp, advantage, ref_logp, weight, settings};
   if (out != rows.logits) prefer_large_pages(out, rows.count * out_stride * size_of(out_dtype));
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t row = 0; row < rows.count; ++row) policy(logp, entropy, out, out_stride, out_dtype, p, rows, row);

@@ -1,4 +1,4 @@
-"""What the two losses share in Triton: where a program's row lies, what a token of it counts, the sums over all rows.
+"""What the two losses share in Triton: the sums over all rows, and the sizes of a launch.
 
 One launch: a program per row leaves the sums over its tokens in sums_KP (K kinds, P programs), and the one that finishes last
 adds them up in row order, in float64. K kinds: M means, then whether the row has a token, its tokens, and the row's share of
@@ -16,50 +16,6 @@ CONFIGS = (dict(BLOCK=256, num_warps=4), dict(BLOCK=512, num_warps=8))
 def config(tokens, rows):
     """The config for rows of tokens / rows positions on average."""
     return CONFIGS[tokens > 256 * rows]
-
-
-@triton.jit
-def span(row, rows, positions, cu_seqlens, width):
-    """(begin as int64, length) of a row's positions, of which there are `positions` in all; nothing past the last row."""
-    if cu_seqlens is not None:
-        begin = tl.load(cu_seqlens + row)
-        length = tl.load(cu_seqlens + tl.minimum(row + 1, rows)) - begin
-        begin = begin.to(tl.int64)
-    else:
-        begin = row.to(tl.int64) * width
-        length = tl.minimum(width, positions - begin).to(tl.int32)
-    return begin, length
-
-
-@triton.jit
-def token_mask(mask_N, begin, at, length):
-    """Which positions at[...] of a row are tokens."""
-    on = at < length
-    if mask_N is not None:
-        on = on & (tl.load(mask_N + begin + at, mask=on, other=0) != 0)
-    return on
-
-
-@triton.jit
-def count_tokens(mask_N, begin, length, BLOCK: tl.constexpr):
-    """The tokens of a row, as float32."""
-    count = length.to(tl.float32)
-    if mask_N is not None:
-        count_t = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, length, BLOCK):
-            count_t += token_mask(mask_N, begin, start + tl.arange(0, BLOCK), length).to(tl.float32)
-        count = tl.sum(count_t, 0)
-    return count
-
-
-@triton.jit
-def zero_tail(gradient_N, program, programs, rows, positions, cu_seqlens, BLOCK: tl.constexpr):
-    """Zeros past cu_seqlens[-1], by all programs (int64)."""
-    if cu_seqlens is not None:
-        first = tl.load(cu_seqlens + rows).to(tl.int64) + program.to(tl.int64) * BLOCK
-        for start in range(first, positions, programs * BLOCK):
-            at = start + tl.arange(0, BLOCK)
-            tl.store(gradient_N + at, tl.zeros([BLOCK], tl.float32), mask=at < positions)
 
 
 @triton.jit

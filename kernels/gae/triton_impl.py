@@ -18,15 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-from ..layout import check_offsets
+from ..rows_triton import load_valid, row_arguments, segment_bounds, valid_mask, zero_tail
 
 # Positions of a block: warps. The first block that holds a row of mean length is taken, or the largest.
 CONFIGS = {128: 1, 512: 4, 1024: 8}
-PER = 4  # positions of a thread, as `apart` takes them: 16 bytes of float32
+PER = 4  # positions of a thread, as `split4` takes them: 16 bytes of float32
 
 
 @triton.jit
-def apart(x_GK):
+def split4(x_GK):
     """The four columns of [G, 4]."""
     even, odd = tl.split(tl.reshape(x_GK, (x_GK.shape[0], 2, 2)))
     x0, x2 = tl.split(even)
@@ -35,33 +35,33 @@ def apart(x_GK):
 
 
 @triton.jit
-def together(x0, x1, x2, x3):
+def join4(x0, x1, x2, x3):
     """[G, 4] from its four columns."""
     return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), (x0.shape[0], 4))
 
 
 @triton.jit
-def joined(a1, b1, e1, f1, a2, b2, e2, f2):
+def compose(a1, b1, e1, f1, a2, b2, e2, f2):
     """Of two runs of groups, 2 standing left of 1, one: x from the right leaves it as a*x + b and reaches its leftmost
     group as e*x + f."""
     return a2 * a1, a2 * b1 + b2, e2 * a1, e2 * b1 + f2
 
 
 @triton.jit
-def handed(give_GK, decay_GK, state):
+def scan_block(give_GK, decay_GK, state):
     """(x [G, K] that reaches each position, the state that leaves the block) where position t turns x into
     decay * x + give and `state` comes in from the right."""
-    g0, g1, g2, g3 = apart(give_GK)
-    d0, d1, d2, d3 = apart(decay_GK)
+    g0, g1, g2, g3 = split4(give_GK)
+    d0, d1, d2, d3 = split4(decay_GK)
     a = d0 * d1 * d2 * d3
     b = g0 + d0 * (g1 + d1 * (g2 + d2 * g3))
-    _, _, e, f = tl.associative_scan((a, b, tl.full(a.shape, 1.0, tl.float32), tl.zeros_like(b)), 0, joined)
+    _, _, e, f = tl.associative_scan((a, b, tl.full(a.shape, 1.0, tl.float32), tl.zeros_like(b)), 0, compose)
     x3 = e * state + f
     x2 = d3 * x3 + g3
     x1 = d2 * x2 + g2
     x0 = d1 * x1 + g1
     last_G = tl.arange(0, a.shape[0]) == a.shape[0] - 1
-    return together(x0, x1, x2, x3), tl.sum(tl.where(last_G, d0 * x0 + g0, 0.0), 0)
+    return join4(x0, x1, x2, x3), tl.sum(tl.where(last_G, d0 * x0 + g0, 0.0), 0)
 
 
 @triton.jit
@@ -72,39 +72,19 @@ def places(GROUPS: tl.constexpr):
 
 
 @triton.jit
-def extent(cu_seqlens, row, width):
-    """(base, lead, stop): the row's positions are base + lead .. base + stop - 1, base a 64-bit multiple of 16."""
-    if cu_seqlens is None:
-        begin = tl.cast(row, tl.int64) * width
-        end = begin + width
-    else:
-        begin = tl.load(cu_seqlens + row).to(tl.int64)
-        end = tl.load(cu_seqlens + row + 1).to(tl.int64)
+def vector_bounds(cu_seqlens, row, rows, width):
+    """(base, lead, stop) of a row: it is base + lead .. base + stop - 1, base a multiple of 16."""
+    begin, end = segment_bounds(cu_seqlens, row, rows, width)
     base = tl.multiple_of(begin // 16 * 16, 16)
     return base, (begin - base).to(tl.int32), (end - base).to(tl.int32)
 
 
 @triton.jit
-def real(mask_N, base, at_GK, lead, stop):
-    """[G, K]: a position of the row that is not masked."""
-    valid_GK = (at_GK >= lead) & (at_GK < stop)
-    if mask_N is not None:
-        valid_GK = tl.load(mask_N + base + at_GK, mask=valid_GK, other=0).to(tl.int1)
-    return valid_GK
-
-
-@triton.jit
-def read(x_N, base, at_GK, valid_GK):
-    """float32 [G, K], 0 where not valid; nothing is read there."""
-    return tl.load(x_N + base + at_GK, mask=valid_GK, other=0.0).to(tl.float32)
-
-
-@triton.jit
 def stream(reward_GK, values_N, base, at_GK, valid_GK, decay, share, CARRY: tl.constexpr, state):
     """(return_GK, advantage_GK, the state that leaves the block), 0 where not valid; reward_GK is 0 there too."""
-    value_GK = read(values_N, base, at_GK, valid_GK)
+    value_GK = load_valid(values_N, base, at_GK, valid_GK)
     decay_GK = tl.where(valid_GK, decay, 1.0 if CARRY else decay)
-    x_GK, state = handed(decay * reward_GK + share * value_GK, decay_GK, state)
+    x_GK, state = scan_block(decay * reward_GK + share * value_GK, decay_GK, state)
     return_GK = tl.where(valid_GK, reward_GK + x_GK, 0.0)
     return return_GK, return_GK - value_GK, state
 
@@ -118,64 +98,43 @@ def write(out_N, base, first_G1, at_GK, value_GK, lead, stop):
 
 
 @triton.jit
-def clear_tail(out_N, cu_seqlens, rows, tokens, BLOCK: tl.constexpr):
-    """Zeros past the last offset, shared out among the programs."""
-    covered = tl.load(cu_seqlens + rows).to(tl.int64)
-    for start in range(covered + tl.program_id(0).to(tl.int64) * BLOCK, tokens, tl.num_programs(0).to(tl.int64) * BLOCK):
-        at_t = start + tl.arange(0, BLOCK)
-        tl.store(out_N + at_t, tl.zeros([BLOCK], tl.float32), mask=at_t < tokens)
-
-
-@triton.jit
 def gae_kernel(advantages_N, returns_N, rewards_N, values_N, cu_seqlens, mask_N, rows, width, tokens, decay, share,
                CARRY: tl.constexpr, GROUPS: tl.constexpr):
     """Row by row; `width` is T of padded rows. There are as many programs as rows, but one at least, for the tail."""
     first_G1, at_GK = places(GROUPS)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
-        base, lead, stop = extent(cu_seqlens, row, width)
+        base, lead, stop = vector_bounds(cu_seqlens, row, rows, width)
         state = 0.0
         blocks = tl.cdiv(stop, 4 * GROUPS)
         for block in range(blocks):
             start = (blocks - 1 - block) * (4 * GROUPS)
-            valid_GK = real(mask_N, base, start + at_GK, lead, stop)
-            reward_GK = read(rewards_N, base, start + at_GK, valid_GK)
+            valid_GK = valid_mask(mask_N, base, start + at_GK, lead, stop)
+            reward_GK = load_valid(rewards_N, base, start + at_GK, valid_GK)
             return_GK, advantage_GK, state = stream(reward_GK, values_N, base, start + at_GK, valid_GK, decay, share, CARRY,
                                                     state)
             write(returns_N, base, start + first_G1, start + at_GK, return_GK, lead, stop)
             write(advantages_N, base, start + first_G1, start + at_GK, advantage_GK, lead, stop)
-    if cu_seqlens is not None:
-        clear_tail(advantages_N, cu_seqlens, rows, tokens, 4 * GROUPS)
-        clear_tail(returns_N, cu_seqlens, rows, tokens, 4 * GROUPS)
+    zero_tail(advantages_N, cu_seqlens, rows, tokens, tl.program_id(0), tl.num_programs(0), 4 * GROUPS)
+    zero_tail(returns_N, cu_seqlens, rows, tokens, tl.program_id(0), tl.num_programs(0), 4 * GROUPS)
 
 
-def shape_of(cu_seqlens, mask, tokens):
-    """(rows, T of padded rows or 0, {"GROUPS", "num_warps"}) of a launch; the host knows no more of packed rows than
-    their mean length."""
-    rows = mask.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+def scan_config(tokens, rows):
+    """{"GROUPS", "num_warps"} for rows of tokens / rows positions on average; the host knows no more of packed rows."""
     mean = tokens / max(rows, 1)
     block = next((size for size in CONFIGS if size >= mean), max(CONFIGS))
-    return rows, mask.shape[1] if cu_seqlens is None else 0, dict(GROUPS=block // PER, num_warps=CONFIGS[block])
-
-
-def layout_tensors(op, cu_seqlens, mask, tokens):
-    """(cu_seqlens, mask) as the kernels take them: contiguous, one of them None; offsets on the CPU (the interpreter's
-    tensors) are looked at."""
-    if cu_seqlens is None:
-        return None, mask.contiguous()
-    check_offsets(op, cu_seqlens, tokens)
-    return cu_seqlens.contiguous(), None
+    return dict(GROUPS=block // PER, num_warps=CONFIGS[block])
 
 
 def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
     """See the op. float32, bfloat16 or float16, read as they are; outputs float32, shaped as rewards."""
     tokens = rewards.numel()
     rewards, values = rewards.contiguous(), values.contiguous()
-    cu_seqlens, mask = layout_tensors("gae", cu_seqlens, mask, tokens)
+    cu_seqlens, mask, rows, width = row_arguments("gae", cu_seqlens, mask, tokens)
     advantages, returns = (torch.empty_like(rewards, dtype=torch.float32) for _ in range(2))
     if tokens == 0:
         return advantages, returns
-    rows, width, config = shape_of(cu_seqlens, mask, tokens)
     with torch.cuda.device(rewards.get_device()):
         gae_kernel[(max(rows, 1),)](advantages, returns, rewards, values, cu_seqlens, mask, rows, width, tokens,
-                                    gamma * lam, gamma - gamma * lam, CARRY=carry and mask is not None, **config)
+                                    gamma * lam, gamma - gamma * lam, CARRY=carry and mask is not None,
+                                    **scan_config(tokens, rows))
     return advantages, returns

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from ..counters import counter
-from ..gae.triton_impl import clear_tail, extent, layout_tensors, places, read, real, shape_of, stream, together, write
+from ..gae.triton_impl import join4, places, scan_config, stream, vector_bounds, write
+from ..rows_triton import count_valid, load_valid, row_arguments, valid_mask, zero_tail
 from .reference import STATISTICS
 
 # Programs of a launch at most, the same on every device, so that the order of the sums is too. It bounds what the last
@@ -31,22 +32,7 @@ def bounded(x, limit):
 def put_four(shares_SP, at, x0_G, x1_G, x2_G, x3_G):
     """This program's share of the statistics at .. at + 3."""
     places_S = (at + tl.arange(0, 4)) * PROGRAMS + tl.program_id(0)
-    tl.store(shares_SP + places_S, tl.sum(together(x0_G, x1_G, x2_G, x3_G), 0))
-
-
-@triton.jit
-def counted(mask_N, base, lead, stop, at_GK):
-    """(number of valid positions, the last one or -1) of a row."""
-    if mask_N is None:
-        return stop - lead, stop - 1
-    BLOCK: tl.constexpr = at_GK.shape[0] * at_GK.shape[1]
-    count_GK = tl.zeros(at_GK.shape, tl.int32)
-    last_GK = tl.full(at_GK.shape, -1, tl.int32)
-    for start in range(0, stop, BLOCK):
-        valid_GK = real(mask_N, base, start + at_GK, lead, stop)
-        count_GK += valid_GK.to(tl.int32)
-        last_GK = tl.maximum(last_GK, tl.where(valid_GK, start + at_GK, -1))
-    return tl.sum(tl.sum(count_GK, 1), 0), tl.max(tl.max(last_GK, 1), 0)
+    tl.store(shares_SP + places_S, tl.sum(join4(x0_G, x1_G, x2_G, x3_G), 0))
 
 
 @triton.jit
@@ -79,8 +65,8 @@ def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_
     sum_G, square_G, mean_kl_G, kl_G, shaped_r_G, shaped_c_G = none_G, none_G, none_G, none_G, none_G, none_G
     advantage_r_G, advantage_c_G, return_r_G, return_c_G = none_G, none_G, none_G, none_G
     for row in range(program, rows, programs):
-        base, lead, stop = extent(cu_seqlens, row, width)
-        tokens_here, last = counted(mask_N, base, lead, stop, at_GK)
+        base, lead, stop = vector_bounds(cu_seqlens, row, rows, width)
+        tokens_here, last = count_valid(mask_N, base, at_GK, lead, stop)
         count += tokens_here
         sequences += (tokens_here > 0).to(tl.int32)
         weight = 1.0 / tl.maximum(tokens_here, 1).to(tl.float32)
@@ -90,8 +76,8 @@ def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_
         for block in range(blocks):
             start = (blocks - 1 - block) * (4 * GROUPS)
             here_GK = start + at_GK
-            valid_GK = real(mask_N, base, here_GK, lead, stop)
-            kl_GK = read(logp_N, base, here_GK, valid_GK) - read(ref_logp_N, base, here_GK, valid_GK)
+            valid_GK = valid_mask(mask_N, base, here_GK, lead, stop)
+            kl_GK = load_valid(logp_N, base, here_GK, valid_GK) - load_valid(ref_logp_N, base, here_GK, valid_GK)
             final_GK = valid_GK & (here_GK == last)
             score = tl.load(reward_B + row).to(tl.float32)
             r_GK = bounded(tl.where(final_GK, score, 0.0) - kl_coeff * kl_GK, clip_score)
@@ -124,11 +110,10 @@ def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_
     if tl.atomic_add(done, 1, sem="acq_rel") == programs - 1:
         add_up(statistics_S, shares_SP, programs, PROGRAMS, GROUPS)
         tl.store(done, 0)
-    if cu_seqlens is not None:
-        clear_tail(advantages_N, cu_seqlens, rows, tokens, 4 * GROUPS)
-        clear_tail(reward_returns_N, cu_seqlens, rows, tokens, 4 * GROUPS)
-        if cost_B is not None:
-            clear_tail(cost_returns_N, cu_seqlens, rows, tokens, 4 * GROUPS)
+    zero_tail(advantages_N, cu_seqlens, rows, tokens, program, programs, 4 * GROUPS)
+    zero_tail(reward_returns_N, cu_seqlens, rows, tokens, program, programs, 4 * GROUPS)
+    if cost_B is not None:
+        zero_tail(cost_returns_N, cu_seqlens, rows, tokens, program, programs, 4 * GROUPS)
 
 
 def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, cu_seqlens, mask, kl_coeff,
@@ -136,8 +121,7 @@ def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, 
     """See the op. float32, bfloat16 or float16, read as they are. Returns advantages, reward_returns, cost_returns (empty
     without cost) and statistics [12], all float32."""
     tokens, device = logp.numel(), logp.device
-    cu_seqlens, mask = layout_tensors("ppo_lag_advantage", cu_seqlens, mask, tokens)
-    rows, width, config = shape_of(cu_seqlens, mask, tokens)
+    cu_seqlens, mask, rows, width = row_arguments("ppo_lag_advantage", cu_seqlens, mask, tokens)
     programs = min(max(rows, 1), PROGRAMS.value)
     inputs = [None if tensor is None else tensor.contiguous()
               for tensor in (logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)]
@@ -149,5 +133,5 @@ def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, 
         advantage_kernel[(programs,)](
             *outputs[:2], cost_returns, statistics_S, shares_SP, counter(device), *inputs, cu_seqlens, mask, rows, width,
             tokens, kl_coeff, clip_score, gamma * lam, gamma - gamma * lam, CARRY=carry and mask is not None,
-            maxnreg=REGISTERS, **config)
+            maxnreg=REGISTERS, **scan_config(tokens, rows))
     return *outputs[:2], torch.empty(0, dtype=torch.float32, device=device) if cost is None else cost_returns, statistics_S

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from ..counters import counter
-from ..losses_triton import config, count_tokens, is_last, report, span, token_mask, zero_tail
+from ..losses_triton import config, is_last, report
+from ..rows_triton import count_valid, load_valid, row_arguments, segment_bounds, valid_mask, zero_tail
 from .reference import STATISTICS
 
 MEANS = tl.constexpr(len(STATISTICS) - 2)
@@ -67,8 +68,9 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
                 ref_logp_N, entropy_N, cu_seqlens, mask_N, normalizer, scale, shift, positions, rows, width, token_mean,
                 clip_ratio, clip_high, dual_clip, kl_coeff, entropy_coeff, K1: tl.constexpr, BLOCK: tl.constexpr):
     row, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
-    begin, length = span(row, rows, positions, cu_seqlens, width)
-    count = count_tokens(mask_N, begin, length, BLOCK)
+    begin, end = segment_bounds(cu_seqlens, row, rows, width)
+    length = (end - begin).to(tl.int32)
+    count = count_valid(mask_N, begin, tl.arange(0, BLOCK), None, length)[0].to(tl.float32)
     share = tl.where(token_mean != 0, 1.0, 1.0 / tl.maximum(count, 1.0))
     by, plus = 1.0, 0.0
     if scale is not None:
@@ -81,16 +83,16 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
     clipped_t, bounded_t, log_ratio_t = zero_t, zero_t, zero_t
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        on = token_mask(mask_N, begin, at, length)
-        logp = tl.load(logp_N + begin + at, mask=on, other=0.0).to(tl.float32)
-        old_logp = tl.load(old_logp_N + begin + at, mask=on, other=0.0).to(tl.float32)
-        advantage = tl.load(advantages_N + begin + at, mask=on, other=0.0).to(tl.float32)
+        on = valid_mask(mask_N, begin, at, None, length)
+        logp = load_valid(logp_N, begin, at, on)
+        old_logp = load_valid(old_logp_N, begin, at, on)
+        advantage = load_valid(advantages_N, begin, at, on)
         advantage = tl.where(on, advantage * by + plus, 0.0)
         ref_logp, entropy = 0.0, 0.0
         if ref_logp_N is not None:
-            ref_logp = tl.load(ref_logp_N + begin + at, mask=on, other=0.0).to(tl.float32)
+            ref_logp = load_valid(ref_logp_N, begin, at, on)
         if entropy_N is not None:
-            entropy = tl.load(entropy_N + begin + at, mask=on, other=0.0).to(tl.float32)
+            entropy = load_valid(entropy_N, begin, at, on)
             tl.store(entropy_gradient_N + begin + at, tl.where(on, -entropy_coeff * share, 0.0), mask=at < length)
             entropy_t += entropy
         token_loss, d_logp, outside, divergence, ratio, kl, clipped, bounded, log_ratio = policy_terms(
@@ -106,9 +108,9 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
         clipped_t += clipped.to(tl.float32)
         bounded_t += bounded.to(tl.float32)
         log_ratio_t += log_ratio
-    zero_tail(gradient_N, row, programs, rows, positions, cu_seqlens, BLOCK)
+    zero_tail(gradient_N, cu_seqlens, rows, positions, row, programs, BLOCK)
     if entropy_N is not None:
-        zero_tail(entropy_gradient_N, row, programs, rows, positions, cu_seqlens, BLOCK)
+        zero_tail(entropy_gradient_N, cu_seqlens, rows, positions, row, programs, BLOCK)
     mine = sums_KP + row
     tl.store(mine, tl.sum(outside_t, 0))
     tl.store(mine + programs, tl.sum(divergence_t, 0))
@@ -129,9 +131,8 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
 def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, clip_high, dual_clip, kl_coeff, k1,
              entropy_coeff, token_mean, normalizer, scale, shift):
     """See the op and reference.py."""
-    inputs = [None if tensor is None else tensor.contiguous()
-              for tensor in (logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask)]
-    rows, width = (cu_seqlens.shape[0] - 1, 0) if mask is None else mask.shape
+    inputs = [None if tensor is None else tensor.contiguous() for tensor in (logp, old_logp, advantages, ref_logp, entropy)]
+    cu_seqlens, mask, rows, width = row_arguments("ppo_loss", cu_seqlens, mask, logp.numel())
     programs = max(rows, 1)
 
     def new(*shape):
@@ -142,6 +143,6 @@ def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, cl
     with torch.cuda.device(logp.get_device()):
         loss_kernel[(programs,)](
             loss, gradient, entropy_gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(logp.device),
-            *inputs, normalizer, scale, shift, logp.numel(), rows, width, int(token_mean), clip_ratio, clip_high,
-            dual_clip, kl_coeff, entropy_coeff, K1=k1, **config(logp.numel(), programs))
+            *inputs, cu_seqlens, mask, normalizer, scale, shift, logp.numel(), rows, width, int(token_mean), clip_ratio,
+            clip_high, dual_clip, kl_coeff, entropy_coeff, K1=k1, **config(logp.numel(), programs))
     return loss, gradient, entropy_gradient, inverse, statistics

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from ..counters import counter
-from ..losses_triton import config, count_tokens, is_last, report, span, token_mask, zero_tail
+from ..losses_triton import config, is_last, report
+from ..rows_triton import count_valid, load_valid, row_arguments, segment_bounds, valid_mask, zero_tail
 from .reference import STATISTICS
 
 MEANS = tl.constexpr(len(STATISTICS) - 2)
@@ -17,8 +18,9 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
     program, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     each = tl.maximum(rows, 1)  # programs of one critic
     critic, row = program // each, program % each
-    begin, length = span(row, rows, positions, cu_seqlens, width)
-    count = count_tokens(mask_N, begin, length, BLOCK)
+    begin, end = segment_bounds(cu_seqlens, row, rows, width)
+    length = (end - begin).to(tl.int32)
+    count = count_valid(mask_N, begin, tl.arange(0, BLOCK), None, length)[0].to(tl.float32)
     share = tl.where(token_mean != 0, 1.0, 1.0 / tl.maximum(count, 1.0))
     gradient_N = gradient_CN + critic.to(tl.int64) * positions
     from_here = critic.to(tl.int64) * positions + begin
@@ -26,10 +28,10 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
     loss_t, outside_t, value_t, return_t, error_t, flat_t = zero_t, zero_t, zero_t, zero_t, zero_t, zero_t
     for start in range(0, length, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        on = token_mask(mask_N, begin, at, length)
-        value = tl.load(values_CN + from_here + at, mask=on, other=0.0).to(tl.float32)
-        old = tl.load(old_values_CN + from_here + at, mask=on, other=0.0).to(tl.float32)
-        goal = tl.load(returns_CN + from_here + at, mask=on, other=0.0).to(tl.float32)
+        on = valid_mask(mask_N, begin, at, None, length)
+        value = load_valid(values_CN, from_here, at, on)
+        old = load_valid(old_values_CN, from_here, at, on)
+        goal = load_valid(returns_CN, from_here, at, on)
         difference = value - old
         far = tl.abs(difference) > clip_value
         bounded = tl.where(difference > clip_value, clip_value, tl.where(difference < -clip_value, -clip_value, difference))
@@ -47,7 +49,7 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
         return_t += goal
         error_t += plain_square
         flat_t += flat.to(tl.float32)
-    zero_tail(gradient_N, row, each.to(tl.int64), rows, positions, cu_seqlens, BLOCK)
+    zero_tail(gradient_N, cu_seqlens, rows, positions, row, each, BLOCK)
     mine = sums_KP + program
     tl.store(mine, tl.sum(outside_t, 0))
     tl.store(mine + programs, tl.sum(value_t, 0))
@@ -69,9 +71,9 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
 def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_mean, normalizer):
     """See the op and reference.py. [C, N] or [C, B, T]."""
     critics, positions = values.shape[0], values[0].numel()
-    rows, width = (cu_seqlens.shape[0] - 1, 0) if mask is None else mask.shape
+    cu_seqlens, mask, rows, width = row_arguments("value_loss", cu_seqlens, mask, positions)
     programs = critics * max(rows, 1)
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (values, old_values, returns, cu_seqlens, mask)]
+    inputs = [tensor.contiguous() for tensor in (values, old_values, returns)]
 
     def new(*shape):
         return values.new_empty(shape, dtype=torch.float32)
@@ -80,6 +82,6 @@ def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_
     with torch.cuda.device(values.get_device()):
         loss_kernel[(programs,)](
             loss_C, gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(values.device),
-            *inputs, normalizer, positions, rows, width, critics, int(token_mean), clip_value,
+            *inputs, cu_seqlens, mask, normalizer, positions, rows, width, critics, int(token_mean), clip_value,
             **config(positions, max(rows, 1)))
     return loss_C, gradient, inverse, statistics

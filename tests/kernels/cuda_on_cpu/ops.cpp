@@ -21,9 +21,9 @@ const char* ppo_lag_advantage(void* advantages, void* reward_returns, void* cost
                               int64_t tokens, int64_t count, int64_t width, int dtype, double kl_coeff, double gamma,
                               double lam, double clip_score, bool carry, double* partials, int* counter) {
   return saferlhf::ppo_lag_advantage_cuda(
-      advantages, reward_returns, cost_returns, statistics, logp, ref_logp, reward, cost, reward_values, cost_values,
-      multiplier, {offsets, mask, tokens, count, width}, dtype, kl_coeff, gamma, lam, clip_score, carry, partials, counter,
-      nullptr);
+      {advantages, reward_returns, cost_returns, statistics},
+      {logp, ref_logp, reward, cost, reward_values, cost_values, multiplier}, {offsets, mask, tokens, count, width}, dtype,
+      {kl_coeff, gamma, lam, clip_score, carry}, partials, counter, nullptr);
 }
 
 // Two kernels that are wrong, to see that it is noticed: half a block at a barrier; half a warp in a shuffle.
