@@ -237,13 +237,13 @@ def test_options_go_together_as_the_stage_itself_would_find(model):
 
 
 def test_settings_are_typed_as_the_command_line_takes_them(model):
-    words = [choice.words("sft") for choice in options.choices(config("sft", model), Hardware(8, 1, "cuda"))]
+    words = [choice.words("sft") for choice in options.choices("sft", config("sft", model), Hardware(8, 1, "cuda"))]
     for word in words:
         _, overrides = split_words("sft", [w.removeprefix("sft.") for w in word.split()])
         load.load("sft", None, {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false",
                                 **overrides})
     assert "sft.engine.zero_stage=3" in words and "sft.optim.kind=adamw-8bit" in words
-    both = next(c for c in options.choices(config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
+    both = next(c for c in options.choices("ppo-lag", config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
     assert both.words("ppo-lag") == "ppo-lag.optim.kind=adamw-8bit ppo-lag.critic_optim.kind=adamw-8bit"
 
 
