@@ -26,7 +26,7 @@ def evaluate(cfg):
     """Runs the stage evaluate -> summary with 95 % intervals; writes evaluation.json and samples.jsonl."""
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
-    longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
+    longest = cfg.sampling.prompt_limit(cfg.max_length)
     prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
 
     def policy(path):
