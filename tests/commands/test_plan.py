@@ -160,6 +160,18 @@ def test_passes_are_those_that_a_stage_cuts_a_step_into(model, kind, values):
     assert planned.scoring == minibatches * sum(rows != [] for rows in real)
 
 
+def test_auto_is_the_engine_that_the_stage_itself_would_choose(model, tmp_path):
+    """Continuous batching on a GPU, but not for an architecture that it cannot run."""
+    bloom = {"model_type": "bloom", "vocab_size": 500, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps(bloom))
+    for folder, device, engine in ((model, "cuda", "continuous"), (model, "cpu", "generate"), (tmp_path, "cuda", "generate")):
+        folder = str(folder)
+        auto, named = (moments(stage("evaluate", folder, device=device, sampling={"engine": name})) for name in ("auto", engine))
+        assert auto == named
+        other = {"continuous": "generate", "generate": "continuous"}[engine]
+        assert auto != moments(stage("evaluate", folder, device=device, sampling={"engine": other}))
+
+
 def test_a_cut_distribution_is_planned_in_every_moment(model):
     plain, cut = (stage("ppo-lag", model, max_length=128, ptx="none.json", sampling={"engine": "generate", **shape})
                   for shape in ({}, {"top_p": 0.9, "repetition_penalty": 1.1}))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ...models.sampling_distribution import plain
+from ...rollout.engines import engine_name
 from . import pass_memory, sizes
 from .pass_memory import lengths_of
 from .passes import passes_of_step
@@ -134,9 +135,7 @@ def _updating(cast, actor, critics, lengths, asked, several):
 def rollout(cast, actor, prompts):
     """Moments of generation: over the prompts, and at its end, when the cache is full; [] on another machine."""
     cfg, sampling = cast.cfg, cast.cfg.sampling
-    name = sampling.engine
-    if name == "auto":
-        name = "continuous" if cast.device == "cuda" and (not actor.states.sharded or sampling.gather) else "generate"
+    name = engine_name(sampling, sizes.build(actor.blueprint).lm, cast.device, actor.states.sharded)
     if name == "vllm-server":
         return []
     before = cast.resident()
