@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import kit
 import pytest
@@ -199,6 +200,23 @@ stages:
     (_, _), (ppo, _) = plan.plan(str(recipe), {}, Hardware(1, 1 << 40, "cpu"))
     by_role = {m.role: m for m in ppo.models}
     assert by_role["reward model"].count.all < 0.1 * by_role["base"].count.all
+
+
+def test_a_score_model_on_disk_joins_the_trunk_if_its_adapter_is_of_the_same_base(model, tmp_path):
+    """As training/ppo/load_roles.py would take it."""
+    import peft
+    counts = {}
+    for name, base in (("same", model), ("other", str(tmp_path))):
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], base_model_name_or_path=base)
+        adapter.save_pretrained(folder / "adapter")
+        made = stage("ppo", model, max_length=128, lora={"rank": 4}, reward=str(folder), cost=None)
+        counts |= {name: next(m.count.all for m in made.models if m.role == "reward model"),
+                   "base": next(m.count.all for m in made.models if m.role == "base")}
+    width, values = LLAMA["hidden_size"], 128
+    per_layer = 4 * ((width + width) + (width + values))
+    assert counts["same"] == LLAMA["num_hidden_layers"] * per_layer + width and counts["other"] > 0.5 * counts["base"]
 
 
 def test_overlap_adds_a_copy_and_both_sides_of_the_step(model):

@@ -1,8 +1,7 @@
 """The moments of ppo, ppo-lag and evaluate: rollout, scoring, update; separate models, or adapters on one base."""
 
-import json
-from pathlib import Path
-
+from ...config.sections import Lora
+from ...models import multi_adapter
 from ...models.sampling_distribution import plain
 from ...rollout.engines import engine_name
 from . import pass_memory, sizes
@@ -73,13 +72,11 @@ def _on_trunk(cast):
 
 def _saved_adapter(cast, name):
     """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
-    from ...config.stages import Lora
     path, base = getattr(cast.cfg, name), cast.cfg.model
-    folder = Path(path).expanduser() / "adapter" / "adapter_config.json"
-    if folder.is_file():
-        saved = json.loads(folder.read_text(encoding="utf-8"))
-        same = Path(saved.get("base_model_name_or_path") or "").expanduser() == Path(base).expanduser().resolve()
-        return Lora(rank=saved["r"], target_modules=saved["target_modules"]) if same else None
+    saved = multi_adapter.config_of_score(path, base)
+    if saved is not None:
+        targets = saved.target_modules
+        return Lora(rank=saved.r, target_modules=targets if isinstance(targets, str) else sorted(targets))
     made = sizes.made_by(path, cast.earlier)
     maker = cast.earlier.get(made)
     return maker.lora if maker is not None and maker.lora.rank and maker.model == base else None
