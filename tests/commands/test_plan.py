@@ -10,13 +10,11 @@ import pytest
 from saferlhf_fast import cli
 from saferlhf_fast.commands import plan
 from saferlhf_fast.commands.plan import options, sizes
-from saferlhf_fast.commands.plan.passes import passes_of_step
-from saferlhf_fast.commands.plan.phases import Cast, Hardware
+from saferlhf_fast.commands.plan.phases import Hardware
 from saferlhf_fast.commands.plan.stage_phases import plan_stage
 from saferlhf_fast.config import load
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.models.packing import fill
 
 MIB = 2 ** 20
 LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8000, "hidden_size": 256,
@@ -136,29 +134,6 @@ def test_one_pass_holds_all_graphs_at_once(model):
                        for single in (True, False))
     assert moments(together)["update"] > 1.3 * moments(apart)["update"]
     assert moments(together)["scoring"] <= moments(apart)["scoring"]
-
-
-@pytest.mark.parametrize("kind, values", [
-    ("sft", {"train": {"batch_size": 4, "accumulation": 3, "max_length": 128, "micro_tokens": 256}}),
-    ("dpo", {"train": {"batch_size": 4, "accumulation": 2, "max_length": 128}}),
-    ("reward", {"train": {"batch_size": 3, "max_length": 128, "micro_tokens": 100}}),
-    ("reward", {"train": {"batch_size": 1, "max_length": 128, "micro_tokens": 100}}),
-    ("ppo", {"max_length": 128, "ppo": {"batch_size": 8, "micro_batch_size": 2, "minibatches": 2},
-             "sampling": {"num_return_sequences": 2}}),
-    ("ppo-lag", {"max_length": 128, "ppo": {"batch_size": 4, "micro_tokens": 100, "epochs": 3}})])
-def test_passes_are_those_that_a_stage_cuts_a_step_into(model, kind, values):
-    """Of sequences that are as long as may be. What is longer than a pass may be has one of its own."""
-    cast = Cast(kind, kind, config(kind, model, **values), Hardware(1, 1 << 40), {})
-    planned, cfg, minibatches = passes_of_step(cast), cast.cfg, 1
-    if kind.startswith("ppo"):
-        minibatches, examples = cfg.ppo.minibatches, cfg.ppo.batch_size * cfg.sampling.num_return_sequences
-        lengths, tokens = [cfg.max_length] * (examples // minibatches), cfg.pass_tokens()
-    else:
-        examples, tokens = cfg.train.batch_size * cfg.train.accumulation, cfg.train.pass_tokens(cast.spec.sequences)
-        lengths = [cast.spec.sequences * cfg.train.max_length] * examples
-    real, = fill(lengths, tokens)
-    assert planned.several == (len(real) > 1)
-    assert planned.scoring == minibatches * sum(rows != [] for rows in real)
 
 
 def test_auto_is_the_engine_that_the_stage_itself_would_choose(model, tmp_path):
