@@ -13,7 +13,7 @@ from typing import NamedTuple
 from saferlhf_fast.config import deepspeed_keys
 from saferlhf_fast.config.schema import show
 from saferlhf_fast.config.sections import REWARD, Multiplier, Optimizer
-from saferlhf_fast.config.stage_table import STAGE_SPECS
+from saferlhf_fast.config.stage_table import STAGE_SPECS, stages_of
 from saferlhf_fast.config.stages import STAGES
 
 BEST_METRICS = {stage: spec.best_by for stage, spec in STAGE_SPECS.items() if spec.best_by}
@@ -243,13 +243,13 @@ OPTIMIZER = (
 
 TABLES = (
     Table("Engine", tuple(STAGES), ENGINE),
-    Table("Training on examples", tuple(BEST_METRICS), TRAIN),
-    Table("Lengths", ("ppo", "ppo-lag", "evaluate"), SAMPLING),
-    Table("Starting an evaluation again", ("evaluate",), EVALUATE),
-    Table("Constraint and costs", ("ppo", "ppo-lag"), CONSTRAINT),
-    Table("PPO step", ("ppo", "ppo-lag"), PPO),
-    Table("Overlap of sampling and learning", ("ppo", "ppo-lag"), OVERLAP),
-    Table("One base for all roles", ("ppo", "ppo-lag"), SHARED_BASE),
-    Table("Evaluation", ("ppo", "ppo-lag"), EVALUATION),
+    Table("Training on examples", stages_of("supervised"), TRAIN),
+    Table("Lengths", stages_of("ppo", "evaluation"), SAMPLING),
+    Table("Starting an evaluation again", stages_of("evaluation"), EVALUATE),
+    Table("Constraint and costs", stages_of("ppo"), CONSTRAINT),
+    Table("PPO step", stages_of("ppo"), PPO),
+    Table("Overlap of sampling and learning", stages_of("ppo"), OVERLAP),
+    Table("One base for all roles", stages_of("ppo"), SHARED_BASE),
+    Table("Evaluation", stages_of("ppo"), EVALUATION),
 )
 """All that `first` asks, in this order."""

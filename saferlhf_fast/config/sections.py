@@ -205,6 +205,10 @@ class Logging:
     """Progress bars and tables on the terminal."""
 
 
+MEMORY_SHARES = {"continuous": 0.8, "vllm": 0.4}
+"""Shares of a GPU's memory that rollout engines take when sampling.memory does not say; its help names them too."""
+
+
 @frozen
 class Sampling:
     """How responses are generated. Log-probs are scored under the same temperature, top-p, top-k and penalty."""
@@ -240,6 +244,18 @@ class Sampling:
     """Address of the server that vllm-server asks."""
     server_weights: Optional[str] = None
     """Folder through which the server gets new weights, under the same path on its machine; a temporary one when not given."""
+
+    def prompt_limit(self, max_length):
+        """Longest prompt (tokens). max_length: of prompt and response (tokens)."""
+        return self.max_prompt_length or max_length // 2
+
+    def response_limit(self, prompt, max_length):
+        """Longest response to a prompt of `prompt` tokens (at least 1 token). max_length: of prompt and response (tokens)."""
+        return max(1, min(max_length - prompt, self.max_new_tokens or max_length))
+
+    def memory_share(self, engine):
+        """Share of a GPU's memory that "continuous" may take of what is free, or "vllm" of all."""
+        return self.memory or MEMORY_SHARES[engine]
 
 
 @frozen
@@ -335,6 +351,10 @@ class PPO:
     """Weight of the supervised loss on `ptx` data; used when there is some."""
     shaping: Optional[NonNegative] = None
     """ν: maximise R − ν·C with one critic (the paper's reward-shaping baseline); only in the stage ppo."""
+
+    def optimizer_steps(self):
+        """Optimiser steps of each trained model on one batch of rollouts."""
+        return self.epochs * self.minibatches
 
 
 @frozen

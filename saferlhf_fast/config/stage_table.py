@@ -7,6 +7,32 @@ stages.py, and a planner in commands/plan/.
 from typing import NamedTuple
 
 
+class Family(NamedTuple):
+    """Stages that work alike, and the keys under which each of them has what all stages have.
+
+    Attributes:
+        step: What one step is called where a plan says what a step sends.
+        max_length: Key of the longest sequence (tokens).
+        pass_rows: Key of how many sequences, or examples of several, a pass holds when all are of that length.
+        pass_tokens: Key of the most tokens of a pass, which replaces `pass_rows` when it is given; "" where there is none.
+        recomputation: Key of the switch that recomputes activations in the backward pass; "" where nothing is trained.
+    """
+
+    step: str
+    max_length: str
+    pass_rows: str
+    pass_tokens: str = ""
+    recomputation: str = ""
+
+
+FAMILIES: dict[str, Family] = {
+    "supervised": Family("optimiser step", "train.max_length", "train.batch_size", "train.micro_tokens",
+                         "train.gradient_checkpointing"),
+    "ppo": Family("batch of rollouts", "max_length", "ppo.micro_batch_size", "ppo.micro_tokens", "gradient_checkpointing"),
+    "evaluation": Family("batch", "max_length", "batch_size"),
+}
+
+
 class StageSpec(NamedTuple):
     """One stage, or a command that has settings as stages have.
 
@@ -16,6 +42,8 @@ class StageSpec(NamedTuple):
             returns a summary that JSON can hold.
         help: One line for the list of commands.
         examples: Command lines for its `--help`, without the program's name.
+        family: The key of FAMILIES whose stages work as this one does; "" where a recipe cannot name it.
+        sequences: How many sequences one example has: 2 for pairs.
         best_by: What train.best_metric can name.
         planner: The function in commands/plan/ that lists its phases, as "module:function"; "" where a recipe cannot name it.
         several_processes: Whether it starts a process for each GPU.
@@ -25,6 +53,8 @@ class StageSpec(NamedTuple):
     entry: str
     help: str
     examples: tuple[str, ...]
+    family: str = ""
+    sequences: int = 1
     best_by: tuple[str, ...] = ()
     planner: str = ""
     several_processes: bool = True
@@ -38,35 +68,38 @@ STAGE_SPECS: dict[str, StageSpec] = {
         "SFTConfig", "saferlhf_fast.training.sft:train", "fine-tune a causal language model on instructions",
         ("sft model=Qwen/Qwen3-0.6B data=alpaca.json output=runs/sft",
          "sft recipe.yaml train.max_steps=10 --optim.learning_rate 1e-5 --overwrite"),
-        best_by=("eval/loss",), planner="stage_phases:sft"),
+        family="supervised", best_by=("eval/loss",), planner="stage_phases:sft"),
     "reward": StageSpec(
         "PreferenceConfig", "saferlhf_fast.training.preference:train_reward", "train a reward model on helpfulness preferences",
         (f"reward {_SCORE} output=runs/reward", "reward recipe.yaml train.eval_fraction=0.1 --baseline"),
-        best_by=("eval/loss", "eval/accuracy"), planner="stage_phases:preference"),
+        family="supervised", sequences=2, best_by=("eval/loss", "eval/accuracy"), planner="stage_phases:preference"),
     "cost": StageSpec(
         "PreferenceConfig", "saferlhf_fast.training.preference:train_cost",
         "train a cost model on harmlessness preferences and safety labels",
         (f"cost {_SCORE} output=runs/cost", "cost recipe.yaml lora.rank=16 train.batch_size=8"),
-        best_by=("eval/loss", "eval/accuracy", "eval/accuracy_sign"), planner="stage_phases:preference"),
+        family="supervised", sequences=2, best_by=("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
+        planner="stage_phases:preference"),
     "ppo": StageSpec(
         "PPOConfig", "saferlhf_fast.training.ppo_lag:train_ppo",
         "optimise the policy for reward alone (or for R − ν·C: ppo.shaping)",
         (f"ppo {_REWARD} data=prompts.jsonl output=runs/ppo", "ppo recipe.yaml cost=runs/cost/model ppo.shaping=1.0"),
-        planner="ppo_phases:ppo"),
+        family="ppo", planner="ppo_phases:ppo"),
     "ppo-lag": StageSpec(
         "PPOConfig", "saferlhf_fast.training.ppo_lag:train_ppo_lag",
         "optimise the policy for reward while its mean cost stays under a threshold",
         (f"ppo-lag {_REWARD} cost=runs/cost/model data=prompts.jsonl output=runs/ppo-lag",
-         "ppo-lag recipe.yaml multiplier.rule=pid --multiplier.threshold -0.5"), planner="ppo_phases:ppo"),
+         "ppo-lag recipe.yaml multiplier.rule=pid --multiplier.threshold -0.5"), family="ppo", planner="ppo_phases:ppo"),
     "dpo": StageSpec(
         "DPOConfig", "saferlhf_fast.training.dpo:train", "optimise the policy on preferences directly, without score models",
         ("dpo model=runs/sft/model data=pairs.jsonl output=runs/dpo beta=0.1", "dpo recipe.yaml --preference safer"),
-        best_by=("eval/loss", "eval/reward_accuracy", "eval/reward_margin"), planner="stage_phases:dpo"),
+        family="supervised", sequences=2, best_by=("eval/loss", "eval/reward_accuracy", "eval/reward_margin"),
+        planner="stage_phases:dpo"),
     "evaluate": StageSpec(
         "EvaluateConfig", "saferlhf_fast.evaluation.evaluate:evaluate",
         "mean reward, mean cost, unsafe share, KL and length of a policy",
         ("evaluate model=runs/ppo-lag/model prompts=prompts.jsonl reward=runs/reward/model cost=runs/cost/model",
-         "evaluate recipe.yaml output=runs/evaluation --sampling.max_new_tokens 128"), planner="ppo_phases:evaluate"),
+         "evaluate recipe.yaml output=runs/evaluation --sampling.max_new_tokens 128"),
+        family="evaluation", planner="ppo_phases:evaluate"),
 }
 """The stages that a recipe can name, as the list of commands shows them."""
 
@@ -79,3 +112,8 @@ DEMO = StageSpec("DemoConfig", "saferlhf_fast.demo.run:run",
 
 WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO}
 """Every command whose settings come from a config class."""
+
+
+def stages_of(*families):
+    """Names of the stages of some families, one family after the other."""
+    return tuple(name for family in families for name, spec in STAGE_SPECS.items() if spec.family == family)

@@ -163,6 +163,17 @@ class PPOConfig(StageConfig):
         """{name: ScorerSpec} of the reward and of each cost, whether it is constrained or not."""
         return {REWARD: scorer_spec(self.reward), **{c.name: scorer_spec(c.cost) for c in self.long_form()}}
 
+    def in_one_pass(self):
+        """True when the settings let the update's own forward passes give the old log-probs and values: one optimiser step per
+        batch, no whitening over the batch (whose statistics would have to be known before the first loss), no dropout in
+        adapters (the old policy has none)."""
+        dropout = self.lora.rank > 0 and self.lora.dropout > 0
+        return self.ppo.single_pass and self.ppo.optimizer_steps() == 1 and not self.ppo.whiten and not dropout
+
+    def trains_on_ptx(self):
+        """True when each step has a supervised loss on `ptx` data."""
+        return self.ptx is not None and self.ppo.ptx_coeff > 0
+
 
 @frozen
 class EvaluateConfig(StageConfig):

@@ -31,7 +31,7 @@ def evaluate(cfg, restart=False):
     """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
-    longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
+    longest = cfg.sampling.prompt_limit(cfg.max_length)
     prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
     cast = load_evaluation_roles(cfg, tokenizer)
     folder = open_run("evaluate", cfg, restart) if cfg.output else None

@@ -89,17 +89,24 @@ def save_score(folder, score, base):
     save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def of_score(path, base):
-    """-> Saved of the score model in a folder, or None where it has none, or one of another base."""
+def config_of_score(path, base):
+    """-> peft.LoraConfig of the score model's adapter in a folder, or None where it has none, or one of another base. Reads no
+    weights."""
     folder = Path(path).expanduser() / "adapter"
     if not (folder / "adapter_config.json").is_file():
         return None
     import peft
-    from safetensors.torch import load_file
     config = peft.LoraConfig.from_pretrained(folder)
-    if config.base_model_name_or_path != _name(base):
+    return config if config.base_model_name_or_path == _name(base) else None
+
+
+def of_score(path, base):
+    """-> Saved of the score model in a folder, or None where it has none, or one of another base."""
+    from safetensors.torch import load_file
+    config = config_of_score(path, base)
+    if config is None:
         return None
-    state = load_file(folder / "adapter_model.safetensors")
+    state = load_file(Path(path).expanduser() / "adapter" / "adapter_model.safetensors")
     head = state.pop(HEAD)
     config.modules_to_save, config.task_type, config.inference_mode = None, "CAUSAL_LM", False
     return Saved(config, state, head)

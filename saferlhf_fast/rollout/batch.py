@@ -32,7 +32,7 @@ def generate(generator, prompts, tokenizer, sampling, max_length, seed=0, first=
     n = sampling.num_return_sequences
     rows = [p for p in prompts for _ in range(n)]
     places = [first * n + place for place in global_places(len(prompts), n)]
-    limits = [max(1, min(max_length - len(p.ids), sampling.max_new_tokens or max_length)) for p in rows]
+    limits = [sampling.response_limit(len(p.ids), max_length) for p in rows]
     seeds = [(seed * 1_000_003 + place) % (1 << 62) for place in places]
     return rows, generator.generate([list(p.ids) for p in rows], seeds, limits)
 

@@ -63,7 +63,7 @@ def train(cfg, restart=False):
         console.say(line)
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
-    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), sequences=2,
+    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids),
                 describe=describe(policy.module, tokenizer),
                 loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}))

@@ -99,7 +99,7 @@ def _train(cfg, stage, observe, restart):
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     prompts, held_out, ptx, report = load_data(cfg, tokenizer)
     steps = total_steps(len(prompts), cfg)
-    cast = load_cast(cfg, tokenizer, steps * cfg.ppo.epochs * cfg.ppo.minibatches, constrained=stage == "ppo-lag")
+    cast = load_cast(cfg, tokenizer, steps * cfg.ppo.optimizer_steps(), constrained=stage == "ppo-lag")
     folder = open_run(stage, cfg, restart)
     for line in report.lines():
         console.say(line)

@@ -103,7 +103,7 @@ def _train(cfg, kind, restart):
                     multi_adapter.save_score(path / "adapter", trained.module, cfg.model)
         engine.barrier()
 
-    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save, sequences=2,
+    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save,
                 describe=describe(trained.module, tokenizer),
                 loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), kind)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..config.stage_table import STAGE_SPECS
 from ..data.batches import global_batches
 from ..errors import UserError
 from ..models.packing import fill
@@ -32,7 +33,6 @@ class Task:
     loss: Callable       # (model, examples) -> (sum over examples of weight × loss, {name: weighted sum})
     tokens: Callable     # example -> tokens that pass through the model
     save: Callable       # folder -> None; every rank calls it
-    sequences: int = 1   # of one example
     describe: Callable | None = None     # folder -> None; writes config and tokenizer, for exports of checkpoints
 
 
@@ -56,7 +56,7 @@ def fit(model, task, examples, held_out, cfg, folder, metrics, label):
     train, world = cfg.train, engine.world_size()
     steps = total_steps(len(examples), train, world)
     size = global_size(train, world)
-    budget = train.pass_tokens(task.sequences)
+    budget = train.pass_tokens(STAGE_SPECS[label].sequences)
     best, skips = best_of(train.best_metric, task, folder), Skips(min(cfg.engine.max_skips, steps))
     known, spikes = Memory(last={}, loss=float("nan")), Spikes(("loss",))
     state = {"best": best, "skips": skips, "known": known, "metrics": metrics}

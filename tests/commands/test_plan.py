@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import kit
 import pytest
@@ -135,6 +136,18 @@ def test_one_pass_holds_all_graphs_at_once(model):
     assert moments(together)["scoring"] <= moments(apart)["scoring"]
 
 
+def test_auto_is_the_engine_that_the_stage_itself_would_choose(model, tmp_path):
+    """Continuous batching on a GPU, but not for an architecture that it cannot run."""
+    bloom = {"model_type": "bloom", "vocab_size": 500, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+    (tmp_path / "config.json").write_text(json.dumps(bloom))
+    for folder, device, engine in ((model, "cuda", "continuous"), (model, "cpu", "generate"), (tmp_path, "cuda", "generate")):
+        folder = str(folder)
+        auto, named = (moments(stage("evaluate", folder, device=device, sampling={"engine": name})) for name in ("auto", engine))
+        assert auto == named
+        other = {"continuous": "generate", "generate": "continuous"}[engine]
+        assert auto != moments(stage("evaluate", folder, device=device, sampling={"engine": other}))
+
+
 def test_a_cut_distribution_is_planned_in_every_moment(model):
     plain, cut = (stage("ppo-lag", model, max_length=128, ptx="none.json", sampling={"engine": "generate", **shape})
                   for shape in ({}, {"top_p": 0.9, "repetition_penalty": 1.1}))
@@ -162,6 +175,23 @@ stages:
     (_, _), (ppo, _) = plan.plan(str(recipe), {}, Hardware(1, 1 << 40, "cpu"))
     by_role = {m.role: m for m in ppo.models}
     assert by_role["reward model"].count.all < 0.1 * by_role["base"].count.all
+
+
+def test_a_score_model_on_disk_joins_the_trunk_if_its_adapter_is_of_the_same_base(model, tmp_path):
+    """As training/ppo/load_roles.py would take it."""
+    import peft
+    counts = {}
+    for name, base in (("same", model), ("other", str(tmp_path))):
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], base_model_name_or_path=base)
+        adapter.save_pretrained(folder / "adapter")
+        made = stage("ppo", model, max_length=128, lora={"rank": 4}, reward=str(folder), cost=None)
+        counts |= {name: next(m.count.all for m in made.models if m.role == "reward model"),
+                   "base": next(m.count.all for m in made.models if m.role == "base")}
+    width, values = LLAMA["hidden_size"], 128
+    per_layer = 4 * ((width + width) + (width + values))
+    assert counts["same"] == LLAMA["num_hidden_layers"] * per_layer + width and counts["other"] > 0.5 * counts["base"]
 
 
 def test_overlap_adds_a_copy_and_both_sides_of_the_step(model):
@@ -237,13 +267,13 @@ def test_options_go_together_as_the_stage_itself_would_find(model):
 
 
 def test_settings_are_typed_as_the_command_line_takes_them(model):
-    words = [choice.words("sft") for choice in options.choices(config("sft", model), Hardware(8, 1, "cuda"))]
+    words = [choice.words("sft") for choice in options.choices("sft", config("sft", model), Hardware(8, 1, "cuda"))]
     for word in words:
         _, overrides = split_words("sft", [w.removeprefix("sft.") for w in word.split()])
         load.load("sft", None, {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false",
                                 **overrides})
     assert "sft.engine.zero_stage=3" in words and "sft.optim.kind=adamw-8bit" in words
-    both = next(c for c in options.choices(config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
+    both = next(c for c in options.choices("ppo-lag", config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
     assert both.words("ppo-lag") == "ppo-lag.optim.kind=adamw-8bit ppo-lag.critic_optim.kind=adamw-8bit"
 
 

@@ -10,6 +10,7 @@ import kit
 import pytest
 
 from saferlhf_fast.commands.plan import communication, phases, sizes, stage_phases
+from saferlhf_fast.commands.plan.passes import Passes
 from saferlhf_fast.commands.plan.phases import Hardware
 from saferlhf_fast.config import load
 
@@ -89,8 +90,7 @@ def planned(kind, cfg, found):
     backward, scoring = times("backward Policy"), times("frozen Policy")
     update = times("backward ScoreModel") // 2 if kind == "ppo-lag" else backward      # two critics; PTX is the actor's alone
     rollout = 1 if kind == "sft" or cfg.sampling.gather else times("token")
-    return communication.of_stage(cast, communication.Passes(scoring, update, 1, times("asked Policy") > 0, backward - update,
-                                                             rollout))
+    return communication.of_stage(cast, Passes(scoring, update, 1, times("asked Policy") > 0, backward - update, rollout))
 
 
 PLACES = {"rollout": ("rollout",), "scoring": ("frozen", "asked"), "update": ("forward", "backward"), "step": ("step",)}

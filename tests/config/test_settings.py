@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
 import pytest
 
 from saferlhf_fast.config import checks, deepspeed_keys, fingerprint, inputs, load as settings, schema
-from saferlhf_fast.config.stages import STAGES, Source
+from saferlhf_fast.config.sections import MEMORY_SHARES
+from saferlhf_fast.config.stages import STAGES, Sampling, Source
 from saferlhf_fast.errors import UserError
 
 GIVEN = {"model": "org/model", "data": "data.json", "output": "out"}
@@ -260,6 +262,31 @@ def test_every_key_that_deepspeed_has_is_let_through():
 def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
     monkeypatch.setattr(deepspeed_keys, "find_spec", lambda name: None)
     assert deepspeed_keys.unknown({"foo": 1}) is None
+
+
+@pytest.mark.parametrize("changed, expected", [
+    ({}, True), ({"ppo.single_pass": "false"}, False), ({"ppo.epochs": "2"}, False), ({"ppo.minibatches": "2"}, False),
+    ({"ppo.whiten": "true"}, False), ({"lora.dropout": "0.1"}, True), ({"lora.rank": "4"}, True),
+    ({"lora.rank": "4", "lora.dropout": "0.1"}, False)])
+def test_what_takes_old_numbers_from_a_pass_of_their_own(changed, expected):
+    """lora.dropout says nothing while no adapter is there."""
+    needed = {"model": "m", "reward": "r", "data": "d", "output": "o"}
+    assert settings.load("ppo", None, {**needed, **changed}).in_one_pass() is expected
+
+
+def test_lengths_that_are_not_given_are_what_max_length_leaves():
+    for given, prompt, responses in (({}, 50, {50: 50, 1: 99, 99: 1, 100: 1}),
+                                     ({"max_prompt_length": 70, "max_new_tokens": 40}, 70, {50: 40, 70: 30})):
+        sampling = Sampling(**given)
+        assert sampling.prompt_limit(100) == prompt
+        assert {at: sampling.response_limit(at, 100) for at in responses} == responses
+
+
+def test_shares_of_memory_are_those_that_help_names():
+    text = schema.leaves(STAGES["ppo"])["sampling.memory"].doc
+    for engine, share in MEMORY_SHARES.items():
+        assert re.search(rf"{engine} .*?{share:g} when not given", text.replace("\n", " ")), engine
+        assert Sampling().memory_share(engine) == share and Sampling(memory=0.5).memory_share(engine) == 0.5
 
 
 def test_no_torch_is_imported_by_settings():

@@ -7,8 +7,9 @@ import pytest
 
 from saferlhf_fast import cli
 from saferlhf_fast.commands import run
-from saferlhf_fast.config import schema, stages
-from saferlhf_fast.config.stage_table import STAGE_SPECS, WITH_SETTINGS
+from saferlhf_fast.config import load, schema, stages
+from saferlhf_fast.config.sections import PreferenceData
+from saferlhf_fast.config.stage_table import FAMILIES, STAGE_SPECS, WITH_SETTINGS, stages_of
 from saferlhf_fast.runtime import launcher
 
 
@@ -31,3 +32,28 @@ def test_a_recipe_can_name_the_rows_and_nothing_else():
     assert list(stages.STAGES) == list(STAGE_SPECS) and set(schema.SETTINGS) == set(WITH_SETTINGS)
     trained = {name for name, config in stages.STAGES.items() if "train" in config.__dataclass_fields__}
     assert trained == {name for name, spec in STAGE_SPECS.items() if spec.best_by}
+
+
+def test_families_part_the_stages_and_know_where_their_settings_are():
+    """A key that is renamed in a config class, or a pass that is bounded by another, would leave `saferlhf-fast plan` with
+    advice that no stage takes."""
+    assert sorted(stages_of(*FAMILIES)) == sorted(STAGE_SPECS)
+    for name, spec in STAGE_SPECS.items():
+        family, leaves = FAMILIES[spec.family], schema.leaves(stages.STAGES[name])
+        keys = [key for key in family[1:] if key]
+        assert set(keys) <= set(leaves), name
+        assert bool(family.recomputation) == ("optim.kind" in leaves), name
+        needed = {key: "x" for key in ("model", "data", "prompts", "reward", "output") if key in leaves}
+        cfg = load.load(name, None, {**needed, family.pass_rows: "3", family.max_length: "700"})
+        of_pass = cfg.train.pass_tokens(spec.sequences) if spec.family == "supervised" else cfg.pass_tokens()
+        assert of_pass == 3 * 700 * spec.sequences
+        if family.pass_tokens:
+            cfg = load.load(name, None, {**needed, family.pass_tokens: "99"})
+            assert (cfg.train.pass_tokens(spec.sequences) if spec.family == "supervised" else cfg.pass_tokens()) == 99
+
+
+def test_examples_of_preferences_are_pairs():
+    pairs = {name for name, config in stages.STAGES.items() if config.__dataclass_fields__.get("data") is not None
+             and config.__dataclass_fields__["data"].type == PreferenceData}
+    assert pairs == {name for name, spec in STAGE_SPECS.items() if spec.sequences == 2}
+    assert {spec.sequences for spec in STAGE_SPECS.values()} == {1, 2}

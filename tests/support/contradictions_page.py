@@ -19,8 +19,8 @@ true of its settings. `python tests/support/contradictions_page.py` prints the p
 def page():
     """-> the whole page as text."""
     from saferlhf_fast.config import contradictions
-    trained = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag")
-    optimisers = ("Optimisers (critic_optim as optim)", trained, contradictions.OPTIMIZER)
+    from saferlhf_fast.config.stage_table import stages_of
+    optimisers = ("Optimisers (critic_optim as optim)", stages_of("supervised", "ppo"), contradictions.OPTIMIZER)
     parts = [HEAD]
     for title, stages, rows in (*contradictions.TABLES, optimisers):
         parts.append(f"\n## {title}\n\nStages: {', '.join(stages)}.\n\n| setting | message |\n|---|---|\n")

@@ -86,7 +86,7 @@ def task_of(cell, world, tokenizer):
     else:
         module = adapted(load_score_model(world[cell.stage]), cell)
         loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
-    return module, examples, Task(weigh=lambda e: 1, loss=loss, save=None, sequences=2,
+    return module, examples, Task(weigh=lambda e: 1, loss=loss, save=None,
                                   tokens=lambda e: len(e.first_ids) + len(e.second_ids))
 
 

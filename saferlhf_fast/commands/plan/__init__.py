@@ -3,9 +3,10 @@
     saferlhf-fast plan recipe.yaml --gpus 8 --memory 80
     results = plan("recipe.yaml", {"sft.model": "DIR"}, Hardware(gpus=8, memory=80 << 30))
 
-zero_memory.py knows what DeepSpeed keeps, communication.py what it sends, trace.py and pass_memory.py what passes take, phases.py
-what stages are put together from, stage_phases.py and ppo_phases.py who is in a stage and when, options.py what to change;
-bench/plan_memory.py compares with real peaks. docs/memory.md and docs/scaling.md say how right it is.
+zero_memory.py knows what DeepSpeed keeps, communication.py what it sends, passes.py how many passes a step has, trace.py and
+pass_memory.py what they take, phases.py what stages are put together from, stage_phases.py and ppo_phases.py who is in a stage
+and when, options.py what to change; bench/plan_memory.py compares with real peaks. docs/memory.md and docs/scaling.md say how
+right it is.
 """
 
 import json

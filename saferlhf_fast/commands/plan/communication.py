@@ -20,6 +20,7 @@ import functools
 from typing import NamedTuple
 
 from . import sizes
+from .passes import passes_of_step
 from .phases import NETWORK, NODE, NVLINK
 
 
@@ -152,48 +153,14 @@ def of_frozen(model, zero, width, passes, rollout=0):
 # ---------------------------------------------------------------- stages
 
 
-class Passes(NamedTuple):
-    """How often a step of a stage runs its models."""
-
-    scoring: int                         # passes over a batch of rollouts, or of a reference's
-    update: int                          # forward and backward passes of each trained model
-    steps: int = 1                       # optimiser steps
-    asked: bool = False                  # old log-probs and values have passes of their own
-    extra: int = 0                       # passes of the actor over supervised data
-    rollout: int = 0                     # times that the actor's weights are gathered
-
-
-def passes_of_stage(cast):
-    """-> Passes of a step, every sequence as long as may be."""
-    from .phases import in_one_pass, passes_of
-    cfg, kind = cast.cfg, cast.kind
-    if kind in ("sft", "reward", "cost", "dpo"):
-        each = 1 if kind == "sft" else 2
-        budget = max(cfg.train.pass_tokens(each), each * cfg.train.max_length)
-        count = passes_of(cfg.train.batch_size * cfg.train.accumulation * each * cfg.train.max_length, budget)
-        return Passes(count if kind == "dpo" else 0, count)
-    budget = max(cfg.pass_tokens(), cfg.max_length)
-    sampling = cfg.sampling
-    first = min(sampling.max_prompt_length or cfg.max_length // 2, cfg.max_length)
-    rollout = 1 if sampling.gather else min(sampling.max_new_tokens or cfg.max_length, cfg.max_length - first)
-    if kind == "evaluate":
-        return Passes(passes_of(cfg.batch_size * cfg.max_length, budget), 0, 0, rollout=rollout)
-    ppo = cfg.ppo
-    tokens = ppo.batch_size * sampling.num_return_sequences * cfg.max_length
-    scoring = ppo.minibatches * passes_of(-(-tokens // ppo.minibatches), budget)
-    supervised = cfg.ptx is not None and ppo.ptx_coeff > 0
-    extra = passes_of(ppo.batch_size * cfg.max_length, budget) * ppo.epochs if supervised else 0
-    return Passes(scoring, scoring * ppo.epochs, ppo.epochs * ppo.minibatches, not in_one_pass(cfg), extra, rollout)
-
-
 def of_stage(cast, passes=None):
     """-> [Sent] of one step of a stage (of PPO: one batch of rollouts). cast: a phases.Cast whose models are there."""
     if cast.hardware.gpus == 1:
         return []
-    passes, sent = passes or passes_of_stage(cast), []
-    policy = cast.kind in ("ppo", "ppo-lag")
+    passes, sent = passes or passes_of_step(cast), []
+    policy = cast.spec.family == "ppo"
     for model in cast.models:
-        leads = model.role == "actor" or (cast.kind == "evaluate" and model.role == "policy")
+        leads = model.role == "actor" or (cast.spec.family == "evaluation" and model.role == "policy")
         rollout = passes.rollout if leads else 0
         if not model.trained:
             scoring = passes.scoring if model.role != "copy of the actor" else 0

@@ -9,7 +9,8 @@ import functools
 from typing import NamedTuple
 
 from ...config.checks import check_settings
-from ...config.stages import PPOConfig
+from ...config.sections import Optimizer
+from ...config.stage_table import FAMILIES, STAGE_SPECS
 from ...errors import UserError
 from .stage_phases import plan_stage
 
@@ -54,6 +55,11 @@ def changed(cfg, key, value):
     return dataclasses.replace(cfg, **{first: changed(getattr(cfg, first), rest, value) if rest else value})
 
 
+def setting(cfg, key):
+    """The value of one dotted key."""
+    return functools.reduce(getattr, key.split("."), cfg)
+
+
 def advise(name, kind, cfg, hardware, earlier, usable):
     """-> Advice for a stage whose peak is above `usable` bytes."""
     def after(chosen):
@@ -70,7 +76,7 @@ def advise(name, kind, cfg, hardware, earlier, usable):
         return plan_stage(name, kind, new, hardware, earlier).worst.total if _possible(kind, new) else None
 
     kept, tried = (), []
-    for choice in choices(cfg, hardware):
+    for choice in choices(kind, cfg, hardware):
         new = (*(k for k in kept if k.key != choice.key), choice)
         together = peak(new)
         if together is None or together > WORTH * peak(kept):
@@ -107,34 +113,35 @@ def _possible(kind, cfg):
     return True
 
 
-def choices(cfg, hardware):
-    """Yields what a recipe of this kind can change, those that cost least first."""
-    yield from _smaller_batches(cfg)
+def choices(kind, cfg, hardware):
+    """Yields what a recipe of this kind of stage can change, those that cost least first."""
+    family, ppo, optimizers = FAMILIES[STAGE_SPECS[kind].family], STAGE_SPECS[kind].family == "ppo", cfg.groups(Optimizer)
+    yield from _shorter_passes(cfg, family)
+    if ppo:
+        yield from _fewer_rows(cfg)
     if cfg.engine.precision == "fp32" and hardware.device == "cuda":
         yield Choice("engine.precision", "bf16", "rounding to 8 bits in forward and backward")
-    trains = hasattr(cfg, "optim")
-    if trains and hardware.gpus > 1:
+    if optimizers and hardware.gpus > 1:
         yield from _sharding(cfg, (1, 2))
-    owner, at = (cfg.train, "train.") if hasattr(cfg, "train") else (cfg, "")
-    if getattr(owner, "gradient_checkpointing", True) is False:
-        yield Choice(f"{at}gradient_checkpointing", True, "a third more time in passes")
-    if isinstance(cfg, PPOConfig) and cfg.ppo.overlap:
+    if family.recomputation and not setting(cfg, family.recomputation):
+        yield Choice(family.recomputation, True, "a third more time in passes")
+    if ppo and cfg.ppo.overlap:
         yield Choice("ppo.overlap", False, "rollout and update take turns")
-    if isinstance(cfg, PPOConfig) and cfg.ppo.single_pass:
+    if ppo and cfg.ppo.single_pass:
         yield Choice("ppo.single_pass", False, "a forward pass more of each trained model")
     if hardware.gpus > 1:
         yield from _sharding(cfg, (3,))
-    if trains and cfg.optim.kind == "adamw":
-        yield Choice("optim.kind", "adamw-8bit", "moments in 8 bits", "critic_optim.kind" if isinstance(cfg, PPOConfig) else "")
-    if trains and not cfg.engine.offload_optimizer:
+    if optimizers and cfg.optim.kind == "adamw":
+        first, *second = (f"{key}.kind" for key in optimizers)
+        yield Choice(first, "adamw-8bit", "moments in 8 bits", *second)
+    if optimizers and not cfg.engine.offload_optimizer:
         if cfg.engine.zero_stage == 0 and hardware.gpus == 1:
             yield from _sharding(cfg, (2,))
         yield Choice("engine.offload_optimizer", True, "the step runs on the CPU")
-    if isinstance(cfg, PPOConfig) and cfg.cost and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
+    if ppo and cfg.cost and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
         yield Choice("ppo.shared_critic", True, "one critic with two heads")
-    if trains and cfg.lora.rank == 0:
-        on_one_base = ", on one base" if isinstance(cfg, PPOConfig) else ""
-        yield Choice("lora.rank", LORA_RANK, f"adapters alone are trained{on_one_base}")
+    if optimizers and cfg.lora.rank == 0:
+        yield Choice("lora.rank", LORA_RANK, f"adapters alone are trained{', on one base' if ppo else ''}")
     if not cfg.engine.offload_parameters and hardware.gpus > 1:
         yield Choice("engine.offload_parameters", True, "weights cross the bus in every pass")
 
@@ -147,21 +154,21 @@ def _sharding(cfg, stages):
             yield Choice("engine.zero_stage", stage, costs[stage])
 
 
-def _smaller_batches(cfg):
-    """Shorter passes, down to one sequence; fewer rows generated at once."""
-    sampling = getattr(cfg, "sampling", None)
-    if hasattr(cfg, "train"):
-        key, longest, tokens = "train.micro_tokens", cfg.train.max_length, cfg.train.pass_tokens()
-    elif isinstance(cfg, PPOConfig):
-        key, longest, tokens = "ppo.micro_tokens", cfg.max_length, cfg.pass_tokens()
+def _shorter_passes(cfg, family):
+    """Down to one sequence, in the setting that bounds a pass: its tokens or, where there is no such setting, its rows."""
+    rows, longest = setting(cfg, family.pass_rows), setting(cfg, family.max_length)
+    if family.pass_tokens:
+        key, size, smallest = family.pass_tokens, setting(cfg, family.pass_tokens) or rows * longest, longest
     else:
-        key, longest, tokens = "batch_size", 1, cfg.batch_size
-    while tokens > longest:
-        tokens = max(longest, tokens // 2)
-        yield Choice(key, tokens, "shorter passes")
-    if sampling is None or not isinstance(cfg, PPOConfig):
-        return
-    rows = min(cfg.ppo.batch_size * sampling.num_return_sequences, sampling.batch_size or 1 << 30)
+        key, size, smallest = family.pass_rows, rows, 1
+    while size > smallest:
+        size = max(smallest, size // 2)
+        yield Choice(key, size, "shorter passes")
+
+
+def _fewer_rows(cfg):
+    """Fewer rows generated at once."""
+    rows = min(cfg.ppo.batch_size * cfg.sampling.num_return_sequences, cfg.sampling.batch_size or 1 << 30)
     while rows > 1:
         rows //= 2
         yield Choice("sampling.batch_size", rows, "fewer rows generated at once")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...config.stages import PPOConfig
+from ...config.stage_table import STAGE_SPECS
 from ...runtime import engine as engine_module
 from . import pass_memory, sizes, zero_memory
 
@@ -62,7 +62,7 @@ class Cast:
 
     def __init__(self, name, kind, cfg, hardware, earlier):
         self.name, self.kind, self.cfg, self.hardware, self.earlier = name, kind, cfg, hardware, earlier
-        self.device = hardware.device
+        self.spec, self.device = STAGE_SPECS[kind], hardware.device
         precision = cfg.engine.precision
         self.precision = ("bf16" if self.device == "cuda" else "fp32") if precision == "auto" else precision
         self.width = DTYPES[self.precision].itemsize
@@ -74,7 +74,7 @@ class Cast:
         start = getattr(self.cfg, key)
         config, remote = sizes.config_of(start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code)
         blueprint = sizes.Blueprint(config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
-                                    adapter_of(lora), self.cfg.engine.packing, not isinstance(self.cfg, PPOConfig))
+                                    adapter_of(lora), self.cfg.engine.packing, self.spec.family != "ppo")
         count = sizes.count(blueprint)
         if shared:
             own = count.trained if blueprint.lora else 0
@@ -188,14 +188,3 @@ def stepping(cast):
     for i, model in enumerate(trained):
         turns.append(add(cast.resident(), held(trained[i:]), {"gradients": model.states.step}))
     return worst("optimiser step", turns)
-
-
-def passes_of(tokens, budget):
-    """Passes of a step, at least."""
-    return -(-tokens // max(1, budget))
-
-
-def in_one_pass(cfg):
-    """As update.in_one_pass says; a recipe cannot bring dropout but through adapters."""
-    dropout = cfg.lora.rank and cfg.lora.dropout
-    return cfg.ppo.single_pass and cfg.ppo.epochs == cfg.ppo.minibatches == 1 and not cfg.ppo.whiten and not dropout

@@ -1,11 +1,13 @@
 """The moments of ppo, ppo-lag and evaluate: rollout, scoring, update; separate models, or adapters on one base."""
 
-import json
-from pathlib import Path
-
+from ...config.sections import Lora
+from ...models import multi_adapter
+from ...models.sampling_distribution import plain
+from ...rollout.engines import engine_name
 from . import pass_memory, sizes
 from .pass_memory import lengths_of
-from .phases import ANY, Moment, add, alive, asking, backward, forward, held, in_one_pass, loading, passes_of, stepping, worst
+from .passes import passes_of_step
+from .phases import ANY, Moment, add, alive, asking, backward, forward, held, loading, stepping, worst
 
 PICKING = 3 * 4      # bytes of float32 copies of a row's logits while its token is picked
 SORTING = 4 + 8 + 8  # and while a nucleus is cut: values, places, float64 sums
@@ -17,8 +19,7 @@ def ppo(cast):
     reference, judges, actor, critics = (_on_trunk if cfg.lora.rank else _separate)(cast)
     lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
     asked = cfg.sampling.max_new_tokens or ANY
-    tokens = cfg.ppo.batch_size * cfg.sampling.num_return_sequences * cfg.max_length // cfg.ppo.minibatches
-    several = passes_of(tokens, cfg.pass_tokens()) > 1
+    several = passes_of_step(cast).several
     if cfg.ppo.overlap and cfg.sampling.engine != "vllm-server":
         cast.add("copy of the actor", "model", "policy")
     before = [*rollout(cast, actor, cfg.ppo.batch_size), _scoring(cast, reference, judges, actor, critics, lengths, asked)]
@@ -71,13 +72,11 @@ def _on_trunk(cast):
 
 def _saved_adapter(cast, name):
     """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
-    from ...config.stages import Lora
     path, base = getattr(cast.cfg, name), cast.cfg.model
-    folder = Path(path).expanduser() / "adapter" / "adapter_config.json"
-    if folder.is_file():
-        saved = json.loads(folder.read_text(encoding="utf-8"))
-        same = Path(saved.get("base_model_name_or_path") or "").expanduser() == Path(base).expanduser().resolve()
-        return Lora(rank=saved["r"], target_modules=saved["target_modules"]) if same else None
+    saved = multi_adapter.config_of_score(path, base)
+    if saved is not None:
+        targets = saved.target_modules
+        return Lora(rank=saved.r, target_modules=targets if isinstance(targets, str) else sorted(targets))
     made = sizes.made_by(path, cast.earlier)
     maker = cast.earlier.get(made)
     return maker.lora if maker is not None and maker.lora.rank and maker.model == base else None
@@ -85,8 +84,7 @@ def _saved_adapter(cast, name):
 
 def _shape(sampling):
     """What the scored distribution is shaped by, besides its temperature; () for nothing."""
-    shape = (sampling.top_p, sampling.top_k, sampling.repetition_penalty)
-    return () if shape == (1.0, 0, 1.0) else shape
+    return () if plain(sampling) else (sampling.top_p, sampling.top_k, sampling.repetition_penalty)
 
 
 # ---------------------------------------------------------------- scoring and update
@@ -95,7 +93,7 @@ def _shape(sampling):
 def _scoring(cast, reference, judges, actor, critics, lengths, asked):
     shape = _shape(cast.cfg.sampling)
     turns = [asking(cast, reference, lengths, asked, shape), *(asking(cast, judge, lengths, "end") for judge in judges)]
-    if not in_one_pass(cast.cfg):
+    if not cast.cfg.in_one_pass():
         turns += [asking(cast, actor, lengths, asked, shape), *(asking(cast, c, lengths, asked) for c in critics)]
     return worst("scoring", [add(cast.resident(), turn) for turn in turns])
 
@@ -103,7 +101,7 @@ def _scoring(cast, reference, judges, actor, critics, lengths, asked):
 def _updating(cast, actor, critics, lengths, asked, several):
     """The update's passes and, where there is supervised data, those over it."""
     cfg = cast.cfg
-    together = in_one_pass(cfg)
+    together = cfg.in_one_pass()
     # The head makes its gradients in the forward, whether by linear_ppo_loss or by on_policy_loss.
     of_actor = {"objective": True, "shape": _shape(cfg.sampling)}
     made = {model.role: cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole,
@@ -120,7 +118,7 @@ def _updating(cast, actor, critics, lengths, asked, several):
         turns += [add(before, earlier, *others, turn) for turn in backward(model, made[model.role])]
         done.append(model)
     moments = [worst("update", turns)]
-    if cfg.ptx is not None and cfg.ppo.ptx_coeff > 0:
+    if cfg.trains_on_ptx():
         trained = cast.footprint(actor, lengths, ANY)
         before = add(cast.resident(), held([actor, *critics]))
         turns = [forward(actor, trained), *backward(actor, trained)]
@@ -134,9 +132,7 @@ def _updating(cast, actor, critics, lengths, asked, several):
 def rollout(cast, actor, prompts):
     """Moments of generation: over the prompts, and at its end, when the cache is full; [] on another machine."""
     cfg, sampling = cast.cfg, cast.cfg.sampling
-    name = sampling.engine
-    if name == "auto":
-        name = "continuous" if cast.device == "cuda" and (not actor.states.sharded or sampling.gather) else "generate"
+    name = engine_name(sampling, sizes.build(actor.blueprint).lm, cast.device, actor.states.sharded)
     if name == "vllm-server":
         return []
     before = cast.resident()
@@ -144,16 +140,16 @@ def rollout(cast, actor, prompts):
         whole = cast.width * actor.count.all
         before = add(before, {"buffers": whole if sampling.gather else actor.states.gathered + actor.states.fetching})
     if name == "vllm":
-        return [Moment("rollout", add(before, {"cache": int((sampling.memory or 0.4) * cast.hardware.memory)}))]
+        return [Moment("rollout", add(before, {"cache": int(sampling.memory_share(name) * cast.hardware.memory)}))]
     rows = prompts * sampling.num_return_sequences
     rows = min(rows, sampling.batch_size or rows)
-    first = min(sampling.max_prompt_length or cfg.max_length // 2, cfg.max_length)
-    longest = min(cfg.max_length, first + (sampling.max_new_tokens or cfg.max_length))
+    first = sampling.prompt_limit(cfg.max_length)
+    longest = first + sampling.response_limit(first, cfg.max_length)
     cache = rows * sizes.cache_bytes(actor.blueprint, longest)
     if name == "continuous":
         # A paged cache takes a share of what is free where all rows do not fit at once; some then wait. One must fit.
         free = max(0, cast.hardware.memory - sum(before.values()))
-        cache = min(cache, max(cache // rows, int((sampling.memory or 0.8) * free)))
+        cache = min(cache, max(cache // rows, int(sampling.memory_share(name) * free)))
         cast.note(actor, cache=cache)
         return [Moment("rollout", add(before, {"cache": cache}))]
     cast.note(actor, cache=cache)

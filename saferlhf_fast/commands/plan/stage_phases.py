@@ -6,10 +6,10 @@ evaluate.
 import dataclasses
 from importlib import import_module
 
-from ...config.stage_table import STAGE_SPECS
 from . import communication
 from .pass_memory import lengths_of
-from .phases import ANY, Cast, add, alive, asking, backward, forward, held, loading, passes_of, stepping, worst
+from .passes import longest_pass, passes_of_step
+from .phases import ANY, Cast, add, alive, asking, backward, forward, held, loading, stepping, worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,27 +40,20 @@ def plan_stage(name, kind, cfg, hardware, earlier):
 
 def moments_of(cast):
     """Makes a stage's models -> its Moments."""
-    module, name = STAGE_SPECS[cast.kind].planner.split(":")
+    module, name = cast.spec.planner.split(":")
     return getattr(import_module(f"{__package__}.{module}"), name)(cast)
 
 
 # ---------------------------------------------------------------- supervised stages
 
 
-def _checkpointed(cfg):
-    train = getattr(cfg, "train", None)
-    return (train or cfg).gradient_checkpointing
-
-
-def _supervised(cast, kind, asked, per_example, reference=False):
+def _supervised(cast, kind, asked, reference=False):
     cfg = cast.cfg
     if reference:
         frozen = cast.add("reference", "model", "policy")
-    model = cast.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora, _checkpointed(cfg))
-    budget = cfg.train.pass_tokens(per_example)
-    # An example of several sequences is not cut: its pass is as long as they are together.
-    lengths = lengths_of(max(budget, per_example * cfg.train.max_length), cfg.train.max_length)
-    several = passes_of(cfg.train.batch_size * cfg.train.accumulation * per_example * cfg.train.max_length, budget) > 1
+    model = cast.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora,
+                     cfg.train.gradient_checkpointing)
+    lengths, several = lengths_of(longest_pass(cast), cfg.train.max_length), passes_of_step(cast).several
     made = cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
     before = add(cast.resident(), held([model], not several))
     turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
@@ -70,12 +63,12 @@ def _supervised(cast, kind, asked, per_example, reference=False):
 
 
 def sft(cast):
-    return _supervised(cast, "policy", ANY, 1)
+    return _supervised(cast, "policy", ANY)
 
 
 def preference(cast):
-    return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end", 2)
+    return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end")
 
 
 def dpo(cast):
-    return _supervised(cast, "policy", ANY, 2, reference=True)
+    return _supervised(cast, "policy", ANY, reference=True)

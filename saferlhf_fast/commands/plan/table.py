@@ -1,5 +1,6 @@
 """A plan as people read it, on a terminal of 100 columns or in a file, and as JSON."""
 
+from ...config.stage_table import FAMILIES, STAGE_SPECS
 from ...runtime import console
 from .communication import seconds
 from .phases import PARTS
@@ -68,7 +69,7 @@ def _sent(plan, hardware, what):
         return
     rows = [[sent.role, sent.when, sent.collective, str(sent.times), gigabytes(sent.size), gigabytes(sent.wire(hardware.gpus))]
             for sent in plan.sent]
-    step = "batch of rollouts" if plan.kind in ("ppo", "ppo-lag") else "batch" if plan.kind == "evaluate" else "optimiser step"
+    step = FAMILIES[STAGE_SPECS[plan.kind].family].step
     console.result_table(f"{plan.name}: what one {step} sends",
                          ["model", "when", "collective", "times", "GB", f"GB of each {what}"], rows)
     total = sum(sent.wire(hardware.gpus) for sent in plan.sent)

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ...config.sections import PAIR
+from ...config.stage_table import stages_of
 from ...runtime.console import clock, number
 from ..statistics import interval_text, summarise
 from . import page
@@ -20,7 +21,7 @@ MEASURES = (("reward", "reward (reward model units)"), ("cost", "cost (cost mode
 def write_report(folder):
     """Makes report.html and plots/*.png in a run folder (see saferlhf_fast.evaluation.report.read) -> path of the page."""
     run = read_run(folder)
-    is_ppo = run.stage in ("ppo", "ppo-lag") or run.has("train/actor_loss")
+    is_ppo = run.stage in stages_of("ppo") or run.has("train/actor_loss")
     plots = ppo_plots(run) if is_ppo else supervised_plots(run)
     quadrants = scatter([("Before", run.before), ("After", run.after)], run.threshold)
     if quadrants is not None:

@@ -21,7 +21,7 @@ def open_generator(actor, tokenizer, ends, sampling):
     actor: an engine.Engine or engine.Frozen that holds a Policy · ends: ids that end a response. UserError when the engine
     cannot run here.
     """
-    name = _fitting(actor, sampling) if sampling.engine == "auto" else sampling.engine
+    name = engine_name(sampling, actor.module.lm, engine.device().type, actor.sharded)
     if name == "generate":
         from .hf_generate import Generate as Chosen
     elif name == "continuous":
@@ -35,9 +35,15 @@ def open_generator(actor, tokenizer, ends, sampling):
     return Chosen(actor, tokenizer, ends, sampling)
 
 
-def _fitting(actor, sampling):
-    """What `auto` means: continuous batching on a GPU where the model allows it, else generate."""
-    if engine.device().type != "cuda" or (actor.sharded and not sampling.gather):
+def engine_name(sampling, lm, device, sharded):
+    """-> the name of the engine that samples; `auto` is continuous batching on a GPU where the model allows it, else generate.
+
+    lm: the actor's causal LM, whose weights are not looked at (saferlhf-fast plan asks with one on the meta device) · device:
+    "cuda" or "cpu" · sharded: whether the actor's weights are, by ZeRO-3.
+    """
+    if sampling.engine != "auto":
+        return sampling.engine
+    if device != "cuda" or (sharded and not sampling.gather):
         return "generate"
     from .continuous import refusal
-    return "generate" if refusal(actor.module.lm) else "continuous"
+    return "generate" if refusal(lm) else "continuous"

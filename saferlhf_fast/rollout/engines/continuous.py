@@ -73,8 +73,10 @@ class Continuous:
 
     def _batch(self, lm, prompts, seeds, limits):
         sampler = Sampler(self.sampling, prompts, seeds, limits, lm.device)
+        # On a CPU transformers' own share holds where the recipe gives none.
+        memory = self.sampling.memory_share("continuous") if lm.device.type == "cuda" else self.sampling.memory
         found = {}
-        with running(lm, sampler, prompts, limits, self.sampling.memory, self.ends) as manager:
+        with running(lm, sampler, prompts, limits, memory, self.ends) as manager:
             waiting = {}
             for slot, (prompt, limit) in enumerate(zip(prompts, limits)):
                 name = manager.add_request(prompt, max_new_tokens=limit, eos_token_id=self.ends or -1,
@@ -208,7 +210,7 @@ def settings(lm, prompts, limits, memory):
     # Without flash-attn a mask of tokens by tokens of the cache is made: fewer at a time.
     tokens = min(8192 if flash and cuda else 1024, sum(map(len, prompts)))
     wanted = {"max_batch_tokens": max(tokens, len(prompts)), "max_requests_per_batch": len(prompts),
-              "max_memory_percent": memory or (0.8 if cuda else None),
+              "max_memory_percent": memory,
               "auto_switch_to_flash": flash and cuda}    # else transformers may look for a kernel on the Hub
     config = ContinuousBatchingConfig(**{key: value for key, value in wanted.items() if key in known})
     page = getattr(config, "page_size", None) or config.block_size

@@ -22,9 +22,6 @@ from ...runtime import engine
 from ..types import Response
 from .gathered_weights import whole
 
-MEMORY = 0.4
-"""Share of the GPU's memory for weights and cache where sampling.memory does not say."""
-
 
 class LocalVLLM:
     """A rollout engine (see saferlhf_fast.rollout.engines)."""
@@ -47,7 +44,7 @@ class LocalVLLM:
         with launched():
             self.llm = vllm.LLM(
                 model=self.folder.name, dtype=str(lm.dtype).removeprefix("torch."), load_format="dummy", max_model_len=-1,
-                gpu_memory_utilization=sampling.memory or MEMORY, enable_sleep_mode=True, seed=0,
+                gpu_memory_utilization=sampling.memory_share("vllm"), enable_sleep_mode=True, seed=0,
                 logprobs_mode="processed_logprobs", generation_config="vllm", tensor_parallel_size=1,
                 distributed_executor_backend="external_launcher")
         self.llm.sleep(level=2)

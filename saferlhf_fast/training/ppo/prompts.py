@@ -12,7 +12,7 @@ from ...runtime import console, engine
 
 def load_data(cfg, tokenizer):
     """-> prompts, evaluation prompts, PTX examples (or None), report."""
-    longest = cfg.sampling.max_prompt_length or cfg.max_length // 2
+    longest = cfg.sampling.prompt_limit(cfg.max_length)
     prompts, report = prompt_examples(cfg.data, tokenizer, cfg.template, longest, cfg.seed)
     if cfg.evaluation.data is not None:
         held_out, _ = prompt_examples(cfg.evaluation.data, tokenizer, cfg.template, longest, cfg.seed)
@@ -23,7 +23,7 @@ def load_data(cfg, tokenizer):
         console.say(f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or evaluation.data "
                     "gives ones that are not trained on")
     ptx = None
-    if cfg.ptx is not None and cfg.ppo.ptx_coeff:
+    if cfg.trains_on_ptx():
         ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
     return prompts, held_out, ptx, report
 

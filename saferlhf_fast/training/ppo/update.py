@@ -118,10 +118,9 @@ class Pass:
 
 
 def in_one_pass(cfg, cast):
-    """True when old log-probs and values need no pass of their own: one step per batch, no whitening over the batch (whose
-    statistics would have to be known before the first loss), no dropout (the old policy has none)."""
-    ppo = cfg.ppo
-    return ppo.single_pass and ppo.epochs == ppo.minibatches == 1 and not ppo.whiten and not cast.has_dropout()
+    """True when old log-probs and values need no pass of their own: the settings allow it, and no model that was loaded drops
+    anything out (adapters can bring dropout that no setting names)."""
+    return cfg.in_one_pass() and not cast.has_dropout()
 
 
 def update_in_one_pass(cast, rollout, scored, multipliers, cfg, ptx=None):
