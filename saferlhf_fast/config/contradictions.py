@@ -161,7 +161,7 @@ def _multiplier_where(condition):
 
 def _named_critic(cfg, but=()):
     """The first setting that names a critic to start from."""
-    named = [setting for stream, (setting, path) in cfg.critics().items() if path is not None and stream not in but]
+    named = [setting for stream, (setting, path) in cfg.critic_settings().items() if path is not None and stream not in but]
     return {"critic": named[0]} if named else None
 
 

@@ -153,15 +153,26 @@ class PPOConfig(StageConfig):
             return self.constraints
         return [] if self.cost is None else [Constraint(cost=self.cost, critic=self.cost_critic, multiplier=self.multiplier)]
 
-    def critics(self):
-        """{stream: (setting, path or None)}: what names the critic of the reward, and of each cost, to start from."""
+    def scorers(self):
+        """{name: ScorerSpec} of the reward and of each cost, whether it is constrained or not."""
+        return {REWARD: scorer_spec(self.reward), **{c.name: scorer_spec(c.cost) for c in self.long_form()}}
+
+    def scorer_settings(self):
+        """{name: the setting that gives it} of the scorers."""
+        costs = {c.name: COST if self.constraints is None else f"constraints.{i}.cost" for i, c in enumerate(self.long_form())}
+        return {REWARD: REWARD, **costs}
+
+    def critic_settings(self):
+        """{name: (setting, path or None)}: what names the critic of the reward, and of each cost, to start from."""
         costs = {c.name: ("cost_critic" if self.constraints is None else f"constraints.{i}.critic", c.critic)
                  for i, c in enumerate(self.long_form())}
         return {REWARD: ("reward_critic", self.reward_critic), **costs}
 
-    def scorers(self):
-        """{name: ScorerSpec} of the reward and of each cost, whether it is constrained or not."""
-        return {REWARD: scorer_spec(self.reward), **{c.name: scorer_spec(c.cost) for c in self.long_form()}}
+    def streams_of_critics(self, constrained):
+        """[names of what each critic predicts]: a critic for the reward and one for each constraint, or one with a head for each.
+        constrained: in ppo-lag, where costs have critics."""
+        streams = (REWARD, *(c.name for c in self.long_form())) if constrained else (REWARD,)
+        return [streams] if constrained and self.ppo.shared_critic else [(name,) for name in streams]
 
     def in_one_pass(self):
         """True when the settings let the update's own forward passes give the old log-probs and values: one optimiser step per
@@ -207,6 +218,10 @@ class EvaluateConfig(StageConfig):
     def scorers(self):
         """{name: ScorerSpec} of those that are given."""
         return {name: scorer_spec(scorer) for name, scorer in ((REWARD, self.reward), (COST, self.cost)) if scorer is not None}
+
+    def scorer_settings(self):
+        """{name: the setting that gives it} of those that are given."""
+        return {name: name for name in self.scorers()}
 
 
 @frozen

@@ -194,6 +194,14 @@ def test_a_score_model_on_disk_joins_the_trunk_if_its_adapter_is_of_the_same_bas
     assert counts["same"] == LLAMA["num_hidden_layers"] * per_layer + width and counts["other"] > 0.5 * counts["base"]
 
 
+def test_constraints_in_the_long_form_are_planned_like_those_in_short(model):
+    for critic, more in ((model, {}), (None, {"lora": {"rank": 4}}), (None, {"ppo": {"shared_critic": True}})):
+        short = stage("ppo-lag", model, cost_critic=critic, **more)
+        constraint = {"name": "cost", "cost": {"path": model}, "critic": critic}
+        long = stage("ppo-lag", model, cost=None, constraints=[constraint], **more)
+        assert moments(long) == moments(short) and [m.role for m in long.models] == [m.role for m in short.models]
+
+
 def test_overlap_adds_a_copy_and_both_sides_of_the_step(model):
     plain = stage("ppo-lag", model, max_length=128)
     ahead = stage("ppo-lag", model, max_length=128, ppo={"overlap": True, "importance_cap": 2.0})

@@ -138,7 +138,7 @@ def choices(kind, cfg, hardware):
         if cfg.engine.zero_stage == 0 and hardware.gpus == 1:
             yield from _sharding(cfg, (2,))
         yield Choice("engine.offload_optimizer", True, "the step runs on the CPU")
-    if ppo and cfg.cost and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
+    if ppo and cfg.long_form() and not cfg.ppo.shared_critic and cfg.lora.rank == 0:
         yield Choice("ppo.shared_critic", True, "one critic with two heads")
     if optimizers and cfg.lora.rank == 0:
         yield Choice("lora.rank", LORA_RANK, f"adapters alone are trained{', on one base' if ppo else ''}")

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ...config.sections import scorer_spec
 from ...config.stage_table import STAGE_SPECS
 from ...runtime import engine as engine_module
 from . import pass_memory, sizes, zero_memory
@@ -71,7 +72,7 @@ class Cast:
     def add(self, role, key, kind, optim=None, lora=None, checkpointing=False, shared=False):
         """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen ·
         shared: its base belongs to another model, so that adapter and head alone are its own."""
-        start = getattr(self.cfg, key)
+        start = _path_at(self.cfg, key)
         config, remote = sizes.config_of(start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code)
         blueprint = sizes.Blueprint(config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
                                     adapter_of(lora), self.cfg.engine.packing, self.spec.family != "ppo")
@@ -128,6 +129,13 @@ def adapter_of(lora):
         return ()
     targets = lora.target_modules
     return lora.rank, targets if isinstance(targets, str) else tuple(targets)
+
+
+def _path_at(cfg, key):
+    """The path that a setting gives, by itself or as a scorer; key: dotted, through lists too."""
+    for part in key.split("."):
+        cfg = cfg[int(part)] if isinstance(cfg, list) else getattr(cfg, part)
+    return scorer_spec(cfg).path
 
 
 def add(*parts, **more):

@@ -34,23 +34,30 @@ def _overlapping(cast, before, after):
     return Moment("both at once", {name: first[name] + second[name] - resident[name] for name in resident})
 
 
-def _streams(cast):
-    """Names of the critics that a stage has."""
-    return ("reward", "cost") if cast.kind == "ppo-lag" else ("reward",)
-
-
 def _separate(cast):
     """Six models, each with all of its weights -> reference, judges, actor, critics."""
     cfg = cast.cfg
     saving = {"checkpointing": cfg.gradient_checkpointing}
     reference = cast.add("reference", "model", "policy")
-    judges = [cast.add(f"{name} model", name, "score") for name in ("reward", "cost") if getattr(cfg, name)]
+    judges = _scorers(cast)
     actor = cast.add("actor", "model", "policy", cfg.optim, **saving)
-    names = _streams(cast)[:1] if cfg.ppo.shared_critic else _streams(cast)
-    critics = [cast.add("critic" if cfg.ppo.shared_critic else f"{name} critic",
-                        f"{name}_critic" if getattr(cfg, f"{name}_critic") else name, "score", cfg.critic_optim, **saving)
-               for name in names]
+    critics = []
+    for role, (name, *_) in _critics(cast):
+        setting, path = cfg.critic_settings()[name]
+        start = cfg.scorer_settings()[name] if path is None else setting
+        critics.append(cast.add(role, start, "score", cfg.critic_optim, **saving))
     return reference, judges, actor, critics
+
+
+def _scorers(cast):
+    """Adds the model of each scorer, whole."""
+    return [cast.add(f"{name} model", setting, "score") for name, setting in cast.cfg.scorer_settings().items()]
+
+
+def _critics(cast):
+    """[(role, names of what it predicts)] of the critics of a stage."""
+    return [("critic" if len(names) > 1 else f"{names[0]} critic", names)
+            for names in cast.cfg.streams_of_critics(cast.kind == "ppo-lag")]
 
 
 def _on_trunk(cast):
@@ -59,20 +66,18 @@ def _on_trunk(cast):
     saving = {"checkpointing": cfg.gradient_checkpointing}
     cast.add("base", "model", "policy")
     judges = []
-    for name in ("reward", "cost"):
-        if getattr(cfg, name):
-            lora = _saved_adapter(cast, name)
-            judges.append(cast.add(f"{name} model", name, "score") if lora is None else
-                          cast.add(f"{name} model", "model", "score", lora=lora, shared=True))
-    names = ("critic",) if cfg.ppo.shared_critic else tuple(f"{name} critic" for name in _streams(cast))
-    critics = [cast.add(name, "model", "score", cfg.critic_optim, cfg.lora, shared=True, **saving) for name in names]
+    for name, setting in cfg.scorer_settings().items():
+        lora = _saved_adapter(cast, cfg.scorers()[name].path)
+        judges.append(cast.add(f"{name} model", setting, "score") if lora is None else
+                      cast.add(f"{name} model", "model", "score", lora=lora, shared=True))
+    critics = [cast.add(role, "model", "score", cfg.critic_optim, cfg.lora, shared=True, **saving) for role, _ in _critics(cast)]
     actor = cast.add("actor", "model", "policy", cfg.optim, cfg.lora, shared=True, **saving)
     return cast.add("reference", "model", "policy", shared=True), judges, actor, critics
 
 
-def _saved_adapter(cast, name):
+def _saved_adapter(cast, path):
     """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
-    path, base = getattr(cast.cfg, name), cast.cfg.model
+    base = cast.cfg.model
     saved = multi_adapter.config_of_score(path, base)
     if saved is not None:
         targets = saved.target_modules
@@ -165,7 +170,7 @@ def evaluate(cast):
     """Moments of the stage evaluate: nothing is trained."""
     cfg = cast.cfg
     actor = cast.add("policy", "model", "policy")
-    asked = [(cast.add(f"{name} model", name, "score"), "end", ()) for name in ("reward", "cost") if getattr(cfg, name)]
+    asked = [(model, "end", ()) for model in _scorers(cast)]
     shape = _shape(cfg.sampling)
     if cfg.reference:
         asked.append((cast.add("reference", "reference", "policy"), ANY, shape))

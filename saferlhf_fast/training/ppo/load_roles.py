@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 
-from ...config.sections import REWARD
 from ...errors import UserError
 from ...models import backbone, multi_adapter
 from ...models.causal_lm import load_causal_lm, without_dropout
@@ -43,15 +42,9 @@ def cast_of_models(cfg, lm, tokenizer, steps, constrained):
     loaded = {name: load_scorer(spec, tokenizer, cfg) for name, spec in cfg.scorers().items()}
     actor = engine.Engine(Policy(without_dropout(lm), packing), cfg.optim, cfg.engine, steps)
     critics = [Critic(load_critic(cfg, streams, *loaded[streams[0]], tokenizer, steps), streams)
-               for streams in streams_of_critics(cfg, constrained)]
+               for streams in cfg.streams_of_critics(constrained)]
     scorers = {name: scorer for name, (scorer, _) in loaded.items()}
     return Cast(tokenizer, [], actor, reference, scorers, critics)
-
-
-def streams_of_critics(cfg, constrained):
-    """[streams of each critic]: one critic for the reward and one for each constraint, or one with a head for each."""
-    streams = (REWARD, *(c.name for c in cfg.long_form())) if constrained else (REWARD,)
-    return [streams] if constrained and cfg.ppo.shared_critic else [(name,) for name in streams]
 
 
 def load_critic(cfg, streams, scorer, score, tokenizer, steps):
@@ -61,7 +54,7 @@ def load_critic(cfg, streams, scorer, score, tokenizer, steps):
         return load_score_model(path, new_head=True, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                                 allow_pickle=cfg.allow_pickle)
 
-    setting, path = cfg.critics()[streams[0]]
+    setting, path = cfg.critic_settings()[streams[0]]
     if path is not None:
         own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
         if not same_tokenizer(tokenizer, own):
@@ -105,7 +98,7 @@ def cast_on_trunk(cfg, lm, tokenizer, steps, constrained):
         if adapter is None:
             console.say(f"{name}: a whole model beside the trunk, whose critic starts without it; trained with lora.rank on "
                         f"{cfg.model} it would be an adapter")
-    critics = [critic(streams) for streams in streams_of_critics(cfg, constrained)]
+    critics = [critic(streams) for streams in cfg.streams_of_critics(constrained)]
     actor = engine.Engine(PolicyOnTrunk(trunk, "actor"), cfg.optim, cfg.engine, steps)
     reference = engine.Frozen(PolicyOnTrunk(trunk, None), cfg.engine)
     return Cast(tokenizer, [], actor, reference, scorers, critics)
