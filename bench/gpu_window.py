@@ -29,28 +29,12 @@ import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
-sys.path[:0] = [str(HERE), str(ROOT)]
-KEPT = ROOT / "build" / "gpu_window"    # an ignored folder: `again` reads there what the first command found
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+from gpu.outcomes import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe  # noqa: E402
+
 RESERVE = 15                            # seconds at the end for the table
 GRACE = 10                              # seconds that a section may go on after it was told to end
 START = 12                              # seconds that a new process needs before it measures
-
-
-class OutOfTime(Exception):
-    """The section's time is up."""
-
-
-class NotRun(Exception):
-    """Something that cannot run here; the text is the reason."""
-
-
-class Dead(Exception):
-    """A kernel has broken the device's context: only a new process can go on."""
-
-
-class Stop(Exception):
-    """Nothing that follows would mean anything."""
 
 
 class Window:
@@ -154,9 +138,6 @@ class Window:
         return child.returncode
 
 
-def describe(error):
-    """An exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def end(child):
@@ -352,6 +333,4 @@ def keep(window):
 
 
 if __name__ == "__main__":
-    import gpu_window       # the sections import it by that name, and its exceptions must be theirs
-
-    sys.exit(gpu_window.main())
+    sys.exit(main())

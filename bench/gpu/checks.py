@@ -11,7 +11,7 @@ import exact
 import saferlhf_fast as ops
 import shapes
 from gpu import graphs, rehearsal
-from gpu_window import NotRun
+from gpu.outcomes import NotRun
 from saferlhf_fast.kernels import dispatch
 
 DEVICE = ceilings.DEVICE

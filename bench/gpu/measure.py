@@ -10,7 +10,7 @@ import clock
 import exact
 import memory
 from gpu import rehearsal
-from gpu_window import NotRun
+from gpu.outcomes import NotRun
 
 
 class Measure:

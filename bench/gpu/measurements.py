@@ -19,7 +19,7 @@ import exact
 import shapes
 from gpu import graphs, variants
 from gpu.measure import bench, timed
-from gpu_window import NotRun
+from gpu.outcomes import NotRun
 from saferlhf_fast.kernels import scaling, scaling_triton
 from saferlhf_fast.kernels.linear import product
 from saferlhf_fast.kernels.ppo_loss_from_logits import triton_impl as policy_rows

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 
-from gpu_window import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe
+from gpu.outcomes import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe
 
 # The tests of kernels that run on the device itself, and nothing else: no interpreter, no second process.
 TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"

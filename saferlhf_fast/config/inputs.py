@@ -2,47 +2,54 @@
 the loaders. No torch.
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import get_args, get_type_hints
+
+from pydantic.fields import FieldInfo
 
 from ..errors import UserError
-from .load import to_dict
 from .paths import TOKENIZER_FILES, pickle_problem
-from .schema import show
+from .schema import in_order, show
+from .sections import ScorerSpec, Source
 
-MODEL_KEYS = ("model", "reward", "cost", "reference", "reward_critic", "cost_critic")
-CONSTRAINT_KEYS = ("cost", "critic")
-DATA_KEYS = ("data", "prompts", "ptx", "train.eval_data", "evaluation.data")
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 """data/files.py's SUFFIXES: whose package imports torch."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 
 
 def listed(cfg):
-    """Yields (key, value, kind) for every model and data source that a config names; kind is "model" or "data"."""
-    values = to_dict(cfg, hide=False)
-    yield from _models(values, MODEL_KEYS)
-    for i, constraint in enumerate(values.get("constraints") or []):
-        yield from _models(constraint, CONSTRAINT_KEYS, f"constraints.{i}.")
-    for key in DATA_KEYS:
-        value = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        several = isinstance(value, list)
-        for i, source in enumerate(value if several else [value]):
-            if source is None:
-                continue
-            at = f"{key}.{i}" if several else key
-            yield (f"{at}.path", source["path"], "data") if isinstance(source, dict) else (at, source, "data")
+    """Returns [(key, value, kind)] for every model and data source that a config names, models first; kind is "model" or "data".
+
+    The types of the settings tell: ModelPath, Scorer and ScorerSpec, Data and Source, wherever they stand.
+    """
+    return sorted(_inputs(type(cfg), cfg, ""), key=lambda found: found[2] != "model")
 
 
-def _models(values, keys, prefix=""):
-    """Yields (key, path, "model") of those keys that name a model, by its path or as a scorer that has one."""
-    for key in keys:
-        value = values.get(key)
-        if value is not None:
-            yield (f"{prefix}{key}.path", value["path"], "model") if isinstance(value, dict) else (prefix + key, value, "model")
+def _inputs(annotation, value, key):
+    """Yields (key, value, kind) of what a setting names."""
+    if isinstance(value, (ScorerSpec, Source)):
+        yield f"{key}.path", value.path, "model" if isinstance(value, ScorerSpec) else "data"
+    elif dataclasses.is_dataclass(value):
+        hints = get_type_hints(type(value), include_extras=True)
+        for f in in_order(type(value)):
+            yield from _inputs(hints[f.name], getattr(value, f.name), f"{key}.{f.name}".lstrip("."))
+    elif isinstance(value, list):
+        for i, item in enumerate(value):
+            yield from _inputs(annotation, item, f"{key}.{i}")
+    elif isinstance(value, str) and (kind := _kind(annotation)):
+        yield key, value, kind
+
+
+def _kind(annotation):
+    """What a text of a type names: "model", "data" or None."""
+    if annotation in (ScorerSpec, Source):
+        return "model" if annotation is ScorerSpec else "data"
+    if isinstance(annotation, FieldInfo):
+        return (annotation.json_schema_extra or {}).get("input")
+    return next((kind for inner in get_args(annotation) if (kind := _kind(inner))), None)
 
 
 def check_home(value, key):

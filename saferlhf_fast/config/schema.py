@@ -142,7 +142,9 @@ def takes(annotation):
 
 def is_text(annotation):
     """Tells whether a setting is text (or null, or a path among other forms), so that 2026 means "2026"."""
-    return annotation is str or (get_origin(annotation) in (Union, types.UnionType) and str in get_args(annotation))
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return any(is_text(a) for a in get_args(annotation))
+    return annotation is str
 
 
 def is_number(annotation):

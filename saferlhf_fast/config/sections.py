@@ -20,6 +20,10 @@ OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False))
 
 
+ModelPath = Annotated[str, Field(json_schema_extra={"input": "model"})]
+"""A model's folder or Hub name: what inputs.py looks for, as it looks for Data and Scorer."""
+
+
 @frozen
 class Source:
     """One data source of a mixture."""
@@ -294,7 +298,7 @@ class Constraint:
     """What messages call it; behind the names of its metrics where there are several constraints (letters, digits, _ and -)."""
     cost: Scorer
     """Cost model: a folder or a Hub name, or a scorer."""
-    critic: Optional[str] = None
+    critic: Optional[ModelPath] = None
     """Critic to start from; the cost model when not given."""
     multiplier: Multiplier = field(default_factory=Multiplier)
     """Its λ and its threshold: the settings of multiplier.*."""

@@ -9,9 +9,9 @@ Values are never written back: what is derived is a function of the config.
 from dataclasses import field, fields
 from typing import ClassVar, Literal, Optional
 
-from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, Multiplier,
-                       NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData, Sampling, Scorer,
-                       Source, Training, frozen, scorer_spec)
+from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, ModelPath,
+                       Multiplier, NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData,
+                       Sampling, Scorer, Source, Training, frozen, scorer_spec)
 from .stage_table import STAGE_SPECS
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation",
@@ -48,7 +48,7 @@ class StageConfig:
 class SFTConfig(StageConfig):
     """sft: supervised fine-tuning of a causal language model on instruction data (next-token loss over responses)."""
 
-    model: str
+    model: ModelPath
     """Causal language model to start from: a folder or a Hub name."""
     data: Data
     """Instruction data: a path, a Hub name, or a list of sources."""
@@ -64,7 +64,7 @@ class SFTConfig(StageConfig):
 class PreferenceConfig(StageConfig):
     """reward, cost: a score model from preferences; the cost model's loss adds the safety-sign terms."""
 
-    model: str
+    model: ModelPath
     """Backbone to start from (usually the SFT model), or a score model to go on from: a folder or a Hub name."""
     data: PreferenceData
     output: Output
@@ -88,7 +88,7 @@ class PreferenceConfig(StageConfig):
 class DPOConfig(StageConfig):
     """dpo: direct preference optimisation, −log σ(β(Δlogp_chosen − Δlogp_rejected)) (Rafailov et al., 2023)."""
 
-    model: str
+    model: ModelPath
     """Causal language model to start from, and the frozen reference: a folder or a Hub name."""
     data: PreferenceData
     output: Output
@@ -109,7 +109,7 @@ class PPOConfig(StageConfig):
 
     multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them."""
 
-    model: str
+    model: ModelPath
     """Actor to start from (the SFT model), and the frozen reference: a folder or a Hub name."""
     reward: Scorer
     """Reward model: a folder or a Hub name."""
@@ -118,9 +118,9 @@ class PPOConfig(StageConfig):
     output: Output
     cost: Optional[Scorer] = None
     """Cost model: a folder or a Hub name (ppo-lag; in ppo only with ppo.shaping, or to report costs)."""
-    reward_critic: Optional[str] = None
+    reward_critic: Optional[ModelPath] = None
     """Reward critic to start from; the reward model when not given."""
-    cost_critic: Optional[str] = None
+    cost_critic: Optional[ModelPath] = None
     """Cost critic to start from; the cost model when not given."""
     constraints: Optional[list[Constraint]] = None
     """The long form of cost, cost_critic and multiplier (ppo-lag): [{name: …, cost: …, critic: …, multiplier: {…}}]."""
@@ -190,7 +190,7 @@ class PPOConfig(StageConfig):
 class EvaluateConfig(StageConfig):
     """evaluate: mean reward and cost, share with C > 0, KL and length of a policy, with 95 % intervals."""
 
-    model: str
+    model: ModelPath
     """Policy to evaluate: a folder or a Hub name."""
     prompts: Data
     """Prompts: a path, a Hub name, or a list of sources."""
@@ -200,7 +200,7 @@ class EvaluateConfig(StageConfig):
     """Reward model: a folder or a Hub name."""
     cost: Optional[Scorer] = None
     """Cost model: a folder or a Hub name."""
-    reference: Optional[str] = None
+    reference: Optional[ModelPath] = None
     """Reference policy for the KL divergence: a folder or a Hub name; the model that a run's model started from when not
     given."""
     max_length: PositiveInt = 512
