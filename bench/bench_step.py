@@ -118,7 +118,7 @@ class Bench:
         command += [str(HERE / "step_side.py"), side, str(self.work(factor)), json.dumps(recipe)]
         more = (f", {factor} x the prompts" if factor > 1 else "") + (f", {processes} processes" if processes > 1 else "")
         print(f"… {side}{more}", file=sys.stderr, flush=True)
-        # a session of its own: torch.distributed.run's children must end with it
+        # a process group of its own: torch.distributed.run's children must end with it
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
                                    env=self.environment(side, recipe))
         try:

@@ -1,4 +1,4 @@
-"""The demo's settings: one recipe for all seeds, found by trial on the embedded world (docs/log.md has the trials)."""
+"""The demo's settings: one recipe for all seeds, found by trial on the embedded world (docs/experiments.md has the trials)."""
 
 from collections import namedtuple
 
