@@ -3,7 +3,8 @@
 This file and `info` need the standard library only. A stage's settings, whether its models and data are there and of a kind
 that can be read, and its output are checked before torch is imported, so a mistake in them ends in well under two seconds; what
 the data holds is seen when it is read, with torch but before a model is trained or an output is touched. Exit codes: 0 done, 1 a
-bug of ours (or a regression that `bench` found), 2 bad input, 130 interrupted.
+bug of ours (or a regression that `bench` found), 2 bad input, 130 interrupted, 143 or
+138 stopped by SIGTERM or SIGUSR1 after a checkpoint.
 """
 
 import argparse

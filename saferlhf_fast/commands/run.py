@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from saferlhf_fast.config import checks, redact
+from saferlhf_fast.config import checks, inputs, redact
 from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
 from saferlhf_fast.config.schema import leaves, nearest, show
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
@@ -48,17 +48,18 @@ class Step(NamedTuple):
     cfg: Any
 
 
-def run_stage(stage, cfg, restart=False):
+def run_stage(stage, cfg, restart=False, key="output"):
     """Checks a stage's inputs and output, runs it, marks its folder finished, returns its summary.
 
-    restart: an unfinished run of the same stage in its output may be started again without `overwrite`.
+    restart: an unfinished run of the same stage in its output may be started again without `overwrite` · key: what a refusal
+    calls the output.
     torch is imported by the stage's own module, after the checks. A stage opens its folder itself, with
     `run_folder.open_run`, once it has read its models and data: bad input leaves an existing output untouched.
     """
     checks.check(stage, cfg)
     if stage == "demo":
         cfg = run_folder.with_output(stage, cfg)
-    if run_folder.check_output(stage, cfg, restart=restart) is Action.SKIP:
+    if run_folder.check_output(stage, cfg, key, restart) is Action.SKIP:
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
         return run_folder.read_summary(cfg.output)
     module, name = ENTRIES[stage].split(":")
@@ -99,7 +100,7 @@ def run(recipe, overrides=None):
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
             begun = time.perf_counter()
-            entry["summary"] = run_stage(step.kind, _resumed(step, top.resume, state), restart=True)
+            entry["summary"] = run_stage(step.kind, _resumed(step, top.resume, state), True, f"{step.name}.output")
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         done[step.name] = entry
@@ -198,16 +199,20 @@ def _as_override(key, named):
 
 
 def _check_outputs(top, steps):
-    """Refuses, before the first stage starts, what would be refused later; changed inputs show in their turn."""
+    """Refuses, before the first stage starts, what would be refused later. A finished stage that reads what an earlier one will
+    make anew has to make room too."""
     if run_folder.rank() != 0:
         return
     if is_ours(top.output):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
     run_folder.check_place(Path(top.output).expanduser(), "output")          # summary.json lies there
+    anew = []                                            # outputs of the stages that will run
     for step in steps:
         state = RunState(step.kind, step.cfg)
-        if not state.is_done_but_for_inputs:
+        reads_anew = any(inputs.lies_in(value, folder) for _, value, _ in state.sources for folder in anew)
+        if reads_anew or not state.is_done_but_for_inputs:
             run_folder.checked_action(state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output")
+            anew += [step.cfg.output] if step.cfg.output else []
 
 
 def _resumed(step, resume, state):

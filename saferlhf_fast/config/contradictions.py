@@ -136,7 +136,8 @@ def _given_twice(cfg):
         return None
     given = [name for name in ("cost", "cost_critic") if getattr(cfg, name) is not None]
     given += [f"multiplier.{words['name']}"] if (words := _of_the_multiplier(cfg)) else []
-    return {"name": given[0]} if given else None
+    inside = {"cost": "constraints.0.cost", "cost_critic": "constraints.0.critic"}
+    return {"name": given[0], "inside": inside.get(given[0], f"constraints.0.{given[0]}")} if given else None
 
 
 def _names_of_constraints(cfg):
@@ -173,7 +174,8 @@ CONSTRAINT = (
     Row("constraints", lambda cfg: cfg.constraints is not None,
         "only in the stage ppo-lag; ppo has no constraint. cost=… alone reports costs", "ppo"),
     Row("constraints", _given_twice,
-        "expected either constraints or their short form (cost, cost_critic, multiplier), got {name} too", "ppo-lag"),
+        "expected either constraints or their short form (cost, cost_critic, multiplier), got {name} too; inside of constraints "
+        "it is {inside}", "ppo-lag"),
     Row("cost", lambda cfg: not cfg.long_form(), "missing; ppo-lag needs a cost model (without one, use the stage ppo)",
         "ppo-lag"),
     Row("constraints", lambda cfg: len(_names_of_constraints(cfg)) > 1 and {"got": ", ".join(_names_of_constraints(cfg))},

@@ -125,7 +125,7 @@ def where(recipe, overrides):
 def build(command, values, origin=lambda key: "settings", prefix=""):
     """Merges values over the defaults of a command and returns its frozen config.
 
-    origin: says where a key came from; prefix: what to write before each key (a pipeline's `sft.`).
+    origin: says where a key came from; prefix: what to write before each key (a run's `sft.`).
     """
     cls = SETTINGS[command]
 
@@ -230,7 +230,7 @@ def _sentence(cls, values, errors):
     if error["type"] == "unexpected_keyword_argument":
         group = _type_at(cls, path[:-1])
         group = next((long for long in LONG_FORMS if long in get_args(group)), group)
-        guess = nearest(str(path[-1]), [f.name for f in dataclasses.fields(group)])
+        guess = nearest(str(path[-1]), [*leaves(group), *(f.name for f in dataclasses.fields(group))])
         return key, "unknown key" + (f"; did you mean {guess}?" if guess else f"; expected {describe(group)}")
     if _is_missing(error):
         return key, "missing"

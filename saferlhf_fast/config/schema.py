@@ -101,7 +101,8 @@ def describe(annotation):
             if group in args:
                 several = ", or a list of these" if any(get_origin(a) is list for a in args) else ""
                 return f"a path, or a {word} (path: …){several}{null}"
-        return " or ".join(describe(a) for a in args if a is not type(None)) + null
+        words = " or ".join(describe(a) for a in args if a is not type(None))
+        return words + (f",{null}" if null and ", " in words else null)
     if origin is list:
         return "a list, each " + describe(args[0])
     if origin is tuple:

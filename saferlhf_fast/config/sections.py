@@ -83,7 +83,7 @@ class Training:
     epochs: Positive = 1.0
     """Passes over the training data (may be fractional)."""
     max_steps: Optional[PositiveInt] = None
-    """Stop after this many optimiser steps, whatever `epochs` says (steps)."""
+    """Make this many optimiser steps at most; `epochs` may end the run before (steps)."""
     batch_size: PositiveInt = 4
     """Times `accumulation`: what each device brings to an optimiser step (sequences; for preferences: pairs)."""
     accumulation: PositiveInt = 1
@@ -267,9 +267,10 @@ class Multiplier:
     """The Lagrange multiplier λ and the constraint mean cost ≤ threshold."""
 
     rule: Literal["exponential", "pid"] = "exponential"
-    """exponential: log λ += lr · λ · (J_C − d), the reference's rule; pid: λ = K_p·e + K_i·Σe + K_d·max(0, Δe), e = J_C − d."""
+    """exponential: log λ += lr · λ · (J_C − d), the reference's rule; pid: λ = K_p·e + I + K_d·max(0, Δe) with e = J_C − d and
+    I = init + K_i·Σe, both between 0 and `max`."""
     init: NonNegative = 1.0
-    """λ at the start."""
+    """λ at the start; of the pid rule its integral I too."""
     lr: NonNegative = 0.1
     """Step size of the exponential rule."""
     max: Positive = 5.0
@@ -281,7 +282,7 @@ class Multiplier:
     window: PositiveInt = 1024
     """J_C is the mean cost of this many last episodes, over all devices (episodes)."""
     delay: NonNegativeInt = 0
-    """λ starts to move at this step (steps)."""
+    """λ stays as it is for this many steps (steps)."""
     kp: NonNegative = 0.1
     """K_p of the pid rule."""
     ki: NonNegative = 0.01
@@ -334,7 +335,7 @@ class PPO:
     prompt_epochs: Positive = 1.0
     """Passes over the prompts."""
     max_steps: Optional[PositiveInt] = None
-    """Stop after this many steps, whatever `prompt_epochs` says (steps)."""
+    """Make this many steps at most; `prompt_epochs` may end the run before (steps)."""
     kl_coeff: NonNegative = 0.01
     """β: weight of the per-token KL penalty to the reference in reward and cost."""
     gamma: Fraction = 1.0

@@ -203,6 +203,8 @@ class EvaluateConfig(StageConfig):
     reference: Optional[ModelPath] = None
     """Reference policy for the KL divergence: a folder or a Hub name; the model that a run's model started from when not
     given."""
+    resume: Optional[str] = None
+    """auto: start an unfinished evaluation of the same settings again, and leave a finished one alone."""
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
     batch_size: PositiveInt = 16
@@ -258,7 +260,7 @@ class RunConfig:
     seed: NonNegativeInt = 42
     """Seed of every stage that does not set its own."""
     overwrite: bool = False
-    """Replace finished stages whose settings or inputs have changed."""
+    """Replace stages whose settings or inputs have changed, unfinished ones with their checkpoints too."""
     resume: Literal["auto", "never"] = "auto"
     """auto: an unfinished stage goes on from its newest checkpoint, if its settings are the same; never: it starts anew."""
 

@@ -38,7 +38,7 @@ def generate(generator, prompts, tokenizer, sampling, max_length, seed=0, first=
 
 
 def global_places(count, n, rank=None, world=None):
-    """Places in the global batch of this rank's `count` prompts with n responses each, as `data.share` deals prompts."""
+    """Places in the global batch of this rank's `count` prompts with n responses each, as `data.batches.share` deals prompts."""
     rank, world = engine.rank() if rank is None else rank, engine.world_size() if world is None else world
     return [(i * world + rank) * n + k for i in range(count) for k in range(n)]
 

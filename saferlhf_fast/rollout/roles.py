@@ -31,7 +31,7 @@ class Cast:
     ends: list                       # token ids that end a response
     actor: engine.Engine
     reference: engine.Frozen
-    scorers: dict = field(default_factory=dict)    # {"reward": scorer, name of a cost: scorer}, as config.scorers() has them
+    scorers: dict = field(default_factory=dict)    # {"reward": scorer, name of a cost: scorer}, as PPOConfig.scorers() has them
     critics: list = field(default_factory=list)    # Critic of the reward, then of each constraint; or one for all
     generator: Any = None            # a rollout engine of saferlhf_fast.rollout.engines
 

@@ -1,7 +1,9 @@
 """What flows through a PPO step: Rollout -> Scored -> Advantages.
 
 A stream is what a critic predicts: "reward", or a constraint by its name.
-Shapes: B sequences of this device, N response tokens of them, packed row after row. Ids and lengths live on the host, where
+Shapes, as suffixes of names in every room: B sequences of this device, N response tokens of them, packed row after row; b and n
+those of one pass, c (C in models/) the tokens of a chunk of whole sequences in it; M positions of a pass, prompts included; S
+sequences and L longest length of a packed or padded pass; H hidden size, V vocabulary. Ids and lengths live on the host, where
 sampling ended; what models say lives on the device.
 """
 
@@ -85,8 +87,8 @@ class Scored:
     ref_logp_N: torch.Tensor                            # nats, reference
     reward_B: torch.Tensor
     costs: dict = field(default_factory=dict)           # {name of a cost: cost_B}, > 0: unsafe
-    logp_N: Optional[torch.Tensor] = None               # nats, actor; None until the update makes it (single pass)
-    values: dict = field(default_factory=dict)          # {stream: V before each response token, N}; {} likewise
+    logp_N: Optional[torch.Tensor] = None               # nats, actor; None where the update's own forward passes give it
+    values: dict = field(default_factory=dict)          # {stream: V before each response token, N}; {} there
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,10 @@ def open_run(stage, cfg, restart=False):
         if action is Action.SET_ASIDE:
             aside = _set_aside(state.folder)
         elif action is Action.REPLACE:
+            what = "finished" if state.ending == "whole" else "unfinished" if state.has_saved else None
             old = _move_away(state.folder)
+            if what is not None:
+                print(f"{state.folder}: the {what} run there is replaced", flush=True)
         state.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:                             # between the check and now: no more room, another's folder
         raise UserError(f"output: {state.folder} cannot be created: {error.strerror or error}") from error

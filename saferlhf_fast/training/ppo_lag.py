@@ -19,9 +19,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..config.checks import check_settings
 from ..config.load import to_dict
 from ..config.sections import REWARD
-from ..errors import UserError
 from ..models.tokenizer import load_tokenizer
 from ..rollout.prefetch import Ahead
 from ..rollout.sample import require_engine_logprobs
@@ -44,7 +44,7 @@ from .stage_helpers import save_policy
 
 
 def loop(cast, rollouts, ptx, multipliers, cfg, steps, after_step):
-    """Takes a step of PPO for each of `rollouts`.
+    """Takes a step of PPO for each of `rollouts`. cast: every model by its role · cfg: of the stage.
 
     rollouts: yields (step, Rollout) · ptx: yields the global batch of SFT examples of each step, or None · multipliers: {name of
     a constraint: its rule}, {} without one · steps: the last step · after_step(step, metrics, rollout, scored, bad), where bad
@@ -52,21 +52,21 @@ def loop(cast, rollouts, ptx, multipliers, cfg, steps, after_step):
     """
     at_once = in_one_pass(cfg, cast)
     console.say("score and update share their forward passes" if at_once else "old log-probs and values have a pass of their own")
-    # 1. The current policy answers this rank's prompts, or the one before it has while the last step was made.
+    # 1. The policy answers this rank's prompts: now, or with ppo.overlap while the step before was made.
     for (step, rollout), ptx_batch in zip(rollouts, ptx):
         require_engine_logprobs(rollout, cfg)
         # 2. The frozen models say what they think of it: reference, reward, cost.
         scored = judge(rollout, cast, cfg)
         # 3. λ moves with the mean cost of the last episodes, before the actor does.
         update_multipliers(multipliers, scored, rollout)
-        values = {name: multiplier.value for name, multiplier in multipliers.items()}
+        lambdas = {name: multiplier.value for name, multiplier in multipliers.items()}
         if at_once:
             # 4. + 5. One forward pass of actor and critics gives log-probs and values, advantages in between, losses.
-            tally = update_in_one_pass(cast, rollout, scored, values, cfg, ptx_batch)
+            tally = update_in_one_pass(cast, rollout, scored, lambdas, cfg, ptx_batch)
         else:
             # 4. Actor and critics at the weights that made the rollout; KL shaping, both GAE, combination: one launch.
             scored = dataclasses.replace(scored, **ask_trained(rollout, cast, cfg))
-            adv = advantages(rollout.cu_seqlens, scored, values, cfg.ppo)
+            adv = advantages(rollout.cu_seqlens, scored, lambdas, cfg.ppo)
             # 5. Clipped losses into actor and critics; nothing, on any rank, when a number is not finite on one.
             tally = update(cast, rollout, scored, adv, cfg, ptx_batch)
         if not cfg.ppo.overlap or step == steps:
@@ -80,21 +80,16 @@ def train_ppo_lag(cfg, observe=None, restart=False):
     observe: rows of an evaluation (see `ask`) -> more metrics to log with it; nothing else reads them ·
     restart: as in `run_folder.open_run`.
     """
-    if not cfg.long_form():
-        raise UserError("cost: expected a cost model for ppo-lag, got none; the stage ppo runs without one")
-    if cfg.ppo.shaping is not None:
-        raise UserError("ppo.shaping: expected none in ppo-lag, whose λ does its work; the stage ppo takes it")
     return _train(cfg, "ppo-lag", observe, restart)
 
 
 def train_ppo(cfg, observe=None, restart=False):
     """Runs the stage ppo -> summary. The actor lies in <output>/model. observe, restart: as in `train_ppo_lag`."""
-    if cfg.ppo.shaping is not None and cfg.cost is None:
-        raise UserError("cost: expected a cost model for ppo.shaping, got none")
     return _train(cfg, "ppo", observe, restart)
 
 
 def _train(cfg, stage, observe, restart):
+    check_settings(stage, cfg)                           # who calls from Python comes past no other check
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     prompts, held_out, ptx, report = load_data(cfg, tokenizer)

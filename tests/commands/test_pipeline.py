@@ -164,6 +164,9 @@ def test_changed_settings_need_overwrite_and_change_what_depends_on_them(go, sta
     line = refused(go, sft__train__max_steps="6")
     assert line.startswith(f"sft.output: {go.out}/sft holds a finished run") and stages.names == []
     assert (go.out / "sft" / "model" / "model.safetensors").read_text() == "5"
+    line = refused(go, sft__train__max_steps="6", sft__overwrite="true")         # and those that read it have to make room too
+    assert ".output: " in line and "holds a finished run" in line and not line.startswith("sft.") and stages.names == []
+    assert (go.out / "sft" / "model" / "model.safetensors").read_text() == "5"
     go(sft__train__max_steps="6", overwrite="true")  # another SFT model: both score models start from it
     assert stages.names == ["sft", "reward", "cost"]
     go(sft__train__max_steps="6", second__train__max_steps="1", overwrite="true")

@@ -62,8 +62,9 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
     ({"constraints": "[{name: harm}]"}, "constraints.0.cost: missing"),
     ({"constraints": "[{cost: c, multiplier: {threshold: true}}]"},
      "constraints.0.multiplier.threshold: expected number, got true"),
+    ({"constraints": "[{cost: c, threshold: 1}]"}, "constraints.0.threshold: unknown key; did you mean multiplier.threshold?"),
     ({"constraints": "[{cost: c, multiplier: {treshold: 1}}]"}, "treshold: unknown key; did you mean threshold?"),
-    ({"constraints": "{cost: c}"}, "constraints: expected a list, each a group with name, cost, critic, multiplier or null"),
+    ({"constraints": "{cost: c}"}, "constraints: expected a list, each a group with name, cost, critic, multiplier, or null"),
     ({"data": "[{path: d, count: true}]"}, "data.0.count: expected whole number above 0 or null, got true")])
 def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said):
     with pytest.raises(UserError) as caught:

@@ -32,7 +32,7 @@ def test_every_row_names_settings_that_its_stage_has(stage):
         assert not row.condition(cfg) or row.key == "cost", f"{row.key}: the defaults contradict each other"
         names = {name for _, name, _, _ in string.Formatter().parse(f"{row.key}: {row.message}") if name}
         words = {name: name for name in names if not name.startswith("cfg.")}
-        assert words.keys() <= {"got", "key", "name", "hint", "multiplier", "bound", "critic"}
+        assert words.keys() <= {"got", "key", "name", "hint", "multiplier", "bound", "critic", "inside"}
         assert row.message.format(cfg=cfg, **words)
 
 

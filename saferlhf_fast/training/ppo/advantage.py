@@ -13,14 +13,14 @@ def shaped_reward(scored, shaping):
     return scored.reward_B - shaping * cost_B
 
 
-def advantages(cu_seqlens, scored, multipliers, ppo):
-    """-> Advantages. cu_seqlens: of the responses · multipliers: {name of a constraint: λ as a 0-d tensor}, {} without one ·
+def advantages(cu_seqlens, scored, lambdas, ppo):
+    """-> Advantages. cu_seqlens: of the responses · lambdas: {name of a constraint: λ as a 0-d tensor}, {} without one ·
     ppo: a PPO config. ValueError for several constraints."""
-    if len(multipliers) > 1:
-        raise ValueError(f"advantages: expected one constraint or none, got {', '.join(multipliers)}")
-    name, multiplier = next(iter(multipliers.items()), (None, None))
+    if len(lambdas) > 1:
+        raise ValueError(f"advantages: expected one constraint or none, got {', '.join(lambdas)}")
+    name, value = next(iter(lambdas.items()), (None, None))
     combined, reward_returns, cost_returns, stats = ppo_lag_advantage(
         scored.logp_N, scored.ref_logp_N, shaped_reward(scored, ppo.shaping), scored.costs[name] if name else None,
-        scored.values[REWARD], scored.values[name] if name else None, multiplier, kl_coeff=ppo.kl_coeff, gamma=ppo.gamma,
+        scored.values[REWARD], scored.values[name] if name else None, value, kl_coeff=ppo.kl_coeff, gamma=ppo.gamma,
         lam=ppo.lam, clip_score=ppo.clip_score, cu_seqlens=cu_seqlens, whiten=ppo.whiten)
     return Advantages(combined, {REWARD: reward_returns} | ({name: cost_returns} if name else {}), stats)

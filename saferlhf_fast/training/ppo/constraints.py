@@ -10,7 +10,8 @@ from .multiplier import make_multiplier, suggestion
 
 
 def make_multipliers(cfg):
-    """{name of a constraint: its rule, on the device}; thresholds come with `set_thresholds`."""
+    """{name of a constraint: its rule, on the device}. Their thresholds are placeholders until `set_thresholds`, or until a
+    checkpoint is loaded, which has them."""
     return {c.name: make_multiplier(c.multiplier, 0.0, engine.device()) for c in cfg.long_form()}
 
 
@@ -27,12 +28,13 @@ def set_thresholds(cfg, multipliers, rows):
     """
     costs = cfg.long_form()
     names = [c.name for c in costs]
-    for constraint in costs:
+    for i, constraint in enumerate(costs):
+        place = "multiplier" if cfg.constraints is None else f"constraints.{i}.multiplier"
         column = [row[per_constraint(COST, constraint.name, names)] for row in rows]
         costs_B = torch.tensor([cost for cost in column if cost is not None])
         settings, threshold = constraint.multiplier, constraint.multiplier.threshold
         if len(costs_B):
-            console.say((f"{constraint.name}: " if len(names) > 1 else "") + suggestion(costs_B))
+            console.say((f"{constraint.name}: " if len(names) > 1 else "") + suggestion(costs_B, f"{place}.threshold_quantile"))
             if settings.threshold_quantile is not None:
                 threshold = torch.quantile(costs_B, settings.threshold_quantile).item()
         if constraint.name in multipliers:

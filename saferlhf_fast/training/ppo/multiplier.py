@@ -58,7 +58,7 @@ class LagrangeMultiplier:
     """log λ += lr · λ · (J_C − d), log λ ≤ log max: the reference implementation's rule.
 
     init: λ at the start, > 0 · lr: step size · max: upper bound of λ · threshold: d, in the cost model's units ·
-    window: episodes in J_C · delay: λ moves from this step on · device: where λ lives.
+    window: episodes in J_C · delay: steps for which λ stays as it is · device: where λ lives.
     Attributes: `value`, λ, and `mean_cost`, J_C, both 0-d fp32 tensors on the device; `steps`, updates so far.
     As long as the window holds no cost at all, λ and J_C stay as they are. ValueError for what cannot be a setting, and for
     costs that are no tensor [B].
@@ -223,13 +223,13 @@ def make_multiplier(cfg, threshold, device):
     return LagrangeMultiplier(lr=cfg.lr, **common)
 
 
-def suggestion(costs_B):
-    """One line about thresholds for a policy whose episode costs are costs_B, to print before PPO-Lag."""
+def suggestion(costs_B, setting="multiplier.threshold_quantile"):
+    """One line about thresholds for a policy whose episode costs are costs_B, to print before PPO-Lag; setting: what to type."""
     quantiles = torch.quantile(costs_B.float(), torch.tensor([0.1, 0.25, 0.5], device=costs_B.device)).tolist()
     unsafe = (costs_B > 0).float().mean().item()
     return (f"costs of the starting policy: mean {costs_B.float().mean().item():.2f}, {unsafe:.0%} above 0; quantiles "
             f"10 % {quantiles[0]:.2f}, 25 % {quantiles[1]:.2f}, 50 % {quantiles[2]:.2f}. A threshold is within reach "
-            f"near the lower quantiles: multiplier.threshold_quantile=0.25 takes {quantiles[1]:.2f}")
+            f"near the lower quantiles: {setting}=0.25 takes {quantiles[1]:.2f}")
 
 
 def believable(score_B):

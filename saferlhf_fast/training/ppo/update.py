@@ -123,8 +123,8 @@ def in_one_pass(cfg, cast):
     return cfg.in_one_pass() and not cast.has_dropout()
 
 
-def update_in_one_pass(cast, rollout, scored, multipliers, cfg, ptx=None):
-    """Trains actor and critics with one step on one batch -> Tally. multipliers: {constraint: λ, 0-d}.
+def update_in_one_pass(cast, rollout, scored, lambdas, cfg, ptx=None):
+    """Trains actor and critics with one step on one batch -> Tally. lambdas: {constraint: λ, 0-d}.
 
     ptx: SFT examples of the *global* batch, or None.
     """
@@ -136,7 +136,7 @@ def update_in_one_pass(cast, rollout, scored, multipliers, cfg, ptx=None):
         for critic in cast.critics:
             value_n |= critic(packed)
         old_value_n = {name: value.detach() for name, value in value_n.items()}
-        on_policy = OnPolicyLoss(step, part, old_value_n, multipliers)
+        on_policy = OnPolicyLoss(step, part, old_value_n, lambdas)
         if cfg.ppo.old_logp == "trainer":
             loss = cast.actor(packed, cfg.sampling, chunk_loss=on_policy)
         else:
@@ -154,9 +154,9 @@ class OnPolicyLoss:
     The actor's head calls it (models/on_policy_loss.py) with log-probs that are old and new at once.
     """
 
-    def __init__(self, step, part, value_n, multipliers):
+    def __init__(self, step, part, value_n, lambdas):
         """value_n: {stream: the critics' values in this pass, without graph}."""
-        self.step, self.part, self.value_n, self.multipliers = step, part, value_n, multipliers
+        self.step, self.part, self.value_n, self.lambdas = step, part, value_n, lambdas
         self.ref_logp_n = part.of_tokens(step.scored.ref_logp_N)
         self.engine_logp_n = part.of_tokens(step.rollout.engine_logp_N)
         self.reward_b = part.of_rows(step.scored.reward_B)
@@ -189,7 +189,7 @@ class OnPolicyLoss:
             return torch.zeros_like(old_logp_c)
         costs = {name: cost_b[sequences] for name, cost_b in self.cost_b.items()}
         scored = Scored(self.ref_logp_n[tokens], self.reward_b[sequences], costs, old_logp_c, values)
-        adv = advantages(self._offsets(sequences), scored, self.multipliers, self.step.cfg.ppo)
+        adv = advantages(self._offsets(sequences), scored, self.lambdas, self.step.cfg.ppo)
         self.step.tally.advantages.append(adv.stats)
         self._keep(adv.returns)
         engine_logp_c = None if self.engine_logp_n is None else self.engine_logp_n[tokens]
