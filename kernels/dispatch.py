@@ -123,8 +123,8 @@ def _load(op, name):
     return getattr(module, op)
 
 
-@lru_cache(maxsize=None)
-def _choose(op, device, dtype, asked, from_environment, interpret):
+def _pick(op, device, dtype, asked, from_environment):
+    """(name of the implementation, the reason for it); raises as `choose` does."""
     order = OPS[op].order
     if asked not in NAMES:
         source = f"{ENVIRONMENT}={asked}" if from_environment else f"impl={asked!r}"
@@ -137,15 +137,26 @@ def _choose(op, device, dtype, asked, from_environment, interpret):
         if problem is not None:
             remedy = f"; build it with `{BUILD_COMMAND}`" if asked == "native" and native_module()[0] is None else ""
             raise NotImplementedError(f"{op}: implementation {asked!r} cannot run here: {problem}{remedy}")
-        return _load(op, asked), "asked for in " + (ENVIRONMENT if from_environment else "the call")
+        return asked, "asked for in " + (ENVIRONMENT if from_environment else "the call")
     passed_over = []
     for name in order:
         problem = _WHY_NOT[name](op, device, dtype)
         if problem is None:
-            why = f"{name}: first that can run" + (f" ({'; '.join(passed_over)})" if passed_over else "")
-            return _load(op, name), why
+            return name, f"{name}: first that can run" + (f" ({'; '.join(passed_over)})" if passed_over else "")
         passed_over.append(f"{name}: {problem}")
     raise AssertionError(f"{op}: the reference must always be able to run")
+
+
+@lru_cache(maxsize=None)
+def _choose(op, device, dtype, asked, from_environment, interpret):
+    name, why = _pick(op, device, dtype, asked, from_environment)
+    return _load(op, name), why
+
+
+def _asked(impl):
+    """(name that is asked for, whether the variable asks): `impl` comes first, "auto" gives way to SAFERLHF_IMPL."""
+    asked = os.environ.get(ENVIRONMENT) or "auto" if impl == "auto" else impl
+    return asked, impl == "auto" and asked != "auto"
 
 
 def choose(op: str, tensors, impl: str = "auto") -> tuple[Callable, str]:
@@ -154,17 +165,28 @@ def choose(op: str, tensors, impl: str = "auto") -> tuple[Callable, str]:
     impl: "auto", "reference", "triton" or "native"; "auto" gives way to the variable SAFERLHF_IMPL.
     Raises NotImplementedError when an implementation asked for by name is missing here, with the build command.
     """
-    asked, from_environment = impl, False
-    if impl == "auto":
-        asked = os.environ.get(ENVIRONMENT) or "auto"
-        from_environment = asked != "auto"
     lead = tensors[0]
-    return _choose(op, lead.device.type, lead.dtype, asked, from_environment, interpreted())
+    return _choose(op, lead.device.type, lead.dtype, *_asked(impl), interpreted())
+
+
+def explain(op: str, device: str | None = None) -> tuple[str | None, str]:
+    """(implementation, reason): what `choose` takes for float32 tensors on `device`, without loading it.
+
+    device: "cpu" or "cuda"; default: what is here. SAFERLHF_IMPL counts. (None, message): `choose` would raise the message.
+    """
+    try:
+        return _pick(op, device or _device_here(), torch.float32, *_asked("auto"))
+    except (NotImplementedError, ValueError) as error:
+        return None, str(error)
+
+
+def _device_here():
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def table(device: str | None = None) -> list[Row]:
-    """op x implementation x available x why, for `saferlhf-fast info`. device: "cpu" or "cuda"; default: what is here."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """op x implementation x available x why; SAFERLHF_IMPL does not count. device: "cpu" or "cuda"; default: what is here."""
+    device = device or _device_here()
     rows = []
     for op, (room, order) in OPS.items():
         if op != room:

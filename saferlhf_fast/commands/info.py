@@ -5,7 +5,6 @@ Standard library only; torch is imported when it is there. Nothing here raises: 
 
 import importlib
 import importlib.metadata
-import os
 import platform
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def text():
     parts = [f"saferlhf-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
              f"install: {install()}", f"device: {device()}", "", "packages:"]
     parts += [f"  {name:14} {version or 'not installed'}" for name, version in versions().items()]
-    parts += ["", "ops (SAFERLHF_IMPL=reference, triton or native forces one where there is one):", *ops(), "",
+    parts += ["", "ops, for float32 tensors (impl= in a call or SAFERLHF_IMPL forces reference, triton or native):", *ops(), "",
               f"_C: {compiled()}", f"deepspeed: {deepspeed()}", f"flash-attn: {flash_attention()}"]
     return "\n".join(parts)
 
@@ -71,17 +70,28 @@ def device():
 
 
 def ops():
-    """Returns the lines of the table op × implementation × why."""
+    """Returns a line for each op: the implementation that runs here, why it does, and which others could or could not."""
     try:
         from saferlhf_fast.kernels import dispatch
-        rows = [(row.op, row.implementation, "runs" if row.chosen else "could run" if row.available else "no", row.why)
-                for row in dispatch.table()]
+        rows = dispatch.table()
+        names = list(dict.fromkeys(row.op for row in rows))
+        lines = [_op_line(op, *dispatch.explain(op), [row for row in rows if row.op == op]) for op in names]
     except Exception as e:  # a broken kernel must not hide the rest of the report
         return [f"  not available: {type(e).__name__}: {e}"]
-    widths = [max(len(row[i]) for row in rows) for i in range(3)]
-    lines = ["  " + "  ".join([*(row[i].ljust(widths[i]) for i in range(3)), row[3]]) for row in rows]
-    forced = os.environ.get("SAFERLHF_IMPL")
-    return lines + ([f"  SAFERLHF_IMPL={forced} is set and comes before this table"] if forced else [])
+    width = max(map(len, names))
+    return [f"  {op.ljust(width)}  {line}" for op, line in zip(names, lines, strict=True)]
+
+
+def _op_line(op, implementation, why, rows):
+    """rows: of `dispatch.table`, of this op. An implementation that `why` speaks of already is not told a second time."""
+    others = [row for row in rows if row.implementation != implementation]
+    could = [row.implementation for row in others if row.available]
+    not_told = [f"{row.implementation}: {row.why}" for row in others if not row.available and row.why not in why]
+    if implementation is None:
+        first = f"none, a call raises: {why.removeprefix(f'{op}: ')}"
+    else:
+        first = f"{implementation.ljust(9)}  {why.removeprefix(f'{implementation}: ')}"
+    return "; ".join([first, *([f"{' and '.join(could)} could run"] if could else []), *not_told])
 
 
 def install():

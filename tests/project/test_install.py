@@ -202,7 +202,8 @@ def test_info_of_a_base_install_says_which_wheel_it_is_and_how_to_get_the_compil
     assert "install: wheel py3-none-any, the one for every platform, made without _C" in lines
     said = next(line for line in lines if line.startswith("_C: "))
     assert said.startswith("_C: not built; ") and "pip install --force-reinstall --no-deps --no-binary saferlhf-fast" in said
-    assert any(re.match(r"  gae +reference +runs", line) for line in lines)
+    why = r"first that can run \(triton: .*; native: saferlhf_fast._C: not built\)"
+    assert any(re.fullmatch(rf"  gae +reference +{why}", line) for line in lines)
     version = call(base / "saferlhf-fast", "--version", cwd=tmp_path)
     assert version.stdout == f"saferlhf-fast {importlib.metadata.version('saferlhf-fast')}\n"
     assert "bench" in call(base / "saferlhf-fast", "--help", cwd=tmp_path).stdout
