@@ -69,11 +69,11 @@ def parser():
     made.add_argument("--seed", type=int, default=8, help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
                       "whose 32 responses come nearest to 2,100 tokens)")
     made.add_argument("--data", metavar="FILE",
-                      help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} under SAFERLHF_DATA or ../shared)")
+                      help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} in the folder SAFERLHF_DATA)")
     made.add_argument("--lengths", choices=("words", "tokens"), default="words",
                       help="words: 4 tokens for 3 words; tokens: as --tokenizer counts")
     made.add_argument("--tokenizer", metavar="FOLDER",
-                      help=f"with --lengths tokens (default: {step_work.TOKENIZER} beside the data)")
+                      help=f"with --lengths tokens (default: {step_work.TOKENIZER} in SAFERLHF_DATA)")
     made.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)")
     return made
 

@@ -16,8 +16,6 @@ import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SHARED = Path(os.environ.get("SAFERLHF_DATA", ROOT.parent / "shared"))
 ROWS = "data/preference/pku_saferlhf_safe_over_unsafe.jsonl.gz"
 TOKENIZER = "models/stories260k"
 
@@ -107,12 +105,18 @@ class Work:
         return real / sum(len(part) * (max(p for p, _ in part) + max(r for _, r in part)) for part in parts)
 
 
+def under_data(name):
+    """-> the path of `name` in the folder that SAFERLHF_DATA names, or None where the variable is not set."""
+    folder = os.environ.get("SAFERLHF_DATA")
+    return Path(folder) / name if folder else None
+
+
 def read_rows(path=None):
     """-> [(prompt, first answer, second answer)] of a PKU-SafeRLHF file; Lacking when it is not there."""
-    path = Path(path) if path else SHARED / ROWS
-    if not path.exists():
-        raise Lacking(f"no real lengths: {path.name} is not there; --data names such a file, or SAFERLHF_DATA the folder that "
-                      f"holds {ROWS}")
+    path = Path(path) if path else under_data(ROWS)
+    if path is None or not path.exists():
+        raise Lacking(f"no real lengths: {Path(path or ROWS).name} is not there; --data names such a file, or SAFERLHF_DATA the "
+                      f"folder that holds {ROWS}")
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
     with opened as file:
         records = [json.loads(line) for line in file if line.strip()]
@@ -132,9 +136,10 @@ def word_lengths(prompt, response):
 
 def token_lengths(path=None):
     """-> a function as word_lengths that counts with the tokenizer of a folder."""
-    path = Path(path) if path else SHARED / TOKENIZER
-    if not path.is_dir():
-        raise Lacking(f"no tokenizer: {path.name} is not there; --tokenizer names its folder")
+    path = Path(path) if path else under_data(TOKENIZER)
+    if path is None or not path.is_dir():
+        raise Lacking(f"no tokenizer: {Path(path or TOKENIZER).name} is not there; --tokenizer names its folder, or "
+                      f"SAFERLHF_DATA the folder that holds {TOKENIZER}")
     from transformers import AutoTokenizer
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     tokenizer.model_max_length = 1 << 30

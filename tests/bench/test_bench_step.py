@@ -71,11 +71,23 @@ def test_lengths_are_those_of_the_rows(rows_file):
 
 
 @pytest.mark.skipif(kit.shared() is None, reason="needs the real rows: set SAFERLHF_DATA to their folder")
-def test_the_default_work_is_the_issues():
+def test_the_default_work_has_real_lengths(monkeypatch):
     """32 prompts of real PKU lengths, about 2,100 response tokens, less than half of a padded batch useful."""
     import step_work
+    monkeypatch.setenv("SAFERLHF_DATA", str(kit.shared()))
     work = step_work.make_work("cpu-small", 32)
     assert 2000 < work.tokens < 2200 and 0.3 < work.useful(32) < 0.48 and work.longest < 512
+
+
+@pytest.mark.parametrize("folder", [None, "", "/nowhere"])
+def test_without_real_rows_the_variable_is_named(folder, monkeypatch):
+    """No folder beside the checkout is looked for."""
+    import step_work
+    monkeypatch.delenv("SAFERLHF_DATA", raising=False) if folder is None else monkeypatch.setenv("SAFERLHF_DATA", folder)
+    with pytest.raises(step_work.Lacking, match="over_unsafe.jsonl.gz is not there; --data .* SAFERLHF_DATA the"):
+        step_work.read_rows()
+    with pytest.raises(step_work.Lacking, match="stories260k is not there; --tokenizer .* SAFERLHF_DATA the"):
+        step_work.token_lengths()
 
 
 @pytest.mark.numeric
