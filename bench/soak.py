@@ -4,7 +4,7 @@
 
 A tiny Llama and random words, so that what is measured is the trainer: response tokens per second and the resident memory of all
 ranks in the second quarter of the run beside those in the last, and what was left out, warned of or not written. Prints one line
-for the README. Leaves out GPUs' memory, which `plan` and bench_step.py look at.
+for docs/benchmarks.md. Leaves out GPUs' memory, which `plan` and bench_step.py look at.
 """
 
 import argparse
