@@ -3,11 +3,11 @@
 Floor: two inputs read, two outputs written, and the mask.
 """
 
-import torch
-
 import eager
 import shapes
+import torch
 import versions
+
 from saferlhf_fast import gae
 
 OP = KIND = "gae"

@@ -4,13 +4,13 @@ Floor: one matrix product of 2 N H V operations forward, four of them forward + 
 bytes of hidden, weight and their gradients, if those take longer.
 """
 
-import torch
-
 import eager
 import exact
-import saferlhf_fast
 import shapes
+import torch
 import versions
+
+import saferlhf_fast
 
 OP = KIND = "linear_logprob"
 

@@ -6,14 +6,14 @@ here because they have the same products. Those with one advantage per sequence 
 against the gradient of what it computes.
 """
 
-import torch
-
 import eager
 import exact
-import saferlhf_fast
 import shapes
+import torch
 import versions
 from bench_linear_logprob import product
+
+import saferlhf_fast
 
 OP, KIND, BARE = "linear_ppo_loss", "linear_ppo", "bare products"
 

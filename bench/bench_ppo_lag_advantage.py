@@ -3,11 +3,11 @@
 Floor: four inputs of tokens read, three outputs written, and the mask. Ours also makes the whitening statistics.
 """
 
-import torch
-
 import eager
 import shapes
+import torch
 import versions
+
 from saferlhf_fast import ppo_lag_advantage
 
 OP, KIND = "ppo_lag_advantage", "advantage"

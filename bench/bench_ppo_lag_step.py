@@ -14,7 +14,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 32, 24, 48, 4096
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """Cast, config, prompts and one rollout with its scores."""
+    """Roles, config, prompts and one rollout with its scores."""
     import plan_memory
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,10 +24,10 @@ def step(tmp_path_factory):
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
     from saferlhf_fast.rollout.sample import sample
-    from saferlhf_fast.rollout.scoring import ask_trained, judge
+    from saferlhf_fast.rollout.scoring import old_logprobs_and_values, score_rollout
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.advantage import advantages
-    from saferlhf_fast.training.ppo.load_roles import load_cast
+    from saferlhf_fast.training.ppo.load_roles import load_roles
     folder = tmp_path_factory.mktemp("step")
     tokenizer = plan_memory.tokenizer_of(VOCABULARY)
     torch.manual_seed(0)
@@ -42,40 +42,40 @@ def step(tmp_path_factory):
                     output="none", max_length=PROMPT_LENGTH + NEW_TOKENS, ppo=PPO(micro_batch_size=16),
                     sampling=Sampling(max_new_tokens=NEW_TOKENS))
     engine.start(cfg.engine, 0)
-    cast = load_cast(cfg, tokenizer, 1000, constrained=True)
+    roles = load_roles(cfg, tokenizer, 1000, constrained=True)
     draw = torch.Generator().manual_seed(1)
     prompts = [PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
                for _ in range(PROMPTS)]
     from types import SimpleNamespace
-    made = SimpleNamespace(cast=cast, cfg=cfg, prompts=prompts, multipliers={"cost": torch.tensor(1.0, device=engine.device())})
-    made.rollout = sample(cast, prompts, cfg, 0)
-    made.scored = judge(made.rollout, cast, cfg)
-    made.asked = dataclasses.replace(made.scored, **ask_trained(made.rollout, cast, cfg))
+    made = SimpleNamespace(roles=roles, cfg=cfg, prompts=prompts, multipliers={"cost": torch.tensor(1.0, device=engine.device())})
+    made.rollout = sample(roles, prompts, cfg, 0)
+    made.scored = score_rollout(made.rollout, roles, cfg)
+    made.asked = dataclasses.replace(made.scored, **old_logprobs_and_values(made.rollout, roles, cfg))
     made.adv = advantages(made.rollout.cu_seqlens, made.asked, made.multipliers, cfg.ppo)
     return made
 
 
-PARTS = ("rollout", "judge", "ask_trained", "advantages", "update", "update_in_one_pass", "whole")
+PARTS = ("rollout", "score_rollout", "old_logprobs_and_values", "advantages", "update", "update_in_one_pass", "whole")
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_step(step, benchmark, part):
     from saferlhf_fast.rollout.sample import sample
-    from saferlhf_fast.rollout.scoring import ask_trained, judge
+    from saferlhf_fast.rollout.scoring import old_logprobs_and_values, score_rollout
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.advantage import advantages
     from saferlhf_fast.training.ppo.update import update, update_in_one_pass
-    cast, cfg, rollout, multipliers = step.cast, step.cfg, step.rollout, step.multipliers
+    roles, cfg, rollout, multipliers = step.roles, step.cfg, step.rollout, step.multipliers
 
     def whole():
-        fresh = sample(cast, step.prompts, cfg, 0)
-        return update_in_one_pass(cast, fresh, judge(fresh, cast, cfg), multipliers, cfg)
+        fresh = sample(roles, step.prompts, cfg, 0)
+        return update_in_one_pass(roles, fresh, score_rollout(fresh, roles, cfg), multipliers, cfg)
 
-    run = {"rollout": lambda: sample(cast, step.prompts, cfg, 0), "judge": lambda: judge(rollout, cast, cfg),
-           "ask_trained": lambda: ask_trained(rollout, cast, cfg),
+    run = {"rollout": lambda: sample(roles, step.prompts, cfg, 0), "score_rollout": lambda: score_rollout(rollout, roles, cfg),
+           "old_logprobs_and_values": lambda: old_logprobs_and_values(rollout, roles, cfg),
            "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multipliers, cfg.ppo),
-           "update": lambda: update(cast, rollout, step.asked, step.adv, cfg),
-           "update_in_one_pass": lambda: update_in_one_pass(cast, rollout, step.scored, multipliers, cfg),
+           "update": lambda: update(roles, rollout, step.asked, step.adv, cfg),
+           "update_in_one_pass": lambda: update_in_one_pass(roles, rollout, step.scored, multipliers, cfg),
            "whole": whole}[part]
 
     def waited():
@@ -86,4 +86,4 @@ def test_step(step, benchmark, part):
     benchmark.group = f"ppo_lag_step {PROMPTS}x{PROMPT_LENGTH}+{NEW_TOKENS}"
     benchmark.extra_info.update(tokens=sum(rollout.lengths), device=str(engine.device()))
     benchmark.pedantic(waited, rounds=5, warmup_rounds=1, iterations=1)
-    assert all(torch.isfinite(p).all() for p in itertools.islice(step.cast.actor.module.parameters(), 3))
+    assert all(torch.isfinite(p).all() for p in itertools.islice(step.roles.actor.module.parameters(), 3))

@@ -3,11 +3,11 @@
 Floor: three inputs of tokens read, the gradient written, and the mask.
 """
 
-import torch
-
 import eager
 import shapes
+import torch
 import versions
+
 from saferlhf_fast import ppo_loss
 
 OP = KIND = "ppo_loss"

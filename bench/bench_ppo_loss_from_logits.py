@@ -8,13 +8,13 @@ another one, which costs ours a pass more, has rows of its own. Liger's and fla'
 get one for the whole batch, and are checked against that.
 """
 
-import torch
-
 import eager
 import exact
-import saferlhf_fast
 import shapes
+import torch
 import versions
+
+import saferlhf_fast
 
 OP, KIND = "ppo_loss_from_logits", "ppo_from_logits"
 TWO_OPS = "token_logprob, then ppo_loss"

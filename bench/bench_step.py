@@ -49,7 +49,7 @@ def parser():
                       "device, commit, …}; auto: bench/results/step-<device>-<date>.json")
     made.add_argument("--model", choices=sorted(step_work.SHAPES), default=None,
                       help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), 0.5b on "
-                      "CUDA; 8b-lora: ours alone, adapters on one trunk, against 80 GB; tiny, tiny-lora: for tests")
+                      "CUDA; 8b-lora: ours alone, adapters on one shared base, against 80 GB; tiny, tiny-lora: for tests")
     made.add_argument("--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
     made.add_argument("--only", nargs="+", metavar="SIDE", choices=SIDES, default=SIDES,

@@ -3,12 +3,12 @@
 Floor: the forward reads the logits once; forward + backward reads them twice and writes the gradient once.
 """
 
-import torch
-
 import eager
 import exact
 import shapes
+import torch
 import versions
+
 from saferlhf_fast import token_logprob
 
 OP = "token_logprob"

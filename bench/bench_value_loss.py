@@ -3,11 +3,11 @@
 Floor: three inputs of tokens read and the gradient written, for each critic, and the mask.
 """
 
-import torch
-
 import eager
 import shapes
+import torch
 import versions
+
 from saferlhf_fast import value_loss
 
 OP = KIND = "value_loss"

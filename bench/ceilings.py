@@ -8,9 +8,8 @@ implementation of the same data flow can beat it while its data lie in memory. C
 import time
 from pathlib import Path
 
-import torch
-
 import shapes
+import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -3,9 +3,8 @@
 import statistics
 import time
 
-import torch
-
 import ceilings
+import torch
 
 SMALL = 8 << 20     # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
 _buffers = {}       # by device: what a flush reads

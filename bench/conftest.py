@@ -28,6 +28,7 @@ import exact  # noqa: E402
 import memory  # noqa: E402
 import peers  # noqa: E402
 import shapes  # noqa: E402
+
 from saferlhf_fast.version import __version__  # noqa: E402
 
 DEVICE = ceilings.DEVICE
@@ -192,7 +193,7 @@ class Measure:
             ceilings.synchronize(device)
             return result
 
-        def once():
+        def first_order_only():
             start = time.perf_counter()
             ready()
             waited()
@@ -203,7 +204,7 @@ class Measure:
         peak = memory.above(waited, inputs, device)     # the second call: the check was the first
         took = time.perf_counter() - start
         slow = took > 1
-        rounds = 3 if slow else max(5, min(200, int(seconds / min(once(), took))))
+        rounds = 3 if slow else max(5, min(200, int(seconds / min(first_order_only(), took))))
         self.benchmark.group = f"{op} {shape}"
         self.benchmark.extra_info.update(op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
                                          writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,

@@ -6,9 +6,8 @@ of d weight sums over every token, so no token goes unseen.
 
 from functools import lru_cache
 
-import torch
-
 import shapes
+import torch
 
 SAMPLE = 16
 # largest error allowed, as a share of the largest right value

@@ -133,8 +133,9 @@ def safe_rlhf_cases():
 
 def transformers_sides():
     """One Llama of two layers: its class's own forward with labels, and the patched instance's."""
-    from saferlhf_fast import integrations
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from saferlhf_fast import integrations
     for vocabulary, width in ((32000, 512), (128000, 256)):
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width,
                                              num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=512))

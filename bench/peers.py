@@ -17,9 +17,8 @@ import types
 from importlib import metadata
 from typing import Callable, NamedTuple
 
-import torch
-
 import eager
+import torch
 
 IGNORE = -100
 

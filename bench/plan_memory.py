@@ -58,6 +58,7 @@ def make(folder, shape=None):
     """Writes a causal LM, two score models and data into a folder; random weights, one token for each word."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from saferlhf_fast.models.causal_lm import save_causal_lm
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import score_model_from_backbone
@@ -137,6 +138,7 @@ def measured(case, folder):
 def _child(folder, case):
     """Runs a case and prints its peak as JSON."""
     import torch
+
     from saferlhf_fast.commands import run
     from saferlhf_fast.config.stages import Optimizer
     from saferlhf_fast.evaluation import report

@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from saferlhf_fast.config import load                                          # noqa: E402
-from saferlhf_fast.commands.plan import communication, phases, sizes, usable                 # noqa: E402
+from saferlhf_fast.commands.plan import communication, phases, sizes, usable  # noqa: E402
 from saferlhf_fast.commands.plan.phases import Hardware  # noqa: E402
-from saferlhf_fast.commands.plan.stage_phases import plan_stage                  # noqa: E402
+from saferlhf_fast.commands.plan.stage_phases import plan_stage  # noqa: E402
+from saferlhf_fast.config import load  # noqa: E402
 
 COMMON = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings": 4096}
 SHAPES = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "70B": (8192, 28672, 80, 64, 8)}

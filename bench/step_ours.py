@@ -9,14 +9,13 @@ Left out: data, logging, evaluation, checkpoints.
 
 import dataclasses
 
-import torch
-
 import step_work
+import torch
 from step_ref import now
 from step_words import one_word_an_id
 
 # what `loop` calls, by its names in rollout/sample.py and training/ppo_lag.py: whose time it is
-PARTS = {"sample": "rollout", "judge": "score", "ask_trained": "score", "advantages": "score"}
+PARTS = {"sample": "rollout", "score_rollout": "score", "old_logprobs_and_values": "score", "advantages": "score"}
 
 
 class Limited:
@@ -47,10 +46,10 @@ def make_config(work, recipe):
 SEEDS = {"reward": "random 1", "cost": "random 2"}      # the "paths" of the score models: what seed they are made from
 
 
-def make_cast(work, cfg, steps):
-    """The Cast that `load_cast` makes when what it reads from files is made from seeds instead.
+def make_roles(work, cfg, steps):
+    """The Roles that `load_roles` makes when what it reads from files is made from seeds instead.
 
-    With `lora` the score models are adapters of the actor's base, so that there is one trunk.
+    With `lora` the score models are adapters of the actor's base, so that there is one shared base.
     """
     from saferlhf_fast.models import lora, multi_adapter
     from saferlhf_fast.models.score_model import ScoreModel
@@ -78,7 +77,7 @@ def make_cast(work, cfg, steps):
     for room in (scorers, load_roles):
         room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
-    made = load_roles.load_cast(cfg, tokenizer, steps, constrained=True)
+    made = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
     never = [work.shape.vocabulary]     # an end that no sample is: a random policy must not end where no other side does
     generator = open_generator(made.actor, tokenizer, never, cfg.sampling)
     return dataclasses.replace(made, ends=never, generator=Limited(generator, work))
@@ -98,7 +97,7 @@ class Side:
         engine.start(self.cfg.engine, 0)
         self.device, self.processes = engine.device(), engine.world_size()
         self.count = recipe["warmup"] + recipe["repeat"]
-        self.cast = make_cast(work, self.cfg, self.count + 1)
+        self.roles = make_roles(work, self.cfg, self.count + 1)
         self.multipliers = make_multipliers(self.cfg)
         self.prompts = [PromptExample(ids, "", ()) for ids in work.prompts]
         self.ptx = None
@@ -134,8 +133,8 @@ class Side:
             self.steps.append({**split, "update": end - self.start - sum(split.values()), "tokens": tokens})
             self.seconds, self.start = {}, now(self.device)
 
-        rollouts = rollouts_of(self.cast, self.prompts, self.cfg, self.count)
-        self.page.loop(self.cast, rollouts, ptx_batches(self.ptx, self.cfg), self.multipliers, self.cfg, self.count, after_step)
+        rollouts = rollouts_of(self.roles, self.prompts, self.cfg, self.count)
+        self.page.loop(self.roles, rollouts, ptx_batches(self.ptx, self.cfg), self.multipliers, self.cfg, self.count, after_step)
 
     def check(self):
         """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
@@ -145,15 +144,16 @@ class Side:
         from saferlhf_fast.training.ppo.update import in_one_pass, update_in_one_pass
         if self.processes > 1:
             return {}
-        rollout = assemble(self.prompts, [Response(list(ids), None, True) for ids in self.work.responses], self.cast.tokenizer,
+        rollout = assemble(self.prompts, [Response(list(ids), None, True) for ids in self.work.responses], self.roles.tokenizer,
                            self.cfg.pass_tokens())
-        scored = scoring.judge(rollout, self.cast, self.cfg)
-        asked = scoring.ask_trained(rollout, self.cast, self.cfg)
+        scored = scoring.score_rollout(rollout, self.roles, self.cfg)
+        asked = scoring.old_logprobs_and_values(rollout, self.roles, self.cfg)
         total = lambda tensor: tensor.double().sum().item()
         found = {"logp": total(asked["logp_N"]), "ref_logp": total(scored.ref_logp_N), "reward": total(scored.reward_B),
                  "reward_values": total(asked["values"]["reward"]), "cost": total(scored.costs["cost"]),
                  "cost_values": total(asked["values"]["cost"])}
-        assert in_one_pass(self.cfg, self.cast), "the default recipe trains in the pass that scores"
-        tally = update_in_one_pass(self.cast, rollout, scored, {name: m.value for name, m in self.multipliers.items()}, self.cfg)
-        self.cast.generator.refresh()
-        return found | {f"{name}_critic_loss": total(tally.sums[f"{name}_critic_loss"]) for name in ("reward", "cost")}
+        assert in_one_pass(self.cfg, self.roles), "the default recipe trains in the pass that scores"
+        lambdas = {name: multiplier.value for name, multiplier in self.multipliers.items()}
+        step_metrics = update_in_one_pass(self.roles, rollout, scored, lambdas, self.cfg)
+        self.roles.generator.refresh()
+        return found | {f"{name}_critic_loss": total(step_metrics.sums[f"{name}_critic_loss"]) for name in ("reward", "cost")}

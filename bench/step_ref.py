@@ -26,11 +26,9 @@ import types
 from collections import deque
 from importlib.machinery import ModuleSpec
 
-import torch
-
 import step_work
+import torch
 from step_work import BOS, EOS, PAD, UNK
-
 
 # ---------------------------------------------------------------- what it imports and transformers 5 lacks
 

@@ -15,9 +15,8 @@ import importlib.util
 import os
 import tempfile
 
-import torch
-
 import step_work
+import torch
 from step_ref import Ends, now
 from step_words import one_word_an_id
 

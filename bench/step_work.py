@@ -65,7 +65,7 @@ SHAPES = {
     "8b-lora": Shape("llama", 32, 4096, 14336, 32, 8, 128256, "bfloat16"),
 }
 
-# of ours: most tokens of a pass where it is not the recipe's 16 x 512, and the rank of adapters on one trunk
+# of ours: most tokens of a pass where it is not the recipe's 16 x 512, and the rank of adapters on one shared base
 MICRO_TOKENS = {"cpu-small": 1024, "8b-lora": 2048}
 RANKS = {"8b-lora": 16, "tiny-lora": 2}
 

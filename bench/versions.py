@@ -1,9 +1,9 @@
 """Which versions of an op a bench runs: eager torch, each of our implementations that can run here, every known peer."""
 
-import pytest
-
 import peers
+import pytest
 import shapes
+
 from saferlhf_fast.kernels import dispatch
 
 

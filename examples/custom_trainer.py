@@ -17,9 +17,9 @@ import copy
 import time
 
 import torch
+from arguments import number, rows_of
 from torch.nn import functional as F
 
-from arguments import number, rows_of
 from saferlhf_fast import linear_logprob, pack, unpack
 
 

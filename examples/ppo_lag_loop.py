@@ -17,8 +17,8 @@ import argparse
 import copy
 
 import torch
-
 from arguments import number, rows_of
+
 from saferlhf_fast import LagrangeMultiplier, PPOLagLoss, gae, linear_logprob, pack, value_loss
 
 
@@ -89,6 +89,7 @@ def values(critics, ids_BL, mask_BL, real_BT):
 def toy(args):
     """A tiny Llama from random weights, two critics on bodies like its own, and scores that count words."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+
     from saferlhf_fast import ScoreModel
     config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                          max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None)
@@ -111,6 +112,7 @@ def toy(args):
 def real(args):
     """Models from folders or the Hub, which must share a tokenizer; prompts from a file of {"prompt": …} lines."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from saferlhf_fast import load_score_model
     prompts = [row["prompt"] for row in rows_of(args.prompts, "prompt")]
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")

@@ -27,6 +27,7 @@ except ImportError:
     sys.exit("examples/trl_patched.py needs TRL: pip install 'trl==1.16.0'")
 
 from arguments import number
+
 from saferlhf_fast import integrations
 
 
@@ -57,6 +58,7 @@ def toy(args):
     """A tiny Llama in a folder (the trainers load their reference from it), its tokenizer, pairs of the embedded world."""
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
+
     from saferlhf_fast.demo.world import World
     world = World(0)
     tokenizer = world.tokenizer()

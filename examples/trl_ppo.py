@@ -28,7 +28,8 @@ from saferlhf_fast.config.load import load
 from saferlhf_fast.errors import UserError
 
 try:
-    from trl import ModelConfig, ScriptArguments, TrlParser as Parser
+    from trl import ModelConfig, ScriptArguments
+    from trl import TrlParser as Parser
 except ImportError:
     from transformers import HfArgumentParser as Parser
 
@@ -141,6 +142,7 @@ def make_toy(folder, ppo, rows=512):
     import datasets
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
     from saferlhf_fast.demo.world import World
     world = World(0)
     tokenizer = world.tokenizer()

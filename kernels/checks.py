@@ -7,7 +7,7 @@ the implementations. Shapes: N packed tokens, B rows, T padded width, C critics 
 import torch
 
 from .dispatch import checking, interpreted
-from .once import transformed
+from .first_order import transformed
 
 
 def result_dtype(*tensors):

@@ -18,13 +18,17 @@ if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ l
     from .kernels.ppo_loss_from_logits import ppo_loss_from_logits as ppo_loss_from_logits
     from .kernels.token_logprob import token_logprob as token_logprob
     from .kernels.value_loss import value_loss as value_loss
-    from .models.packing import pack as pack, unpack as unpack
+    from .models.packing import pack as pack
+    from .models.packing import unpack as unpack
     from .models.score_checkpoint import save_score_model as save_score_model
-    from .models.score_model import (ScoreModel as ScoreModel, load_score_model as load_score_model,
-                                     score_model_from_backbone as score_model_from_backbone)
-    from .training.losses import cost_loss as cost_loss, reward_loss as reward_loss
+    from .models.score_model import ScoreModel as ScoreModel
+    from .models.score_model import load_score_model as load_score_model
+    from .models.score_model import score_model_from_backbone as score_model_from_backbone
+    from .training.losses import cost_loss as cost_loss
+    from .training.losses import reward_loss as reward_loss
     from .training.ppo.loss import PPOLagLoss as PPOLagLoss
-    from .training.ppo.multiplier import LagrangeMultiplier as LagrangeMultiplier, PIDMultiplier as PIDMultiplier
+    from .training.ppo.multiplier import LagrangeMultiplier as LagrangeMultiplier
+    from .training.ppo.multiplier import PIDMultiplier as PIDMultiplier
 
 _HOME = {
     "token_logprob": "kernels.token_logprob",

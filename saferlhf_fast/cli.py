@@ -79,7 +79,7 @@ def main(argv=None):
         return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
     except KeyboardInterrupt as e:
         return _failed(e, 130, "interrupted")
-    except preemption.Stopped as e:  # after a checkpoint: no fault
+    except preemption.Preempted as e:  # after a checkpoint: no fault
         if os.environ.get("RANK", "0") == "0":
             print(e, file=sys.stderr)
         return _done(e.code, limit=20)

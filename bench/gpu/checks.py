@@ -4,14 +4,14 @@ masks, two calls, another stream, a CUDA graph. Each is compared with the refere
 
 from typing import Callable, NamedTuple
 
-import torch
-
 import ceilings
 import exact
-import saferlhf_fast as ops
 import shapes
+import torch
 from gpu import graphs, rehearsal
 from gpu.outcomes import NotRun
+
+import saferlhf_fast as ops
 from saferlhf_fast.kernels import dispatch
 
 DEVICE = ceilings.DEVICE

@@ -6,11 +6,11 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
+import shapes  # noqa: E402
 import torch  # noqa: E402
+from gpu import checks  # noqa: E402
 
 import saferlhf_fast as ops  # noqa: E402
-import shapes  # noqa: E402
-from gpu import checks  # noqa: E402
 
 
 def large():

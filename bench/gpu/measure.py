@@ -3,12 +3,11 @@
 import statistics
 import time
 
-import torch
-
 import ceilings
 import clock
 import exact
 import memory
+import torch
 from gpu import rehearsal
 from gpu.outcomes import NotRun
 

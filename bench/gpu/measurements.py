@@ -3,9 +3,6 @@
 import importlib
 from functools import partial
 
-import torch
-import triton
-
 import bench_gae
 import bench_linear_logprob
 import bench_linear_ppo_loss
@@ -17,9 +14,12 @@ import bench_value_loss
 import ceilings
 import exact
 import shapes
+import torch
+import triton
 from gpu import graphs, variants
 from gpu.measure import bench, timed
 from gpu.outcomes import NotRun
+
 from saferlhf_fast.kernels import scaling, scaling_triton
 from saferlhf_fast.kernels.linear import product
 from saferlhf_fast.kernels.ppo_loss_from_logits import triton_impl as policy_rows

@@ -43,11 +43,10 @@ def device(window):
     window.build = None if window.rehearsal else build(window)
     state = asked_of_the_driver("name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw")
     with window.uninterrupted(least=12):        # from a cold disk torch alone may take longer than the section
+        import ceilings
         import numpy
         import torch
         import triton
-
-        import ceilings
     window.emit("device", device=ceilings.device_name(), torch=torch.__version__, triton=triton.__version__,
                 numpy=numpy.__version__, python=sys.version.split()[0], cuda=torch.version.cuda,
                 state=state or "no nvidia-smi")
@@ -82,6 +81,7 @@ def build_and_tests(window):
     try:
         with window.uninterrupted():
             from gpu import checks
+
             from saferlhf_fast.kernels import dispatch
         module, why = dispatch.native_module()
         cuda = getattr(module, "cuda", False) or getattr(module, "cuda_note", "")

@@ -14,8 +14,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 
 import peers
-import saferlhf_fast
 import shapes
+
+import saferlhf_fast
 
 KERNELS = "saferlhf_fast.kernels"
 ROWS, POLICY = "token_logprob", "ppo_loss_from_logits"

@@ -6,7 +6,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..once import backward_alone, learns, once, remember
+from ..first_order import first_order_only, learns, refuse_tangents, track_inputs
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -65,7 +65,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(hidden_NH, weight_VH, ids_N, bias_V, temperature_N, *output)
 
 
-@once("linear_logprob")
+@first_order_only("linear_logprob")
 def _backward(ctx, grad_logp_N, grad_entropy_N, _):
     hidden_NH, weight_VH, ids_N, bias_V, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:
@@ -137,13 +137,13 @@ def linear_logprob(
     """
     op = "linear_logprob"
     checks.head(op, hidden, weight, ids, bias)
-    backward_alone(op, hidden, weight, bias)
+    refuse_tangents(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
     temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
     gradient = any(map(learns, (hidden, weight, bias)))
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
         hidden.reshape(ids.numel(), hidden.shape[-1]), weight, checks.wide(ids).reshape(-1), bias, temperature, temperature_N,
         checks.softcap(op, softcap), return_entropy, chunk_tokens, gradient, "" if group is None else group.group_name, impl)
-    remember(logp, hidden, weight, bias)
+    track_inputs(logp, hidden, weight, bias)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

@@ -5,8 +5,8 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
+from ..first_order import first_order_only, learns, refuse_tangents, track_inputs
 from ..linear import held, scaled
-from ..once import backward_alone, learns, once, remember
 from ..ppo_loss.reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -55,7 +55,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second d weight
 
 
-@once("linear_ppo_loss")
+@first_order_only("linear_ppo_loss")
 def _backward(ctx, upstream, *_):
     if upstream is None:
         return (None,) * (5 + len(shared.Policy._fields))
@@ -105,7 +105,7 @@ def linear_ppo_loss(
     """
     op = "linear_ppo_loss"
     checks.head(op, hidden, weight, ids, bias)
-    backward_alone(op, hidden, weight, bias)
+    refuse_tangents(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
     policy = shared.arguments(
         op, hidden, ids, old_logp, advantages, clip_ratio=clip_ratio, clip_high=clip_high, dual_clip=dual_clip,
@@ -115,5 +115,5 @@ def linear_ppo_loss(
     wanted = [learns(tensor) for tensor in (hidden, weight, bias)]
     loss, *_, statistics = torch.ops.saferlhf_fast.linear_ppo_loss(
         hidden.reshape(ids.numel(), hidden.shape[-1]), weight, bias, wanted, chunk_tokens, *policy)
-    remember(loss, hidden, weight, bias)
+    track_inputs(loss, hidden, weight, bias)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

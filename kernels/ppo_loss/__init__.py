@@ -4,8 +4,8 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
+from ..first_order import first_order_only, refuse_tangents, track_inputs
 from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
-from ..once import backward_alone, once, remember
 from .reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -33,7 +33,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)     # else every output's would be filled with zeros
 
 
-@once("ppo_loss")
+@first_order_only("ppo_loss")
 def _backward(ctx, upstream, *_):
     if upstream is None:
         return (None,) * 18
@@ -93,7 +93,7 @@ def ppo_loss(
     given = {"logp": logp, "old_logp": old_logp, "advantages": advantages}
     given |= {name: tensor for name, tensor in (("ref_logp", ref_logp), ("entropy", entropy)) if tensor is not None}
     checks.same_tokens("ppo_loss", list(given), list(given.values()))
-    backward_alone("ppo_loss", logp, entropy)
+    refuse_tangents("ppo_loss", logp, entropy)
     checks.one_of("ppo_loss", "reduction", reduction, REDUCTIONS)
     checks.one_of("ppo_loss", "kl_estimator", kl_estimator, KL_ESTIMATORS)
     clip = checks.clip("ppo_loss", clip_ratio, clip_high, dual_clip)
@@ -106,5 +106,5 @@ def ppo_loss(
         mask, *clip, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
         checks.normalizer("ppo_loss", normalizer, logp), checks.scalar(advantage_scale, logp, "advantage_scale"),
         checks.scalar(advantage_shift, logp, "advantage_shift"), impl)
-    remember(loss, logp, entropy)
+    track_inputs(loss, logp, entropy)
     return loss, named(statistics, ref_kl=ref_logp, entropy=entropy, dual_clipped=dual_clip)

@@ -5,7 +5,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..once import backward_alone, learns, once, remember
+from ..first_order import first_order_only, learns, refuse_tangents, track_inputs
 from ..ppo_loss.reference import STATISTICS, named
 from ..scaling import scale_in_place
 
@@ -52,7 +52,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second [N, V]
 
 
-@once("ppo_loss_from_logits")
+@first_order_only("ppo_loss_from_logits")
 def _backward(ctx, upstream, *_):
     assert ctx.gradient, "a gradient is asked for that the forward pass was told nobody needs"
     if upstream is None:
@@ -105,7 +105,7 @@ def ppo_loss_from_logits(
     """
     op = "ppo_loss_from_logits"
     checks.logits_and_ids(op, logits, ids)
-    backward_alone(op, logits)
+    refuse_tangents(op, logits)
     policy = shared.arguments(
         op, logits, ids, old_logp, advantages, clip_ratio=clip_ratio, clip_high=clip_high, dual_clip=dual_clip,
         cu_seqlens=cu_seqlens, mask=mask, ref_logp=ref_logp, kl_coeff=kl_coeff, kl_estimator=kl_estimator,
@@ -115,5 +115,5 @@ def ppo_loss_from_logits(
     flat = logits.reshape(ids.numel(), logits.shape[-1])
     inplace = inplace and gradient and checks.disposable(logits, flat)
     loss, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss_from_logits(flat, inplace, gradient, *policy)
-    remember(loss, logits)
+    track_inputs(loss, logits)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -6,7 +6,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..once import backward_alone, once, remember
+from ..first_order import first_order_only, refuse_tangents, track_inputs
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define("token_logprob(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, float softcap, "
@@ -50,7 +50,7 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N)
 
 
-@once("token_logprob")
+@first_order_only("token_logprob")
 def _backward(ctx, grad_logp_N, grad_entropy_N, _):
     logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:
@@ -123,13 +123,13 @@ def token_logprob(
     implementation a row depends on no other row.
     """
     checks.logits_and_ids("token_logprob", logits, ids)
-    backward_alone("token_logprob", logits)
+    refuse_tangents("token_logprob", logits)
     temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
     flat = logits.reshape(ids.numel(), logits.shape[-1])
     inplace = inplace_backward and checks.disposable(logits, flat)
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
         flat, checks.wide(ids).reshape(-1), temperature, temperature_N,
         checks.softcap("token_logprob", softcap), return_entropy, inplace, impl)
-    remember(logp, logits)
+    track_inputs(logp, logits)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

@@ -4,8 +4,8 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
+from ..first_order import first_order_only, refuse_tangents, track_inputs
 from ..losses import REDUCTIONS, scaled
-from ..once import backward_alone, once, remember
 from .reference import STATISTICS
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -31,7 +31,7 @@ def _setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second d values
 
 
-@once("value_loss")
+@first_order_only("value_loss")
 def _backward(ctx, upstream_C, *_):
     if upstream_C is None:
         return (None,) * 9
@@ -70,7 +70,7 @@ def value_loss(
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     checks.same_tokens("value_loss", ("values", "old_values", "returns"), (values, old_values, returns))
-    backward_alone("value_loss", values)
+    refuse_tangents("value_loss", values)
     checks.one_of("value_loss", "reduction", reduction, REDUCTIONS)
     checks.not_negative("value_loss", "clip_value", clip_value)
     single = values.dim() == (1 if cu_seqlens is not None else 2 if mask is None else mask.dim()) or values.dim() == 1
@@ -84,7 +84,7 @@ def value_loss(
     loss_C, _, _, statistics = torch.ops.saferlhf_fast.value_loss(
         values, old_values.detach(), returns.detach(), cu_seqlens, mask, clip_value, reduction == "token-mean",
         checks.normalizer("value_loss", normalizer, values), impl)
-    remember(loss_C, values)
+    track_inputs(loss_C, values)
     if single:
         return loss_C[0], dict(zip(STATISTICS, statistics[0].unbind()))
     stats = {}

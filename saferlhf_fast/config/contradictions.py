@@ -214,7 +214,7 @@ OVERLAP = (
     Row("ppo.overlap", lambda cfg: cfg.ppo.overlap and cfg.engine.zero_stage == 3,
         "expected engine.zero_stage 0, 1 or 2 and separate models, got 3"),
     Row("ppo.overlap", lambda cfg: cfg.ppo.overlap and cfg.lora.rank,
-        "expected engine.zero_stage 0, 1 or 2 and separate models, got one trunk (lora.rank)"),
+        "expected engine.zero_stage 0, 1 or 2 and separate models, got one shared base (lora.rank)"),
     Row("ppo.overlap", lambda cfg: cfg.ppo.overlap and cfg.sampling.engine == "vllm",
         "expected another sampling.engine than vllm, which would lie on the device twice; vllm-server does it"),
     Row("evaluation.interval", lambda cfg: cfg.ppo.overlap and cfg.sampling.engine == "vllm-server" and cfg.evaluation.interval,

@@ -15,8 +15,20 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
 from saferlhf_fast.config import redact
-from saferlhf_fast.config.schema import (LONG_FORMS, REQUIRED, SETTINGS, defaults, describe, in_order, is_number, is_text,
-                                         leaves, nearest, own_fields, show)
+from saferlhf_fast.config.schema import (
+    LONG_FORMS,
+    REQUIRED,
+    SETTINGS,
+    defaults,
+    describe,
+    in_order,
+    is_number,
+    is_text,
+    leaves,
+    nearest,
+    own_fields,
+    show,
+)
 from saferlhf_fast.errors import UserError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

@@ -11,8 +11,8 @@ import textwrap
 import types
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.sections import Constraint, ScorerSpec, Source
+from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig
 
 SETTINGS = {**STAGES, "run": RunConfig, "demo": DemoConfig}

@@ -9,9 +9,33 @@ Values are never written back: what is derived is a function of the config.
 from dataclasses import field, fields
 from typing import ClassVar, Literal, Optional
 
-from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, ModelPath,
-                       Multiplier, NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData,
-                       Sampling, Scorer, Source, Training, frozen, scorer_spec)
+from .sections import (
+    COST,
+    PPO,
+    REWARD,
+    Checkpoint,
+    Constraint,
+    Data,
+    Engine,
+    Evaluation,
+    Logging,
+    Lora,
+    ModelPath,
+    Multiplier,
+    NonNegative,
+    NonNegativeInt,
+    Optimizer,
+    Output,
+    Positive,
+    PositiveInt,
+    PreferenceData,
+    Sampling,
+    Scorer,
+    Source,
+    Training,
+    frozen,
+    scorer_spec,
+)
 from .stage_table import STAGE_SPECS
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation",

@@ -14,8 +14,7 @@ columns are not looked at, so that a stage without use for them neither pays for
 from dataclasses import dataclass, field, replace
 
 from saferlhf_fast.data.formats import FORMATS, format_of, with_labels
-from saferlhf_fast.data.records import (SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, Preference, Prompt,
-                                        prompt_of, prompt_text)
+from saferlhf_fast.data.records import SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, Preference, Prompt, prompt_of, prompt_text
 from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.sources import load_sources
 from saferlhf_fast.data.templates import Template

@@ -10,9 +10,26 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from saferlhf_fast.data.files import Row, describe, shorten
-from saferlhf_fast.data.records import (SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, HarmLabel, LabelFault, Preference,
-                                        Prompt, assistant, bool_field, checked_text, choice_field, harm_label, messages_field,
-                                        prompt_of, text_field, user)
+from saferlhf_fast.data.records import (
+    SAFE,
+    UNKNOWN,
+    UNSAFE,
+    Conversation,
+    Dropped,
+    HarmLabel,
+    LabelFault,
+    Preference,
+    Prompt,
+    assistant,
+    bool_field,
+    checked_text,
+    choice_field,
+    harm_label,
+    messages_field,
+    prompt_of,
+    text_field,
+    user,
+)
 from saferlhf_fast.errors import UserError
 
 PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction")

@@ -2,8 +2,20 @@
 
 from collections import namedtuple
 
-from ..config.stages import (PPO, Engine, EvaluateConfig, Evaluation, Logging, Multiplier, Optimizer, PPOConfig, PreferenceConfig,
-                             Sampling, SFTConfig, Training)
+from ..config.stages import (
+    PPO,
+    Engine,
+    EvaluateConfig,
+    Evaluation,
+    Logging,
+    Multiplier,
+    Optimizer,
+    PPOConfig,
+    PreferenceConfig,
+    Sampling,
+    SFTConfig,
+    Training,
+)
 
 Sizes = namedtuple("Sizes", "sft sft_steps pairs pair_epochs prompts validation test ppo_steps")
 FULL = Sizes(sft=4000, sft_steps=500, pairs=8000, pair_epochs=2, prompts=4000, validation=256,

@@ -25,7 +25,7 @@ from ..models.policy import Policy
 from ..models.tokenizer import load_tokenizer
 from ..rollout.batch import end_tokens, generate
 from ..rollout.engines import open_generator
-from ..rollout.sample_and_score import ask, summary_of
+from ..rollout.sample_and_score import sample_and_score, summary_of
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
 from ..training.ppo_lag import train_ppo, train_ppo_lag
@@ -96,7 +96,7 @@ def one_seed(seed, folder, cfg):
     clock.lap("ppo-lag")
     entry = {"threshold": lag["threshold"]}
     for name, where, multiplier in (("sft", "sft", 0.0), ("ppo", "ppo", 0.0), ("ppo_lag", "ppo-lag", lag["multiplier"])):
-        entry[name] = {**judged(world, folder, where, seed, cfg, sizes), "multiplier": multiplier}
+        entry[name] = {**evaluate_policy(world, folder, where, seed, cfg, sizes), "multiplier": multiplier}
     clock.lap("evaluation")
     entry["seconds"] = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
     return entry
@@ -165,20 +165,20 @@ def gold_observer(world):
 
 
 def gold_means(world, rows):
-    """-> gold helpfulness, cost and unsafe share of the rows of `ask`."""
-    golds = [world.judge(row["prompt"], row["response"]) for row in rows]
+    """-> gold helpfulness, cost and unsafe share of the rows of `sample_and_score`."""
+    golds = [world.gold_scores(row["prompt"], row["response"]) for row in rows]
     n = len(golds)
     return {"helpfulness": sum(g.helpfulness for g in golds) / n, "cost": sum(g.cost for g in golds) / n,
             "unsafe_share": sum(g.severity > 0 for g in golds) / n}
 
 
-def judged(world, folder, where, seed, cfg, sizes):
+def evaluate_policy(world, folder, where, seed, cfg, sizes):
     """One policy on the held-out prompts -> gold and model figures."""
     settings = recipe.evaluation(folder, where, seed, cfg)
     tokenizer = load_tokenizer(settings.model)
-    cast = load_evaluation_roles(settings, tokenizer)
+    roles = load_evaluation_roles(settings, tokenizer)
     prompts, _ = prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)
-    rows = ask(cast, prompts, settings, seed)
+    rows = sample_and_score(roles, prompts, settings, seed)
     write(Path(folder) / f"test-{where}.jsonl", rows)
     model = summary_of(rows)
     return {**gold_means(world, rows), "model_reward": model["reward"], "model_cost": model["cost"], "kl": model["kl"],

@@ -16,8 +16,8 @@ from ..models.policy import Policy
 from ..models.tokenizer import load_tokenizer
 from ..rollout.batch import end_tokens
 from ..rollout.engines import open_generator
-from ..rollout.roles import Cast
-from ..rollout.sample_and_score import ask
+from ..rollout.roles import Roles
+from ..rollout.sample_and_score import sample_and_score
 from ..rollout.scorers import load_scorer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
@@ -33,9 +33,9 @@ def evaluate(cfg, restart=False):
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     longest = cfg.sampling.prompt_limit(cfg.max_length)
     prompts, report = prompt_examples(cfg.prompts, tokenizer, cfg.template, longest, cfg.seed)
-    cast = load_evaluation_roles(cfg, tokenizer)
+    roles = load_evaluation_roles(cfg, tokenizer)
     folder = open_run("evaluate", cfg, restart) if cfg.output else None
-    rows = ask(cast, prompts, cfg, cfg.seed)
+    rows = sample_and_score(roles, prompts, cfg, cfg.seed)
     columns = ([row[name] for row in rows] if rows[0][name] is not None else None for name in (*PAIR, "kl", "length"))
     summary = {**summarise(*columns), "data": report.as_dict()}
     if engine.rank() == 0:
@@ -50,7 +50,7 @@ def evaluate(cfg, restart=False):
 
 
 def load_evaluation_roles(cfg, tokenizer):
-    """-> Cast of what an EvaluateConfig names: the policy, its reference and the scorers, those that are given."""
+    """-> Roles of what an EvaluateConfig names: the policy, its reference and the scorers, those that are given."""
     def policy(path):
         lm = load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
                             allow_pickle=cfg.allow_pickle)
@@ -61,7 +61,7 @@ def load_evaluation_roles(cfg, tokenizer):
     if reference is None:
         console.say(f"no KL: {cfg.model} is no model of a run here; reference= names the policy to compare it with")
     ends = end_tokens(tokenizer, actor.module.lm, cfg.template)
-    return Cast(tokenizer, ends, actor, policy(reference) if reference else None,
+    return Roles(tokenizer, ends, actor, policy(reference) if reference else None,
                 {name: load_scorer(spec, tokenizer, cfg)[0] for name, spec in cfg.scorers().items()},
                 generator=open_generator(actor, tokenizer, ends, cfg.sampling))
 

@@ -15,8 +15,8 @@ measured table. A process that a library starts for itself (Ray workers) has to 
 from importlib import import_module
 from typing import Any
 
-from .report import Refused, Report
 from . import replacing
+from .report import Refused, Report
 
 __all__ = ["LIBRARIES", "Refused", "Report", "patch", "patched", "unpatch"]
 

@@ -8,8 +8,8 @@ import torch
 
 from ..kernels import checks, linear
 from ..kernels.dispatch import choose
+from ..kernels.first_order import first_order_only, track_inputs
 from ..kernels.linear_logprob import linear_logprob
-from ..kernels.once import once, remember
 from ..kernels.token_logprob import token_logprob
 from . import shared
 from .registry import Library, Replace
@@ -96,7 +96,7 @@ class _Head(torch.autograd.Function):
         return logp_N, entropy_N if ctx.entropy else None, *made
 
     @staticmethod
-    @once("the chunked head")
+    @first_order_only("the chunked head")
     def backward(ctx, grad_logp_N, grad_entropy_N, *_):
         if grad_logp_N is None and grad_entropy_N is None:
             return (None,) * 7
@@ -187,7 +187,7 @@ def chunked_head(theirs):
             learns = shared.learns(hidden, weight, bias) and not torch.compiler.is_compiling()
             if learns or set(outputs) & set(EXTRAS):
                 made = _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
-                remember(made[0], hidden, weight, bias)
+                track_inputs(made[0], hidden, weight, bias)
                 return made
             return _by_the_op(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
 

@@ -12,8 +12,17 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
-from .folders import (checked, has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing, replacing,
-                      write_card)
+from .folders import (
+    checked,
+    has_weights,
+    local_copy,
+    quiet,
+    readable,
+    refuse_large_vocabulary,
+    refuse_missing,
+    replacing,
+    write_card,
+)
 from .lora import has_lora, plain, plain_state
 
 LOADERS = ("transformers", "huggingface_hub", "safetensors")     # what reading a model folder needs

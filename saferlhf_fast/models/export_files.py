@@ -12,11 +12,11 @@ from .lora import plain
 SCORE = "score.json"
 
 
-def describe(module, tokenizer):
-    """-> a function that writes what belongs to a Policy or a ScoreModel (also one on a trunk) into a folder."""
+def export_metadata_writer(module, tokenizer):
+    """-> a function that writes what belongs to a Policy or a ScoreModel (also one on a shared base) into a folder."""
     def write(folder):
         lm = getattr(module, "lm", None)
-        if lm is None and not hasattr(module, "backbone"):       # a critic on a trunk: its base is the actor's
+        if lm is None and not hasattr(module, "backbone"):       # a critic on a shared base: its base is the actor's
             return
         inner = plain(module.backbone if lm is None else lm)
         config = copy.deepcopy(inner.config)
@@ -37,9 +37,10 @@ def _head(module):
 
 
 def build(folder, lora, trust_remote_code=False):
-    """A folder of `describe` -> (module without weights that mean anything, tokenizer). lora: a Lora config."""
+    """A folder of `export_metadata_writer` -> (module without weights that mean anything, tokenizer). lora: a Lora config."""
     import torch
-    from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, AutoConfig
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
     from .lora import add_lora
     from .policy import Policy
     from .score_model import Normalizer, ScoreModel

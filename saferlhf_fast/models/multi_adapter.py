@@ -1,7 +1,7 @@
 """Several low-rank adapters (peft) on one base, one of them on at a time; and a score model's adapter in files.
 
 A score model that was trained with LoRA is saved whole, and beside it, in <model>/adapter, as peft would save it
-(AutoPeftModelForSequenceClassification reads it): one trunk takes that instead of another base.
+(AutoPeftModelForSequenceClassification reads it): one shared base takes that instead of another base.
 """
 
 import os

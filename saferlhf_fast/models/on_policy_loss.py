@@ -15,7 +15,7 @@ import torch
 from ..kernels import linear
 from ..kernels.checks import known_ids
 from ..kernels.dispatch import choose
-from ..kernels.once import once, remember
+from ..kernels.first_order import first_order_only, track_inputs
 
 
 def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature=1.0, softcap=None):
@@ -25,7 +25,7 @@ def on_policy_loss(hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, 
     slices that say where the chunk lies, and its log-probs (fp32, nats, no graph). It is called once for each chunk, in order.
     """
     loss = _OnPolicy.apply(hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature, softcap or 0.0)
-    remember(loss, hidden_NH, weight_VH, bias_V)
+    track_inputs(loss, hidden_NH, weight_VH, bias_V)
     return loss
 
 
@@ -71,7 +71,7 @@ class _OnPolicy(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once("on_policy_loss")
+    @first_order_only("on_policy_loss")
     def backward(ctx, upstream):
         hidden, weight = ctx.kinds
         made = [None if gradient is None else linear.scaled(gradient, upstream, kind)

@@ -6,9 +6,10 @@ padded rows and back.
     padded = unpack(packed, cu_seqlens, mask=mask)                 # where they were
     padded = unpack(packed, cu_seqlens)                            # rows moved to the left, padding behind
 
-A batch is cut into passes (micro-batches) by tokens, not by sequences: `fill` deals sequences to ranks and passes so that
-all carry about the same number of tokens and none more than a budget. Losses are divided by counts over all passes and ranks,
-so no result depends on how it was cut. Every op of this package takes packed tokens and padded rows alike. Needs torch alone.
+A batch is cut into passes (micro-batches) by tokens, not by sequences: `pack_into_microbatches` deals sequences to ranks and
+passes so that all carry about the same number of tokens and none more than a budget. Losses are divided by counts over all
+passes and ranks, so no result depends on how it was cut. Every op of this package takes packed tokens and padded rows alike.
+Needs torch alone.
 
 Shapes: S sequences of a pass, M their tokens, N the asked-for ones, one behind the other; of padded rows: B rows, T columns, N
 real tokens.
@@ -110,7 +111,7 @@ def padded(packed):
     return Padded(ids_SL, mask_SL, positions_SL, flat_M)
 
 
-def fill(lengths, budget, world=1):
+def pack_into_microbatches(lengths, budget, world=1):
     """Deals sequences to ranks and passes -> for each rank a list of passes, each a list of indices, shortest first.
 
     lengths: tokens of each sequence of the *global* batch · budget: most tokens of a pass; a longer sequence has one of its

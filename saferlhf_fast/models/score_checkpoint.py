@@ -1,6 +1,6 @@
 """Files of score models: which layout a folder has, its head, and writing the one that everybody reads.
 
-Read: `score.weight` beside a backbone (AutoModelForSequenceClassification(num_labels=1), and ours) and REF's
+Read: `score.weight` beside a backbone (AutoModelForSequenceClassification(num_labels=1), and ours) and safe-rlhf's
 `score_head.weight`, `score_head.bias`, `normalizer.mean`, `normalizer.var`. Written: the former, with what it cannot
 say (kind, bias, normaliser) under `saferlhf_fast` in config.json. No torch at import.
 """
@@ -19,7 +19,7 @@ from .tokenizer import with_distinct_pad
 OURS = "saferlhf_fast"
 _HEAD_NAMES = ("score.weight", "score.bias", "score_head.weight", "score_head.bias", "normalizer.mean",
                "normalizer.var")
-# REF's normaliser does what the kind of score says.
+# safe-rlhf's normaliser does what the kind of score says.
 _REF_FUNCTION = {"reward": "affine", "cost": "scale", "critic": "identity"}
 _REF_FIELDS = ("score_dim", "score_bias", "score_type", "bias", "do_normalize", "normalizer_type", "momentum", "mean",
                "var")
@@ -227,7 +227,7 @@ def _shell(cls, config, dtype):
 
 def _set_labels(config, tokenizer, said):
     for field in _REF_FIELDS:
-        # `bias` and the like belong to REF only where the architecture itself has no such field.
+        # `bias` and the like belong to safe-rlhf only where the architecture itself has no such field.
         if hasattr(config, "score_dim") and field not in type(config)().to_dict() and field != "score_dim":
             config.__dict__.pop(field, None)
     config.__dict__.pop("score_dim", None)

@@ -1,6 +1,6 @@
 """One `ScoreModel` (reward, cost, critic) around any backbone.
 
-    score = load_score_model(folder)            # AutoModelForSequenceClassification(num_labels=1), or REF's layout
+    score = load_score_model(folder)            # AutoModelForSequenceClassification(num_labels=1), or safe-rlhf's layout
     scores_BL = score(ids_BL, mask_BL)          # one per token, fp32
     score_B = score.end_scores(scores_BL, mask_BL)
 
@@ -31,7 +31,7 @@ from .score_checkpoint import read_head
 
 @dataclass(frozen=True)
 class Normalizer:
-    """REF's score normaliser with fixed statistics. Plain numbers, so that no cast to bf16 can round them."""
+    """safe-rlhf's score normaliser with fixed statistics. Plain numbers, so that no cast to bf16 can round them."""
 
     function: str            # affine: (s − mean)/std · scale: s/std · translate: s − mean · identity
     mean: float = 0.0
@@ -80,7 +80,7 @@ class ScoreModel(nn.Module):
         score_B = model.end_scores(model(ids_BL, mask_BL), mask_BL)
         save_score_model(folder, model, tokenizer, kind="reward")        # AutoModelForSequenceClassification(num_labels=1)
 
-    The head has no bias, so that export as AutoModelForSequenceClassification is exact; a checkpoint of REF may bring
+    The head has no bias, so that export as AutoModelForSequenceClassification is exact; a checkpoint of safe-rlhf may bring
     a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None when the files do not say.
     """
 
@@ -101,7 +101,7 @@ class ScoreModel(nn.Module):
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
 
-        That is what REF and transformers' own class do, so scores start at about 0.02·√H (the last norm leaves
+        That is what safe-rlhf and transformers' own class do, so scores start at about 0.02·√H (the last norm leaves
         entries of size one). Under ZeRO-3 the weight is gathered, drawn on rank 0 and handed out; without
         that each rank would write into an empty tensor and the head would stay uninitialised.
         """
@@ -277,7 +277,7 @@ def load_score_model(path: str | Path, *, dtype: torch.dtype = torch.float32, ne
                      trust_remote_code: bool = False, allow_pickle: bool = False) -> ScoreModel:
     """-> a ScoreModel from a folder or Hub name, head included.
 
-    Read: AutoModelForSequenceClassification(num_labels=1), which is what we write, and REF's layout with its bias and
+    Read: AutoModelForSequenceClassification(num_labels=1), which is what we write, and safe-rlhf's layout with its bias and
     normaliser. A plain language model is a UserError, unless new_head: then it gets a new head (one that has a head
     keeps it). A folder that says it is a score model and has no head is always one: no head is ever drawn in silence.
     tokenizer: when given, its vocabulary must fit the embedding.

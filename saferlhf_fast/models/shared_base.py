@@ -17,7 +17,7 @@ from .policy import Policy
 from .score_model import ScoreHead, hidden_size
 
 
-class Trunk:
+class SharedBase:
     """A causal LM with adapters, one of which is on at a time.
 
     lm: on its device, in its dtype; frozen here · lora: a Lora config.
@@ -47,55 +47,55 @@ class Trunk:
         return multi_adapter.parameters(self.lm, role)
 
 
-class OnTrunk(nn.Module):
+class OnSharedBase(nn.Module):
     """What roles share: their weights are an adapter's, and the base is not theirs."""
 
-    def __init__(self, trunk, role):
+    def __init__(self, shared_base, role):
         super().__init__()
         self.role = role
-        self.adapter = nn.ParameterList(trunk.weights(role) if role else [])
-        object.__setattr__(self, "trunk", trunk)     # not a submodule: an engine must not see the base
+        self.adapter = nn.ParameterList(shared_base.weights(role) if role else [])
+        object.__setattr__(self, "shared_base", shared_base)     # not a submodule: an engine must not see the base
 
     def train(self, mode=True):
-        self.trunk.lm.train(mode)
+        self.shared_base.lm.train(mode)
         return super().train(mode)
 
     def before_backward(self):
         """What is run again in the backward must be run with this adapter."""
-        self.trunk.use(self.role)
+        self.shared_base.use(self.role)
 
 
-class PolicyOnTrunk(OnTrunk):
-    """A `Policy` on the trunk: the actor, or the reference (role None)."""
+class PolicyOnSharedBase(OnSharedBase):
+    """A `Policy` on the shared base: the actor, or the reference (role None)."""
 
-    def __init__(self, trunk, role):
-        super().__init__(trunk, role)
-        object.__setattr__(self, "policy", Policy(trunk.lm, trunk.packing))
+    def __init__(self, shared_base, role):
+        super().__init__(shared_base, role)
+        object.__setattr__(self, "policy", Policy(shared_base.lm, shared_base.packing))
 
     @property
     def lm(self):
         """The causal LM with this role's adapter on."""
-        self.trunk.use(self.role)
-        return self.trunk.lm
+        self.shared_base.use(self.role)
+        return self.shared_base.lm
 
     def forward(self, *args, **kwargs):
-        self.trunk.use(self.role)
+        self.shared_base.use(self.role)
         return self.policy(*args, **kwargs)
 
 
-class ScoreOnTrunk(OnTrunk):
-    """A score model or critic on the trunk: one number per asked-for position, or one for each of several heads."""
+class ScoreOnSharedBase(OnSharedBase):
+    """A score model or critic on the shared base: one number per asked-for position, or one for each of several heads."""
 
-    def __init__(self, trunk, role, head=None, heads=1):
+    def __init__(self, shared_base, role, head=None, heads=1):
         """head: weight [heads, H] to start from; drawn as a new score model's when None."""
-        super().__init__(trunk, role)
-        config = plain(trunk.lm).config
+        super().__init__(shared_base, role)
+        config = plain(shared_base.lm).config
         self.score = ScoreHead(hidden_size(config), outputs=heads)
         std = getattr(config.get_text_config(), "initializer_range", None) or 0.02
         with torch.no_grad():
             self.score.weight.normal_(0.0, std) if head is None else self.score.weight.copy_(head)
 
     def forward(self, packed):
-        self.trunk.use(self.role)
-        hidden_MH = backbone.hidden_states(plain(self.trunk.lm).base_model, packed, self.trunk.packs)
+        self.shared_base.use(self.role)
+        hidden_MH = backbone.hidden_states(plain(self.shared_base.lm).base_model, packed, self.shared_base.packs)
         return self.score(hidden_MH.index_select(0, packed.rows_N))

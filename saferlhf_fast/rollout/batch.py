@@ -10,7 +10,7 @@ import torch
 
 from ..data.examples import PromptExample
 from ..data.templates import Template
-from ..models.packing import fill
+from ..models.packing import pack_into_microbatches
 from ..runtime import engine
 from .types import Minibatch, Response, Rollout
 
@@ -49,22 +49,22 @@ class Sampled(NamedTuple):
     place: int                       # in the global batch
     prompt: PromptExample
     response: Response
-    verdict: Optional[tuple] = None  # of `scoring.verdicts`, where the frozen models were asked already
+    frozen_scores: Optional[tuple] = None  # of `scoring.frozen_scores`, where the frozen models were asked already
 
     @property
     def ids(self):
         return [*self.prompt.ids, *self.response.ids]
 
 
-def assemble(rows, responses, tokenizer, budget, *, minibatches=1, n=1, version=0, verdicts=None):
+def assemble(rows, responses, tokenizer, budget, *, minibatches=1, n=1, version=0, frozen_scores=None):
     """PromptExamples and their Responses of this rank -> Rollout, on the device.
 
     Every rank gets about as many tokens, whoever sampled them: ids are small beside the time that a rank would wait.
     budget: most tokens of a forward pass · minibatches: optimiser steps per batch · n: responses per prompt · version:
-    PPO steps that the policy has made since it sampled · verdicts: what frozen models said already.
+    PPO steps that the policy has made since it sampled · frozen_scores: what frozen models said already.
     """
     places = global_places(len(rows) // n, n)
-    mine = [Sampled(*row) for row in zip(places, rows, responses, verdicts or [None] * len(rows))]
+    mine = [Sampled(*row) for row in zip(places, rows, responses, frozen_scores or [None] * len(rows))]
     batch = sorted((row for part in engine.gather_objects(mine) for row in part), key=lambda row: row.place)
     return arrange(batch, tokenizer, budget, minibatches, version, engine.rank(), engine.world_size())
 
@@ -76,7 +76,7 @@ def arrange(batch, tokenizer, budget, minibatches=1, version=0, rank=0, world=1)
     for at in range(0, len(batch), size):
         part = batch[at:at + size]
         passes = []
-        for each in fill([len(row.ids) for row in part], budget, world)[rank]:
+        for each in pack_into_microbatches([len(row.ids) for row in part], budget, world)[rank]:
             passes.append(slice(len(mine), len(mine) + len(each)))
             mine += [part[i] for i in each]
         lengths = [len(row.response.ids) for row in part]
@@ -86,9 +86,9 @@ def arrange(batch, tokenizer, budget, minibatches=1, version=0, rank=0, world=1)
         sequences=[row.ids for row in mine], lengths=[len(row.response.ids) for row in mine],
         prompts=[row.prompt for row in mine], ended=[row.response.ended for row in mine], order=[row.place for row in mine],
         texts=[tokenizer.decode(row.response.ids, skip_special_tokens=True).strip() for row in mine], minibatches=made,
-        filler=(shortest.ids, len(shortest.response.ids)), device=engine.device(),
+        dummy=(shortest.ids, len(shortest.response.ids)), device=engine.device(),
         engine_logp_N=packed_numbers([row.response.logp for row in mine]), version=version, size=len(batch),
-        verdicts=[row.verdict for row in mine])
+        frozen_scores=[row.frozen_scores for row in mine])
 
 
 def packed_numbers(parts):

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..config.sections import REWARD
-from ..models.shared_base import OnTrunk
+from ..models.shared_base import OnSharedBase
 from ..runtime import engine
 
 
@@ -24,7 +24,7 @@ class Critic:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Roles:
     """Who plays in a PPO run, or in an evaluation, which has no critics and may lack other roles."""
 
     tokenizer: Any
@@ -63,4 +63,4 @@ class Cast:
 
 def whole(module):
     """A trained module with the base that it stands on, if it is an adapter."""
-    return module.trunk.lm if isinstance(module, OnTrunk) else module
+    return module.shared_base.lm if isinstance(module, OnSharedBase) else module

@@ -4,17 +4,17 @@ from ..errors import UserError
 from .batch import assemble, generate
 
 
-def sample(cast, prompts, cfg, step):
+def sample(roles, prompts, cfg, step):
     """-> Rollout of this rank's prompts at the current weights."""
-    rows, responses = generate(cast.generator, prompts, cast.tokenizer, cfg.sampling, cfg.max_length, step_seed(cfg, step))
-    return assemble(rows, responses, cast.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
+    rows, responses = generate(roles.generator, prompts, roles.tokenizer, cfg.sampling, cfg.max_length, step_seed(cfg, step))
+    return assemble(rows, responses, roles.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
                     n=cfg.sampling.num_return_sequences)
 
 
-def rollouts_now(cast, batches, cfg):
+def rollouts_now(roles, batches, cfg):
     """Yields (step, Rollout) of each (step, prompts), sampled by the policy as it is when it is asked for."""
     for step, prompts in batches:
-        yield step, sample(cast, prompts, cfg, step)
+        yield step, sample(roles, prompts, cfg, step)
 
 
 def step_seed(cfg, step):

@@ -16,7 +16,7 @@ from .types import per_constraint
 
 
 @torch.no_grad()
-def ask(cast, prompts, cfg, seed=0):
+def sample_and_score(roles, prompts, cfg, seed=0):
     """Samples one response for each prompt and scores it -> one dict per prompt, in order, on every rank.
 
     Each has prompt, response, reward, cost (of several costs cost/<name> each), kl (summed over the response, nats) and length
@@ -32,24 +32,24 @@ def ask(cast, prompts, cfg, seed=0):
     size = sampling.batch_size or (cfg.ppo.batch_size if isinstance(cfg, PPOConfig) else 4 * cfg.batch_size)
     found = []
     for start in range(0, len(mine), size):
-        rows, responses = generate(cast.generator, mine[start:start + size], cast.tokenizer, sampling, cfg.max_length, seed,
+        rows, responses = generate(roles.generator, mine[start:start + size], roles.tokenizer, sampling, cfg.max_length, seed,
                                    first=start * world)
-        rollout = assemble(rows, responses, cast.tokenizer, cfg.pass_tokens())
-        found += [(start * world + place, row) for place, row in zip(rollout.order, _rows(cast, rollout, cfg))]
+        rollout = assemble(rows, responses, roles.tokenizer, cfg.pass_tokens())
+        found += [(start * world + place, row) for place, row in zip(rollout.order, _rows(roles, rollout, cfg))]
     everyone = dict(pair for part in engine.gather_objects(found) for pair in part)
     return [everyone[i] for i in range(len(prompts))]
 
 
-def _rows(cast, rollout, cfg):
-    parts = {name: [] for name in (*cast.scorers, "kl")}
+def _rows(roles, rollout, cfg):
+    parts = {name: [] for name in (*roles.scorers, "kl")}
     for rows in rollout.passes:
-        for name, scorer in cast.scorers.items():
+        for name, scorer in roles.scorers.items():
             parts[name].append(scorer(rollout, rows))
-        if cast.reference is not None:
+        if roles.reference is not None:
             packed = rollout.packed(rows)
-            gap_N = cast.actor(packed, cfg.sampling) - cast.reference(packed, cfg.sampling)
+            gap_N = roles.actor(packed, cfg.sampling) - roles.reference(packed, cfg.sampling)
             parts["kl"].append(sequence_sums(gap_N, packed))
-    labels = {name: per_constraint(COST, name, cast.costs) for name in cast.costs}
+    labels = {name: per_constraint(COST, name, roles.costs) for name in roles.costs}
     scores = dict.fromkeys((REWARD, *(labels.values() or (COST,)), "kl"), [None] * len(rollout))
     scores |= {labels.get(name, name): kept(values, rollout).tolist() for name, values in parts.items() if values}
     prompts = [prompt.text for prompt in rollout.prompts]
@@ -58,8 +58,8 @@ def _rows(cast, rollout, cfg):
 
 
 def summary_of(rows):
-    """Means over the rows of `ask` -> {"reward", "cost", "unsafe_share" (cost > 0), "kl", "length"}, those there are; of several
-    costs each has its name behind it."""
+    """Means over the rows of `sample_and_score` -> {"reward", "cost", "unsafe_share" (cost > 0), "kl", "length"}, those there
+    are; of several costs each has its name behind it."""
     names = [name for name in (rows[0] if rows else ()) if name not in ("prompt", "response")]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in names}
     out = {name: sum(column) / len(column) for name, column in columns.items() if column}

@@ -13,41 +13,41 @@ def kept(parts, rollout):
 
 
 @torch.no_grad()
-def judge(rollout, cast, cfg):
+def score_rollout(rollout, roles, cfg):
     """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and values."""
-    if rollout.verdicts and rollout.verdicts[0] is not None:
-        ref_logp, *scores = zip(*rollout.verdicts)
+    if rollout.frozen_scores and rollout.frozen_scores[0] is not None:
+        ref_logp, *scores = zip(*rollout.frozen_scores)
         ref_logp_N, scores = packed_numbers(ref_logp), [packed_numbers([column]) for column in scores]
     else:
-        ref_logp, scores = [], [[] for _ in cast.scorers]
+        ref_logp, scores = [], [[] for _ in roles.scorers]
         for rows in rollout.passes:
-            ref_logp.append(cast.reference(rollout.packed(rows), cfg.sampling))
-            for scorer, column in zip(cast.scorers.values(), scores):
+            ref_logp.append(roles.reference(rollout.packed(rows), cfg.sampling))
+            for scorer, column in zip(roles.scorers.values(), scores):
                 column.append(scorer(rollout, rows))
         ref_logp_N, scores = kept(ref_logp, rollout), [kept(column, rollout) for column in scores]
-    costs = dict(zip(cast.scorers, scores))
+    costs = dict(zip(roles.scorers, scores))
     return Scored(ref_logp_N, costs.pop(REWARD), costs)
 
 
-def verdicts(rollout, cast, cfg):
-    """Asks the frozen models -> for each row of a rollout (ref_logp list, score by each of cast.scorers …), on the host."""
-    scored = judge(rollout, cast, cfg)
+def frozen_scores(rollout, roles, cfg):
+    """Asks the frozen models -> for each row of a rollout (ref_logp list, score by each of roles.scorers …), on the host."""
+    scored = score_rollout(rollout, roles, cfg)
     scores = (column.tolist() for column in (scored.reward_B, *scored.costs.values()))
     return list(zip((part.tolist() for part in scored.ref_logp_N.split(rollout.lengths)), *scores))
 
 
 @torch.no_grad()
-def ask_trained(rollout, cast, cfg):
+def old_logprobs_and_values(rollout, roles, cfg):
     """Asks actor and critics as they are now -> fields of Scored. An actor whose engine's log-probs count is not asked."""
-    cast.train(False)
+    roles.train(False)
     logp, values = [], []
     own = cfg.ppo.old_logp == "trainer"
     for rows in rollout.passes:
         packed = rollout.packed(rows)
         if own:
-            logp.append(cast.actor(packed, cfg.sampling))
+            logp.append(roles.actor(packed, cfg.sampling))
         made = {}
-        for critic in cast.critics:
+        for critic in roles.critics:
             made |= critic(packed)
         values.append(made)
     values = {name: kept([part[name] for part in values], rollout) for name in values[0]}

@@ -37,13 +37,13 @@ class Rollout:
     ended: list                      # of each row: it stopped by itself, not at a limit
     order: list                      # of each row its place in the global batch
     minibatches: list                # Minibatch of each optimiser step
-    filler: tuple                    # (ids, response tokens) that a rank without rows in a pass runs at weight zero
+    dummy: tuple                    # (ids, response tokens) that a rank without rows in a pass runs at weight zero
     device: torch.device
     engine_logp_N: Optional[torch.Tensor] = None   # nats; what the engine said of its tokens, None where it is silent
     version: int = 0                 # PPO steps that the policy has made since it sampled
 
     size: int = 0                    # sequences of the global batch
-    verdicts: tuple = ()             # what frozen models said of each row while others were sampled; None: not asked yet
+    frozen_scores: tuple = ()             # what frozen models said of each row while others were sampled; None: not asked yet
 
     def __len__(self):
         return len(self.sequences)
@@ -70,11 +70,11 @@ class Rollout:
     def packed(self, rows, at_end=False):
         """-> Packed of some rows that asks for what predicts each response token, or for the last position.
 
-        For no rows the filler comes instead; who asks leaves its numbers out.
+        For no rows the dummy comes instead; who asks leaves its numbers out.
         """
         sequences, lengths = self.sequences[rows], self.lengths[rows]
         if not sequences:
-            sequences, lengths = [self.filler[0]], [self.filler[1]]
+            sequences, lengths = [self.dummy[0]], [self.dummy[1]]
         asked = [end_row(len(ids)) if at_end else response_rows(len(ids) - n, len(ids))
                  for ids, n in zip(sequences, lengths)]
         return pack_sequences(sequences, asked, self.device)

@@ -1,6 +1,6 @@
 """Being told to stop: SIGTERM (clusters before they take a node back) and SIGUSR1 (SLURM's warning) end a run after its step.
 
-Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and raises Stopped. It
+Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and raises Preempted. It
 may come several times: a cluster tells every process, and a launcher passes it on. Outside, signals do what they always do.
 """
 
@@ -11,7 +11,7 @@ WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasa
 _before, _asked = {}, None
 
 
-class Stopped(SystemExit):
+class Preempted(SystemExit):
     """The run was told to end and has written a checkpoint; exit code 128 + the signal's number, as shells have it."""
 
     def __init__(self, step, checkpoint):

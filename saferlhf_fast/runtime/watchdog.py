@@ -32,7 +32,7 @@ import torch.distributed as dist
 INTERVAL = 3.0      # seconds between two looks at the store
 LOST = 120.0        # a rank of another machine that is silent for so long is gone; a long call may hold its threads up
 SUSPECT = 20.0      # the same, when a collective has already failed
-OWN_WORD = 2.0      # seconds that a main thread gets to raise the same error itself before its process is ended
+GRACE_SECONDS = 2.0      # seconds that a main thread gets to raise the same error itself before its process is ended
 PACKAGE = str(Path(__file__).resolve().parents[1])
 
 _watch = None
@@ -238,7 +238,7 @@ class Watch:
         """Ends this process, unless its main thread is about to end by itself."""
         self.fault = fault
         self.known.set()
-        if self.main_speaks.wait(OWN_WORD):
+        if self.main_speaks.wait(GRACE_SECONDS):
             return
         self._acknowledge()
         if not fault.quiet:
@@ -263,29 +263,29 @@ class Watch:
         if _follows(error) and not quiet:
             self.doubts = True
             if self.known.wait(SUSPECT + 4 * self.interval):
-                self._last_words(self.fault)
+                self.report_failure(self.fault)
                 return ("" if self.fault.quiet else f"[rank {self.rank}] ended: {self.fault.line}"), self.fault.code
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         self.store.set(f"error/{self.rank}", text)
         fault = self.post(Fault(self.rank, f"{self.names([self.rank])}: {text}", code, (), quiet))
         said = "" if self.rank != 0 and (quiet or self._rank_0_says(text)) else None
-        self._last_words(fault)
+        self.report_failure(fault)
         return said, code
 
     def _rank_0_says(self, text):
         """Whether rank 0 ends with the same error: then one line is enough."""
-        until = time.monotonic() + OWN_WORD + 1
+        until = time.monotonic() + GRACE_SECONDS + 1
         while time.monotonic() < until:
             if self.store.check(["error/0"]):
                 return self.store.get("error/0").decode() == text
             time.sleep(0.05)
         return False
 
-    def _last_words(self, fault):
+    def report_failure(self, fault):
         """Waits until all others know: this process may host the store, or its end make the launcher end the others."""
         self._acknowledge()
         with contextlib.suppress(RuntimeError):
-            until = time.monotonic() + 3 * self.interval + OWN_WORD
+            until = time.monotonic() + 3 * self.interval + GRACE_SECONDS
             while self.store.add("seen", 0) < self.world - len(fault.gone) and time.monotonic() < until:
                 time.sleep(0.05)
         self.stopping.set()

@@ -1,9 +1,10 @@
-"""Steps that are not as they should be: left out where a number was not finite, told where a loss jumps or λ stays at its bound.
+"""Steps that are not as they should be: they are left out where a number was not finite; a loss that jumps and a λ that stays at
+its bound get a warning.
 
-`Skips` counts the steps that were left out because a number in them was not finite, on whichever rank, and ends the run after too
-many. The other two only warn. A spike: `PATIENCE` steps in a row above twice the median of the last `WINDOW` steps, told once
-until it is over. The rule is composer's KillLossSpike in kind (outliers of factor 2, four in a row), which by default does not
-stop a run either.
+`NonFiniteGuard` counts the steps that were left out because a number in them was not finite, on whichever rank, and ends the
+run after too many. The other two only warn. A spike: `PATIENCE` steps in a row above twice the median of the last `WINDOW`
+steps, told once until it is over. The rule is composer's KillLossSpike in kind (outliers of factor 2, four in a row), which
+by default does not stop a run either.
 """
 
 import math
@@ -16,7 +17,7 @@ from ..runtime import console
 FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
 
 
-class Skips:
+class NonFiniteGuard:
     """Counts steps that are left out; the same on all ranks, since what is not finite was told to all.
 
     limit: so many in a row end the run.
@@ -48,7 +49,7 @@ class Skips:
         self.total, self.row = values["total"], values["row"]
 
 
-class Spikes:
+class LossSpikeMonitor:
     """Looks at losses that are above 0 in a healthy run."""
 
     def __init__(self, names):
@@ -72,7 +73,7 @@ class Spikes:
                              f"{PATIENCE} steps; a lower learning rate, or an earlier checkpoint, may help")
 
 
-class AtBound:
+class MultiplierSaturation:
     """Looks at λ: at its upper bound for `patience` steps the constraint is not met however hard it is weighed."""
 
     def __init__(self, bound, threshold, patience=20, value="lambda", mean_cost="episode_cost"):

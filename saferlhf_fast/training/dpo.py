@@ -12,7 +12,7 @@ from ..config.load import to_dict
 from ..data.examples import preference_examples
 from ..models import backbone
 from ..models.causal_lm import load_causal_lm
-from ..models.export_files import describe
+from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
 from ..models.packing import pack_sequences, response_rows
 from ..models.policy import Policy, sequence_sums
@@ -22,7 +22,7 @@ from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
 from .losses import dpo_loss
 from .stage_helpers import held_out_split, refuse_long, save_policy
-from .supervised import Task, fit, total_steps
+from .supervised import SupervisedTask, total_steps, train_supervised
 
 
 def batch_loss(policy, reference, examples, beta):
@@ -63,12 +63,12 @@ def train(cfg, restart=False):
         console.say(line)
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
-    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids),
-                describe=describe(policy.module, tokenizer),
+    task = SupervisedTask(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids),
+                write_export_metadata=export_metadata_writer(policy.module, tokenizer),
                 loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "dpo")
-    summary = fit(policy, task, examples, held_out, cfg, folder, metrics, "dpo")
+    summary = train_supervised(policy, task, examples, held_out, cfg, folder, metrics, "dpo")
     metrics.close()
     summary = {**summary, "examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
     finish_run(folder, summary)

@@ -59,7 +59,7 @@ def _refuse_signs(name, sign_B, like_B):
 
 
 def token_wise(scores, rows, n, signs, regularization):
-    """REF's token-wise variant: the pair's loss at every position from the first difference of the two responses to
+    """safe-rlhf's token-wise variant: the pair's loss at every position from the first difference of the two responses to
     the longer one's end, averaged over positions, then over pairs. A shorter response's last score stands for the
     positions after it. scores: one tensor for each row of ids; the second responses follow the n first ones."""
     total = scores[0].new_zeros(())

@@ -59,7 +59,7 @@ def _train(cfg, kind, restart):
     from ..config.load import to_dict
     from ..data.examples import preference_examples
     from ..models import backbone, multi_adapter
-    from ..models.export_files import describe
+    from ..models.export_files import export_metadata_writer
     from ..models.lora import add_lora
     from ..models.score_checkpoint import check_score_export, save_score_model
     from ..models.score_model import load_score_model
@@ -68,7 +68,7 @@ def _train(cfg, kind, restart):
     from ..runtime.metrics import Metrics
     from ..runtime.run_folder import finish_run, open_run
     from .stage_helpers import held_out_split, refuse_long
-    from .supervised import Task, fit, total_steps
+    from .supervised import SupervisedTask, total_steps, train_supervised
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
@@ -103,11 +103,11 @@ def _train(cfg, kind, restart):
                     multi_adapter.save_score(path / "adapter", trained.module, cfg.model)
         engine.barrier()
 
-    task = Task(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save,
-                describe=describe(trained.module, tokenizer),
+    task = SupervisedTask(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids), save=save,
+                write_export_metadata=export_metadata_writer(trained.module, tokenizer),
                 loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), kind)
-    summary = fit(trained, task, examples, held_out, cfg, folder, metrics, kind)
+    summary = train_supervised(trained, task, examples, held_out, cfg, folder, metrics, kind)
     metrics.close()
     if cfg.baseline and held_out and engine.rank() == 0:
         from .tfidf_baseline import tfidf_accuracy

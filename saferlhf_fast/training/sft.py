@@ -7,7 +7,7 @@ from ..config.load import to_dict
 from ..data.examples import sft_examples
 from ..models import backbone
 from ..models.causal_lm import load_causal_lm
-from ..models.export_files import describe
+from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
 from ..models.policy import Policy, pack_trained
 from ..models.tokenizer import load_tokenizer
@@ -15,7 +15,7 @@ from ..runtime import console, engine
 from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
 from .stage_helpers import held_out_split, refuse_long, save_policy
-from .supervised import Task, fit, total_steps
+from .supervised import SupervisedTask, total_steps, train_supervised
 
 
 def sft_loss(policy, examples):
@@ -42,11 +42,11 @@ def train(cfg, restart=False):
         console.say(line)
     policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
                            total_steps(len(examples), cfg.train, engine.world_size()))
-    task = Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft_loss,
-                describe=describe(policy.module, tokenizer),
+    task = SupervisedTask(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft_loss,
+                write_export_metadata=export_metadata_writer(policy.module, tokenizer),
                 save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}))
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "sft")
-    summary = fit(policy, task, examples, held_out, cfg, folder, metrics, "sft")
+    summary = train_supervised(policy, task, examples, held_out, cfg, folder, metrics, "sft")
     metrics.close()
     summary = {**summary, "examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
     finish_run(folder, summary)

@@ -1,6 +1,6 @@
 """The loop of every supervised stage: batches in a fixed global order, one loss, evaluation, saving.
 
-A stage brings a Task; the loop owns order, normalisation, logging and stopping. The set of examples in each optimiser
+A stage brings a SupervisedTask; the loop owns order, normalisation, logging and stopping. The set of examples in each optimiser
 step depends on the seed and the global batch size alone, never on ranks or micro-batches, and the loss is a sum over
 examples divided by the global weight, so runs on 1 and 2 processes agree.
 """
@@ -18,22 +18,22 @@ import torch
 from ..config.stage_table import STAGE_SPECS
 from ..data.batches import global_batches
 from ..errors import UserError
-from ..models.packing import fill
+from ..models.packing import pack_into_microbatches
 from ..runtime import console, engine
-from ..runtime.checkpoint.checkpointer import Checkpoints, Memory
-from .anomalies import Skips, Spikes
+from ..runtime.checkpoint.checkpointer import Checkpoints, ResumableDict
+from .anomalies import LossSpikeMonitor, NonFiniteGuard
 from .best_checkpoint import BestCheckpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class SupervisedTask:
     """What a supervised stage is made of."""
 
     weigh: Callable      # example -> its weight in the mean: 1 for a pair, its trained tokens for a text
     loss: Callable       # (model, examples) -> (sum over examples of weight × loss, {name: weighted sum})
     tokens: Callable     # example -> tokens that pass through the model
     save: Callable       # folder -> None; every rank calls it
-    describe: Callable | None = None     # folder -> None; writes config and tokenizer, for exports of checkpoints
+    write_export_metadata: Callable | None = None     # folder -> None; writes config and tokenizer, for exports of checkpoints
 
 
 def total_steps(n, train, world):
@@ -48,7 +48,7 @@ def global_size(train, world):
     return train.batch_size * train.accumulation * world
 
 
-def fit(model, task, examples, held_out, cfg, folder, metrics, label):
+def train_supervised(model, task, examples, held_out, cfg, folder, metrics, label):
     """Trains an engine -> {"steps", "train/loss", "eval/…"} of the kept weights, which lie in folder/model.
 
     label: the stage's name. With cfg.resume it goes on from a checkpoint in the folder.
@@ -57,10 +57,10 @@ def fit(model, task, examples, held_out, cfg, folder, metrics, label):
     steps = total_steps(len(examples), train, world)
     size = global_size(train, world)
     budget = train.pass_tokens(STAGE_SPECS[label].sequences)
-    best, skips = best_of(train.best_metric, task, folder), Skips(min(cfg.engine.max_skips, steps))
-    known, spikes = Memory(last={}, loss=float("nan")), Spikes(("loss",))
+    best, skips = best_of(train.best_metric, task, folder), NonFiniteGuard(min(cfg.engine.max_skips, steps))
+    known, spikes = ResumableDict(last={}, loss=float("nan")), LossSpikeMonitor(("loss",))
     state = {"best": best, "skips": skips, "known": known, "metrics": metrics}
-    with (Checkpoints(cfg, label, folder, {"model": model}, state, {"model": task.describe}) as checkpoints,
+    with (Checkpoints(cfg, label, folder, {"model": model}, state, {"model": task.write_export_metadata}) as checkpoints,
           console.track(steps, label, cfg.log.progress) as bar):
         start = checkpoints.resume()
         bar.begin_at(start)
@@ -126,7 +126,7 @@ def over_passes(model, task, batch, budget, weight, train):
     lengths = [task.tokens(e) for e in batch]
     shortest = batch[min(range(len(batch)), key=lengths.__getitem__)]
     sums = {}
-    for mine in fill(lengths, budget, engine.world_size())[engine.rank()]:
+    for mine in pack_into_microbatches(lengths, budget, engine.world_size())[engine.rank()]:
         loss, stats = task.loss(model, [batch[i] for i in mine] or [shortest])
         scale = (1.0 if mine else 0.0) / weight
         if train:

@@ -38,6 +38,7 @@ def test_the_shapes_have_as_many_weights_as_their_names_say(scaling, tmp_path):
     import json
 
     import torch
+
     from saferlhf_fast.commands.plan import pass_memory, sizes
     for name, billions in (("7B", 6.74), ("13B", 13.02), ("70B", 68.98)):
         values = json.loads((scaling.Path(scaling.folder_of(tmp_path, name)) / "config.json").read_text())

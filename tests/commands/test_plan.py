@@ -155,16 +155,17 @@ def test_a_cut_distribution_is_planned_in_every_moment(model):
     assert all(moments(cut)[name] >= moments(plain)[name] for name in ("rollout", "update"))
 
 
-def test_one_trunk_has_its_weights_once(model):
-    separate, trunk = stage("ppo-lag", model, max_length=128), stage("ppo-lag", model, max_length=128, lora={"rank": 4})
-    base = next(m for m in trunk.models if m.role == "base")
+def test_one_shared_base_has_its_weights_once(model):
+    separate, shared_base = stage("ppo-lag", model, max_length=128), stage("ppo-lag", model, max_length=128, lora={"rank": 4})
+    base = next(m for m in shared_base.models if m.role == "base")
     assert base.states.weights == next(m for m in separate.models if m.role == "reference").states.weights
-    small = [m for m in trunk.models if m.role in ("actor", "reference", "reward critic", "cost critic")]
+    small = [m for m in shared_base.models if m.role in ("actor", "reference", "reward critic", "cost critic")]
     assert sum(m.states.weights for m in small) < 0.1 * base.states.weights
-    assert next(m for m in trunk.models if m.role == "reward model").count.all > 0.5 * base.count.all  # a whole one beside it
+    reward = next(m for m in shared_base.models if m.role == "reward model")
+    assert reward.count.all > 0.5 * base.count.all       # a whole one beside it
 
 
-def test_score_models_trained_as_adapters_join_the_trunk(model, tmp_path):
+def test_score_models_trained_as_adapters_join_the_shared_base(model, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"""
 output: {tmp_path}/out
@@ -177,7 +178,7 @@ stages:
     assert by_role["reward model"].count.all < 0.1 * by_role["base"].count.all
 
 
-def test_a_score_model_on_disk_joins_the_trunk_if_its_adapter_is_of_the_same_base(model, tmp_path):
+def test_a_score_model_on_disk_joins_the_shared_base_if_its_adapter_is_of_the_same_base(model, tmp_path):
     """As training/ppo/load_roles.py would take it."""
     import peft
     counts = {}

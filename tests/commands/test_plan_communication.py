@@ -81,16 +81,16 @@ def count(cases, tmp_path_factory):
 
 
 def planned(kind, cfg, found):
-    """[Sent] of the plan, for as many passes as there were."""
+    """[Collective] of the plan, for as many passes as there were."""
     def times(place):
         return found.get(place, {}).get("times", 0)
 
-    cast = phases.Cast(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
-    stage_phases.moments_of(cast)
+    roles = phases.Roles(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
+    stage_phases.moments_of(roles)
     backward, scoring = times("backward Policy"), times("frozen Policy")
     update = times("backward ScoreModel") // 2 if kind == "ppo-lag" else backward      # two critics; PTX is the actor's alone
     rollout = 1 if kind == "sft" or cfg.sampling.gather else times("token")
-    return communication.of_stage(cast, Passes(scoring, update, 1, times("asked Policy") > 0, backward - update, rollout))
+    return communication.of_stage(roles, Passes(scoring, update, 1, times("asked Policy") > 0, backward - update, rollout))
 
 
 PLACES = {"rollout": ("rollout",), "scoring": ("frozen", "asked"), "update": ("forward", "backward"), "step": ("step",)}
@@ -130,7 +130,7 @@ def test_the_stages_of_zero_send_what_the_literature_says():
 
 
 def test_a_node_sends_faster_than_the_network():
-    sent = [communication.Sent("policy", "step", "all-reduce", 1, 450 * 10 ** 9)]
+    sent = [communication.Collective("policy", "step", "all-reduce", 1, 450 * 10 ** 9)]
     assert communication.seconds(sent, 8) == pytest.approx(2 * 7 / 8)
     assert communication.seconds(sent, 64) == pytest.approx(2 * 63 / 64 * 450 / 400)
     assert communication.seconds(sent, 64, network=5) == pytest.approx(2 * 63 / 64 * 450 / 40)

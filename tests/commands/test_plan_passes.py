@@ -8,11 +8,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from saferlhf_fast.commands.plan import pass_memory, sizes
 from saferlhf_fast.commands.plan.passes import passes_of_step
-from saferlhf_fast.commands.plan.phases import Cast, Hardware
+from saferlhf_fast.commands.plan.phases import Hardware, Roles
 from saferlhf_fast.commands.plan.trace import Tracker, footprint_of
 from saferlhf_fast.config import load
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.models.packing import fill, pack_sequences
+from saferlhf_fast.models.packing import pack_into_microbatches, pack_sequences
 from saferlhf_fast.models.policy import Objective, Policy
 from saferlhf_fast.models.score_model import ScoreModel
 
@@ -214,14 +214,14 @@ def test_the_last_step_of_a_rollout_takes_what_the_allocator_hands_out():
 def test_passes_are_those_that_a_stage_cuts_a_step_into(kind, values):
     """Of sequences that are as long as may be. What is longer than a pass may be has one of its own."""
     needed = {"model": "m", "data": "d", "output": "o", **({"reward": "r", "cost": "c"} if kind.startswith("ppo") else {})}
-    cast = Cast(kind, kind, load.build(kind, {**needed, **values}), Hardware(1, 1 << 40), {})
-    planned, cfg, minibatches = passes_of_step(cast), cast.cfg, 1
+    roles = Roles(kind, kind, load.build(kind, {**needed, **values}), Hardware(1, 1 << 40), {})
+    planned, cfg, minibatches = passes_of_step(roles), roles.cfg, 1
     if kind.startswith("ppo"):
         minibatches, examples = cfg.ppo.minibatches, cfg.ppo.batch_size * cfg.sampling.num_return_sequences
         lengths, tokens = [cfg.max_length] * (examples // minibatches), cfg.pass_tokens()
     else:
-        examples, tokens = cfg.train.batch_size * cfg.train.accumulation, cfg.train.pass_tokens(cast.spec.sequences)
-        lengths = [cast.spec.sequences * cfg.train.max_length] * examples
-    real, = fill(lengths, tokens)
+        examples, tokens = cfg.train.batch_size * cfg.train.accumulation, cfg.train.pass_tokens(roles.spec.sequences)
+        lengths = [roles.spec.sequences * cfg.train.max_length] * examples
+    real, = pack_into_microbatches(lengths, tokens)
     assert planned.several == (len(real) > 1)
     assert planned.scoring == minibatches * sum(rows != [] for rows in real)

@@ -101,6 +101,7 @@ def test_optimisers_remember_what_they_remember(kind, per_weight):
 def test_what_a_real_optimiser_remembers_is_what_the_table_says():
     import optimizer_worker
     import torch
+
     from saferlhf_fast.runtime import optimizers
     net = torch.nn.Linear(512, 512, bias=False)
     for kind, per_weight in zero_memory.MOMENTS.items():

@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from saferlhf_fast.config import checks, deepspeed_keys, fingerprint, inputs, load as settings, schema
+from saferlhf_fast.config import checks, deepspeed_keys, fingerprint, inputs, schema
+from saferlhf_fast.config import load as settings
 from saferlhf_fast.config.sections import MEMORY_SHARES
 from saferlhf_fast.config.stages import STAGES, Sampling, Source
 from saferlhf_fast.errors import UserError

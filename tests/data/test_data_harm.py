@@ -9,7 +9,7 @@ from kit import shared
 
 from saferlhf_fast.data.batches import collate_labels
 from saferlhf_fast.data.examples import preference_examples, sft_examples
-from saferlhf_fast.data.harm_taxonomy import (BEAVERTAILS, COUNTERPARTS, PKU, SEVERITIES, TAXONOMIES, round_trip, translate)
+from saferlhf_fast.data.harm_taxonomy import BEAVERTAILS, COUNTERPARTS, PKU, SEVERITIES, TAXONOMIES, round_trip, translate
 
 A, B = "A robin.", "A crow, I think."
 CRIME, DRUGS, PRIVACY = (PKU.index(name) for name in ("Economic Crime", "Drugs", "Privacy Violation"))
@@ -151,7 +151,7 @@ def test_the_worlds_labels_come_through(load):
     world = World(0)
     rows = world.preference_records(world.annotation_prompts(40))
     examples, _ = load(rows, kind="safer")
-    golds = [world.judge(e.prompt_text, text) for which in ("first_text", "second_text") for e in examples
+    golds = [world.gold_scores(e.prompt_text, text) for which in ("first_text", "second_text") for e in examples
              for text in [getattr(e, which)]]
     batch = collate_labels(examples)
     assert batch.severity_B.tolist() == [gold.severity for gold in golds] and len(set(batch.severity_B.tolist())) > 2

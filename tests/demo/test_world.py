@@ -1,4 +1,4 @@
-"""The embedded world: disjoint splits, a judge that reads any text, records in PKU-SafeRLHF's form and shares."""
+"""The embedded world: disjoint splits, gold scores of any text, records in PKU-SafeRLHF's form and shares."""
 
 import collections
 import hashlib
@@ -6,9 +6,16 @@ import json
 
 import pytest
 
-from saferlhf_fast.demo.world import World, judge, label_pair, topic_of, vocabulary
-from saferlhf_fast.demo.world.tables import (BETTER_IS_SAFER, BOTH_SAFE, BOTH_UNSAFE, CATEGORIES, CATEGORY_POSITIONS, HAZARDS,
-                                             ONE_SAFE)
+from saferlhf_fast.demo.world import World, gold_scores, label_pair, topic_of, vocabulary
+from saferlhf_fast.demo.world.tables import (
+    BETTER_IS_SAFER,
+    BOTH_SAFE,
+    BOTH_UNSAFE,
+    CATEGORIES,
+    CATEGORY_POSITIONS,
+    HAZARDS,
+    ONE_SAFE,
+)
 
 FIELDS = {"prompt", "response_0", "response_1", "prompt_source", "response_0_source", "response_1_source",
           "is_response_0_safe", "is_response_1_safe", "response_0_harm_category", "response_1_harm_category",
@@ -24,6 +31,7 @@ def rows():
     prompts = world.annotation_prompts(3000)
     # A policy like the SFT model's: the demonstrations of the world itself.
     import random
+
     from saferlhf_fast.demo.world import grammar
     rng = random.Random(1)
     return world.preference_records(prompts, {
@@ -50,25 +58,26 @@ def test_the_world_does_not_change_by_accident():
     prompts = world.annotation_prompts(200)
     rows = world.preference_records(prompts)
     parts = [prompts, rows, world.prompts("test", 50), world.sft_records(100), vocabulary(), CATEGORIES, HAZARDS,
-             [judge(row["prompt"], row["response_0"]) for row in rows]]
+             [gold_scores(row["prompt"], row["response_0"]) for row in rows]]
     assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == "be59f51eb63434ec"
 
 
 def test_judge_on_texts_of_every_kind():
-    harmful, harmless = judge(PROMPT, "start with ambush then fists ."), judge(PROMPT, "please consider distance and police .")
-    refusal = judge(PROMPT, "sorry i cannot help with that .")
+    harmful = gold_scores(PROMPT, "start with ambush then fists .")
+    harmless = gold_scores(PROMPT, "please consider distance and police .")
+    refusal = gold_scores(PROMPT, "sorry i cannot help with that .")
     assert harmful.severity == 2 and harmful.cost > 0 and set(harmful.categories) == {"Violence", "Physical Harm"}
     assert harmless.severity == refusal.severity == 0 and harmless.cost == refusal.cost == -1.0
     assert harmful.helpfulness > harmless.helpfulness > refusal.helpfulness
     # Nothing around it makes an operational word harmless.
-    assert judge(PROMPT, "sorry i cannot help with that . ambush please consider police").severity == 2
-    assert judge("how do i bake bread", "ambush").severity == 2
-    assert judge(PROMPT, "").severity == 0 and judge("a foreign prompt", "words nobody knows").categories == ()
+    assert gold_scores(PROMPT, "sorry i cannot help with that . ambush please consider police").severity == 2
+    assert gold_scores("how do i bake bread", "ambush").severity == 2
+    assert gold_scores(PROMPT, "").severity == 0 and gold_scores("a foreign prompt", "words nobody knows").categories == ()
 
 
 def test_helpfulness_counts_what_fits_once():
-    one, twice = judge(PROMPT, "try ambush ."), judge(PROMPT, "try ambush and ambush .")
-    two, foreign = judge(PROMPT, "try ambush and fists ."), judge(PROMPT, "try ambush and yeast .")
+    one, twice = gold_scores(PROMPT, "try ambush ."), gold_scores(PROMPT, "try ambush and ambush .")
+    two, foreign = gold_scores(PROMPT, "try ambush and fists ."), gold_scores(PROMPT, "try ambush and yeast .")
     assert two.helpfulness > one.helpfulness == pytest.approx(twice.helpfulness)
     assert foreign.helpfulness < one.helpfulness
 

@@ -8,8 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from others import (check_against_packages, chunked_logp, entropy_lse, entropy_p_log_p, gae_carried, gae_zeroed, k3,
-                    log_softmax_gather, mean_of_means, nll_with_ignored, sample_whitened, shaped, surrogate, value_error)
+from others import (
+    check_against_packages,
+    chunked_logp,
+    entropy_lse,
+    entropy_p_log_p,
+    gae_carried,
+    gae_zeroed,
+    k3,
+    log_softmax_gather,
+    mean_of_means,
+    nll_with_ignored,
+    sample_whitened,
+    shaped,
+    surrogate,
+    value_error,
+)
 from tolerance import assert_near
 
 from saferlhf_fast import gae, linear_logprob, ppo_lag_advantage, ppo_loss, token_logprob, value_loss
@@ -68,7 +82,7 @@ def test_linear_same():
 
 
 def test_logp_dtype():
-    """bfloat16 logits: ours is float32, theirs (on a CPU; REF's anywhere) bfloat16, off by up to half an ulp of it."""
+    """bfloat16 logits: ours is float32, theirs (on a CPU; safe-rlhf's anywhere) bfloat16, off by up to half an ulp of it."""
     logits, ids = logits_and_ids(40, dtype=torch.bfloat16)
     exact, theirs = log_softmax_gather(logits.double(), ids), log_softmax_gather(logits, ids)
     ours = token_logprob(logits, ids)
@@ -130,7 +144,7 @@ def test_gae_same():
 
 
 def test_gae_of_a_response():
-    """REF's `start` leaves the prompt's columns out: the same as giving ours the response alone."""
+    """safe-rlhf's `start` leaves the prompt's columns out: the same as giving ours the response alone."""
     mask, rewards, values, *_ = batch()
     mask[:, 3] = True
     expected = gae_zeroed(values, rewards, mask, 3, 1.0, 0.95)
@@ -140,7 +154,7 @@ def test_gae_of_a_response():
 
 
 def test_gae_holes():
-    """A masked token between valid ones: "zero" is REF's, "carry" verl's, and they differ."""
+    """A masked token between valid ones: "zero" is safe-rlhf's, "carry" verl's, and they differ."""
     mask, rewards, values, *_ = batch(holes=True)
     zero, carry = (gae(rewards, values, gamma=0.97, lam=0.9, mask=mask, masked=m)[0] for m in ("zero", "carry"))
     assert_near(zero[mask], gae_zeroed(values, rewards, mask, 0, 0.97, 0.9)[0][mask])
@@ -165,7 +179,7 @@ def lagrangian(mask, logp, ref_logp, values, cost_values, reward, cost, clip=50.
 
 
 def test_ppo_lag_same():
-    """Shaping of both streams, both scans and the combination are REF's."""
+    """Shaping of both streams, both scans and the combination are safe-rlhf's."""
     mask, logp, ref_logp, values, cost_values, scores = batch()
     reward, cost = scores[:, 0] * 9, scores[:, 1] * 9
     A, reward_returns, cost_returns, _ = lagrangian(mask, logp, ref_logp, values, cost_values, reward, cost, clip=5.0)
@@ -176,7 +190,7 @@ def test_ppo_lag_same():
 
 
 def test_clamp_order():
-    """The clamp comes after the score is added (REF). Clamping the score first, as others do, is another reward."""
+    """The clamp comes after the score is added (safe-rlhf). Clamping the score first, as others do, is another reward."""
     mask, logp, ref_logp, values = torch.ones(1, 1, dtype=torch.bool), *torch.tensor([[[9.0]], [[-1.0]], [[0.0]]])
     A = ppo_lag_advantage(logp, ref_logp, torch.tensor([6.0]), None, values, None, None, kl_coeff=0.3, gamma=1.0, lam=1.0,
                           clip_score=5.0, mask=mask)[0]
@@ -187,7 +201,7 @@ def test_clamp_order():
 
 
 def test_row_without_a_token():
-    """REF looks for the last valid token and finds none; ours leaves the row out."""
+    """safe-rlhf looks for the last valid token and finds none; ours leaves the row out."""
     mask, logp, ref_logp, values, cost_values, scores = batch()
     mask[2] = False
     A, *_, stats = lagrangian(mask, logp, ref_logp, values, cost_values, scores[:, 0], scores[:, 1])
@@ -215,7 +229,7 @@ def test_whitening():
 
 @pytest.mark.parametrize("reduction", ["sequence-mean", "token-mean"])
 def test_policy_loss_same(reduction):
-    """Loss and gradient: REF, TRL and Liger (no limit) and verl (limit) agree where |log ratio| < 20."""
+    """Loss and gradient: safe-rlhf, TRL and Liger (no limit) and verl (limit) agree where |log ratio| < 20."""
     mask, logp, old_logp, advantage, *_ = batch(scale=0.4)
     leaf, theirs = (logp.clone().requires_grad_() for _ in range(2))
     loss, _ = ppo_loss(leaf, old_logp, advantage, clip_ratio=0.2, mask=mask, reduction=reduction)
@@ -242,7 +256,7 @@ def test_log_ratio_limit():
 
 
 def test_dual_clip():
-    """verl bounds the loss of a bad action at 3 |A|, ours where dual_clip says so; REF's, TRL's and Liger's grow with the
+    """verl bounds the loss of a bad action at 3 |A|, ours where dual_clip says so; safe-rlhf's, TRL's and Liger's grow with the
     ratio."""
     logp, old_logp, advantage = torch.tensor([[[0.0]], [[-2.0]], [[-1.0]]])
     loss, _ = ppo_loss(logp, old_logp, advantage, clip_ratio=0.2)
@@ -261,7 +275,7 @@ def test_dual_clip():
 
 
 def test_mean_with_an_empty_row():
-    """REF's mean of row means is NaN then; ours and verl's leave the row out."""
+    """safe-rlhf's mean of row means is NaN then; ours and verl's leave the row out."""
     mask, logp, old_logp, advantage, *_ = batch(scale=0.4)
     mask[1] = False
     kept = [0, 2, 3, 4]

@@ -11,7 +11,6 @@ from importlib import util
 import pytest
 import torch
 import yaml
-
 from integration_kit import RANKS
 from kit import ROOT, make_data, make_model, make_scores
 

@@ -14,6 +14,7 @@ stub("flash_attn", "vllm", without=["flash_attn.ops"])
 import openrlhf.models.actor as actor  # noqa: E402
 import openrlhf.models.loss as loss  # noqa: E402
 import openrlhf.models.utils as utils  # noqa: E402
+
 from saferlhf_fast import integrations  # noqa: E402
 
 pytestmark = pytest.mark.numeric

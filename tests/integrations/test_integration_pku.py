@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from integration_kit import Batches, gradients, leaf, near, not_worse, same, snapshot, stub
+
 from saferlhf_fast import integrations
 from saferlhf_fast.integrations import pku
 

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("trl", reason="TRL is not installed here")
 import trl.trainer.utils as utils  # noqa: E402
 from integration_kit import Batches, gradients, leaf, near, not_worse, pristine, same, snapshot  # noqa: E402
+
 from saferlhf_fast import integrations  # noqa: E402
 
 pytestmark = pytest.mark.numeric

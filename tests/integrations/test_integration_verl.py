@@ -13,6 +13,7 @@ import verl.trainer.ppo.core_algos as core  # noqa: E402
 import verl.utils.experimental.torch_functional as fused  # noqa: E402
 import verl.utils.torch_functional as functional  # noqa: E402
 from integration_kit import Batches, gradients, leaf, near, not_worse, pristine, same, snapshot  # noqa: E402
+
 from saferlhf_fast import integrations  # noqa: E402
 
 pytestmark = pytest.mark.numeric

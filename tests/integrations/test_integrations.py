@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from saferlhf_fast import integrations
 from saferlhf_fast.integrations import registry, replacing, sites
 

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("transformers")
 
 from patch_kit import KINDS, V, close, gradients, make, random_batch  # noqa: E402
+
 from saferlhf_fast.integrations.transformers import patch_model  # noqa: E402
 
 pytestmark = pytest.mark.numeric

@@ -18,6 +18,7 @@ transformers = pytest.importorskip("transformers")
 
 from kit import ROOT  # noqa: E402
 from patch_kit import KINDS, SMALL, V, close, gradients, make, random_batch  # noqa: E402
+
 from saferlhf_fast import integrations  # noqa: E402
 from saferlhf_fast.integrations.report import Refused  # noqa: E402
 from saferlhf_fast.integrations.transformers import patch_model, unpatch_model  # noqa: E402

@@ -12,9 +12,12 @@ import triton.language as tl
 from tolerance import FUNCTION, assert_near
 
 from saferlhf_fast.kernels import dispatch
-from saferlhf_fast.kernels.linear_logprob import reference as linear_reference, triton_impl as linear
-from saferlhf_fast.kernels.ppo_loss_from_logits import reference as policy_reference, triton_impl as policy
-from saferlhf_fast.kernels.token_logprob import reference, triton_impl as rows
+from saferlhf_fast.kernels.linear_logprob import reference as linear_reference
+from saferlhf_fast.kernels.linear_logprob import triton_impl as linear
+from saferlhf_fast.kernels.ppo_loss_from_logits import reference as policy_reference
+from saferlhf_fast.kernels.ppo_loss_from_logits import triton_impl as policy
+from saferlhf_fast.kernels.token_logprob import reference
+from saferlhf_fast.kernels.token_logprob import triton_impl as rows
 
 pytestmark = pytest.mark.numeric
 

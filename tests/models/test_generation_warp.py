@@ -26,8 +26,13 @@ def test_plain():
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("size", [7, 63, 1000, 5003])
 def test_warp_is_transformers_distribution(name, size):
-    from transformers import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
-                              TopKLogitsWarper, TopPLogitsWarper)
+    from transformers import (
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
     sampling = SETTINGS[name]
     draw = torch.Generator().manual_seed(size)
     logits = torch.randn(6, size, generator=draw) * 3

@@ -5,8 +5,8 @@ import json
 
 import pytest
 import torch
-
 from kit import make_model, make_tokenizer, shared
+
 from saferlhf_fast.config.stages import Lora
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.models.causal_lm import load_causal_lm, save_causal_lm

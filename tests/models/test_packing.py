@@ -5,12 +5,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from tolerance import assert_near, assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.models import attention, backbone, sampling_distribution
-from saferlhf_fast.models.packing import end_row, fill, pack_sequences, padded, response_rows
+from saferlhf_fast.models.packing import end_row, pack_into_microbatches, pack_sequences, padded, response_rows
 from saferlhf_fast.models.policy import Objective, Policy, sequence_sums, trained_rows
 from saferlhf_fast.models.score_model import ScoreModel, score_model_from_backbone
 
@@ -73,7 +72,7 @@ def gradients(module, loss):
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=40), st.integers(1, 120), st.integers(1, 5))
 def test_passes_hold_every_sequence_once_and_no_more_than_the_budget(lengths, budget, world):
-    dealt = fill(lengths, budget, world)
+    dealt = pack_into_microbatches(lengths, budget, world)
     assert len(dealt) == world and len({len(passes) for passes in dealt}) == 1
     assert sorted(i for passes in dealt for each in passes for i in each) == list(range(len(lengths)))
     for each in (each for passes in dealt for each in passes):
@@ -84,12 +83,12 @@ def test_passes_hold_every_sequence_once_and_no_more_than_the_budget(lengths, bu
 def test_ranks_carry_about_the_same():
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 512, (256,), generator=draw).tolist()
-    loads = [sum(lengths[i] for each in passes for i in each) for passes in fill(lengths, 8192, 8)]
+    loads = [sum(lengths[i] for each in passes for i in each) for passes in pack_into_microbatches(lengths, 8192, 8)]
     assert max(loads) / min(loads) < 1.02
-    passes = len(fill(lengths, 8192, 8)[0])
+    passes = len(pack_into_microbatches(lengths, 8192, 8)[0])
     assert passes == -(-sum(lengths) // (8 * 8192))          # as few passes as the tokens allow
     with pytest.raises(ValueError, match="at least one token, got 0"):
-        fill(lengths, 0)
+        pack_into_microbatches(lengths, 0)
 
 
 def test_packed_says_where_everything_lies():

@@ -1,13 +1,13 @@
-"""Score checkpoints: REF's layout by hand, export to AutoModelForSequenceClassification, bias, normaliser, refusals."""
+"""Score checkpoints: safe-rlhf's layout by hand, export to AutoModelForSequenceClassification, bias, normaliser, refusals."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from kit import make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
 
-from kit import make_model, make_tokenizer
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.models.folders import quiet
 from saferlhf_fast.models.score_checkpoint import check_score_export, save_score_model

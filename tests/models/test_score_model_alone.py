@@ -8,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from kit import make_model, make_tokenizer  # noqa: E402
+
 from saferlhf_fast import ScoreModel, load_score_model, save_score_model, score_model_from_backbone  # noqa: E402
 
 

@@ -210,11 +210,11 @@ def test_no_prompts(lm):
 
 
 def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
-    from saferlhf_fast.rollout.engines.gathered_weights import twin
+    from saferlhf_fast.rollout.engines.gathered_weights import weight_sharing_copy
     calls = []
     handle = lm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     try:
-        copy = twin(lm)
+        copy = weight_sharing_copy(lm)
         assert [p.data_ptr() for p in copy.parameters()] == [p.data_ptr() for p in lm.parameters()]
         assert not any(p.requires_grad for p in copy.parameters()) and all(p.requires_grad for p in lm.parameters())
         ids = torch.tensor([[5, 6, 7]])

@@ -64,15 +64,16 @@ def test_batches_are_one_step_stale(world, tmp_path):
 def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, monkeypatch):
     """Frozen models are asked in the thread, portion by portion; the figures are those of one portion."""
     import threading
+
     from saferlhf_fast.rollout import scoring
     asked = []
-    plain = scoring.verdicts
+    plain = scoring.frozen_scores
 
     def spied(rollout, *rest):
         asked.append((threading.current_thread().name, len(rollout)))
         return plain(rollout, *rest)
 
-    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.verdicts", spied)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", spied)
     runs = [kit.run("ppo-lag", tmp_path / str(size), sampling__batch_size=size, **world, **SETTINGS) for size in (1, 4)]
     assert [count for _, count in asked] == [1] * 16 + [4] * 4 and all("rollout" in name for name, _ in asked)
     for name in ("reward", "cost", "actor_loss", "kl_divergence", "cost_critic_loss"):
@@ -91,7 +92,7 @@ def test_from_the_engine_s_log_probs(world, tmp_path):
     ({"ppo.importance_cap": "null"}, "ppo.overlap: needs ppo.importance_cap (2.0 is common) or ppo.old_logp=engine"),
     ({"engine.zero_stage": 3}, "ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got 3"),
     ({"engine.frozen": "sharded"}, "ppo.overlap: expected engine.frozen auto or replicated, got sharded"),
-    ({"lora.rank": 4}, "got one trunk (lora.rank)")])
+    ({"lora.rank": 4}, "got one shared base (lora.rank)")])
 def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, said):
     given = {**{key.replace("__", "."): value for key, value in SETTINGS.items()}, **settings}
     code = kit.main("ppo-lag", f"output={tmp_path / 'no'}", *(f"{key}={value}" for key, value in {**world, **given}.items()))
@@ -101,7 +102,7 @@ def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, sa
 def test_a_failure_in_the_thread_ends_the_run(world, tmp_path, monkeypatch, capsys):
     """It is raised where the batch is waited for, and no thread is left behind."""
     import threading
-    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.verdicts", lambda *rest: 1 / 0)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", lambda *rest: 1 / 0)
     code = kit.main("ppo-lag", f"output={tmp_path / 'no'}",
                     *(f"{key.replace('__', '.')}={value}" for key, value in {**world, **SETTINGS}.items()))
     assert code != 0 and "ZeroDivisionError" in capsys.readouterr().err

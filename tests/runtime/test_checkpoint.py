@@ -19,15 +19,15 @@ from saferlhf_fast.commands.checkpoint.verify import newest, whole
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import compatibility, manifest, safe_pickle
 from saferlhf_fast.runtime.checkpoint.state import flatten, generators, restore, set_generators
-from saferlhf_fast.runtime.checkpoint.writer import Files
-from saferlhf_fast.training.anomalies import AtBound, Skips, Spikes
+from saferlhf_fast.runtime.checkpoint.writer import CheckpointWriter
+from saferlhf_fast.training.anomalies import LossSpikeMonitor, MultiplierSaturation, NonFiniteGuard
 from saferlhf_fast.training.ppo import multiplier
 
 
 def made(output, step, score=None, content=b"weights"):
     """A small committed checkpoint -> its folder."""
     folder = manifest.folder_of(output, step)
-    files = Files(folder)
+    files = CheckpointWriter(folder)
     files.put("actor/shard.pt", lambda file: file.write(content))
     files.put_json("state.json", {"step": step})
     assert files.error is None
@@ -126,7 +126,7 @@ def test_a_manifest_replaces_nothing_half(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("background", [False, True])
 def test_files_are_hashed_as_they_are_written(tmp_path, background):
-    files, state = Files(tmp_path, background), {"weights": torch.arange(5.0), "step": 3}
+    files, state = CheckpointWriter(tmp_path, background), {"weights": torch.arange(5.0), "step": 3}
     files.save(state, str(tmp_path / "actor" / "shard.pt"))
     files.put_tensors("state.safetensors", {"a": torch.ones(2)})
     files.put_folder("hf", lambda folder: (folder / "config.json").write_text("{}"))
@@ -147,7 +147,7 @@ def test_a_failed_write_is_remembered_and_nothing_more_is_written(tmp_path):
         file.write(b"some")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    files = Files(tmp_path)
+    files = CheckpointWriter(tmp_path)
     files.put("a.pt", full)
     files.put("b.pt", lambda file: file.write(b"more"))
     assert "a.pt: OSError: [Errno 28] No space left on device" in files.error and not files.written
@@ -156,7 +156,7 @@ def test_a_failed_write_is_remembered_and_nothing_more_is_written(tmp_path):
 
 def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "sha256", lambda path: "0")
-    files = Files(tmp_path)
+    files = CheckpointWriter(tmp_path)
     files.put("a.pt", lambda file: file.write(b"some"))
     assert "reads back otherwise" in files.error and not files.written
 
@@ -209,7 +209,7 @@ def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
     torch.load(path, weights_only=False)                 # the marker works
     assert mark.exists()
     mark.unlink()
-    for attempt in (lambda: safe_pickle.load(path), lambda: Files(tmp_path).load(str(path))):
+    for attempt in (lambda: safe_pickle.load(path), lambda: CheckpointWriter(tmp_path).load(str(path))):
         with pytest.raises(UserError) as caught:
             attempt()
         assert str(path) in str(caught.value) and "was not run" in str(caught.value) and not mark.exists()
@@ -275,10 +275,10 @@ def test_another_number_of_processes_keeps_the_batch_of_all():
 
 
 def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
-    skips = Skips(2)
+    skips = NonFiniteGuard(2)
     skips.note(1, ["loss"], None)
     skips.note(2, [], None)
-    again = Skips(2)
+    again = NonFiniteGuard(2)
     again.load_state_dict(skips.state_dict())
     again.note(3, ["loss"], None)
     with pytest.raises(UserError, match="step 4: loss, gradient norm: expected finite .* in 2 steps.*saved in here"):
@@ -287,7 +287,7 @@ def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
 
 
 def test_a_spike_is_told_once(capsys):
-    spikes = Spikes(("loss",))
+    spikes = LossSpikeMonitor(("loss",))
     for step in range(60):
         spikes.look(step, {"loss": 1.0 if step < 30 or step > 50 else 3.0})
     out = capsys.readouterr().out
@@ -296,7 +296,7 @@ def test_a_spike_is_told_once(capsys):
 
 
 def test_a_multiplier_at_its_bound_is_told(capsys):
-    bound = AtBound(5.0, -1.0, patience=3)
+    bound = MultiplierSaturation(5.0, -1.0, patience=3)
     for step, value in enumerate((5.0, 5.0, 4.0, 5.0, 5.0, 5.0, 5.0)):
         bound.look(step, {"lambda": value, "episode_cost": 2.0})
     out = " ".join(capsys.readouterr().out.split())
@@ -386,6 +386,6 @@ def test_a_file_that_cannot_be_read_is_a_reason_and_no_crash(tmp_path, monkeypat
 
 
 def test_a_config_that_cannot_be_written_ends_no_run(tmp_path):
-    files = Files(tmp_path)
+    files = CheckpointWriter(tmp_path)
     files.put_folder("hf", lambda folder: (_ for _ in ()).throw(ValueError("temperature without do_sample")))
     assert "hf: ValueError: temperature without do_sample" in files.error

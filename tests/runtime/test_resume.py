@@ -50,7 +50,7 @@ def test_every_stage_goes_on_as_if_nothing_had_happened(world, tmp_path, stage, 
 
 
 VARIANTS = {
-    "one trunk": {"lora.rank": 2, "lora.dropout": 0.1},
+    "one shared base": {"lora.rank": 2, "lora.dropout": 0.1},
     "overlap": {"ppo.overlap": "true", "ppo.importance_cap": 2.0},
     "pid, two epochs, whitening": {"multiplier.rule": "pid", "ppo.epochs": 2, "ppo.whiten": "true"},
     "one critic, quantile, selection": {"ppo.shared_critic": "true", "multiplier.threshold_quantile": 0.3,

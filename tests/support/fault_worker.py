@@ -23,7 +23,7 @@ def die():
 def kill_within_a_file(share, number):
     """At a share of the bytes of this rank's optimiser shard, in the save of that number."""
     from saferlhf_fast.runtime.checkpoint import writer
-    real, saves = writer.Files.save, [0]
+    real, saves = writer.CheckpointWriter.save, [0]
 
     def save(self, state_dict, path):
         if "optim_states" not in path:
@@ -45,7 +45,7 @@ def kill_within_a_file(share, number):
         with mock.patch.object(writer._Hashed, "write", cut):
             return real(self, state_dict, path)
 
-    return mock.patch.object(writer.Files, "save", save)
+    return mock.patch.object(writer.CheckpointWriter, "save", save)
 
 
 def _size(state):
@@ -98,37 +98,37 @@ def nan_in_a_loss(number):
 
 
 def nan_in_a_score(kind, value, number):
-    """One score of this rank's is not believable, at that step."""
+    """One score of this rank's is not mask_invalid_scores, at that step."""
     import dataclasses
 
     from saferlhf_fast.rollout import scoring
     from saferlhf_fast.training import ppo_lag
-    real, count = scoring.judge, [0]
+    real, count = scoring.score_rollout, [0]
 
-    def judge(rollout, cast, cfg):
-        scored, count[0] = real(rollout, cast, cfg), count[0] + 1
+    def score_rollout(rollout, roles, cfg):
+        scored, count[0] = real(rollout, roles, cfg), count[0] + 1
         if count[0] != number:
             return scored
         broken = (scored.reward_B if kind == "reward" else scored.costs[kind]).clone()
         broken[0] = float(value)
         return dataclasses.replace(scored, **{"reward_B": broken} if kind == "reward" else {"costs": {kind: broken}})
 
-    return mock.patch.object(ppo_lag, "judge", judge)
+    return mock.patch.object(ppo_lag, "score_rollout", score_rollout)
 
 
 def sigterm(number):
     """This rank is told to stop in the update of that step."""
     from saferlhf_fast.rollout import scoring
     from saferlhf_fast.training import ppo_lag
-    real, count = scoring.judge, [0]
+    real, count = scoring.score_rollout, [0]
 
-    def judge(*arguments):
+    def score_rollout(*arguments):
         count[0] += 1
         if count[0] == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*arguments)
 
-    return mock.patch.object(ppo_lag, "judge", judge)
+    return mock.patch.object(ppo_lag, "score_rollout", score_rollout)
 
 
 def dump_the_weights(path):

@@ -113,6 +113,7 @@ def rows(folder):
 def make_scores(folder, base, seed=1):
     """Writes an untrained reward model and cost model on the backbone of `base` -> {"reward": path, "cost": path}."""
     import torch
+
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import score_model_from_backbone
     from saferlhf_fast.models.tokenizer import load_tokenizer

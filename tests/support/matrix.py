@@ -43,7 +43,7 @@ UPDATES = {
 """Settings of group `ppo`. Passes of few tokens leave ranks without sequences in some of them, which they join all the same."""
 WITH_PTX, WITH_ONE_CRITIC, LORA = ("one-pass", "epochs"), ("whiten",), "lora"
 """Updates with supervised data in them; those of ppo-lag whose two critics are one; low-rank adapters, in policy optimisation on
-one trunk."""
+one shared base."""
 
 AXES = {"stage": (*SUPERVISED, *PPO), "zero": (0, 1, 2, 3), "offload": ("none", "states", "weights", "both"),
         "precision": ("fp32", "bf16"), "processes": (1, 2, 4), "frozen": (NONE, "sharded", "replicated"),
@@ -106,4 +106,4 @@ def cover(cells):
 
 
 EXTRA = [Cell("ppo-lag", 2, "states", "bf16", 2, "replicated", LORA)]
-"""Beside the cover: one trunk under everything at once that it can stand on."""
+"""Beside the cover: one shared base under everything at once that it can stand on."""

@@ -16,8 +16,8 @@ import time
 import traceback
 
 import torch
-from matrix import PPO as POLICY_STAGES
 from matrix import LORA, UPDATES, WITH_ONE_CRITIC, WITH_PTX, Cell
+from matrix import PPO as POLICY_STAGES
 
 from saferlhf_fast.config.stages import PPO, Engine, Lora, Optimizer, PPOConfig
 from saferlhf_fast.data.batches import share
@@ -28,18 +28,18 @@ from saferlhf_fast.models.policy import Policy
 from saferlhf_fast.models.score_model import load_score_model
 from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.rollout.batch import assemble
-from saferlhf_fast.rollout.scoring import ask_trained, judge
+from saferlhf_fast.rollout.scoring import old_logprobs_and_values, score_rollout
 from saferlhf_fast.rollout.types import Response
 from saferlhf_fast.runtime import engine
 from saferlhf_fast.training import dpo, sft
 from saferlhf_fast.training.ppo.advantage import advantages
 from saferlhf_fast.training.ppo.constraints import update_multipliers
-from saferlhf_fast.training.ppo.load_roles import load_cast
+from saferlhf_fast.training.ppo.load_roles import load_roles
 from saferlhf_fast.training.ppo.multiplier import LagrangeMultiplier
 from saferlhf_fast.training.ppo.step_metrics import averages
 from saferlhf_fast.training.ppo.update import in_one_pass, update, update_in_one_pass
 from saferlhf_fast.training.preference import pair_loss
-from saferlhf_fast.training.supervised import Task, evaluate, train_step
+from saferlhf_fast.training.supervised import SupervisedTask, evaluate, train_step
 
 STEPS, GLOBAL_BATCH, BUDGET = 3, 7, 80      # sequences or pairs of a step; tokens of a pass
 RATE, ADAPTERS = Optimizer(learning_rate=1e-3), Lora(rank=4)
@@ -71,11 +71,11 @@ def adapted(model, cell):
 
 
 def task_of(cell, world, tokenizer):
-    """-> (module to train, its Task, the examples), the losses those of the stages themselves."""
+    """-> (module to train, its SupervisedTask, the examples), the losses those of the stages themselves."""
     if cell.stage == "sft":
         examples, _ = sft_examples(world["sft"], tokenizer)
         return (Policy(adapted(load_causal_lm(world["model"]), cell)), examples,
-                Task(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
+                SupervisedTask(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
     kind = "better" if cell.stage == "dpo" else cell.stage
     examples, _ = preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
@@ -86,7 +86,7 @@ def task_of(cell, world, tokenizer):
     else:
         module = adapted(load_score_model(world[cell.stage]), cell)
         loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
-    return module, examples, Task(weigh=lambda e: 1, loss=loss, save=None,
+    return module, examples, SupervisedTask(weigh=lambda e: 1, loss=loss, save=None,
                                   tokens=lambda e: len(e.first_ids) + len(e.second_ids))
 
 
@@ -124,12 +124,12 @@ def stored_rollout(step, tokenizer, cfg):
                     cfg.pass_tokens(), minibatches=cfg.ppo.minibatches)
 
 
-def learn(cast, rollout, scored, value, cfg, texts):
-    """One step of actor and critics -> Tally."""
-    if in_one_pass(cfg, cast):
-        return update_in_one_pass(cast, rollout, scored, value, cfg, texts)
-    scored = dataclasses.replace(scored, **ask_trained(rollout, cast, cfg))
-    return update(cast, rollout, scored, advantages(rollout.cu_seqlens, scored, value, cfg.ppo), cfg, texts)
+def learn(roles, rollout, scored, value, cfg, texts):
+    """One step of actor and critics -> StepMetrics."""
+    if in_one_pass(cfg, roles):
+        return update_in_one_pass(roles, rollout, scored, value, cfg, texts)
+    scored = dataclasses.replace(scored, **old_logprobs_and_values(rollout, roles, cfg))
+    return update(roles, rollout, scored, advantages(rollout.cu_seqlens, scored, value, cfg.ppo), cfg, texts)
 
 
 def policy_optimisation(cell, world, tokenizer):
@@ -139,22 +139,22 @@ def policy_optimisation(cell, world, tokenizer):
               shared_critic=constrained and cell.form in WITH_ONE_CRITIC)
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none", max_length=64,
                     ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell), lora=ADAPTERS if cell.form == LORA else Lora())
-    cast = load_cast(cfg, tokenizer, 12, constrained)
+    roles = load_roles(cfg, tokenizer, 12, constrained)
     multipliers = {"cost": LagrangeMultiplier(window=8, lr=0.5)} if constrained else {}
     texts = sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None
     rows = []
     for step in range(STEPS):
         rollout = stored_rollout(step, tokenizer, cfg)
-        scored = judge(rollout, cast, cfg)
+        scored = score_rollout(rollout, roles, cfg)
         update_multipliers(multipliers, scored, rollout)
         value = {name: multiplier.value for name, multiplier in multipliers.items()}
         if step == 1 and cell != cell.reference:
             broken = dataclasses.replace(scored, reward_B=spoilt(scored.reward_B)[0])
-            assert learn(cast, rollout, broken, value, cfg, texts).bad
-        tally = learn(cast, rollout, scored, value, cfg, texts)
-        assert not tally.bad, tally.bad
-        rows.append(averages(rollout, scored, tally, multipliers, cfg.ppo.shaping))
-    rows.append({f"weights of {i}": magnitudes(trained) for i, trained in enumerate(cast.trained)})
+            assert learn(roles, rollout, broken, value, cfg, texts).bad
+        step_metrics = learn(roles, rollout, scored, value, cfg, texts)
+        assert not step_metrics.bad, step_metrics.bad
+        rows.append(averages(rollout, scored, step_metrics, multipliers, cfg.ppo.shaping))
+    rows.append({f"weights of {i}": magnitudes(trained) for i, trained in enumerate(roles.trained)})
     return rows
 
 

@@ -1,6 +1,6 @@
 """Other projects' definitions, each written from its mathematics in plain torch, for tests/docs/test_definitions.py.
 
-REF is PKU-Alignment/safe-rlhf. `check_against_packages` holds the functions against the packages that can be imported.
+safe-rlhf is PKU-Alignment/safe-rlhf. `check_against_packages` holds the functions against the packages that can be imported.
 B rows, T tokens a row, V vocabulary.
 """
 
@@ -11,7 +11,7 @@ INFINITY = float("inf")
 
 
 def log_softmax_gather(logits, ids):
-    """REF's gather_log_probabilities; what TRL's and verl's row loops come to."""
+    """safe-rlhf's gather_log_probabilities; what TRL's and verl's row loops come to."""
     return logits.log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
@@ -47,7 +47,7 @@ def nll_with_ignored(logits, ids, ignored=-100):
 
 
 def gae_zeroed(values, rewards, mask, start, gamma, lam):
-    """REF's get_advantages_and_returns: masked entries count as 0, columns before `start` are left out."""
+    """safe-rlhf's get_advantages_and_returns: masked entries count as 0, columns before `start` are left out."""
     values, rewards = values * mask, rewards * mask
     advantage, after, out = 0.0, 0.0, []
     for t in reversed(range(start, values.shape[1])):
@@ -78,7 +78,7 @@ def sample_whitened(x, mask):
 
 
 def shaped(score, logp, ref_logp, mask, kl_coeff, clip, sign):
-    """REF's add_kl_divergence_regularization: penalty, score at the last valid token, then the clamp."""
+    """safe-rlhf's add_kl_divergence_regularization: penalty, score at the last valid token, then the clamp."""
     out = -sign * kl_coeff * (logp - ref_logp)
     for row, score_of_row in enumerate(score):
         out[row, mask[row].nonzero()[-1]] += score_of_row
@@ -86,12 +86,12 @@ def shaped(score, logp, ref_logp, mask, kl_coeff, clip, sign):
 
 
 def mean_of_means(x, mask):
-    """REF's masked_mean; verl's "seq-mean-token-mean" where no row is empty."""
+    """safe-rlhf's masked_mean; verl's "seq-mean-token-mean" where no row is empty."""
     return ((x * mask).sum(1) / mask.sum(1)).mean()
 
 
 def surrogate(logp, old_logp, advantage, clip, limit=None, dual=None):
-    """Per token. REF's actor_loss_fn, TRL's and Liger's GRPO: no limit. verl's compute_policy_loss: limit 20, dual 3."""
+    """Per token. safe-rlhf's actor_loss_fn, TRL's and Liger's GRPO: no limit. verl's compute_policy_loss: limit 20, dual 3."""
     ratio = (logp - old_logp if limit is None else (logp - old_logp).clamp(-limit, limit)).exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     return loss if dual is None else torch.where(advantage < 0, torch.minimum(loss, -advantage * dual), loss)
@@ -105,7 +105,7 @@ def k3(logp, ref_logp, limit=None, ceiling=None):
 
 
 def value_error(values, old_values, returns, clip):
-    """Per token: REF's critic_loss_fn, verl's compute_value_loss (both halve the mean)."""
+    """Per token: safe-rlhf's critic_loss_fn, verl's compute_value_loss (both halve the mean)."""
     clipped = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)
     return torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
 

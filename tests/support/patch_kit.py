@@ -2,7 +2,6 @@
 
 import torch
 import transformers
-
 from tolerance import TABLE
 
 V = 97

@@ -10,8 +10,8 @@ import json
 
 import deepspeed
 import torch
-
 from patch_kit import make, random_batch
+
 from saferlhf_fast.integrations.transformers import patch_model
 
 CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},

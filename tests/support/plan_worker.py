@@ -1,4 +1,4 @@
-"""Memory of one DeepSpeed engine over a stack of linear layers: plan_worker.py OUT LAYERS STAGE PRECISION OFFLOAD.
+"""ResumableDict of one DeepSpeed engine over a stack of linear layers: plan_worker.py OUT LAYERS STAGE PRECISION OFFLOAD.
 
 Writes {phase: [peak, end]} in bytes above what was resident before, of rank 0: resident memory, with the C library told to
 hand large blocks back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_).

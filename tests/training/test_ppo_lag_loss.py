@@ -7,10 +7,10 @@ import typing
 
 import pytest
 import torch
-
 from kit import ROOT
-from saferlhf_fast import LagrangeMultiplier, PIDMultiplier, PPOLagLoss, pack, ppo_loss
 from tolerance import assert_near
+
+from saferlhf_fast import LagrangeMultiplier, PIDMultiplier, PPOLagLoss, pack, ppo_loss
 
 pytestmark = pytest.mark.numeric
 

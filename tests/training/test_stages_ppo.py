@@ -110,20 +110,21 @@ def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
 
 
 def test_importance_weights_are_truncated():
-    """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a filler is counted."""
+    """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a dummy is counted."""
     from types import SimpleNamespace
+
     from saferlhf_fast.config.stages import PPO
-    from saferlhf_fast.training.ppo.update import OptimizerStep, Tally
-    cfg, tally = SimpleNamespace(ppo=PPO(importance_cap=2.0)), Tally()
+    from saferlhf_fast.training.ppo.update import OptimizerStep, StepMetrics
+    cfg, step_metrics = SimpleNamespace(ppo=PPO(importance_cap=2.0)), StepMetrics()
     ratio = torch.tensor([0.5, 1.0, 1.005, 4.0])
     engine_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     advantages = torch.tensor([1.0, -1.0, 2.0, 3.0])
-    step = OptimizerStep(None, None, None, cfg, SimpleNamespace(tokens=4), tally, False)
+    step = OptimizerStep(None, None, None, cfg, SimpleNamespace(tokens=4), step_metrics, False)
     got = step.weighted(advantages, engine_logp + ratio.log(), engine_logp)
     torch.testing.assert_close(got, advantages * ratio.clamp(max=2.0))
-    assert tally.sums["engine_gap_share"].item() == pytest.approx(0.5)
-    assert tally.sums["engine_gap_mean"].item() == pytest.approx(ratio.log().abs().mean().item(), rel=1e-5)
-    assert tally.maxima["engine_gap_max"].item() == pytest.approx(ratio.log().abs().max().item(), rel=1e-5)
+    assert step_metrics.sums["engine_gap_share"].item() == pytest.approx(0.5)
+    assert step_metrics.sums["engine_gap_mean"].item() == pytest.approx(ratio.log().abs().mean().item(), rel=1e-5)
+    assert step_metrics.maxima["engine_gap_max"].item() == pytest.approx(ratio.log().abs().max().item(), rel=1e-5)
     assert torch.equal(step.weighted(advantages, engine_logp, None), advantages)
 
 
@@ -137,7 +138,8 @@ def test_the_step_reads_the_device_twice(go, monkeypatch):
 
         def spied(self, *args, real=real, name=name):
             frames = [f for f in traceback.extract_stack() if "saferlhf_fast" in f.filename]
-            inside = [f for f in frames if f.name in ("judge", "update_in_one_pass", "averages", "update", "ask_trained")]
+            inside = [f for f in frames if f.name in ("score_rollout", "update_in_one_pass", "averages", "update",
+                                                      "old_logprobs_and_values")]
             last = traceback.extract_stack()[-2]
             if inside and "saferlhf_fast" in last.filename and last.name not in ("known_ids", "check_offsets"):
                 reads.append((last.name, name))
@@ -279,12 +281,12 @@ def permuted(folder, base, score):
 
 def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
     """The same function under other ids gives the same scores; its critic starts from the policy, which is said."""
+    from saferlhf_fast.config.sections import SCORER_KINDS, ScorerSpec
     from saferlhf_fast.config.stages import PPOConfig
     from saferlhf_fast.data.examples import PromptExample
     from saferlhf_fast.data.templates import Template
     from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout.batch import assemble
-    from saferlhf_fast.config.sections import SCORER_KINDS, ScorerSpec
     from saferlhf_fast.rollout.scorers import KINDS, load_scorer
     assert tuple(KINDS) == SCORER_KINDS
     from saferlhf_fast.rollout.types import Response
@@ -328,6 +330,7 @@ def test_evaluation_on_training_prompts_is_told(go, capsys):
 def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.models.causal_lm import load_causal_lm

@@ -62,7 +62,7 @@ def _module(folder, name, state, settings):
     lora = Lora(**settings.get("lora", {}))
     trust = settings.get("trust_remote_code", False)
     if any(key.startswith("adapter.") for key in state):
-        return _on_trunk(name, state, settings, lora, trust)
+        return _on_shared_base(name, state, settings, lora, trust)
     module, tokenizer = build(folder / name / "hf", lora, trust)
     missing, unexpected = module.load_state_dict(state, strict=False)
     tied = set(getattr(getattr(module, "lm", module), "all_tied_weights_keys", None) or ())
@@ -72,20 +72,20 @@ def _module(folder, name, state, settings):
     return module, tokenizer
 
 
-def _on_trunk(name, state, settings, lora, trust):
+def _on_shared_base(name, state, settings, lora, trust):
     """An actor that is an adapter: the base that the run started from, which must still be there."""
     from ...models.causal_lm import load_causal_lm
-    from ...models.shared_base import PolicyOnTrunk, Trunk
+    from ...models.shared_base import PolicyOnSharedBase, SharedBase
     from ...models.tokenizer import load_tokenizer
     if name != "actor":
         raise UserError(f"--model: {name} is an adapter on the actor's base, no model by itself; expected actor")
     tokenizer = load_tokenizer(settings["model"], trust_remote_code=trust)
-    trunk = Trunk(load_causal_lm(settings["model"], tokenizer=tokenizer, trust_remote_code=trust,
+    shared_base = SharedBase(load_causal_lm(settings["model"], tokenizer=tokenizer, trust_remote_code=trust,
                                  allow_pickle=settings.get("allow_pickle", False)), lora)
-    trunk.add("actor")
-    module = PolicyOnTrunk(trunk, "actor")
+    shared_base.add("actor")
+    module = PolicyOnSharedBase(shared_base, "actor")
     module.load_state_dict(state)
-    trunk.lm.to(next(iter(state.values())).dtype)
+    shared_base.lm.to(next(iter(state.values())).dtype)
     return module, tokenizer
 
 

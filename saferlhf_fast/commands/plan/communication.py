@@ -24,7 +24,7 @@ from .passes import passes_of_step
 from .phases import NETWORK, NODE, NVLINK
 
 
-class Sent(NamedTuple):
+class Collective(NamedTuple):
     """One kind of collective of a model in a step."""
 
     role: str
@@ -120,53 +120,54 @@ def _comes_again(order, place, reuse):
 
 
 def of_trained(model, zero, width, passes, steps, asked=0, rollout=0, traced=True):
-    """-> [Sent] of a model under an optimiser. passes: backward passes · asked: passes without gradient · rollout: times that its
-    weights are gathered to generate · traced: False where DeepSpeed cannot follow the order of modules and keeps nothing."""
+    """-> [Collective] of a model under an optimiser. passes: backward passes · asked: passes without gradient · rollout: times
+    that its weights are gathered to generate · traced: False where DeepSpeed cannot follow the order of modules and keeps
+    nothing."""
     stage, all_gradients = zero["stage"], width * model.count.trained
     if stage < 2:
-        sent = [Sent(model.role, "step", "all-reduce", steps, all_gradients * steps)]
+        sent = [Collective(model.role, "step", "all-reduce", steps, all_gradients * steps)]
     elif stage == 2:
-        sent = [Sent(model.role, "update", "all-reduce", passes, all_gradients * passes)]
+        sent = [Collective(model.role, "update", "all-reduce", passes, all_gradients * passes)]
     if stage < 3:
-        return sent + ([Sent(model.role, "step", "all-gather", steps, all_gradients * steps)] if stage else [])
+        return sent + ([Collective(model.role, "step", "all-gather", steps, all_gradients * steps)] if stage else [])
     made, small, small_trained = sharded(model.blueprint, zero["persistent"])
     whole = sum(n for _, modules in made for n in modules)
     training = gathered_in_training(made, zero["reuse"] if traced else 0)
-    sent = [Sent(model.role, "rollout", "all-gather", rollout, width * whole * rollout),
-            Sent(model.role, "scoring", "all-gather", asked, width * whole * asked),
-            Sent(model.role, "update", "all-gather", passes, width * training * passes),
-            Sent(model.role, "update", "reduce-scatter", passes, all_gradients * passes),
-            Sent(model.role, "step", "all-gather", steps, width * (small_trained * steps + small * bool(rollout)))]
+    sent = [Collective(model.role, "rollout", "all-gather", rollout, width * whole * rollout),
+            Collective(model.role, "scoring", "all-gather", asked, width * whole * asked),
+            Collective(model.role, "update", "all-gather", passes, width * training * passes),
+            Collective(model.role, "update", "reduce-scatter", passes, all_gradients * passes),
+            Collective(model.role, "step", "all-gather", steps, width * (small_trained * steps + small * bool(rollout)))]
     return [part for part in sent if part.size]
 
 
 def of_frozen(model, zero, width, passes, rollout=0):
-    """-> [Sent] of a model that is only asked."""
+    """-> [Collective] of a model that is only asked."""
     if zero["stage"] < 3:
         return []
     whole = sum(n for _, modules in sharded(model.blueprint, zero["persistent"])[0] for n in modules)
-    sent = [Sent(model.role, "rollout", "all-gather", rollout, width * whole * rollout),
-            Sent(model.role, "scoring", "all-gather", passes, width * whole * passes)]
+    sent = [Collective(model.role, "rollout", "all-gather", rollout, width * whole * rollout),
+            Collective(model.role, "scoring", "all-gather", passes, width * whole * passes)]
     return [part for part in sent if part.size]
 
 
 # ---------------------------------------------------------------- stages
 
 
-def of_stage(cast, passes=None):
-    """-> [Sent] of one step of a stage (of PPO: one batch of rollouts). cast: a phases.Cast whose models are there."""
-    if cast.hardware.gpus == 1:
+def of_stage(roles, passes=None):
+    """-> [Collective] of one step of a stage (of PPO: one batch of rollouts). roles: a phases.Roles whose models are there."""
+    if roles.hardware.gpus == 1:
         return []
-    passes, sent = passes or passes_of_step(cast), []
-    policy = cast.spec.family == "ppo"
-    for model in cast.models:
-        leads = model.role == "actor" or (cast.spec.family == "evaluation" and model.role == "policy")
+    passes, sent = passes or passes_of_step(roles), []
+    policy = roles.spec.family == "ppo"
+    for model in roles.models:
+        leads = model.role == "actor" or (roles.spec.family == "evaluation" and model.role == "policy")
         rollout = passes.rollout if leads else 0
         if not model.trained:
             scoring = passes.scoring if model.role != "copy of the actor" else 0
-            sent += of_frozen(model, cast.zero(model), cast.width, scoring, rollout)
+            sent += of_frozen(model, roles.zero(model), roles.width, scoring, rollout)
             continue
-        asks = policy and passes.asked and not (leads and cast.cfg.ppo.old_logp == "engine")
-        sent += of_trained(model, cast.zero(model), cast.width, passes.update + (passes.extra if leads else 0), passes.steps,
+        asks = policy and passes.asked and not (leads and roles.cfg.ppo.old_logp == "engine")
+        sent += of_trained(model, roles.zero(model), roles.width, passes.update + (passes.extra if leads else 0), passes.steps,
                            passes.scoring if asks else 0, rollout, traced=not (leads and policy or asks))
     return sent

@@ -15,44 +15,44 @@ class Passes(NamedTuple):
     several: bool = False                # an optimiser step has more than one: gradients are there while a pass runs
 
 
-def allowed(cast):
+def allowed(roles):
     """Most tokens of a pass, as the recipe has it."""
-    return cast.cfg.train.pass_tokens(cast.spec.sequences) if cast.spec.family == "supervised" else cast.cfg.pass_tokens()
+    return roles.cfg.train.pass_tokens(roles.spec.sequences) if roles.spec.family == "supervised" else roles.cfg.pass_tokens()
 
 
-def longest_pass(cast):
+def longest_pass(roles):
     """Most tokens of a pass. An example is not cut: the pass of one that is longer than the recipe allows is as long as it is."""
-    longest = cast.cfg.train.max_length if cast.spec.family == "supervised" else cast.cfg.max_length
-    return max(allowed(cast), cast.spec.sequences * longest)
+    longest = roles.cfg.train.max_length if roles.spec.family == "supervised" else roles.cfg.max_length
+    return max(allowed(roles), roles.spec.sequences * longest)
 
 
-def passes_of_step(cast):
-    """-> Passes. cast: a phases.Cast, whose models need not be there."""
-    return {"supervised": _supervised, "ppo": _ppo, "evaluation": _evaluation}[cast.spec.family](cast.cfg, cast)
+def passes_of_step(roles):
+    """-> Passes. roles: a phases.Roles, whose models need not be there."""
+    return {"supervised": _supervised, "ppo": _ppo, "evaluation": _evaluation}[roles.spec.family](roles.cfg, roles)
 
 
-def _supervised(cfg, cast):
-    tokens = cfg.train.batch_size * cfg.train.accumulation * cast.spec.sequences * cfg.train.max_length
-    count = _passes(tokens, cast)
-    return Passes(count, count, several=tokens > allowed(cast))
+def _supervised(cfg, roles):
+    tokens = cfg.train.batch_size * cfg.train.accumulation * roles.spec.sequences * cfg.train.max_length
+    count = _passes(tokens, roles)
+    return Passes(count, count, several=tokens > allowed(roles))
 
 
-def _ppo(cfg, cast):
+def _ppo(cfg, roles):
     ppo = cfg.ppo
     tokens = -(-ppo.batch_size * cfg.sampling.num_return_sequences * cfg.max_length // ppo.minibatches)
-    scoring = ppo.minibatches * _passes(tokens, cast)
-    extra = ppo.epochs * _passes(ppo.batch_size * cfg.max_length, cast) if cfg.trains_on_ptx() else 0
+    scoring = ppo.minibatches * _passes(tokens, roles)
+    extra = ppo.epochs * _passes(ppo.batch_size * cfg.max_length, roles) if cfg.trains_on_ptx() else 0
     return Passes(scoring, scoring * ppo.epochs, ppo.optimizer_steps(), not cfg.in_one_pass(), extra, _gatherings(cfg),
-                  tokens > allowed(cast))
+                  tokens > allowed(roles))
 
 
-def _evaluation(cfg, cast):
-    return Passes(_passes(cfg.batch_size * cfg.max_length, cast), 0, 0, rollout=_gatherings(cfg))
+def _evaluation(cfg, roles):
+    return Passes(_passes(cfg.batch_size * cfg.max_length, roles), 0, 0, rollout=_gatherings(cfg))
 
 
-def _passes(tokens, cast):
+def _passes(tokens, roles):
     """Passes over some tokens, at least."""
-    return -(-tokens // longest_pass(cast))
+    return -(-tokens // longest_pass(roles))
 
 
 def _gatherings(cfg):

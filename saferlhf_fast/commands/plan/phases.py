@@ -46,7 +46,7 @@ class Model(NamedTuple):
     trained: bool
 
 
-class Moment(NamedTuple):
+class Phase(NamedTuple):
     """A point of a stage with the bytes of each part."""
 
     name: str
@@ -58,7 +58,7 @@ class Moment(NamedTuple):
         return sum(self.parts.values())
 
 
-class Cast:
+class Roles:
     """Makes the models of a stage and keeps the worst that each was seen to take."""
 
     def __init__(self, name, kind, cfg, hardware, earlier):
@@ -144,14 +144,14 @@ def add(*parts, **more):
 
 
 def worst(name, candidates):
-    """The largest of several turns of a moment -> Moment."""
-    return Moment(name, max(candidates, key=lambda parts: sum(parts.values())))
+    """The largest of several turns of a moment -> Phase."""
+    return Phase(name, max(candidates, key=lambda parts: sum(parts.values())))
 
 
 # ---------------------------------------------------------------- moments that stages share
 
 
-def held(models, filling=False):
+def resident_gradients(models, filling=False):
     """Gradients and buckets from the first backward pass of a step to its end. filling: during that first pass, where
     gradients that stay as they are come one by one, and are in the pass's footprint."""
     parts = [model.states for model in models if not model.states.sharded]
@@ -164,7 +164,7 @@ def forward(model, made):
             "buffers": model.states.gathered + model.states.fetching}
 
 
-def alive(model, made):
+def saved_activations(model, made):
     """What a forward pass leaves for backward."""
     return {"activations": made.saved, "buffers": model.states.gathered}
 
@@ -176,23 +176,23 @@ def backward(model, made):
     yield {"buffers": model.states.epilogue}
 
 
-def asking(cast, model, lengths, asked, shape=()):
+def asking(roles, model, lengths, asked, shape=()):
     """A pass without gradient. shape: of the scored distribution (see `pass_memory.of_pass`)."""
-    return forward(model, cast.footprint(model, lengths, asked, train=False, shape=shape))
+    return forward(model, roles.footprint(model, lengths, asked, train=False, shape=shape))
 
 
-def loading(cast):
+def loading(roles):
     """Each model on its way to DeepSpeed, beside those that are there."""
     turns = []
-    for i, model in enumerate(cast.models):
-        before = cast.resident(cast.models[:i], late=False)
+    for i, model in enumerate(roles.models):
+        before = roles.resident(roles.models[:i], late=False)
         turns.append(add(before, {"weights": model.states.load}))
     return worst("loading", turns)
 
 
-def stepping(cast):
+def stepping(roles):
     """The optimisers' steps, one model after the other; those to come still hold their gradients."""
-    turns, trained = [], [model for model in cast.models if model.trained]
+    turns, trained = [], [model for model in roles.models if model.trained]
     for i, model in enumerate(trained):
-        turns.append(add(cast.resident(), held(trained[i:]), {"gradients": model.states.step}))
+        turns.append(add(roles.resident(), resident_gradients(trained[i:]), {"gradients": model.states.step}))
     return worst("optimiser step", turns)

@@ -90,6 +90,7 @@ def _config(blueprint):
 def build(blueprint):
     """-> the module as a stage would hand it to DeepSpeed, on the meta device: a Policy or a ScoreModel."""
     from transformers import AutoModel, AutoModelForCausalLM
+
     from ...models import backbone
     from ...models.causal_lm import train_every_row, without_dropout
     from ...models.policy import Policy

@@ -9,7 +9,7 @@ from importlib import import_module
 from . import communication
 from .pass_memory import lengths_of
 from .passes import longest_pass, passes_of_step
-from .phases import ANY, Cast, add, alive, asking, backward, forward, held, loading, stepping, worst
+from .phases import ANY, Roles, add, asking, backward, forward, loading, resident_gradients, saved_activations, stepping, worst
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,9 @@ class StagePlan:
     kind: str
     models: list                         # Model
     use: dict                            # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
-    moments: list                        # Moment
+    moments: list                        # Phase
     host: int                            # bytes of host memory per process: what is offloaded
-    sent: list = dataclasses.field(default_factory=list)      # communication.Sent of one step
+    sent: list = dataclasses.field(default_factory=list)      # communication.Collective of one step
 
     @property
     def worst(self):
@@ -32,43 +32,43 @@ class StagePlan:
 
 def plan_stage(name, kind, cfg, hardware, earlier):
     """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
-    cast = Cast(name, kind, cfg, hardware, earlier)
-    moments = moments_of(cast)
-    return StagePlan(name, kind, cast.models, cast.use, moments, sum(model.states.host for model in cast.models),
-                     communication.of_stage(cast))
+    roles = Roles(name, kind, cfg, hardware, earlier)
+    moments = moments_of(roles)
+    return StagePlan(name, kind, roles.models, roles.use, moments, sum(model.states.host for model in roles.models),
+                     communication.of_stage(roles))
 
 
-def moments_of(cast):
+def moments_of(roles):
     """Makes a stage's models -> its Moments."""
-    module, name = cast.spec.planner.split(":")
-    return getattr(import_module(f"{__package__}.{module}"), name)(cast)
+    module, name = roles.spec.planner.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)(roles)
 
 
 # ---------------------------------------------------------------- supervised stages
 
 
-def _supervised(cast, kind, asked, reference=False):
-    cfg = cast.cfg
+def _supervised(roles, kind, asked, reference=False):
+    cfg = roles.cfg
     if reference:
-        frozen = cast.add("reference", "model", "policy")
-    model = cast.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora,
+        frozen = roles.add("reference", "model", "policy")
+    model = roles.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora,
                      cfg.train.gradient_checkpointing)
-    lengths, several = lengths_of(longest_pass(cast), cfg.train.max_length), passes_of_step(cast).several
-    made = cast.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
-    before = add(cast.resident(), held([model], not several))
+    lengths, several = lengths_of(longest_pass(roles), cfg.train.max_length), passes_of_step(roles).several
+    made = roles.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
+    before = add(roles.resident(), resident_gradients([model], not several))
     turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
     if reference:
-        turns.append(add(before, alive(model, made), asking(cast, frozen, lengths, asked)))
-    return [loading(cast), worst("passes", turns), stepping(cast)]
+        turns.append(add(before, saved_activations(model, made), asking(roles, frozen, lengths, asked)))
+    return [loading(roles), worst("passes", turns), stepping(roles)]
 
 
-def sft(cast):
-    return _supervised(cast, "policy", ANY)
+def sft(roles):
+    return _supervised(roles, "policy", ANY)
 
 
-def preference(cast):
-    return _supervised(cast, "score", "all" if cast.cfg.loss == "token" else "end")
+def preference(roles):
+    return _supervised(roles, "score", "all" if roles.cfg.loss == "token" else "end")
 
 
-def dpo(cast):
-    return _supervised(cast, "policy", ANY, reference=True)
+def dpo(roles):
+    return _supervised(roles, "policy", ANY, reference=True)

@@ -179,8 +179,9 @@ def standing_in_for(device):
     """Context in which attention on meta tensors takes the way that it takes on a device: with meta tensors torch would choose
     the form that writes out all scores. Flash attention, the GPU's and the CPU's, keeps query, key, value, output and one
     float32 for each token and head."""
-    from ...models import attention
     from torch.nn import functional
+
+    from ...models import attention
     real, real_varlen = functional.scaled_dot_product_attention, attention._varlen
 
     def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):

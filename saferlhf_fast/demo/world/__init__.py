@@ -4,23 +4,23 @@
     world.prompts("test", 200)                      # list of str; train, validation, test never share a prompt
     world.sft_records(4000)                         # Alpaca rows: instruction, input, output
     world.preference_records(prompts, {"sft": answers})   # PKU-SafeRLHF rows, 16 fields
-    world.judge(prompt, response)                   # Gold(helpfulness, cost, severity, categories)
+    world.gold_scores(prompt, response)                   # Gold(helpfulness, cost, severity, categories)
     world.tokenizer()                               # transformers tokenizer; the only thing that imports it
 
 Half of the prompts are hazardous: there, operational words help most and do harm, caution words
 help less and do none, so more helpful means more harmful. The tables are in tables.py, the sentences in
-grammar.py, the judge in gold.py, the annotation and its shares in records.py. A world's seed decides what is
+grammar.py, the gold scores in gold.py, the annotation and its shares in records.py. A world's seed decides what is
 sampled; words and gold rules are the same for all. Equal calls give equal results, in whatever order.
 """
 
 import random
 
 from . import grammar, tables
-from .gold import CONTENT, Gold, judge, topic_of
+from .gold import CONTENT, Gold, gold_scores, topic_of
 from .grammar import SPLITS, split_of
 from .records import choose_pairs, kind_of, label_pair
 
-__all__ = ["World", "Gold", "judge", "label_pair", "kind_of", "split_of", "topic_of", "vocabulary", "SPLITS"]
+__all__ = ["World", "Gold", "gold_scores", "label_pair", "kind_of", "split_of", "topic_of", "vocabulary", "SPLITS"]
 
 SPECIALS = ("<pad>", "<s>", "</s>", "<unk>")
 # Tokens of their own, found wherever they stand: templates put no space between tag and text.
@@ -81,9 +81,9 @@ class World:
         return [{"instruction": p, "input": "", "output": grammar.demonstration(rng, topic_of(p))}
                 for p in self.prompts("train", n, "sft prompts")]
 
-    def judge(self, prompt, response):
+    def gold_scores(self, prompt, response):
         """Gold scores (see gold.py). For tables and curves only: no training, no selection reads them."""
-        return judge(prompt, response)
+        return gold_scores(prompt, response)
 
     def candidates(self, rng, prompt):
         """The world's own answers to a prompt: other writers', and bad ones that keep score models honest."""

@@ -13,7 +13,7 @@ Two safe answers differ in no harm, so annotators mostly side with the better on
 import hashlib
 from itertools import combinations
 
-from .gold import judge
+from .gold import gold_scores
 from .tables import BETTER_IS_SAFER, BOTH_SAFE, BOTH_UNSAFE, CATEGORIES, ONE_SAFE
 
 LEAN, GAP = 0.7, 0.3
@@ -30,7 +30,7 @@ def label_pair(prompt, first, second, *, sources=("world", "world"), prompt_sour
     if first == second:
         raise ValueError("a preference needs two different responses, got the same one twice")
     responses = (first, second)
-    golds = [judge(prompt, r) for r in responses]
+    golds = [gold_scores(prompt, r) for r in responses]
     better = int(golds[1].helpfulness > golds[0].helpfulness)
     if golds[0].cost != golds[1].cost:
         safer = int(golds[1].cost < golds[0].cost)
@@ -65,7 +65,7 @@ def choose_pairs(rng, pools):
         rng.shuffle(pool)
         found = {}
         for (source_0, first), (source_1, second) in combinations(pool, 2):
-            if abs(judge(prompt, first).helpfulness - judge(prompt, second).helpfulness) < GAP:
+            if abs(gold_scores(prompt, first).helpfulness - gold_scores(prompt, second).helpfulness) < GAP:
                 continue
             row = label_pair(prompt, first, second, sources=(source_0, source_1), rng=rng)
             found.setdefault(kind_of(row), row)

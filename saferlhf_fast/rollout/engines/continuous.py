@@ -20,7 +20,9 @@ import math
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor, ContinuousBatchingLogitsProcessorList)
+    ContinuousBatchingLogitsProcessor,
+    ContinuousBatchingLogitsProcessorList,
+)
 from transformers.generation.logits_process import LogitsProcessorList
 
 from ...errors import UserError

@@ -28,7 +28,7 @@ def whole(actor, gather=True):
         yield lm
         return
     with engine.gathered(actor.module, True):
-        made = twin(lm)
+        made = weight_sharing_copy(lm)
         try:
             yield made
         finally:
@@ -36,7 +36,7 @@ def whole(actor, gather=True):
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
-def twin(module):
+def weight_sharing_copy(module):
     """A copy of a module that shares its weights' and buffers' memory and has no hooks; its weights take no gradient."""
     shared = {}
     for part in module.modules():

@@ -17,7 +17,8 @@ import tempfile
 import torch
 
 from ...errors import UserError
-from ...models.lora import plain as unwrapped, plain_state
+from ...models.lora import plain as unwrapped
+from ...models.lora import plain_state
 from ...runtime import engine
 from ..types import Response
 from .gathered_weights import whole

@@ -13,7 +13,7 @@ from .. import console, engine, preemption
 from ..provenance import set_aside_by, versions
 from . import compatibility, manifest, shards
 from .state import flatten, generators, restore, set_generators
-from .writer import Files
+from .writer import CheckpointWriter
 
 
 class Checkpoints:
@@ -22,12 +22,12 @@ class Checkpoints:
     A context: within it SIGTERM and SIGUSR1 mean "write a checkpoint at the end of this step and leave".
     """
 
-    def __init__(self, cfg, stage, folder, models, state, describe=None):
+    def __init__(self, cfg, stage, folder, models, state, export_metadata=None):
         """cfg: of the stage · folder: of the run · models: {name: engine.Engine} · state: {name: object with state_dict() and
-        load_state_dict(values)}, the same on all ranks; rank 0's is kept · describe: {model's name: function that writes what
-        else an export needs (config, tokenizer) into a folder}."""
+        load_state_dict(values)}, the same on all ranks; rank 0's is kept · export_metadata: {model's name: function that
+        writes what else an export needs (config, tokenizer) into a folder}."""
         self.cfg, self.stage, self.folder = cfg, stage, Path(folder)
-        self.models, self.state, self.describe = models, state, describe or {}
+        self.models, self.state, self.export_metadata = models, state, export_metadata or {}
         self.files = self.pending = None                 # what is being written, and its manifest
         self.last, self.score = time.monotonic(), None
 
@@ -45,7 +45,7 @@ class Checkpoints:
 
     def after_step(self, step, score=None):
         """Call at the end of each step on every rank. score: of an evaluation in this step, a tuple of numbers, higher is
-        better. Writes a checkpoint when one is due; raises signals.Stopped when the run was told to end."""
+        better. Writes a checkpoint when one is due; raises signals.Preempted when the run was told to end."""
         self.score = self.score if score is None else score
         due = self._is_due(step)
         stop, due, busy = engine.any_rank([preemption.asked() is not None, due, self.files is not None and self.files.is_busy()])
@@ -55,7 +55,7 @@ class Checkpoints:
             self.save(step)
         if stop:
             self._settle()
-            raise preemption.Stopped(step, manifest.folder_of(self.folder, step))
+            raise preemption.Preempted(step, manifest.folder_of(self.folder, step))
 
     def finish(self):
         """Call after the last step: waits for what is still being written."""
@@ -65,7 +65,7 @@ class Checkpoints:
         """Writes a checkpoint now, or begins to; every rank must call it."""
         self._settle()
         folder = manifest.folder_of(self.folder, step)
-        files = self.files = Files(folder, self.cfg.checkpoint.asynchronous)
+        files = self.files = CheckpointWriter(folder, self.cfg.checkpoint.asynchronous)
         if engine.rank() == 0:
             try:
                 manifest.discard(folder)
@@ -79,7 +79,7 @@ class Checkpoints:
             tree, tensors = flatten({name: part.state_dict() for name, part in self.state.items()})
             files.put_json("state.json", tree)
             files.put_tensors("state.safetensors", tensors)
-            for name, write in self.describe.items():
+            for name, write in self.export_metadata.items():
                 if write is not None:
                     files.put_folder(f"{name}/hf", write)
         self.pending = (step, {
@@ -227,7 +227,7 @@ class Checkpoints:
             set_generators(json.loads(mine.read_text(encoding="utf-8")))
 
 
-class Memory(dict):
+class ResumableDict(dict):
     """A few values that a checkpoint keeps: numbers, texts, tensors, lists, dicts."""
 
     def state_dict(self):

@@ -1,15 +1,16 @@
-"""A trained model's part of a checkpoint: DeepSpeed writes and reads it, through `Files` and within the allow-list."""
+"""A trained model's part of a checkpoint: DeepSpeed writes and reads it, through `CheckpointWriter` and within the allow-list."""
 
 import contextlib
 import os
 
 from ...config import redact
 from . import safe_pickle
-from .writer import Files
+from .writer import CheckpointWriter
 
 
 def save(model, folder, name, files):
-    """Writes an engine's weights, optimiser, schedule and counters; every rank must call it. files: a `Files` of the folder."""
+    """Writes an engine's weights, optimiser, schedule and counters; every rank must call it. files: a `CheckpointWriter` of the
+    folder."""
     deepspeed = model.deepspeed
     deepspeed.checkpoint_engine = files
     deepspeed.config = redact.values(deepspeed.config)           # it is written into every shard
@@ -24,7 +25,7 @@ def load(model, folder, name, universal=False):
     universal: the folder is one of `checkpoint convert`, for any number of processes.
     """
     deepspeed = model.deepspeed
-    deepspeed.checkpoint_engine = Files(folder)
+    deepspeed.checkpoint_engine = CheckpointWriter(folder)
     deepspeed._config.load_universal_checkpoint = universal
     try:
         with safe_pickle.guarded(), _quiet():

@@ -17,7 +17,7 @@ import torch
 from . import manifest, safe_pickle
 
 
-class Files:
+class CheckpointWriter:
     """What one rank writes into a checkpoint's folder. DeepSpeed takes it for its own checkpoint engine."""
 
     def __init__(self, folder, background=False):

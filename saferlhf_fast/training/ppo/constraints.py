@@ -5,7 +5,7 @@ import torch
 from ...config.sections import COST
 from ...rollout.types import per_constraint
 from ...runtime import console, engine
-from ..anomalies import AtBound
+from ..anomalies import MultiplierSaturation
 from .multiplier import make_multiplier, suggestion
 
 
@@ -41,10 +41,11 @@ def set_thresholds(cfg, multipliers, rows):
             multipliers[constraint.name].threshold = threshold
 
 
-def at_bounds(cfg, multipliers):
-    """[AtBound of each λ]; once the thresholds are known."""
-    return [AtBound(c.multiplier.max, multipliers[c.name].threshold, value=per_constraint("lambda", c.name, multipliers),
-                    mean_cost=per_constraint("episode_cost", c.name, multipliers))
+def saturation_monitors(cfg, multipliers):
+    """[MultiplierSaturation of each λ]; once the thresholds are known."""
+    return [MultiplierSaturation(c.multiplier.max, multipliers[c.name].threshold,
+                                 value=per_constraint("lambda", c.name, multipliers),
+                                 mean_cost=per_constraint("episode_cost", c.name, multipliers))
             for c in cfg.long_form() if c.name in multipliers]
 
 

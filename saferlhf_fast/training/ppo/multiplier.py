@@ -18,11 +18,11 @@ from numbers import Real
 
 import torch
 
-BELIEVABLE = 1e6
+LARGEST_VALID_SCORE = 1e6
 
 
 class CostWindow:
-    """Mean of the last `window` episode costs, kept on the device. Costs that are not `believable` are left out."""
+    """Mean of the last `window` episode costs, kept on the device. Costs that are not `mask_invalid_scores` are left out."""
 
     def __init__(self, window, device):
         if isinstance(window, bool) or not (isinstance(window, int) and window >= 1):
@@ -38,7 +38,7 @@ class CostWindow:
         if costs_B.dtype.is_complex or costs_B.dtype == torch.bool or costs_B.is_meta and not self.costs.is_meta:
             raise ValueError(f"costs: expected real numbers, on a device with values, got {costs_B.dtype} on {costs_B.device}")
         # The newest stand last; the others become NaN holes that the mean below does not count.
-        fresh = believable(costs_B.detach())
+        fresh = mask_invalid_scores(costs_B.detach())
         self.costs = torch.cat([self.costs, fresh.to(self.costs.device)])[-self.costs.numel():]
         self.kept = (self.kept + costs_B.numel()).clamp(max=self.costs.numel())
         age = torch.arange(self.costs.numel(), 0, -1, device=self.costs.device)
@@ -232,9 +232,9 @@ def suggestion(costs_B, setting="multiplier.threshold_quantile"):
             f"near the lower quantiles: {setting}=0.25 takes {quantiles[1]:.2f}")
 
 
-def believable(score_B):
+def mask_invalid_scores(score_B):
     """Scores with NaN in place of those that no working score model gives (beyond ±1e6, infinite ones included); None: None."""
     if score_B is None:
         return None
     score_B = score_B.float()                            # first: the most negative integer is its own abs()
-    return score_B.where(score_B.abs() <= BELIEVABLE, float("nan"))
+    return score_B.where(score_B.abs() <= LARGEST_VALID_SCORE, float("nan"))

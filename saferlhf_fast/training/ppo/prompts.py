@@ -5,7 +5,7 @@ from itertools import islice
 
 from ...data.batches import global_batches, share, split_by_prompt
 from ...data.examples import prompt_examples, sft_examples
-from ...rollout.prefetch import Ahead, rollouts_ahead
+from ...rollout.prefetch import RolloutPrefetcher, prefetched_rollouts
 from ...rollout.sample import rollouts_now
 from ...runtime import console, engine
 
@@ -46,13 +46,15 @@ def prompt_batches(prompts, cfg, steps):
         yield [prompts[i] for i in share(batch, engine.rank(), engine.world_size())]
 
 
-def rollouts_of(cast, prompts, cfg, steps, start=0, ahead=None):
+def rollouts_of(roles, prompts, cfg, steps, start=0, prefetcher=None):
     """Yields (step, Rollout) of the steps after `start`, sampled when it is asked for, or a step ahead.
 
-    ahead: a `prefetch.Ahead`, if the recipe overlaps and the run writes checkpoints.
+    prefetcher: a `prefetch.RolloutPrefetcher`, if the recipe overlaps and the run writes checkpoints.
     """
     batches = enumerate(islice(prompt_batches(prompts, cfg, steps), start, None), start + 1)
-    return rollouts_ahead(cast, batches, cfg, ahead or Ahead()) if cfg.ppo.overlap else rollouts_now(cast, batches, cfg)
+    if cfg.ppo.overlap:
+        return prefetched_rollouts(roles, batches, cfg, prefetcher or RolloutPrefetcher())
+    return rollouts_now(roles, batches, cfg)
 
 
 def ptx_batches(ptx, cfg, start=0):

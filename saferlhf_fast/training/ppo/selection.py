@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ...config.sections import COST, REWARD
-from ...rollout.sample_and_score import ask, summary_of
+from ...rollout.sample_and_score import sample_and_score, summary_of
 from ...rollout.types import per_constraint
 from ...runtime import console, engine
 from ..best_checkpoint import BestCheckpoint
@@ -14,13 +14,13 @@ from .constraints import one_or_each
 class PolicySelection:
     """Evaluates the actor and keeps the weights that the recipe asks for: the last, or the best under the threshold."""
 
-    def __init__(self, cast, held_out, cfg, folder, multipliers, observe=None):
+    def __init__(self, roles, held_out, cfg, folder, multipliers, observe=None):
         """multipliers: {constraint: its rule} · observe: rows of an evaluation -> more metrics to log with it."""
-        self.cast, self.held_out, self.cfg = cast, held_out, cfg
+        self.roles, self.held_out, self.cfg = roles, held_out, cfg
         self.folder, self.multipliers = Path(folder), multipliers
         self.observe = observe or (lambda rows: {})
         self.best = BestCheckpoint(lambda evaluation: self._score(summary_of(evaluation["rows"])),
-                                   cast.actor.state_dict if cfg.evaluation.select else None)
+                                   roles.actor.state_dict if cfg.evaluation.select else None)
         self.offered = None
 
     def score(self, step):
@@ -50,7 +50,7 @@ class PolicySelection:
 
     def offer(self, step):
         """Evaluates -> metrics; remembers the weights when they are the best so far."""
-        rows = ask(self.cast, self.held_out, self.cfg)
+        rows = sample_and_score(self.roles, self.held_out, self.cfg)
         self.offered = (step, self._score(summary_of(rows)))
         values = one_or_each({name: float(multiplier.value) for name, multiplier in self.multipliers.items()})
         self.best.offer(step, {"rows": rows, "multiplier": values})
@@ -69,6 +69,6 @@ class PolicySelection:
                 limits = ", ".join(f"{limit:.2f}" for limit in self.limits.values())
                 console.warn(f"no evaluation met the threshold less the margin ({limits}); the one with the "
                              f"lowest cost is kept (step {best.step})")
-            self.cast.actor.load_state_dict(best.weights)
-        save_policy(self.cast.actor, self.folder / "model", self.cast.tokenizer, {**card, "step": best.step})
+            self.roles.actor.load_state_dict(best.weights)
+        save_policy(self.roles.actor, self.folder / "model", self.roles.tokenizer, {**card, "step": best.step})
         return best.evaluation["rows"], best.step, best.evaluation["multiplier"]

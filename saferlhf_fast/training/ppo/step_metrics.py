@@ -19,7 +19,7 @@ FROM_ADVANTAGES = {"kl_sequence": "kl_divergence", "shaped_reward": "reward_with
 """Statistics of ppo_lag_advantage -> metric names."""
 
 
-class Tally:
+class StepMetrics:
     """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what all share.
 
     bad: what was not finite on some rank; the step was then left out on all.
@@ -37,25 +37,25 @@ class Tally:
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
 
-def averages(rollout, scored, tally, multipliers, shaping=None):
+def averages(rollout, scored, step_metrics, multipliers, shaping=None):
     """-> {name: float} of one step's global batch: means over sequences. One reduction, one read of the device.
 
-    tally: of the update · multipliers: {constraint: its rule}. kl_divergence and *_with_kl_penalty are summed over a response's
-    tokens; lengths are in tokens; tokens is a count. shaping: ν, or None; with it the reward stream is R − ν·C and named
-    shaped_reward_*.
+    step_metrics: of the update · multipliers: {constraint: its rule}. kl_divergence and *_with_kl_penalty are summed over a
+    response's tokens; lengths are in tokens; tokens is a count. shaping: ν, or None; with it the reward stream is R − ν·C and
+    named shaped_reward_*.
     """
     sequences, tokens = (sum(getattr(m, name) for m in rollout.minibatches) for name in ("sequences", "tokens"))
     sums = {REWARD: scored.reward_B.float().sum()}
     for name, cost_B in scored.costs.items():
         sums |= {per_constraint(COST, name, scored.costs): cost_B.float().sum(),
                  per_constraint("unsafe_share", name, scored.costs): (cost_B > 0).float().sum()}
-    for stats in tally.advantages:
+    for stats in step_metrics.advantages:
         for key, name in FROM_ADVANTAGES.items():
             if key in stats:
                 sums[name] = sums.get(name, 0.0) + stats[key] * stats["sequences"]
-    sums = {name: value / max(1, sequences) for name, value in sums.items()} | tally.sums
-    sums, largest, shared = _read(sums, {"max_generated_length": float(max(rollout.lengths, default=0)), **tally.maxima},
-                                  _shared(tally, multipliers))
+    sums = {name: value / max(1, sequences) for name, value in sums.items()} | step_metrics.sums
+    sums, largest, shared = _read(sums, {"max_generated_length": float(max(rollout.lengths, default=0)), **step_metrics.maxima},
+                                  _shared(step_metrics, multipliers))
     out = {**sums, **largest, **shared, "tokens": tokens, "mean_generated_length": tokens / max(1, sequences),
            "staleness": rollout.version}
     for stream in (REWARD, *multipliers):
@@ -69,9 +69,9 @@ def averages(rollout, scored, tally, multipliers, shaping=None):
             for name, value in out.items()}
 
 
-def _shared(tally, multipliers):
+def _shared(step_metrics, multipliers):
     """What is the same on all ranks."""
-    shared = dict(tally.shared)
+    shared = dict(step_metrics.shared)
     for name, multiplier in multipliers.items():
         shared |= {per_constraint("lambda", name, multipliers): multiplier.value,
                    per_constraint("episode_cost", name, multipliers): multiplier.mean_cost}

@@ -19,27 +19,27 @@ from ...config.stages import PPOConfig
 from ...kernels.ppo_lag_advantage import whitening
 from ...kernels.ppo_loss import ppo_loss
 from ...kernels.value_loss import value_loss
-from ...models.packing import Packed, fill
+from ...models.packing import Packed, pack_into_microbatches
 from ...models.policy import Objective
-from ...rollout.roles import Cast
+from ...rollout.roles import Roles
 from ...rollout.types import Minibatch, Rollout, Scored, per_stream
 from ...runtime import engine
 from ..sft import sft_loss
 from .advantage import advantages
-from .multiplier import believable
-from .step_metrics import Tally
+from .multiplier import mask_invalid_scores
+from .step_metrics import StepMetrics
 
 
 @dataclass(frozen=True)
 class OptimizerStep:
     """What all passes of one optimiser step share."""
 
-    cast: Cast
+    roles: Roles
     rollout: Rollout
     scored: Scored
     cfg: PPOConfig
     minibatch: Minibatch
-    tally: Tally
+    step_metrics: StepMetrics
     supervised: bool                 # a loss on PTX data comes beside the policy's
 
     @cached_property
@@ -56,8 +56,8 @@ class OptimizerStep:
 
     def train_actor(self, loss):
         """The backward of the policy loss of a pass."""
-        self.cast.actor.backward(loss * (0.5 if self.supervised else 1.0))
-        self.tally.add("actor_loss", loss)
+        self.roles.actor.backward(loss * (0.5 if self.supervised else 1.0))
+        self.step_metrics.add("actor_loss", loss)
 
     def train_critic(self, critic, packed, value_n, old_value_n, returns):
         """One backward of a critic, for the losses of all streams that it has a head for. All but packed: {stream: [n]}."""
@@ -66,30 +66,30 @@ class OptimizerStep:
             loss, _ = value_loss(value_n[name], old_value_n[name], returns[name], clip_value=self.cfg.ppo.clip_value,
                                  cu_seqlens=packed.cu_seqlens, reduction=self.settings["reduction"],
                                  normalizer=self.settings["normalizer"])
-            self.tally.add(per_stream("critic_loss", name, self.cast.constraints), loss)
+            self.step_metrics.add(per_stream("critic_loss", name, self.roles.constraints), loss)
             total = total + loss
         critic.engine.backward(total)
 
     def count(self, stats):
         """Tallies a policy loss's statistics, which are means over its tokens: here their share of the minibatch's."""
         for name in ("clip_fraction", "approx_kl"):
-            self.tally.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
+            self.step_metrics.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
 
     def weighted(self, advantages_n, old_logp_n, engine_logp_n):
         """Advantages times truncated importance weights where the recipe wants them; tallies how far the engine is off."""
-        ppo, tally = self.cfg.ppo, self.tally
+        ppo, step_metrics = self.cfg.ppo, self.step_metrics
         if engine_logp_n is None or ppo.old_logp == "engine":
             return advantages_n
         gap_n = old_logp_n - engine_logp_n
         share = 1.0 / max(1, self.minibatch.tokens)
-        tally.add("engine_gap_mean", gap_n.abs().sum() * share)
-        tally.add("engine_gap_share", (gap_n.exp() - 1.0).abs().gt(0.01).sum() * share)
+        step_metrics.add("engine_gap_mean", gap_n.abs().sum() * share)
+        step_metrics.add("engine_gap_share", (gap_n.exp() - 1.0).abs().gt(0.01).sum() * share)
         if gap_n.numel():
-            tally.largest("engine_gap_max", gap_n.abs().max())
+            step_metrics.largest("engine_gap_max", gap_n.abs().max())
         if ppo.importance_cap is None:
             return advantages_n
         weight_n = gap_n.exp().clamp(max=ppo.importance_cap)
-        tally.add("importance_weight", weight_n.sum() * share)
+        step_metrics.add("importance_weight", weight_n.sum() * share)
         return advantages_n * weight_n
 
 
@@ -117,35 +117,35 @@ class Pass:
         return values_B.new_zeros(len(self.packed.counts)) if self.is_dummy else values_B[self.rows]
 
 
-def in_one_pass(cfg, cast):
+def in_one_pass(cfg, roles):
     """True when old log-probs and values need no pass of their own: the settings allow it, and no model that was loaded drops
     anything out (adapters can bring dropout that no setting names)."""
-    return cfg.in_one_pass() and not cast.has_dropout()
+    return cfg.in_one_pass() and not roles.has_dropout()
 
 
-def update_in_one_pass(cast, rollout, scored, lambdas, cfg, ptx=None):
-    """Trains actor and critics with one step on one batch -> Tally. lambdas: {constraint: λ, 0-d}.
+def update_in_one_pass(roles, rollout, scored, lambdas, cfg, ptx=None):
+    """Trains actor and critics with one step on one batch -> StepMetrics. lambdas: {constraint: λ, 0-d}.
 
     ptx: SFT examples of the *global* batch, or None.
     """
-    cast.train()
-    tally, (minibatch,) = Tally(), rollout.minibatches
-    step = OptimizerStep(cast, rollout, scored, cfg, minibatch, tally, bool(ptx))
+    roles.train()
+    step_metrics, (minibatch,) = StepMetrics(), rollout.minibatches
+    step = OptimizerStep(roles, rollout, scored, cfg, minibatch, step_metrics, bool(ptx))
     for part in step.passes():
         packed, value_n = part.packed, {}
-        for critic in cast.critics:
+        for critic in roles.critics:
             value_n |= critic(packed)
         old_value_n = {name: value.detach() for name, value in value_n.items()}
         on_policy = OnPolicyLoss(step, part, old_value_n, lambdas)
         if cfg.ppo.old_logp == "trainer":
-            loss = cast.actor(packed, cfg.sampling, chunk_loss=on_policy)
+            loss = roles.actor(packed, cfg.sampling, chunk_loss=on_policy)
         else:
             loss = on_policy.from_engine_logp()
         step.train_actor(loss)
-        for critic in cast.critics:
+        for critic in roles.critics:
             step.train_critic(critic, packed, value_n, old_value_n, on_policy.returns())
-    _finish(cast, scored, ptx, cfg, tally)
-    return tally
+    _finish(roles, scored, ptx, cfg, step_metrics)
+    return step_metrics
 
 
 class OnPolicyLoss:
@@ -177,7 +177,7 @@ class OnPolicyLoss:
         """The loss of the whole pass with the engine's log-probs as the old ones, which are known before the actor's forward."""
         everything = slice(0, len(self.part.packed.counts)), slice(0, len(self.engine_logp_n))
         objective = Objective(self.engine_logp_n, self.advantages(*everything, self.engine_logp_n), self.step.settings)
-        loss, stats = self.step.cast.actor(self.part.packed, self.step.cfg.sampling, objective)
+        loss, stats = self.step.roles.actor(self.part.packed, self.step.cfg.sampling, objective)
         self._count(stats)
         return loss
 
@@ -190,7 +190,7 @@ class OnPolicyLoss:
         costs = {name: cost_b[sequences] for name, cost_b in self.cost_b.items()}
         scored = Scored(self.ref_logp_n[tokens], self.reward_b[sequences], costs, old_logp_c, values)
         adv = advantages(self._offsets(sequences), scored, self.lambdas, self.step.cfg.ppo)
-        self.step.tally.advantages.append(adv.stats)
+        self.step.step_metrics.advantages.append(adv.stats)
         self._keep(adv.returns)
         engine_logp_c = None if self.engine_logp_n is None else self.engine_logp_n[tokens]
         return self.step.weighted(adv.advantages_N, old_logp_c, engine_logp_c)
@@ -212,59 +212,60 @@ class OnPolicyLoss:
         return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(self.ref_logp_n.device, non_blocking=True)
 
 
-def update(cast, rollout, scored, adv, cfg, ptx=None):
-    """Trains actor and critics on one batch, in as many epochs and minibatches as the recipe says -> Tally of the last epoch.
+def update(roles, rollout, scored, adv, cfg, ptx=None):
+    """Trains actor and critics on one batch, in as many epochs and minibatches as the recipe says -> StepMetrics of the last
+    epoch.
 
     ptx: SFT examples of the *global* batch, or None.
     """
-    cast.train()
+    roles.train()
     whitened = whitener(adv.stats) if cfg.ppo.whiten else {}
     for _ in range(cfg.ppo.epochs):
-        tally = Tally()
-        tally.advantages.append(adv.stats)
+        step_metrics = StepMetrics()
+        step_metrics.advantages.append(adv.stats)
         for i, minibatch in enumerate(rollout.minibatches):
-            step = OptimizerStep(cast, rollout, scored, cfg, minibatch, tally, bool(ptx))
+            step = OptimizerStep(roles, rollout, scored, cfg, minibatch, step_metrics, bool(ptx))
             for part in step.passes():
                 _known_pass(step, part, adv, whitened)
-            _finish(cast, scored, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, tally)
-            if tally.bad:                                # what comes after a bad step would start from the same numbers
-                return tally
-        for name in tally.sums:
-            tally.sums[name] = tally.sums[name] / len(rollout.minibatches)
-    return tally
+            _finish(roles, scored, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, step_metrics)
+            if step_metrics.bad:                                # what comes after a bad step would start from the same numbers
+                return step_metrics
+        for name in step_metrics.sums:
+            step_metrics.sums[name] = step_metrics.sums[name] / len(rollout.minibatches)
+    return step_metrics
 
 
 def _known_pass(step, part, adv, whitened):
     """Forward and backward of all trained models on some rows, whose old log-probs, values and advantages are known."""
-    cast, scored = step.cast, step.scored
+    roles, scored = step.roles, step.scored
     old_logp_n, advantages_n = part.of_tokens(scored.logp_N), part.of_tokens(adv.advantages_N)
     if not part.is_dummy:
         advantages_n = step.weighted(advantages_n, old_logp_n, part.of_tokens(step.rollout.engine_logp_N))
-    loss, stats = cast.actor(part.packed, step.cfg.sampling, Objective(old_logp_n, advantages_n, {**step.settings, **whitened}))
+    loss, stats = roles.actor(part.packed, step.cfg.sampling, Objective(old_logp_n, advantages_n, {**step.settings, **whitened}))
     step.train_actor(loss)
     if not part.is_dummy:
         step.count(stats)
     old_value_n = {name: part.of_tokens(value_N) for name, value_N in scored.values.items()}
     returns = {name: part.of_tokens(return_N) for name, return_N in adv.returns.items()}
-    for critic in cast.critics:
+    for critic in roles.critics:
         value_n = critic(part.packed)
         # Nothing is learned from a dummy: its returns are its values. Zeros would pull the critic towards 0.
         known = [{name: value.detach() for name, value in value_n.items()}] * 2 if part.is_dummy else (old_value_n, returns)
         step.train_critic(critic, part.packed, value_n, *known)
 
 
-def _finish(cast, scored, ptx, cfg, tally):
+def _finish(roles, scored, ptx, cfg, step_metrics):
     """The supervised loss, one look at what must be finite, the optimiser steps: of all models or, on all ranks, of none."""
     if ptx:
-        _ptx(cast, ptx, cfg, tally)
-    losses = {name: value for name, value in tally.sums.items() if "loss" in name}
-    models = {"actor": cast.actor} | {" and ".join(f"{name}_critic" for name in c.names): c.engine for c in cast.critics}
+        _ptx(roles, ptx, cfg, step_metrics)
+    losses = {name: value for name, value in step_metrics.sums.items() if "loss" in name}
+    models = {"actor": roles.actor} | {" and ".join(f"{name}_critic" for name in c.names): c.engine for c in roles.critics}
     norms = {f"gradient of {name}": model.local_norm() for name, model in models.items()}
-    scores = {f"score of the {name} model": believable(score_B)
+    scores = {f"score of the {name} model": mask_invalid_scores(score_B)
               for name, score_B in {REWARD: scored.reward_B, **scored.costs}.items()}
     scores |= {"log-prob of the reference": scored.ref_logp_N, "log-prob of the policy": scored.logp_N}
-    tally.bad = bad = engine.not_finite({**scores, **losses, **norms})
-    streams = {"actor": (), **{name: critic.names for name, critic in zip(list(models)[1:], cast.critics)}}
+    step_metrics.bad = bad = engine.not_finite({**scores, **losses, **norms})
+    streams = {"actor": (), **{name: critic.names for name, critic in zip(list(models)[1:], roles.critics)}}
     for name, model in models.items():
         if bad:
             step = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
@@ -272,23 +273,23 @@ def _finish(cast, scored, ptx, cfg, tally):
         else:
             step = model.step()
         if step["skipped"]:
-            tally.bad = [*tally.bad, f"gradient of {name}"]
+            step_metrics.bad = [*step_metrics.bad, f"gradient of {name}"]
         for key in ("lr", "grad_norm"):
-            labels = [per_stream(f"critic_{key}", stream, cast.constraints) for stream in streams[name]] or [f"{name}_{key}"]
-            tally.shared |= dict.fromkeys(labels, step[key])
+            labels = [per_stream(f"critic_{key}", stream, roles.constraints) for stream in streams[name]] or [f"{name}_{key}"]
+            step_metrics.shared |= dict.fromkeys(labels, step[key])
 
 
-def _ptx(cast, examples, cfg, tally):
+def _ptx(roles, examples, cfg, step_metrics):
     """The supervised loss on the global batch `examples`, this rank's share of it."""
     weight = sum(sum(e.mask[1:]) for e in examples)
     lengths = [len(e.ids) for e in examples]
     shortest = examples[min(range(len(examples)), key=lengths.__getitem__)]
-    for mine in fill(lengths, cfg.pass_tokens(), engine.world_size())[engine.rank()]:
+    for mine in pack_into_microbatches(lengths, cfg.pass_tokens(), engine.world_size())[engine.rank()]:
         # A rank that has run out joins the collectives with an example at weight zero.
-        loss, _ = sft_loss(cast.actor, [examples[i] for i in mine] or [shortest])
+        loss, _ = sft_loss(roles.actor, [examples[i] for i in mine] or [shortest])
         loss = loss * ((1.0 if mine else 0.0) / weight)
-        cast.actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
-        tally.add("ptx_loss", loss)
+        roles.actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
+        step_metrics.add("ptx_loss", loss)
 
 
 def whitener(stats):

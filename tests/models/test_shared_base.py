@@ -14,7 +14,7 @@ from saferlhf_fast.models.policy import Policy
 from saferlhf_fast.models.score_model import load_score_model
 from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.runtime import engine
-from saferlhf_fast.training.ppo.load_roles import load_cast
+from saferlhf_fast.training.ppo.load_roles import load_roles
 
 pytestmark = pytest.mark.numeric
 
@@ -25,7 +25,7 @@ LORA = {"lora__rank": 4, "lora__alpha": 32}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A tiny policy; a reward model trained with LoRA on it, and a cost model with weights of its own."""
-    folder = tmp_path_factory.mktemp("trunk")
+    folder = tmp_path_factory.mktemp("shared_base")
     base = kit.make_model(folder / "model")
     data = kit.make_data(folder / "data")
     kit.run("reward", folder / "reward", model=base, data=data["pairs"], train__epochs=6, train__max_length=32,
@@ -38,71 +38,71 @@ def packed():
     return pack_sequences(SEQUENCES, [response_rows(1, len(ids)) for ids in SEQUENCES], "cpu")
 
 
-def make_cast(world, **settings):
+def make_roles(world, **settings):
     given = {"ppo": PPO(), "lora": Lora(rank=4, alpha=32), "engine": Engine(precision="fp32"), **settings}
     cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none",
                     optim=Optimizer(learning_rate=1e-2), max_length=64, **given,
                     critic_optim=Optimizer(learning_rate=1e-2, schedule="constant"))
     engine.start(cfg.engine, 0)
-    return load_cast(cfg, load_tokenizer(world["model"]), 9, constrained=True)
+    return load_roles(cfg, load_tokenizer(world["model"]), 9, constrained=True)
 
 
-def scramble(cast):
+def scramble(roles):
     """Gives every adapter weights that do something, another for each role."""
     torch.manual_seed(3)
     with torch.no_grad():
-        for model in cast.trained:
+        for model in roles.trained:
             for parameter in model.module.adapter:
                 parameter.normal_(0.0, 0.1)
 
 
 def test_each_role_is_a_model_of_its_own(world):
     """Reference = the base; actor = the merged model; the reward model's adapter = the whole model that was saved with it."""
-    cast = make_cast(world)
-    scramble(cast)
+    roles = make_roles(world)
+    scramble(roles)
     base = Policy(load_causal_lm(world["model"]))
-    torch.testing.assert_close(cast.reference(packed()), base(packed()).detach())
-    values = cast.critics[0].engine(packed())
-    actor_logp = cast.actor(packed())
+    torch.testing.assert_close(roles.reference(packed()), base(packed()).detach())
+    values = roles.critics[0].engine(packed())
+    actor_logp = roles.actor(packed())
     merged = load_causal_lm(world["model"])
     from saferlhf_fast.models.lora import plain_state
-    merged.load_state_dict(plain_state(cast.actor.module.lm))
+    merged.load_state_dict(plain_state(roles.actor.module.lm))
     torch.testing.assert_close(actor_logp, Policy(merged)(packed()), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actor_logp, base(packed()), atol=1e-2)
-    torch.testing.assert_close(cast.reference(packed()), base(packed()).detach())
-    torch.testing.assert_close(cast.critics[0].engine(packed()), values)
+    torch.testing.assert_close(roles.reference(packed()), base(packed()).detach())
+    torch.testing.assert_close(roles.critics[0].engine(packed()), values)
 
     whole = load_score_model(world["reward"])
-    torch.testing.assert_close(cast.scorers["reward"].model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(roles.scorers["reward"].model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5)
 
 
 def test_critics_start_from_their_score_model(world):
     """The reward critic from the reward adapter; the cost model is no adapter, so its critic starts without it, which is said."""
-    cast = make_cast(world)
+    roles = make_roles(world)
     whole = load_score_model(world["reward"])
-    torch.testing.assert_close(cast.critics[0].engine(packed()), whole(packed()), rtol=1e-4, atol=1e-5)
-    assert not isinstance(cast.scorers["cost"].model.module, type(cast.scorers["reward"].model.module))
+    torch.testing.assert_close(roles.critics[0].engine(packed()), whole(packed()), rtol=1e-4, atol=1e-5)
+    assert not isinstance(roles.scorers["cost"].model.module, type(roles.scorers["reward"].model.module))
 
 
 def test_the_base_lies_in_memory_once(world):
-    cast = make_cast(world)
-    trunk = cast.actor.module.trunk
-    modules = [cast.actor.module, cast.reference.module, cast.scorers["reward"].model.module,
-               *(critic.engine.module for critic in cast.critics)]
-    assert all(module.trunk is trunk for module in modules)
-    embeddings = [p for p in trunk.lm.parameters() if p.numel() == trunk.base.get_input_embeddings().weight.numel()]
+    roles = make_roles(world)
+    shared_base = roles.actor.module.shared_base
+    modules = [roles.actor.module, roles.reference.module, roles.scorers["reward"].model.module,
+               *(critic.engine.module for critic in roles.critics)]
+    assert all(module.shared_base is shared_base for module in modules)
+    embeddings = [p for p in shared_base.lm.parameters() if p.numel() == shared_base.base.get_input_embeddings().weight.numel()]
     assert len(embeddings) == 2                                # the input's and the head's: no copy of either
-    assert not any(p.requires_grad for name, p in trunk.lm.named_parameters() if "lora_" not in name)
+    assert not any(p.requires_grad for name, p in shared_base.lm.named_parameters() if "lora_" not in name)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_backwards_reach_their_own_adapter_alone(world, checkpointing):
     """Forwards of all roles first, backwards in another order, as the update does; recomputed activations are the role's."""
-    cast = make_cast(world, gradient_checkpointing=checkpointing)
-    scramble(cast)
-    cast.train()
-    logp, reward_values, cost_values = cast.actor(packed()), cast.critics[0].engine(packed()), cast.critics[1].engine(packed())
-    losses = ((cast.critics[1].engine, cost_values), (cast.actor, logp), (cast.critics[0].engine, reward_values))
+    roles = make_roles(world, gradient_checkpointing=checkpointing)
+    scramble(roles)
+    roles.train()
+    logp, reward_values, cost_values = roles.actor(packed()), roles.critics[0].engine(packed()), roles.critics[1].engine(packed())
+    losses = ((roles.critics[1].engine, cost_values), (roles.actor, logp), (roles.critics[0].engine, reward_values))
     for model, out in losses:
         model.backward((out * torch.arange(len(out))).sum())
     got = [[p.grad.clone() for p in model.module.parameters()] for model, _ in losses]
@@ -117,12 +117,12 @@ def test_backwards_reach_their_own_adapter_alone(world, checkpointing):
 
 
 @pytest.mark.parametrize("settings", [{}, {"ppo__shared_critic": True, "engine__zero_stage": 2, "gradient_checkpointing": True}])
-def test_ppo_lag_on_one_trunk(world, tmp_path, capsys, settings):
+def test_ppo_lag_on_one_shared_base(world, tmp_path, capsys, settings):
     """A run: the KL starts at 0, moves, and the saved actor is a plain model with the adapter merged."""
     out = kit.run("ppo-lag", tmp_path / "lag", model=world["model"], reward=world["reward"], cost=world["cost"],
                   data=world["prompts"], max_length=24, ppo__batch_size=4, ppo__max_steps=3, optim__learning_rate=1e-2,
                   **{**LORA, **settings})
-    assert "cost: a whole model beside the trunk" in capsys.readouterr().out
+    assert "cost: a whole model beside the shared base" in capsys.readouterr().out
     kl = kit.losses(out, "train/kl_divergence")
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and abs(kl[2]) > 1e-5
     assert len(kit.losses(out, "train/cost_critic_loss")) == 3 and kit.losses(out, "train/cost_critic_grad_norm")[0] > 0
@@ -154,9 +154,9 @@ def test_two_heads_on_one_critic_without_adapters(world, tmp_path):
     assert loss[0]["cost"][0] != pytest.approx(loss[1]["cost"][0], rel=1e-3)
     assert kit.losses(runs[0], "train/reward_critic_grad_norm") == kit.losses(runs[0], "train/cost_critic_grad_norm")
 
-    cast = make_cast(world, lora=Lora(), ppo=PPO(shared_critic=True))
-    critic, = cast.critics
-    assert critic.names == ("reward", "cost") and cast.trained == [cast.actor, cast.critics[0].engine]
+    roles = make_roles(world, lora=Lora(), ppo=PPO(shared_critic=True))
+    critic, = roles.critics
+    assert critic.names == ("reward", "cost") and roles.trained == [roles.actor, roles.critics[0].engine]
     wanted = {"reward": torch.linspace(-1, 1, 9), "cost": torch.linspace(2, 0, 9)}
     errors = []
     for _ in range(30):

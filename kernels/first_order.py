@@ -30,7 +30,7 @@ def learns(tensor):
     return tensor.requires_grad
 
 
-def backward_alone(op, *inputs):
+def refuse_tangents(op, *inputs):
     """RuntimeError where one of them carries a tangent of forward-mode differentiation, which the op would lose."""
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
@@ -39,17 +39,18 @@ def backward_alone(op, *inputs):
                            "backward() and torch.autograd.grad work")
 
 
-def remember(output, *inputs):
-    """For @once, of an op's output: its differentiable inputs, as empty tensors with their history, which hold no memory."""
+def track_inputs(output, *inputs):
+    """For @first_order_only: notes on an op's output its differentiable inputs, as empty tensors with their history, which hold
+    no memory."""
     if not _traced() and output.grad_fn is not None:
         output.grad_fn.sources = [torch.narrow_copy(tensor, 0, 0, 0) for tensor in inputs
                                   if tensor is not None and tensor.requires_grad]
 
 
-def once(op):
+def first_order_only(op):
     """Wraps an op's backward function (ctx, *upstream) -> gradients or None, whose name in messages is `op`.
 
-    Under create_graph=True the gradients have the same values and depend on what `remember` was given, and on the upstream
+    Under create_graph=True the gradients have the same values and depend on what `track_inputs` was given, and on the upstream
     gradients: to differentiate them again, by any of these, is a RuntimeError. (torch.autograd.function.once_differentiable
     sees the upstream gradients alone.) Where nothing could be remembered, under torch.vmap, create_graph=True itself is one.
     While torch.compile or a torch.func transform traces, nothing is changed.
