@@ -140,11 +140,24 @@ def steps_of(recipe, overrides):
         common = {"output": f"{top.output}/{name}", "seed": top.seed, "overwrite": top.overwrite}
         cfg = build(kind, {**common, **given}, origin, f"{name}.")
         checks.check_settings(kind, cfg, f"{name}.")
-        if cfg.output in produced:
-            raise UserError(f"{recipe}: {name}.output: {cfg.output} is another stage's output too")
+        _check_apart(f"{recipe}: {name}.output", cfg.output, top.output, produced)
         produced.append(cfg.output)
         steps.append(Step(name, kind, cfg))
     return top, steps
+
+
+def _check_apart(key, output, top, others):
+    """Refuses an output that is another stage's, or lies in it or around it, since replacing one would take the other along, and
+    one that is, or lies around, the folder of the whole run."""
+    if output is None:
+        return
+    for other in filter(None, others):
+        if inputs.lies_in(output, other) and inputs.lies_in(other, output):
+            raise UserError(f"{key}: {output} is another stage's output too")
+        if inputs.lies_in(output, other) or inputs.lies_in(other, output):
+            raise UserError(f"{key}: {output} and another stage's output, {other}, lie in one another; expected folders apart")
+    if inputs.lies_in(top, output):
+        raise UserError(f"{key}: {output} holds the folder of the whole run, {top}; expected a folder of its own")
 
 
 def _stages(raw, recipe):
@@ -161,7 +174,7 @@ def _stages(raw, recipe):
             guess = nearest(str(kind), list(STAGES))
             raise UserError(f"{recipe}: stages.{i}: unknown stage {kind}; "
                             + (f"did you mean {guess}?" if guess else f"expected one of {', '.join(STAGES)}"))
-        if name in leaves(RunConfig) or not isinstance(name, str) or "." in name or "/" in name:
+        if not isinstance(name, str) or not name.strip() or name in leaves(RunConfig) or "." in name or "/" in name:
             raise UserError(f"{recipe}: stages.{i}.name: {name} cannot be the name of a stage")
         if name in [n for n, _ in named]:
             raise UserError(f"{recipe}: stages.{i}: a second stage {name}; give it a name: - {{name: …, {kind}: …}}")

@@ -101,6 +101,10 @@ def _nothing_held_out(train):
     return train.eval_data is None and train.eval_fraction == 0
 
 
+LORA = (
+    Row("lora.target_modules", lambda cfg: cfg.lora.rank and not cfg.lora.target_modules,
+        "expected all-linear or at least one module, got none"),
+)
 TRAIN = (
     Row("train.best_metric", lambda cfg: cfg.train.best_metric and _nothing_held_out(cfg.train),
         "needs something to evaluate on: train.eval_fraction or train.eval_data"),
@@ -246,6 +250,7 @@ OPTIMIZER = (
 TABLES = (
     Table("Engine", tuple(STAGES), ENGINE),
     Table("Training on examples", stages_of("supervised"), TRAIN),
+    Table("Adapters", stages_of("supervised", "ppo"), LORA),
     Table("Lengths", stages_of("ppo", "evaluation"), SAMPLING),
     Table("Starting an evaluation again", stages_of("evaluation"), EVALUATE),
     Table("Constraint and costs", stages_of("ppo"), CONSTRAINT),

@@ -53,7 +53,10 @@ def _kind(annotation):
 
 
 def check_home(value, key):
-    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none: ~nobody-here/data."""
+    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none: ~nobody-here/data, and one
+    that no system takes."""
+    if value is not None and "\0" in value:
+        raise UserError(f"{key}: expected a path, got one with a null character in it: {show(value)}")
     try:
         return None if value is None else str(Path(value).expanduser())
     except RuntimeError as e:

@@ -75,6 +75,8 @@ def read_recipe(recipe):
         raise UserError(f"{recipe}: not YAML{at}: {getattr(e, 'problem', None) or e}") from e
     except OmegaConfBaseException as e:
         raise UserError(f"{recipe}: {_first_line(e)}") from e
+    except AssertionError:                               # what it says of a lone number
+        raw = None
     if not isinstance(raw, DictConfig) or (text.strip() and ":" not in text):  # OmegaConf reads `abc` as {abc: null}
         raise UserError(f"{recipe}: expected a mapping of keys to values, got {show(text.strip())}")
     return raw

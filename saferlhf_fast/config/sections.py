@@ -15,9 +15,11 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
-frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False))
+frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False,
+                                                             allow_inf_nan=False))
 
 
 ModelPath = Annotated[str, Field(json_schema_extra={"input": "model"})]
@@ -279,7 +281,7 @@ class Multiplier:
     """d: the mean cost that may not be exceeded (cost model units; below 0 is safe)."""
     threshold_quantile: Optional[OpenFraction] = None
     """Take d as this quantile of the starting policy's costs instead of `threshold`."""
-    window: PositiveInt = 1024
+    window: Annotated[int, Field(gt=0, le=1 << 24)] = 1024
     """J_C is the mean cost of this many last episodes, over all devices (episodes)."""
     delay: NonNegativeInt = 0
     """λ stays as it is for this many steps (steps)."""

@@ -9,33 +9,9 @@ Values are never written back: what is derived is a function of the config.
 from dataclasses import field, fields
 from typing import ClassVar, Literal, Optional
 
-from .sections import (
-    COST,
-    PPO,
-    REWARD,
-    Checkpoint,
-    Constraint,
-    Data,
-    Engine,
-    Evaluation,
-    Logging,
-    Lora,
-    ModelPath,
-    Multiplier,
-    NonNegative,
-    NonNegativeInt,
-    Optimizer,
-    Output,
-    Positive,
-    PositiveInt,
-    PreferenceData,
-    Sampling,
-    Scorer,
-    Source,
-    Training,
-    frozen,
-    scorer_spec,
-)
+from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, ModelPath,
+                       Multiplier, NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData,
+                       Sampling, Scorer, Seed, Source, Training, frozen, scorer_spec)
 from .stage_table import STAGE_SPECS
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation",
@@ -47,7 +23,7 @@ __all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "D
 class StageConfig:
     """What every stage of a recipe has. Stages inherit from it, and from nothing else."""
 
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of everything random."""
     overwrite: bool = False
     """Replace an existing output folder."""
@@ -256,7 +232,7 @@ class DemoConfig:
 
     output: Optional[str] = None
     """Folder of the run; runs/demo-<date> when not given."""
-    seeds: list[NonNegativeInt] = field(default_factory=lambda: [0])
+    seeds: list[Seed] = field(default_factory=lambda: [0])
     """Seeds to run one after another; each changes the world, the models and the data."""
     overwrite: bool = False
     """Replace an existing output folder."""
@@ -281,7 +257,7 @@ class RunConfig:
     """The stages in order, each a map of one kind to its settings: - sft: {…}; with `name:` beside it to rename it."""
     root: Optional[str] = None
     """Folder of data and models that the recipe calls ${root}."""
-    seed: NonNegativeInt = 42
+    seed: Seed = 42
     """Seed of every stage that does not set its own."""
     overwrite: bool = False
     """Replace stages whose settings or inputs have changed, unfinished ones with their checkpoints too."""

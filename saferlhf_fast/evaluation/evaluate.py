@@ -6,8 +6,6 @@
 import json
 from pathlib import Path
 
-import yaml
-
 from ..config.sections import PAIR
 from ..data.examples import prompt_examples
 from ..models.causal_lm import load_causal_lm
@@ -21,6 +19,7 @@ from ..rollout.sample_and_score import sample_and_score
 from ..rollout.scorers import load_scorer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
+from ..runtime.run_state import is_ours, read_settings
 from .statistics import interval_text, summarise
 
 
@@ -68,11 +67,10 @@ def load_evaluation_roles(cfg, tokenizer):
 
 def start_of(model):
     """The model that a model of one of our run folders was trained from, when it is still there; else None."""
-    settings = Path(model).expanduser().parent / "config.yaml"
-    if not settings.is_file():
-        return None
-    start = (yaml.safe_load(settings.read_text(encoding="utf-8")) or {}).get("model")
-    return start if start and Path(start).expanduser().is_dir() else None
+    folder = Path(model).expanduser().parent
+    settings = read_settings(folder) if is_ours(folder) else {}
+    start = settings.get("model")
+    return start if isinstance(start, str) and Path(start).expanduser().is_dir() else None
 
 
 def _show(summary, samples):

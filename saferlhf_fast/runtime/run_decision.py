@@ -88,6 +88,10 @@ def _resumes_otherwise(state, asked):
     return state.resumes(asked.resume) and state.changed and {"why": compatibility.refusal(state.folder, state.changed)}
 
 
+def _its_checkpoint_would_go(state, asked):
+    return asked.resume not in (None, "auto") and state.content == "run" and state.holds(asked.resume)
+
+
 def _may_start_again(state, asked):
     """Whether an unfinished run lies there in whose place a new one may start without `overwrite`."""
     if state.content != "run" or state.ending == "whole":
@@ -107,16 +111,23 @@ ROWS = (
     Row(lambda state, asked: not state.cfg.output.strip(), Action.REFUSE, "{key}: expected a folder, got an empty text"),
     Row(_names_no_checkpoint, Action.REFUSE, "resume: expected auto or the folder of a checkpoint, got {asked.resume}: {why}"),
     Row(lambda state, asked: state.content == "file", Action.REFUSE, "{key}: {state.folder} is a file; expected a folder"),
+    Row(lambda state, asked: state.content == "link", Action.REFUSE,
+        "{key}: {state.folder} is a link that leads to no folder; expected a folder"),
     Row(_own_input, Action.REFUSE,
         "{key}: {state.folder} holds this run's own input {name}={value}; choose another folder"),
 
     Row(lambda state, asked: state.content in ("absent", "empty"), Action.NEW),
 
     # --- a checkpoint of the folder's own is there to go on from
+    Row(lambda state, asked: state.resumes(asked.resume) and not state.settings_there, Action.REFUSE,
+        "{key}: {state.folder}/config.yaml cannot be read, so that nobody knows whether the run there is this one; expected the "
+        "settings that it was started with. Choose another folder, or overwrite=true without resume"),
     Row(_resumes_otherwise, Action.REFUSE, "{why}"),
     Row(lambda state, asked: state.resumes(asked.resume), Action.RESUME),
 
     # --- what is there would have to make room
+    Row(_its_checkpoint_would_go, Action.REFUSE,
+        "{key}: {state.folder} holds the checkpoint that resume names, and a finished run; choose another folder"),
     Row(lambda state, asked: _needs_overwrite(state, asked) and state.content == "foreign", Action.REFUSE,
         "{key}: {state.folder} is not empty; choose another folder, or overwrite=true"),
     Row(lambda state, asked: _needs_overwrite(state, asked) and state.ending != "none", Action.REFUSE,

@@ -22,7 +22,7 @@ import yaml
 
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import manifest
-from saferlhf_fast.runtime.provenance import now, versions, write_json, write_text
+from saferlhf_fast.runtime.provenance import now, read_json, versions, write_json, write_text
 from saferlhf_fast.runtime.run_decision import Action, asked_by, decide
 from saferlhf_fast.runtime.run_state import RunState
 
@@ -57,8 +57,8 @@ def checked_action(state, asked, key="output"):
             check_place(state.folder, key)
         elif action in (Action.REPLACE, Action.SET_ASIDE):
             check_place(state.folder.absolute().parent, key, state.folder)
-    except OSError as error:                             # a name that is too long, a folder above that may not be entered
-        raise UserError(f"{key}: {state.folder} cannot be used: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:             # a name that is too long, a folder above that may not be entered, a loop
+        raise UserError(f"{key}: {state.folder} cannot be used: {getattr(error, 'strerror', None) or error}") from error
     return action
 
 
@@ -102,6 +102,8 @@ def open_run(stage, cfg, restart=False):
     if action is Action.RESUME:
         with open(state.folder / "resumed.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), **versions(cfg)}) + "\n")
+        if not state.started:                            # damaged: the settings are known to be the same
+            _write_started(state, None)
         return state.folder
     old = aside = None
     try:
@@ -126,6 +128,11 @@ def _write_start(state, aside):
     settings = yaml.safe_dump({"stage": state.stage, **state.settings}, sort_keys=False, allow_unicode=True)
     write_text(state.folder / "config.yaml", settings)
     write_json(state.folder / "versions.json", versions(state.cfg))
+    _write_started(state, aside)
+
+
+def _write_started(state, aside):
+    """Writes what `finish_run` and later runs tell this run by."""
     write_json(state.folder / "started.json", {"stage": state.stage, "recipe": state.recipe, "inputs": state.input_hashes,
                                                "started": now(), **({"set_aside": str(aside)} if aside else {})})
 
@@ -151,10 +158,9 @@ def finish_run(folder, summary):
         return
     folder = Path(folder)
     write_json(folder / "summary.json", summary)
-    started = json.loads((folder / "started.json").read_text(encoding="utf-8"))
-    write_json(folder / "finished.json", {**started, "finished": now()})
+    write_json(folder / "finished.json", {**read_json(folder / "started.json"), "finished": now()})
 
 
 def read_summary(folder):
-    """Returns the summary of a finished run."""
-    return json.loads((Path(folder).expanduser() / "summary.json").read_text(encoding="utf-8"))
+    """Returns the summary of a finished run; an empty one where it cannot be read any more."""
+    return read_json(Path(folder).expanduser() / "summary.json")

@@ -5,7 +5,6 @@ minutes looks anew when it opens its folder. Nothing is written, and torch is no
 """
 
 import dataclasses
-import json
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,18 @@ def is_ours(folder):
     """Tells whether a folder is a run folder of this package: the only kind that is ever deleted."""
     folder = Path(folder).expanduser()
     try:
-        return (folder / "config.yaml").is_file() and (folder / "versions.json").is_file()
+        return (folder / "config.yaml").is_file() and "saferlhf-fast" in read_json(folder / "versions.json")
     except OSError:                                      # whoever checks an output, or a place, says what is wrong with it
         return False
+
+
+def read_settings(folder):
+    """Returns the settings of a run folder, with `stage`; {} where its config.yaml cannot be read as such."""
+    try:
+        settings = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return settings if isinstance(settings, dict) else {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,9 +85,9 @@ class RunState:
 
     @cached_property
     def content(self):
-        """absent · empty · file (it is no folder) · foreign (a folder of something else) · run (a run folder of ours)."""
+        """absent · empty · file (it is no folder) · link (to no folder) · foreign (another's) · run (a run folder of ours)."""
         if not self.folder.exists():
-            return "absent"
+            return "link" if self.folder.is_symlink() else "absent"
         if not self.folder.is_dir():
             return "file"
         if self.is_ours:
@@ -105,8 +113,8 @@ class RunState:
 
     @cached_property
     def settings_there(self):
-        """The settings of the run there, with `stage`, as its config.yaml has them."""
-        return yaml.safe_load((self.folder / "config.yaml").read_text(encoding="utf-8")) or {}
+        """The settings of the run there, with `stage`, as its config.yaml has them; {} where they cannot be read."""
+        return read_settings(self.folder)
 
     @cached_property
     def has_checkpoint(self):
@@ -166,9 +174,13 @@ class RunState:
     @cached_property
     def changed(self):
         """["train.epochs: 2 then, 3 now", …]: settings of the run there that have changed, in ways that change its result."""
-        processes = json.loads((self.folder / "versions.json").read_text(encoding="utf-8"))["processes"]
+        processes = read_json(self.folder / "versions.json").get("processes", process_count())
         return compatibility.differences(self.settings_there, self.settings, processes, process_count(),
                                          [key for key, _, _ in self.sources])
+
+    def holds(self, path):
+        """Whether a path lies in the folder."""
+        return self.folder.resolve() in Path(path).expanduser().resolve().parents
 
     def resumes(self, resume):
         """Whether a stage with this `resume` finds a checkpoint of its own folder to go on from.

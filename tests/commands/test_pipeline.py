@@ -158,6 +158,13 @@ def test_an_output_in_the_home_folder_is_skipped_too(go, stages, monkeypatch, ca
     assert "finished before" in capsys.readouterr().out and stages.names == ["sft"]
 
 
+@pytest.mark.parametrize("output", ["{out}/./sft", "{out}/sft/", "{out}/sft/inside", "{out}", "{out}/.."])
+def test_outputs_that_lie_in_one_another_are_refused(go, stages, output):
+    """Replacing one would take the other along."""
+    line = refused(go, second__output=output.format(out=go.out))
+    assert "second.output: " in line and stages.names == []
+
+
 def test_changed_settings_need_overwrite_and_change_what_depends_on_them(go, stages):
     go()
     assert stages.names == ["sft", "reward", "cost"]
@@ -207,7 +214,7 @@ def test_an_unfinished_run_of_another_kind_is_not_started_over(go, stages):
     ({"outputt": "1"}, "command line: outputt: unknown key; did you mean output?"),
     ({"second__model": "/no/where"}, "second.model: /no/where does not exist"),
     ({"second__output": "{sft}"}, "is another stage's output too"),
-    ({"seed": "-1"}, "command line: seed: expected whole number at least 0, got -1"),
+    ({"seed": "-1"}, "command line: seed: expected whole number at least 0 and below"),
 ])
 def test_every_stage_is_checked_before_the_first_one_starts(go, stages, overrides, message):
     overrides = {k: v.replace("{sft}", f"{go.out}/sft") for k, v in overrides.items()}

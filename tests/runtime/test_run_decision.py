@@ -10,6 +10,7 @@ import pytest
 from saferlhf_fast.commands import run as pipeline
 from saferlhf_fast.config import fingerprint, load
 from saferlhf_fast.config.stages import DemoConfig
+from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
 from saferlhf_fast.runtime.checkpoint import manifest
 from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
@@ -21,7 +22,8 @@ ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
 
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
 REFUSALS = {"; choose another folder, or overwrite=true": "h", "no run folder of ours": "f", "belongs to other settings": "c",
-            "expected auto or the folder of a checkpoint": "m", "is a file; expected a folder": "d"}
+            "expected auto or the folder of a checkpoint": "m", "is a file; expected a folder": "d",
+            "holds the checkpoint that resume names": "o"}
 
 # A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no result (free), in ones
 # that do (other), in the number of processes, in its stage (kind) · what it saved.
@@ -47,37 +49,37 @@ none    kind      model     hhAAmmhh PPPPmmPP
 none    kind      checkpt   hhRRRRhh PPRRRRPP
 damaged same      nothing   hhPPmmhh PPPPmmPP
 damaged same      model     hhAAmmhh PPAAmmPP
-damaged same      checkpt   hhAAhhhh PPAAPPPP
+damaged same      checkpt   hhAAoohh PPAAooPP
 damaged free      nothing   hhhhmmhh PPPPmmPP
 damaged free      model     hhhhmmhh PPPPmmPP
-damaged free      checkpt   hhhhhhhh PPPPPPPP
+damaged free      checkpt   hhhhoohh PPPPooPP
 damaged other     nothing   hhhhmmhh PPPPmmPP
 damaged other     model     hhhhmmhh PPPPmmPP
-damaged other     checkpt   hhhhhhhh PPPPPPPP
+damaged other     checkpt   hhhhoohh PPPPooPP
 damaged processes nothing   hhPPmmhh PPPPmmPP
 damaged processes model     hhAAmmhh PPAAmmPP
-damaged processes checkpt   hhAAhhhh PPAAPPPP
+damaged processes checkpt   hhAAoohh PPAAooPP
 damaged kind      nothing   hhAAmmhh PPPPmmPP
 damaged kind      model     hhAAmmhh PPPPmmPP
-damaged kind      checkpt   hhAAhhhh PPPPPPPP
+damaged kind      checkpt   hhAAoohh PPPPooPP
 whole   same      nothing   hhSSmmhh PPSSmmPP
 whole   same      model     hhSSmmhh PPSSmmPP
-whole   same      checkpt   hhSShhhh PPSSPPPP
+whole   same      checkpt   hhSSoohh PPSSooPP
 whole   free      nothing   hhhhmmhh PPPPmmPP
 whole   free      model     hhhhmmhh PPPPmmPP
-whole   free      checkpt   hhhhhhhh PPPPPPPP
+whole   free      checkpt   hhhhoohh PPPPooPP
 whole   other     nothing   hhhhmmhh PPPPmmPP
 whole   other     model     hhhhmmhh PPPPmmPP
-whole   other     checkpt   hhhhhhhh PPPPPPPP
+whole   other     checkpt   hhhhoohh PPPPooPP
 whole   processes nothing   hhSSmmhh PPSSmmPP
 whole   processes model     hhSSmmhh PPSSmmPP
-whole   processes checkpt   hhSShhhh PPSSPPPP
+whole   processes checkpt   hhSSoohh PPSSooPP
 whole   kind      nothing   hhhhmmhh PPPPmmPP
 whole   kind      model     hhhhmmhh PPPPmmPP
-whole   kind      checkpt   hhhhhhhh PPPPPPPP
+whole   kind      checkpt   hhhhoohh PPPPooPP
 whole   inputs    nothing   hhhhmmhh PPPPmmPP
 whole   inputs    model     hhhhmmhh PPPPmmPP
-whole   inputs    checkpt   hhhhhhhh PPPPPPPP
+whole   inputs    checkpt   hhhhoohh PPPPooPP
 """
 CHANGES = {"free": {"engine.threads": "3"}, "other": {"seed": "2"}}
 
@@ -120,7 +122,7 @@ def make_output(world, content, differs=None, saved=None):
         return
     run_folder.open_run("cost" if differs == "kind" else "reward", world(**CHANGES.get(differs, {})))
     if differs == "processes":
-        provenance.write_json(world.out / "versions.json", {"processes": 2})
+        provenance.write_json(world.out / "versions.json", {**provenance.versions(), "processes": 2})
     if saved == "checkpt":
         checkpoint(world.out)
     elif saved == "model":
@@ -153,6 +155,34 @@ def test_every_case_has_its_action(world, line):
 
     assert row(skip=True) == without + with_overwrite
     assert row(skip=False) == without.replace("S", "h") + with_overwrite.replace("S", "P")       # a stage that was started runs
+
+
+@pytest.mark.parametrize("damage", ["", "[1]", "a: [", "\x00\x01"])
+def test_damaged_files_of_a_run_are_no_bug(world, damage):
+    """What settings cannot be read does not go on; lost hashes are written anew; without versions.json it is not ours."""
+    make_output(world, "none", "same", "checkpt")
+    resuming = world(resume="auto")
+    (world.out / "started.json").write_text(damage)
+    assert run_folder.open_run("reward", resuming) == world.out
+    run_folder.finish_run(world.out, {"loss": 1.0})
+    (world.out / "summary.json").write_text(damage)
+    assert RunState("reward", resuming).is_done and run_folder.read_summary(world.out) == {}
+    (world.out / "finished.json").unlink()
+    (world.out / "config.yaml").write_text(damage)
+    with pytest.raises(UserError, match="config.yaml cannot be read"):
+        run_folder.check_output("reward", resuming)
+    (world.out / "versions.json").write_text(damage)
+    with pytest.raises(UserError, match="no run folder of ours"):
+        run_folder.check_output("reward", world(overwrite="true"))
+
+
+def test_a_link_that_leads_to_no_folder_is_refused_before_anything_is_loaded(world, tmp_path):
+    nowhere, loop = tmp_path / "nowhere", tmp_path / "loop"
+    nowhere.symlink_to(tmp_path / "gone")
+    loop.symlink_to(loop)
+    for link in (nowhere, loop):
+        with pytest.raises(UserError, match="is a link that leads to no folder"):
+            run_folder.check_output("reward", world(output=str(link), overwrite="true"))
 
 
 def test_the_check_before_says_what_the_stage_then_does(world):

@@ -71,7 +71,7 @@ def read_lines(path):
     path, rows = Path(path), []
     if not path.is_file():
         return rows
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
@@ -95,4 +95,4 @@ def read_json(path, default):
 
 
 def _text(path):
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
