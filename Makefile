@@ -11,6 +11,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 INSTALL := -m pip install -q --no-compile
 
 OLDEST := .venv-oldest
+SECONDS_OF_TEST := 900
 QUICK  := "not slow and not matrix and not faults"
 PORTABLE := "numeric and not slow and not matrix and not faults"
 UNTOUCHED := addresses faults resume matrix two_processes pku_tiny bench_step integration_trl_run
@@ -31,7 +32,8 @@ lint: setup      ## ruff, then the contract of pyproject.toml on which room may 
 # Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
 # In the files' order: xdist would put those with few tests last, which are long ones, and one core would stand still at the end.
 test: setup      ## all tests but the slow ones, under 20 minutes on two free cores, the first time plus about 3 for the installation; JOBS=1 for one file at a time
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 40
+	TEST_SECONDS=$(SECONDS_OF_TEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile \
+		--no-loadscope-reorder --durations 40
 
 # ATen's kernels of other processors. Left out is what they cannot touch: Triton's interpreter computes with numpy, resumed runs are
 # compared with themselves, far addresses are our C++'s; and what is long: runs of two processes, killed ranks, a step's bench, TRL.

@@ -1,10 +1,15 @@
-"""The same tests with the same numbers, in whichever process, order and second they run."""
+"""The same tests with the same numbers, in whichever process, order and second they run; and how long each folder took."""
 
+import os
 import random
+import time
+from collections import Counter
 
 import numpy
 import pytest
 import torch
+
+LIMIT = int(os.environ.get("TEST_SECONDS", "0"))     # that a run may take on two free cores; 0: as long as it likes
 
 
 def pytest_make_parametrize_id(val, argname):
@@ -18,3 +23,31 @@ def pytest_runtest_setup():
     random.seed(0)
     numpy.random.seed(0)
     torch.manual_seed(0)
+
+
+def pytest_sessionstart(session):
+    """Starts the clock that `pytest_terminal_summary` reads."""
+    session.config.begun = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the seconds of each folder under tests/, fixtures included, and those of the whole run."""
+    seconds = Counter()
+    for report in (report for reports in terminalreporter.stats.values() for report in reports):
+        if hasattr(report, "duration"):
+            folder = report.nodeid.split("/")[1] if report.nodeid.startswith("tests/") else report.nodeid.split("/")[0]
+            seconds[folder] += report.duration
+    if sum(seconds.values()) < 60:
+        return
+    terminalreporter.section("seconds by folder, of all processes")
+    for folder, spent in seconds.most_common():
+        terminalreporter.write_line(f"{spent:7.0f}  {folder}")
+    limit = f"; the limit is {LIMIT}" if LIMIT else ""
+    terminalreporter.write_line(f"{time.monotonic() - config.begun:7.0f}  from beginning to end{limit}")
+
+
+def pytest_sessionfinish(session):
+    """Fails a run that took longer than its limit, where CI_TIME_GATE=1 asks for that."""
+    late = LIMIT and time.monotonic() - session.config.begun > LIMIT
+    if os.environ.get("CI_TIME_GATE") == "1" and late and session.exitstatus == 0 and not hasattr(session.config, "workerinput"):
+        session.exitstatus = 1

@@ -277,6 +277,10 @@ def _type_at(annotation, path):
             annotation = inner[step]
             continue
         branches = get_args(annotation)
+        mappings = [a for a in (annotation, *branches) if get_origin(a) is dict]
+        if mappings:
+            annotation = get_args(mappings[0])[1]
+            continue
         lists = [a for a in (annotation, *branches) if get_origin(a) is list]
         if isinstance(step, int) and (lists or get_origin(annotation) is tuple):
             annotation = get_args(lists[0])[0] if lists else branches[step]

@@ -84,6 +84,10 @@ def _own_input(state, asked):
     return state.own_input and dict(zip(("name", "value"), state.own_input))
 
 
+def _another_stage_s(state, asked):
+    return state.resumes(asked.resume) and not state.same_stage and {"there": state.settings_there.get("stage")}
+
+
 def _resumes_otherwise(state, asked):
     return state.resumes(asked.resume) and state.changed and {"why": compatibility.refusal(state.folder, state.changed)}
 
@@ -122,6 +126,9 @@ ROWS = (
     Row(lambda state, asked: state.resumes(asked.resume) and not state.settings_there, Action.REFUSE,
         "{key}: {state.folder}/config.yaml cannot be read, so that nobody knows whether the run there is this one; expected the "
         "settings that it was started with. Choose another folder, or overwrite=true without resume"),
+    Row(_another_stage_s, Action.REFUSE,
+        "resume: {state.folder} belongs to the stage {there}; expected one of {state.stage}, another output, or a new start "
+        "(overwrite=true without resume)"),
     Row(_resumes_otherwise, Action.REFUSE, "{why}"),
     Row(lambda state, asked: state.resumes(asked.resume), Action.RESUME),
 

@@ -66,6 +66,7 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
     ({"constraints": "[{cost: c, threshold: 1}]"}, "constraints.0.threshold: unknown key; did you mean multiplier.threshold?"),
     ({"constraints": "[{cost: c, multiplier: {treshold: 1}}]"}, "treshold: unknown key; did you mean threshold?"),
     ({"constraints": "{cost: c}"}, "constraints: expected a list, each a group with name, cost, critic, multiplier, or null"),
+    ({"data": "[{path: d, columns: {a: 1}}]"}, "data.0.columns.a: expected text, got 1"),
     ({"data": "[{path: d, count: true}]"}, "data.0.count: expected whole number above 0 or null, got true")])
 def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said):
     with pytest.raises(UserError) as caught:

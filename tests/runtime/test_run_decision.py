@@ -23,7 +23,7 @@ ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
 REFUSALS = {"; choose another folder, or overwrite=true": "h", "no run folder of ours": "f", "belongs to other settings": "c",
             "expected auto or the folder of a checkpoint": "m", "is a file; expected a folder": "d",
-            "holds the checkpoint that resume names": "o"}
+            "holds the checkpoint that resume names": "o", "belongs to the stage": "k"}
 
 # A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no result (free), in ones
 # that do (other), in the number of processes, in its stage (kind) · what it saved.
@@ -46,7 +46,7 @@ none    processes model     hAAAmmhA PAAAmmPA
 none    processes checkpt   hAcccchA PAccccPA
 none    kind      nothing   hhAAmmhh PPPPmmPP
 none    kind      model     hhAAmmhh PPPPmmPP
-none    kind      checkpt   hhRRRRhh PPRRRRPP
+none    kind      checkpt   hhkkkkhh PPkkkkPP
 damaged same      nothing   hhPPmmhh PPPPmmPP
 damaged same      model     hhAAmmhh PPAAmmPP
 damaged same      checkpt   hhAAoohh PPAAooPP
