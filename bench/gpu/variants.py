@@ -82,8 +82,8 @@ def axes():
 def eviction():
     """ppo_loss_from_logits with hints to the L2 cache."""
     changed(ROWS, "hints", *KEEP, more=ONCE)
-    return changed(POLICY, "hints", ("..token_logprob.triton_impl import (INTEGERS,",
-                                     f"..{ROWS}.triton_impl_hints import (tile_once, INTEGERS,"), *SECOND)
+    return changed(POLICY, "hints", ("..token_logprob.triton_impl import (\n",
+                                     f"..{ROWS}.triton_impl_hints import (\n    tile_once,\n"), *SECOND)
 
 def more_warps(warps):
     """token_logprob with so many warps a row."""

@@ -18,8 +18,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
-frozen = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False,
-                                                             allow_inf_nan=False))
+_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False, allow_inf_nan=False)
+frozen = dataclass(frozen=True, config=_config)
+frozen_keywords = dataclass(frozen=True, kw_only=True, config=_config)
+"""For stages, whose required settings come after those that they inherit."""
 
 
 ModelPath = Annotated[str, Field(json_schema_extra={"input": "model"})]
@@ -293,7 +295,7 @@ class Multiplier:
     """K_d of the pid rule."""
 
 
-@frozen
+@frozen_keywords
 class Constraint:
     """A cost whose mean stays under a threshold."""
 

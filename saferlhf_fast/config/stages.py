@@ -11,7 +11,7 @@ from typing import ClassVar, Literal, Optional
 
 from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, ModelPath,
                        Multiplier, NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData,
-                       Sampling, Scorer, Seed, Source, Training, frozen, scorer_spec)
+                       Sampling, Scorer, Seed, Source, Training, frozen_keywords, scorer_spec)
 from .stage_table import STAGE_SPECS
 
 __all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation",
@@ -19,7 +19,7 @@ __all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "D
            "SFTConfig", "Sampling", "Source", "StageConfig", "Training"]
 
 
-@frozen
+@frozen_keywords
 class StageConfig:
     """What every stage of a recipe has. Stages inherit from it, and from nothing else."""
 
@@ -44,7 +44,7 @@ class StageConfig:
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), kind)}
 
 
-@frozen
+@frozen_keywords
 class SFTConfig(StageConfig):
     """sft: supervised fine-tuning of a causal language model on instruction data (next-token loss over responses)."""
 
@@ -60,7 +60,7 @@ class SFTConfig(StageConfig):
     log: Logging = field(default_factory=Logging)
 
 
-@frozen
+@frozen_keywords
 class PreferenceConfig(StageConfig):
     """reward, cost: a score model from preferences; the cost model's loss adds the safety-sign terms."""
 
@@ -84,7 +84,7 @@ class PreferenceConfig(StageConfig):
     log: Logging = field(default_factory=Logging)
 
 
-@frozen
+@frozen_keywords
 class DPOConfig(StageConfig):
     """dpo: direct preference optimisation, −log σ(β(Δlogp_chosen − Δlogp_rejected)) (Rafailov et al., 2023)."""
 
@@ -103,7 +103,7 @@ class DPOConfig(StageConfig):
     log: Logging = field(default_factory=Logging)
 
 
-@frozen
+@frozen_keywords
 class PPOConfig(StageConfig):
     """ppo, ppo-lag: policy optimisation with a reward model; ppo-lag holds the mean cost under a threshold.
 
@@ -186,7 +186,7 @@ class PPOConfig(StageConfig):
         return self.ptx is not None and self.ppo.ptx_coeff > 0
 
 
-@frozen
+@frozen_keywords
 class EvaluateConfig(StageConfig):
     """evaluate: mean reward and cost, share with C > 0, KL and length of a policy, with 95 % intervals."""
 
@@ -226,7 +226,7 @@ class EvaluateConfig(StageConfig):
         return {name: name for name in self.scorers()}
 
 
-@frozen
+@frozen_keywords
 class DemoConfig:
     """demo: the whole loop on the embedded world, from nothing, with gold scores to check the outcome."""
 
@@ -243,7 +243,7 @@ class DemoConfig:
     resume: ClassVar[None] = None        # it always starts anew
 
 
-@frozen
+@frozen_keywords
 class RunConfig:
     """run: several stages, one after the other, from one recipe; what is finished and unchanged is not done again.
 

@@ -72,7 +72,7 @@ def output(tmp_path):
     folder = tmp_path / "out"
     (folder / "model").mkdir(parents=True)
     for name in ("config.yaml", "versions.json", "finished.json", "sentinel", "model/model.safetensors"):
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"saferlhf-fast": "0.1.0"}')
     return folder
 
 

@@ -155,4 +155,4 @@ def test_the_count_counts(tmp_path):
     base = kit.make_model(tmp_path / "model")
     bad = bad_inputs.refused(["sft", f"model={base}", "data=/no/where.jsonl"], ["another reason"], tmp_path / "out")
     assert "expected 'another reason'" in bad
-    assert json.loads((tmp_path / "out" / "finished.json").read_text()) == {}
+    assert json.loads((tmp_path / "out" / "finished.json").read_text()) == {"saferlhf-fast": "0.1.0"}

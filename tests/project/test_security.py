@@ -221,7 +221,7 @@ def test_a_traceback_that_is_kept_holds_no_secret(world, tmp_path, monkeypatch, 
     def fail(*args, **kwargs):
         raise RuntimeError(f"401 for https://me:MARKEDsecretFive@hub/x with {SECRETS['HF_TOKEN']}")
 
-    monkeypatch.setattr("saferlhf_fast.training.sft.fit", fail)
+    monkeypatch.setattr("saferlhf_fast.training.sft.train_supervised", fail)
     assert kit.main(*sft(world["model"], world, tmp_path / "out")) == 1
     kept = (tmp_path / "out" / "error-rank0.txt").read_text()
     assert "RuntimeError: 401 for https://***@hub/x with ***" in kept

@@ -103,7 +103,7 @@ def refused(words, fragments, output):
     """Runs a command over a finished run -> what is wrong with how it was refused; None when all is well."""
     (output / "model").mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", "versions.json", "finished.json", "sentinel", "model/model.safetensors"):
-        (output / name).write_text("{}")
+        (output / name).write_text('{"saferlhf-fast": "0.1.0"}')
     before, err = kit.files(output), io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         code = kit.main(*words, f"output={output}", "overwrite=true")
