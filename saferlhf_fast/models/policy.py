@@ -71,7 +71,8 @@ class Policy(nn.Module):
         if is_plain(sampling):
             return token_logprob(logits_NV, packed.targets_N, temperature=_temperature(sampling), inplace_backward=True)
         context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
-        scores_NV = sampling_distribution.warp(logits_NV.float(), sampling, context.seen(slice(None)), packed.targets_N)
+        seen_NL = context.seen(slice(None))
+        scores_NV = sampling_distribution.sampling_logits(logits_NV.float(), sampling, seen_NL, packed.targets_N)
         return scores_NV.log_softmax(-1).gather(1, packed.targets_N[:, None]).squeeze(1)
 
 
@@ -95,7 +96,7 @@ def _fused(hidden_NH, weight_VH, bias_V, packed, sampling, objective, chunk_loss
     if is_plain(sampling):
         return linear_logprob(hidden_NH, weight_VH, packed.targets_N, **settings)
     context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
-    logp_N = sampling_distribution.warped_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N,
+    logp_N = sampling_distribution.sampling_logprob(hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N,
                                                   sampling, context)
     return _of_logp(logp_N, packed, objective, chunk_loss)
 

@@ -23,7 +23,7 @@ def plain(sampling):
     return sampling.top_p == 1.0 and sampling.top_k == 0 and sampling.repetition_penalty == 1.0
 
 
-def warp(logits_NV, sampling, seen_NL=None, targets_N=None):
+def sampling_logits(logits_NV, sampling, seen_NL=None, targets_N=None):
     """Logits of a model, fp32 -> logits whose softmax is sampled from; −inf where nothing is. Differentiable.
 
     seen_NL: ids of the tokens before each row's, repeats allowed; only read for a repetition penalty.
@@ -110,7 +110,7 @@ def uniforms(seeds, counts):
 
 
 class Context(NamedTuple):
-    """What stands before each asked-for row of packed sequences; `seen` is what `warp` reads."""
+    """What stands before each asked-for row of packed sequences; `seen` is what `sampling_logits` reads."""
 
     ids_SL: torch.Tensor                 # int64, filled up with the sequence's first token
     sequence_N: torch.Tensor             # int64
@@ -133,13 +133,13 @@ def context_of(ids_M, lengths, rows_N):
     return Context(ids_M[at_SL], sequence_N, rows_N - (ends_S - lengths_S)[sequence_N] + 1)
 
 
-def warped_logprob(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens=None):
-    """Log-prob of targets under the warped distribution, fp32 [N].
+def sampling_logprob(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens=None):
+    """Log-prob of targets under the sampling distribution, fp32 [N].
 
     Means the same as::
 
         logits_NV = softcap(scale * (hidden_NH.float() @ weight_VH.float().T + bias_V))      # softcap * tanh(· / softcap)
-        warp(logits_NV, sampling, seen, targets_N).log_softmax(-1).gather(1, targets_N[:, None])
+        sampling_logits(logits_NV, sampling, seen, targets_N).log_softmax(-1).gather(1, targets_N[:, None])
 
     with logits in chunks of rows, fp32 whatever the inputs are, made again in the backward. Differentiable in hidden, weight
     and bias; the gradient of the weight is added up in fp32. Which tokens belong to the nucleus is taken as given.
@@ -148,10 +148,10 @@ def warped_logprob(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, samp
     """
     if sampling.repetition_penalty != 1.0 and context is None:
         raise ValueError("context: expected the tokens before each row, for a repetition penalty, got None")
-    return _Warped.apply(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens)
+    return _SamplingLogprob.apply(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens)
 
 
-class _Warped(torch.autograd.Function):
+class _SamplingLogprob(torch.autograd.Function):
     """Chunks of rows: autograd goes through what lies between logits and log-prob, the head's products are ours."""
 
     @staticmethod
@@ -197,5 +197,5 @@ def _rows(logits_CV, softcap, scale, targets_N, sampling, context, at):
     if softcap is not None:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
     seen_CL = context.seen(at) if sampling.repetition_penalty != 1.0 else None
-    scores_CV = warp(logits_CV, sampling, seen_CL, targets_N[at])
+    scores_CV = sampling_logits(logits_CV, sampling, seen_CL, targets_N[at])
     return scores_CV.gather(1, targets_N[at][:, None])[:, 0] - scores_CV.logsumexp(-1)

@@ -242,14 +242,14 @@ def test_the_fused_objective_is_the_loss_of_the_log_probs(name):
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere", "Mamba"])
 @pytest.mark.parametrize("shape", [{"top_p": 0.7}, {"top_k": 5, "temperature": 0.6}, {"repetition_penalty": 1.4, "top_p": 0.9}])
 def test_what_is_scored_is_what_is_sampled(name, shape):
-    """Top-p, top-k and penalties shape the log-probs too: against `warp` on plain logits, one sequence at a time."""
+    """Top-p, top-k and penalties shape the log-probs too: against `sampling_logits` on plain logits, one sequence at a time."""
     lm, sampling = make_lm(name), Sampling(**shape)
     expected = []
     for ids, start in zip(SEQUENCES, STARTS):
         for t in range(start, len(ids)):
             logits = lm(input_ids=torch.tensor([ids[:t]])).logits[0, -1:].float()
             target = torch.tensor([ids[t]])
-            scores = sampling_distribution.warp(logits, sampling, torch.tensor([ids[:t]]), target)
+            scores = sampling_distribution.sampling_logits(logits, sampling, torch.tensor([ids[:t]]), target)
             expected.append(scores.log_softmax(-1)[0, ids[t]])
     logp_N = Policy(lm)(responses(), sampling)
     assert_near_in_another_batch(logp_N, torch.stack(expected))

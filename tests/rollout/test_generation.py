@@ -13,7 +13,7 @@ from tolerance import assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.models.sampling_distribution import context_of, warped_logprob
+from saferlhf_fast.models.sampling_distribution import context_of, sampling_logprob
 from saferlhf_fast.rollout.engines import open_generator
 from saferlhf_fast.rollout.types import Response
 
@@ -77,7 +77,7 @@ def test_log_probs_are_those_that_scoring_gives(lm, settings):
     ids = torch.tensor(sum(sequences, []))
     with torch.no_grad():
         hidden = torch.cat([lm.model(torch.tensor([s])).last_hidden_state[0] for s in sequences])
-        got = warped_logprob(hidden[rows], lm.lm_head.weight, None, None, 1.0, ids[rows + 1], Sampling(**settings),
+        got = sampling_logprob(hidden[rows], lm.lm_head.weight, None, None, 1.0, ids[rows + 1], Sampling(**settings),
                              context_of(ids, [len(s) for s in sequences], rows))
     assert_near_in_another_batch(got, sum((r.logp for r in made), []))
 

@@ -28,7 +28,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from ...errors import UserError
 from ...models import attention
 from ...models.lora import plain as unwrapped
-from ...models.sampling_distribution import pick, uniforms, warp
+from ...models.sampling_distribution import pick, uniforms, sampling_logits
 from ..types import Response
 from .gathered_weights import whole
 from .stop_strings import StopStrings
@@ -160,7 +160,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores, tensor_arg):
         at_N = tensor_arg[:len(scores)].long()
         seen_NL = None if self.seen_SL is None else self.seen_SL[at_N // self.steps]
-        ids_N, logp_N = pick(warp(scores, self.sampling, seen_NL), self.numbers_ST.view(-1)[at_N])
+        ids_N, logp_N = pick(sampling_logits(scores, self.sampling, seen_NL), self.numbers_ST.view(-1)[at_N])
         self.logp_ST.view(-1).scatter_(0, at_N, logp_N)
         if self.seen_SL is not None:
             place_N = at_N // self.steps * self.seen_SL.shape[1] + self.longest + at_N % self.steps

@@ -16,7 +16,7 @@ import torch
 
 from ...data.batches import collate_left
 from ...models.lora import plain as unwrapped
-from ...models.sampling_distribution import pick, uniforms, warp
+from ...models.sampling_distribution import pick, uniforms, sampling_logits
 from ...runtime import engine
 from ..types import Response
 from .gathered_weights import whole
@@ -117,7 +117,7 @@ class Call:
             known = (self.first_B + self.step).to(input_ids.device)[:, None]
             at = torch.arange(input_ids.shape[1], 0, -1, device=input_ids.device)
             seen_BL = torch.where(at <= known, input_ids, input_ids[:, -1:])     # padding on the left is nobody's token
-        ids_B, logp_B = pick(warp(scores, self.sampling, seen_BL), self.numbers_BT[:, self.step])
+        ids_B, logp_B = pick(sampling_logits(scores, self.sampling, seen_BL), self.numbers_BT[:, self.step])
         self.step += 1
         self.ids.append(ids_B)
         self.logp.append(logp_B)

@@ -5,7 +5,8 @@ import torch
 from tolerance import assert_near
 
 from saferlhf_fast.config.stages import Sampling
-from saferlhf_fast.models.sampling_distribution import Context, context_of, pick, plain, uniforms, warp, warped_logprob
+from saferlhf_fast.models.sampling_distribution import (Context, context_of, pick, plain, sampling_logits, sampling_logprob,
+                                                         uniforms)
 
 pytestmark = pytest.mark.numeric
 
@@ -46,7 +47,7 @@ def test_warp_is_transformers_distribution(name, size):
         theirs.append(TopKLogitsWarper(sampling.top_k))
     if sampling.top_p != 1:
         theirs.append(TopPLogitsWarper(sampling.top_p))
-    got, expected = warp(logits, sampling, seen).softmax(-1), theirs(seen, logits).softmax(-1)
+    got, expected = sampling_logits(logits, sampling, seen).softmax(-1), theirs(seen, logits).softmax(-1)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
     assert ((got == 0) == (expected == 0)).all()
 
@@ -54,7 +55,7 @@ def test_warp_is_transformers_distribution(name, size):
 def test_a_small_nucleus_of_a_large_vocabulary_is_found_without_a_sort():
     draw = torch.Generator().manual_seed(0)
     logits = torch.randn(3, 6000, generator=draw) * 12
-    kept = warp(logits, Sampling(top_p=0.8)) > -torch.inf
+    kept = sampling_logits(logits, Sampling(top_p=0.8)) > -torch.inf
     probabilities, order = logits.softmax(-1).sort(-1, descending=True)
     for row in range(3):
         count = int((probabilities[row].cumsum(-1) < 0.8).sum()) + 1
@@ -63,7 +64,7 @@ def test_a_small_nucleus_of_a_large_vocabulary_is_found_without_a_sort():
 
 def test_equally_likely_tokens_are_in_the_nucleus_or_out_together():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, -9.0]])
-    assert (warp(logits, Sampling(top_p=0.6)) > -torch.inf).tolist() == [[True, True, True, True, False]]
+    assert (sampling_logits(logits, Sampling(top_p=0.6)) > -torch.inf).tolist() == [[True, True, True, True, False]]
 
 
 @pytest.mark.parametrize("size", [1, 63, 252, 256, 257, 1500])
@@ -151,7 +152,7 @@ def test_warped_logprob_and_its_gradient_against_the_dense_formula(name, softcap
     wide = [x.double().requires_grad_() for x in inputs]
     narrow = [x.clone().requires_grad_() for x in inputs]
     expected = dense(*wide, softcap, scale, targets, sampling, seen)
-    got = warped_logprob(*narrow, softcap, scale, targets, sampling, context, chunk)
+    got = sampling_logprob(*narrow, softcap, scale, targets, sampling, context, chunk)
     assert_near(got, expected)
     upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(1))
     for made, right in zip(torch.autograd.grad(got, narrow, upstream), torch.autograd.grad(expected, wide, upstream.double())):
@@ -161,7 +162,7 @@ def test_warped_logprob_and_its_gradient_against_the_dense_formula(name, softcap
 def test_gradients_that_nobody_wants_are_not_made():
     hidden, weight, bias, targets, context, _ = packed()
     hidden.requires_grad_()
-    d_hidden, = torch.autograd.grad(warped_logprob(hidden, weight, None, None, 1.0, targets, SETTINGS["all"], context).sum(),
+    d_hidden, = torch.autograd.grad(sampling_logprob(hidden, weight, None, None, 1.0, targets, SETTINGS["all"], context).sum(),
                                     hidden)
     assert d_hidden.shape == hidden.shape and d_hidden.abs().sum() > 0
 
@@ -170,13 +171,13 @@ def test_targets_outside_the_nucleus_have_finite_log_probs():
     hidden, weight, bias, targets, context, _ = packed()
     logits = hidden @ weight.t() + bias
     least = logits.argmin(-1)
-    assert warped_logprob(hidden, weight, bias, None, 1.0, least, Sampling(top_k=1), None).isfinite().all()
+    assert sampling_logprob(hidden, weight, bias, None, 1.0, least, Sampling(top_k=1), None).isfinite().all()
 
 
 def test_a_penalty_needs_the_tokens_before():
     hidden, weight, bias, targets, _, _ = packed()
     with pytest.raises(ValueError, match="context: expected the tokens before each row"):
-        warped_logprob(hidden, weight, bias, None, 1.0, targets, SETTINGS["penalty"], None)
+        sampling_logprob(hidden, weight, bias, None, 1.0, targets, SETTINGS["penalty"], None)
 
 
 def test_context_is_each_row_s_own_sequence_up_to_it():
@@ -190,5 +191,5 @@ def test_no_rows():
     hidden, weight, bias, *_ = packed()
     none = torch.zeros(0, dtype=torch.long)
     hidden = hidden[:0].requires_grad_()
-    got = warped_logprob(hidden, weight.requires_grad_(), bias, None, 1.0, none, Sampling(top_k=3), None)
+    got = sampling_logprob(hidden, weight.requires_grad_(), bias, None, 1.0, none, Sampling(top_k=3), None)
     assert got.shape == (0,) and torch.autograd.grad(got.sum(), weight)[0].abs().sum() == 0
