@@ -33,7 +33,7 @@ INTERVAL = 3.0      # seconds between two looks at the store
 LOST = 120.0        # a rank of another machine that is silent for so long is gone; a long call may hold its threads up
 SUSPECT = 20.0      # the same, when a collective has already failed
 GRACE_SECONDS = 2.0      # seconds that a main thread gets to raise the same error itself before its process is ended
-PACKAGE = str(Path(__file__).resolve().parents[1])
+PACKAGE = Path(__file__).resolve().parents[1]
 
 _watch = None
 _begun = 0
@@ -383,8 +383,9 @@ def _place(stack):
     """"saferlhf_fast/rollout/batch.py:31 generate, in torch/x.py:7 f": the innermost line of ours and the innermost of all."""
     if not stack:
         return "its end"
-    ours = next((frame for frame in stack if frame.f_code.co_filename.startswith(PACKAGE)), stack[0])
-    places = ["/".join(Path(f.f_code.co_filename).parts[-2:]) + f":{f.f_lineno} {f.f_code.co_name}" for f in (ours, stack[0])]
+    ours = next((frame for frame in stack if frame.f_code.co_filename.startswith(str(PACKAGE))), stack[0])
+    shown = lambda path: path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE) else "/".join(path.parts[-2:])
+    places = [f"{shown(Path(f.f_code.co_filename))}:{f.f_lineno} {f.f_code.co_name}" for f in (ours, stack[0])]
     return ", in ".join(dict.fromkeys(places))
 
 

@@ -153,7 +153,7 @@ def recipe(tmp_path_factory):
 @pytest.mark.faults
 @pytest.mark.parametrize("fault, faulty, codes, cause", [
     ("raise", "1", [1, 1], "RuntimeError: no tokens left"),
-    ("hang", "1", [1, 1], "hangs at saferlhf_fast/training/ppo_lag.py"),
+    ("hang", "1", [1, 1], "hangs at saferlhf_fast/rollout/sample.py"),
     ("kill", "1", [1, -9], "rank 1 ("),
     ("kill", "0", [-9, 1], "rank 0 (")])
 def test_a_fault_in_the_middle_of_a_rollout(recipe, tmp_path, fault, faulty, codes, cause):
