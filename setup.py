@@ -1,8 +1,8 @@
 """The CMake step and the package list; everything else is in pyproject.toml.
 
-The native module is optional: when it cannot be built (no compiler, say) the installation goes on, warns, and leaves the
-reason in saferlhf_fast/_C_failed.txt, which `saferlhf-fast info` shows. SAFERLHF_PURE=1 leaves it out: one wheel for every
-platform (py3-none-any), which `make dist` puts beside the one for this platform.
+The native module is optional: when it cannot be built (no compiler, say) the installation goes on, warns, and
+leaves the reason in saferlhf_fast/_C_failed.txt, which `saferlhf-fast info` shows. SAFERLHF_PURE=1 leaves it
+out: one wheel for every platform (py3-none-any), which `make dist` puts beside the one for this platform.
 """
 
 import os
@@ -19,8 +19,21 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-BENCH_PARTS = {"ceilings", "clock", "compare", "conftest", "eager", "exact", "memory", "peers", "run", "shapes", "table",
-               "targets", "versions"}
+BENCH_PARTS = {
+    "ceilings",
+    "clock",
+    "compare",
+    "conftest",
+    "eager",
+    "exact",
+    "memory",
+    "peers",
+    "run",
+    "shapes",
+    "table",
+    "targets",
+    "versions",
+}
 NOTE = "_C_failed.txt"  # why there is no native module; read by kernels/dispatch.py
 
 
@@ -39,8 +52,12 @@ def build_native(target: Path):
     if cmake is None:
         raise RuntimeError("cmake is missing")
     generator = ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []
-    settings = [*generator, f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                "-DCMAKE_BUILD_TYPE=Release"]
+    settings = [
+        *generator,
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        "-DCMAKE_BUILD_TYPE=Release",
+    ]
     try:
         run_cmake(cmake, settings, target)
     except RuntimeError as error:
@@ -52,8 +69,10 @@ def build_native(target: Path):
 def run_cmake(cmake, settings, target):
     """Configures, builds and copies the module to `target`; RuntimeError when a step fails."""
     with tempfile.TemporaryDirectory() as folder:
-        for command in ([cmake, "-S", str(ROOT), "-B", folder, *settings],
-                        [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)]):
+        for command in (
+            [cmake, "-S", str(ROOT), "-B", folder, *settings],
+            [cmake, "--build", folder, "--parallel", str(os.cpu_count() or 1)],
+        ):
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(first_error(result.stdout + result.stderr))
@@ -73,7 +92,7 @@ def first_error(output):
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for at, line in enumerate(lines):
         if "error" in line.lower():
-            return " ".join(lines[at:at + 4])[:500]
+            return " ".join(lines[at : at + 4])[:500]
     return " ".join(lines[-3:])[:500]
 
 
@@ -87,13 +106,18 @@ class CMakeBuild(build_ext):
         except (RuntimeError, OSError) as error:
             target.parent.mkdir(parents=True, exist_ok=True)
             target.with_name(NOTE).write_text(f"{error}\n")
-            print(f"warning: saferlhf_fast._C was not built; the reference versions run instead. Reason: {error}",
-                  file=sys.stderr)
+            print(
+                f"warning: saferlhf_fast._C was not built; the reference versions run instead. Reason: "
+                f"{error}",
+                file=sys.stderr,
+            )
 
     def copy_extensions_to_source(self):
-        """Editable installs: setuptools builds beside the sources and then copies; the note has to come along.
+        """Editable installs: setuptools builds beside the sources and then copies; the note has to come
+        along.
 
-        What an earlier build left goes first: an old module under new Python files would be called with wrong arguments.
+        What an earlier build left goes first: an old module under new Python files would be called with wrong
+        arguments.
         """
         home = ROOT / "saferlhf_fast"
         for path in [*home.glob("_C.*"), home / NOTE]:
@@ -113,17 +137,25 @@ class ShippedModules(build_py):
         found = super().find_package_modules(package, package_dir)
         if package != "saferlhf_fast.bench":
             return found
-        ops = {f"bench_{path.parent.name}" for path in (ROOT / "saferlhf_fast" / "kernels").glob("*/__init__.py")}
+        ops = {
+            f"bench_{path.parent.name}" for path in (ROOT / "saferlhf_fast" / "kernels").glob("*/__init__.py")
+        }
         return [module for module in found if module[1] in ops | BENCH_PARTS]
 
 
 pure = os.environ.get("SAFERLHF_PURE", "0") == "1"
 
 setup(
-    # Namespace packages: kernels/ has no __init__.py, so that no package of that name shadows Hugging Face's; it comes in
-    # through the symlink saferlhf_fast/kernels, and bench/ through saferlhf_fast/bench for `saferlhf-fast bench`.
-    packages=find_namespace_packages(include=["saferlhf_fast*"], exclude=["*__pycache__*", "saferlhf_fast.bench.*"]),
-    package_data={"saferlhf_fast": ["recipes/*.yaml", "py.typed"], "": ["*.md", "*.json", "*.html", "*.jinja"]},
+    # Namespace packages: kernels/ has no __init__.py, so that no package of that name shadows Hugging Face's;
+    # it comes in through the symlink saferlhf_fast/kernels, and bench/ through saferlhf_fast/bench for
+    # `saferlhf-fast bench`.
+    packages=find_namespace_packages(
+        include=["saferlhf_fast*"], exclude=["*__pycache__*", "saferlhf_fast.bench.*"]
+    ),
+    package_data={
+        "saferlhf_fast": ["recipes/*.yaml", "py.typed"],
+        "": ["*.md", "*.json", "*.html", "*.jinja"],
+    },
     ext_modules=[] if pure else [Extension("saferlhf_fast._C", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild, "build_py": ShippedModules},
 )

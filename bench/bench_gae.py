@@ -1,4 +1,5 @@
-"""gae: a Python loop over T as in safe-rlhf, verl and TRL; ours; the chunked lower-triangular product; torchrl's convolution.
+"""gae: a Python loop over T as in safe-rlhf, verl and TRL; ours; the chunked lower-triangular product;
+torchrl's convolution.
 
 Floor: two inputs read, two outputs written, and the mask.
 """
@@ -14,7 +15,9 @@ OP = KIND = "gae"
 
 
 def ours(impl):
-    return lambda rewards, values, mask: gae(rewards, values, mask=mask, gamma=eager.GAMMA, lam=eager.LAM, impl=impl)
+    return lambda rewards, values, mask: gae(
+        rewards, values, mask=mask, gamma=eager.GAMMA, lam=eager.LAM, impl=impl
+    )
 
 
 @versions.cases(OP, KIND, shapes.ROWS)
@@ -24,6 +27,14 @@ def test_forward(measure, device, shape, version):
     function = versions.call({"eager": eager.gae_loop, "ours": ours}, KIND, version, device)
     exact = eager.gae_loop(rewards.double(), values.double(), mask)
     measure.check(torch.float32, *zip(function(rewards, values, mask), exact))
-    measure(lambda: function(rewards, values, mask), op="gae", version=version, shape=shapes.name(shape), device=device,
-            reads=2 * rewards.nbytes + mask.nbytes, writes=2 * rewards.nbytes, inputs=(rewards, values, mask),
-            auto=versions.is_auto(OP, version, device))
+    measure(
+        lambda: function(rewards, values, mask),
+        op="gae",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=2 * rewards.nbytes + mask.nbytes,
+        writes=2 * rewards.nbytes,
+        inputs=(rewards, values, mask),
+        auto=versions.is_auto(OP, version, device),
+    )

@@ -1,7 +1,8 @@
-"""linear_logprob: forward (no gradient asked for) and forward + backward with a random upstream gradient per token.
+"""linear_logprob: forward (no gradient asked for) and forward + backward with a random upstream gradient per
+token.
 
-Floor: one matrix product of 2 N H V operations forward, four of them forward + backward (the logits are made again), or the
-bytes of hidden, weight and their gradients, if those take longer.
+Floor: one matrix product of 2 N H V operations forward, four of them forward + backward (the logits are made
+again), or the bytes of hidden, weight and their gradients, if those take longer.
 """
 
 import eager
@@ -33,9 +34,18 @@ def test_forward(measure, device, shape, version):
     function = versions.call(OWN, KIND, version, device)
     with torch.no_grad():
         measure.check(hidden.dtype, (function(hidden, weight, ids), exact.of_linear(shape, device)[0]))
-        measure(lambda: function(hidden, weight, ids), op="linear_logprob forward", version=version, shape=shapes.name(shape),
-                device=device, reads=hidden.nbytes + weight.nbytes, flops=product(shape), dtype=hidden.dtype,
-                inputs=(hidden, weight, ids), auto=versions.is_auto(OP, version, device))
+        measure(
+            lambda: function(hidden, weight, ids),
+            op="linear_logprob forward",
+            version=version,
+            shape=shapes.name(shape),
+            device=device,
+            reads=hidden.nbytes + weight.nbytes,
+            flops=product(shape),
+            dtype=hidden.dtype,
+            inputs=(hidden, weight, ids),
+            auto=versions.is_auto(OP, version, device),
+        )
 
 
 @versions.cases(OP, KIND, shapes.LINEAR, backward=True)
@@ -55,6 +65,16 @@ def test_forward_and_backward(measure, device, shape, version):
     measure.check(hidden.dtype, (logp, right), (got_hidden[rows], d_hidden), (got_weight[columns], d_weight))
     del logp, got_hidden, got_weight
     moved = hidden.nbytes + weight.nbytes
-    measure(step, op="linear_logprob forward + backward", version=version, shape=shapes.name(shape), device=device, reads=moved,
-            writes=moved, flops=4 * product(shape), dtype=hidden.dtype, inputs=(*leaves, ids),
-            auto=versions.is_auto(OP, version, device))
+    measure(
+        step,
+        op="linear_logprob forward + backward",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=moved,
+        writes=moved,
+        flops=4 * product(shape),
+        dtype=hidden.dtype,
+        inputs=(*leaves, ids),
+        auto=versions.is_auto(OP, version, device),
+    )

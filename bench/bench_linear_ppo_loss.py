@@ -1,9 +1,10 @@
-"""linear_ppo_loss forward + backward: eager torch (logits materialised), ours, peers, and the three bare matrix products.
+"""linear_ppo_loss forward + backward: eager torch (logits materialised), ours, peers, and the three bare
+matrix products.
 
-Floor: three matrix products (logits, d hidden, d weight). "bare products" are those three with nothing between them, logits
-and all, on the same data. Losses that are the mean of a cross-entropy do less than ours: no old log-probs, no clip; they are
-here because they have the same products. Those with one advantage per sequence get one for the whole batch. Each is checked
-against the gradient of what it computes.
+Floor: three matrix products (logits, d hidden, d weight). "bare products" are those three with nothing
+between them, logits and all, on the same data. Losses that are the mean of a cross-entropy do less than ours:
+no old log-probs, no clip; they are here because they have the same products. Those with one advantage per
+sequence get one for the whole batch. Each is checked against the gradient of what it computes.
 """
 
 import eager
@@ -20,8 +21,15 @@ OP, KIND, BARE = "linear_ppo_loss", "linear_ppo", "bare products"
 
 def ours(impl):
     return lambda hidden, weight, batch: saferlhf_fast.linear_ppo_loss(
-        hidden, weight, batch.ids_N, batch.old_logp_N, batch.advantage_N, clip_ratio=shapes.CLIP, cu_seqlens=batch.cu_seqlens,
-        impl=impl)[0]
+        hidden,
+        weight,
+        batch.ids_N,
+        batch.old_logp_N,
+        batch.advantage_N,
+        clip_ratio=shapes.CLIP,
+        cu_seqlens=batch.cu_seqlens,
+        impl=impl,
+    )[0]
 
 
 def bare(hidden, weight):
@@ -34,8 +42,17 @@ def bare(hidden, weight):
 def test_forward_and_backward(measure, device, shape, version):
     hidden, weight, ids, _ = shapes.linear(shape, device)
     moved = hidden.nbytes + weight.nbytes
-    row = dict(op="linear_ppo_loss forward + backward", version=version, shape=shapes.name(shape), device=device, reads=moved,
-               writes=moved, flops=3 * product(shape), dtype=hidden.dtype, auto=versions.is_auto(OP, version, device))
+    row = dict(
+        op="linear_ppo_loss forward + backward",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=moved,
+        writes=moved,
+        flops=3 * product(shape),
+        dtype=hidden.dtype,
+        auto=versions.is_auto(OP, version, device),
+    )
     rows = exact.rows_of(len(ids), device)
     if version == BARE:
         wide = weight.double()

@@ -1,6 +1,8 @@
-"""ppo_lag_advantage: safe-rlhf's way (shaping, two Python loops over T, combination); ours; the same in chunked products.
+"""ppo_lag_advantage: safe-rlhf's way (shaping, two Python loops over T, combination); ours; the same in
+chunked products.
 
-Floor: four inputs of tokens read, three outputs written, and the mask. Ours also makes the whitening statistics.
+Floor: four inputs of tokens read, three outputs written, and the mask. Ours also makes the whitening
+statistics.
 """
 
 import eager
@@ -14,8 +16,15 @@ OP, KIND = "ppo_lag_advantage", "advantage"
 
 
 def ours(impl):
-    return lambda *inputs: ppo_lag_advantage(*inputs[:-1], mask=inputs[-1], kl_coeff=eager.KL, gamma=eager.GAMMA, lam=eager.LAM,
-                                             clip_score=eager.CLIP_SCORE, impl=impl)
+    return lambda *inputs: ppo_lag_advantage(
+        *inputs[:-1],
+        mask=inputs[-1],
+        kl_coeff=eager.KL,
+        gamma=eager.GAMMA,
+        lam=eager.LAM,
+        clip_score=eager.CLIP_SCORE,
+        impl=impl,
+    )
 
 
 @versions.cases(OP, KIND, shapes.ROWS)
@@ -25,8 +34,18 @@ def test_forward(measure, device, shape, version):
     reward, cost = random()[:, 0].contiguous(), random()[:, 0].contiguous()
     inputs = (*tokens[:2], reward, cost, *tokens[2:], torch.tensor(1.5, device=device), mask)
     function = versions.call({"eager": eager.advantage_loop, "ours": ours}, KIND, version, device)
-    exact = eager.advantage_loop(*(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs))
+    exact = eager.advantage_loop(
+        *(tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
+    )
     measure.check(torch.float32, *zip(function(*inputs)[:3], exact))
-    measure(lambda: function(*inputs), op="ppo_lag_advantage", version=version, shape=shapes.name(shape), device=device,
-            reads=4 * tokens[0].nbytes + mask.nbytes, writes=3 * tokens[0].nbytes, inputs=inputs,
-            auto=versions.is_auto(OP, version, device))
+    measure(
+        lambda: function(*inputs),
+        op="ppo_lag_advantage",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=4 * tokens[0].nbytes + mask.nbytes,
+        writes=3 * tokens[0].nbytes,
+        inputs=inputs,
+        auto=versions.is_auto(OP, version, device),
+    )

@@ -28,26 +28,48 @@ def step(tmp_path_factory):
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.advantage import advantages
     from saferlhf_fast.training.ppo.load_roles import load_roles
+
     folder = tmp_path_factory.mktemp("step")
     tokenizer = plan_memory.tokenizer_of(VOCABULARY)
     torch.manual_seed(0)
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
-                                      num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=256,
-                                      pad_token_id=tokenizer.pad_token_id))
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
     save_causal_lm(folder / "actor", lm, tokenizer)
     for kind in ("reward", "cost"):
         scorer = load_score_model(str(folder / "actor"), new_head=True)
         save_score_model(folder / kind, scorer, tokenizer, kind=kind)
-    cfg = PPOConfig(model=str(folder / "actor"), reward=str(folder / "reward"), cost=str(folder / "cost"), data="none",
-                    output="none", max_length=PROMPT_LENGTH + NEW_TOKENS, ppo=PPO(micro_batch_size=16),
-                    sampling=Sampling(max_new_tokens=NEW_TOKENS))
+    cfg = PPOConfig(
+        model=str(folder / "actor"),
+        reward=str(folder / "reward"),
+        cost=str(folder / "cost"),
+        data="none",
+        output="none",
+        max_length=PROMPT_LENGTH + NEW_TOKENS,
+        ppo=PPO(micro_batch_size=16),
+        sampling=Sampling(max_new_tokens=NEW_TOKENS),
+    )
     engine.start(cfg.engine, 0)
     roles = load_roles(cfg, tokenizer, 1000, constrained=True)
     draw = torch.Generator().manual_seed(1)
-    prompts = [PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
-               for _ in range(PROMPTS)]
+    prompts = [
+        PromptExample(torch.randint(5, VOCABULARY, (PROMPT_LENGTH,), generator=draw).tolist(), "", ())
+        for _ in range(PROMPTS)
+    ]
     from types import SimpleNamespace
-    made = SimpleNamespace(roles=roles, cfg=cfg, prompts=prompts, multipliers={"cost": torch.tensor(1.0, device=engine.device())})
+
+    made = SimpleNamespace(
+        roles=roles, cfg=cfg, prompts=prompts, multipliers={"cost": torch.tensor(1.0, device=engine.device())}
+    )
     made.rollout = sample(roles, prompts, cfg, 0)
     made.scored = score_rollout(made.rollout, roles, cfg)
     made.asked = dataclasses.replace(made.scored, **old_logprobs_and_values(made.rollout, roles, cfg))
@@ -55,7 +77,15 @@ def step(tmp_path_factory):
     return made
 
 
-PARTS = ("rollout", "score_rollout", "old_logprobs_and_values", "advantages", "update", "update_in_one_pass", "whole")
+PARTS = (
+    "rollout",
+    "score_rollout",
+    "old_logprobs_and_values",
+    "advantages",
+    "update",
+    "update_in_one_pass",
+    "whole",
+)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -65,18 +95,22 @@ def test_step(step, benchmark, part):
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.advantage import advantages
     from saferlhf_fast.training.ppo.update import update, update_in_one_pass
+
     roles, cfg, rollout, multipliers = step.roles, step.cfg, step.rollout, step.multipliers
 
     def whole():
         fresh = sample(roles, step.prompts, cfg, 0)
         return update_in_one_pass(roles, fresh, score_rollout(fresh, roles, cfg), multipliers, cfg)
 
-    run = {"rollout": lambda: sample(roles, step.prompts, cfg, 0), "score_rollout": lambda: score_rollout(rollout, roles, cfg),
-           "old_logprobs_and_values": lambda: old_logprobs_and_values(rollout, roles, cfg),
-           "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multipliers, cfg.ppo),
-           "update": lambda: update(roles, rollout, step.asked, step.adv, cfg),
-           "update_in_one_pass": lambda: update_in_one_pass(roles, rollout, step.scored, multipliers, cfg),
-           "whole": whole}[part]
+    run = {
+        "rollout": lambda: sample(roles, step.prompts, cfg, 0),
+        "score_rollout": lambda: score_rollout(rollout, roles, cfg),
+        "old_logprobs_and_values": lambda: old_logprobs_and_values(rollout, roles, cfg),
+        "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multipliers, cfg.ppo),
+        "update": lambda: update(roles, rollout, step.asked, step.adv, cfg),
+        "update_in_one_pass": lambda: update_in_one_pass(roles, rollout, step.scored, multipliers, cfg),
+        "whole": whole,
+    }[part]
 
     def waited():
         run()

@@ -14,8 +14,9 @@ OP = KIND = "ppo_loss"
 
 
 def ours(impl):
-    return lambda logp, old_logp, advantages, mask: ppo_loss(logp, old_logp, advantages, mask=mask, clip_ratio=eager.CLIP,
-                                                             impl=impl)[0]
+    return lambda logp, old_logp, advantages, mask: ppo_loss(
+        logp, old_logp, advantages, mask=mask, clip_ratio=eager.CLIP, impl=impl
+    )[0]
 
 
 @versions.cases(OP, KIND, shapes.ROWS)
@@ -34,6 +35,14 @@ def test_forward_and_backward(measure, device, shape, version):
     wide = logp.detach().double().requires_grad_()
     loss = eager.ppo_loss(wide, old_logp.double(), advantages.double(), mask)
     measure.check(torch.float32, *zip(step(), (loss, torch.autograd.grad(loss, wide, upstream.double())[0])))
-    measure(step, op="ppo_loss forward + backward", version=version, shape=shapes.name(shape), device=device,
-            reads=3 * logp.nbytes + mask.nbytes, writes=logp.nbytes, inputs=(logp, old_logp, advantages, mask),
-            auto=versions.is_auto(OP, version, device))
+    measure(
+        step,
+        op="ppo_loss forward + backward",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=3 * logp.nbytes + mask.nbytes,
+        writes=logp.nbytes,
+        inputs=(logp, old_logp, advantages, mask),
+        auto=versions.is_auto(OP, version, device),
+    )

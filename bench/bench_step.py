@@ -1,14 +1,17 @@
-"""A whole PPO-Lag step against others': `python bench/bench_step.py --growth --processes --json auto` is the measurement.
+"""A whole PPO-Lag step against others': `python bench/bench_step.py --growth --processes --json auto` is the
+measurement.
 
-Every side runs in a process of its own, one after the other, on the same machine, with the same random models, the same prompts
-and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF rows). What a side is and is not stands in its
-file: step_ours.py (ours, and `unfused`: our padded form in plain torch), step_ref.py (the reference implementation's trainer),
-step_trl.py (the nearest that TRL has). The sides' log-probs, scores, values and critic losses on stored responses are compared
-before any ratio is made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up
-(the reference's is its check and a short rollout; the steps of `--growth` are too long to need one).
+Every side runs in a process of its own, one after the other, on the same machine, with the same random
+models, the same prompts and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF
+rows). What a side is and is not stands in its file: step_ours.py (ours, and `unfused`: our padded form in
+plain torch), step_ref.py (the reference implementation's trainer), step_trl.py (the nearest that TRL has).
+The sides' log-probs, scores, values and critic losses on stored responses are compared before any ratio is
+made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up (the
+reference's is its check and a short rollout; the steps of `--growth` are too long to need one).
 
-On a CPU the peak is a process's peak resident memory (VmHWM), Python, libraries and models included; on CUDA it is torch's
-`max_memory_allocated`. Compare ratios of one run; a machine that does other work at the time is not measured.
+On a CPU the peak is a process's peak resident memory (VmHWM), Python, libraries and models included; on CUDA
+it is torch's `max_memory_allocated`. Compare ratios of one run; a machine that does other work at the time is
+not measured.
 """
 
 import argparse
@@ -31,7 +34,8 @@ import step_work  # noqa: E402
 
 SIDES = ("ours", *step_rows.OTHERS)
 GROWTH = (4, 16)
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}     # of the check's sums, relative: bf16 rounds each log-prob to 3 digits
+# of the check's sums, relative: bf16 rounds each log-prob to 3 digits
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 EXAMPLES = """examples:
   python bench/bench_step.py                                 ours, unfused, and ref and trl where they import
   python bench/bench_step.py --only unfused --quick          8 prompts, one step: does it run?
@@ -43,38 +47,109 @@ The reference is found by `import safe_rlhf` (it needs optree), TRL by `import t
 
 
 def parser():
-    made = argparse.ArgumentParser(prog="bench/bench_step.py", description=__doc__.split("\n\n")[0], epilog=EXAMPLES,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--json", metavar="FILE", help="write the rows, a list of {name, ours, other, ratio = other / ours, unit, "
-                      "device, commit, …}; auto: bench/results/step-<device>-<date>.json")
-    made.add_argument("--model", choices=sorted(step_work.SHAPES), default=None,
-                      help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), 0.5b on "
-                      "CUDA; 8b-lora: ours alone, adapters on one shared base, against 80 GB; tiny, tiny-lora: for tests")
-    made.add_argument("--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)")
-    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one")
-    made.add_argument("--only", nargs="+", metavar="SIDE", choices=SIDES, default=SIDES,
-                      help=f"the sides to run beside ours: {', '.join(step_rows.OTHERS)} (default: all that import)")
+    made = argparse.ArgumentParser(
+        prog="bench/bench_step.py",
+        description=__doc__.split("\n\n")[0],
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument(
+        "--json",
+        metavar="FILE",
+        help="write the rows, a list of {name, ours, other, ratio = other / ours, unit, "
+        "device, commit, …}; auto: bench/results/step-<device>-<date>.json",
+    )
+    made.add_argument(
+        "--model",
+        choices=sorted(step_work.SHAPES),
+        default=None,
+        help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), "
+        "0.5b on "
+        "CUDA; 8b-lora: ours alone, adapters on one shared base, against 80 GB; tiny, tiny-lora: for tests",
+    )
+    made.add_argument(
+        "--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)"
+    )
+    made.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one"
+    )
+    made.add_argument(
+        "--only",
+        nargs="+",
+        metavar="SIDE",
+        choices=SIDES,
+        default=SIDES,
+        help=f"the sides to run beside ours: {', '.join(step_rows.OTHERS)} (default: all that import)",
+    )
     for name in ("ref", "trl"):
-        made.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, default=True, help=f"run {name} where it imports")
-    made.add_argument("--growth", action="store_true", help="our side at 4 and 16 times the prompts too: tokens/s, peak memory")
-    made.add_argument("--processes", action="store_true", help="our side in two CPU processes (gloo) of one thread each too")
-    made.add_argument("--ptx", action="store_true", help="with the supervised loss on as many examples as prompts (not trl)")
-    made.add_argument("--repeat", type=int, default=2, metavar="N", help="measured steps after the warm-up (default: 2)")
-    made.add_argument("--quick", action="store_true", help="8 prompts and one step: shows that it runs, measures nothing")
-    made.add_argument("--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)")
-    made.add_argument("--micro", type=int, default=16, metavar="ROWS", help="rows of a padded micro-batch of ref and trl "
-                      "(default: 16, as in the reference's script); ours fill passes by tokens")
-    made.add_argument("--micro-tokens", type=int, default=None, metavar="N", help="ppo.micro_tokens of ours and unfused "
-                      "(default: 1024 for cpu-small, 2048 for 8b-lora, else the recipe's)")
-    made.add_argument("--seed", type=int, default=8, help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
-                      "whose 32 responses come nearest to 2,100 tokens)")
-    made.add_argument("--data", metavar="FILE",
-                      help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} in the folder SAFERLHF_DATA)")
-    made.add_argument("--lengths", choices=("words", "tokens"), default="words",
-                      help="words: 4 tokens for 3 words; tokens: as --tokenizer counts")
-    made.add_argument("--tokenizer", metavar="FOLDER",
-                      help=f"with --lengths tokens (default: {step_work.TOKENIZER} in SAFERLHF_DATA)")
-    made.add_argument("--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)")
+        made.add_argument(
+            f"--{name}",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help=f"run {name} where it imports",
+        )
+    made.add_argument(
+        "--growth",
+        action="store_true",
+        help="our side at 4 and 16 times the prompts too: tokens/s, peak memory",
+    )
+    made.add_argument(
+        "--processes", action="store_true", help="our side in two CPU processes (gloo) of one thread each too"
+    )
+    made.add_argument(
+        "--ptx", action="store_true", help="with the supervised loss on as many examples as prompts (not trl)"
+    )
+    made.add_argument(
+        "--repeat", type=int, default=2, metavar="N", help="measured steps after the warm-up (default: 2)"
+    )
+    made.add_argument(
+        "--quick", action="store_true", help="8 prompts and one step: shows that it runs, measures nothing"
+    )
+    made.add_argument(
+        "--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)"
+    )
+    made.add_argument(
+        "--micro",
+        type=int,
+        default=16,
+        metavar="ROWS",
+        help="rows of a padded micro-batch of ref and trl "
+        "(default: 16, as in the reference's script); ours fill passes by tokens",
+    )
+    made.add_argument(
+        "--micro-tokens",
+        type=int,
+        default=None,
+        metavar="N",
+        help="ppo.micro_tokens of ours and unfused "
+        "(default: 1024 for cpu-small, 2048 for 8b-lora, else the recipe's)",
+    )
+    made.add_argument(
+        "--seed",
+        type=int,
+        default=8,
+        help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
+        "whose 32 responses come nearest to 2,100 tokens)",
+    )
+    made.add_argument(
+        "--data",
+        metavar="FILE",
+        help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} in the folder SAFERLHF_DATA)",
+    )
+    made.add_argument(
+        "--lengths",
+        choices=("words", "tokens"),
+        default="words",
+        help="words: 4 tokens for 3 words; tokens: as --tokenizer counts",
+    )
+    made.add_argument(
+        "--tokenizer",
+        metavar="FOLDER",
+        help=f"with --lengths tokens (default: {step_work.TOKENIZER} in SAFERLHF_DATA)",
+    )
+    made.add_argument(
+        "--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)"
+    )
     return made
 
 
@@ -86,7 +161,9 @@ def importable(side):
 
 
 class Bench:
-    """Runs sides in processes of their own. results: {key: what step_side printed, or the reason for which it did not}."""
+    """Runs sides in processes of their own. results: {key: what step_side printed, or the reason for which it
+    did not}.
+    """
 
     def __init__(self, options, folder):
         self.options, self.folder = options, Path(folder)
@@ -101,7 +178,8 @@ class Bench:
     def run(self, side, factor=1, processes=1, threads=None, check=True, warmup=1, repeat=None):
         """-> the result of a side, or a sentence that begins with "not run" or "failed".
 
-        factor: times the prompts · check: compare its numbers · warmup: steps that are not counted · repeat: steps that are.
+        factor: times the prompts · check: compare its numbers · warmup: steps that are not counted · repeat:
+        steps that are.
         """
         o = self.options
         reason = importable(side)
@@ -109,18 +187,35 @@ class Bench:
             return f"not run: {reason}"
         if side == "trl" and o.ptx:
             return "not run: trl has no supervised loss beside its own"
-        recipe = {"device": o.device, "micro": o.micro, "repeat": o.repeat if repeat is None else repeat, "ptx": o.ptx,
-                  "warmup": warmup, "threads": threads or o.threads, "check": check, "packing": side != "unfused",
-                  "micro_tokens": o.micro_tokens or step_work.MICRO_TOKENS.get(o.model), "lora": step_work.RANKS.get(o.model, 0)}
+        recipe = {
+            "device": o.device,
+            "micro": o.micro,
+            "repeat": o.repeat if repeat is None else repeat,
+            "ptx": o.ptx,
+            "warmup": warmup,
+            "threads": threads or o.threads,
+            "check": check,
+            "packing": side != "unfused",
+            "micro_tokens": o.micro_tokens or step_work.MICRO_TOKENS.get(o.model),
+            "lora": step_work.RANKS.get(o.model, 0),
+        }
         command = [sys.executable]
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
         command += [str(HERE / "step_side.py"), side, str(self.work(factor)), json.dumps(recipe)]
-        more = (f", {factor} x the prompts" if factor > 1 else "") + (f", {processes} processes" if processes > 1 else "")
+        more = (f", {factor} x the prompts" if factor > 1 else "") + (
+            f", {processes} processes" if processes > 1 else ""
+        )
         print(f"… {side}{more}", file=sys.stderr, flush=True)
         # a process group of its own: torch.distributed.run's children must end with it
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-                                   env=self.environment(side, recipe))
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            env=self.environment(side, recipe),
+        )
         try:
             out, errors = process.communicate(timeout=o.timeout)
         except subprocess.TimeoutExpired:
@@ -129,7 +224,9 @@ class Bench:
             return f"failed: {side} took over {o.timeout} s"
         lines = [line for line in out.splitlines() if line.startswith("{")]
         if process.returncode or not lines:
-            told = [line for line in errors.splitlines() if line.strip()] or [f"exit code {process.returncode}"]
+            told = [line for line in errors.splitlines() if line.strip()] or [
+                f"exit code {process.returncode}"
+            ]
             print("\n".join(told[-15:]), file=sys.stderr)
             return f"failed: {told[-1][:200]}"
         return json.loads(lines[-1])
@@ -164,35 +261,53 @@ def measure(options):
             rows += step_rows.against(side, ours, compared(ours, found, tolerance))
         if options.growth:
             for factor in GROWTH:
-                rows += step_rows.grown(factor, ours, bench.run("ours", factor, check=False, warmup=0, repeat=1))
+                rows += step_rows.grown(
+                    factor, ours, bench.run("ours", factor, check=False, warmup=0, repeat=1)
+                )
         if options.processes:
             one = bench.run("ours", threads=1, check=False, repeat=1)
-            rows += step_rows.divided(one, bench.run("ours", processes=2, threads=1, check=False, repeat=1), 2)
+            rows += step_rows.divided(
+                one, bench.run("ours", processes=2, threads=1, check=False, repeat=1), 2
+            )
         return rows
 
 
 def make_work(options, factor=1):
-    return step_work.make_work(options.model, options.prompts * factor, seed=options.seed, data=options.data,
-                               lengths=options.lengths, tokenizer=options.tokenizer)
+    return step_work.make_work(
+        options.model,
+        options.prompts * factor,
+        seed=options.seed,
+        data=options.data,
+        lengths=options.lengths,
+        tokenizer=options.tokenizer,
+    )
 
 
 def shared(options, arguments):
     """What every row says of the run."""
     from ceilings import device_name
     from conftest import commit
+
     work, micro = make_work(options), options.micro
     longest = max(len(p) + len(r) for p, r in zip(work.prompts, work.responses))
     ours = options.micro_tokens or step_work.MICRO_TOKENS.get(options.model, 16 * 512)
-    return {"device": device_name(), "commit": commit(), "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python bench/bench_step.py", *arguments]),
-            "work": f"{options.model}, {len(work.prompts)} prompts, {work.tokens} response tokens, longest sequence {longest}; "
-                    f"ref and trl in micro-batches of {micro} rows ({work.useful(micro):.0%} of whose tokens are useful), "
-                    f"ours in passes of at most {ours} tokens"}
+    return {
+        "device": device_name(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "command": " ".join(["python bench/bench_step.py", *arguments]),
+        "work": f"{options.model}, {len(work.prompts)} prompts, {work.tokens} response tokens, longest "
+        f"sequence {longest}; "
+        f"ref and trl in micro-batches of {micro} rows ({work.useful(micro):.0%} of whose tokens are "
+        f"useful), "
+        f"ours in passes of at most {ours} tokens",
+    }
 
 
 def main(arguments):
     options = parser().parse_args(arguments)
     import torch
+
     if options.device == "auto":
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.threads:
@@ -209,11 +324,15 @@ def main(arguments):
     except step_work.Lacking as lacking:
         print(lacking, file=sys.stderr)
         return 2
-    print(f"Device: {common['device']}. Commit: {common['commit']}. Date: {common['date']}. Work: {common['work']}. "
-          f"Command: `{common['command']}`.\n")
+    print(
+        f"Device: {common['device']}. Commit: {common['commit']}. Date: {common['date']}. Work: "
+        f"{common['work']}. "
+        f"Command: `{common['command']}`.\n"
+    )
     print("\n".join(step_rows.table(rows, options.device, options.model)))
     if options.json:
         from run import slug
+
         stored = HERE / "results" / f"step-{slug(common['device'])}-{common['date']}.json"
         path = stored if options.json == "auto" else Path(options.json)
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -30,22 +30,50 @@ def forward(measure, device, shape, version, kind, own, op):
     right = exact.of_logits(shape, device)[0]
     with torch.no_grad():
         got = function(given, ids)
-        pairs = [(got, right)] if kind == "logprob" else [(got[0], right), (got[1][rows], exact.entropy_rows(logits, rows))]
+        pairs = (
+            [(got, right)]
+            if kind == "logprob"
+            else [(got[0], right), (got[1][rows], exact.entropy_rows(logits, rows))]
+        )
         measure.check(logits.dtype, *pairs)
         del got
-        measure(lambda: function(given, ids), op=op, version=version, shape=shapes.name(shape), device=device,
-                reads=logits.nbytes, dtype=logits.dtype, inputs=(logits, ids), auto=versions.is_auto(OP, version, device))
+        measure(
+            lambda: function(given, ids),
+            op=op,
+            version=version,
+            shape=shapes.name(shape),
+            device=device,
+            reads=logits.nbytes,
+            dtype=logits.dtype,
+            inputs=(logits, ids),
+            auto=versions.is_auto(OP, version, device),
+        )
 
 
 @versions.cases(OP, "logprob", shapes.LOGITS)
 def test_forward(measure, device, shape, version):
-    forward(measure, device, shape, version, "logprob", {"eager": eager.logprob, "ours": ours}, "token_logprob forward")
+    forward(
+        measure,
+        device,
+        shape,
+        version,
+        "logprob",
+        {"eager": eager.logprob, "ours": ours},
+        "token_logprob forward",
+    )
 
 
 @versions.cases(OP, "logprob_entropy", shapes.LOGITS)
 def test_forward_with_entropy(measure, device, shape, version):
-    forward(measure, device, shape, version, "logprob_entropy", {"eager": eager.logprob_entropy, "ours": ours_entropy},
-            "token_logprob + entropy forward")
+    forward(
+        measure,
+        device,
+        shape,
+        version,
+        "logprob_entropy",
+        {"eager": eager.logprob_entropy, "ours": ours_entropy},
+        "token_logprob + entropy forward",
+    )
 
 
 @versions.cases(OP, "logprob", shapes.LOGITS, backward=True)
@@ -65,12 +93,24 @@ def test_forward_and_backward(measure, device, shape, version):
 
     rows = exact.rows_of(len(ids), device)
     logp, lse = exact.of_logits(shape, device)
-    if inplace:     # a kernel that is tuned at its first call spoils what it writes in place
+    if inplace:  # a kernel that is tuned at its first call spoils what it writes in place
         step()
         restore()
     got, gradient = step()
-    measure.check(clean.dtype, (got, logp), (gradient[rows], exact.logits_gradient(clean, ids, lse, upstream, rows)))
+    measure.check(
+        clean.dtype, (got, logp), (gradient[rows], exact.logits_gradient(clean, ids, lse, upstream, rows))
+    )
     del got, gradient
-    measure(step, op="token_logprob forward + backward", version=version, shape=shapes.name(shape), device=device,
-            reads=2 * clean.nbytes, writes=clean.nbytes, dtype=clean.dtype, inputs=(logits, ids),
-            before=restore if inplace else None, auto=versions.is_auto(OP, version, device))
+    measure(
+        step,
+        op="token_logprob forward + backward",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=2 * clean.nbytes,
+        writes=clean.nbytes,
+        dtype=clean.dtype,
+        inputs=(logits, ids),
+        before=restore if inplace else None,
+        auto=versions.is_auto(OP, version, device),
+    )

@@ -14,8 +14,9 @@ OP = KIND = "value_loss"
 
 
 def ours(impl):
-    return lambda values, old_values, returns, mask: value_loss(values, old_values, returns, mask=mask, clip_value=eager.CLIP,
-                                                                impl=impl)[0].sum()
+    return lambda values, old_values, returns, mask: value_loss(
+        values, old_values, returns, mask=mask, clip_value=eager.CLIP, impl=impl
+    )[0].sum()
 
 
 @versions.cases(OP, KIND, shapes.ROWS)
@@ -34,6 +35,14 @@ def test_forward_and_backward(measure, device, shape, version):
     wide = values.detach().double().requires_grad_()
     loss = eager.value_loss(wide, old_values.double(), returns.double(), mask)
     measure.check(torch.float32, *zip(step(), (loss, torch.autograd.grad(loss, wide, upstream.double())[0])))
-    measure(step, op="value_loss forward + backward", version=version, shape=shapes.name(shape), device=device,
-            reads=3 * values.nbytes + mask.nbytes, writes=values.nbytes, inputs=(values, old_values, returns, mask),
-            auto=versions.is_auto(OP, version, device))
+    measure(
+        step,
+        op="value_loss forward + backward",
+        version=version,
+        shape=shapes.name(shape),
+        device=device,
+        reads=3 * values.nbytes + mask.nbytes,
+        writes=values.nbytes,
+        inputs=(values, old_values, returns, mask),
+        auto=versions.is_auto(OP, version, device),
+    )

@@ -1,8 +1,10 @@
-"""What this machine can do at best: copy and read bandwidth, matrix product rates on random data; and floors made from them.
+"""What this machine can do at best: copy and read bandwidth, matrix product rates on random data; and floors
+made from them.
 
-Measured in the run that uses them, twice (at its start and its end), the better of both counts. A floor is the bytes that
-must move over the bandwidth, or the operations that must be done over the product rate, whichever is longer: no
-implementation of the same data flow can beat it while its data lie in memory. Caches can.
+Measured in the run that uses them, twice (at its start and its end), the better of both counts. A floor is
+the bytes that must move over the bandwidth, or the operations that must be done over the product rate,
+whichever is longer: no implementation of the same data flow can beat it while its data lie in memory. Caches
+can.
 """
 
 import time
@@ -55,7 +57,9 @@ def cache_bytes(device):
 
 
 def past_the_caches(device):
-    """Bytes of a buffer that does not fit: 1.1 x the last-level cache, within 64 MiB and 1 GiB; 2 GiB on a GPU."""
+    """Bytes of a buffer that does not fit: 1.1 x the last-level cache, within 64 MiB and 1 GiB; 2 GiB on a
+    GPU.
+    """
     if shapes.TINY:
         return 1 << 20
     if shapes.QUICK:
@@ -67,20 +71,25 @@ def _bandwidths(device):
     source = torch.randn(past_the_caches(device) // 4 // 4096, 4096, device=device)
     target, vector = torch.empty_like(source), torch.randn(4096, device=device)
     copy = best(lambda: target.copy_(source), device, 8)
-    read = min(best(function, device, 6) for function in (lambda: source.sum(1), lambda: source.sum(), lambda: source @ vector))
+    read = min(
+        best(function, device, 6)
+        for function in (lambda: source.sum(1), lambda: source.sum(), lambda: source @ vector)
+    )
     return {"copy_gb_s": 2 * source.nbytes / copy / 1e9, "read_gb_s": source.nbytes / read / 1e9}
 
 
 def _product(device, dtype, sizes):
     def rate(size):
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        return 2 * size ** 3 / best(lambda: left @ right, device, 6) / 1e12
+        return 2 * size**3 / best(lambda: left @ right, device, 6) / 1e12
 
     return max(rate(size) for size in sizes)
 
 
 def measure(device):
-    """{"copy_gb_s", "read_gb_s", "float32_tflop_s" and, on CUDA, "bfloat16_tflop_s"}. A copy counts read and write."""
+    """{"copy_gb_s", "read_gb_s", "float32_tflop_s" and, on CUDA, "bfloat16_tflop_s"}. A copy counts read and
+    write.
+    """
     found = _bandwidths(device)
     sizes = (64,) if shapes.TINY else (4096, 8192) if device == "cuda" else (1024, 2048)
     found["float32_tflop_s"] = _product(device, torch.float32, sizes)
@@ -95,7 +104,9 @@ def better(first, second):
 
 
 def floor(row, ceilings):
-    """Seconds below which the row's work cannot end, or None. row: a result's extra_info (reads, writes, flops, dtype)."""
+    """Seconds below which the row's work cannot end, or None. row: a result's extra_info (reads, writes,
+    flops, dtype).
+    """
     reads, writes = row.get("reads", 0), row.get("writes", 0)
     if not ceilings or not (reads or writes or row.get("flops")):
         return None

@@ -1,4 +1,6 @@
-"""The clock: caches are overwritten before a round, a GPU has finished before its events are read, launches are counted."""
+"""The clock: caches are overwritten before a round, a GPU has finished before its events are read, launches
+are counted.
+"""
 
 import statistics
 import time
@@ -6,8 +8,8 @@ import time
 import ceilings
 import torch
 
-SMALL = 8 << 20     # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
-_buffers = {}       # by device: what a flush reads
+SMALL = 8 << 20  # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
+_buffers = {}  # by device: what a flush reads
 
 
 def flush(device, moved):
@@ -28,14 +30,15 @@ def _buffer(device):
 
 
 def on_device(step, ready, rounds, again=True):
-    """{"seconds", "best"} of a step on a GPU by events, {"call"} (what Python needs for a call) of a short one, {"launches"}.
+    """{"seconds", "best"} of a step on a GPU by events, {"call"} (what Python needs for a call) of a short
+    one, {"launches"}.
 
     again: whether the step may be called twice without `ready` in between.
     """
     times = []
     for _ in range(rounds):
         ready()
-        _buffer("cuda").sum()       # the device still reads it while Python launches
+        _buffer("cuda").sum()  # the device still reads it while Python launches
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
@@ -55,13 +58,16 @@ def on_device(step, ready, rounds, again=True):
 
 
 def launches(step):
-    """{"launches": kernels and copies that one call puts on the device}, or {} where the profiler cannot see them."""
+    """{"launches": kernels and copies that one call puts on the device}, or {} where the profiler cannot see
+    them.
+    """
     from torch.profiler import ProfilerActivity, profile
+
     try:
         with profile(activities=[ProfilerActivity.CUDA]) as seen:
             step()
             torch.cuda.synchronize()
         count = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
-    except Exception:       # no profiling on this machine, or no profiler: a figure less, not a bench less
+    except Exception:  # no profiling on this machine, or no profiler: a figure less, not a bench less
         return {}
     return {"launches": count} if count else {}

@@ -1,12 +1,15 @@
-"""Compares a fresh run with the stored results of the same device: `make bench-compare`. Exit 1 names each regression.
+"""Compares a fresh run with the stored results of the same device: `make bench-compare`. Exit 1 names each
+regression.
 
-What is compared are ratios within a run, so a slower or busier machine alone is no regression: our fastest round against eager
-torch's fastest round, and against the floor where the floor is near (stored ratio under 20). A ratio that is more than 10 % worse
-than the stored one is measured once more, with its eager row; the better of the two measurements counts.
+What is compared are ratios within a run, so a slower or busier machine alone is no regression: our fastest
+round against eager torch's fastest round, and against the floor where the floor is near (stored ratio under
+20). A ratio that is more than 10 % worse than the stored one is measured once more, with its eager row; the
+better of the two measurements counts.
 
 python bench/compare.py                      measures and compares with the newest stored file of this device
 python bench/compare.py STORED FRESH         compares two results files, measures nothing
-saferlhf-fast bench --compare STORED         the same on a user's machine, with a table (saferlhf_fast/commands/bench.py)
+saferlhf-fast bench --compare STORED         the same on a user's machine, with a table
+(saferlhf_fast/commands/bench.py)
 """
 
 import json
@@ -38,18 +41,24 @@ class Regression(NamedTuple):
 
     def __str__(self):
         op, shape, version = self.key
-        return (f"regression: {op}, {shape}, {version}: {self.now:.3g} x {self.against}, was {self.was:.3g} x "
-                f"({self.now / self.was - 1:+.0%})")
+        return (
+            f"regression: {op}, {shape}, {version}: {self.now:.3g} x {self.against}, was {self.was:.3g} x "
+            f"({self.now / self.was - 1:+.0%})"
+        )
 
 
 def rows(results):
     """{(op, shape, version): extra_info} of the rows that have a time."""
-    return {(row["op"], row["shape"], row["version"]): row for row in (entry["extra_info"] for entry in results["benchmarks"])
-            if row.get("best")}
+    return {
+        (row["op"], row["shape"], row["version"]): row
+        for row in (entry["extra_info"] for entry in results["benchmarks"])
+        if row.get("best")
+    }
 
 
 def ratios(results, times=False):
-    """{(op, shape, version): {"eager": ratio, "the floor": ratio}} of our versions; a ratio that cannot be made is left out.
+    """{(op, shape, version): {"eager": ratio, "the floor": ratio}} of our versions; a ratio that cannot be
+    made is left out.
 
     times: also {"one second": the time itself}, which says as much of the machine's load as of our code.
     """
@@ -57,7 +66,10 @@ def ratios(results, times=False):
     for (op, shape, version), row in timed.items():
         if version not in OURS:
             continue
-        eager, floor = timed.get((op, shape, "eager")), ceilings.floor(row, results["machine_info"].get("ceilings"))
+        eager, floor = (
+            timed.get((op, shape, "eager")),
+            ceilings.floor(row, results["machine_info"].get("ceilings")),
+        )
         found[op, shape, version] = {}
         if eager:
             found[op, shape, version]["eager"] = row["best"] / eager["best"]
@@ -69,7 +81,8 @@ def ratios(results, times=False):
 
 
 def regressions(stored, fresh, limit=WORSE):
-    """(list of Regression, list of keys that are stored and were not measured afresh), from two `ratios` tables.
+    """(list of Regression, list of keys that are stored and were not measured afresh), from two `ratios`
+    tables.
 
     limit: the largest now / was that is no regression.
     """
@@ -101,8 +114,14 @@ def better(first, second):
 def tests_of(worse, results):
     """The pytest names of the rows that got worse and of their eager rows."""
     wanted = {key for regression in worse for key in (regression.key, (*regression.key[:2], "eager"))}
-    names = {(entry["extra_info"].get("op"), entry["extra_info"].get("shape"), entry["extra_info"].get("version")):
-             entry["extra_info"].get("turns") or [entry["fullname"]] for entry in results["benchmarks"]}
+    names = {
+        (
+            entry["extra_info"].get("op"),
+            entry["extra_info"].get("shape"),
+            entry["extra_info"].get("version"),
+        ): entry["extra_info"].get("turns") or [entry["fullname"]]
+        for entry in results["benchmarks"]
+    }
     return sorted(name for key in wanted for name in names.get(key, []))
 
 
@@ -119,10 +138,12 @@ def _measured(arguments):
 
 
 def settled(stored, fresh, measured, named, limit=WORSE, tries=1, times=False):
-    """(fresh ratios, list of Regression, list of gone keys) after what seems worse was measured up to `tries` times more.
+    """(fresh ratios, list of Regression, list of gone keys) after what seems worse was measured up to `tries`
+    times more.
 
-    stored: a `ratios` table. fresh: results. measured(arguments) -> results or None. named: the stored file's name. A disturbed
-    machine makes a ratio worse for a while, our code for good: the better of the measurements counts.
+    stored: a `ratios` table. fresh: results. measured(arguments) -> results or None. named: the stored file's
+    name. A disturbed machine makes a ratio worse for a while, our code for good: the better of the
+    measurements counts.
     """
     found = ratios(fresh, times)
     worse, gone = regressions(stored, found, limit)
@@ -161,7 +182,10 @@ def main(arguments, folder=HERE / "results", measured=_measured):
     device = fresh["machine_info"]["device"]
     path = newest(device, folder)
     if path is None:
-        print(f"no stored results of this device ({device}) in {folder}: `make bench` writes them", file=sys.stderr)
+        print(
+            f"no stored results of this device ({device}) in {folder}: `make bench` writes them",
+            file=sys.stderr,
+        )
         return 2
     _, worse, gone = settled(ratios(json.loads(path.read_text())), fresh, measured, path.name)
     return report(worse, gone)

@@ -1,8 +1,10 @@
-"""How speed is measured here: results are right before the clock starts, and the device has finished before it is read.
+"""How speed is measured here: results are right before the clock starts, and the device has finished before
+it is read.
 
-`measure` checks and times one function and notes what table.py, targets.py and compare.py need. On a GPU times are those of the
-device (events), after the caches were overwritten; the pytest-benchmark figures beside them are those of the host, waiting.
-A peer that cannot be imported, gives wrong results or fails is skipped with its reason; a version of ours fails the run.
+`measure` checks and times one function and notes what table.py, targets.py and compare.py need. On a GPU
+times are those of the device (events), after the caches were overwritten; the pytest-benchmark figures beside
+them are those of the host, waiting. A peer that cannot be imported, gives wrong results or fails is skipped
+with its reason; a version of ours fails the run.
 """
 
 import datetime
@@ -17,7 +19,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-CHECKOUT = (HERE.parent / "setup.py").is_file()     # else the folder above is saferlhf_fast/ of an installed wheel
+# else the folder above is saferlhf_fast/ of an installed wheel
+CHECKOUT = (HERE.parent / "setup.py").is_file()
 sys.path.insert(0, str(HERE))
 if CHECKOUT and (HERE.parent / "build" / "peers").is_dir():
     sys.path.append(str(HERE.parent / "build" / "peers"))
@@ -32,17 +35,19 @@ import shapes  # noqa: E402
 from saferlhf_fast.version import __version__  # noqa: E402
 
 DEVICE = ceilings.DEVICE
-FOREIGN = ("eager", "bare products")    # versions that are neither ours nor in peers.py
+FOREIGN = ("eager", "bare products")  # versions that are neither ours nor in peers.py
 
 
 def pytest_addoption(parser):
-    parser.addoption("--budget", type=float, default=None, help="seconds after which the rest is noted as not measured")
+    parser.addoption(
+        "--budget", type=float, default=None, help="seconds after which the rest is noted as not measured"
+    )
     parser.addoption("--ours", action="store_true", help="our versions and eager torch only")
 
 
 def pytest_collect_file(file_path, parent):
     """bench_*.py are the tests of this folder."""
-    named = parent.session.isinitpath(file_path)    # pytest itself takes a file that is given by name
+    named = parent.session.isinitpath(file_path)  # pytest itself takes a file that is given by name
     patterns = parent.config.getini("python_files")
     if named or any(file_path.match(pattern) for pattern in patterns):
         return None
@@ -51,8 +56,10 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_generate_tests(metafunc):
-    """BENCH_TURNS=n measures every row n times, all rows once before any a second time: a neighbour that keeps the machine busy
-    for some seconds then disturbs one turn of a row, not the row. The fastest turn is kept."""
+    """BENCH_TURNS=n measures every row n times, all rows once before any a second time: a neighbour that
+    keeps the machine busy for some seconds then disturbs one turn of a row, not the row. The fastest turn is
+    kept.
+    """
     turns = int(os.environ.get("BENCH_TURNS", "1"))
     if turns > 1 and "version" in metafunc.fixturenames:
         metafunc.fixturenames.append("turn")
@@ -70,16 +77,27 @@ def foreign(item):
 
 
 def pytest_collection_modifyitems(config, items):
-    """What the targets speak of first: a peer that breaks the device, or the end of the time, must not cost it.
+    """What the targets speak of first: a peer that breaks the device, or the end of the time, must not cost
+    it.
 
     Ours, eager and the bare products on full shapes; then peers; ours on the other shapes; torch.compile.
     """
-    third = lambda item: foreign(item) and version_of(item) not in FOREIGN
-    full = lambda item: item.callspec.params.get("shape") in shapes.FULL if hasattr(item, "callspec") else True
-    turn = lambda item: (3 if "compile" in version_of(item) else 1) if third(item) else (0 if full(item) else 2)
+
+    def third(item):
+        return foreign(item) and version_of(item) not in FOREIGN
+
+    def full(item):
+        return item.callspec.params.get("shape") in shapes.FULL if hasattr(item, "callspec") else True
+
+    def turn(item):
+        return (3 if "compile" in version_of(item) else 1) if third(item) else (0 if full(item) else 2)
+
     if config.getoption("--ours"):
         items[:] = [item for item in items if version_of(item) and not third(item)]
-    again = lambda item: item.callspec.params.get("turn", 0) if hasattr(item, "callspec") else 0
+
+    def again(item):
+        return item.callspec.params.get("turn", 0) if hasattr(item, "callspec") else 0
+
     items.sort(key=lambda item: (turn(item), again(item)))
     config.started, config.not_measured, config.ceilings = time.monotonic(), [], None
     config.total, config.ended = len(items), 0
@@ -89,8 +107,14 @@ def not_measured(item, reason):
     op = item.path.stem.removeprefix("bench_")
     params = item.callspec.params if hasattr(item, "callspec") else {}
     shape = params.get("shape")
-    item.config.not_measured.append({"op": op, "version": params.get("version", item.name), "reason": reason,
-                                     "shape": shapes.name(shape) if shape else ""})
+    item.config.not_measured.append(
+        {
+            "op": op,
+            "version": params.get("version", item.name),
+            "reason": reason,
+            "shape": shapes.name(shape) if shape else "",
+        }
+    )
     pytest.skip(reason)
 
 
@@ -106,7 +130,9 @@ def pytest_pyfunc_call(pyfuncitem):
     except Exception as error:
         if not foreign(pyfuncitem):
             raise
-        not_measured(pyfuncitem, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
+        not_measured(
+            pyfuncitem, f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        )
 
 
 @pytest.hookimpl(wrapper=True)
@@ -125,22 +151,38 @@ def pytest_runtest_makereport(item, call):
 def commit():
     if not CHECKOUT:
         return "an installed package"
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True)
+    result = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=HERE, capture_output=True, text=True
+    )
     return result.stdout.strip() or "not a checkout"
 
 
 def pytest_benchmark_generate_machine_info(config):
-    """In place of pytest-benchmark's: its list of CPU flags takes a second to find, and a host's name says nothing of speed."""
-    return {"system": platform.system(), "release": platform.release(), "machine": platform.machine(),
-            "python_version": platform.python_version(), "device": ceilings.device_name(), "commit": commit(),
-            "date": datetime.date.today().isoformat(), "torch": torch.__version__, "version": __version__,
-            "quick": shapes.QUICK, "threads": torch.get_num_threads(), "cache_bytes": ceilings.cache_bytes(DEVICE),
-            "command": os.environ.get("BENCH_COMMAND", " ".join(["pytest", *config.invocation_params.args]))}
+    """In place of pytest-benchmark's: its list of CPU flags takes a second to find, and a host's name says
+    nothing of speed.
+    """
+    return {
+        "system": platform.system(),
+        "release": platform.release(),
+        "machine": platform.machine(),
+        "python_version": platform.python_version(),
+        "device": ceilings.device_name(),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "version": __version__,
+        "quick": shapes.QUICK,
+        "threads": torch.get_num_threads(),
+        "cache_bytes": ceilings.cache_bytes(DEVICE),
+        "command": os.environ.get("BENCH_COMMAND", " ".join(["pytest", *config.invocation_params.args])),
+    }
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Adds the ceilings (taken at the start and again here) and what was not measured; drops the list of every round."""
-    if not shapes.QUICK:        # whose shapes lie in the caches: there is no floor under them
+    """Adds the ceilings (taken at the start and again here) and what was not measured; drops the list of
+    every round.
+    """
+    if not shapes.QUICK:  # whose shapes lie in the caches: there is no floor under them
         found = ceilings.measure(DEVICE)
         output_json["machine_info"]["ceilings"] = ceilings.better(config.ceilings or found, found)
     output_json["benchmarks"] = list(fastest_turns(output_json["benchmarks"]))
@@ -154,7 +196,9 @@ def fastest_turns(entries):
     rows = {}
     for entry in entries:
         row = entry["extra_info"]
-        rows.setdefault((row["op"], row["shape"], row["version"]) if row.get("best") else entry["fullname"], []).append(entry)
+        rows.setdefault(
+            (row["op"], row["shape"], row["version"]) if row.get("best") else entry["fullname"], []
+        ).append(entry)
     for turns in rows.values():
         best = min(turns, key=lambda entry: entry["extra_info"].get("best", 0))
         if len(turns) > 1:
@@ -169,14 +213,33 @@ class Measure:
         self.benchmark, self.config, self.error = benchmark, config, None
 
     def check(self, dtype, *pairs):
-        """Raises AssertionError when a (got, expected) pair is further apart than exact.LIMIT allows for `dtype`."""
+        """Raises AssertionError when a (got, expected) pair is further apart than exact.LIMIT allows for
+        `dtype`.
+        """
         self.error = max(exact.error(got, expected) for got, expected in pairs)
         assert self.error <= exact.LIMIT[dtype], f"wrong: off by {self.error:.1e} of the largest value"
 
-    def __call__(self, step, *, op, version, shape, device, reads=0, writes=0, flops=0, dtype=torch.float32, inputs=(),
-                 before=None, auto=False, seconds=2.0):
-        """Times `step()` (which returns its outputs). reads, writes: bytes that must move; before: runs ahead of each call,
-        outside the clock. seconds: how long to go on; at least 5 rounds, at most 200, 3 where one takes over a second."""
+    def __call__(
+        self,
+        step,
+        *,
+        op,
+        version,
+        shape,
+        device,
+        reads=0,
+        writes=0,
+        flops=0,
+        dtype=torch.float32,
+        inputs=(),
+        before=None,
+        auto=False,
+        seconds=2.0,
+    ):
+        """Times `step()` (which returns its outputs). reads, writes: bytes that must move; before: runs ahead
+        of each call, outside the clock. seconds: how long to go on; at least 5 rounds, at most 200, 3 where
+        one takes over a second.
+        """
         assert self.error is not None, "the result is checked before it is timed"
         # On a GPU the events count, not these rounds.
         seconds = min(seconds, 0.3 if device == "cuda" else 0.15 if shapes.QUICK else seconds)
@@ -201,14 +264,24 @@ class Measure:
 
         ready()
         start = time.perf_counter()
-        peak = memory.above(waited, inputs, device)     # the second call: the check was the first
+        peak = memory.above(waited, inputs, device)  # the second call: the check was the first
         took = time.perf_counter() - start
         slow = took > 1
         rounds = 3 if slow else max(5, min(200, int(seconds / min(first_order_only(), took))))
         self.benchmark.group = f"{op} {shape}"
-        self.benchmark.extra_info.update(op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
-                                         writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,
-                                         warm=device == "cpu" and reads + writes < clock.SMALL)
+        self.benchmark.extra_info.update(
+            op=op,
+            version=version,
+            shape=shape,
+            device=device,
+            auto=auto,
+            reads=reads,
+            writes=writes,
+            flops=flops,
+            dtype=str(dtype).removeprefix("torch."),
+            error=self.error,
+            warm=device == "cpu" and reads + writes < clock.SMALL,
+        )
         self.benchmark.pedantic(waited, setup=ready, rounds=rounds, warmup_rounds=int(not slow), iterations=1)
         if self.benchmark.stats is None:
             return

@@ -1,7 +1,9 @@
-"""What other libraries write in plain torch, one function per op: the "eager" rows, and what torch.compile is given.
+"""What other libraries write in plain torch, one function per op: the "eager" rows, and what torch.compile is
+given.
 
-Formulas only: no chunking to save memory, no fused kernel. The loops over T are those of safe-rlhf, verl and TRL; the chunked
-scan is the lower-triangular product that THUDM/slime uses, written from the formula A_t = sum_s>=t a^(s-t) delta_s.
+Formulas only: no chunking to save memory, no fused kernel. The loops over T are those of safe-rlhf, verl and
+TRL; the chunked scan is the lower-triangular product that THUDM/slime uses, written from the formula A_t =
+sum_s>=t a^(s-t) delta_s.
 """
 
 import torch
@@ -22,7 +24,9 @@ def logprob_entropy(logits_NV, ids_N):
 def clipped(logp_N, batch):
     """The clipped policy loss of packed rows of equal length: the mean over all tokens."""
     ratio_N = (logp_N - batch.old_logp_N).exp()
-    return -torch.minimum(ratio_N * batch.advantage_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * batch.advantage_N).mean()
+    return -torch.minimum(
+        ratio_N * batch.advantage_N, ratio_N.clamp(1 - CLIP, 1 + CLIP) * batch.advantage_N
+    ).mean()
 
 
 def ppo_from_logits(logits_NV, batch):
@@ -90,12 +94,17 @@ def _combined(reward, cost, multiplier):
 
 def advantage_loop(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, mask):
     """safe-rlhf's way: shaping, a Python loop over T per stream, the combination."""
-    return _combined(gae_loop(_shaped(logp, ref_logp, reward, -1, mask), reward_values, mask),
-                     gae_loop(_shaped(logp, ref_logp, cost, 1, mask), cost_values, mask), multiplier)
+    return _combined(
+        gae_loop(_shaped(logp, ref_logp, reward, -1, mask), reward_values, mask),
+        gae_loop(_shaped(logp, ref_logp, cost, 1, mask), cost_values, mask),
+        multiplier,
+    )
 
 
 def advantage_chunked(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, mask):
     """The best form in torch alone: both streams stacked through one chunked product."""
     shaped = torch.cat([_shaped(logp, ref_logp, reward, -1, mask), _shaped(logp, ref_logp, cost, 1, mask)])
-    advantages, returns = gae_chunked(shaped, torch.cat([reward_values, cost_values]), torch.cat([mask, mask]))
+    advantages, returns = gae_chunked(
+        shaped, torch.cat([reward_values, cost_values]), torch.cat([mask, mask])
+    )
     return _combined(*zip(advantages.chunk(2), returns.chunk(2)), multiplier)

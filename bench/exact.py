@@ -1,7 +1,7 @@
 """The right answers in float64, for all tokens (log-probs) and for a sample of rows and columns (gradients).
 
-Gradients are checked on the first and last rows of d logits or d hidden and on 64 rows of d weight, targets among them; a row
-of d weight sums over every token, so no token goes unseen.
+Gradients are checked on the first and last rows of d logits or d hidden and on 64 rows of d weight, targets
+among them; a row of d weight sums over every token, so no token goes unseen.
 """
 
 from functools import lru_cache
@@ -19,7 +19,7 @@ def error(got, expected):
     expected = expected.detach().double()
     scale = expected.abs().max().clamp(min=1e-300)
     found = float((got.detach().double() - expected).abs().max() / scale)
-    return found if found == found else float("inf")     # max() and comparisons pass over NaN
+    return found if found == found else float("inf")  # max() and comparisons pass over NaN
 
 
 def rows_of(count, device):
@@ -54,7 +54,10 @@ def entropy_rows(logits_NV, rows):
 def linear_logprob(hidden_NH, weight_VH, ids_N, chunk=512):
     """(logp_N, lse_N) in float64 of hidden @ weight.T."""
     weight_HV = weight_VH.double().T
-    parts = [logprob(part.double() @ weight_HV, ids) for part, ids in zip(hidden_NH.split(chunk), ids_N.split(chunk))]
+    parts = [
+        logprob(part.double() @ weight_HV, ids)
+        for part, ids in zip(hidden_NH.split(chunk), ids_N.split(chunk))
+    ]
     return tuple(torch.cat(column) for column in zip(*parts))
 
 
@@ -81,14 +84,17 @@ def linear_gradients(hidden_NH, weight_VH, ids_N, lse_N, g_N, rows, columns):
 def columns_of(ids_N, vocabulary):
     """Vocabulary rows that are looked at: targets of tokens, and others."""
     take = min(32, vocabulary)
-    return torch.cat([ids_N[:take], torch.arange(vocabulary - take, vocabulary, device=ids_N.device)]).unique()
+    return torch.cat(
+        [ids_N[:take], torch.arange(vocabulary - take, vocabulary, device=ids_N.device)]
+    ).unique()
 
 
 def derivative(batch, logp_N, means="same"):
-    """d loss / d logp of the clipped loss (the mean over tokens). means: what the version under test computes:
+    """d loss / d logp of the clipped loss (the mean over tokens). means: what the version under test
+    computes:
 
-    "same"; "grpo", one advantage (the first) for all tokens; "first step", that with ratios of 1; "cross-entropy", the mean
-    of -logp.
+    "same"; "grpo", one advantage (the first) for all tokens; "first step", that with ratios of 1;
+    "cross-entropy", the mean of -logp.
     """
     count = logp_N.shape[0]
     if means == "cross-entropy":

@@ -1,18 +1,18 @@
 """What a GPU says in its first minutes: one process, one command of at most seven minutes on a bare machine.
 
     bash bench/gpu.sh OUT                                the first command: everything below, in 420 s
-    bash bench/gpu.sh OUT again                          the second one, in 190 s: what failed or surprised, once more
-    python bench/gpu_window.py --table OUT/rows.jsonl    the table of a file of rows
+    bash bench/gpu.sh OUT again                          the second one, in 190 s: what failed or surprised,
+    once more python bench/gpu_window.py --table OUT/rows.jsonl    the table of a file of rows
 
-No network, no DeepSpeed, and nothing is written but OUT and build/. Each section has its seconds and its own try: one that
-raises, runs out of time or hangs costs its own rows alone; a kernel that breaks the device's context, after which no call in
-this process can work, costs one row and the start of a new process. A row is a line of OUT/rows.jsonl as soon as it is known,
-so a machine that is taken away leaves what was measured. A row whose op was wrong stands there, marked. The predictions of
-gpu/predictions.py stand beside the figures. The table comes last and is short enough for a reader who is given the end of the
-output alone.
+No network, no DeepSpeed, and nothing is written but OUT and build/. Each section has its seconds and its own
+try: one that raises, runs out of time or hangs costs its own rows alone; a kernel that breaks the device's
+context, after which no call in this process can work, costs one row and the start of a new process. A row is
+a line of OUT/rows.jsonl as soon as it is known, so a machine that is taken away leaves what was measured. A
+row whose op was wrong stands there, marked. The predictions of gpu/predictions.py stand beside the figures.
+The table comes last and is short enough for a reader who is given the end of the output alone.
 
-Without a GPU, `--rehearse interpreter` runs every section on tiny shapes with Triton's interpreter, and `--rehearse compiler`
-(where that cannot run) compiles each Triton kernel for an H200 and launches none.
+Without a GPU, `--rehearse interpreter` runs every section on tiny shapes with Triton's interpreter, and
+`--rehearse compiler` (where that cannot run) compiles each Triton kernel for an H200 and launches none.
 """
 
 import argparse
@@ -32,9 +32,9 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from gpu.outcomes import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe  # noqa: E402
 
-RESERVE = 15                            # seconds at the end for the table
-GRACE = 10                              # seconds that a section may go on after it was told to end
-START = 12                              # seconds that a new process needs before it measures
+RESERVE = 15  # seconds at the end for the table
+GRACE = 10  # seconds that a section may go on after it was told to end
+START = 12  # seconds that a new process needs before it measures
 
 
 class Window:
@@ -46,16 +46,23 @@ class Window:
         self.out, self.seconds, self.rehearsal = Path(out), seconds, rehearsal
         self.clock = clock or (lambda: time.time() - started)
         self.started, self.section, self.deadline, self.children = started, "start", float(seconds), []
-        self.wanted, self.build = None, None    # what alone is measured, or None for everything; the build that was started
+        # what alone is measured, or None for everything; the build that was started
+        self.wanted, self.build = None, None
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "rows.jsonl"
-        self.again = None                       # the command of a process that takes over
-        self.tried = []                         # [section, what] of each attempt that is over
-        self.before = [tried for row in rows_of(self.path) if row["kind"] == "tried" for tried in row["what"]] if resumed else []
+        self.again = None  # the command of a process that takes over
+        self.tried = []  # [section, what] of each attempt that is over
+        self.before = (
+            [tried for row in rows_of(self.path) if row["kind"] == "tried" for tried in row["what"]]
+            if resumed
+            else []
+        )
 
     def emit(self, kind, **row):
         """Writes one row at once."""
-        line = json.dumps({"kind": kind, "section": self.section, "at": round(self.clock(), 1), **row}, default=str)
+        line = json.dumps(
+            {"kind": kind, "section": self.section, "at": round(self.clock(), 1), **row}, default=str
+        )
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
@@ -66,7 +73,9 @@ class Window:
         return self.wanted is None or what in self.wanted
 
     def over(self, what):
-        """Whether this section's attempt at it was over when this process took over; of several of one name, each counts once."""
+        """Whether this section's attempt at it was over when this process took over; of several of one name,
+        each counts once.
+        """
         if [self.section, what] not in self.before:
             return False
         self.before.remove([self.section, what])
@@ -75,7 +84,9 @@ class Window:
 
     @contextlib.contextmanager
     def uninterrupted(self, least=0):
-        """No alarm inside: an import that is broken off cannot be made twice. The section then has `least` seconds."""
+        """No alarm inside: an import that is broken off cannot be made twice. The section then has `least`
+        seconds.
+        """
         alarm(0)
         until, self.deadline = self.deadline, float(self.seconds)
         try:
@@ -111,20 +122,24 @@ class Window:
             self.emit("not run", what=what, reason=str(reason))
         except Exception as error:
             self.tried.append([self.section, what])
-            if type(error).__name__ == "Missing":               # of peers.py, which this file does not import
+            if type(error).__name__ == "Missing":  # of peers.py, which this file does not import
                 self.emit("not run", what=what, reason=str(error))
                 return None
             self.emit("failure", what=what, error=describe(error), traceback=traceback.format_exc()[-2000:])
             if not answers():
                 raise Dead(describe(error)) from error
-            if self.clock() >= self.deadline:                   # the alarm, in whatever a library made of it
+            if self.clock() >= self.deadline:  # the alarm, in whatever a library made of it
                 raise OutOfTime(f"the section's time was up at {self.deadline:.0f} s") from error
         return None
 
     def start(self, command, log, **options):
-        """A child process in a group of its own, whose output goes to a file in OUT; it ends with the window at the latest."""
+        """A child process in a group of its own, whose output goes to a file in OUT; it ends with the window
+        at the latest.
+        """
         with open(self.out / log, "ab") as file:
-            child = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, **options)
+            child = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True, **options
+            )
         self.children.append(child)
         return child
 
@@ -138,8 +153,6 @@ class Window:
         return child.returncode
 
 
-
-
 def end(child):
     """Kills a child and all that it started."""
     if child.poll() is None:
@@ -151,7 +164,9 @@ def end(child):
 
 
 def answers():
-    """Whether the device still works in this process: after an address that was none, every call there is an error."""
+    """Whether the device still works in this process: after an address that was none, every call there is an
+    error.
+    """
     torch = sys.modules.get("torch")
     try:
         if torch is not None and torch.cuda.is_initialized():
@@ -179,20 +194,25 @@ def take_over(window):
     for child in window.children:
         end(child)
     sys.stdout.flush()
-    os.closerange(3, 4096)      # with them goes the device's memory
+    os.closerange(3, 4096)  # with them goes the device's memory
     os.execv(window.again[0], window.again)
 
 
 def alarm(seconds):
     """OutOfTime in the main thread after so many seconds; 0 takes that back."""
+
     def ring(*_):
         raise OutOfTime("the section was interrupted when its time was up")
+
     signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.05) if seconds else 0)
 
 
 def watch(window):
-    """A thread that ends a section which does not hear the alarm, a kernel that never returns say: the process starts anew."""
+    """A thread that ends a section which does not hear the alarm, a kernel that never returns say: the
+    process starts anew.
+    """
+
     def look():
         while True:
             time.sleep(0.2)
@@ -203,15 +223,21 @@ def watch(window):
                 print(table_of(window.path), flush=True)
                 os._exit(1)
             if window.clock() > window.deadline + GRACE:
-                window.emit("failure", what=window.section, error=f"hung: it did not end {GRACE} s after its time was up")
+                window.emit(
+                    "failure",
+                    what=window.section,
+                    error=f"hung: it did not end {GRACE} s after its time was up",
+                )
                 window.emit("section", seconds=None, ended="hung")
                 take_over(window)
+
     threading.Thread(target=look, daemon=True).start()
 
 
 def run(window, sections, only=()):
-    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far -> whether all were
-    begun: one that raises Stop is the last."""
+    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far ->
+    whether all were begun: one that raises Stop is the last.
+    """
     done, until = ended(window.path), 0.0
     for name, seconds, function in sections:
         until += seconds
@@ -254,15 +280,26 @@ def run(window, sections, only=()):
 
 def options(arguments):
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("out", nargs="?", help="folder for rows.jsonl, table.md and the logs")
     parser.add_argument("--again", action="store_true", help="the second, shorter command")
     parser.add_argument("--seconds", type=float, help="the whole time (default: 420, with --again 190)")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these sections alone")
-    parser.add_argument("--commit", default=os.environ.get("BENCH_COMMIT"), help="noted beside the figures where there is no git")
-    parser.add_argument("--rehearse", choices=("interpreter", "compiler"), default="", help="without a GPU, on tiny shapes")
-    parser.add_argument("--table", metavar="ROWS", help="prints the table of a file of rows, and runs nothing")
-    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)      # when a run that goes on after a hang began
+    parser.add_argument(
+        "--commit",
+        default=os.environ.get("BENCH_COMMIT"),
+        help="noted beside the figures where there is no git",
+    )
+    parser.add_argument(
+        "--rehearse", choices=("interpreter", "compiler"), default="", help="without a GPU, on tiny shapes"
+    )
+    parser.add_argument(
+        "--table", metavar="ROWS", help="prints the table of a file of rows, and runs nothing"
+    )
+    # when a run that goes on after a hang began
+    parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not given.table and not given.out:
         parser.error("expected a folder for the results: bash bench/gpu.sh OUT")
@@ -277,19 +314,28 @@ def heading(window, given):
     commit = given.commit
     if not commit:
         try:
-            told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
-        except OSError:         # a bare machine
+            told = subprocess.run(
+                ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+            ).stdout
+        except OSError:  # a bare machine
             told = ""
         commit = told.strip() or "not known: give --commit"
     command = os.environ.get("BENCH_COMMAND") or " ".join(["python", "bench/gpu_window.py", *sys.argv[1:]])
-    window.emit("run", commit=commit, date=datetime.date.today().isoformat(), command=command, rehearsal=window.rehearsal,
-                again=given.again)
+    window.emit(
+        "run",
+        commit=commit,
+        date=datetime.date.today().isoformat(),
+        command=command,
+        rehearsal=window.rehearsal,
+        again=given.again,
+    )
 
 
 def main(arguments=None, sections=None):
     given = options(arguments)
-    if given.rehearse:      # before anything reads what it sets
+    if given.rehearse:  # before anything reads what it sets
         from gpu import rehearsal
+
         rehearsal.prepare(given.rehearse)
     if given.table:
         print(table_of(given.table))
@@ -302,10 +348,11 @@ def main(arguments=None, sections=None):
     watch(window)
     if sections is None:
         from gpu import sections as all_sections
+
         sections = all_sections.again() if given.again else all_sections.first()
     try:
         all_begun = run(window, sections, given.only)
-    except OutOfTime:       # an alarm that rang while a section's end was written down
+    except OutOfTime:  # an alarm that rang while a section's end was written down
         all_begun = False
     finally:
         for child in window.children:
@@ -320,6 +367,7 @@ def main(arguments=None, sections=None):
 def table_of(path):
     """The table of a file of rows. It is imported last: the build must start before torch is imported."""
     from gpu import table
+
     return table.text(table.read(path))
 
 

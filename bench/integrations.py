@@ -1,10 +1,13 @@
-"""A library's own functions against ours in their place: time and peak memory, forward and backward, in one process.
+"""A library's own functions against ours in their place: time and peak memory, forward and backward, in one
+process.
 
-    .venv-trl/bin/python bench/integrations.py trl      measures, writes bench/results/integrations-trl-<device>-<date>.json
-    python bench/integrations.py --page                 the table of docs/integrations.md from the newest files, to stdout
+    .venv-trl/bin/python bench/integrations.py trl      measures, writes
+    bench/results/integrations-trl-<device>-<date>.json python bench/integrations.py --page
+    the table of docs/integrations.md from the newest files, to stdout
 
-Run each in the environment that `make test-integrations` makes, with PYTHONPATH set to the checkout. Theirs and ours take turns,
-so that a slower minute of the machine slows both. Ratios are theirs / ours: above 1 ours is faster, or smaller.
+Run each in the environment that `make test-integrations` makes, with PYTHONPATH set to the checkout. Theirs
+and ours take turns, so that a slower minute of the machine slows both. Ratios are theirs / ours: above 1 ours
+is faster, or smaller.
 """
 
 import datetime
@@ -36,7 +39,10 @@ def logits(kind, rows=(ROWS, WIDTH)):
 
 
 def head(kind, count=ROWS * WIDTH):
-    hidden, weight = torch.randn(count, HIDDEN).to(kind), (torch.randn(VOCABULARY, HIDDEN) * 2 / HIDDEN ** 0.5).to(kind)
+    hidden, weight = (
+        torch.randn(count, HIDDEN).to(kind),
+        (torch.randn(VOCABULARY, HIDDEN) * 2 / HIDDEN**0.5).to(kind),
+    )
     return hidden.requires_grad_(), weight.requires_grad_(), torch.randint(VOCABULARY, (count,))
 
 
@@ -56,6 +62,7 @@ def of_logits(name, kind, *options, rows=(ROWS, WIDTH), with_ids=True):
 
 def of_tokens(name, count, call, learns=True):
     """call(f, tensors, mask) -> outputs; the first tensor learns."""
+
     def make():
         *tensors, mask = tokens(count)
         tensors[0].requires_grad_(learns)
@@ -68,12 +75,20 @@ def trl_cases():
     utils = "trl.trainer.utils:"
     for kind in (torch.float32, torch.bfloat16):
         for outputs in ((), ("entropy",), ("entropy", "mean_logits", "is_top1")):
+
             def make(kind=kind, outputs=outputs):
                 hidden, weight, ids = head(kind)
-                return (lambda f: f.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, outputs)[:1]), [hidden, weight]
+                return (lambda f: f.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, outputs)[:1]), [
+                    hidden,
+                    weight,
+                ]
 
             extra = f", with {', '.join(outputs)}" if outputs else ""
-            yield f"{utils}_ChunkedLogProbFunction", f"{ROWS * WIDTH}x{HIDDEN}x{VOCABULARY} {str(kind)[6:]}{extra}", make
+            yield (
+                f"{utils}_ChunkedLogProbFunction",
+                f"{ROWS * WIDTH}x{HIDDEN}x{VOCABULARY} {str(kind)[6:]}{extra}",
+                make,
+            )
     for kind in (torch.float32, torch.bfloat16):
         yield of_logits(f"{utils}selective_log_softmax", kind)
         yield of_logits(f"{utils}entropy_from_logits", kind, with_ids=False)
@@ -85,50 +100,87 @@ def verl_cases():
     for kind in (torch.float32, torch.bfloat16):
         yield of_logits(f"{functional}logprobs_from_logits", kind)
         yield of_logits(f"{functional}entropy_from_logits", kind, with_ids=False)
-        yield of_logits(f"{functional}entropy_from_logits_with_chunking", kind, rows=(ROWS * WIDTH,), with_ids=False)
+        yield of_logits(
+            f"{functional}entropy_from_logits_with_chunking", kind, rows=(ROWS * WIDTH,), with_ids=False
+        )
 
         def make(kind=kind):
             hidden, weight, ids = head(kind)
             module = types.SimpleNamespace(impl_backend="torch", chunk_size=512)
             return (lambda f: f(module, hidden, weight, ids, 1.0)), [hidden, weight]
 
-        yield ("verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
-               f"{ROWS * WIDTH}x{HIDDEN}x{VOCABULARY} {str(kind)[6:]}", make)
+        yield (
+            "verl.utils.experimental.torch_functional:FusedLinearForPPO.forward",
+            f"{ROWS * WIDTH}x{HIDDEN}x{VOCABULARY} {str(kind)[6:]}",
+            make,
+        )
     values = {"clip_ratio": 0.2, "clip_ratio_low": 0.2, "clip_ratio_high": 0.28, "global_batch_info": {}}
     config = types.SimpleNamespace(**values, get=lambda name, default=None: default)
     yield of_tokens(f"{functional}masked_whiten", 1, lambda f, t, mask: f(t[0], mask))
-    yield of_tokens(f"{core}compute_gae_advantage_return", 2, lambda f, t, mask: f(*t, mask.long(), 1.0, 0.95), learns=False)
-    yield of_tokens(f"{core}compute_policy_loss_vanilla", 3,
-                    lambda f, t, mask: f(t[1], t[0], t[2], mask.long(), "token-mean", config)[:1])
-    yield of_tokens(f"{core}compute_value_loss", 3, lambda f, t, mask: f(t[0], t[1], t[2], mask.long(), 0.2)[:1])
+    yield of_tokens(
+        f"{core}compute_gae_advantage_return",
+        2,
+        lambda f, t, mask: f(*t, mask.long(), 1.0, 0.95),
+        learns=False,
+    )
+    yield of_tokens(
+        f"{core}compute_policy_loss_vanilla",
+        3,
+        lambda f, t, mask: f(t[1], t[0], t[2], mask.long(), "token-mean", config)[:1],
+    )
+    yield of_tokens(
+        f"{core}compute_value_loss", 3, lambda f, t, mask: f(t[0], t[1], t[2], mask.long(), 0.2)[:1]
+    )
 
 
 def openrlhf_cases():
     from stubs import stub
+
     stub("flash_attn", "vllm", without=["flash_attn.ops"])
     utils, loss = "openrlhf.models.utils:", "openrlhf.models.loss:"
     for kind in (torch.float32, torch.bfloat16):
         yield of_logits(f"{utils}log_probs_from_logits", kind)
     yield of_logits(f"{utils}compute_entropy", torch.float32, with_ids=False)
-    policy = types.SimpleNamespace(policy_loss_type="ppo", is_correction_level="off", token_level_loss=True, clip_eps_low=0.2,
-                                   clip_eps_high=0.2, dual_clip=None)
+    policy = types.SimpleNamespace(
+        policy_loss_type="ppo",
+        is_correction_level="off",
+        token_level_loss=True,
+        clip_eps_low=0.2,
+        clip_eps_high=0.2,
+        dual_clip=None,
+    )
     value = types.SimpleNamespace(clip_eps=0.2, token_level_loss=True)
     yield of_tokens(f"{loss}PolicyLoss.forward", 3, lambda f, t, mask: f(policy, *t, mask)[:1])
     yield of_tokens(f"{loss}ValueLoss.forward", 3, lambda f, t, mask: f(value, *t, mask))
-    yield of_tokens("openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_advantages_and_returns", 2,
-                    lambda f, t, mask: f(None, *t, mask, 1.0, 0.95), learns=False)
+    yield of_tokens(
+        "openrlhf.trainer.ppo_utils.experience_maker:RemoteExperienceMaker.get_advantages_and_returns",
+        2,
+        lambda f, t, mask: f(None, *t, mask, 1.0, 0.95),
+        learns=False,
+    )
 
 
 def safe_rlhf_cases():
     rl, algorithms = "safe_rlhf.trainers.rl_trainer:RLTrainer.", "safe_rlhf.algorithms."
-    trainer = types.SimpleNamespace(gamma=1.0, gae_lambda=0.95, clip_range_ratio=0.2, clip_range_value=0.2,
-                                    log_lambda=torch.nn.Parameter(torch.zeros(())))
+    trainer = types.SimpleNamespace(
+        gamma=1.0,
+        gae_lambda=0.95,
+        clip_range_ratio=0.2,
+        clip_range_value=0.2,
+        log_lambda=torch.nn.Parameter(torch.zeros(())),
+    )
     for kind in (torch.float32, torch.bfloat16):
         yield of_logits("safe_rlhf.utils:gather_log_probabilities", kind)
-    yield of_tokens(f"{rl}get_advantages_and_returns", 2, lambda f, t, mask: f(trainer, *t, mask, 0), learns=False)
+    yield of_tokens(
+        f"{rl}get_advantages_and_returns", 2, lambda f, t, mask: f(trainer, *t, mask, 0), learns=False
+    )
     yield of_tokens(f"{rl}critic_loss_fn", 3, lambda f, t, mask: f(trainer, *t, mask))
-    yield of_tokens(f"{algorithms}ppo.trainer:PPOTrainer.actor_loss_fn", 3, lambda f, t, mask: f(trainer, *t, mask))
-    yield of_tokens(f"{algorithms}ppo_lag.trainer:PPOLagTrainer.actor_loss_fn", 4, lambda f, t, mask: f(trainer, *t, mask))
+    yield of_tokens(
+        f"{algorithms}ppo.trainer:PPOTrainer.actor_loss_fn", 3, lambda f, t, mask: f(trainer, *t, mask)
+    )
+    yield of_tokens(
+        f"{algorithms}ppo_lag.trainer:PPOLagTrainer.actor_loss_fn", 4, lambda f, t, mask: f(trainer, *t, mask)
+    )
 
 
 def transformers_sides():
@@ -136,20 +188,39 @@ def transformers_sides():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from saferlhf_fast import integrations
+
     for vocabulary, width in ((32000, 512), (128000, 256)):
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, hidden_size=width, intermediate_size=2 * width,
-                                             num_hidden_layers=2, num_attention_heads=8, max_position_embeddings=512))
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=vocabulary,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                num_hidden_layers=2,
+                num_attention_heads=8,
+                max_position_embeddings=512,
+            )
+        )
         for labelled in ("all", "every second"):
             ids = torch.randint(vocabulary, (ROWS, WIDTH))
             labels = ids if labelled == "all" else ids.masked_fill(torch.arange(WIDTH) % 2 == 0, -100)
             with integrations.patch("transformers", model, quiet=True):
                 shape = f"{ROWS}x{WIDTH}, V={vocabulary}, H={width}, {labelled} labelled"
-                yield ("transformers:LlamaForCausalLM, labels", shape,
-                       lambda f, ids=ids, labels=labels: f(input_ids=ids, labels=labels).loss, list(model.parameters()),
-                       {"theirs": types.MethodType(type(model).forward, model), "ours": model.forward})
+                yield (
+                    "transformers:LlamaForCausalLM, labels",
+                    shape,
+                    lambda f, ids=ids, labels=labels: f(input_ids=ids, labels=labels).loss,
+                    list(model.parameters()),
+                    {"theirs": types.MethodType(type(model).forward, model), "ours": model.forward},
+                )
 
 
-CASES = {"trl": trl_cases, "verl": verl_cases, "openrlhf": openrlhf_cases, "safe_rlhf": safe_rlhf_cases, "transformers": None}
+CASES = {
+    "trl": trl_cases,
+    "verl": verl_cases,
+    "openrlhf": openrlhf_cases,
+    "safe_rlhf": safe_rlhf_cases,
+    "transformers": None,
+}
 
 
 def sides(name):
@@ -159,8 +230,11 @@ def sides(name):
         yield from transformers_sides()
         return
     from saferlhf_fast.integrations import sites
+
     cases = list(CASES[name]())
-    entries = {entry.target: entry for entry in import_module(f"saferlhf_fast.integrations.{name}").LIBRARY.replace}
+    entries = {
+        entry.target: entry for entry in import_module(f"saferlhf_fast.integrations.{name}").LIBRARY.replace
+    }
     for target, shape, make in cases:
         torch.manual_seed(0)
         import_module(entries[target].module)
@@ -172,9 +246,15 @@ def sides(name):
 def step(call, function, leaves):
     """Forward, and backward where something learns -> outputs and gradients."""
     made = call(function)
-    outputs = [part for part in (made if isinstance(made, (tuple, list)) else (made,)) if isinstance(part, torch.Tensor)]
+    outputs = [
+        part
+        for part in (made if isinstance(made, (tuple, list)) else (made,))
+        if isinstance(part, torch.Tensor)
+    ]
     learning = [part for part in outputs if part.requires_grad]
-    gradients = torch.autograd.grad(learning, leaves, [torch.ones_like(part) for part in learning]) if leaves else ()
+    gradients = (
+        torch.autograd.grad(learning, leaves, [torch.ones_like(part) for part in learning]) if leaves else ()
+    )
     return *(part.detach() for part in outputs), *gradients
 
 
@@ -192,8 +272,10 @@ def measure(call, leaves, functions):
             times[name].append(time.perf_counter() - start)
         if time.perf_counter() - began > SECONDS and len(times["ours"]) >= 3:
             break
-    peaks = {name: memory.above(lambda function=function: step(call, function, leaves), leaves, DEVICE)
-             for name, function in functions.items()}
+    peaks = {
+        name: memory.above(lambda function=function: step(call, function, leaves), leaves, DEVICE)
+        for name, function in functions.items()
+    }
     return {name: (statistics.median(times[name]), peaks[name]) for name in functions}
 
 
@@ -203,9 +285,12 @@ def rows(name):
         found = measure(call, leaves, functions)
         row = {"function": target, "shape": shape}
         for side, (seconds, peak) in found.items():
-            row |= {f"{side}_ms": seconds * 1e3, f"{side}_mib": None if peak is None else peak / 2 ** 20}
-        print(f"{target.partition(':')[2]:38} {shape:48} {row['theirs_ms']:9.3f} -> {row['ours_ms']:8.3f} ms  "
-              f"{row['theirs_mib']:8.1f} -> {row['ours_mib']:7.1f} MiB", flush=True)
+            row |= {f"{side}_ms": seconds * 1e3, f"{side}_mib": None if peak is None else peak / 2**20}
+        print(
+            f"{target.partition(':')[2]:38} {shape:48} {row['theirs_ms']:9.3f} -> {row['ours_ms']:8.3f} ms  "
+            f"{row['theirs_mib']:8.1f} -> {row['ours_mib']:7.1f} MiB",
+            flush=True,
+        )
         yield row
         del call, leaves, functions
         gc.collect()
@@ -224,17 +309,32 @@ def main(arguments):
         print(page())
         return 0
     if len(arguments) != 1 or arguments[0] not in CASES:
-        print(f"expected one of {', '.join(CASES)}, or --page; got {' '.join(arguments) or 'nothing'}", file=sys.stderr)
+        print(
+            f"expected one of {', '.join(CASES)}, or --page; got {' '.join(arguments) or 'nothing'}",
+            file=sys.stderr,
+        )
         return 2
     name = arguments[0]
     torch.set_default_device(DEVICE)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
-    git = lambda *words: subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=HERE, capture_output=True, text=True).stdout.strip()
+
     device, date = device_name(), datetime.date.today().isoformat()
-    results = {"library": name, "version": version(name), "device": device, "date": date,
-               "threads": torch.get_num_threads(), "torch": torch.__version__, "commit": git("rev-parse", "--short", "HEAD"),
-               "command": f"python bench/integrations.py {name}", "rows": list(rows(name))}
+    results = {
+        "library": name,
+        "version": version(name),
+        "device": device,
+        "date": date,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "command": f"python bench/integrations.py {name}",
+        "rows": list(rows(name)),
+    }
     from run import slug
+
     path = HERE / "results" / f"integrations-{name}-{slug(device)}-{date}.json"
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(path)
@@ -245,19 +345,34 @@ def page():
     """The measured table in Markdown, one part for each library's newest file."""
     lines = []
     for name in CASES:
-        path = max((HERE / "results").glob(f"integrations-{name}-*.json"), default=None, key=lambda path: path.name[-15:])
+        path = max(
+            (HERE / "results").glob(f"integrations-{name}-*.json"),
+            default=None,
+            key=lambda path: path.name[-15:],
+        )
         if path is None:
             continue
         found = json.loads(path.read_text())
-        lines += [f"### {name} {found['version']}", "",
-                  f"{found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}, "
-                  f"`OMP_NUM_THREADS={found['threads']} {found['command']}`.", "",
-                  "| function | shape | theirs | ours | faster | theirs, memory | ours, memory | smaller |",
-                  "|---|---|---:|---:|---:|---:|---:|---:|"]
+        lines += [
+            f"### {name} {found['version']}",
+            "",
+            f"{found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}, "
+            f"`OMP_NUM_THREADS={found['threads']} {found['command']}`.",
+            "",
+            "| function | shape | theirs | ours | faster | theirs, memory | ours, memory | smaller |",
+            "|---|---|---:|---:|---:|---:|---:|---:|",
+        ]
         for row in found["rows"]:
-            cells = [f"`{row['function'].partition(':')[2]}`", row["shape"], _ms(row["theirs_ms"]), _ms(row["ours_ms"]),
-                     _ratio(row["theirs_ms"], row["ours_ms"]), _mib(row["theirs_mib"]), _mib(row["ours_mib"]),
-                     _ratio(row["theirs_mib"], row["ours_mib"], 1.0)]
+            cells = [
+                f"`{row['function'].partition(':')[2]}`",
+                row["shape"],
+                _ms(row["theirs_ms"]),
+                _ms(row["ours_ms"]),
+                _ratio(row["theirs_ms"], row["ours_ms"]),
+                _mib(row["theirs_mib"]),
+                _mib(row["ours_mib"]),
+                _ratio(row["theirs_mib"], row["ours_mib"], 1.0),
+            ]
             lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Peak memory of one call above its inputs and outputs.
 
-CUDA: the allocator's peak (torch.cuda.max_memory_allocated) above what was allocated before. CPU: the process's peak resident
-memory (VmHWM, reset through /proc/self/clear_refs) above what was resident before, so scratch that native code or a library
-takes for itself counts too, a page as soon as it is touched. Outputs are subtracted by their size unless they lie in an input.
-It is taken after warm-up: what a library keeps from call to call (packing buffers of a matrix product, say) is not in it.
+CUDA: the allocator's peak (torch.cuda.max_memory_allocated) above what was allocated before. CPU: the
+process's peak resident memory (VmHWM, reset through /proc/self/clear_refs) above what was resident before, so
+scratch that native code or a library takes for itself counts too, a page as soon as it is touched. Outputs
+are subtracted by their size unless they lie in an input. It is taken after warm-up: what a library keeps from
+call to call (packing buffers of a matrix product, say) is not in it.
 """
 
 import ctypes
@@ -30,14 +31,19 @@ def _tensors(value):
 
 def _new_bytes(result, inputs):
     """Bytes of the storages in `result` that are not the inputs' own."""
-    storage = lambda tensor: tensor.untyped_storage()
+
+    def storage(tensor):
+        return tensor.untyped_storage()
+
     old = {storage(tensor).data_ptr() for tensor in inputs}
     new = {storage(tensor).data_ptr(): storage(tensor).nbytes() for tensor in _tensors(result)}
     return sum(size for address, size in new.items() if address not in old)
 
 
 def above(step, inputs, device):
-    """Peak extra bytes of `step()`, or None where it cannot be known. step returns its outputs, gradients among them."""
+    """Peak extra bytes of `step()`, or None where it cannot be known. step returns its outputs, gradients
+    among them.
+    """
     gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -48,7 +54,7 @@ def above(step, inputs, device):
         peak = torch.cuda.max_memory_allocated()
     else:
         try:
-            ctypes.CDLL(None).malloc_trim(0)    # what was freed earlier must not hide what is taken now
+            ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier must not hide what is taken now
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
             before = _status("VmRSS")

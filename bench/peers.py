@@ -1,12 +1,15 @@
-"""Other projects' versions of the ops, found by import: name, where it runs, and a call with one signature per kind.
+"""Other projects' versions of the ops, found by import: name, where it runs, and a call with one signature
+per kind.
 
 Kinds and signatures (N tokens, H hidden, V vocabulary; `batch` is shapes.Batch):
-    logprob(logits_NV, ids_N) -> logp_N                    logprob_entropy(logits_NV, ids_N) -> logp_N, entropy_N
-    ppo_from_logits(logits_NV, batch) -> loss              linear_logprob(hidden_NH, weight_VH, ids_N) -> logp_N
-    linear_ppo(hidden_NH, weight_VH, batch) -> loss        gae(rewards_BT, values_BT, mask_BT) -> advantages, returns
-    advantage(…) as eager.advantage_loop                   ppo_loss, value_loss as in eager.py
-A peer that has no clipped loss of its own gets eager.clipped behind its log-probs, "+ loss" in its name. Nothing here is
-imported before it is asked for; what does not import, or needs a GPU, raises Missing with the reason.
+    logprob(logits_NV, ids_N) -> logp_N                    logprob_entropy(logits_NV, ids_N) -> logp_N,
+    entropy_N ppo_from_logits(logits_NV, batch) -> loss              linear_logprob(hidden_NH, weight_VH,
+    ids_N) -> logp_N linear_ppo(hidden_NH, weight_VH, batch) -> loss        gae(rewards_BT, values_BT,
+    mask_BT) -> advantages, returns advantage(…) as eager.advantage_loop                   ppo_loss,
+    value_loss as in eager.py
+A peer that has no clipped loss of its own gets eager.clipped behind its log-probs, "+ loss" in its name.
+Nothing here is imported before it is asked for; what does not import, or needs a GPU, raises Missing with the
+reason.
 """
 
 import functools
@@ -14,8 +17,9 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from importlib import metadata
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import eager
 import torch
@@ -28,8 +32,10 @@ class Missing(Exception):
 
 
 class Peer(NamedTuple):
-    """load() -> the call. where: devices it runs on. means: see exact.derivative. forward_only: it has no backward.
-    inplace: it writes into its logits. spare_row: it takes logits [N + 1, V] and leaves out the last row."""
+    """load() -> the call. where: devices it runs on. means: see exact.derivative. forward_only: it has no
+    backward. inplace: it writes into its logits. spare_row: it takes logits [N + 1, V] and leaves out the
+    last row.
+    """
 
     load: Callable
     wheel: str
@@ -43,10 +49,13 @@ class Peer(NamedTuple):
 PEERS: dict[str, dict[str, Peer]] = {}
 
 
-def peer(kind, name, wheel, where=("cuda",), means="same", forward_only=False, inplace=False, spare_row=False):
+def peer(
+    kind, name, wheel, where=("cuda",), means="same", forward_only=False, inplace=False, spare_row=False
+):
     def register(load):
         PEERS.setdefault(kind, {})[name] = Peer(load, wheel, where, means, forward_only, inplace, spare_row)
         return load
+
     return register
 
 
@@ -65,10 +74,14 @@ def load(kind, name, device):
         except metadata.PackageNotFoundError:
             raise Missing(f"{found.wheel} is not installed") from error
         raise Missing(f"{found.wheel} {metadata.version(found.wheel)} does not import: {error}") from error
-    except Exception as error:      # whatever else a foreign import may do
-        raise Missing(f"{found.wheel} does not import: {type(error).__name__}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever else a foreign import may do
+        raise Missing(
+            f"{found.wheel} does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
     if device not in found.where:
-        raise Missing(f"{found.wheel} {metadata.version(found.wheel)} imports, but this part needs a GPU (Triton only)")
+        raise Missing(
+            f"{found.wheel} {metadata.version(found.wheel)} imports, but this part needs a GPU (Triton only)"
+        )
     return call
 
 
@@ -76,20 +89,28 @@ BOTH = ("cpu", "cuda")
 
 
 def _compiled(form):
-    torch._dynamo.reset()       # each shape is compiled for itself: no recompile limit, no dynamic sizes
+    torch._dynamo.reset()  # each shape is compiled for itself: no recompile limit, no dynamic sizes
     return torch.compile(form, dynamic=False)
 
 
-for _kind, _form in {"logprob": eager.logprob, "logprob_entropy": eager.logprob_entropy,
-                     "ppo_from_logits": eager.ppo_from_logits, "linear_logprob": eager.linear_logprob,
-                     "linear_ppo": eager.linear_ppo, "ppo_loss": eager.ppo_loss, "value_loss": eager.value_loss}.items():
+for _kind, _form in {
+    "logprob": eager.logprob,
+    "logprob_entropy": eager.logprob_entropy,
+    "ppo_from_logits": eager.ppo_from_logits,
+    "linear_logprob": eager.linear_logprob,
+    "linear_ppo": eager.linear_ppo,
+    "ppo_loss": eager.ppo_loss,
+    "value_loss": eager.value_loss,
+}.items():
     peer(_kind, "torch.compile", "torch", BOTH)(functools.partial(_compiled, _form))
 for _kind, _form in {"gae": eager.gae_chunked, "advantage": eager.advantage_chunked}.items():
     peer(_kind, "chunked product", "torch", BOTH)(lambda form=_form: form)
     peer(_kind, "chunked product, torch.compile", "torch", BOTH)(functools.partial(_compiled, _form))
 
 
-# TRL -----------------------------------------------------------------------------------------------------------------
+# TRL
+# -----------------------------------------------------------------------------------------------------------------
+
 
 @peer("logprob", "TRL selective_log_softmax", "trl", BOTH)
 def _():
@@ -114,7 +135,8 @@ def _():
 @peer("linear_logprob", "TRL ChunkedLogProb", "trl", BOTH)
 def _():
     function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    # bias, targets, temperature, columns of a tile (as its trainer sets them), softcap, scale, what else to return
+    # bias, targets, temperature, columns of a tile (as its trainer sets them), softcap, scale, what else to
+    # return
     return lambda hidden, weight, ids: function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]
 
 
@@ -124,7 +146,9 @@ def _():
     return lambda hidden, weight, batch: eager.clipped(call(hidden, weight, batch.ids_N), batch)
 
 
-# Liger ---------------------------------------------------------------------------------------------------------------
+# Liger
+# ---------------------------------------------------------------------------------------------------------------
+
 
 @peer("logprob", "Liger fused_selective_log_softmax", "liger-kernel", forward_only=True, spare_row=True)
 def _():
@@ -143,8 +167,21 @@ def _():
     call = importlib.import_module("liger_kernel.transformers.grpo_loss").triton_grpo_loss
 
     def run(logits, batch):
-        return call(logits[None], batch.old_logp_N[None], None, batch.ids_N[None], batch.advantage_N[:1], temperature=1.0,
-                    beta=0.0, eps_low=eager.CLIP, eps_high=eager.CLIP, inplace=True, loss_type="grpo", reduce=True)[0]
+        return call(
+            logits[None],
+            batch.old_logp_N[None],
+            None,
+            batch.ids_N[None],
+            batch.advantage_N[:1],
+            temperature=1.0,
+            beta=0.0,
+            eps_low=eager.CLIP,
+            eps_high=eager.CLIP,
+            inplace=True,
+            loss_type="grpo",
+            reduce=True,
+        )[0]
+
     return run
 
 
@@ -163,30 +200,52 @@ def _():
 @peer("linear_ppo", "Liger FusedLinearGRPOLoss", "liger-kernel", BOTH, means="grpo")
 def _():
     kind = importlib.import_module("liger_kernel.chunked_loss").LigerFusedLinearGRPOLoss
-    loss = kind(beta=0.0, compiled=torch.cuda.is_available(), use_ref_model=False, chunk_size=1, epsilon_low=eager.CLIP,
-                epsilon_high=eager.CLIP, loss_type="bnpo")
+    loss = kind(
+        beta=0.0,
+        compiled=torch.cuda.is_available(),
+        use_ref_model=False,
+        chunk_size=1,
+        epsilon_low=eager.CLIP,
+        epsilon_high=eager.CLIP,
+        loss_type="bnpo",
+    )
 
     def run(hidden, weight, batch):
-        in_rows = lambda tensor: tensor.view(batch.rows, -1, *tensor.shape[1:])
+        def in_rows(tensor):
+            return tensor.view(batch.rows, -1, *tensor.shape[1:])
+
         mask = torch.ones_like(in_rows(batch.ids_N))
-        return loss(in_rows(hidden), weight, in_rows(batch.ids_N), mask, batch.advantage_N[:1].expand(batch.rows),
-                    old_per_token_logps=in_rows(batch.old_logp_N))[0]
+        return loss(
+            in_rows(hidden),
+            weight,
+            in_rows(batch.ids_N),
+            mask,
+            batch.advantage_N[:1].expand(batch.rows),
+            old_per_token_logps=in_rows(batch.old_logp_N),
+        )[0]
+
     return run
 
 
 def _liger_mean(rows_in_chunk):
     call = importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
-    return lambda hidden, weight, batch: call(hidden, weight, batch.ids_N, accum_dtype=torch.float32,
-                                              chunk_mem_const=rows_in_chunk)
+    return lambda hidden, weight, batch: call(
+        hidden, weight, batch.ids_N, accum_dtype=torch.float32, chunk_mem_const=rows_in_chunk
+    )
 
 
 # its chunk is about N * H / V tokens by default; 16 times that is the fastest its maintainers publish
-peer("linear_ppo", "Liger linear cross entropy (mean)", "liger-kernel", means="cross-entropy")(lambda: _liger_mean(1))
-peer("linear_ppo", "Liger linear cross entropy (mean), chunks x 16", "liger-kernel",
-     means="cross-entropy")(lambda: _liger_mean(16))
+peer("linear_ppo", "Liger linear cross entropy (mean)", "liger-kernel", means="cross-entropy")(
+    lambda: _liger_mean(1)
+)
+peer("linear_ppo", "Liger linear cross entropy (mean), chunks x 16", "liger-kernel", means="cross-entropy")(
+    lambda: _liger_mean(16)
+)
 
 
-# torch's own, cut-cross-entropy, verl, fla ---------------------------------------------------------------------------
+# torch's own, cut-cross-entropy, verl, fla
+# ---------------------------------------------------------------------------
+
 
 def _torch_mean(chunked):
     call = getattr(torch.nn.functional, "linear_cross_entropy", None)
@@ -196,15 +255,19 @@ def _torch_mean(chunked):
     return lambda hidden, weight, batch: call(hidden, weight, batch.ids_N, options=options)
 
 
-peer("linear_ppo", "torch linear_cross_entropy (mean)", "torch", BOTH, means="cross-entropy")(lambda: _torch_mean(False))
-peer("linear_ppo", "torch linear_cross_entropy (mean), chunked", "torch", BOTH,
-     means="cross-entropy")(lambda: _torch_mean(True))
+peer("linear_ppo", "torch linear_cross_entropy (mean)", "torch", BOTH, means="cross-entropy")(
+    lambda: _torch_mean(False)
+)
+peer("linear_ppo", "torch linear_cross_entropy (mean), chunked", "torch", BOTH, means="cross-entropy")(
+    lambda: _torch_mean(True)
+)
 
 
 @peer("linear_logprob", "CCE", "cut-cross-entropy")
 def _():
     call = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    # no filter: with random data it would leave out every entry but the target's, and the gradient would be another one
+    # no filter: with random data it would leave out every entry but the target's, and the gradient would be
+    # another one
     return lambda hidden, weight, ids: -call(hidden, weight, ids, reduction="none", filter_eps=None)
 
 
@@ -215,7 +278,9 @@ def _():
 
 
 def _without_init(package):
-    """Puts packages whose __init__ wants much that is not needed (Ray, for verl) into sys.modules without running it."""
+    """Puts packages whose __init__ wants much that is not needed (Ray, for verl) into sys.modules without
+    running it.
+    """
     path = []
     for part in package.split("."):
         path.append(part)
@@ -254,8 +319,9 @@ def _():
 @peer("ppo_from_logits", "fla fused_grpo_loss", "fla-core", means="first step", inplace=True, spare_row=True)
 def _():
     call = importlib.import_module("fla.modules.grpo").fused_grpo_loss
-    return lambda logits, batch: call(logits[None], batch.old_logp_N[None], batch.ids_N[None], batch.advantage_N[:1],
-                                      beta=0.0, inplace=True).mean()
+    return lambda logits, batch: call(
+        logits[None], batch.old_logp_N[None], batch.ids_N[None], batch.advantage_N[:1], beta=0.0, inplace=True
+    ).mean()
 
 
 @peer("linear_ppo", "fla linear cross entropy (mean)", "fla-core", means="cross-entropy")
@@ -264,7 +330,9 @@ def _():
     return lambda hidden, weight, batch: call(hidden, batch.ids_N, weight)
 
 
-# torchrl -------------------------------------------------------------------------------------------------------------
+# torchrl
+# -------------------------------------------------------------------------------------------------------------
+
 
 @peer("gae", "torchrl vec GAE", "torchrl", BOTH)
 def _():
@@ -277,5 +345,5 @@ def _():
         done[:, -1] = True
         advantages, returns = call(eager.GAMMA, eager.LAM, values, following, rewards, done)
         return torch.where(mask, advantages[..., 0], 0), torch.where(mask, returns[..., 0], 0)
-    return run
 
+    return run

@@ -1,4 +1,5 @@
-"""Runs the benches and writes bench/results/<device>-<date>.json and the Markdown table beside it: `make bench`.
+"""Runs the benches and writes bench/results/<device>-<date>.json and the Markdown table beside it: `make
+bench`.
 
 python bench/run.py [--out FOLDER] [--rooms] [files of pytest] [options of pytest]
     --out FOLDER   where the two files go (default: bench/results)
@@ -16,7 +17,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-CHECKOUT = (ROOT / "setup.py").is_file()    # else ROOT is saferlhf_fast/ of an installed wheel and must stay off sys.path
+# else ROOT is saferlhf_fast/ of an installed wheel and must stay off sys.path
+CHECKOUT = (ROOT / "setup.py").is_file()
 
 
 def slug(device):
@@ -25,37 +27,66 @@ def slug(device):
 
 
 def measure(path, arguments, log=None):
-    """Runs pytest over the benches; the results lie at `path` afterwards if anything was measured. Returns its exit code.
+    """Runs pytest over the benches; the results lie at `path` afterwards if anything was measured. Returns
+    its exit code.
 
-    arguments: bench files, by name or as pytest's own names of tests, and options; log: a file that takes what pytest says.
-    pytest runs in a folder and with a configuration of its own: what lies around a user's folder must not change it, and
-    nothing may put saferlhf_fast/ itself on sys.path, whose version.py would stand in for others' of that name.
+    arguments: bench files, by name or as pytest's own names of tests, and options; log: a file that takes
+    what pytest says. pytest runs in a folder and with a configuration of its own: what lies around a user's
+    folder must not change it, and nothing may put saferlhf_fast/ itself on sys.path, whose version.py would
+    stand in for others' of that name.
     """
     wanted = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
     options = [argument for argument in arguments if argument not in wanted]
     files = [str(HERE / re.sub(r"^[^:]*/", "", argument)) for argument in wanted]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     if CHECKOUT:
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
     with tempfile.TemporaryDirectory() as scratch:
         empty = Path(scratch) / "pytest.ini"
         empty.write_text("[pytest]\n")
-        command = [sys.executable, "-m", "pytest", *(files or [str(HERE)]), "-c", str(empty), f"--rootdir={HERE}",
-                   f"--confcutdir={HERE}", "-q",
-                   "--import-mode=importlib", "-W", "ignore::FutureWarning", "-W", "ignore::DeprecationWarning",
-                   "--benchmark-only", "-p", "no:cacheprovider", "-rs", "--benchmark-columns=median,iqr,rounds",
-                   "--benchmark-quiet", f"--benchmark-storage=file://{scratch}/stored", f"--benchmark-json={path}", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *(files or [str(HERE)]),
+            "-c",
+            str(empty),
+            f"--rootdir={HERE}",
+            f"--confcutdir={HERE}",
+            "-q",
+            "--import-mode=importlib",
+            "-W",
+            "ignore::FutureWarning",
+            "-W",
+            "ignore::DeprecationWarning",
+            "--benchmark-only",
+            "-p",
+            "no:cacheprovider",
+            "-rs",
+            "--benchmark-columns=median,iqr,rounds",
+            "--benchmark-quiet",
+            f"--benchmark-storage=file://{scratch}/stored",
+            f"--benchmark-json={path}",
+            *options,
+        ]
         if find_spec("pytest_timeout"):
             command.append("--timeout=900")
         return subprocess.run(command, cwd=scratch, stdout=log, env=environment).returncode
 
 
 def rooms():
-    """{op: its test files}: tests/kernels/test_<op>.py and tests/kernels/test_<op>_*.py, each given to the op with the longest
-    name."""
+    """{op: its test files}: tests/kernels/test_<op>.py and tests/kernels/test_<op>_*.py, each given to the op
+    with the longest name.
+    """
     from saferlhf_fast.kernels import dispatch
+
     ops = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
-    owner = lambda name: max((op for op in ops if name == op or name.startswith(op + "_")), key=len, default=None)
+
+    def owner(name):
+        return max((op for op in ops if name == op or name.startswith(op + "_")), key=len, default=None)
+
     files = sorted(ROOT.glob("tests/kernels/test_*.py"))
     return {op: [file for file in files if owner(file.stem.removeprefix("test_")) == op] for op in ops}
 
@@ -63,6 +94,7 @@ def rooms():
 def write(results, folder):
     """The JSON and the table of loaded results, named after their device and date; returns the JSON's path."""
     import table
+
     machine = results["machine_info"]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug(machine['device'])}-{machine['date']}.json"
@@ -81,7 +113,7 @@ def main(arguments):
     if "--out" in arguments:
         at = arguments.index("--out")
         folder = Path(arguments[at + 1]).resolve()
-        del arguments[at:at + 2]
+        del arguments[at : at + 2]
     os.environ.setdefault("BENCH_COMMAND", " ".join(["python bench/run.py", *arguments]))
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "results.json"

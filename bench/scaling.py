@@ -1,9 +1,10 @@
 """The tables of docs/scaling.md, from the plan: python bench/scaling.py [7B 13B 70B 70B+7B] [--write]
 (all sizes when none is named).
 
-A step of ppo-lag with the defaults (16 prompts of each GPU, sequences of up to 512 tokens, half of it the prompt), checkpointing
-on, bf16, for Llama-2's shapes: memory, what is sent, and the least time that arithmetic, links and generation need. No weights,
-no GPU. The published figures that the times stand on are in PEAKS; nothing here is measured.
+A step of ppo-lag with the defaults (16 prompts of each GPU, sequences of up to 512 tokens, half of it the
+prompt), checkpointing on, bf16, for Llama-2's shapes: memory, what is sent, and the least time that
+arithmetic, links and generation need. No weights, no GPU. The published figures that the times stand on are
+in PEAKS; nothing here is measured.
 """
 
 import json
@@ -30,13 +31,13 @@ GPUS = (8, 64, 512)
 class Peak(NamedTuple):
     """Published figures of a GPU."""
 
-    memory: int                          # GiB as its name says
-    flops: float                         # dense bf16, per second
-    bandwidth: float                     # of its memory, bytes per second
+    memory: int  # GiB as its name says
+    flops: float  # dense bf16, per second
+    bandwidth: float  # of its memory, bytes per second
 
 
 PEAKS = {"H100": Peak(80, 989e12, 3.35e12), "H200": Peak(141, 989e12, 4.8e12)}
-GIB = 2 ** 30
+GIB = 2**30
 
 
 def folder_of(root, name):
@@ -44,19 +45,40 @@ def folder_of(root, name):
     hidden, inner, layers, heads, kv = SHAPES[name]
     folder = Path(root) / name
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({
-        **COMMON, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": kv}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                **COMMON,
+                "hidden_size": hidden,
+                "intermediate_size": inner,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv,
+            }
+        )
+    )
     return str(folder)
 
 
 def config_of(root, variant, stage):
-    """PPOConfig of a variant under a ZeRO stage. A 70B actor is not gathered whole for its rollouts: no GPU could hold it."""
+    """PPOConfig of a variant under a ZeRO stage. A 70B actor is not gathered whole for its rollouts: no GPU
+    could hold it.
+    """
     actor, score = (folder_of(root, name) for name in VARIANTS[variant])
     gather = variant in ("7B", "13B") or stage < 3
-    return load.build("ppo-lag", {
-        "model": actor, "reward": score, "cost": score, "data": "none", "output": "none", "gradient_checkpointing": True,
-        "engine": {"zero_stage": stage, "precision": "bf16"}, "sampling": {"gather": gather}})
+    return load.build(
+        "ppo-lag",
+        {
+            "model": actor,
+            "reward": score,
+            "cost": score,
+            "data": "none",
+            "output": "none",
+            "gradient_checkpointing": True,
+            "engine": {"zero_stage": stage, "precision": "bf16"},
+            "sampling": {"gather": gather},
+        },
+    )
 
 
 def plan_of(root, variant, gpus, stage, memory=80):
@@ -78,20 +100,25 @@ def loading(plan):
 
 
 def seconds_of(root, variant, stage, plan, gpus, peak):
-    """-> {"arithmetic", "links", "generation"}: least seconds of a step. Generation reads all weights and the cache for each
-    token; they arrive once before it, or for each token meanwhile."""
+    """-> {"arithmetic", "links", "generation"}: least seconds of a step. Generation reads all weights and the
+    cache for each token; they arrive once before it, or for each token meanwhile.
+    """
     cfg = config_of(root, variant, stage)
     tokens = cfg.ppo.batch_size * cfg.max_length
     work = sum((8 if model.trained else 2) * model.count.all for model in plan.models) * tokens
     actor = next(model for model in plan.models if model.role == "actor")
     new = cfg.max_length // 2
-    cache = cfg.ppo.batch_size * sizes.cache_bytes(actor.blueprint, cfg.max_length) * 3 // 4       # from half full to full
+    # from half full to full
+    cache = cfg.ppo.batch_size * sizes.cache_bytes(actor.blueprint, cfg.max_length) * 3 // 4
     rolled = [sent for sent in plan.sent if sent.when == "rollout"]
     reading = new * (2 * actor.count.all + cache) / peak.bandwidth
     arriving = communication.seconds(rolled, gpus)
     others = [sent for sent in plan.sent if sent.when != "rollout"]
-    return {"arithmetic": work / peak.flops, "links": communication.seconds(others, gpus),
-            "generation": reading + arriving if cfg.sampling.gather else max(reading, arriving)}
+    return {
+        "arithmetic": work / peak.flops,
+        "links": communication.seconds(others, gpus),
+        "generation": reading + arriving if cfg.sampling.gather else max(reading, arriving),
+    }
 
 
 # ---------------------------------------------------------------- tables
@@ -109,7 +136,10 @@ def gigabytes(size):
 
 def memory_table(plans, variants):
     """Peaks per GPU under each ZeRO stage; those that fit an H100 in bold, an H200 alone in italics."""
-    lines = ["| actor | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 | loading (ZeRO-3) |", "|---|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| actor | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 | loading (ZeRO-3) |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
     for variant in variants:
         for gpus in GPUS:
             cells = [marked(running(plans[variant, gpus, stage])) for stage in range(4)]
@@ -126,8 +156,10 @@ def marked(size):
 
 def sent_table(plans, variants):
     """GB that each GPU sends in a step without its rollout, and in the rollout under ZeRO-3."""
-    lines = ["| actor | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 | its rollout | s on the links |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]
+    lines = [
+        "| actor | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 | its rollout | s on the links |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
     for variant in variants:
         for gpus in GPUS:
             cells = []
@@ -135,16 +167,21 @@ def sent_table(plans, variants):
                 sent = plans[variant, gpus, stage].sent
                 cells.append(gigabytes(sum(s.wire(gpus) for s in sent if s.when != "rollout")))
             rolled = [s for s in plans[variant, gpus, 3].sent if s.when == "rollout"]
-            cells += [gigabytes(sum(s.wire(gpus) for s in rolled)),
-                      f"{communication.seconds(plans[variant, gpus, 3].sent, gpus):.3g}"]
+            cells += [
+                gigabytes(sum(s.wire(gpus) for s in rolled)),
+                f"{communication.seconds(plans[variant, gpus, 3].sent, gpus):.3g}",
+            ]
             lines.append(f"| {variant} | {gpus} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def limit_table(root, plans, variants):
     """For each GPU the first ZeRO stage that fits, the least times there, and what is longest."""
-    lines = ["| actor | GPUs | of | fits from | arithmetic s | links s | by one card a node | generation s | the limit |",
-             "|---|---:|---|---|---:|---:|---:|---:|---|"]
+    lines = [
+        "| actor | GPUs | of | fits from | arithmetic s | links s | by one card a node | generation s | the "
+        "limit |",
+        "|---|---:|---|---|---:|---:|---:|---:|---|",
+    ]
     for variant in variants:
         for gpus in GPUS:
             for name, peak in PEAKS.items():
@@ -152,7 +189,10 @@ def limit_table(root, plans, variants):
                 stage = next((s for s in range(4) if running(plans[variant, gpus, s]) <= room), None)
                 if stage is None:
                     least = min(running(plans[variant, gpus, s]) for s in range(4))
-                    lines.append(f"| {variant} | {gpus} | {name} | – | – | – | – | – | memory: {gib(least)} GiB at the least |")
+                    lines.append(
+                        f"| {variant} | {gpus} | {name} | – | – | – | – | – | memory: {gib(least)} GiB at "
+                        f"the least |"
+                    )
                     continue
                 plan = plans[variant, gpus, stage]
                 times = seconds_of(root, variant, stage, plan, gpus, peak)
@@ -162,8 +202,17 @@ def limit_table(root, plans, variants):
                 most = max(times, key=times.get)
                 if loading(plan) > room:
                     most = f"loading ({gib(loading(plan))} GiB), then {most}"
-                row = [variant, str(gpus), name, f"ZeRO-{stage}", cells["arithmetic"], cells["links"], slow, cells["generation"],
-                       most]
+                row = [
+                    variant,
+                    str(gpus),
+                    name,
+                    f"ZeRO-{stage}",
+                    cells["arithmetic"],
+                    cells["links"],
+                    slow,
+                    cells["generation"],
+                    most,
+                ]
                 lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines)
 
@@ -171,10 +220,17 @@ def limit_table(root, plans, variants):
 def tables(variants=tuple(VARIANTS)):
     """-> {heading: table}."""
     with tempfile.TemporaryDirectory() as root:
-        plans = {(variant, gpus, stage): plan_of(root, variant, gpus, stage)
-                 for variant in variants for gpus in GPUS for stage in range(4)}
-        return {"Memory": memory_table(plans, variants), "Communication": sent_table(plans, variants),
-                "The limit": limit_table(root, plans, variants)}
+        plans = {
+            (variant, gpus, stage): plan_of(root, variant, gpus, stage)
+            for variant in variants
+            for gpus in GPUS
+            for stage in range(4)
+        }
+        return {
+            "Memory": memory_table(plans, variants),
+            "Communication": sent_table(plans, variants),
+            "The limit": limit_table(root, plans, variants),
+        }
 
 
 def main(words):

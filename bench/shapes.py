@@ -1,9 +1,9 @@
-"""The shapes that the benches run, per device, and their data: one place, so that figures of different files can be put
-side by side.
+"""The shapes that the benches run, per device, and their data: one place, so that figures of different files
+can be put side by side.
 
-Random data only: zeros or equal rows flatter the arithmetic and the caches. BENCH_TINY=1 takes shapes that end in
-milliseconds: they try the benches, they measure nothing. BENCH_QUICK=1 takes small ones that do measure
-(`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others with eager torch alone.
+Random data only: zeros or equal rows flatter the arithmetic and the caches. BENCH_TINY=1 takes shapes that
+end in milliseconds: they try the benches, they measure nothing. BENCH_QUICK=1 takes small ones that do
+measure (`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others with eager torch alone.
 """
 
 import os
@@ -18,8 +18,14 @@ F32, BF16 = torch.float32, torch.bfloat16
 # tokens N, vocabulary V, dtype of the logits
 LOGITS = {
     "cpu": [(1024, 32_000, F32), (3072, 350, F32)],
-    "cuda": [(8192, 151_936, BF16), (8192, 32_000, BF16), (8192, 128_256, BF16), (32_768, 32_000, BF16),
-             (32_768, 128_256, BF16), (32_768, 151_936, BF16)],
+    "cuda": [
+        (8192, 151_936, BF16),
+        (8192, 32_000, BF16),
+        (8192, 128_256, BF16),
+        (32_768, 32_000, BF16),
+        (32_768, 128_256, BF16),
+        (32_768, 151_936, BF16),
+    ],
 }
 # tokens N, hidden H, vocabulary V, dtype
 LINEAR = {
@@ -29,8 +35,16 @@ LINEAR = {
 LINEAR_LOSS = {"cpu": [(4096, 512, 32_000, F32)], "cuda": LINEAR["cuda"]}
 # rows B, tokens a row T
 ROWS = {"cpu": [(16, 768), (96, 32)], "cuda": [(4096, 2048), (256, 1024)]}
-FULL = {(1024, 32_000, F32), (8192, 151_936, BF16), (1024, 512, 32_000, F32), (4096, 512, 32_000, F32),
-        (8192, 4096, 128_256, BF16), (16, 768), (4096, 2048), (256, 1024)}
+FULL = {
+    (1024, 32_000, F32),
+    (8192, 151_936, BF16),
+    (1024, 512, 32_000, F32),
+    (4096, 512, 32_000, F32),
+    (8192, 4096, 128_256, BF16),
+    (16, 768),
+    (4096, 2048),
+    (256, 1024),
+}
 CLIP = 0.2
 
 if QUICK:
@@ -62,21 +76,29 @@ class Batch(NamedTuple):
 
 
 def devices():
-    """"cpu" alone, or "cuda" alone where there is one: on such a machine the CPU's figures are not what is asked for."""
+    """ "cpu" alone, or "cuda" alone where there is one: on such a machine the CPU's figures are not what is
+    asked for.
+    """
     return ["cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @lru_cache(maxsize=1)
 def logits(shape, device):
-    """(logits [N, V] inside a buffer with one row more, ids [N], upstream [N]); the upstream gradient is random, never ones.
+    """(logits [N, V] inside a buffer with one row more, ids [N], upstream [N]); the upstream gradient is
+    random, never ones.
 
     The row after the last is for peers that want logits [B, T + 1, V] of which they leave out the last.
     """
     tokens, vocabulary, dtype = shape
     generator = torch.Generator(device).manual_seed(0)
-    buffer = torch.empty(tokens + 1, vocabulary, device=device, dtype=dtype).normal_(std=2, generator=generator)
-    return (buffer[:tokens], torch.randint(vocabulary, (tokens,), generator=generator, device=device),
-            torch.randn(tokens, generator=generator, device=device))
+    buffer = torch.empty(tokens + 1, vocabulary, device=device, dtype=dtype).normal_(
+        std=2, generator=generator
+    )
+    return (
+        buffer[:tokens],
+        torch.randint(vocabulary, (tokens,), generator=generator, device=device),
+        torch.randn(tokens, generator=generator, device=device),
+    )
 
 
 @lru_cache(maxsize=1)
@@ -84,13 +106,22 @@ def linear(shape, device):
     """(hidden [N, H], weight [V, H], ids [N], upstream [N]); the logits have a standard deviation of 2."""
     tokens, width, vocabulary, dtype = shape
     generator = torch.Generator(device).manual_seed(0)
-    random = lambda *size: torch.randn(*size, generator=generator, device=device)
-    return (random(tokens, width).to(dtype), (random(vocabulary, width) * 2 / width ** 0.5).to(dtype),
-            torch.randint(vocabulary, (tokens,), generator=generator, device=device), random(tokens))
+
+    def random(*size):
+        return torch.randn(*size, generator=generator, device=device)
+
+    return (
+        random(tokens, width).to(dtype),
+        (random(vocabulary, width) * 2 / width**0.5).to(dtype),
+        torch.randint(vocabulary, (tokens,), generator=generator, device=device),
+        random(tokens),
+    )
 
 
 def batch(ids_N, logp_N, rows=4):
-    """A Batch whose ratios lie inside 1 +- 0.1 or beyond exp(+-0.4): rounding in the logits cannot flip a clip."""
+    """A Batch whose ratios lie inside 1 +- 0.1 or beyond exp(+-0.4): rounding in the logits cannot flip a
+    clip.
+    """
     generator = torch.Generator(ids_N.device).manual_seed(1)
     inside, sign, far = (torch.rand(ids_N.shape, generator=generator, device=ids_N.device) for _ in range(3))
     step_N = torch.where(far < 0.2, torch.where(sign < 0.5, -0.45, 0.45), (inside - 0.5) * 0.19)

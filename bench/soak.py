@@ -1,10 +1,12 @@
-"""How much a run holds: hundreds of PPO-Lag steps with checkpoints in two processes, whether they slow down or grow.
+"""How much a run holds: hundreds of PPO-Lag steps with checkpoints in two processes, whether they slow down
+or grow.
 
     python bench/soak.py [--steps 300] [--processes 2] [--output FOLDER]
 
-A tiny Llama and random words, so that what is measured is the trainer: response tokens per second and the resident memory of all
-ranks in the second quarter of the run beside those in the last, and what was left out, warned of or not written. Prints one line
-for docs/benchmarks.md. Leaves out GPUs' memory, which `plan` and bench_step.py look at.
+A tiny Llama and random words, so that what is measured is the trainer: response tokens per second and the
+resident memory of all ranks in the second quarter of the run beside those in the last, and what was left out,
+warned of or not written. Prints one line for docs/benchmarks.md. Leaves out GPUs' memory, which `plan` and
+bench_step.py look at.
 """
 
 import argparse
@@ -24,17 +26,36 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-         "num_key_value_heads": 2, "num_attention_heads": 4, "max_position_embeddings": 128}
+SHAPE = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
 
-SETTINGS = ["max_length=48", "ppo.batch_size=8", "ppo.prompt_epochs=100000", "optim.schedule=constant",
-            "optim.learning_rate=1e-4", "checkpoint.interval=10", "checkpoint.asynchronous=true", "log.progress=false",
-            "log.sample_interval=100000",
-            "multiplier.threshold_quantile=0.5", "engine.zero_stage=2", "engine.threads=1"]
+SETTINGS = [
+    "max_length=48",
+    "ppo.batch_size=8",
+    "ppo.prompt_epochs=100000",
+    "optim.schedule=constant",
+    "optim.learning_rate=1e-4",
+    "checkpoint.interval=10",
+    "checkpoint.asynchronous=true",
+    "log.progress=false",
+    "log.sample_interval=100000",
+    "multiplier.threshold_quantile=0.5",
+    "engine.zero_stage=2",
+    "engine.threads=1",
+]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path)
@@ -51,12 +72,21 @@ def main():
 def recipe(folder, out, steps):
     """Makes models and data -> the command line."""
     import plan_memory
+
     plan_memory.make(folder, SHAPE)
     prompts = folder / "many.jsonl"
     rows = [{"prompt": f"w{4 + i % 60} w{4 + i // 60}"} for i in range(400)]
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return ["ppo-lag", f"model={folder / 'lm'}", f"reward={folder / 'reward'}", f"cost={folder / 'cost'}", f"data={prompts}",
-            f"output={out}", f"ppo.max_steps={steps}", *SETTINGS]
+    return [
+        "ppo-lag",
+        f"model={folder / 'lm'}",
+        f"reward={folder / 'reward'}",
+        f"cost={folder / 'cost'}",
+        f"data={prompts}",
+        f"output={out}",
+        f"ppo.max_steps={steps}",
+        *SETTINGS,
+    ]
 
 
 def watched(command, processes):
@@ -81,7 +111,7 @@ def resident(pid):
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in (own := psutil.Process(pid), *own.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):                  # it has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
                 total += process.memory_info().rss
     return total
 
@@ -93,24 +123,33 @@ def report(out, memory, seconds, args):
     quarter = len(rows) // 4
 
     def part(number):
-        inside = rows[number * quarter:(number + 1) * quarter]
+        inside = rows[number * quarter : (number + 1) * quarter]
         before = rows[number * quarter - 1]["time"]
         held = [size for at, size in memory if before <= at - offset <= inside[-1]["time"]]
-        return sum(row["train/tokens"] for row in inside) / (inside[-1]["time"] - before), sum(held) / max(1, len(held)) / 2 ** 30
+        return sum(row["train/tokens"] for row in inside) / (inside[-1]["time"] - before), sum(held) / max(
+            1, len(held)
+        ) / 2**30
 
-    offset = seconds - rows[-1]["time"]                  # the metrics' clock starts when the models are there
+    offset = seconds - rows[-1]["time"]  # the metrics' clock starts when the models are there
     (speed, size), (speed_last, size_last) = part(1), part(3)
     summary = json.loads((out / "summary.json").read_text())
     saved = len(rows) // 10
     kept = len(list((out / "checkpoints").glob("*/manifest.json")))
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    )
     tokens = sum(row["train/tokens"] for row in rows)
-    return (f"load held: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, {args.processes} "
-            f"processes, ZeRO-2; {saved} checkpoints in the background ({kept} kept); last quarter against the second: "
-            f"{speed_last:.0f} / {speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; steps left out: "
-            f"{summary['skipped_steps']}\n"
-            f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, commit {git.stdout.strip()}, "
-            f"python bench/soak.py --steps {args.steps} --processes {args.processes}")
+    return (
+        f"load held: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, "
+        f"{args.processes} "
+        f"processes, ZeRO-2; {saved} checkpoints in the background ({kept} kept); last quarter against the "
+        f"second: "
+        f"{speed_last:.0f} / {speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; steps left out: "
+        f"{summary['skipped_steps']}\n"
+        f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, commit "
+        f"{git.stdout.strip()}, "
+        f"python bench/soak.py --steps {args.steps} --processes {args.processes}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Our side of bench_step.py: `saferlhf_fast.training.ppo_lag.loop`, whole, on random models, with a clock around its parts.
+"""Our side of bench_step.py: `saferlhf_fast.training.ppo_lag.loop`, whole, on random models, with a clock
+around its parts.
 
-`unfused` is the same with `engine.packing=false` and SAFERLHF_IMPL=reference, which bench_step.py sets: padded rows, every op in
-plain torch. The recipe is the default one of the stage, so micro-batches are filled by tokens, score and update share their
-passes where that is allowed, and the rollout engine is the device's default. The rollout part is sampling and packing, the score
-part what is asked without gradient, the update part the rest of a step, metrics on the host included.
-Left out: data, logging, evaluation, checkpoints.
+`unfused` is the same with `engine.packing=false` and SAFERLHF_IMPL=reference, which bench_step.py sets:
+padded rows, every op in plain torch. The recipe is the default one of the stage, so micro-batches are filled
+by tokens, score and update share their passes where that is allowed, and the rollout engine is the device's
+default. The rollout part is sampling and packing, the score part what is asked without gradient, the update
+part the rest of a step, metrics on the host included. Left out: data, logging, evaluation, checkpoints.
 """
 
 import dataclasses
@@ -15,11 +16,18 @@ from step_ref import now
 from step_words import one_word_an_id
 
 # what `loop` calls, by its names in rollout/sample.py and training/ppo_lag.py: whose time it is
-PARTS = {"sample": "rollout", "score_rollout": "score", "old_logprobs_and_values": "score", "advantages": "score"}
+PARTS = {
+    "sample": "rollout",
+    "score_rollout": "score",
+    "old_logprobs_and_values": "score",
+    "advantages": "score",
+}
 
 
 class Limited:
-    """A rollout engine that ends each prompt's response at its own length: what makes the token counts of all sides equal."""
+    """A rollout engine that ends each prompt's response at its own length: what makes the token counts of all
+    sides equal.
+    """
 
     def __init__(self, engine, work):
         self.engine = engine
@@ -33,17 +41,30 @@ class Limited:
 
 
 def make_config(work, recipe):
-    """The stage's default recipe for this work; `lora` and `micro_tokens` of the bench's own recipe where it has them."""
+    """The stage's default recipe for this work; `lora` and `micro_tokens` of the bench's own recipe where it
+    has them.
+    """
     from saferlhf_fast.config import stages
     from saferlhf_fast.runtime.engine import world_size
+
     return stages.PPOConfig(
-        model="random", reward=SEEDS["reward"], cost=SEEDS["cost"], data="none", output="none", seed=0,
-        max_length=max(512, work.longest), lora=stages.Lora(rank=recipe["lora"]),
+        model="random",
+        reward=SEEDS["reward"],
+        cost=SEEDS["cost"],
+        data="none",
+        output="none",
+        seed=0,
+        max_length=max(512, work.longest),
+        lora=stages.Lora(rank=recipe["lora"]),
         ppo=stages.PPO(batch_size=len(work.prompts) // world_size(), micro_tokens=recipe["micro_tokens"]),
-        engine=stages.Engine(packing=recipe["packing"], precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"))
+        engine=stages.Engine(
+            packing=recipe["packing"], precision="bf16" if work.shape.dtype == "bfloat16" else "fp32"
+        ),
+    )
 
 
-SEEDS = {"reward": "random 1", "cost": "random 2"}      # the "paths" of the score models: what seed they are made from
+# the "paths" of the score models: what seed they are made from
+SEEDS = {"reward": "random 1", "cost": "random 2"}
 
 
 def make_roles(work, cfg, steps):
@@ -57,6 +78,7 @@ def make_roles(work, cfg, steps):
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo import load_roles
+
     tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
 
     def score_model(path, **ignored):
@@ -67,7 +89,9 @@ def make_roles(work, cfg, steps):
         return score
 
     def adapter(path, base):
-        return multi_adapter.Saved(lora.lora_config(cfg.lora, "CAUSAL_LM"), {}, torch.randn(1, work.shape.hidden) * 0.02)
+        return multi_adapter.Saved(
+            lora.lora_config(cfg.lora, "CAUSAL_LM"), {}, torch.randn(1, work.shape.hidden) * 0.02
+        )
 
     def random_adapter(model, role, state):
         for parameter in multi_adapter.parameters(model, role):
@@ -78,13 +102,16 @@ def make_roles(work, cfg, steps):
         room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
     made = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
-    never = [work.shape.vocabulary]     # an end that no sample is: a random policy must not end where no other side does
+    # an end that no sample is: a random policy must not end where no other side does
+    never = [work.shape.vocabulary]
     generator = open_generator(made.actor, tokenizer, never, cfg.sampling)
     return dataclasses.replace(made, ends=never, generator=Limited(generator, work))
 
 
 class Side:
-    """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its numbers."""
+    """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its
+    numbers.
+    """
 
     def __init__(self, work, recipe):
         from saferlhf_fast.data.examples import PromptExample, SFTExample
@@ -92,6 +119,7 @@ class Side:
         from saferlhf_fast.runtime import engine
         from saferlhf_fast.training import ppo_lag
         from saferlhf_fast.training.ppo.constraints import make_multipliers
+
         self.work, self.page, self.steps, self.seconds = work, ppo_lag, [], {}
         self.cfg = make_config(work, recipe)
         engine.start(self.cfg.engine, 0)
@@ -102,7 +130,10 @@ class Side:
         self.prompts = [PromptExample(ids, "", ()) for ids in work.prompts]
         self.ptx = None
         if recipe["ptx"]:
-            self.ptx = [SFTExample(p + r, [False] * len(p) + [True] * len(r)) for p, r in zip(work.prompts, work.responses)]
+            self.ptx = [
+                SFTExample(p + r, [False] * len(p) + [True] * len(r))
+                for p, r in zip(work.prompts, work.responses)
+            ]
         for name, part in PARTS.items():
             room = sample if name == "sample" else ppo_lag
             setattr(room, name, self._timed(getattr(room, name), part))
@@ -113,6 +144,7 @@ class Side:
             result = call(*args, **more)
             self.seconds[part] = self.seconds.get(part, 0.0) + now(self.device) - start
             return result
+
         return timed
 
     def step(self):
@@ -134,7 +166,15 @@ class Side:
             self.seconds, self.start = {}, now(self.device)
 
         rollouts = rollouts_of(self.roles, self.prompts, self.cfg, self.count)
-        self.page.loop(self.roles, rollouts, ptx_batches(self.ptx, self.cfg), self.multipliers, self.cfg, self.count, after_step)
+        self.page.loop(
+            self.roles,
+            rollouts,
+            ptx_batches(self.ptx, self.cfg),
+            self.multipliers,
+            self.cfg,
+            self.count,
+            after_step,
+        )
 
     def check(self):
         """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
@@ -142,18 +182,34 @@ class Side:
         from saferlhf_fast.rollout.batch import assemble
         from saferlhf_fast.rollout.types import Response
         from saferlhf_fast.training.ppo.update import in_one_pass, update_in_one_pass
+
         if self.processes > 1:
             return {}
-        rollout = assemble(self.prompts, [Response(list(ids), None, True) for ids in self.work.responses], self.roles.tokenizer,
-                           self.cfg.pass_tokens())
+        rollout = assemble(
+            self.prompts,
+            [Response(list(ids), None, True) for ids in self.work.responses],
+            self.roles.tokenizer,
+            self.cfg.pass_tokens(),
+        )
         scored = scoring.score_rollout(rollout, self.roles, self.cfg)
         asked = scoring.old_logprobs_and_values(rollout, self.roles, self.cfg)
-        total = lambda tensor: tensor.double().sum().item()
-        found = {"logp": total(asked["logp_N"]), "ref_logp": total(scored.ref_logp_N), "reward": total(scored.reward_B),
-                 "reward_values": total(asked["values"]["reward"]), "cost": total(scored.costs["cost"]),
-                 "cost_values": total(asked["values"]["cost"])}
+
+        def total(tensor):
+            return tensor.double().sum().item()
+
+        found = {
+            "logp": total(asked["logp_N"]),
+            "ref_logp": total(scored.ref_logp_N),
+            "reward": total(scored.reward_B),
+            "reward_values": total(asked["values"]["reward"]),
+            "cost": total(scored.costs["cost"]),
+            "cost_values": total(asked["values"]["cost"]),
+        }
         assert in_one_pass(self.cfg, self.roles), "the default recipe trains in the pass that scores"
         lambdas = {name: multiplier.value for name, multiplier in self.multipliers.items()}
         step_metrics = update_in_one_pass(self.roles, rollout, scored, lambdas, self.cfg)
         self.roles.generator.refresh()
-        return found | {f"{name}_critic_loss": total(step_metrics.sums[f"{name}_critic_loss"]) for name in ("reward", "cost")}
+        return found | {
+            f"{name}_critic_loss": total(step_metrics.sums[f"{name}_critic_loss"])
+            for name in ("reward", "cost")
+        }

@@ -1,18 +1,25 @@
 """Rows, targets and the table of bench_step.py.
 
-A row is {name, ours, other, ratio, unit, device, commit, date, command, work, note} with ratio = other ÷ ours: above 1 we are
-faster or smaller (for tokens/s it is below). What was not run has None for its numbers and the reason in `note`.
+A row is {name, ours, other, ratio, unit, device, commit, date, command, work, note} with ratio = other ÷
+ours: above 1 we are faster or smaller (for tokens/s it is below). What was not run has None for its numbers
+and the reason in `note`.
 """
 
 import statistics
 
-PARTS = {"score+update": ("score", "update"), "step": ("rollout", "score", "update"), "rollout": ("rollout",),
-         "score": ("score",), "update": ("update",)}
-PROMISED = {"score+update": "s", "step": "s", "memory": "GiB"}     # rows of a side that was not run
+PARTS = {
+    "score+update": ("score", "update"),
+    "step": ("rollout", "score", "update"),
+    "rollout": ("rollout",),
+    "score": ("score",),
+    "update": ("update",),
+}
+PROMISED = {"score+update": "s", "step": "s", "memory": "GiB"}  # rows of a side that was not run
 NOTES = {"ref": "", "trl": "GRPO: no critics, no λ", "unfused": ""}
 OTHERS = tuple(NOTES)
 
-# (row, kind of device, models) -> the least ratio that is wanted, and what is aimed at. memory: 1 / the largest share.
+# (row, kind of device, models) -> the least ratio that is wanted, and what is aimed at. memory: 1 / the
+# largest share.
 TARGETS = {
     ("score+update/ref", "cpu", ("cpu-small",)): (5.0, None),
     ("step/ref", "cpu", ("cpu-small",)): (2.0, 3.0),
@@ -38,8 +45,14 @@ def rate(result):
 
 
 def row(name, ours, other, unit, note=""):
-    return {"name": name, "ours": ours, "other": other, "ratio": other / ours if ours and other else None, "unit": unit,
-            "note": note}
+    return {
+        "name": name,
+        "ours": ours,
+        "other": other,
+        "ratio": other / ours if ours and other else None,
+        "unit": unit,
+        "note": note,
+    }
 
 
 def against(name, ours, other):
@@ -47,33 +60,57 @@ def against(name, ours, other):
     if isinstance(other, str) or isinstance(ours, str):
         note = other if isinstance(other, str) else f"ours: {ours}"
         return [row(f"{part}/{name}", None, None, unit, note) for part, unit in PROMISED.items()]
-    found = [row(f"{part}/{name}", seconds(ours, part), seconds(other, part), "s", NOTES[name]) for part in PARTS]
-    return [*found, row(f"tokens per second/{name}", rate(ours), rate(other), "tokens/s", NOTES[name]),
-            row(f"memory/{name}", gib(ours["peak"]), gib(other["peak"]), "GiB", NOTES[name])]
+    found = [
+        row(f"{part}/{name}", seconds(ours, part), seconds(other, part), "s", NOTES[name]) for part in PARTS
+    ]
+    return [
+        *found,
+        row(f"tokens per second/{name}", rate(ours), rate(other), "tokens/s", NOTES[name]),
+        row(f"memory/{name}", gib(ours["peak"]), gib(other["peak"]), "GiB", NOTES[name]),
+    ]
 
 
 def grown(factor, base, result):
     """Rows of our side at `factor` times the prompts, against itself at one time."""
     if isinstance(result, str) or isinstance(base, str):
         note = result if isinstance(result, str) else base
-        return [row(f"growth/{factor}x", None, None, "tokens/s", note), row(f"growth memory/{factor}x", None, None, "GiB", note)]
-    return [row(f"growth/{factor}x", rate(result), rate(base), "tokens/s"),
-            row(f"growth memory/{factor}x", gib(result["peak"]), gib(base["peak"]), "GiB")]
+        return [
+            row(f"growth/{factor}x", None, None, "tokens/s", note),
+            row(f"growth memory/{factor}x", None, None, "GiB", note),
+        ]
+    return [
+        row(f"growth/{factor}x", rate(result), rate(base), "tokens/s"),
+        row(f"growth memory/{factor}x", gib(result["peak"]), gib(base["peak"]), "GiB"),
+    ]
 
 
 def divided(one, two, count):
-    """The row of `count` processes of one thread against as many times one such process: what is lost in between."""
+    """The row of `count` processes of one thread against as many times one such process: what is lost in
+    between.
+    """
     if isinstance(two, str) or isinstance(one, str):
         return [row(f"processes/{count}", None, None, "tokens/s", two if isinstance(two, str) else one)]
     found = row(f"processes/{count}", rate(two), count * rate(one), "tokens/s")
-    return [found | {"note": f"efficiency {rate(two) / (count * rate(one)):.0%} of {count} times one process of one thread"}]
+    return [
+        found
+        | {
+            "note": f"efficiency {rate(two) / (count * rate(one)):.0%} of {count} times one process of one "
+            f"thread"
+        }
+    ]
 
 
 def in_80_gb(ours):
     """The row of a step that has to fit into 80 GB."""
     if isinstance(ours, str):
         return row("memory/80 GB", None, None, "GB", ours)
-    return row("memory/80 GB", ours["peak"] / 1e9, 80.0, "GB", f"step {seconds(ours, 'step'):.2f} s, {rate(ours):.0f} tokens/s")
+    return row(
+        "memory/80 GB",
+        ours["peak"] / 1e9,
+        80.0,
+        "GB",
+        f"step {seconds(ours, 'step'):.2f} s, {rate(ours):.0f} tokens/s",
+    )
 
 
 def gib(count):
@@ -82,8 +119,14 @@ def gib(count):
 
 def target(found, device, model):
     """-> (least ratio, aim) for a row, or None."""
-    return next((limits for (name, where, models), limits in TARGETS.items()
-                 if name == found["name"] and where == device and model in models), None)
+    return next(
+        (
+            limits
+            for (name, where, models), limits in TARGETS.items()
+            if name == found["name"] and where == device and model in models
+        ),
+        None,
+    )
 
 
 def verdict(found, device, model):
@@ -101,8 +144,13 @@ def verdict(found, device, model):
 def disagreements(ours, other, tolerance):
     """Names of the check's sums in which two sides differ by more than a relative tolerance."""
     shared = set(ours["check"]) & set(other["check"])
-    scale = lambda name: max(abs(ours["check"][name]), abs(other["check"][name]), 1e-3)
-    return sorted(name for name in shared if abs(ours["check"][name] - other["check"][name]) > tolerance * scale(name))
+
+    def scale(name):
+        return max(abs(ours["check"][name]), abs(other["check"][name]), 1e-3)
+
+    return sorted(
+        name for name in shared if abs(ours["check"][name] - other["check"][name]) > tolerance * scale(name)
+    )
 
 
 def number(value, unit):
@@ -115,6 +163,9 @@ def table(rows, device, model):
     for found in rows:
         ratio = "not measured" if found["ratio"] is None else f"{found['ratio']:.2f}"
         verdicts = "; ".join(filter(None, (verdict(found, device, model), found["note"])))
-        lines.append(f"| {found['name']} | {number(found['ours'], found['unit'])} | {number(found['other'], found['unit'])} | "
-                     f"{ratio} | {verdicts} |")
+        lines.append(
+            f"| {found['name']} | {number(found['ours'], found['unit'])} | "
+            f"{number(found['other'], found['unit'])} | "
+            f"{ratio} | {verdicts} |"
+        )
     return lines

@@ -1,9 +1,11 @@
-"""One side of bench_step.py in a process of its own: `python bench/step_side.py SIDE WORK.json RECIPE`, for bench_step.py only.
+"""One side of bench_step.py in a process of its own: `python bench/step_side.py SIDE WORK.json RECIPE`, for
+bench_step.py only.
 
-A process per side, because the peak is the process's: on a CPU its peak resident memory from start to end (VmHWM: Python,
-libraries and models included), on CUDA torch's `max_memory_allocated` over the measured steps, models included. The last line
-of stdout is a JSON object: seconds of each step by part, tokens, peak, the numbers of the check (score and update on stored
-responses). The first `warmup` steps are not counted; where that is 0, the check warms up.
+A process per side, because the peak is the process's: on a CPU its peak resident memory from start to end
+(VmHWM: Python, libraries and models included), on CUDA torch's `max_memory_allocated` over the measured
+steps, models included. The last line of stdout is a JSON object: seconds of each step by part, tokens, peak,
+the numbers of the check (score and update on stored responses). The first `warmup` steps are not counted;
+where that is 0, the check warms up.
 """
 
 import importlib
@@ -21,8 +23,10 @@ def peak(device):
     """Bytes: see above. None where the kernel does not say."""
     if device == "cuda":
         import torch
+
         return torch.cuda.max_memory_allocated()
     import memory
+
     try:
         return memory._status("VmHWM")
     except OSError:
@@ -32,6 +36,7 @@ def peak(device):
 def measure(side, work, recipe):
     """-> what the parent reads. recipe: see bench_step.Bench.run."""
     import torch
+
     if recipe["threads"]:
         torch.set_num_threads(recipe["threads"])
     start = time.perf_counter()
@@ -41,8 +46,13 @@ def measure(side, work, recipe):
     if recipe["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
     steps = [made.step() for _ in range(recipe["warmup"] + recipe["repeat"])]
-    return {"steps": steps[recipe["warmup"]:], "check": checked, "peak": peak(recipe["device"]), "built": built,
-            "threads": torch.get_num_threads()}
+    return {
+        "steps": steps[recipe["warmup"] :],
+        "check": checked,
+        "peak": peak(recipe["device"]),
+        "built": built,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def main(side, path, recipe):
@@ -54,8 +64,10 @@ def main(side, path, recipe):
     if recipe["device"] != "cuda":
         os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     import step_work
+
     if side == "ref":
         import step_ref
+
         step_ref.stand_in()
     result = measure(side, step_work.load_work(path), recipe)
     sys.stdout.flush()

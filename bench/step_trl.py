@@ -1,14 +1,16 @@
-"""TRL's side of bench_step.py: GRPOTrainer, the nearest that TRL 1.16 has (its PPO trainer was removed), driven by `train()`.
+"""TRL's side of bench_step.py: GRPOTrainer, the nearest that TRL 1.16 has (its PPO trainer was removed),
+driven by `train()`.
 
-What it lacks against a PPO-Lag step: the two critics (no value pass, no value loss: two of the three trained models), GAE, λ (the
-cost model is a second reward function with weight −1), and per-token advantages; with generations and updates in step it needs no
-pass for old log-probs either. What it has: the actor, a reference (beta 0.01), a reward and a cost model, its memory-saving
-chunked log-probs, padding, its Trainer around it (clipping, AdamW, callbacks). So its times are a lower bound of what a PPO-Lag
-step would take there, not a like-for-like comparison.
+What it lacks against a PPO-Lag step: the two critics (no value pass, no value loss: two of the three trained
+models), GAE, λ (the cost model is a second reward function with weight −1), and per-token advantages; with
+generations and updates in step it needs no pass for old log-probs either. What it has: the actor, a reference
+(beta 0.01), a reward and a cost model, its memory-saving chunked log-probs, padding, its Trainer around it
+(clipping, AdamW, callbacks). So its times are a lower bound of what a PPO-Lag step would take there, not a
+like-for-like comparison.
 
-Fitted to the same work: each prompt comes once (the sampler repeats prompts for groups; a group here is two neighbours, which
-changes no arithmetic), rows end at their own lengths, reward models read texts through a tokenizer of one word an id, so that
-token counts are the same. Nothing of TRL is changed.
+Fitted to the same work: each prompt comes once (the sampler repeats prompts for groups; a group here is two
+neighbours, which changes no arithmetic), rows end at their own lengths, reward models read texts through a
+tokenizer of one word an id, so that token counts are the same. Nothing of TRL is changed.
 """
 
 import importlib.util
@@ -32,6 +34,7 @@ def importable():
 def reward_model(shape, seed, device):
     """transformers' sequence classifier with one label on our random backbone and head."""
     from transformers import AutoModelForSequenceClassification
+
     config = shape.config()
     config.num_labels = 1
     with torch.device(device):
@@ -51,36 +54,65 @@ class Side:
         from datasets import Dataset
         from transformers import LogitsProcessorList, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
+
         self.device = torch.device(recipe["device"])
         self.seconds, self.tokens = {}, 0
         shape, count, micro = work.shape, len(work.prompts), min(recipe["micro"], len(work.prompts))
         if count % micro or micro % 2:
-            raise step_work.Lacking(f"GRPO takes whole micro-batches of an even size, got {count} prompts by {micro}")
+            raise step_work.Lacking(
+                f"GRPO takes whole micro-batches of an even size, got {count} prompts by {micro}"
+            )
         tokenizer = one_word_an_id(shape.vocabulary)
         prompts = [" ".join(tokenizer.convert_ids_to_tokens(ids)) for ids in work.prompts]
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "policy")
         lm = step_work.causal_lm(shape, 0).to(getattr(torch, shape.dtype))
-        lm.save_pretrained(path)            # it reads the reference from a folder
+        lm.save_pretrained(path)  # it reads the reference from a folder
         del lm
         args = GRPOConfig(
-            output_dir=self.folder.name, per_device_train_batch_size=micro, gradient_accumulation_steps=count // micro,
-            num_generations=2, max_completion_length=max(work.limits), beta=0.01, learning_rate=1e-5, max_grad_norm=1.0,
-            max_steps=recipe["warmup"] + recipe["repeat"], bf16=shape.dtype == "bfloat16", use_cpu=self.device.type == "cpu",
-            gradient_checkpointing=False, reward_weights=[1.0, -1.0], save_strategy="no", report_to="none", logging_steps=10 ** 6,
-            disable_tqdm=True, model_init_kwargs={"dtype": shape.dtype}, seed=0)
+            output_dir=self.folder.name,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=count // micro,
+            num_generations=2,
+            max_completion_length=max(work.limits),
+            beta=0.01,
+            learning_rate=1e-5,
+            max_grad_norm=1.0,
+            max_steps=recipe["warmup"] + recipe["repeat"],
+            bf16=shape.dtype == "bfloat16",
+            use_cpu=self.device.type == "cpu",
+            gradient_checkpointing=False,
+            reward_weights=[1.0, -1.0],
+            save_strategy="no",
+            report_to="none",
+            logging_steps=10**6,
+            disable_tqdm=True,
+            model_init_kwargs={"dtype": shape.dtype},
+            seed=0,
+        )
         where = "cuda" if self.device.type == "cuda" else "cpu"
         self.trainer = GRPOTrainer(
-            model=path, args=args, processing_class=tokenizer, train_dataset=Dataset.from_dict({"prompt": prompts}),
-            reward_funcs=[reward_model(shape, seed, where) for seed in (1, 2)], reward_processing_classes=[tokenizer] * 2)
-        self.trainer._get_train_sampler = lambda dataset=None: list(range(count)) * (count // micro) * args.max_steps
+            model=path,
+            args=args,
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            reward_funcs=[reward_model(shape, seed, where) for seed in (1, 2)],
+            reward_processing_classes=[tokenizer] * 2,
+        )
+        self.trainer._get_train_sampler = lambda dataset=None: (
+            list(range(count)) * (count // micro) * args.max_steps
+        )
         self._wrap(Ends(work.limits, self.device), LogitsProcessorList, TrainerCallback)
         self.steps = []
 
     def _wrap(self, ends, processors, callback):
         """Clocks around its generation and its scoring, and row lengths into `generate`."""
         trainer, lm = self.trainer, self.trainer.model
-        turn, scored, generate = trainer._generate_single_turn, trainer._generate_and_score_completions, lm.generate
+        turn, scored, generate = (
+            trainer._generate_single_turn,
+            trainer._generate_and_score_completions,
+            lm.generate,
+        )
 
         def with_ends(**inputs):
             ends.begin(slice(None), inputs["input_ids"].shape[1])
@@ -99,7 +131,11 @@ class Side:
             self.seconds["score"] = now(self.device) - start - self.seconds["rollout"]
             return result
 
-        lm.generate, trainer._generate_single_turn, trainer._generate_and_score_completions = with_ends, timed_turn, timed_score
+        lm.generate, trainer._generate_single_turn, trainer._generate_and_score_completions = (
+            with_ends,
+            timed_turn,
+            timed_score,
+        )
         side = self
 
         class Clock(callback):

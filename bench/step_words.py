@@ -1,4 +1,6 @@
-"""A tokenizer for random ids: id i is the word "wi", so that decoding and encoding give back the ids and no length changes."""
+"""A tokenizer for random ids: id i is the word "wi", so that decoding and encoding give back the ids and no
+length changes.
+"""
 
 from step_work import BOS, EOS, PAD, UNK
 
@@ -9,8 +11,15 @@ def one_word_an_id(vocabulary):
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
+
     special = {UNK: "<unk>", BOS: "<s>", EOS: "</s>", PAD: "<pad>"}
     inner = Tokenizer(WordLevel({special.get(i, f"w{i}"): i for i in range(vocabulary)}, unk_token="<unk>"))
     inner.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   pad_token="<pad>", padding_side="left")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        padding_side="left",
+    )

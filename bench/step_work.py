@@ -1,9 +1,11 @@
-"""The work of bench_step.py, the same for every side: models from seeds, prompts and responses of real lengths, random ids.
+"""The work of bench_step.py, the same for every side: models from seeds, prompts and responses of real
+lengths, random ids.
 
-Lengths are those of rows of PKU-SafeRLHF (`--data`): a prompt in the reference's template, and one of its two answers. A length
-in words becomes tokens at 4 tokens for 3 words, about what a vocabulary of 32,000 needs for English; `--lengths tokens` counts
-with the tokenizer in `--tokenizer` instead (the 512 pieces of stories260k: 3.5 tokens a word). Texts are not used otherwise:
-ids are random, weights are random, so what is measured is speed and memory, never quality.
+Lengths are those of rows of PKU-SafeRLHF (`--data`): a prompt in the reference's template, and one of its two
+answers. A length in words becomes tokens at 4 tokens for 3 words, about what a vocabulary of 32,000 needs for
+English; `--lengths tokens` counts with the tokenizer in `--tokenizer` instead (the 512 pieces of stories260k:
+3.5 tokens a word). Texts are not used otherwise: ids are random, weights are random, so what is measured is
+speed and memory, never quality.
 
 What this leaves out: records shorter than a word, and how fast a data set is read.
 """
@@ -19,9 +21,11 @@ from pathlib import Path
 ROWS = "data/preference/pku_saferlhf_safe_over_unsafe.jsonl.gz"
 TOKENIZER = "models/stories260k"
 
-UNK, BOS, EOS, PAD = 0, 1, 2, 3     # ids that no prompt and no response holds, but for the one EOS at a response's end
+# ids that no prompt and no response holds, but for the one EOS at a response's end
+UNK, BOS, EOS, PAD = 0, 1, 2, 3
 FIRST = 4
-TEMPLATE_TOKENS = 18                # "BEGINNING OF CONVERSATION: USER: … ASSISTANT:" in Llama's pieces, <s> included
+# "BEGINNING OF CONVERSATION: USER: … ASSISTANT:" in Llama's pieces, <s> included
+TEMPLATE_TOKENS = 18
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"
 TOKENS_PER_WORD = 4 / 3
 
@@ -32,7 +36,9 @@ class Lacking(Exception):
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: layers, widths, heads, vocabulary, and the dtype that it is measured in. family: a transformers model_type."""
+    """A model: layers, widths, heads, vocabulary, and the dtype that it is measured in. family: a
+    transformers model_type.
+    """
 
     family: str
     layers: int
@@ -43,17 +49,28 @@ class Shape:
     vocabulary: int
     dtype: str = "float32"
     tied: bool = False
-    head_dim: int = 0               # 0: hidden / heads
+    head_dim: int = 0  # 0: hidden / heads
 
     def config(self):
         """-> a transformers config; attention is SDPA, dropout is off (both the defaults of these families)."""
         import transformers
+
         kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[self.family]
         more = {"head_dim": self.head_dim} if self.head_dim else {}
-        return kind(vocab_size=self.vocabulary, hidden_size=self.hidden, intermediate_size=self.intermediate,
-                    num_hidden_layers=self.layers, num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
-                    max_position_embeddings=2048, tie_word_embeddings=self.tied, bos_token_id=BOS, eos_token_id=EOS,
-                    pad_token_id=PAD, **more)
+        return kind(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            max_position_embeddings=2048,
+            tie_word_embeddings=self.tied,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            **more,
+        )
 
 
 SHAPES = {
@@ -65,7 +82,8 @@ SHAPES = {
     "8b-lora": Shape("llama", 32, 4096, 14336, 32, 8, 128256, "bfloat16"),
 }
 
-# of ours: most tokens of a pass where it is not the recipe's 16 x 512, and the rank of adapters on one shared base
+# of ours: most tokens of a pass where it is not the recipe's 16 x 512, and the rank of adapters on one shared
+# base
 MICRO_TOKENS = {"cpu-small": 1024, "8b-lora": 2048}
 RANKS = {"8b-lora": 16, "tiny-lora": 2}
 
@@ -101,7 +119,7 @@ class Work:
         """Share of real tokens in padded micro-batches of `micro` rows."""
         rows = list(zip(map(len, self.prompts), self.limits))
         real = sum(map(sum, rows))
-        parts = [rows[at:at + micro] for at in range(0, len(rows), micro)]
+        parts = [rows[at : at + micro] for at in range(0, len(rows), micro)]
         return real / sum(len(part) * (max(p for p, _ in part) + max(r for _, r in part)) for part in parts)
 
 
@@ -115,8 +133,11 @@ def read_rows(path=None):
     """-> [(prompt, first answer, second answer)] of a PKU-SafeRLHF file; Lacking when it is not there."""
     path = Path(path) if path else under_data(ROWS)
     if path is None or not path.exists():
-        raise Lacking(f"no real lengths: {Path(path or ROWS).name} is not there; --data names such a file, or SAFERLHF_DATA the "
-                      f"folder that holds {ROWS}")
+        raise Lacking(
+            f"no real lengths: {Path(path or ROWS).name} is not there; --data names such a file, or "
+            f"SAFERLHF_DATA the "
+            f"folder that holds {ROWS}"
+        )
     opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
     with opened as file:
         records = [json.loads(line) for line in file if line.strip()]
@@ -130,7 +151,10 @@ def read_rows(path=None):
 
 def word_lengths(prompt, response):
     """-> tokens of a prompt in its template, tokens of a response with its end token."""
-    tokens = lambda text: max(1, math.ceil(len(text.split()) * TOKENS_PER_WORD))
+
+    def tokens(text):
+        return max(1, math.ceil(len(text.split()) * TOKENS_PER_WORD))
+
     return TEMPLATE_TOKENS + tokens(prompt), tokens(response) + 1
 
 
@@ -138,19 +162,27 @@ def token_lengths(path=None):
     """-> a function as word_lengths that counts with the tokenizer of a folder."""
     path = Path(path) if path else under_data(TOKENIZER)
     if path is None or not path.is_dir():
-        raise Lacking(f"no tokenizer: {Path(path or TOKENIZER).name} is not there; --tokenizer names its folder, or "
-                      f"SAFERLHF_DATA the folder that holds {TOKENIZER}")
+        raise Lacking(
+            f"no tokenizer: {Path(path or TOKENIZER).name} is not there; --tokenizer names its folder, or "
+            f"SAFERLHF_DATA the folder that holds {TOKENIZER}"
+        )
     from transformers import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(str(path))
     tokenizer.model_max_length = 1 << 30
-    count = lambda text, special: len(tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def count(text, special):
+        return len(tokenizer(text, add_special_tokens=special)["input_ids"])
+
     return lambda prompt, response: (count(TEMPLATE.format(prompt), True), max(1, count(response, False)) + 1)
 
 
 def make_work(model, count, *, seed=8, data=None, lengths="words", tokenizer=None, max_length=512):
-    """`count` prompts with their responses. The same arguments give the same ids, and a larger count keeps the first ones.
+    """`count` prompts with their responses. The same arguments give the same ids, and a larger count keeps
+    the first ones.
 
-    Rows are drawn without repetition (as long as there are enough), the answer by chance; max_length cuts responses.
+    Rows are drawn without repetition (as long as there are enough), the answer by chance; max_length cuts
+    responses.
     """
     rows = read_rows(data)
     draw = random.Random(seed)
@@ -163,7 +195,10 @@ def make_work(model, count, *, seed=8, data=None, lengths="words", tokenizer=Non
         prompt, *answers = rows[index]
         p, r = measure(prompt, draw.choice(answers))
         p = min(p, max_length // 2)
-        ids = lambda n: [draw.randrange(FIRST, SHAPES[model].vocabulary) for _ in range(n)]
+
+        def ids(n):
+            return [draw.randrange(FIRST, SHAPES[model].vocabulary) for _ in range(n)]
+
         prompts.append([BOS, *ids(p - 1)])
         responses.append([*ids(min(r, max_length - p) - 1), EOS])
     return Work(prompts, responses, model)
@@ -181,18 +216,24 @@ def load_work(path):
 
 
 def causal_lm(shape, seed=0, device="cpu"):
-    """A random causal LM in fp32, the same on every side. The reference is the actor's copy, as at a run's start."""
+    """A random causal LM in fp32, the same on every side. The reference is the actor's copy, as at a run's
+    start.
+    """
     import torch
     import transformers
+
     torch.manual_seed(seed)
     with torch.device(device):
         return transformers.AutoModelForCausalLM.from_config(shape.config(), dtype=torch.float32)
 
 
 def backbone(shape, seed, device="cpu"):
-    """A random backbone in fp32 for the score model `seed` (1: reward, 2: cost), and the weight of its head [1, hidden]."""
+    """A random backbone in fp32 for the score model `seed` (1: reward, 2: cost), and the weight of its head
+    [1, hidden].
+    """
     import torch
     import transformers
+
     torch.manual_seed(seed)
     with torch.device(device):
         model = transformers.AutoModel.from_config(shape.config(), dtype=torch.float32)

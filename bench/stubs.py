@@ -1,4 +1,6 @@
-"""Empty modules for packages that a library imports and that are not installed where it is measured or tested."""
+"""Empty modules for packages that a library imports and that are not installed where it is measured or
+tested.
+"""
 
 import importlib.machinery
 import sys
@@ -35,7 +37,8 @@ class _Stubs:
 
 
 def stub(*names, without=()):
-    """Lets packages be imported that are not installed here; whatever is asked of them is a class. without: parts that stay
-    missing, so that a library goes the way it goes where it has none."""
+    """Lets packages be imported that are not installed here; whatever is asked of them is a class. without:
+    parts that stay missing, so that a library goes the way it goes where it has none.
+    """
     sys.modules.update(dict.fromkeys(without))
-    sys.meta_path.append(_Stubs(names))              # last: what is installed comes first
+    sys.meta_path.append(_Stubs(names))  # last: what is installed comes first

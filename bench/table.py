@@ -1,8 +1,9 @@
 """A Markdown table from one results file: `python bench/table.py RESULTS.json > TABLE.md`.
 
-Per op and shape, one row a version: time, ratio to eager torch of the same run, the floor made from the ceilings of the same run
-and the ratio to it, the rate, peak memory above inputs and outputs, the error against float64. Then the targets, and what could
-not be measured and why. What is not in the file is "not measured"; nothing is guessed.
+Per op and shape, one row a version: time, ratio to eager torch of the same run, the floor made from the
+ceilings of the same run and the ratio to it, the rate, peak memory above inputs and outputs, the error
+against float64. Then the targets, and what could not be measured and why. What is not in the file is "not
+measured"; nothing is guessed.
 """
 
 import json
@@ -14,8 +15,10 @@ import ceilings  # noqa: E402
 import targets  # noqa: E402
 
 NONE = "not measured"
-HEAD = ("| version | time | against eager | floor | of the floor | rate | peak memory | error |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|")
+HEAD = (
+    "| version | time | against eager | floor | of the floor | rate | peak memory | error |",
+    "|---|---:|---:|---:|---:|---:|---:|---:|",
+)
 OURS = ("reference", "triton", "native")
 
 
@@ -52,26 +55,54 @@ def named(row):
 
 def header(machine):
     top = machine.get("ceilings") or {}
-    rates = [f"copy {top['copy_gb_s']:.1f} GB/s (read and write counted)", f"read {top['read_gb_s']:.1f} GB/s"] if top else []
-    rates += [f"{name.removesuffix('_tflop_s')} products {top[name]:.3g} TFLOP/s" for name in top if name.endswith("_tflop_s")]
+    rates = (
+        [f"copy {top['copy_gb_s']:.1f} GB/s (read and write counted)", f"read {top['read_gb_s']:.1f} GB/s"]
+        if top
+        else []
+    )
+    rates += [
+        f"{name.removesuffix('_tflop_s')} products {top[name]:.3g} TFLOP/s"
+        for name in top
+        if name.endswith("_tflop_s")
+    ]
     cache = machine.get("cache_bytes")
-    return [f"Device: {machine.get('device', 'not noted')}. Commit: {machine.get('commit', 'not noted')}. "
-            f"Date: {machine.get('date', 'not noted')}. torch {machine.get('torch', 'not noted')}. "
-            f"Command: `{machine.get('command', 'not noted')}`.", "",
-            f"Ceilings of this machine in this run: {', '.join(rates) or NONE}. "
-            f"Last-level cache as the machine names it: {size(cache) if cache else 'not known'}."]
+    return [
+        f"Device: {machine.get('device', 'not noted')}. Commit: {machine.get('commit', 'not noted')}. "
+        f"Date: {machine.get('date', 'not noted')}. torch {machine.get('torch', 'not noted')}. "
+        f"Command: `{machine.get('command', 'not noted')}`.",
+        "",
+        f"Ceilings of this machine in this run: {', '.join(rates) or NONE}. "
+        f"Last-level cache as the machine names it: {size(cache) if cache else 'not known'}.",
+    ]
 
 
 def section(op, shape, rows, top):
     """The rows of one op and shape, the fastest first."""
     eager = next((row["seconds"] for row in rows if row["version"] == "eager"), None)
-    lines = ["", f"### {op}, {shape}" + (" (in the caches)" if any(row.get("warm") for row in rows) else ""), "", *HEAD]
+    lines = [
+        "",
+        f"### {op}, {shape}" + (" (in the caches)" if any(row.get("warm") for row in rows) else ""),
+        "",
+        *HEAD,
+    ]
     for row in sorted(rows, key=lambda row: row["seconds"]):
         floor = ceilings.floor(row, top)
-        lines.append("| " + " | ".join([
-            named(row), duration(row["seconds"]), NONE if eager is None else f"{eager / row['seconds']:.2f}x", duration(floor),
-            NONE if floor is None else f"{row['seconds'] / floor:.2f}x", rate(row), size(row.get("peak")),
-            NONE if row.get("error") is None else f"{row['error']:.0e}"]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [
+                    named(row),
+                    duration(row["seconds"]),
+                    NONE if eager is None else f"{eager / row['seconds']:.2f}x",
+                    duration(floor),
+                    NONE if floor is None else f"{row['seconds'] / floor:.2f}x",
+                    rate(row),
+                    size(row.get("peak")),
+                    NONE if row.get("error") is None else f"{row['error']:.0e}",
+                ]
+            )
+            + " |"
+        )
     return lines
 
 
@@ -82,9 +113,11 @@ def target_lines(rows, machine):
         here = targets.speaks_of(target, machine)
         measured = targets.value(target, rows, top, ceilings.floor) if here else None
         where = "CPU, two threads" if target.where == "cpu" else target.where
-        lines.append(f"| {target.op} | {target.shape} | {where}: {targets.text(target)} | "
-                     f"{NONE if measured is None else f'{measured:.3g}'} | "
-                     f"{targets.verdict(target, measured)}{'' if here else ' (another machine)'} |")
+        lines.append(
+            f"| {target.op} | {target.shape} | {where}: {targets.text(target)} | "
+            f"{NONE if measured is None else f'{measured:.3g}'} | "
+            f"{targets.verdict(target, measured)}{'' if here else ' (another machine)'} |"
+        )
     return lines
 
 
@@ -95,22 +128,39 @@ def missing_lines(notes):
         found.setdefault((note["version"], note["reason"]), set()).add(note["op"])
     if not found:
         return []
-    return ["", "## Not measured", "", "| version | ops | reason |", "|---|---|---|",
-            *(f"| {version} | {', '.join(sorted(ops))} | {reason} |" for (version, reason), ops in sorted(found.items()))]
+    return [
+        "",
+        "## Not measured",
+        "",
+        "| version | ops | reason |",
+        "|---|---|---|",
+        *(
+            f"| {version} | {', '.join(sorted(ops))} | {reason} |"
+            for (version, reason), ops in sorted(found.items())
+        ),
+    ]
 
 
 def table(results, with_targets=True):
-    """Lines of Markdown for a loaded results file. with_targets: the project's own targets, each for one machine."""
+    """Lines of Markdown for a loaded results file. with_targets: the project's own targets, each for one
+    machine.
+    """
     machine, entries = results["machine_info"], results["benchmarks"]
     rows = [entry["extra_info"] for entry in entries if entry["extra_info"].get("seconds")]
     lines = header(machine)
     for key in sorted({(row["op"], row["shape"]) for row in rows}):
-        lines += section(*key, [row for row in rows if (row["op"], row["shape"]) == key], machine.get("ceilings"))
+        lines += section(
+            *key, [row for row in rows if (row["op"], row["shape"]) == key], machine.get("ceilings")
+        )
     others = [entry for entry in entries if "op" not in entry["extra_info"]]
     if others:
         lines += ["", "### a whole PPO-Lag step and its parts", "", "| part | time |", "|---|---:|"]
         lines += [f"| {entry['name']} | {duration(entry['stats']['median'])} |" for entry in others]
-    return lines + (target_lines(rows, machine) if with_targets else []) + missing_lines(results.get("not_measured", []))
+    return (
+        lines
+        + (target_lines(rows, machine) if with_targets else [])
+        + missing_lines(results.get("not_measured", []))
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The targets of the kernels as data, each a ratio or a limit within one run, and the verdict on a results file.
+"""The targets of the kernels as data, each a ratio or a limit within one run, and the verdict on a results
+file.
 
-What a target speaks of is the version that impl="auto" takes. A row that is not there, or lacks what is asked of it, is "not
-measured".
+What a target speaks of is the version that impl="auto" takes. A row that is not there, or lacks what is asked
+of it, is "not measured".
 """
 
 from typing import NamedTuple
@@ -10,8 +11,9 @@ TRIANGLE = ("chunked product", "chunked product, torch.compile")
 
 
 class Target(NamedTuple):
-    """what: a name in _VALUES. against: versions it is compared with, the fastest of them. at_least: limit is a lower one.
-    where: a part of the device's name, or "cpu"; threads: of the CPU that it is meant for."""
+    """what: a name in _VALUES. against: versions it is compared with, the fastest of them. at_least: limit is
+    a lower one. where: a part of the device's name, or "cpu"; threads: of the CPU that it is meant for.
+    """
 
     where: str
     op: str
@@ -25,26 +27,66 @@ class Target(NamedTuple):
 
 TARGETS = (
     Target("cpu", "token_logprob forward", "1024x32000xfloat32", "times faster", 3, True, ("eager",)),
-    Target("cpu", "token_logprob forward", "1024x32000xfloat32", "times faster", 1.5, True, ("torch.compile",)),
+    Target(
+        "cpu", "token_logprob forward", "1024x32000xfloat32", "times faster", 1.5, True, ("torch.compile",)
+    ),
     Target("cpu", "token_logprob forward", "1024x32000xfloat32", "times the floor", 1.5),
-    Target("cpu", "token_logprob forward + backward", "1024x32000xfloat32", "times faster", 2.5, True, ("eager",)),
+    Target(
+        "cpu", "token_logprob forward + backward", "1024x32000xfloat32", "times faster", 2.5, True, ("eager",)
+    ),
     Target("cpu", "ppo_lag_advantage", "16x768", "times faster", 300, True, ("eager",)),
     Target("cpu", "ppo_lag_advantage", "16x768", "times faster", 5, True, TRIANGLE),
-    Target("cpu", "linear_ppo_loss forward + backward", "4096x512x32000xfloat32", "times the time", 1.1, False,
-           ("bare products",)),
-    Target("cpu", "linear_ppo_loss forward + backward", "4096x512x32000xfloat32", "of the memory", 1 / 8, False, ("eager",)),
-    Target("H200", "token_logprob + entropy forward", "8192x151936xbfloat16", "of the copy bandwidth", 0.9, True),
+    Target(
+        "cpu",
+        "linear_ppo_loss forward + backward",
+        "4096x512x32000xfloat32",
+        "times the time",
+        1.1,
+        False,
+        ("bare products",),
+    ),
+    Target(
+        "cpu",
+        "linear_ppo_loss forward + backward",
+        "4096x512x32000xfloat32",
+        "of the memory",
+        1 / 8,
+        False,
+        ("eager",),
+    ),
+    Target(
+        "H200", "token_logprob + entropy forward", "8192x151936xbfloat16", "of the copy bandwidth", 0.9, True
+    ),
     Target("H200", "token_logprob + entropy forward", "8192x151936xbfloat16", "ms", 0.64),
     Target("H200", "ppo_loss_from_logits forward + backward", "8192x151936xbfloat16", "ms", 1.45),
     Target("H200", "linear_logprob forward", "8192x4096x128256xbfloat16", "TFLOP/s", 640, True),
     Target("H200", "linear_ppo_loss forward + backward", "8192x4096x128256xbfloat16", "ms", 37),
-    Target("H200", "linear_ppo_loss forward + backward", "8192x4096x128256xbfloat16", "times faster", 1.3, True,
-           ("Liger scaled cross entropy + loss",)),
-    Target("H200", "linear_ppo_loss forward + backward", "8192x4096x128256xbfloat16", "times faster", 1.3, True,
-           ("verl linear_cross_entropy + loss",)),
+    Target(
+        "H200",
+        "linear_ppo_loss forward + backward",
+        "8192x4096x128256xbfloat16",
+        "times faster",
+        1.3,
+        True,
+        ("Liger scaled cross entropy + loss",),
+    ),
+    Target(
+        "H200",
+        "linear_ppo_loss forward + backward",
+        "8192x4096x128256xbfloat16",
+        "times faster",
+        1.3,
+        True,
+        ("verl linear_cross_entropy + loss",),
+    ),
     # 1.1 GB and d weight in fp32
-    Target("H200", "linear_ppo_loss forward + backward", "8192x4096x128256xbfloat16", "GB above inputs and outputs",
-           1.1 + 128_256 * 4096 * 4 / 1e9),
+    Target(
+        "H200",
+        "linear_ppo_loss forward + backward",
+        "8192x4096x128256xbfloat16",
+        "GB above inputs and outputs",
+        1.1 + 128_256 * 4096 * 4 / 1e9,
+    ),
     Target("H200", "ppo_lag_advantage", "4096x2048", "ms", 0.072),
     Target("H200", "ppo_lag_advantage", "256x1024", "launches", 1),
     Target("H200", "ppo_lag_advantage", "256x1024", "ms a call from Python", 0.025),
@@ -55,13 +97,16 @@ def _moved(row):
     return row["reads"] + row["writes"]
 
 
-# name -> value of our row, the row it is compared with (or None), our floor in seconds, the ceilings. None: not measured.
+# name -> value of our row, the row it is compared with (or None), our floor in seconds, the ceilings. None:
+# not measured.
 _VALUES = {
     "times faster": lambda row, other, floor, top: other["seconds"] / row["seconds"],
     "times the time": lambda row, other, floor, top: row["seconds"] / other["seconds"],
     "of the memory": lambda row, other, floor, top: row["peak"] / other["peak"],
     "times the floor": lambda row, other, floor, top: row["seconds"] / floor,
-    "of the copy bandwidth": lambda row, other, floor, top: _moved(row) / row["seconds"] / 1e9 / top["copy_gb_s"],
+    "of the copy bandwidth": lambda row, other, floor, top: (
+        _moved(row) / row["seconds"] / 1e9 / top["copy_gb_s"]
+    ),
     "TFLOP/s": lambda row, other, floor, top: row["flops"] / row["seconds"] / 1e12,
     "ms": lambda row, other, floor, top: row["seconds"] * 1e3,
     "ms a call from Python": lambda row, other, floor, top: row["call"] * 1e3,
@@ -79,27 +124,33 @@ def speaks_of(target, machine):
 
 def value(target, rows, ceilings, floor):
     """The measured figure, or None. rows: every row's extra_info; floor(row, ceilings) -> seconds or None."""
-    here = [row for row in rows if (row["op"], row["shape"]) == (target.op, target.shape) and row.get("seconds")]
+    here = [
+        row for row in rows if (row["op"], row["shape"]) == (target.op, target.shape) and row.get("seconds")
+    ]
     mine = next((row for row in here if row.get("auto")), None)
     others = [row for row in here if row["version"] in target.against]
     if mine is None or (target.against and not others):
         return None
     try:
-        return _VALUES[target.what](mine, min(others, key=lambda row: row["seconds"], default=None), floor(mine, ceilings),
-                                    ceilings)
+        return _VALUES[target.what](
+            mine, min(others, key=lambda row: row["seconds"], default=None), floor(mine, ceilings), ceilings
+        )
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 
 
 def text(target):
     """The target in words."""
-    against = f" than {' or '.join(target.against)}" if "faster" in target.what else (
-        f" of {target.against[0]}" if target.against else "")
+    against = (
+        f" than {' or '.join(target.against)}"
+        if "faster" in target.what
+        else (f" of {target.against[0]}" if target.against else "")
+    )
     return f"{'at least' if target.at_least else 'at most'} {target.limit:.3g} {target.what}{against}"
 
 
 def verdict(target, measured):
-    """"met", "missed" or "not measured"."""
+    """ "met", "missed" or "not measured"."""
     if measured is None:
         return "not measured"
     return "met" if (measured >= target.limit if target.at_least else measured <= target.limit) else "missed"

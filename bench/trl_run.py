@@ -1,10 +1,13 @@
-"""TRL's GRPO and DPO trainers as they are, and with `integrations.patch("trl")`: the same losses? how long, how much memory?
+"""TRL's GRPO and DPO trainers as they are, and with `integrations.patch("trl")`: the same losses? how long,
+how much memory?
 
-    .venv-trl/bin/python bench/trl_run.py --vocabulary 32000 --steps 20        both trainers, both ways; a table, and
+    .venv-trl/bin/python bench/trl_run.py --vocabulary 32000 --steps 20        both trainers, both ways; a
+    table, and
                                                                               bench/results/trl-run-<device>-<date>.json
 
-A small Llama with random weights, prompts of random words, no download. Each run is a process of its own with the same seed, so
-that its peak resident memory is its own. `--side dpo --patched` is one such run; it prints JSON.
+A small Llama with random weights, prompts of random words, no download. Each run is a process of its own with
+the same seed, so that its peak resident memory is its own. `--side dpo --patched` is one such run; it prints
+JSON.
 """
 
 import argparse
@@ -20,8 +23,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
-COMPARED = {"dpo": ("loss", "grad_norm", "logps/chosen", "logits/chosen", "mean_token_accuracy"),
-            "grpo": ("loss", "grad_norm", "entropy", "kl")}
+COMPARED = {
+    "dpo": ("loss", "grad_norm", "logps/chosen", "logits/chosen", "mean_token_accuracy"),
+    "grpo": ("loss", "grad_norm", "entropy", "kl"),
+}
 
 
 def parts(options):
@@ -29,18 +34,31 @@ def parts(options):
     import torch
     from step_words import one_word_an_id
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=options.vocabulary, hidden_size=options.width, intermediate_size=2 * options.width,
-                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=1024,
-                         bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = LlamaConfig(
+        vocab_size=options.vocabulary,
+        hidden_size=options.width,
+        intermediate_size=2 * options.width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     return LlamaForCausalLM(config), one_word_an_id(options.vocabulary)
 
 
 def words(generator, options, low, high):
     """A text of low … high random words."""
     import torch
+
     count = int(torch.randint(low, high + 1, (1,), generator=generator))
-    return " ".join(f"w{i}" for i in torch.randint(4, options.vocabulary, (count,), generator=generator).tolist())
+    return " ".join(
+        f"w{i}" for i in torch.randint(4, options.vocabulary, (count,), generator=generator).tolist()
+    )
 
 
 def trainer(options, folder):
@@ -48,27 +66,61 @@ def trainer(options, folder):
     import torch
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
+
     lm, tokenizer = parts(options)
-    model = os.path.join(folder, "policy")                # they read the reference from a folder, by the model's name
+    # they read the reference from a folder, by the model's name
+    model = os.path.join(folder, "policy")
     lm.save_pretrained(model)
     generator = torch.Generator().manual_seed(1)
     longest = options.tokens
-    common = {"output_dir": folder, "max_steps": options.steps, "per_device_train_batch_size": 4, "learning_rate": 1e-4,
-              "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True, "seed": 0,
-              "bf16": False, "gradient_checkpointing": False, "model_init_kwargs": {"dtype": "float32"}}
+    common = {
+        "output_dir": folder,
+        "max_steps": options.steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-4,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 0,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "model_init_kwargs": {"dtype": "float32"},
+    }
     if options.side == "dpo":
-        rows = [{"prompt": words(generator, options, 4, 8), "chosen": " " + words(generator, options, longest // 2, longest),
-                 "rejected": " " + words(generator, options, longest // 2, longest)} for _ in range(4 * options.steps)]
-        return DPOTrainer(model, args=DPOConfig(max_length=2 * longest, **common), processing_class=tokenizer,
-                          train_dataset=Dataset.from_list(rows))
+        rows = [
+            {
+                "prompt": words(generator, options, 4, 8),
+                "chosen": " " + words(generator, options, longest // 2, longest),
+                "rejected": " " + words(generator, options, longest // 2, longest),
+            }
+            for _ in range(4 * options.steps)
+        ]
+        return DPOTrainer(
+            model,
+            args=DPOConfig(max_length=2 * longest, **common),
+            processing_class=tokenizer,
+            train_dataset=Dataset.from_list(rows),
+        )
 
     def reward(completions, **_):
         """The share of words with an even number."""
-        return [sum(word[-1:] in "02468" for word in text.split()) / max(len(text.split()), 1) for text in completions]
+        return [
+            sum(word[-1:] in "02468" for word in text.split()) / max(len(text.split()), 1)
+            for text in completions
+        ]
 
     rows = [{"prompt": words(generator, options, 4, 8)} for _ in range(4 * options.steps)]
-    return GRPOTrainer(model, reward_funcs=reward, processing_class=tokenizer, train_dataset=Dataset.from_list(rows),
-                       args=GRPOConfig(num_generations=4, num_iterations=2, max_completion_length=longest, beta=0.04, **common))
+    return GRPOTrainer(
+        model,
+        reward_funcs=reward,
+        processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows),
+        args=GRPOConfig(
+            num_generations=4, num_iterations=2, max_completion_length=longest, beta=0.04, **common
+        ),
+    )
 
 
 def run(options):
@@ -76,6 +128,7 @@ def run(options):
     report = None
     if options.patched:
         from saferlhf_fast import integrations
+
         report = integrations.patch("trl", quiet=True)
     with tempfile.TemporaryDirectory() as folder:
         trained = trainer(options, folder)
@@ -83,14 +136,32 @@ def run(options):
         trained.train()
         seconds = time.perf_counter() - began
     logged = [row for row in trained.state.log_history if "loss" in row]
-    return {"steps": [{name: row[name] for name in COMPARED[options.side]} for row in logged], "seconds": seconds,
-            "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "calls": report.calls if report else {}}
+    return {
+        "steps": [{name: row[name] for name in COMPARED[options.side]} for row in logged],
+        "seconds": seconds,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "calls": report.calls if report else {},
+    }
 
 
 def child(options, side, patched):
     """`run` in a process of its own."""
-    command = [sys.executable, "-W", "ignore", __file__, "--side", side, "--vocabulary", str(options.vocabulary), "--steps",
-               str(options.steps), "--width", str(options.width), "--tokens", str(options.tokens)] + ["--patched"] * patched
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        __file__,
+        "--side",
+        side,
+        "--vocabulary",
+        str(options.vocabulary),
+        "--steps",
+        str(options.steps),
+        "--width",
+        str(options.width),
+        "--tokens",
+        str(options.tokens),
+    ] + ["--patched"] * patched
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
@@ -99,8 +170,10 @@ def child(options, side, patched):
 
 def apart(theirs, ours):
     """{metric: the largest difference over the steps}."""
-    return {name: max(abs(one[name] - two[name]) for one, two in zip(theirs["steps"], ours["steps"], strict=True))
-            for name in theirs["steps"][0]}
+    return {
+        name: max(abs(one[name] - two[name]) for one, two in zip(theirs["steps"], ours["steps"], strict=True))
+        for name in theirs["steps"][0]
+    }
 
 
 def compare(options):
@@ -109,14 +182,20 @@ def compare(options):
     for side in COMPARED:
         theirs, ours = (child(options, side, patched) for patched in (False, True))
         rows[side] = {"theirs": theirs, "ours": ours, "apart": apart(theirs, ours)}
-        print(f"{side}: {len(theirs['steps'])} steps, {theirs['seconds']:.1f} -> {ours['seconds']:.1f} s, peak "
-              f"{theirs['peak_mib']:.0f} -> {ours['peak_mib']:.0f} MiB, ours called {sum(ours['calls'].values())} times; largest "
-              "differences: " + ", ".join(f"{name} {value:.1e}" for name, value in rows[side]["apart"].items()), flush=True)
+        print(
+            f"{side}: {len(theirs['steps'])} steps, {theirs['seconds']:.1f} -> {ours['seconds']:.1f} s, peak "
+            f"{theirs['peak_mib']:.0f} -> {ours['peak_mib']:.0f} MiB, ours called "
+            f"{sum(ours['calls'].values())} times; largest "
+            "differences: " + ", ".join(f"{name} {value:.1e}" for name, value in rows[side]["apart"].items()),
+            flush=True,
+        )
     return rows
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--width", type=int, default=128, help="hidden size")
@@ -131,11 +210,21 @@ def main():
     import trl
     from ceilings import device_name
     from run import slug
+
     rows, date, device = compare(options), datetime.date.today().isoformat(), device_name()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True
+    ).stdout.strip()
     path = HERE / "results" / f"trl-run-{slug(device)}-{date}.json"
-    results = {"device": device, "date": date, "commit": commit, "trl": trl.__version__, "torch": torch.__version__,
-               "settings": vars(options), "rows": rows}
+    results = {
+        "device": device,
+        "date": date,
+        "commit": commit,
+        "trl": trl.__version__,
+        "torch": torch.__version__,
+        "settings": vars(options),
+        "rows": rows,
+    }
     path.write_text(json.dumps(results, indent=1) + "\n")
     print(path)
 

@@ -1,4 +1,6 @@
-"""Which versions of an op a bench runs: eager torch, each of our implementations that can run here, every known peer."""
+"""Which versions of an op a bench runs: eager torch, each of our implementations that can run here, every
+known peer.
+"""
 
 import peers
 import pytest
@@ -8,31 +10,48 @@ from saferlhf_fast.kernels import dispatch
 
 
 def ours(op, device):
-    """Names of our implementations of `op` that can run on `device`; none for an op that the dispatcher does not know."""
+    """Names of our implementations of `op` that can run on `device`; none for an op that the dispatcher does
+    not know.
+    """
     return [row.implementation for row in dispatch.table(device) if row.op == op and row.available]
 
 
 def is_auto(op, version, device):
     """True for the one that impl="auto" takes."""
-    return any(row.op == op and row.implementation == version and row.chosen for row in dispatch.table(device))
+    return any(
+        row.op == op and row.implementation == version and row.chosen for row in dispatch.table(device)
+    )
 
 
 def cases(op, kind, table, others=("eager",), backward=False):
-    """parametrize(device, shape, version): each shape with ours and eager torch, the full shapes with every peer of `kind`."""
+    """parametrize(device, shape, version): each shape with ours and eager torch, the full shapes with every
+    peer of `kind`.
+    """
     found = []
     for device in shapes.devices():
         for shape in table[device]:
             run = [*others, *ours(op, device)]
             if shape in shapes.FULL:
-                run += [name for name in peers.names(kind) if not (backward and peers.PEERS[kind][name].forward_only)]
+                run += [
+                    name
+                    for name in peers.names(kind)
+                    if not (backward and peers.PEERS[kind][name].forward_only)
+                ]
             found += [(device, shape, version) for version in run]
-    return pytest.mark.parametrize("device, shape, version", found,
-                                   ids=["-".join((device, shapes.name(shape), version.replace(" ", "_")))
-                                        for device, shape, version in found])
+    return pytest.mark.parametrize(
+        "device, shape, version",
+        found,
+        ids=[
+            "-".join((device, shapes.name(shape), version.replace(" ", "_")))
+            for device, shape, version in found
+        ],
+    )
 
 
 def call(own, kind, version, device):
-    """The version's function: `own` is a dict of eager and of ours, by name, or a function that makes ours by name."""
+    """The version's function: `own` is a dict of eager and of ours, by name, or a function that makes ours by
+    name.
+    """
     if version in own:
         return own[version]
     if version in peers.names(kind):

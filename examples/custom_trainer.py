@@ -1,13 +1,14 @@
-"""The fused linear log-prob in a training loop of your own, SFT or DPO, beside the plain way: same losses, less memory.
+"""The fused linear log-prob in a training loop of your own, SFT or DPO, beside the plain way: same losses,
+less memory.
 
-    python examples/custom_trainer.py                     # DPO from random weights with 32,000 words: seconds on two CPU cores
-    python examples/custom_trainer.py --loss sft
-    python examples/custom_trainer.py --model DIR --data FILE.jsonl --loss dpo       # {"prompt", "chosen", "rejected"} per line
+    python examples/custom_trainer.py                     # DPO from random weights with 32,000 words: seconds
+    on two CPU cores python examples/custom_trainer.py --loss sft python examples/custom_trainer.py --model
+    DIR --data FILE.jsonl --loss dpo       # {"prompt", "chosen", "rejected"} per line
 
-The plain way is log_softmax over the logits of every position, then gather. Ours takes the body's hidden states of the response
-positions (`pack`) and the head's weight (`linear_logprob`), and sums over rows again (`unpack`): logits exist in chunks alone,
-64 MiB on a CPU, 1 GiB on a GPU. Both train the same model from the same weights; the table is measured while it runs. Nothing
-else in the loop changes.
+The plain way is log_softmax over the logits of every position, then gather. Ours takes the body's hidden
+states of the response positions (`pack`) and the head's weight (`linear_logprob`), and sums over rows again
+(`unpack`): logits exist in chunks alone, 64 MiB on a CPU, 1 GiB on a GPU. Both train the same model from the
+same weights; the table is measured while it runs. Nothing else in the loop changes.
 
 Shapes: B rows, L tokens, N response tokens of all rows, packed; H hidden, V vocabulary.
 """
@@ -31,16 +32,20 @@ def plain_logp(lm, ids_BL, mask_BL, response_BL):
 
 
 def fused_logp(lm, ids_BL, mask_BL, response_BL):
-    """The same sums without logits: hidden states of the positions before response tokens, and the head's weight."""
+    """The same sums without logits: hidden states of the positions before response tokens, and the head's
+    weight.
+    """
     hidden_BLH = lm.base_model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
     (hidden_NH, ids_N), cu_seqlens = pack((hidden_BLH[:, :-1], ids_BL[:, 1:]), response_BL[:, 1:])
     head = lm.get_output_embeddings()
     logp_N = linear_logprob(hidden_NH, head.weight, ids_N, bias=head.bias)
-    return unpack(logp_N, cu_seqlens).sum(1)                         # rows again, zeros behind their tokens
+    return unpack(logp_N, cu_seqlens).sum(1)  # rows again, zeros behind their tokens
 
 
 def train(lm, batches, logp, args):
-    """The loop -> (losses, seconds of a step, peak bytes of a step). Nothing in it knows which `logp` it was given."""
+    """The loop -> (losses, seconds of a step, peak bytes of a step). Nothing in it knows which `logp` it was
+    given.
+    """
     reference = copy.deepcopy(lm).requires_grad_(False) if args.loss == "dpo" else None
     optimizer = torch.optim.AdamW(lm.parameters(), lr=args.lr, weight_decay=0.0)
     losses, seconds = [], []
@@ -49,7 +54,7 @@ def train(lm, batches, logp, args):
         made_B = logp(lm, *batch)
         if reference is None:
             loss = -made_B.sum() / batch[2].sum()
-        else:                                            # rows: chosen ones, then rejected ones
+        else:  # rows: chosen ones, then rejected ones
             with torch.no_grad():
                 base_B = logp(reference, *batch)
             chosen, rejected = (made_B - base_B).chunk(2)
@@ -88,12 +93,19 @@ def peak_bytes(call):
 def toy(args):
     """A tiny Llama with a large vocabulary; chosen responses count upwards, rejected ones are random."""
     from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(vocab_size=args.vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-                         num_attention_heads=4, max_position_embeddings=256)
+
+    config = LlamaConfig(
+        vocab_size=args.vocabulary,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+    )
     start = torch.randint(10, 1000, (args.steps, args.rows, 1))
     upwards = start + torch.arange(args.length)
     random = torch.randint(10, args.vocabulary, upwards.shape)
-    random[:, :, :4] = upwards[:, :, :4]                 # the prompt
+    random[:, :, :4] = upwards[:, :, :4]  # the prompt
     ids = torch.cat([upwards, random], 1) if args.loss == "dpo" else upwards
     response = torch.zeros_like(ids, dtype=torch.bool)
     response[:, :, 4:] = True
@@ -103,6 +115,7 @@ def toy(args):
 def real(args):
     """A model from a folder or the Hub, and pairs from a file of JSON lines."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
     keys = ("chosen", "rejected") if args.loss == "dpo" else ("chosen",)
     rows = rows_of(args.data, "prompt", *keys)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -122,14 +135,16 @@ def real(args):
         for i, (prompt, answer) in enumerate(pairs):
             whole = len(prompt) + len(answer)
             ids[i, :whole] = torch.tensor(prompt + answer)
-            mask[i, :whole], response[i, len(prompt):whole] = 1, True
+            mask[i, :whole], response[i, len(prompt) : whole] = 1, True
         batches.append((ids.to(device), mask.to(device), response.to(device)))
     return AutoModelForCausalLM.from_pretrained(args.model).to(device), batches
 
 
 def main():
     """Trains twice from the same weights, the plain way and ours, and prints what each took."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a causal LM; without it a tiny one is made")
     parser.add_argument("--data", help="JSON lines with prompt, chosen and (for dpo) rejected")
     parser.add_argument("--loss", choices=("sft", "dpo"), default="dpo")
@@ -138,26 +153,36 @@ def main():
     parser.add_argument("--rows", type=number(int, 1), default=8, help="prompts of a step")
     parser.add_argument("--lr", type=number(float, 0), default=1e-3)
     parser.add_argument("--vocabulary", type=number(int, 1), default=32_000, help="of the tiny model")
-    parser.add_argument("--length", type=number(int, 5, 256), default=64, help="tokens of the tiny model's rows")
+    parser.add_argument(
+        "--length", type=number(int, 5, 256), default=64, help="tokens of the tiny model's rows"
+    )
     args = parser.parse_args()
     if args.model and not args.data:
         parser.error("--model needs --data")
-    least = 1000 + args.length                           # the toy's responses count upwards from 10 … 999
+    least = 1000 + args.length  # the toy's responses count upwards from 10 … 999
     if not args.model and args.vocabulary < least:
-        parser.error(f"--vocabulary: expected {least} or more for rows of {args.length} tokens, got {args.vocabulary}")
+        parser.error(
+            f"--vocabulary: expected {least} or more for rows of {args.length} tokens, got {args.vocabulary}"
+        )
     torch.manual_seed(0)
     try:
         lm, batches = (real if args.model else toy)(args)
-    except (OSError, KeyError, ValueError) as error:                 # a path, or a file, that is not what it should be
+    except (OSError, KeyError, ValueError) as error:
+        # a path, or a file, that is not what it should be
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
-    print(f"{args.loss}, {batches[0][0].numel()} tokens a step, {lm.get_output_embeddings().weight.shape[0]} words")
+    print(
+        f"{args.loss}, {batches[0][0].numel()} tokens a step, {lm.get_output_embeddings().weight.shape[0]} "
+        f"words"
+    )
     print("way      first loss   last loss   s/step   peak MiB of a step")
     made = {}
     for name, logp in (("plain", plain_logp), ("fused", fused_logp)):
         losses, seconds, peak = made[name] = train(copy.deepcopy(lm), batches, logp, args)
         print(f"{name:8} {losses[0]:10.4f} {losses[-1]:11.4f} {seconds:8.2f} {peak / 2**20:20.0f}")
     gap = max(abs(a - b) for a, b in zip(made["plain"][0], made["fused"][0]))
-    print(f"largest difference of a loss {gap:.1e}; memory {made['plain'][2] / made['fused'][2]:.1f} times less")
+    print(
+        f"largest difference of a loss {gap:.1e}; memory {made['plain'][2] / made['fused'][2]:.1f} times less"
+    )
 
 
 if __name__ == "__main__":

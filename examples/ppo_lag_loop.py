@@ -1,16 +1,19 @@
-"""PPO-Lag in a loop of your own: plain torch, transformers for the models, this package's ops for the mathematics.
+"""PPO-Lag in a loop of your own: plain torch, transformers for the models, this package's ops for the
+mathematics.
 
-    python examples/ppo_lag_loop.py                       # a toy, from random weights: half a minute on two CPU cores
-    python examples/ppo_lag_loop.py --model DIR --reward DIR --cost DIR --prompts FILE.jsonl --threshold 0 --tokens 256
+    python examples/ppo_lag_loop.py                       # a toy, from random weights: half a minute on two
+    CPU cores python examples/ppo_lag_loop.py --model DIR --reward DIR --cost DIR --prompts FILE.jsonl
+    --threshold 0 --tokens 256
 
-It shows `linear_logprob` (no logits), `pack` (no padding after the models), `ScoreModel`, `gae`, `LagrangeMultiplier`,
-`PPOLagLoss` (the clipped loss on (A_r − λ·A_c)/(1 + λ)) and `value_loss`; `ppo_lag_advantage` does step 4 and that combination in
-one launch. It leaves out several devices, data formats, checkpoints and speed: that is what `saferlhf-fast ppo-lag` is for.
+It shows `linear_logprob` (no logits), `pack` (no padding after the models), `ScoreModel`, `gae`,
+`LagrangeMultiplier`, `PPOLagLoss` (the clipped loss on (A_r − λ·A_c)/(1 + λ)) and `value_loss`;
+`ppo_lag_advantage` does step 4 and that combination in one launch. It leaves out several devices, data
+formats, checkpoints and speed: that is what `saferlhf-fast ppo-lag` is for.
 
-The toy: 32 words; words 8–15 are worth 1, words 16–23 are worth 2 but do harm, as 24–31 do for nothing. Without a constraint
-the policy would say 16–23 alone; here responses of 12 words may hold 2 harmful ones on average (--threshold). --multiplier 0
-switches the constraint off.
-Shapes: B rows, P prompt, T response, N response tokens of the batch, packed.
+The toy: 32 words; words 8–15 are worth 1, words 16–23 are worth 2 but do harm, as 24–31 do for nothing.
+Without a constraint the policy would say 16–23 alone; here responses of 12 words may hold 2 harmful ones on
+average (--threshold). --multiplier 0 switches the constraint off. Shapes: B rows, P prompt, T response, N
+response tokens of the batch, packed.
 """
 
 import argparse
@@ -23,11 +26,18 @@ from saferlhf_fast import LagrangeMultiplier, PPOLagLoss, gae, linear_logprob, p
 
 
 def train(actor, critics, batches, scores, args, end):
-    """The loop -> rewards, costs and λ of each step. batches: yields (ids_BP, mask_BP), padded on the left · scores(ids_BL,
-    mask_BL) -> reward_B, cost_B · end: the end-of-sequence id, or None."""
+    """The loop -> rewards, costs and λ of each step. batches: yields (ids_BP, mask_BP), padded on the left ·
+    scores(ids_BL, mask_BL) -> reward_B, cost_B · end: the end-of-sequence id, or None.
+    """
     reference = copy.deepcopy(actor).eval().requires_grad_(False)
-    multiplier = LagrangeMultiplier(init=args.multiplier or 1e-9, lr=args.multiplier_lr if args.multiplier else 0.0, max=5.0,
-                                    threshold=args.threshold, window=args.batch, device=actor.device)
+    multiplier = LagrangeMultiplier(
+        init=args.multiplier or 1e-9,
+        lr=args.multiplier_lr if args.multiplier else 0.0,
+        max=5.0,
+        threshold=args.threshold,
+        window=args.batch,
+        device=actor.device,
+    )
     criterion = PPOLagLoss(clip_ratio=0.2)
     optimizers = [torch.optim.Adam(part.parameters(), lr=args.lr) for part in (actor, critics)]
     history = []
@@ -35,29 +45,45 @@ def train(actor, critics, batches, scores, args, end):
     for step, (ids_BP, mask_BP) in zip(range(args.steps), batches):
         # 1. The actor answers. A response ends with its first end-of-sequence token, which belongs to it.
         with torch.no_grad():
-            ids_BL = actor.generate(input_ids=ids_BP, attention_mask=mask_BP, max_new_tokens=args.tokens,
-                                    do_sample=True, temperature=1.0, top_k=0, top_p=1.0)
-        ends_BT = ids_BL[:, ids_BP.shape[1]:] == (-1 if end is None else end)
+            ids_BL = actor.generate(
+                input_ids=ids_BP,
+                attention_mask=mask_BP,
+                max_new_tokens=args.tokens,
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=1.0,
+            )
+        ends_BT = ids_BL[:, ids_BP.shape[1] :] == (-1 if end is None else end)
         real_BT = ends_BT.cumsum(1) - ends_BT.long() == 0
         batch = ids_BL, torch.cat([mask_BP, real_BT.long()], 1), real_BT
         # 2. What the frozen models say of it, and actor and critics at the weights that made it.
         with torch.no_grad():
             reward_B, cost_B = scores(*batch[:2])
-            (logp_N, cu_seqlens), (ref_logp_N, _), values_2N = logprobs(actor, *batch), logprobs(reference, *batch), \
-                values(critics, *batch)
+            (logp_N, cu_seqlens), (ref_logp_N, _), values_2N = (
+                logprobs(actor, *batch),
+                logprobs(reference, *batch),
+                values(critics, *batch),
+            )
         # 3. λ follows the mean cost of the last episodes, before the actor moves.
         multiplier.update(cost_B)
-        # 4. What each token earns and costs: its share of the KL, and at a response's end the score. One scan for each of both.
+        # 4. What each token earns and costs: its share of the KL, and at a response's end the score. One scan
+        #    for each of both.
         kl_N, ends_B = logp_N - ref_logp_N, cu_seqlens[1:].long() - 1
         earned_2N = args.kl_coeff * torch.stack([-kl_N, kl_N])
         earned_2N[:, ends_B] += torch.stack([reward_B, cost_B])
         scans = [gae(*both, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens) for both in zip(earned_2N, values_2N)]
         advantages_2N, returns_2N = (torch.stack(both) for both in zip(*scans))
-        advantages_2N -= advantages_2N.mean(1, keepdim=True)         # what young critics do not foresee is no token's merit
+        # what young critics do not foresee is no token's merit
+        advantages_2N -= advantages_2N.mean(1, keepdim=True)
         # 5. Clipped losses, a few optimiser steps: the actor's weighs reward against cost by λ.
         for _ in range(args.epochs):
-            actor_loss, _ = criterion(logprobs(actor, *batch)[0], logp_N, *advantages_2N, multiplier, cu_seqlens=cu_seqlens)
-            critic_losses, _ = value_loss(values(critics, *batch), values_2N, returns_2N, clip_value=5.0, cu_seqlens=cu_seqlens)
+            actor_loss, _ = criterion(
+                logprobs(actor, *batch)[0], logp_N, *advantages_2N, multiplier, cu_seqlens=cu_seqlens
+            )
+            critic_losses, _ = value_loss(
+                values(critics, *batch), values_2N, returns_2N, clip_value=5.0, cu_seqlens=cu_seqlens
+            )
             for optimizer, loss in zip(optimizers, (actor_loss, critic_losses.sum())):
                 optimizer.zero_grad()
                 loss.backward()
@@ -70,11 +96,16 @@ def train(actor, critics, batches, scores, args, end):
 
 
 def logprobs(lm, ids_BL, mask_BL, real_BT):
-    """-> (log-probs of the response tokens [N], where rows begin [B+1]): the head sees those positions alone, without logits."""
+    """-> (log-probs of the response tokens [N], where rows begin [B+1]): the head sees those positions alone,
+    without logits.
+    """
     columns = real_BT.shape[1]
-    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)              # counted from each row's first real token
-    states = lm.base_model(input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False)
-    hidden_BTH = states.last_hidden_state[:, -columns - 1:-1]
+    # counted from each row's first real token
+    positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
+    states = lm.base_model(
+        input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False
+    )
+    hidden_BTH = states.last_hidden_state[:, -columns - 1 : -1]
     (hidden_NH, ids_N), cu_seqlens = pack((hidden_BTH, ids_BL[:, -columns:]), real_BT)
     head = lm.get_output_embeddings()
     return linear_logprob(hidden_NH, head.weight, ids_N, bias=head.bias), cu_seqlens
@@ -82,7 +113,7 @@ def logprobs(lm, ids_BL, mask_BL, real_BT):
 
 def values(critics, ids_BL, mask_BL, real_BT):
     """-> both critics' values before each response token, [2, N]."""
-    made = [critic(ids_BL, mask_BL)[:, -real_BT.shape[1] - 1:-1] for critic in critics]
+    made = [critic(ids_BL, mask_BL)[:, -real_BT.shape[1] - 1 : -1] for critic in critics]
     return torch.stack(pack(made, real_BT)[0])
 
 
@@ -91,8 +122,18 @@ def toy(args):
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     from saferlhf_fast import ScoreModel
-    config = LlamaConfig(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-                         max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=None)
+
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=None,
+    )
     actor = LlamaForCausalLM(config)
     actor.generation_config.eos_token_id = None
     critics = torch.nn.ModuleList(ScoreModel(LlamaModel(config)) for _ in range(2))
@@ -110,10 +151,13 @@ def toy(args):
 
 
 def real(args):
-    """Models from folders or the Hub, which must share a tokenizer; prompts from a file of {"prompt": …} lines."""
+    """Models from folders or the Hub, which must share a tokenizer; prompts from a file of {"prompt": …}
+    lines.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from saferlhf_fast import load_score_model
+
     prompts = [row["prompt"] for row in rows_of(args.prompts, "prompt")]
     tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -136,16 +180,28 @@ def real(args):
 
 def main():
     """Reads the arguments, trains, and says what has become of reward and cost."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", help="a causal LM; without it the toy runs")
     parser.add_argument("--reward", help="a score model: higher is more helpful")
     parser.add_argument("--cost", help="a score model: above 0 is unsafe")
-    parser.add_argument("--prompts", help="a file with a JSON object {\"prompt\": …} in each line")
-    parser.add_argument("--threshold", type=number(float), default=2.0, help="d: what the mean cost has to stay under")
-    parser.add_argument("--multiplier", type=number(float, 0, 5), default=1.0, help="λ at the start; 0: no constraint")
-    parser.add_argument("--multiplier_lr", type=number(float, 0), default=0.02, help="how fast λ follows the mean cost")
-    parser.add_argument("--kl_coeff", type=number(float, 0), default=0.1,
-                        help="β: nats of KL to the reference against a point of reward")
+    parser.add_argument("--prompts", help='a file with a JSON object {"prompt": …} in each line')
+    parser.add_argument(
+        "--threshold", type=number(float), default=2.0, help="d: what the mean cost has to stay under"
+    )
+    parser.add_argument(
+        "--multiplier", type=number(float, 0, 5), default=1.0, help="λ at the start; 0: no constraint"
+    )
+    parser.add_argument(
+        "--multiplier_lr", type=number(float, 0), default=0.02, help="how fast λ follows the mean cost"
+    )
+    parser.add_argument(
+        "--kl_coeff",
+        type=number(float, 0),
+        default=0.1,
+        help="β: nats of KL to the reference against a point of reward",
+    )
     parser.add_argument("--steps", type=number(int, 1), default=40)
     parser.add_argument("--batch", type=number(int, 1), default=64, help="responses of a step")
     parser.add_argument("--tokens", type=number(int, 1), default=12, help="most tokens of a response")
@@ -158,14 +214,19 @@ def main():
     torch.manual_seed(args.seed)
     try:
         actor, critics, batches, scores, end = (real if args.model else toy)(args)
-    except (OSError, KeyError, ValueError) as error:                 # a path, or a file, that is not what it should be
+    except (OSError, KeyError, ValueError) as error:
+        # a path, or a file, that is not what it should be
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     history = train(actor, critics, batches, scores, args, end)
     few = max(len(history) // 10, 1)
-    (reward, cost, _), (reward_now, cost_now, multiplier) = (torch.tensor(part).mean(0).tolist()
-                                                             for part in (history[:few], history[-few:]))
-    print(f"reward {reward:.2f} -> {reward_now:.2f}, cost {cost:.2f} -> {cost_now:.2f} (threshold {args.threshold:g}), "
-          f"lambda {multiplier:.3f}")
+    (reward, cost, _), (reward_now, cost_now, multiplier) = (
+        torch.tensor(part).mean(0).tolist() for part in (history[:few], history[-few:])
+    )
+    print(
+        f"reward {reward:.2f} -> {reward_now:.2f}, cost {cost:.2f} -> {cost_now:.2f} (threshold "
+        f"{args.threshold:g}), "
+        f"lambda {multiplier:.3f}"
+    )
 
 
 if __name__ == "__main__":

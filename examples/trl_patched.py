@@ -1,17 +1,17 @@
 """TRL's own trainers with this package's kernels in the place of TRL's: one line more, the same losses.
 
-    python examples/trl_patched.py                        # DPOTrainer on a tiny model from random weights, without and with
-    python examples/trl_patched.py --trainer grpo
-    python examples/trl_patched.py --model DIR --dataset NAME_OR_FOLDER --split train     # yours: preference pairs, or prompts
+    python examples/trl_patched.py                        # DPOTrainer on a tiny model from random weights,
+    without and with python examples/trl_patched.py --trainer grpo python examples/trl_patched.py --model DIR
+    --dataset NAME_OR_FOLDER --split train     # yours: preference pairs, or prompts
 
 Needs TRL 1.16 (pip install 'trl==1.16.0'). The line is
 
     with integrations.patch("trl"):
         trainer.train()
 
-`patch` says which functions it replaced and at which places, and which it left and why (docs/integrations.md has what was
-measured). Leaving the block restores everything. `report.calls` says how often ours were called: 0 means that a
-trainer takes another way, and that nothing was gained.
+`patch` says which functions it replaced and at which places, and which it left and why (docs/integrations.md
+has what was measured). Leaving the block restores everything. `report.calls` says how often ours were called:
+0 means that a trainer takes another way, and that nothing was gained.
 """
 
 import argparse
@@ -34,15 +34,32 @@ from saferlhf_fast import integrations
 def run(args, model, tokenizer, dataset):
     """Trains once, from the same weights and seed each time -> (losses of each step, seconds)."""
     torch.manual_seed(args.seed)
-    common = {"output_dir": tempfile.mkdtemp(), "max_steps": args.steps, "per_device_train_batch_size": args.rows,
-              "seed": args.seed, "logging_steps": 1, "model_init_kwargs": {"dtype": "float32"},
-              "report_to": [], "save_strategy": "no", "learning_rate": args.lr, "disable_tqdm": True,
-              "bf16": torch.cuda.is_available(), "use_cpu": not torch.cuda.is_available(), "gradient_checkpointing": False}
+    common = {
+        "output_dir": tempfile.mkdtemp(),
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.rows,
+        "seed": args.seed,
+        "logging_steps": 1,
+        "model_init_kwargs": {"dtype": "float32"},
+        "report_to": [],
+        "save_strategy": "no",
+        "learning_rate": args.lr,
+        "disable_tqdm": True,
+        "bf16": torch.cuda.is_available(),
+        "use_cpu": not torch.cuda.is_available(),
+        "gradient_checkpointing": False,
+    }
     if args.trainer == "dpo":
-        trainer = DPOTrainer(model, args=DPOConfig(**common), train_dataset=dataset, processing_class=tokenizer)
+        trainer = DPOTrainer(
+            model, args=DPOConfig(**common), train_dataset=dataset, processing_class=tokenizer
+        )
     else:
-        settings = GRPOConfig(**common, num_generations=args.rows // 2, max_completion_length=args.tokens, beta=0.04)
-        trainer = GRPOTrainer(model, reward_funcs=variety, args=settings, train_dataset=dataset, processing_class=tokenizer)
+        settings = GRPOConfig(
+            **common, num_generations=args.rows // 2, max_completion_length=args.tokens, beta=0.04
+        )
+        trainer = GRPOTrainer(
+            model, reward_funcs=variety, args=settings, train_dataset=dataset, processing_class=tokenizer
+        )
     began = time.perf_counter()
     trainer.train()
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], time.perf_counter() - began
@@ -55,24 +72,44 @@ def variety(completions, **_):
 
 
 def toy(args):
-    """A tiny Llama in a folder (the trainers load their reference from it), its tokenizer, pairs of the embedded world."""
+    """A tiny Llama in a folder (the trainers load their reference from it), its tokenizer, pairs of the
+    embedded world.
+    """
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from saferlhf_fast.demo.world import World
+
     world = World(0)
     tokenizer = world.tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=256, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=256,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
     if args.trainer == "grpo":
         rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in world.prompts("train", 64)]
     else:
-        rows = [{"prompt": [{"role": "user", "content": row["prompt"]}],
-                 **{name: [{"role": "assistant", "content": row[f"response_{row['safer_response_id'] ^ other}"]}]
-                    for name, other in (("chosen", 0), ("rejected", 1))}}
-                for row in world.preference_records(world.annotation_prompts(64))]
+        rows = [
+            {
+                "prompt": [{"role": "user", "content": row["prompt"]}],
+                **{
+                    name: [
+                        {"role": "assistant", "content": row[f"response_{row['safer_response_id'] ^ other}"]}
+                    ]
+                    for name, other in (("chosen", 0), ("rejected", 1))
+                },
+            }
+            for row in world.preference_records(world.annotation_prompts(64))
+        ]
     folder = tempfile.mkdtemp()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -83,30 +120,43 @@ def real(args):
     """A model and a data set, from folders or the Hub."""
     import datasets
     from transformers import AutoTokenizer
-    return args.model, AutoTokenizer.from_pretrained(args.model), datasets.load_dataset(args.dataset, split=args.split)
+
+    return (
+        args.model,
+        AutoTokenizer.from_pretrained(args.model),
+        datasets.load_dataset(args.dataset, split=args.split),
+    )
 
 
 def main():
     """Trains without and with the patch and prints both, side by side."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--trainer", choices=("dpo", "grpo"), default="dpo")
     parser.add_argument("--model", help="a causal LM; without it a tiny one is made")
     parser.add_argument("--dataset", help="preference pairs (dpo) or prompts (grpo), in TRL's formats")
     parser.add_argument("--split", default="train")
     parser.add_argument("--steps", type=number(int, 1), default=5)
     parser.add_argument("--rows", type=number(int, 1), default=8)
-    parser.add_argument("--tokens", type=number(int, 1), default=12, help="most tokens of a completion (grpo)")
+    parser.add_argument(
+        "--tokens", type=number(int, 1), default=12, help="most tokens of a completion (grpo)"
+    )
     parser.add_argument("--lr", type=number(float, 0), default=1e-3)
     parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     args = parser.parse_args()
     if args.model and not args.dataset:
         parser.error("--model needs --dataset")
     if args.trainer == "grpo" and (args.rows < 4 or args.rows % 2):
-        parser.error(f"--rows: expected an even number, 4 or more (two prompts, half of the rows for each), got {args.rows}")
+        parser.error(
+            f"--rows: expected an even number, 4 or more (two prompts, half of the rows for each), got "
+            f"{args.rows}"
+        )
     torch.manual_seed(args.seed)
     try:
         given = (real if args.model else toy)(args)
-    except (OSError, ValueError) as error:                           # a path, or a file, that is not what it should be
+    except (OSError, ValueError) as error:
+        # a path, or a file, that is not what it should be
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     theirs, before = run(args, *given)
     with integrations.patch("trl") as report:
@@ -115,8 +165,10 @@ def main():
     for step, pair in enumerate(zip(theirs, ours), 1):
         print(f"{step:4d} {pair[0]:17.6f} {pair[1]:15.6f}")
     gap = max(abs(a - b) for a, b in zip(theirs, ours))
-    print(f"{args.trainer}: largest difference {gap:.1e}; {before:.1f} s alone, {after:.1f} s patched; "
-          f"{sum(report.calls.values())} calls of ours")
+    print(
+        f"{args.trainer}: largest difference {gap:.1e}; {before:.1f} s alone, {after:.1f} s patched; "
+        f"{sum(report.calls.values())} calls of ours"
+    )
 
 
 if __name__ == "__main__":

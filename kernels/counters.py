@@ -1,16 +1,18 @@
-"""A counter in device memory for kernels whose last program adds up what the others left: one launch instead of two.
+"""A counter in device memory for kernels whose last program adds up what the others left: one launch instead
+of two.
 
-Every program adds 1 when its partial sums are written; the one that finds all others done reads them in index order (so the
-sum has the same bits whoever comes last) and sets the counter back to 0 for the next launch. Launches of one stream run one
-after another, so one counter per device and stream is enough; it also holds when launches are captured in a graph.
+Every program adds 1 when its partial sums are written; the one that finds all others done reads them in index
+order (so the sum has the same bits whoever comes last) and sets the counter back to 0 for the next launch.
+Launches of one stream run one after another, so one counter per device and stream is enough; it also holds
+when launches are captured in a graph.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
 
-@lru_cache(maxsize=None)
+@cache
 def _counter(device, stream):
     return torch.zeros(1, dtype=torch.int32, device=device)
 

@@ -1,21 +1,26 @@
 """Which implementation of an op runs here, and why. The one place that reads SAFERLHF_IMPL.
 
-A room `kernels/<op>/` holds `reference.py` and, where they exist, `triton_impl.py` and `native.py`; each defines a
-function with the op's name and one signature. `choose` picks one by name or, for "auto", the first of the op's list
-that can run on the tensors at hand. Nothing is imported before it is chosen: neither triton nor the native module.
+A room `kernels/<op>/` holds `reference.py` and, where they exist, `triton_impl.py` and `native.py`; each
+defines a function with the op's name and one signature. `choose` picks one by name or, for "auto", the first
+of the op's list that can run on the tensors at hand. Nothing is imported before it is chosen: neither triton
+nor the native module.
 """
 
 import os
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cache, lru_cache
 from importlib import import_module, util
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-_ABOVE = Path(__file__).resolve().parents[1:3]      # where a checkout or an unpacked sdist has its setup.py
-BUILD_COMMAND = ("pip install -e . --no-build-isolation --no-deps" if any((folder / "setup.py").is_file() for folder in _ABOVE)
-                 else "pip install --force-reinstall --no-deps --no-binary saferlhf-fast saferlhf-fast")
+_ABOVE = Path(__file__).resolve().parents[1:3]  # where a checkout or an unpacked sdist has its setup.py
+BUILD_COMMAND = (
+    "pip install -e . --no-build-isolation --no-deps"
+    if any((folder / "setup.py").is_file() for folder in _ABOVE)
+    else "pip install --force-reinstall --no-deps --no-binary saferlhf-fast saferlhf-fast"
+)
 INTERFACE = 2  # of _C: its arguments and outputs as the native.py of the rooms know them (csrc/bindings.cpp)
 ENVIRONMENT = "SAFERLHF_IMPL"
 NAMES = ("auto", "reference", "triton", "native")
@@ -52,7 +57,9 @@ CUDA_OPS = ("gae", "ppo_lag_advantage")
 
 
 class Row(NamedTuple):
-    """One line of `table()`. why: the reason for `available`, and whether "auto" takes it for float32 on `device`."""
+    """One line of `table()`. why: the reason for `available`, and whether "auto" takes it for float32 on
+    `device`.
+    """
 
     op: str
     implementation: str
@@ -63,7 +70,10 @@ class Row(NamedTuple):
 
 @lru_cache(maxsize=1)
 def native_module():
-    """(module or None, reason). A missing `_C` is a state, not an error: the build's reason is kept in a file."""
+    """(module or None, reason).
+
+    A missing `_C` is a state, not an error: the build's reason is kept in a file.
+    """
     package = _PACKAGE.rpartition(".")[0]
     try:
         module = import_module(f"{package}._C")
@@ -71,7 +81,8 @@ def native_module():
             return None, f"built from other sources than the Python code; `{BUILD_COMMAND}` builds it again"
         return module, "built"
     except ImportError as error:
-        # Beside the package: saferlhf_fast/ is this file's grandparent when installed, its sibling in a checkout.
+        # Beside the package: saferlhf_fast/ is this file's grandparent when installed, its sibling in a
+        # checkout.
         here = Path(__file__).resolve().parent.parent
         for note in (here / "_C_failed.txt", here / "saferlhf_fast" / "_C_failed.txt"):
             if note.is_file():
@@ -87,7 +98,9 @@ def interpreted():
 
 
 def checking():
-    """True when SAFERLHF_CHECK=1 asks for checks that make the host wait for the device: ids outside the vocabulary."""
+    """True when SAFERLHF_CHECK=1 asks for checks that make the host wait for the device: ids outside the
+    vocabulary.
+    """
     return os.environ.get("SAFERLHF_CHECK") == "1"
 
 
@@ -117,7 +130,7 @@ def _native_reason(op, device, dtype):
 _WHY_NOT = {"reference": lambda op, device, dtype: None, "triton": _triton_reason, "native": _native_reason}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _load(op, name):
     module = import_module(f"{_PACKAGE}.{OPS[op].room}.{_FILES[name]}")
     return getattr(module, op)
@@ -132,38 +145,50 @@ def _pick(op, device, dtype, asked, from_environment):
     # The variable speaks for all ops at once: one that has no such implementation goes on as with "auto".
     if asked != "auto" and not (from_environment and asked not in order):
         if asked not in order:
-            raise NotImplementedError(f"{op}: there is no {asked} implementation; there is {', '.join(order)}")
+            raise NotImplementedError(
+                f"{op}: there is no {asked} implementation; there is {', '.join(order)}"
+            )
         problem = _WHY_NOT[asked](op, device, dtype)
         if problem is not None:
-            remedy = f"; build it with `{BUILD_COMMAND}`" if asked == "native" and native_module()[0] is None else ""
+            remedy = (
+                f"; build it with `{BUILD_COMMAND}`"
+                if asked == "native" and native_module()[0] is None
+                else ""
+            )
             raise NotImplementedError(f"{op}: implementation {asked!r} cannot run here: {problem}{remedy}")
         return asked, "asked for in " + (ENVIRONMENT if from_environment else "the call")
     passed_over = []
     for name in order:
         problem = _WHY_NOT[name](op, device, dtype)
         if problem is None:
-            return name, f"{name}: first that can run" + (f" ({'; '.join(passed_over)})" if passed_over else "")
+            return name, f"{name}: first that can run" + (
+                f" ({'; '.join(passed_over)})" if passed_over else ""
+            )
         passed_over.append(f"{name}: {problem}")
     raise AssertionError(f"{op}: the reference must always be able to run")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _choose(op, device, dtype, asked, from_environment, interpret):
     name, why = _pick(op, device, dtype, asked, from_environment)
     return _load(op, name), why
 
 
 def _asked(impl):
-    """(name that is asked for, whether the variable asks): `impl` comes first, "auto" gives way to SAFERLHF_IMPL."""
+    """(name that is asked for, whether the variable asks): `impl` comes first, "auto" gives way to
+    SAFERLHF_IMPL.
+    """
     asked = os.environ.get(ENVIRONMENT) or "auto" if impl == "auto" else impl
     return asked, impl == "auto" and asked != "auto"
 
 
 def choose(op: str, tensors, impl: str = "auto") -> tuple[Callable, str]:
-    """The implementation of `op` for `tensors` (the first one decides device and dtype) and the reason for it.
+    """The implementation of `op` for `tensors` (the first one decides device and dtype) and the reason for
+    it.
 
     impl: "auto", "reference", "triton" or "native"; "auto" gives way to the variable SAFERLHF_IMPL.
-    Raises NotImplementedError when an implementation asked for by name is missing here, with the build command.
+    Raises NotImplementedError when an implementation asked for by name is missing here, with the build
+    command.
     """
     lead = tensors[0]
     return _choose(op, lead.device.type, lead.dtype, *_asked(impl), interpreted())
@@ -172,7 +197,8 @@ def choose(op: str, tensors, impl: str = "auto") -> tuple[Callable, str]:
 def explain(op: str, device: str | None = None) -> tuple[str | None, str]:
     """(implementation, reason): what `choose` takes for float32 tensors on `device`, without loading it.
 
-    device: "cpu" or "cuda"; default: what is here. SAFERLHF_IMPL counts. (None, message): `choose` would raise the message.
+    device: "cpu" or "cuda"; default: what is here. SAFERLHF_IMPL counts. (None, message): `choose` would
+    raise the message.
     """
     try:
         return _pick(op, device or _device_here(), torch.float32, *_asked("auto"))
@@ -185,7 +211,10 @@ def _device_here():
 
 
 def table(device: str | None = None) -> list[Row]:
-    """op x implementation x available x why; SAFERLHF_IMPL does not count. device: "cpu" or "cuda"; default: what is here."""
+    """Op x implementation x available x why; SAFERLHF_IMPL does not count. device: "cpu" or "cuda"; default:
+
+    what is here.
+    """
     device = device or _device_here()
     rows = []
     for op, (room, order) in OPS.items():

@@ -1,7 +1,7 @@
 """Rows of tokens, packed or padded, as flat vectors: what the references share. No host sync, nothing sorted.
 
-Packed [N] with cu_seqlens [B+1] and padded [B, T] with a mask become the same five vectors over N flat positions
-(N = B*T when padded). Positions past cu_seqlens[-1] belong to no row: they are masked.
+Packed [N] with cu_seqlens [B+1] and padded [B, T] with a mask become the same five vectors over N flat
+positions (N = B*T when padded). Positions past cu_seqlens[-1] belong to no row: they are masked.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,9 @@ import torch
 
 
 class Layout(NamedTuple):
-    """valid_N: token is real. row_N: its row. edge_N: last position of a row. final_N: last valid token of a row.
-    count_B: valid tokens per row. span: no row is longer than this (bounds the scan)."""
+    """valid_N: token is real. row_N: its row. edge_N: last position of a row. final_N: last valid token of a
+    row. count_B: valid tokens per row. span: no row is longer than this (bounds the scan).
+    """
 
     valid_N: torch.Tensor
     row_N: torch.Tensor
@@ -27,8 +28,10 @@ def check_offsets(op, cu_seqlens, tokens):
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] > tokens or any(b < a for a, b in zip(offsets, offsets[1:])):
-        raise ValueError(f"{op}: cu_seqlens: expected offsets that start at 0, never fall and end at or before "
-                         f"{tokens}, got {offsets[:8]}{'...' if len(offsets) > 8 else ''} ending in {offsets[-1]}")
+        raise ValueError(
+            f"{op}: cu_seqlens: expected offsets that start at 0, never fall and end at or before "
+            f"{tokens}, got {offsets[:8]}{'...' if len(offsets) > 8 else ''} ending in {offsets[-1]}"
+        )
 
 
 def layout(op, tokens, cu_seqlens, mask):
@@ -47,9 +50,11 @@ def layout(op, tokens, cu_seqlens, mask):
         edge_N = at_N + 1 == offsets[1:][row_N]
         return Layout(valid_N, row_N, edge_N, edge_N & valid_N, count_B, tokens)
     width = max(mask.shape[1], 1)
-    later_BT = mask.flip(1).cumsum(1).flip(1)      # valid tokens at or after each position
+    later_BT = mask.flip(1).cumsum(1).flip(1)  # valid tokens at or after each position
     final_N = (mask & (later_BT == 1)).reshape(-1)
-    return Layout(mask.reshape(-1), at_N // width, (at_N + 1) % width == 0, final_N, mask.sum(1), mask.shape[1])
+    return Layout(
+        mask.reshape(-1), at_N // width, (at_N + 1) % width == 0, final_N, mask.sum(1), mask.shape[1]
+    )
 
 
 def per_token(value_B, rows):
@@ -62,8 +67,9 @@ def per_token(value_B, rows):
 def shares(rows, token_mean, normalizer, dtype):
     """(share_N, inverse) such that the reduced loss is inverse * sum(share * x); share is 0 where masked.
 
-    share: 1 / tokens of the row (sequence-mean) or 1 (token-mean). inverse: 1 / `normalizer` (0-d), or without one 1 / rows
-    with a token (or tokens) of this call; 0 where that is 0, NaN where `normalizer` is NaN or negative.
+    share: 1 / tokens of the row (sequence-mean) or 1 (token-mean). inverse: 1 / `normalizer` (0-d), or
+    without one 1 / rows with a token (or tokens) of this call; 0 where that is 0, NaN where `normalizer` is
+    NaN or negative.
     """
     share_N = rows.valid_N.to(dtype)
     if not token_mean:
@@ -74,13 +80,18 @@ def shares(rows, token_mean, normalizer, dtype):
 
 
 def weights(rows, token_mean, normalizer, dtype):
-    """weight_N = share * inverse: the reduced loss is sum(weight * x). 0 where masked, whatever the normalizer is."""
+    """weight_N = share * inverse: the reduced loss is sum(weight * x).
+
+    0 where masked, whatever the normalizer is.
+    """
     share_N, inverse = shares(rows, token_mean, normalizer, dtype)
     return torch.where(rows.valid_N, share_N * inverse, 0)
 
 
 def suffix_scan(add_N, decay_N, span):
-    """y_t = add_t + decay_t * y_{t+1}, y after the end 0, in log2(span) doublings (decay is 0 at a row's last position)."""
+    """y_t = add_t + decay_t * y_{t+1}, y after the end 0, in log2(span) doublings (decay is 0 at a row's last
+    position).
+    """
     step = 1
     while step < span:
         add_N = torch.cat([add_N[:-step] + decay_N[:-step] * add_N[step:], add_N[-step:]])

@@ -35,7 +35,9 @@ def unit_rows(out_NV):
 
 
 def rows(cu_seqlens, mask, tokens):
-    """(keep, arguments): the row arguments of every native op, and the tensors that must live until the call is over."""
+    """(keep, arguments): the row arguments of every native op, and the tensors that must live until the call
+    is over.
+    """
     if cu_seqlens is not None:
         cu_seqlens = cu_seqlens.contiguous()
         return cu_seqlens, (cu_seqlens.data_ptr(), 0, tokens, cu_seqlens.shape[0] - 1, 0)
@@ -50,7 +52,10 @@ def on(device):
 
 
 def stream(device):
-    """The address of the current stream of a GPU. (The public torch.cuda.current_stream makes an object first: 2 us.)"""
+    """The address of the current stream of a GPU.
+
+    (The public torch.cuda.current_stream makes an object first: 2 us.)
+    """
     return torch._C._cuda_getCurrentRawStream(device.index)
 
 

@@ -1,8 +1,10 @@
-"""Rows of tokens in Triton, packed or padded: where a row lies, which of its positions are valid, what follows the last row.
+"""Rows of tokens in Triton, packed or padded: where a row lies, which of its positions are valid, what
+follows the last row.
 
-Either cu_seqlens or mask_N is None, and Triton compiles a kernel for each case. A kernel takes its row in blocks: it reads and
-writes the positions base + at, where `base` is int64 and `at` int32 of any shape. The row is base + lead .. base + stop - 1.
-`lead` is None where the row begins at `base`; a kernel whose blocks must begin at multiples of 16 has its base before the row.
+Either cu_seqlens or mask_N is None, and Triton compiles a kernel for each case. A kernel takes its row in
+blocks: it reads and writes the positions base + at, where `base` is int64 and `at` int32 of any shape. The
+row is base + lead .. base + stop - 1. `lead` is None where the row begins at `base`; a kernel whose blocks
+must begin at multiples of 16 has its base before the row.
 """
 
 import triton
@@ -13,7 +15,9 @@ from .layout import check_offsets
 
 @triton.jit
 def segment_bounds(cu_seqlens, row, rows, width):
-    """(begin, end) of a row's positions as int64; the row past the last one has none. width: T of padded rows."""
+    """(begin, end) of a row's positions as int64; the row past the last one has none. width: T of padded
+    rows.
+    """
     if cu_seqlens is None:
         begin = tl.cast(row, tl.int64) * width
         end = begin + tl.where(row < rows, width, 0)
@@ -62,8 +66,9 @@ def zero_tail(out_N, cu_seqlens, rows, positions, program, programs, BLOCK: tl.c
 
 
 def row_arguments(op, cu_seqlens, mask, tokens):
-    """(cu_seqlens, mask, rows, T of padded rows or 0) as the kernels take them: contiguous, one of the tensors None; offsets
-    on the CPU (the interpreter's tensors) are looked at."""
+    """(cu_seqlens, mask, rows, T of padded rows or 0) as the kernels take them: contiguous, one of the
+    tensors None; offsets on the CPU (the interpreter's tensors) are looked at.
+    """
     if cu_seqlens is None:
         return None, mask.contiguous(), *mask.shape
     check_offsets(op, cu_seqlens, tokens)

@@ -18,7 +18,7 @@ def scale_kernel(tensor_N, factor, count, BLOCK_N: tl.constexpr):
 
 
 def scale(tensor, factor):
-    """tensor *= factor (0-d tensor) -> tensor; nothing is read or written where factor is 1."""
+    """Tensor *= factor (0-d tensor) -> tensor; nothing is read or written where factor is 1."""
     if not tensor.is_contiguous():
         return tensor.mul_(factor)
     if tensor.numel():

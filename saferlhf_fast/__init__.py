@@ -1,13 +1,15 @@
 """saferlhf-fast: Safe RLHF with fused kernels. The public names, loaded when they are first used.
 
-Importing this package imports neither torch, transformers nor deepspeed. `saferlhf_fast.integrations` is loaded like the names.
+Importing this package imports neither torch, transformers nor deepspeed. `saferlhf_fast.integrations` is
+loaded like the names.
 """
 
 from typing import TYPE_CHECKING
 
 from .version import __version__ as __version__
 
-if TYPE_CHECKING:       # for type checkers, which do not see what __getattr__ loads; test_api.py keeps it equal to _HOME
+# for type checkers, which do not see what __getattr__ loads; test_api.py keeps it equal to _HOME
+if TYPE_CHECKING:
     from . import integrations as integrations
     from .errors import UserError as UserError
     from .kernels.gae import gae as gae
@@ -56,9 +58,11 @@ _HOME = {
 __all__ = sorted(_HOME)
 
 
-if not TYPE_CHECKING:       # which would take any name for one that is there
+if not TYPE_CHECKING:  # which would take any name for one that is there
+
     def __getattr__(name):
         from importlib import import_module
+
         if name == "integrations":
             return import_module(f"{__name__}.integrations")
         if name not in _HOME:

@@ -1,4 +1,6 @@
-"""`python -m saferlhf_fast`: the command line where its script is not on the path (torchrun -m saferlhf_fast …)."""
+"""`python -m saferlhf_fast`: the command line where its script is not on the path (torchrun -m saferlhf_fast
+…).
+"""
 
 import sys
 

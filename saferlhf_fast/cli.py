@@ -1,10 +1,10 @@
 """The command line: saferlhf-fast COMMAND [recipe.yaml] [key=value …] [--key value …] [--debug].
 
-This file and `info` need the standard library only. A stage's settings, whether its models and data are there and of a kind
-that can be read, and its output are checked before torch is imported, so a mistake in them ends in well under two seconds; what
-the data holds is seen when it is read, with torch but before a model is trained or an output is touched. Exit codes: 0 done, 1 a
-bug of ours (or a regression that `bench` found), 2 bad input, 130 interrupted, 143 or
-138 stopped by SIGTERM or SIGUSR1 after a checkpoint.
+This file and `info` need the standard library only. A stage's settings, whether its models and data are there
+and of a kind that can be read, and its output are checked before torch is imported, so a mistake in them ends
+in well under two seconds; what the data holds is seen when it is read, with torch but before a model is
+trained or an output is touched. Exit codes: 0 done, 1 a bug of ours (or a regression that `bench` found), 2
+bad input, 130 interrupted, 143 or 138 stopped by SIGTERM or SIGUSR1 after a checkpoint.
 """
 
 import argparse
@@ -22,14 +22,26 @@ from saferlhf_fast.version import __version__
 COMMANDS = {
     **{name: spec.help for name, spec in STAGE_SPECS.items()},
     "run": RUN.help,
-    "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is loaded",
-    "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their models",
+    "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is "
+    "loaded",
+    "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their "
+    "models",
     "demo": DEMO.help,
     "bench": "measure the kernels on this machine, keep the figures, fail when one has become slower",
     "info": "versions, device, and which implementation of each op runs here and why",
 }
 
-NEEDED = ("pydantic", "omegaconf", "yaml", "rich", "transformers", "tokenizers", "safetensors", "datasets", "deepspeed")
+NEEDED = (
+    "pydantic",
+    "omegaconf",
+    "yaml",
+    "rich",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "datasets",
+    "deepspeed",
+)
 
 TOP_HELP = """usage: saferlhf-fast COMMAND [recipe.yaml] [key=value …] [--key value …] [--debug]
 
@@ -62,13 +74,14 @@ def main(argv=None):
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--processes", nargs="?", const="")
     parser.add_argument("--grace", nargs="?", const="")
-    parser.add_argument("--local_rank", "--local-rank", nargs="?")      # deepspeed's launcher adds it; LOCAL_RANK says it too
+    # deepspeed's launcher adds it; LOCAL_RANK says it too
+    parser.add_argument("--local_rank", "--local-rank", nargs="?")
     argv = sys.argv[1:] if argv is None else list(argv)
     args, words = parser.parse_known_args(argv)
     if args.version:
         print(f"saferlhf-fast {__version__}")
         return 0
-    if args.command == "help":                           # help sft: sft --help
+    if args.command == "help":  # help sft: sft --help
         args.command, args.help = words.pop(0) if words else None, True
     if args.command is None:
         print(_top_help())
@@ -90,7 +103,9 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _failed(e, 0, "")
     except Exception as e:
-        hint = "" if args.debug else "; ".join(["", *getattr(e, "__notes__", ["--debug shows the traceback"])])
+        hint = (
+            "" if args.debug else "; ".join(["", *getattr(e, "__notes__", ["--debug shows the traceback"])])
+        )
         return _failed(e, 1, f"bug: {type(e).__name__}: {_one_line(e)}{hint}", args.debug)
 
 
@@ -109,7 +124,8 @@ def _failed(error, code, line, debug=False):
     blame = watch.failed(error, code) if watch else None
     if blame is None:
         if line and os.environ.get("LOCAL_RANK", "0") != "0":
-            time.sleep(2)         # settings are as wrong for the machine's first rank: its launcher ends this one for it
+            # settings are as wrong for the machine's first rank: its launcher ends this one for it
+            time.sleep(2)
         if line:
             _complain(line)
         return code
@@ -122,19 +138,25 @@ def _failed(error, code, line, debug=False):
 
 
 def _dispatch(args, words, argv):
-    """Runs a command and returns the exit code. argv: the whole command line, for the processes that it may start."""
+    """Runs a command and returns the exit code. argv: the whole command line, for the processes that it may
+    start.
+    """
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
     from saferlhf_fast.runtime import launcher
+
     cluster_check = command == "info" and "--cluster" in words
     if command not in launcher.COMMANDS and not cluster_check and not wants_help:
         for option, value in (("--processes", args.processes), ("--grace", args.grace)):
             if value is not None:
-                raise UserError(f"{option}: {command} runs in one process"
-                                + ("; info --cluster runs in several" if command == "info" else ""))
+                raise UserError(
+                    f"{option}: {command} runs in one process"
+                    + ("; info --cluster runs in several" if command == "info" else "")
+                )
     if cluster_check and not wants_help:
         from saferlhf_fast.commands import preflight
+
         launcher.adopt()
         processes = launcher.wanted(args.processes, lambda: preflight.arguments(words))
         return preflight.main(words) if processes == 1 else launcher.start(argv, processes, args.grace)
@@ -142,11 +164,13 @@ def _dispatch(args, words, argv):
         if words and not wants_help:
             raise UserError(f"info takes no settings but --cluster and its own, got {' '.join(words)}")
         from saferlhf_fast.commands import info
+
         print(info.HELP if wants_help else info.text())
         return 0
     if command == "bench":
         require("bench", "bench", "torch", "pytest", "pytest_benchmark")
         from saferlhf_fast.commands import bench
+
         if not wants_help:
             return bench.main(words)
         print(bench.help_text())
@@ -154,13 +178,16 @@ def _dispatch(args, words, argv):
     require(command, "train", *NEEDED)
     if command == "checkpoint":
         from saferlhf_fast.commands.checkpoint import cli
+
         print(cli.HELP) if wants_help else cli.main(words)
         return 0
     if command == "plan":
         from saferlhf_fast.commands import plan
+
         print(plan.help_text()) if wants_help else plan.main(words)
         return 0
     from saferlhf_fast.config import schema
+
     if wants_help:
         print(schema.help_text(command))
         return 0
@@ -169,6 +196,7 @@ def _dispatch(args, words, argv):
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
     from saferlhf_fast.commands import run
     from saferlhf_fast.config import load
+
     if command in launcher.COMMANDS:
         launcher.adopt()
         processes = launcher.wanted(args.processes, lambda: _check(command, recipe, overrides))
@@ -186,6 +214,7 @@ def _check(command, recipe, overrides):
     from saferlhf_fast.commands import run
     from saferlhf_fast.config import checks, load
     from saferlhf_fast.runtime import run_folder
+
     if command == "run":
         run.plan(recipe, overrides)
         return
@@ -201,6 +230,7 @@ def _top_help():
 
 def _guess(command):
     import difflib
+
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 

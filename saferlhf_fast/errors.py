@@ -1,7 +1,7 @@
 """The one exception for mistakes of the caller's: bad recipes, bad data, bad folders.
 
-The command line turns it into a single line and exit code 2 (`--debug` shows the traceback). It is a ValueError, so
-that library users catch what they expect. Everything else that is raised is a bug of ours.
+The command line turns it into a single line and exit code 2 (`--debug` shows the traceback). It is a
+ValueError, so that library users catch what they expect. Everything else that is raised is a bug of ours.
 """
 
 import sys
@@ -19,11 +19,15 @@ class NonFinite(UserError):
 
 
 class MissingExtra(UserError, ImportError):
-    """Packages that a part of the project needs are not installed; the message names the extra that brings them."""
+    """Packages that a part of the project needs are not installed; the message names the extra that brings
+    them.
+    """
 
 
 def require(what, extra, *names):
-    """MissingExtra when one of the packages `names`, which `what` needs, is not installed; nothing is imported."""
+    """MissingExtra when one of the packages `names`, which `what` needs, is not installed; nothing is
+    imported.
+    """
     # find_spec raises ValueError for a name that is set to None in sys.modules.
     missing = [name for name in names if sys.modules.get(name, ...) is None or util.find_spec(name) is None]
     if missing:

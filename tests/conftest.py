@@ -1,4 +1,6 @@
-"""The same tests with the same numbers, in whichever process, order and second they run; and how long each folder took."""
+"""The same tests with the same numbers, in whichever process, order and second they run; and how long each
+folder took.
+"""
 
 import os
 import random
@@ -9,15 +11,18 @@ import numpy
 import pytest
 import torch
 
-LIMIT = int(os.environ.get("TEST_SECONDS", "0"))     # that a run may take on two free cores; 0: as long as it likes
+# that a run may take on two free cores; 0: as long as it likes
+LIMIT = int(os.environ.get("TEST_SECONDS", "0"))
 
 
 def pytest_make_parametrize_id(val, argname):
-    """bytes go by their argument's name: what gzip packs carries the time, and xdist's processes have to agree on the names."""
+    """bytes go by their argument's name: what gzip packs carries the time, and xdist's processes have to
+    agree on the names.
+    """
     return argname if isinstance(val, bytes) else None
 
 
-@pytest.hookimpl(tryfirst=True)     # before fixtures, so that theirs are seeded too
+@pytest.hookimpl(tryfirst=True)  # before fixtures, so that theirs are seeded too
 def pytest_runtest_setup():
     """Which files a process ran before depends on xdist's timing; the state of the generators must not."""
     random.seed(0)
@@ -35,7 +40,11 @@ def pytest_terminal_summary(terminalreporter, config):
     seconds = Counter()
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if hasattr(report, "duration"):
-            folder = report.nodeid.split("/")[1] if report.nodeid.startswith("tests/") else report.nodeid.split("/")[0]
+            folder = (
+                report.nodeid.split("/")[1]
+                if report.nodeid.startswith("tests/")
+                else report.nodeid.split("/")[0]
+            )
             seconds[folder] += report.duration
     if sum(seconds.values()) < 60:
         return
@@ -49,5 +58,10 @@ def pytest_terminal_summary(terminalreporter, config):
 def pytest_sessionfinish(session):
     """Fails a run that took longer than its limit, where CI_TIME_GATE=1 asks for that."""
     late = LIMIT and time.monotonic() - session.config.begun > LIMIT
-    if os.environ.get("CI_TIME_GATE") == "1" and late and session.exitstatus == 0 and not hasattr(session.config, "workerinput"):
+    if (
+        os.environ.get("CI_TIME_GATE") == "1"
+        and late
+        and session.exitstatus == 0
+        and not hasattr(session.config, "workerinput")
+    ):
         session.exitstatus = 1

@@ -1,8 +1,10 @@
-"""Whether the ops are right on this device, on what a first contact breaks: odd vocabularies, one token, one-token rows, holes in
-masks, two calls, another stream, a CUDA graph. Each is compared with the reference in float64 on the same data.
+"""Whether the ops are right on this device, on what a first contact breaks: odd vocabularies, one token,
+one-token rows, holes in masks, two calls, another stream, a CUDA graph. Each is compared with the reference
+in float64 on the same data.
 """
 
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import ceilings
 import exact
@@ -15,15 +17,17 @@ import saferlhf_fast as ops
 from saferlhf_fast.kernels import dispatch
 
 DEVICE = ceilings.DEVICE
-VOCABULARIES = (67, 516) if shapes.TINY else (128_257, 32_001, 151_936)    # all but the last: rows do not begin at 16 bytes
+# all but the last: rows do not begin at 16 bytes
+VOCABULARIES = (67, 516) if shapes.TINY else (128_257, 32_001, 151_936)
 WIDTH = 64 if shapes.TINY else 1024
 COUNTS = (1, 5) if shapes.TINY else (1, 33)
-NARROW = shapes.LOGITS[DEVICE][0][2]       # of logits, hidden states and weights
+NARROW = shapes.LOGITS[DEVICE][0][2]  # of logits, hidden states and weights
 
 
 class Case(NamedTuple):
-    """call(dtype, impl) -> tensors, the same numbers whatever the dtype; op: whose implementations are tried. A call copies
-    nothing from the host: it is also captured in a CUDA graph."""
+    """call(dtype, impl) -> tensors, the same numbers whatever the dtype; op: whose implementations are tried.
+    A call copies nothing from the host: it is also captured in a CUDA graph.
+    """
 
     op: str
     name: str
@@ -31,7 +35,8 @@ class Case(NamedTuple):
 
 
 def _random(*size, seed=0, scale=1.0):
-    generator = torch.Generator(DEVICE).manual_seed(seed)      # on the device: a processor needs seconds for a weight
+    # on the device: a processor needs seconds for a weight
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     return (torch.randn(*size, generator=generator, device=DEVICE) * scale).to(NARROW)
 
 
@@ -53,12 +58,19 @@ def _offsets(count):
 
 
 def logprob(count, vocabulary, inplace):
-    logits_NV, ids_N, up_N = _random(count, vocabulary, scale=2), _ids(count, vocabulary), _random(count, seed=2).float()
+    logits_NV, ids_N, up_N = (
+        _random(count, vocabulary, scale=2),
+        _ids(count, vocabulary),
+        _random(count, seed=2).float(),
+    )
 
     def call(dtype, impl):
         leaf = _as(logits_NV, dtype).requires_grad_()
-        logp, entropy = ops.token_logprob(leaf * 1, ids_N, return_entropy=True, inplace_backward=inplace, impl=impl)
+        logp, entropy = ops.token_logprob(
+            leaf * 1, ids_N, return_entropy=True, inplace_backward=inplace, impl=impl
+        )
         return logp, entropy, torch.autograd.grad((logp * up_N).sum() + 0.3 * entropy.sum(), leaf)[0]
+
     return Case("token_logprob", f"{count}x{vocabulary}{' in place' if inplace else ''}", call)
 
 
@@ -69,15 +81,17 @@ def policy(count, vocabulary):
 
     def call(dtype, impl):
         leaf = _as(logits_NV, dtype).requires_grad_()
-        loss, _ = ops.ppo_loss_from_logits(leaf * 1, ids_N, _as(old_N, dtype), advantage_N, clip_ratio=0.2,
-                                           cu_seqlens=cu_seqlens, impl=impl)
+        loss, _ = ops.ppo_loss_from_logits(
+            leaf * 1, ids_N, _as(old_N, dtype), advantage_N, clip_ratio=0.2, cu_seqlens=cu_seqlens, impl=impl
+        )
         return loss, torch.autograd.grad(loss * 0.7, leaf)[0]
+
     return Case("ppo_loss_from_logits", f"{count}x{vocabulary}", call)
 
 
 def head(count, vocabulary, op):
     hidden_NH, ids_N = _random(count, WIDTH), _ids(count, vocabulary)
-    weight_VH = _random(vocabulary, WIDTH, seed=4, scale=2 / WIDTH ** 0.5)
+    weight_VH = _random(vocabulary, WIDTH, seed=4, scale=2 / WIDTH**0.5)
     old_N, advantage_N = _random(count, seed=5).float() - 10, _random(count, seed=3).float()
     cu_seqlens = _offsets(count)
 
@@ -88,9 +102,11 @@ def head(count, vocabulary, op):
                 alone = ops.linear_logprob(*leaves, ids_N, impl=impl)
             result = ops.linear_logprob(*leaves, ids_N, impl=impl)
             return alone, result, *torch.autograd.grad((result * advantage_N).sum(), leaves)
-        loss, _ = ops.linear_ppo_loss(*leaves, ids_N, _as(old_N, dtype), advantage_N, clip_ratio=0.2,
-                                      cu_seqlens=cu_seqlens, impl=impl)
+        loss, _ = ops.linear_ppo_loss(
+            *leaves, ids_N, _as(old_N, dtype), advantage_N, clip_ratio=0.2, cu_seqlens=cu_seqlens, impl=impl
+        )
         return loss, *torch.autograd.grad(loss, leaves)
+
     return Case(op, f"{count}x{WIDTH}x{vocabulary}", call)
 
 
@@ -100,8 +116,11 @@ def rows(count, width, packed, op):
     lengths = torch.randint(1, width + 1, (count,), generator=generator)
     lengths[0] = 1
     mask = (torch.arange(width)[None] < lengths[:, None]).to(DEVICE)
-    where = {"cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(DEVICE)} if packed \
+    where = (
+        {"cu_seqlens": torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32).to(DEVICE)}
+        if packed
         else {"mask": mask}
+    )
     shape = (int(lengths.sum()),) if packed else (count, width)
     token = [torch.randn(*shape, generator=generator).to(DEVICE) for _ in range(4)]
     score = [torch.randn(count, generator=generator).to(DEVICE) for _ in range(2)]
@@ -113,14 +132,28 @@ def rows(count, width, packed, op):
         if op == "gae":
             return ops.gae(a, b, gamma=0.99, lam=0.95, impl=impl, **where)
         if op == "ppo_lag_advantage":
-            return ops.ppo_lag_advantage(a, b, r, s, c, d, multiplier, kl_coeff=0.02, gamma=1.0, lam=0.95, clip_score=50.0,
-                                         impl=impl, **where)[:3]
+            return ops.ppo_lag_advantage(
+                a,
+                b,
+                r,
+                s,
+                c,
+                d,
+                multiplier,
+                kl_coeff=0.02,
+                gamma=1.0,
+                lam=0.95,
+                clip_score=50.0,
+                impl=impl,
+                **where,
+            )[:3]
         leaf = a.requires_grad_()
         if op == "ppo_loss":
             loss = ops.ppo_loss(leaf, b, c, clip_ratio=0.2, impl=impl, **where)[0]
         else:
             loss = ops.value_loss(leaf, b, c, clip_value=0.2, impl=impl, **where)[0]
         return loss, torch.autograd.grad(loss, leaf)[0]
+
     return Case(op, f"{count}x{width}{' packed' if packed else ''}", call)
 
 
@@ -143,8 +176,11 @@ def cases():
 
 def implementations(op):
     """Those of ours that run here and are not the definition itself."""
-    return [row.implementation for row in dispatch.table(DEVICE)
-            if row.op == op and row.available and row.implementation != "reference"]
+    return [
+        row.implementation
+        for row in dispatch.table(DEVICE)
+        if row.op == op and row.available and row.implementation != "reference"
+    ]
 
 
 def compare(window, case, impl):
@@ -169,7 +205,9 @@ def everything(window):
         case = build(*arguments)
         for impl in implementations(case.op):
             for trial in (twice, other_stream, graph):
-                window.attempt(f"{case.op} {case.name}, {impl}: {trial.__name__}", one_trial, window, trial, case, impl)
+                window.attempt(
+                    f"{case.op} {case.name}, {impl}: {trial.__name__}", one_trial, window, trial, case, impl
+                )
 
 
 def device_cases():
@@ -189,8 +227,13 @@ def one_trial(window, trial, case, impl):
     if rehearsal.launches() > before:
         raise NotRun("compiled for sm_90, and not launched")
     same = all(torch.equal(a, b) for a, b in zip(first, second))
-    window.emit("check", op=case.op, what=f"{case.name}, {trial.__name__.replace('_', ' ')}", impl=impl,
-                result="right" if same else "wrong: other bits")
+    window.emit(
+        "check",
+        op=case.op,
+        what=f"{case.name}, {trial.__name__.replace('_', ' ')}",
+        impl=impl,
+        result="right" if same else "wrong: other bits",
+    )
 
 
 def twice(call):

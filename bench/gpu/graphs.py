@@ -8,7 +8,7 @@ def capture(call):
     usual, stream = torch.cuda.current_stream(), torch.cuda.Stream()
     stream.wait_stream(usual)
     with torch.cuda.stream(stream):
-        for _ in range(2):      # what is made at the first call, a counter say, is made outside the capture
+        for _ in range(2):  # what is made at the first call, a counter say, is made outside the capture
             first = call()
     usual.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -16,10 +16,12 @@ def capture(call):
         with torch.cuda.graph(graph, stream=stream):
             second = call()
     except Exception:
-        # torch leaves the capture's stream the current one, and its generator waiting for the end of the capture: the next
-        # random number, anywhere in this process, would be an error.
+        # torch leaves the capture's stream the current one, and its generator waiting for the end of the
+        # capture: the next random number, anywhere in this process, would be an error.
         torch.cuda.set_stream(usual)
         device = torch.cuda.current_device()
-        torch.cuda.default_generators[device].graphsafe_set_state(torch.Generator(f"cuda:{device}").manual_seed(0))
+        torch.cuda.default_generators[device].graphsafe_set_state(
+            torch.Generator(f"cuda:{device}").manual_seed(0)
+        )
         raise
     return first, graph, second

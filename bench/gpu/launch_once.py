@@ -1,4 +1,6 @@
-"""Launches each kernel once: what a profiler or a memory checker is started around. `small`: on small odd shapes."""
+"""Launches each kernel once: what a profiler or a memory checker is started around. `small`: on small odd
+shapes.
+"""
 
 import sys
 from pathlib import Path
@@ -20,12 +22,22 @@ def large():
         ops.token_logprob(logits, ids, return_entropy=True, impl="triton")
     batch = shapes.batch(ids, torch.full((len(ids),), -12.0, device="cuda"))
     leaf = logits.detach().requires_grad_()
-    ops.ppo_loss_from_logits(leaf * 1, ids, batch.old_logp_N, batch.advantage_N, clip_ratio=0.2, cu_seqlens=batch.cu_seqlens,
-                             impl="triton")
+    ops.ppo_loss_from_logits(
+        leaf * 1,
+        ids,
+        batch.old_logp_N,
+        batch.advantage_N,
+        clip_ratio=0.2,
+        cu_seqlens=batch.cu_seqlens,
+        impl="triton",
+    )
     hidden, weight, ids, _ = shapes.linear(shapes.LINEAR["cuda"][0], "cuda")
     with torch.no_grad():
         ops.linear_logprob(hidden, weight, ids, impl="triton")
-    rows = checks.rows(*shapes.ROWS["cuda"][0], False, "ppo_lag_advantage"), checks.rows(*shapes.ROWS["cuda"][0], False, "gae")
+    rows = (
+        checks.rows(*shapes.ROWS["cuda"][0], False, "ppo_lag_advantage"),
+        checks.rows(*shapes.ROWS["cuda"][0], False, "gae"),
+    )
     for case in rows:
         for impl in checks.implementations(case.op):
             case.call(None, impl)
@@ -35,8 +47,12 @@ def small():
     """One small case of each op with each implementation."""
     count, vocabulary = checks.COUNTS[-1], checks.VOCABULARIES[1]
     cases = [checks.rows(7, 63, False, op) for op in ("gae", "ppo_lag_advantage", "ppo_loss", "value_loss")]
-    cases += [checks.logprob(count, vocabulary, False), checks.policy(count, vocabulary),
-              checks.head(count, vocabulary, "linear_logprob"), checks.head(count, vocabulary, "linear_ppo_loss")]
+    cases += [
+        checks.logprob(count, vocabulary, False),
+        checks.policy(count, vocabulary),
+        checks.head(count, vocabulary, "linear_logprob"),
+        checks.head(count, vocabulary, "linear_ppo_loss"),
+    ]
     for case in cases:
         for impl in checks.implementations(case.op):
             case.call(None, impl)

@@ -1,4 +1,6 @@
-"""What the benches' own functions are given in a GPU window: it checks, times and writes a row, and never ends the run."""
+"""What the benches' own functions are given in a GPU window: it checks, times and writes a row, and never
+ends the run.
+"""
 
 import statistics
 import time
@@ -20,7 +22,9 @@ class Measure:
         self.faked = rehearsal.launches()
 
     def ran(self):
-        """NotRun where launches were faked since this was made: there is nothing to compare, and nothing to time."""
+        """NotRun where launches were faked since this was made: there is nothing to compare, and nothing to
+        time.
+        """
         if rehearsal.launches() > self.faked:
             raise NotRun("its Triton kernels were compiled for sm_90, and not launched")
 
@@ -28,10 +32,27 @@ class Measure:
         """Notes how far each (got, expected) pair is apart."""
         self.ran()
         self.error = max(exact.error(got, expected) for got, expected in pairs)
-        self.wrong = "" if self.error <= exact.LIMIT[dtype] else f"wrong: off by {self.error:.1e} of the largest value"
+        self.wrong = (
+            "" if self.error <= exact.LIMIT[dtype] else f"wrong: off by {self.error:.1e} of the largest value"
+        )
 
-    def __call__(self, step, *, op, version, shape, device, reads=0, writes=0, flops=0, dtype=torch.float32, inputs=(),
-                 before=None, auto=False, seconds=None):
+    def __call__(
+        self,
+        step,
+        *,
+        op,
+        version,
+        shape,
+        device,
+        reads=0,
+        writes=0,
+        flops=0,
+        dtype=torch.float32,
+        inputs=(),
+        before=None,
+        auto=False,
+        seconds=None,
+    ):
         """Times step(); the arguments are those of conftest.Measure."""
         flush = clock.flush(device, reads + writes)
 
@@ -46,14 +67,34 @@ class Measure:
         peak = memory.above(step, inputs, device)
         took = time.perf_counter() - start
         self.ran()
-        rounds = 1 if self.window.rehearsal else 3 if took > 1 else max(5, min(30, int(self.seconds / max(took, 1e-6))))
+        rounds = (
+            1
+            if self.window.rehearsal
+            else 3
+            if took > 1
+            else max(5, min(30, int(self.seconds / max(took, 1e-6))))
+        )
         if device == "cuda":
             found = clock.on_device(step, ready, rounds, again=before is None)
         else:
             found = on_host(step, ready, rounds)
-        self.window.emit("row", what=self.what, op=op, version=version, shape=shape, device=device, auto=auto, reads=reads,
-                         writes=writes, flops=flops, dtype=str(dtype).removeprefix("torch."), error=self.error,
-                         wrong=self.wrong, peak=peak, **found)
+        self.window.emit(
+            "row",
+            what=self.what,
+            op=op,
+            version=version,
+            shape=shape,
+            device=device,
+            auto=auto,
+            reads=reads,
+            writes=writes,
+            flops=flops,
+            dtype=str(dtype).removeprefix("torch."),
+            error=self.error,
+            wrong=self.wrong,
+            peak=peak,
+            **found,
+        )
 
 
 def on_host(step, ready, rounds):
@@ -70,7 +111,9 @@ def on_host(step, ready, rounds):
 def bench(window, function, shape, version):
     """One row of a bench file: function(measure, device, shape, version) in a try of its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    what = f"{function.__module__.removeprefix('bench_')} {function.__name__.removeprefix('test_')}, {version}"
+    what = (
+        f"{function.__module__.removeprefix('bench_')} {function.__name__.removeprefix('test_')}, {version}"
+    )
     if window.wants(what):
         window.attempt(what, function, Measure(window, what), device, shape, version)
 
@@ -83,7 +126,16 @@ def timed(window, step, *, op, version, shape, ready=None, inputs=(), checked=()
         measure = Measure(window, what)
         if checked:
             measure.check(*checked)
-        measure(step, op=op, version=version, shape=shape, device="cuda" if torch.cuda.is_available() else "cpu", before=ready,
-                inputs=inputs, **work)
+        measure(
+            step,
+            op=op,
+            version=version,
+            shape=shape,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+            before=ready,
+            inputs=inputs,
+            **work,
+        )
+
     if window.wants(what):
         window.attempt(what, go)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / "build" / "gpu_window"    # an ignored folder: `again` reads there what the first command found
+KEPT = ROOT / "build" / "gpu_window"  # an ignored folder: `again` reads there what the first command found
 
 
 class OutOfTime(Exception):

@@ -1,7 +1,8 @@
-"""What one H200 was predicted to measure, written down before any GPU was seen: from bytes, operations and compiled code.
+"""What one H200 was predicted to measure, written down before any GPU was seen: from bytes, operations and
+compiled code.
 
-The predictions are for the kernels as they were then, so a row that a later change has made faster may beat its own. Figures in
-milliseconds (low, high), unless the unit says otherwise.
+The predictions are for the kernels as they were then, so a row that a later change has made faster may beat
+its own. Figures in milliseconds (low, high), unless the unit says otherwise.
 """
 
 LOGITS, LINEAR, LONG, SHORT = "8192x151936xbfloat16", "8192x4096x128256xbfloat16", "4096x2048", "256x1024"
@@ -13,22 +14,32 @@ TABLE = {
     ("token_logprob, backward alone", LOGITS, "triton, 1 tiles a program"): ("seconds", 1.35 * MS, 1.6 * MS),
     ("ppo_loss_from_logits, the kernel alone", LOGITS, "triton"): ("seconds", 1.55 * MS, 1.75 * MS),
     ("ppo_loss_from_logits forward + backward", LOGITS, "triton"): ("seconds", 1.75 * MS, 2.1 * MS),
-    ("ppo_loss_from_logits forward + backward, upstream 0.7", LOGITS, "triton"): ("seconds", 2.9 * MS, 3.3 * MS),
+    ("ppo_loss_from_logits forward + backward, upstream 0.7", LOGITS, "triton"): (
+        "seconds",
+        2.9 * MS,
+        3.3 * MS,
+    ),
     ("scale by 1", LOGITS, "triton"): ("seconds", 0.10 * MS, 0.15 * MS),
     ("linear_logprob forward", LINEAR, "triton"): ("seconds", 13.0 * MS, 15.5 * MS),
     ("linear_logprob forward", LINEAR, "triton, chunks"): ("seconds", 12.2 * MS, 13.0 * MS),
     ("linear_logprob forward + backward", LINEAR, "triton"): ("seconds", 50 * MS, 55 * MS),
     ("linear_ppo_loss forward + backward", LINEAR, "triton"): ("seconds", 40 * MS, 46 * MS),
     ("linear_ppo_loss forward + backward", LINEAR, "triton, chunks of 2048"): ("seconds", 38 * MS, 39 * MS),
-    ("linear_ppo_loss forward + backward", LINEAR, "verl linear_cross_entropy + loss"): ("seconds", 69 * MS, 124 * MS),
+    ("linear_ppo_loss forward + backward", LINEAR, "verl linear_cross_entropy + loss"): (
+        "seconds",
+        69 * MS,
+        124 * MS,
+    ),
     ("ppo_lag_advantage", LONG, "triton"): ("seconds", 0.080 * MS, 0.120 * MS),
     ("ppo_lag_advantage", LONG, "native"): ("seconds", 0.080 * MS, 0.120 * MS),
     ("ppo_lag_advantage", SHORT, "triton"): ("call", 0.063 * MS, 0.070 * MS),
     ("gae", LONG, "triton"): ("seconds", 0.050 * MS, 0.075 * MS),
     ("gae", LONG, "native"): ("seconds", 0.050 * MS, 0.075 * MS),
 }
-CEILINGS = {"copy_gb_s": (4300, 4300), "bfloat16_tflop_s": (769, 798)}     # measured on another machine of this kind
-PEAK = {("linear_ppo_loss forward + backward", LINEAR, "triton"): (2.2e9, 2.2e9)}    # bytes above inputs and outputs
+# measured on another machine of this kind
+CEILINGS = {"copy_gb_s": (4300, 4300), "bfloat16_tflop_s": (769, 798)}
+# bytes above inputs and outputs
+PEAK = {("linear_ppo_loss forward + backward", LINEAR, "triton"): (2.2e9, 2.2e9)}
 
 
 def of(row):

@@ -1,13 +1,15 @@
-"""A GPU window without a GPU: tiny shapes, and Triton's kernels in its interpreter or compiled and not launched.
+"""A GPU window without a GPU: tiny shapes, and Triton's kernels in its interpreter or compiled and not
+launched.
 
-Triton 3.6's interpreter does not run with numpy 2.4 and later, which is what a machine with a GPU may have; its compiler does. So
-the second kind puts a driver in the place of CUDA's that knows one GPU, an H200's architecture, and compiles at each launch.
+Triton 3.6's interpreter does not run with numpy 2.4 and later, which is what a machine with a GPU may have;
+its compiler does. So the second kind puts a driver in the place of CUDA's that knows one GPU, an H200's
+architecture, and compiles at each launch.
 """
 
 import importlib
 import os
 
-_faked = [0]    # launches that compiled a kernel and ran none
+_faked = [0]  # launches that compiled a kernel and ran none
 
 
 def prepare(kind):
@@ -15,7 +17,8 @@ def prepare(kind):
     os.environ.update(BENCH_TINY="1", CUDA_VISIBLE_DEVICES="")
     os.environ["TRITON_INTERPRET"] = "1" if kind == "interpreter" else "0"
     if kind == "compiler":
-        os.environ["BENCH_TINY_DTYPE"] = "bfloat16"     # an H200's kernels of half precision are the ones to compile
+        # an H200's kernels of half precision are the ones to compile
+        os.environ["BENCH_TINY_DTYPE"] = "bfloat16"
         fake_launches()
 
 
@@ -25,10 +28,13 @@ def launches():
 
 
 class _Driver:
-    """What triton's launcher asks of a driver before a kernel runs: one GPU of compute capability 9.0, whose stream is 0."""
+    """What triton's launcher asks of a driver before a kernel runs: one GPU of compute capability 9.0, whose
+    stream is 0.
+    """
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
+
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self):
@@ -39,7 +45,9 @@ class _Driver:
 
 
 def fake_launches():
-    """From here on a launch compiles its kernel for sm_90, as its arguments ask for it, and ends there; CPU tensors will do."""
+    """From here on a launch compiles its kernel for sm_90, as its arguments ask for it, and ends there; CPU
+    tensors will do.
+    """
     from triton.runtime import driver, jit
 
     run = jit.JITFunction.run

@@ -1,4 +1,6 @@
-"""What is measured in a GPU window, in the order of what it would cost to miss: sections of (name, seconds, function)."""
+"""What is measured in a GPU window, in the order of what it would cost to miss: sections of (name, seconds,
+function).
+"""
 
 import json
 import os
@@ -15,10 +17,12 @@ TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"
 
 def measured(name):
     """A section of measurements.py, which imports torch: that must not come before the build has started."""
+
     def section(window):
         with window.uninterrupted():
             from gpu import measurements
         getattr(measurements, name)(window)
+
     return section
 
 
@@ -26,32 +30,55 @@ products, linear, logits, tokens, peers = map(measured, ("products", "linear", "
 
 
 def first():
-    return [("device", 15, device), ("build and tests", 80, build_and_tests), ("products", 35, products),
-            ("linear", 55, linear), ("logits", 60, logits), ("rows of tokens", 35, tokens), ("counters", 55, counters),
-            ("peers", 70, peers)]
+    return [
+        ("device", 15, device),
+        ("build and tests", 80, build_and_tests),
+        ("products", 35, products),
+        ("linear", 55, linear),
+        ("logits", 60, logits),
+        ("rows of tokens", 35, tokens),
+        ("counters", 55, counters),
+        ("peers", 70, peers),
+    ]
 
 
 def again():
-    return [("device", 15, device), ("failed tests", 45, failed_tests), ("memory checker", 60, memory_checker),
-            ("once more", 55, once_more)]
+    return [
+        ("device", 15, device),
+        ("failed tests", 45, failed_tests),
+        ("memory checker", 60, memory_checker),
+        ("once more", 55, once_more),
+    ]
 
 
 # ---- device, build, tests
+
 
 def device(window):
     """What this is, and its ceilings. The build starts first: it needs neither torch nor the GPU."""
     window.build = None if window.rehearsal else build(window)
     state = asked_of_the_driver("name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw")
-    with window.uninterrupted(least=12):        # from a cold disk torch alone may take longer than the section
+    # from a cold disk torch alone may take longer than the section
+    with window.uninterrupted(least=12):
         import ceilings
         import numpy
         import torch
         import triton
-    window.emit("device", device=ceilings.device_name(), torch=torch.__version__, triton=triton.__version__,
-                numpy=numpy.__version__, python=sys.version.split()[0], cuda=torch.version.cuda,
-                state=state or "no nvidia-smi")
+    window.emit(
+        "device",
+        device=ceilings.device_name(),
+        torch=torch.__version__,
+        triton=triton.__version__,
+        numpy=numpy.__version__,
+        python=sys.version.split()[0],
+        cuda=torch.version.cuda,
+        state=state or "no nvidia-smi",
+    )
     if not torch.cuda.is_available() and not window.rehearsal:
-        raise Stop("torch sees no CUDA device: --rehearse interpreter or --rehearse compiler tries the window on a CPU")
+        raise Stop(
+            "torch sees no CUDA device: --rehearse interpreter or --rehearse compiler tries the window on a "
+            "CPU"
+        )
     window.emit("ceilings", **ceilings.measure(ceilings.DEVICE))
 
 
@@ -59,8 +86,9 @@ def asked_of_the_driver(fields):
     """What nvidia-smi says of the GPUs, a line for each; "" where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return ""
-    return subprocess.run(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True,
-                          text=True).stdout.strip()
+    return subprocess.run(
+        ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
 
 
 def build(window):
@@ -68,15 +96,22 @@ def build(window):
     architecture = asked_of_the_driver("compute_cap").split("\n")[0].replace(".", "")
     if not architecture:
         return None
-    return window.start([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], "build.log",
-                        env=os.environ | {"CUDAARCHS": architecture})
+    return window.start(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        "build.log",
+        env=os.environ | {"CUDAARCHS": architecture},
+    )
 
 
 def build_and_tests(window):
     """The tests in processes of their own, and meanwhile the checks, which also compile what is timed later."""
     if window.build is not None:
         code = window.wait(window.build)
-        window.emit("figure", what="build of _C", value="done" if code == 0 else f"failed (exit {code}), see build.log")
+        window.emit(
+            "figure",
+            what="build of _C",
+            value="done" if code == 0 else f"failed (exit {code}), see build.log",
+        )
     tests = None if window.over("tests") else start_tests(window)
     try:
         with window.uninterrupted():
@@ -95,9 +130,25 @@ def build_and_tests(window):
 
 def start_tests(window, ids=()):
     """pytest over the kernels' tests that run on this device; `ids`: these alone."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rfE", "-p", "gpu.workers", "-vv", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-p",
+        "no:cacheprovider",
+        "-rfE",
+        "-p",
+        "gpu.workers",
+        "-vv",
+        "--tb=short",
+    ]
     if window.rehearsal:
-        command += [file for file in kernel_tests() if "value_loss" in file] + ["-k", "wrong or refus", "-m", "not slow"]
+        command += [file for file in kernel_tests() if "value_loss" in file] + [
+            "-k",
+            "wrong or refus",
+            "-m",
+            "not slow",
+        ]
     elif ids:
         command += ["--timeout", "60", "-n", "8", *ids]
     else:
@@ -109,17 +160,24 @@ def start_tests(window, ids=()):
 def kernel_tests():
     """The test files of the kernels' rooms."""
     from run import rooms
+
     names = {str(file.relative_to(ROOT)) for files in rooms().values() for file in files}
-    return sorted(names | {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_triton_logits.py")})
+    return sorted(
+        names | {str(path.relative_to(ROOT)) for path in ROOT.glob("tests/**/test_triton_logits.py")}
+    )
 
 
 def report_tests(window, child, code):
-    """What pytest said: its last line, and a row for each test that failed. Where it was ended, what it had said until then."""
+    """What pytest said: its last line, and a row for each test that failed. Where it was ended, what it had
+    said until then.
+    """
     lines = (window.out / "tests.log").read_text(errors="replace").splitlines()
     found = outcomes(lines)
     failed = {test: why for test, (outcome, why) in found.items() if outcome in ("FAILED", "ERROR")}
-    summary = next((line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error).* in ", line)),
-                   f"{sum(outcome == 'PASSED' for outcome, _ in found.values())} passed, {len(failed)} failed")
+    summary = next(
+        (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error).* in ", line)),
+        f"{sum(outcome == 'PASSED' for outcome, _ in found.values())} passed, {len(failed)} failed",
+    )
     late = " (ended when the time was up; see tests.log)" if code is None else ""
     window.emit("figure", what="tests on the device", value=summary.strip("= ") + late)
     for test, why in failed.items():
@@ -127,7 +185,9 @@ def report_tests(window, child, code):
 
 
 def outcomes(lines):
-    """{test: (outcome, why)} from pytest's lines: those of each test as it ends, with or without xdist, and those at the end."""
+    """{test: (outcome, why)} from pytest's lines: those of each test as it ends, with or without xdist, and
+    those at the end.
+    """
     found = {}
     for line in lines:
         ended = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+\.py::.+?)(?: - (.*))?$", line)
@@ -138,27 +198,54 @@ def outcomes(lines):
 
 # ---- hardware counters
 
+
 def counters(window):
     """One launch of each of the main kernels under Nsight Compute, which reads the hardware's counters."""
     if shutil.which("ncu") is None:
         raise NotRun("ncu is not on this machine's PATH")
     kernels = "regex:(forward_kernel|rows_kernel|fused_kernel|advantage_kernel|shape_kernel|gae_kernel)"
-    command = ["ncu", "--clock-control", "none", "-k", kernels, "--launch-count", "8", "--section", "SpeedOfLight", "--section",
-               "MemoryWorkloadAnalysis", "--section", "Occupancy", "--section", "WarpStateStats", sys.executable,
-               str(ROOT / "bench" / "gpu" / "launch_once.py")]
+    command = [
+        "ncu",
+        "--clock-control",
+        "none",
+        "-k",
+        kernels,
+        "--launch-count",
+        "8",
+        "--section",
+        "SpeedOfLight",
+        "--section",
+        "MemoryWorkloadAnalysis",
+        "--section",
+        "Occupancy",
+        "--section",
+        "WarpStateStats",
+        sys.executable,
+        str(ROOT / "bench" / "gpu" / "launch_once.py"),
+    ]
     code = window.wait(window.start(command, "ncu.txt"))
     log = (window.out / "ncu.txt").read_text(errors="replace")
     for kernel, metrics in counted(log):
         window.emit("counters", kernel=kernel, **metrics)
     if code != 0:
-        raise RuntimeError(f"ncu ended with {'its time up' if code is None else f'exit {code}'}: {log.strip().splitlines()[-1:]}")
+        raise RuntimeError(
+            f"ncu ended with {'its time up' if code is None else f'exit {code}'}: "
+            f"{log.strip().splitlines()[-1:]}"
+        )
 
 
 def counted(log):
     """(kernel, its main figures) from what ncu prints."""
     kernel, metrics = None, {}
-    wanted = {"Duration", "Memory Throughput", "Compute (SM) Throughput", "DRAM Throughput", "Achieved Occupancy",
-              "L2 Hit Rate", "Theoretical Occupancy"}
+    wanted = {
+        "Duration",
+        "Memory Throughput",
+        "Compute (SM) Throughput",
+        "DRAM Throughput",
+        "Achieved Occupancy",
+        "L2 Hit Rate",
+        "Theoretical Occupancy",
+    }
     for line in log.splitlines():
         started = re.match(r"  .*?(\w+_kernel)\b.*\(\d+, \d+, \d+\)x\(\d+, \d+, \d+\)", line)
         figure = re.match(r"    (\S.*?)\s{2,}(\S+)\s+([\d.,]+)\s*$", line)
@@ -173,6 +260,7 @@ def counted(log):
 
 
 # ---- the second command
+
 
 def kept_rows():
     """What the first command left."""
@@ -197,29 +285,56 @@ def memory_checker(window):
     """compute-sanitizer over each kernel on small data: reads and writes out of bounds."""
     if shutil.which("compute-sanitizer") is None:
         raise NotRun("compute-sanitizer is not on this machine's PATH")
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", sys.executable,
-               str(ROOT / "bench" / "gpu" / "launch_once.py"), "small"]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        sys.executable,
+        str(ROOT / "bench" / "gpu" / "launch_once.py"),
+        "small",
+    ]
     code = window.wait(window.start(command, "memcheck.txt"))
     log = (window.out / "memcheck.txt").read_text(errors="replace").splitlines()
     wrong = sum("= Invalid " in line for line in log)
-    summary = next((line for line in reversed(log) if "ERROR SUMMARY" in line), f"no summary, {wrong} accesses that were invalid")
+    summary = next(
+        (line for line in reversed(log) if "ERROR SUMMARY" in line),
+        f"no summary, {wrong} accesses that were invalid",
+    )
     through = ", ".join(line for line in log if re.fullmatch(r"\w+ (triton|native)", line))
-    window.emit("figure", what="memcheck", value=f"{summary.strip('= ')} (exit {code}); through: {through or 'nothing'}")
+    window.emit(
+        "figure",
+        what="memcheck",
+        value=f"{summary.strip('= ')} (exit {code}); through: {through or 'nothing'}",
+    )
 
 
 def once_more(window):
-    """The fastest version of each op of ours again, for the spread, and the row that was furthest from its prediction."""
+    """The fastest version of each op of ours again, for the spread, and the row that was furthest from its
+    prediction.
+    """
     from gpu import predictions
+
     rows = [row for row in kept_rows() if row["kind"] == "row" and row["section"] != "products"]
     best = {}
     for row in rows:
         ours = row["version"].startswith(("triton", "native")) and not row["wrong"]
         if ours and row["seconds"] < best.get((row["op"], row["shape"]), row)["seconds"] * 1.0001:
             best[row["op"], row["shape"]] = row
-    far = lambda row: abs(predictions.ratio(row) - 1)
+
+    def far(row):
+        return abs(predictions.ratio(row) - 1)
+
     surprising = max((row for row in rows if predictions.ratio(row)), key=far, default=None)
-    window.emit("figure", what="furthest from its prediction", value="none" if surprising is None else
-                f"{surprising['op']}, {surprising['version']}: {predictions.ratio(surprising):.2f} x the prediction")
+    window.emit(
+        "figure",
+        what="furthest from its prediction",
+        value="none"
+        if surprising is None
+        else f"{surprising['op']}, {surprising['version']}: {predictions.ratio(surprising):.2f} x the "
+        f"prediction",
+    )
     window.wanted = {row["what"] for row in [*best.values(), *filter(None, [surprising])]}
     for name, section in (("tokens", tokens), ("logits", logits), ("linear", linear)):
         try:

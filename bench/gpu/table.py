@@ -1,4 +1,6 @@
-"""The table of a GPU window: short enough (under 10,000 characters) to be read from the end of a command's output."""
+"""The table of a GPU window: short enough (under 10,000 characters) to be read from the end of a command's
+output.
+"""
 
 import json
 from pathlib import Path
@@ -31,14 +33,18 @@ def heading(rows):
     device = next(iter(of_kind(rows, "device")), {})
     top = next(iter(of_kind(rows, "ceilings")), {})
     named = {name: top[name] for name in top if name.endswith("_s")}
-    lines = [f"Device: {device.get('device', 'not known')} ({device.get('state', '')}). Date: {run.get('date')}. "
-             f"Commit: {run.get('commit')}. Command: `{run.get('command')}`."
-             + (f" A rehearsal ({run['rehearsal']}): these are no figures." if run.get("rehearsal") else ""),
-             f"Python {device.get('python')}, torch {device.get('torch')}, triton {device.get('triton')}, "
-             f"numpy {device.get('numpy')}."]
+    lines = [
+        f"Device: {device.get('device', 'not known')} ({device.get('state', '')}). Date: {run.get('date')}. "
+        f"Commit: {run.get('commit')}. Command: `{run.get('command')}`."
+        + (f" A rehearsal ({run['rehearsal']}): these are no figures." if run.get("rehearsal") else ""),
+        f"Python {device.get('python')}, torch {device.get('torch')}, triton {device.get('triton')}, "
+        f"numpy {device.get('numpy')}.",
+    ]
     for name, value in named.items():
         expected = predictions.CEILINGS.get(name)
-        lines.append(f"{name}: {value:.4g}" + (f" (predicted {expected[0]}-{expected[1]})" if expected else ""))
+        lines.append(
+            f"{name}: {value:.4g}" + (f" (predicted {expected[0]}-{expected[1]})" if expected else "")
+        )
     return lines
 
 
@@ -55,14 +61,23 @@ def measured(row, top):
     """One line of the table of times."""
     floor = ceilings.floor(row, top) if top else None
     moved = row.get("reads", 0) + row.get("writes", 0)
-    rate = f"{row['flops'] / row['seconds'] / 1e12:.3g} TFLOP/s" if row.get("flops") else (
-        f"{moved / row['seconds'] / 1e9:.4g} GB/s" if moved else "")
-    notes = [rate, f"a call {duration(row['call'])}" if row.get("call") else "",
-             f"{row['launches']} launches" if row.get("launches") else "",
-             size(row["peak"]) if (row.get("peak") or 0) > 1 << 28 else "", row["wrong"]]
+    rate = (
+        f"{row['flops'] / row['seconds'] / 1e12:.3g} TFLOP/s"
+        if row.get("flops")
+        else (f"{moved / row['seconds'] / 1e9:.4g} GB/s" if moved else "")
+    )
+    notes = [
+        rate,
+        f"a call {duration(row['call'])}" if row.get("call") else "",
+        f"{row['launches']} launches" if row.get("launches") else "",
+        size(row["peak"]) if (row.get("peak") or 0) > 1 << 28 else "",
+        row["wrong"],
+    ]
     of_floor = f"{row['seconds'] / floor:.2f}x" if floor else ""
-    return (f"| {row['version']} | {duration(row['seconds'])} | {predicted(row)} | {of_floor}"
-            f" | {', '.join(filter(None, notes))} |")
+    return (
+        f"| {row['version']} | {duration(row['seconds'])} | {predicted(row)} | {of_floor}"
+        f" | {', '.join(filter(None, notes))} |"
+    )
 
 
 def times(rows):
@@ -84,9 +99,13 @@ def products(rows):
     groups = {}
     for row in of_kind(rows, "row"):
         if row["section"] == "products":
-            groups.setdefault(row["op"], []).append(f"{row['shape']} {duration(row['seconds'])} "
-                                                    f"({row['flops'] / row['seconds'] / 1e12:.3g} TFLOP/s)")
-    return ["", "**Products**", *(f"- {op}: {'; '.join(some)}" for op, some in groups.items())] if groups else []
+            groups.setdefault(row["op"], []).append(
+                f"{row['shape']} {duration(row['seconds'])} "
+                f"({row['flops'] / row['seconds'] / 1e12:.3g} TFLOP/s)"
+            )
+    return (
+        ["", "**Products**", *(f"- {op}: {'; '.join(some)}" for op, some in groups.items())] if groups else []
+    )
 
 
 def verdicts(rows):
@@ -97,8 +116,10 @@ def verdicts(rows):
     for target in targets.TARGETS:
         if targets.speaks_of(target, {"device": device}):
             value = targets.value(target, some, top, ceilings.floor)
-            lines.append(f"- {target.op}, {target.shape}: {targets.text(target)}: "
-                         f"{'' if value is None else f'{value:.3g}, '}{targets.verdict(target, value)}")
+            lines.append(
+                f"- {target.op}, {target.shape}: {targets.text(target)}: "
+                f"{'' if value is None else f'{value:.3g}, '}{targets.verdict(target, value)}"
+            )
     return ["", "**Targets**", *lines] if lines else []
 
 
@@ -113,20 +134,44 @@ def checks(rows):
 
 def troubles(rows):
     """What failed, what did not run (counted by its reason), and sections that did not end as they should."""
-    lines = [f"- failed in {row['section']}: {row['what']}: {row['error'][:160]}" for row in of_kind(rows, "failure")[:15]]
+    lines = [
+        f"- failed in {row['section']}: {row['what']}: {row['error'][:160]}"
+        for row in of_kind(rows, "failure")[:15]
+    ]
     lines += [f"- test: {row['test']}: {row['error'][:100]}" for row in of_kind(rows, "test")[:10]]
     reasons = {}
     for row in of_kind(rows, "not run"):
         reasons.setdefault(row["reason"][:120], []).append(row["what"])
-    lines += [f"- not run ({len(what)}): {reason}: {', '.join(sorted(set(what)))[:160]}" for reason, what in reasons.items()]
-    lines += [f"- {row['section']}: {row['ended'][:120]}" for row in of_kind(rows, "section") if row["ended"] != "done"]
+    lines += [
+        f"- not run ({len(what)}): {reason}: {', '.join(sorted(set(what)))[:160]}"
+        for reason, what in reasons.items()
+    ]
+    lines += [
+        f"- {row['section']}: {row['ended'][:120]}"
+        for row in of_kind(rows, "section")
+        if row["ended"] != "done"
+    ]
     return ["", "**What failed or did not run**", *lines] if lines else []
 
 
 def counters(rows):
-    return ["", "**Counters**", *(f"- {row['kernel']}: " + ", ".join(
-        f"{name} {value}" for name, value in row.items() if name not in ("kind", "section", "at", "kernel"))
-        for row in of_kind(rows, "counters"))] if of_kind(rows, "counters") else []
+    return (
+        [
+            "",
+            "**Counters**",
+            *(
+                f"- {row['kernel']}: "
+                + ", ".join(
+                    f"{name} {value}"
+                    for name, value in row.items()
+                    if name not in ("kind", "section", "at", "kernel")
+                )
+                for row in of_kind(rows, "counters")
+            ),
+        ]
+        if of_kind(rows, "counters")
+        else []
+    )
 
 
 def text(rows):
@@ -142,4 +187,4 @@ def text(rows):
             kept.append("… more rows are in rows.jsonl")
             break
         kept.append(line)
-    return "\n".join([*head, *kept, *tail])[:LONGEST + 150]
+    return "\n".join([*head, *kept, *tail])[: LONGEST + 150]

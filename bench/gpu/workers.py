@@ -1,4 +1,5 @@
-"""A pytest plugin: one of xdist's processes whose GPU context a test has broken ends at once, and xdist starts another one.
+"""A pytest plugin: one of xdist's processes whose GPU context a test has broken ends at once, and xdist
+starts another one.
 
 Else every test that the process took after that would fail too.
 """
@@ -9,11 +10,12 @@ import time
 import pytest
 
 
-@pytest.hookimpl(trylast=True)      # after xdist has sent the report
+@pytest.hookimpl(trylast=True)  # after xdist has sent the report
 def pytest_runtest_logreport(report):
     if not report.failed or "PYTEST_XDIST_WORKER" not in os.environ:
         return
     import torch
+
     try:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()

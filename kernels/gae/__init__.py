@@ -1,4 +1,7 @@
-"""gae: advantages and returns of one stream of rewards. Targets, not losses: no gradient flows back through them."""
+"""gae: advantages and returns of one stream of rewards.
+
+Targets, not losses: no gradient flows back through them.
+"""
 
 import torch
 
@@ -6,8 +9,11 @@ from .. import checks
 from ..dispatch import choose
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, bool carry, "
-            "str impl) -> (Tensor, Tensor)")
+_lib.define(
+    "gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, bool "
+    "carry, "
+    "str impl) -> (Tensor, Tensor)"
+)
 
 
 def _run(rewards, values, cu_seqlens, mask, gamma, lam, carry, impl):
@@ -25,8 +31,15 @@ torch.library.register_fake("saferlhf_fast::gae", _fake, lib=_lib)
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, *, gamma: float, lam: float, cu_seqlens: torch.Tensor | None = None,
-    mask: torch.Tensor | None = None, masked: str = "zero", impl: str = "auto",
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    masked: str = "zero",
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, eq. 16), each row by itself.
 
@@ -36,15 +49,15 @@ def gae(
             A[t] = rewards[t] + gamma * V[t + 1] - V[t] + gamma * lam * A[t + 1]
         returns = A + V
 
-    rewards, values: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a boolean `mask`, one run of valid
-    tokens per row; with neither, [N] is one sequence and [B, T] has no padding. values[t] is read at the position that
-    predicts token t. gamma, lam: in 0..1.
-    masked: what a masked token between valid ones does. "zero": its reward and value count as 0 (safe-rlhf). "carry":
-    it is skipped, the next value and the running sum pass through it (verl). Rows with one run are the same in both.
-    impl: "auto", "reference" or "native".
+    rewards, values: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a boolean `mask`, one
+    run of valid tokens per row; with neither, [N] is one sequence and [B, T] has no padding. values[t] is
+    read at the position that predicts token t. gamma, lam: in 0..1. masked: what a masked token between valid
+    ones does. "zero": its reward and value count as 0 (safe-rlhf). "carry": it is skipped, the next value and
+    the running sum pass through it (verl). Rows with one run are the same in both. impl: "auto", "reference"
+    or "native".
 
-    Returns (advantages, returns), shaped as rewards, 0 where masked; float64 for float64 rewards, else float32.
-    Masked entries are never read. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Returns (advantages, returns), shaped as rewards, 0 where masked; float64 for float64 rewards, else
+    float32. Masked entries are never read. Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     checks.same_tokens("gae", ("rewards", "values"), (rewards, values))
     checks.one_of("gae", "masked", masked, ("zero", "carry"))
@@ -52,4 +65,12 @@ def gae(
     checks.share("gae", "lam", lam)
     cu_seqlens, mask, _ = checks.rows("gae", "rewards", rewards.shape, rewards.device, cu_seqlens, mask)
     return torch.ops.saferlhf_fast.gae(
-        checks.constant(rewards), checks.constant(values), cu_seqlens, mask, gamma, lam, masked == "carry", impl)
+        checks.constant(rewards),
+        checks.constant(values),
+        cu_seqlens,
+        mask,
+        gamma,
+        lam,
+        masked == "carry",
+        impl,
+    )

@@ -12,8 +12,17 @@ def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
     rewards, values = pointers.flat(rewards, dtype), pointers.flat(values, dtype)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
     keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
-    arguments = (advantages.data_ptr(), returns.data_ptr(), rewards.data_ptr(), values.data_ptr(), *row_arguments,
-                 pointers.DTYPE_TAG[dtype], gamma, lam, carry)
+    arguments = (
+        advantages.data_ptr(),
+        returns.data_ptr(),
+        rewards.data_ptr(),
+        values.data_ptr(),
+        *row_arguments,
+        pointers.DTYPE_TAG[dtype],
+        gamma,
+        lam,
+        carry,
+    )
     if rewards.is_cuda:
         with pointers.on(rewards.device):
             pointers.module().gae_cuda(*arguments, pointers.stream(rewards.device))

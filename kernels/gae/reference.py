@@ -9,8 +9,8 @@ from ..layout import following, layout, suffix_scan
 def scan(reward_N, value_N, rows, gamma, lam, carry):
     """(advantage_N, return_N) for flat inputs whose masked entries are already 0, in their dtype.
 
-    The doublings square the decay 17 times in a row of 131,072 tokens: in float32 that alone is off by 1000 times the
-    tolerance where gamma * lam is near 1. So they run in float64.
+    The doublings square the decay 17 times in a row of 131,072 tokens: in float32 that alone is off by 1000
+    times the tolerance where gamma * lam is near 1. So they run in float64.
     """
     dtype = value_N.dtype
     reward_N, value_N = reward_N.double(), value_N.double()

@@ -1,17 +1,20 @@
-"""Generalised advantage estimation in Triton, in one launch. Also what the scan of ppo_lag_advantage is made of.
+"""Generalised advantage estimation in Triton, in one launch.
 
-What token t + 1 hands to token t is x[t] = gamma * V[t+1] + gamma * lam * A[t+1], so that A[t] = rewards[t] + x[t] - V[t].
-It obeys one recurrence in both mask modes, with no look at a neighbour:
+Also what the scan of ppo_lag_advantage is made of.
 
-    x[t-1] = decay * x[t] + decay * rewards[t] + share * V[t]      decay = gamma * lam, share = gamma * (1 - lam)
-    x[t-1] = decay * x[t]    at a masked token of mode "zero",    x[t-1] = x[t]    at one of mode "carry"
+What token t + 1 hands to token t is x[t] = gamma * V[t+1] + gamma * lam * A[t+1], so that A[t] = rewards[t] +
+x[t] - V[t]. It obeys one recurrence in both mask modes, with no look at a neighbour:
 
-One program per row takes the row in blocks from right to left. A thread holds PER neighbouring positions of a block, which
-it goes through one after another; the groups of all threads are joined by an associative scan. The groups lie in the scan's
-order (the last comes first), because a scan asked to run in reverse turns its operands round with shuffles of their own.
+    x[t-1] = decay * x[t] + decay * rewards[t] + share * V[t]      decay = gamma * lam, share = gamma * (1 -
+    lam) x[t-1] = decay * x[t]    at a masked token of mode "zero",    x[t-1] = x[t]    at one of mode "carry"
 
-Shape suffixes: G groups of a block, K = PER positions of a group. Blocks start at multiples of 16 positions, wherever the
-row starts, so that stores are vectors; rows that share a group store its positions one by one.
+One program per row takes the row in blocks from right to left. A thread holds PER neighbouring positions of a
+block, which it goes through one after another; the groups of all threads are joined by an associative scan.
+The groups lie in the scan's order (the last comes first), because a scan asked to run in reverse turns its
+operands round with shuffles of their own.
+
+Shape suffixes: G groups of a block, K = PER positions of a group. Blocks start at multiples of 16 positions,
+wherever the row starts, so that stores are vectors; rows that share a group store its positions one by one.
 """
 
 import torch
@@ -42,15 +45,17 @@ def join4(x0, x1, x2, x3):
 
 @triton.jit
 def compose(a1, b1, e1, f1, a2, b2, e2, f2):
-    """Of two runs of groups, 2 standing left of 1, one: x from the right leaves it as a*x + b and reaches its leftmost
-    group as e*x + f."""
+    """Of two runs of groups, 2 standing left of 1, one: x from the right leaves it as a*x + b and reaches its
+    leftmost group as e*x + f.
+    """
     return a2 * a1, a2 * b1 + b2, e2 * a1, e2 * b1 + f2
 
 
 @triton.jit
 def scan_block(give_GK, decay_GK, state):
     """(x [G, K] that reaches each position, the state that leaves the block) where position t turns x into
-    decay * x + give and `state` comes in from the right."""
+    decay * x + give and `state` comes in from the right.
+    """
     g0, g1, g2, g3 = split4(give_GK)
     d0, d1, d2, d3 = split4(decay_GK)
     a = d0 * d1 * d2 * d3
@@ -81,7 +86,9 @@ def vector_bounds(cu_seqlens, row, rows, width):
 
 @triton.jit
 def stream(reward_GK, values_N, base, at_GK, valid_GK, decay, share, CARRY: tl.constexpr, state):
-    """(return_GK, advantage_GK, the state that leaves the block), 0 where not valid; reward_GK is 0 there too."""
+    """(return_GK, advantage_GK, the state that leaves the block), 0 where not valid; reward_GK is 0 there
+    too.
+    """
     value_GK = load_valid(values_N, base, at_GK, valid_GK)
     decay_GK = tl.where(valid_GK, decay, 1.0 if CARRY else decay)
     x_GK, state = scan_block(decay * reward_GK + share * value_GK, decay_GK, state)
@@ -98,9 +105,25 @@ def write(out_N, base, first_G1, at_GK, value_GK, lead, stop):
 
 
 @triton.jit
-def gae_kernel(advantages_N, returns_N, rewards_N, values_N, cu_seqlens, mask_N, rows, width, tokens, decay, share,
-               CARRY: tl.constexpr, GROUPS: tl.constexpr):
-    """Row by row; `width` is T of padded rows. There are as many programs as rows, but one at least, for the tail."""
+def gae_kernel(
+    advantages_N,
+    returns_N,
+    rewards_N,
+    values_N,
+    cu_seqlens,
+    mask_N,
+    rows,
+    width,
+    tokens,
+    decay,
+    share,
+    CARRY: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Row by row; `width` is T of padded rows.
+
+    There are as many programs as rows, but one at least, for the tail.
+    """
     first_G1, at_GK = places(GROUPS)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
         base, lead, stop = vector_bounds(cu_seqlens, row, rows, width)
@@ -110,8 +133,9 @@ def gae_kernel(advantages_N, returns_N, rewards_N, values_N, cu_seqlens, mask_N,
             start = (blocks - 1 - block) * (4 * GROUPS)
             valid_GK = valid_mask(mask_N, base, start + at_GK, lead, stop)
             reward_GK = load_valid(rewards_N, base, start + at_GK, valid_GK)
-            return_GK, advantage_GK, state = stream(reward_GK, values_N, base, start + at_GK, valid_GK, decay, share, CARRY,
-                                                    state)
+            return_GK, advantage_GK, state = stream(
+                reward_GK, values_N, base, start + at_GK, valid_GK, decay, share, CARRY, state
+            )
             write(returns_N, base, start + first_G1, start + at_GK, return_GK, lead, stop)
             write(advantages_N, base, start + first_G1, start + at_GK, advantage_GK, lead, stop)
     zero_tail(advantages_N, cu_seqlens, rows, tokens, tl.program_id(0), tl.num_programs(0), 4 * GROUPS)
@@ -119,7 +143,9 @@ def gae_kernel(advantages_N, returns_N, rewards_N, values_N, cu_seqlens, mask_N,
 
 
 def scan_config(tokens, rows):
-    """{"GROUPS", "num_warps"} for rows of tokens / rows positions on average; the host knows no more of packed rows."""
+    """{"GROUPS", "num_warps"} for rows of tokens / rows positions on average; the host knows no more of
+    packed rows.
+    """
     mean = tokens / max(rows, 1)
     block = next((size for size in CONFIGS if size >= mean), max(CONFIGS))
     return dict(GROUPS=block // PER, num_warps=CONFIGS[block])
@@ -134,7 +160,19 @@ def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
     if tokens == 0:
         return advantages, returns
     with torch.cuda.device(rewards.get_device()):
-        gae_kernel[(max(rows, 1),)](advantages, returns, rewards, values, cu_seqlens, mask, rows, width, tokens,
-                                    gamma * lam, gamma - gamma * lam, CARRY=carry and mask is not None,
-                                    **scan_config(tokens, rows))
+        gae_kernel[(max(rows, 1),)](
+            advantages,
+            returns,
+            rewards,
+            values,
+            cu_seqlens,
+            mask,
+            rows,
+            width,
+            tokens,
+            gamma * lam,
+            gamma - gamma * lam,
+            CARRY=carry and mask is not None,
+            **scan_config(tokens, rows),
+        )
     return advantages, returns

@@ -1,4 +1,6 @@
-"""linear_logprob: log-prob and entropy of tokens from hidden states and the head's weight; logits exist only in chunks."""
+"""linear_logprob: log-prob and entropy of tokens from hidden states and the head's weight; logits exist only
+in chunks.
+"""
 
 from typing import Literal, overload
 
@@ -10,21 +12,51 @@ from ..first_order import first_order_only, learns, refuse_tangents, track_input
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("linear_logprob(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, Tensor? temperatures, "
-            "float softcap, bool entropy, int? chunk_tokens, bool gradient, str group, str impl) -> (Tensor, Tensor, Tensor)")
-_lib.define("linear_logprob_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, Tensor logp, Tensor entropy, "
-            "Tensor lse, Tensor? grad_logp, Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, "
-            "bool[] wanted, int? chunk_tokens, str group, str impl) -> (Tensor, Tensor, Tensor)")
+_lib.define(
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, Tensor? "
+    "temperatures, "
+    "float softcap, bool entropy, int? chunk_tokens, bool gradient, str group, str impl) -> (Tensor, Tensor, "
+    "Tensor)"
+)
+_lib.define(
+    "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, Tensor logp, Tensor "
+    "entropy, "
+    "Tensor lse, Tensor? grad_logp, Tensor? grad_entropy, float temperature, Tensor? temperatures, float "
+    "softcap, "
+    "bool[] wanted, int? chunk_tokens, str group, str impl) -> (Tensor, Tensor, Tensor)"
+)
 
 
-def _run(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap, entropy, chunk_tokens, gradient, group,
-         impl):
+def _run(
+    hidden_NH,
+    weight_VH,
+    ids_N,
+    bias_V,
+    temperature,
+    temperature_N,
+    softcap,
+    entropy,
+    chunk_tokens,
+    gradient,
+    group,
+    impl,
+):
     checks.known_temperatures("linear_logprob", temperature_N)
     function, _ = choose("linear_logprob", (hidden_NH,), impl)
 
     def local(ids_N, entropy):
-        return function(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap, entropy, chunk_tokens,
-                        gradient)
+        return function(
+            hidden_NH,
+            weight_VH,
+            ids_N,
+            bias_V,
+            temperature,
+            temperature_N,
+            softcap,
+            entropy,
+            chunk_tokens,
+            gradient,
+        )
 
     if group:
         return shards.merged(local, ids_N, weight_VH.shape[0], entropy, group)
@@ -34,8 +66,11 @@ def _run(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softca
 
 def _fake(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap, entropy, *rest):
     dtype, count = checks.result_dtype(hidden_NH), hidden_NH.shape[0]
-    return (hidden_NH.new_empty(count, dtype=dtype), hidden_NH.new_empty(count if entropy else 0, dtype=dtype),
-            hidden_NH.new_empty(count, dtype=dtype))
+    return (
+        hidden_NH.new_empty(count, dtype=dtype),
+        hidden_NH.new_empty(count if entropy else 0, dtype=dtype),
+        hidden_NH.new_empty(count, dtype=dtype),
+    )
 
 
 def _run_backward(hidden_NH, weight_VH, ids_N, *rest):
@@ -44,8 +79,10 @@ def _run_backward(hidden_NH, weight_VH, ids_N, *rest):
     if group:
         ids_N = shards.mine(ids_N, weight_VH.shape[0], group)[0]
     inputs = (hidden_NH, weight_VH, arguments[0])
-    made = [hidden_NH.new_empty(0) if gradient is None else gradient.to(source.dtype)
-            for gradient, source in zip(function(hidden_NH, weight_VH, ids_N, *arguments), inputs)]
+    made = [
+        hidden_NH.new_empty(0) if gradient is None else gradient.to(source.dtype)
+        for gradient, source in zip(function(hidden_NH, weight_VH, ids_N, *arguments), inputs)
+    ]
     if group and made[0].numel():
         shards.add_up(made[0], group)
     return tuple(made)
@@ -53,13 +90,27 @@ def _run_backward(hidden_NH, weight_VH, ids_N, *rest):
 
 def _fake_backward(hidden_NH, weight_VH, ids_N, bias_V, *rest):
     wanted = rest[8]
-    return tuple(torch.empty_like(source, memory_format=torch.contiguous_format) if want else hidden_NH.new_empty(0)
-                 for want, source in zip(wanted, (hidden_NH, weight_VH, bias_V)))
+    return tuple(
+        torch.empty_like(source, memory_format=torch.contiguous_format) if want else hidden_NH.new_empty(0)
+        for want, source in zip(wanted, (hidden_NH, weight_VH, bias_V))
+    )
 
 
 def _setup(ctx, inputs, output):
-    (hidden_NH, weight_VH, ids_N, bias_V, ctx.temperature, temperature_N, ctx.softcap, ctx.entropy, ctx.chunk_tokens, _,
-     ctx.group, ctx.impl) = inputs
+    (
+        hidden_NH,
+        weight_VH,
+        ids_N,
+        bias_V,
+        ctx.temperature,
+        temperature_N,
+        ctx.softcap,
+        ctx.entropy,
+        ctx.chunk_tokens,
+        _,
+        ctx.group,
+        ctx.impl,
+    ) = inputs
     ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden_NH, weight_VH, ids_N, bias_V, temperature_N, *output)
@@ -72,10 +123,29 @@ def _backward(ctx, grad_logp_N, grad_entropy_N, _):
         grad_entropy_N = None
     if grad_logp_N is None and grad_entropy_N is None:
         return (None,) * 12
-    wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[1], bias_V is not None and ctx.needs_input_grad[3]]
+    wanted = [
+        ctx.needs_input_grad[0],
+        ctx.needs_input_grad[1],
+        bias_V is not None and ctx.needs_input_grad[3],
+    ]
     made = torch.ops.saferlhf_fast.linear_logprob_backward(
-        hidden_NH, weight_VH, ids_N, bias_V, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, ctx.temperature,
-        temperature_N, ctx.softcap, wanted, ctx.chunk_tokens, ctx.group, ctx.impl)
+        hidden_NH,
+        weight_VH,
+        ids_N,
+        bias_V,
+        logp_N,
+        entropy_N,
+        lse_N,
+        grad_logp_N,
+        grad_entropy_N,
+        ctx.temperature,
+        temperature_N,
+        ctx.softcap,
+        wanted,
+        ctx.chunk_tokens,
+        ctx.group,
+        ctx.impl,
+    )
     d_hidden, d_weight, d_bias = (gradient if want else None for gradient, want in zip(made, wanted))
     return d_hidden, d_weight, None, d_bias, *[None] * 8
 
@@ -87,53 +157,88 @@ torch.library.register_fake("saferlhf_fast::linear_logprob_backward", _fake_back
 torch.library.register_autograd("saferlhf_fast::linear_logprob", _backward, setup_context=_setup, lib=_lib)
 
 
-@overload                                # for type checkers, as in token_logprob
+@overload  # for type checkers, as in token_logprob
 def linear_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = ...,
-    temperature: float | torch.Tensor = ..., softcap: float | None = ..., return_entropy: Literal[False] = ...,
-    chunk_tokens: int | None = ..., group: "torch.distributed.ProcessGroup | None" = ..., impl: str = ...,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+    chunk_tokens: int | None = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
+    impl: str = ...,
 ) -> torch.Tensor: ...
 
 
 @overload
 def linear_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = ...,
-    temperature: float | torch.Tensor = ..., softcap: float | None = ..., return_entropy: Literal[True],
-    chunk_tokens: int | None = ..., group: "torch.distributed.ProcessGroup | None" = ..., impl: str = ...,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+    chunk_tokens: int | None = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
+    impl: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @overload
 def linear_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = ...,
-    temperature: float | torch.Tensor = ..., softcap: float | None = ..., return_entropy: bool,
-    chunk_tokens: int | None = ..., group: "torch.distributed.ProcessGroup | None" = ..., impl: str = ...,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = ...,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: bool,
+    chunk_tokens: int | None = ...,
+    group: "torch.distributed.ProcessGroup | None" = ...,
+    impl: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def linear_logprob(
-    hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, *, bias: torch.Tensor | None = None,
-    temperature: float | torch.Tensor = 1.0, softcap: float | None = None, return_entropy: bool = False,
-    chunk_tokens: int | None = None, group: "torch.distributed.ProcessGroup | None" = None, impl: str = "auto",
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    chunk_tokens: int | None = None,
+    group: "torch.distributed.ProcessGroup | None" = None,
+    impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of `ids` under softmax(hidden @ weight.T + bias), and its entropy, without logits of all tokens.
+    """Log-prob of `ids` under softmax(hidden @ weight.T + bias), and its entropy, without logits of all
+    tokens.
 
     Means the same as::
 
         token_logprob(hidden.float() @ weight.float().T + bias, ids, temperature=temperature, softcap=softcap, ...)
 
-    hidden: [..., H]; weight: [V, H]; bias: [V] or None; fp32, bf16 or fp16 (float64: the reference). ids: [...], integers.
-    temperature, softcap, ids outside the vocabulary: as in `token_logprob`. Logits are float32 whatever the inputs are.
-    chunk_tokens: tokens whose logits exist at once; None: what fits 64 MiB on a CPU, 1 GiB on a GPU. A different chunk may
-    change the last bits, since a matrix product's may depend on its number of rows.
-    group: a process group over which the vocabulary is split in shards of one size, in rank order; `weight` and `bias` are
-    this rank's, `hidden` and `ids` the same on all. impl: "auto", "reference", "triton" or "native".
+    hidden: [..., H]; weight: [V, H]; bias: [V] or None; fp32, bf16 or fp16 (float64: the reference). ids:
+    [...], integers. temperature, softcap, ids outside the vocabulary: as in `token_logprob`. Logits are
+    float32 whatever the inputs are. chunk_tokens: tokens whose logits exist at once; None: what fits 64 MiB
+    on a CPU, 1 GiB on a GPU. A different chunk may change the last bits, since a matrix product's may depend
+    on its number of rows. group: a process group over which the vocabulary is split in shards of one size, in
+    rank order; `weight` and `bias` are this rank's, `hidden` and `ids` the same on all. impl: "auto",
+    "reference", "triton" or "native".
 
-    Returns logp [...] or (logp, entropy), float32 (float64 for float64). Differentiable in hidden, weight and bias through
-    both, for any upstream gradient: backward makes the logits again (four matrix products in all; `linear_ppo_loss` needs
-    three). d weight is accumulated in float32. Under ZeRO-3 call it inside the head module's own forward, so that DeepSpeed
-    gathers the weight again for backward. Activation checkpointing is not needed around it: it keeps no logits.
-    Raises ValueError for arguments that do not fit, and for ids outside the vocabulary on the CPU (on a device: NaN).
+    Returns logp [...] or (logp, entropy), float32 (float64 for float64). Differentiable in hidden, weight and
+    bias through both, for any upstream gradient: backward makes the logits again (four matrix products in
+    all; `linear_ppo_loss` needs three). d weight is accumulated in float32. Under ZeRO-3 call it inside the
+    head module's own forward, so that DeepSpeed gathers the weight again for backward. Activation
+    checkpointing is not needed around it: it keeps no logits. Raises ValueError for arguments that do not
+    fit, and for ids outside the vocabulary on the CPU (on a device: NaN).
     """
     op = "linear_logprob"
     checks.head(op, hidden, weight, ids, bias)
@@ -142,8 +247,19 @@ def linear_logprob(
     temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
     gradient = any(map(learns, (hidden, weight, bias)))
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
-        hidden.reshape(ids.numel(), hidden.shape[-1]), weight, checks.wide(ids).reshape(-1), bias, temperature, temperature_N,
-        checks.softcap(op, softcap), return_entropy, chunk_tokens, gradient, "" if group is None else group.group_name, impl)
+        hidden.reshape(ids.numel(), hidden.shape[-1]),
+        weight,
+        checks.wide(ids).reshape(-1),
+        bias,
+        temperature,
+        temperature_N,
+        checks.softcap(op, softcap),
+        return_entropy,
+        chunk_tokens,
+        gradient,
+        "" if group is None else group.group_name,
+        impl,
+    )
     track_inputs(logp, hidden, weight, bias)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

@@ -21,10 +21,11 @@ def add_up(tensor, group):
 
 
 def merged(local, ids_N, size, entropy, group):
-    """(logp_N, entropy_N or [0], lse_N) of the whole vocabulary, from local(ids, entropy) of each shard; one all-gather.
+    """(logp_N, entropy_N or [0], lse_N) of the whole vocabulary, from local(ids, entropy) of each shard; one
+    all-gather.
 
-    The target's logit is logp + lse of the rank that owns it, so a confident token's log-prob is right to float32's rounding
-    of a logit here, not relative to 1 - p. An id that no rank owns gives NaN.
+    The target's logit is logp + lse of the rank that owns it, so a confident token's log-prob is right to
+    float32's rounding of a logit here, not relative to 1 - p. An id that no rank owns gives NaN.
     """
     _, inside_N = mine(ids_N, size, group)
     local_N = torch.where(inside_N, ids_N - dist.get_rank(_resolve(group)) * size, 0)

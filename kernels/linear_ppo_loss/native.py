@@ -1,4 +1,6 @@
-"""linear_ppo_loss on the CPU: torch's matrix products in chunks, C++ on the rows (csrc/ppo_loss_from_logits.cpp)."""
+"""linear_ppo_loss on the CPU: torch's matrix products in chunks, C++ on the rows
+(csrc/ppo_loss_from_logits.cpp).
+"""
 
 from .. import linear
 from ..ppo_loss_from_logits import native as rows

@@ -11,8 +11,10 @@ EPSILON = 1e-8  # added to the variance when whitening
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(
     "ppo_lag_advantage(Tensor logp, Tensor ref_logp, Tensor reward, Tensor? cost, Tensor reward_values, "
-    "Tensor? cost_values, Tensor? multiplier, Tensor? cu_seqlens, Tensor? mask, float kl_coeff, float gamma, float lam, "
-    "float clip_score, bool carry, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+    "Tensor? cost_values, Tensor? multiplier, Tensor? cu_seqlens, Tensor? mask, float kl_coeff, float gamma, "
+    "float lam, "
+    "float clip_score, bool carry, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _run(logp, *rest):
@@ -23,8 +25,12 @@ def _run(logp, *rest):
 def _fake(logp, ref_logp, reward, cost, *rest):
     dtype = checks.result_dtype(logp)
     cost_shape = (0,) if cost is None else logp.shape
-    return (logp.new_empty(logp.shape, dtype=dtype), logp.new_empty(logp.shape, dtype=dtype),
-            logp.new_empty(cost_shape, dtype=dtype), logp.new_empty(len(STATISTICS), dtype=dtype))
+    return (
+        logp.new_empty(logp.shape, dtype=dtype),
+        logp.new_empty(logp.shape, dtype=dtype),
+        logp.new_empty(cost_shape, dtype=dtype),
+        logp.new_empty(len(STATISTICS), dtype=dtype),
+    )
 
 
 _lib.impl("ppo_lag_advantage", _run, "CompositeExplicitAutograd")
@@ -32,12 +38,14 @@ torch.library.register_fake("saferlhf_fast::ppo_lag_advantage", _fake, lib=_lib)
 
 
 def whitening(
-    count: torch.Tensor, total: torch.Tensor, sum_squares: torch.Tensor,
+    count: torch.Tensor,
+    total: torch.Tensor,
+    sum_squares: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(scale, shift) for `ppo_loss` from the count, sum and sum of squares of a batch, on the device.
 
-    Sum the three over ranks first (one all-reduce). A * scale + shift then has mean 0 and variance 1: population
-    variance, 1e-8 added to it. Nothing to whiten (count 0) gives scale 1e4 and shift 0.
+    Sum the three over ranks first (one all-reduce). A * scale + shift then has mean 0 and variance 1:
+    population variance, 1e-8 added to it. Nothing to whiten (count 0) gives scale 1e4 and shift 0.
     """
     count = count.clamp(min=1)
     mean = total / count
@@ -47,12 +55,27 @@ def whitening(
 
 
 def ppo_lag_advantage(
-    logp: torch.Tensor, ref_logp: torch.Tensor, reward: torch.Tensor, cost: torch.Tensor | None, reward_values: torch.Tensor,
-    cost_values: torch.Tensor | None, multiplier: float | torch.Tensor | None, *, kl_coeff: float, gamma: float, lam: float,
-    clip_score: float | None, cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None, masked: str = "zero",
-    whiten: bool = False, impl: str = "auto",
+    logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    reward: torch.Tensor,
+    cost: torch.Tensor | None,
+    reward_values: torch.Tensor,
+    cost_values: torch.Tensor | None,
+    multiplier: float | torch.Tensor | None,
+    *,
+    kl_coeff: float,
+    gamma: float,
+    lam: float,
+    clip_score: float | None,
+    cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    masked: str = "zero",
+    whiten: bool = False,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-    """KL shaping, both GAE scans and their combination (Safe RLHF, Dai et al. 2024; safe-rlhf's PPOLagTrainer).
+    """KL shaping, both GAE scans and their combination (Safe RLHF, Dai et al.
+
+    2024; safe-rlhf's PPOLagTrainer).
 
     Means the same as, for one row, with kl = logp - ref_logp and last = its last valid token::
 
@@ -60,24 +83,31 @@ def ppo_lag_advantage(
         c = ( kl_coeff * kl + cost   * last).clamp(-clip_score, clip_score)
         A_r, A_c = gae(r, reward_values)[0], gae(c, cost_values)[0];  A = (A_r - multiplier * A_c) / (1 + multiplier)
 
-    logp, ref_logp, reward_values, cost_values: packed [N] with `cu_seqlens` or padded [B, T] with `mask`, as in `gae`
-    (also `masked`). reward, cost: [B], in the score models' units. multiplier: number >= 0 or 0-d tensor, read on its device.
-    clip_score: bound of |r|, |c|; None for none. Without cost, cost_values and multiplier this is plain PPO: A = A_r.
-    whiten: the advantages stay as they are (whitening needs the global batch); `stats` then also holds
-    `advantage_scale` and `advantage_shift` of this call's tokens, for `ppo_loss`. With several ranks add up `count`,
-    `sum` and `sum_squares` and call `whitening`, which lies beside this function in saferlhf_fast.kernels.ppo_lag_advantage.
+    logp, ref_logp, reward_values, cost_values: packed [N] with `cu_seqlens` or padded [B, T] with `mask`, as
+    in `gae` (also `masked`). reward, cost: [B], in the score models' units. multiplier: number >= 0 or 0-d
+    tensor, read on its device. clip_score: bound of |r|, |c|; None for none. Without cost, cost_values and
+    multiplier this is plain PPO: A = A_r. whiten: the advantages stay as they are (whitening needs the global
+    batch); `stats` then also holds `advantage_scale` and `advantage_shift` of this call's tokens, for
+    `ppo_loss`. With several ranks add up `count`, `sum` and `sum_squares` and call `whitening`, which lies
+    beside this function in saferlhf_fast.kernels.ppo_lag_advantage.
 
-    Returns (advantages, reward_returns, cost_returns or None, stats), the first three shaped as logp and 0 where
-    masked; float64 for float64 logp, else float32. No gradient flows back. stats, all 0-d, over valid tokens:
-    count, sum, sum_squares of the advantages; sequences (with a token); kl (mean over sequences of the token mean);
-    kl_sequence, shaped_reward, shaped_cost (mean over sequences of the sum over tokens); reward_advantage,
-    cost_advantage, reward_return, cost_return (means over sequences of the token mean). Cost keys only with cost.
+    Returns (advantages, reward_returns, cost_returns or None, stats), the first three shaped as logp and 0
+    where masked; float64 for float64 logp, else float32. No gradient flows back. stats, all 0-d, over valid
+    tokens: count, sum, sum_squares of the advantages; sequences (with a token); kl (mean over sequences of
+    the token mean); kl_sequence, shaped_reward, shaped_cost (mean over sequences of the sum over tokens);
+    reward_advantage, cost_advantage, reward_return, cost_return (means over sequences of the token mean).
+    Cost keys only with cost.
     """
     op = "ppo_lag_advantage"
     given = [cost is not None, cost_values is not None, multiplier is not None]
     if any(given) and not all(given):
-        raise ValueError(f"{op}: expected all of cost, cost_values and multiplier, or none, got " + ", ".join(
-            f"{name} {'given' if there else 'None'}" for name, there in zip(("cost", "cost_values", "multiplier"), given)))
+        raise ValueError(
+            f"{op}: expected all of cost, cost_values and multiplier, or none, got "
+            + ", ".join(
+                f"{name} {'given' if there else 'None'}"
+                for name, there in zip(("cost", "cost_values", "multiplier"), given)
+            )
+        )
     names = ("logp", "ref_logp", "reward_values", "cost_values")
     tokens = (logp, ref_logp, reward_values) if cost is None else (logp, ref_logp, reward_values, cost_values)
     checks.same_tokens(op, names, tokens)
@@ -94,12 +124,21 @@ def ppo_lag_advantage(
     checks.not_negative(op, "clip_score", clip_score)
     advantages, reward_returns, cost_returns, statistics = torch.ops.saferlhf_fast.ppo_lag_advantage(
         *map(checks.constant, (logp, ref_logp, reward, cost, reward_values, cost_values)),
-        checks.scalar(multiplier, logp, "multiplier"), cu_seqlens, mask, kl_coeff, gamma, lam, clip_score,
-        masked == "carry", impl)
+        checks.scalar(multiplier, logp, "multiplier"),
+        cu_seqlens,
+        mask,
+        kl_coeff,
+        gamma,
+        lam,
+        clip_score,
+        masked == "carry",
+        impl,
+    )
     stats = dict(zip(STATISTICS, statistics.unbind()))
     if cost is None:
         stats = {name: value for name, value in stats.items() if "cost" not in name}
     if whiten:
         stats["advantage_scale"], stats["advantage_shift"] = whitening(
-            stats["count"], stats["sum"], stats["sum_squares"])
+            stats["count"], stats["sum"], stats["sum_squares"]
+        )
     return advantages, reward_returns, None if cost is None else cost_returns, stats

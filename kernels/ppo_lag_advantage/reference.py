@@ -1,4 +1,6 @@
-"""KL shaping, two GAE scans, their combination and the statistics, in plain torch, any float dtype: the definition."""
+"""KL shaping, two GAE scans, their combination and the statistics, in plain torch, any float dtype: the
+definition.
+"""
 
 import torch
 
@@ -7,12 +9,38 @@ from ..gae.reference import scan
 from ..layout import layout, per_token, weights
 
 # The order of the statistics vector; every implementation fills it like this.
-STATISTICS = ("count", "sum", "sum_squares", "sequences", "kl", "kl_sequence", "shaped_reward", "shaped_cost",
-              "reward_advantage", "cost_advantage", "reward_return", "cost_return")
+STATISTICS = (
+    "count",
+    "sum",
+    "sum_squares",
+    "sequences",
+    "kl",
+    "kl_sequence",
+    "shaped_reward",
+    "shaped_cost",
+    "reward_advantage",
+    "cost_advantage",
+    "reward_return",
+    "cost_return",
+)
 
 
-def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, cu_seqlens, mask, kl_coeff,
-                      gamma, lam, clip_score, carry):
+def ppo_lag_advantage(
+    logp,
+    ref_logp,
+    reward,
+    cost,
+    reward_values,
+    cost_values,
+    multiplier,
+    cu_seqlens,
+    mask,
+    kl_coeff,
+    gamma,
+    lam,
+    clip_score,
+    carry,
+):
     """See the op. Returns advantages, reward_returns, cost_returns (empty without cost) and statistics [12]."""
     dtype = result_dtype(logp)
     rows = layout("ppo_lag_advantage", logp.numel(), cu_seqlens, mask)
@@ -20,7 +48,10 @@ def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, 
     kl_N = torch.where(rows.valid_N, (logp.to(dtype) - ref_logp.to(dtype)).reshape(-1), 0)
 
     def stream(score_B, values, sign):
-        """(shaped, advantage, return) of one score; sign is that of the KL term. The clamp comes after the score."""
+        """(shaped, advantage, return) of one score; sign is that of the KL term.
+
+        The clamp comes after the score.
+        """
         score_N = torch.where(rows.final_N, per_token(score_B.to(dtype), rows), 0)
         shaped_N = (sign * kl_coeff * kl_N + score_N).clamp(-clip_score, clip_score)
         value_N = torch.where(rows.valid_N, values.reshape(-1).to(dtype), 0)
@@ -38,14 +69,34 @@ def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, 
     else:
         shaped_cost_N, cost_advantage_N, cost_return_N = stream(cost, cost_values, 1.0)
         advantage_N = (reward_advantage_N - multiplier * cost_advantage_N) / (1 + multiplier)
-        cost_statistics = (per_sequence(shaped_cost_N), (weight_N * cost_advantage_N).sum(),
-                           (weight_N * cost_return_N).sum())
-    statistics = torch.stack([
-        rows.count_B.sum().to(dtype), advantage_N.sum(), (advantage_N * advantage_N).sum(),
-        (rows.count_B > 0).sum().to(dtype), (weight_N * kl_N).sum(), per_sequence(kl_N),
-        per_sequence(shaped_reward_N), cost_statistics[0], (weight_N * reward_advantage_N).sum(), cost_statistics[1],
-        (weight_N * reward_return_N).sum(), cost_statistics[2]])
+        cost_statistics = (
+            per_sequence(shaped_cost_N),
+            (weight_N * cost_advantage_N).sum(),
+            (weight_N * cost_return_N).sum(),
+        )
+    statistics = torch.stack(
+        [
+            rows.count_B.sum().to(dtype),
+            advantage_N.sum(),
+            (advantage_N * advantage_N).sum(),
+            (rows.count_B > 0).sum().to(dtype),
+            (weight_N * kl_N).sum(),
+            per_sequence(kl_N),
+            per_sequence(shaped_reward_N),
+            cost_statistics[0],
+            (weight_N * reward_advantage_N).sum(),
+            cost_statistics[1],
+            (weight_N * reward_return_N).sum(),
+            cost_statistics[2],
+        ]
+    )
     if cost is not None:
         cost_return_N = cost_return_N.reshape(logp.shape)
-    # Without cost the combination is the reward's advantage itself: a copy, since an op's outputs may not share memory.
-    return advantage_N.clone().reshape(logp.shape), reward_return_N.reshape(logp.shape), cost_return_N, statistics
+    # Without cost the combination is the reward's advantage itself: a copy, since an op's outputs may not
+    # share memory.
+    return (
+        advantage_N.clone().reshape(logp.shape),
+        reward_return_N.reshape(logp.shape),
+        cost_return_N,
+        statistics,
+    )

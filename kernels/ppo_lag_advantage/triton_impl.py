@@ -1,9 +1,10 @@
-"""KL shaping, both scans, their combination and the statistics in Triton, in one launch; λ is read in the kernel.
+"""KL shaping, both scans, their combination and the statistics in Triton, in one launch; λ is read in the
+kernel.
 
-Each token is read once (the mask twice: its row must be known to the end before the first block). A program takes every
-PROGRAMS-th row; the scan is that of kernels/gae/triton_impl.py, where the shape suffixes stand. Its sums stay in registers,
-one per thread, until its last row is done; then it writes its share of the statistics, and the last program of all adds
-the shares up in order. S: the 12 statistics. P: programs.
+Each token is read once (the mask twice: its row must be known to the end before the first block). A program
+takes every PROGRAMS-th row; the scan is that of kernels/gae/triton_impl.py, where the shape suffixes stand.
+Its sums stay in registers, one per thread, until its last row is done; then it writes its share of the
+statistics, and the last program of all adds the shares up in order. S: the 12 statistics. P: programs.
 """
 
 import torch
@@ -15,16 +16,17 @@ from ..gae.triton_impl import join4, places, scan_config, stream, vector_bounds,
 from ..rows_triton import count_valid, load_valid, row_arguments, valid_mask, zero_tail
 from .reference import STATISTICS
 
-# Programs of a launch at most, the same on every device, so that the order of the sums is too. It bounds what the last
-# program has to add up alone.
+# Programs of a launch at most, the same on every device, so that the order of the sums is too. It bounds what
+# the last program has to add up alone.
 PROGRAMS = tl.constexpr(1024)
-# Registers of a thread at most. ptxas left to itself takes fewer, to fit one more block on a multiprocessor, and spills for it.
+# Registers of a thread at most. ptxas left to itself takes fewer, to fit one more block on a multiprocessor,
+# and spills for it.
 REGISTERS = 128
 
 
 @triton.jit
 def bounded(x, limit):
-    """x between -limit and limit; NaN stays NaN."""
+    """X between -limit and limit; NaN stays NaN."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
@@ -37,24 +39,55 @@ def put_four(shares_SP, at, x0_G, x1_G, x2_G, x3_G):
 
 @triton.jit
 def add_up(statistics_S, shares_SP, programs, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The statistics from all programs' shares: from the fifth on, divided by the number of sequences, the fourth."""
+    """The statistics from all programs' shares: from the fifth on, divided by the number of sequences, the
+    fourth.
+    """
     at_S, at_P = tl.arange(0, 16), tl.arange(0, BLOCK_P)
     total_SP = tl.zeros([16, BLOCK_P], tl.float32)
     for start in range(0, programs, BLOCK_P):
         inside_SP = (at_S < 12)[:, None] & (start + at_P < programs)[None, :]
         # Past the first-level cache, which knows nothing of what other programs wrote.
-        total_SP += tl.load(shares_SP + at_S[:, None] * STRIDE + (start + at_P)[None, :], mask=inside_SP, other=0.0,
-                            cache_modifier=".cg")
+        total_SP += tl.load(
+            shares_SP + at_S[:, None] * STRIDE + (start + at_P)[None, :],
+            mask=inside_SP,
+            other=0.0,
+            cache_modifier=".cg",
+        )
     total_S = tl.sum(total_SP, 1)
     sequences = tl.maximum(tl.sum(tl.where(at_S == 3, total_S, 0.0), 0), 1.0)
     tl.store(statistics_S + at_S, tl.where(at_S < 4, total_S, total_S / sequences), mask=at_S < 12)
 
 
 @triton.jit
-def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_S, shares_SP, done, logp_N, ref_logp_N,
-                     reward_B, cost_B, reward_values_N, cost_values_N, multiplier, cu_seqlens, mask_N, rows, width, tokens,
-                     kl_coeff, clip_score, decay, share, CARRY: tl.constexpr, GROUPS: tl.constexpr):
-    """cost_returns_N, cost_B, cost_values_N and multiplier are None without cost; cu_seqlens or mask_N is None."""
+def advantage_kernel(
+    advantages_N,
+    reward_returns_N,
+    cost_returns_N,
+    statistics_S,
+    shares_SP,
+    done,
+    logp_N,
+    ref_logp_N,
+    reward_B,
+    cost_B,
+    reward_values_N,
+    cost_values_N,
+    multiplier,
+    cu_seqlens,
+    mask_N,
+    rows,
+    width,
+    tokens,
+    kl_coeff,
+    clip_score,
+    decay,
+    share,
+    CARRY: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """cost_returns_N, cost_B, cost_values_N and multiplier are None without cost; cu_seqlens or mask_N is
+    None.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     first_G1, at_GK = places(GROUPS)
     count, sequences = 0, 0
@@ -77,12 +110,15 @@ def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_
             start = (blocks - 1 - block) * (4 * GROUPS)
             here_GK = start + at_GK
             valid_GK = valid_mask(mask_N, base, here_GK, lead, stop)
-            kl_GK = load_valid(logp_N, base, here_GK, valid_GK) - load_valid(ref_logp_N, base, here_GK, valid_GK)
+            kl_GK = load_valid(logp_N, base, here_GK, valid_GK) - load_valid(
+                ref_logp_N, base, here_GK, valid_GK
+            )
             final_GK = valid_GK & (here_GK == last)
             score = tl.load(reward_B + row).to(tl.float32)
             r_GK = bounded(tl.where(final_GK, score, 0.0) - kl_coeff * kl_GK, clip_score)
-            return_GK, advantage_GK, state_r = stream(r_GK, reward_values_N, base, here_GK, valid_GK, decay, share, CARRY,
-                                                      state_r)
+            return_GK, advantage_GK, state_r = stream(
+                r_GK, reward_values_N, base, here_GK, valid_GK, decay, share, CARRY, state_r
+            )
             write(reward_returns_N, base, start + first_G1, here_GK, return_GK, lead, stop)
             mean_kl_G += weight * tl.sum(kl_GK, 1)
             kl_G += tl.sum(kl_GK, 1)
@@ -92,8 +128,9 @@ def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_
             if cost_B is not None:
                 score = tl.load(cost_B + row).to(tl.float32)
                 c_GK = bounded(tl.where(final_GK, score, 0.0) + kl_coeff * kl_GK, clip_score)
-                return_GK, advantage_c_GK, state_c = stream(c_GK, cost_values_N, base, here_GK, valid_GK, decay, share, CARRY,
-                                                        state_c)
+                return_GK, advantage_c_GK, state_c = stream(
+                    c_GK, cost_values_N, base, here_GK, valid_GK, decay, share, CARRY, state_c
+                )
                 write(cost_returns_N, base, start + first_G1, here_GK, return_GK, lead, stop)
                 shaped_c_G += tl.sum(c_GK, 1)
                 advantage_c_G += weight * tl.sum(advantage_c_GK, 1)
@@ -116,22 +153,60 @@ def advantage_kernel(advantages_N, reward_returns_N, cost_returns_N, statistics_
         zero_tail(cost_returns_N, cu_seqlens, rows, tokens, program, programs, 4 * GROUPS)
 
 
-def ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, cu_seqlens, mask, kl_coeff,
-                      gamma, lam, clip_score, carry):
-    """See the op. float32, bfloat16 or float16, read as they are. Returns advantages, reward_returns, cost_returns (empty
-    without cost) and statistics [12], all float32."""
+def ppo_lag_advantage(
+    logp,
+    ref_logp,
+    reward,
+    cost,
+    reward_values,
+    cost_values,
+    multiplier,
+    cu_seqlens,
+    mask,
+    kl_coeff,
+    gamma,
+    lam,
+    clip_score,
+    carry,
+):
+    """See the op. float32, bfloat16 or float16, read as they are.
+
+    Returns advantages, reward_returns, cost_returns (empty without cost) and statistics [12], all float32.
+    """
     tokens, device = logp.numel(), logp.device
     cu_seqlens, mask, rows, width = row_arguments("ppo_lag_advantage", cu_seqlens, mask, tokens)
     programs = min(max(rows, 1), PROGRAMS.value)
-    inputs = [None if tensor is None else tensor.contiguous()
-              for tensor in (logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)]
+    inputs = [
+        None if tensor is None else tensor.contiguous()
+        for tensor in (logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)
+    ]
     outputs = [torch.empty_like(inputs[0], dtype=torch.float32) for _ in range(2 if cost is None else 3)]
     statistics_S = torch.empty(len(STATISTICS), dtype=torch.float32, device=device)
     shares_SP = torch.empty(len(STATISTICS) * PROGRAMS.value, dtype=torch.float32, device=device)
     cost_returns = None if cost is None else outputs[2]
     with torch.cuda.device(logp.get_device()):
         advantage_kernel[(programs,)](
-            *outputs[:2], cost_returns, statistics_S, shares_SP, counter(device), *inputs, cu_seqlens, mask, rows, width,
-            tokens, kl_coeff, clip_score, gamma * lam, gamma - gamma * lam, CARRY=carry and mask is not None,
-            maxnreg=REGISTERS, **scan_config(tokens, rows))
-    return *outputs[:2], torch.empty(0, dtype=torch.float32, device=device) if cost is None else cost_returns, statistics_S
+            *outputs[:2],
+            cost_returns,
+            statistics_S,
+            shares_SP,
+            counter(device),
+            *inputs,
+            cu_seqlens,
+            mask,
+            rows,
+            width,
+            tokens,
+            kl_coeff,
+            clip_score,
+            gamma * lam,
+            gamma - gamma * lam,
+            CARRY=carry and mask is not None,
+            maxnreg=REGISTERS,
+            **scan_config(tokens, rows),
+        )
+    return (
+        *outputs[:2],
+        torch.empty(0, dtype=torch.float32, device=device) if cost is None else cost_returns,
+        statistics_S,
+    )

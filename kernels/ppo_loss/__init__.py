@@ -9,10 +9,13 @@ from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
 from .reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? entropy, "
-            "Tensor? cu_seqlens, Tensor? mask, float clip_ratio, float clip_high, float dual_clip, "
-            "float kl_coeff, bool k1, float entropy_coeff, bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, "
-            "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+_lib.define(
+    "ppo_loss(Tensor logp, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? entropy, "
+    "Tensor? cu_seqlens, Tensor? mask, float clip_ratio, float clip_high, float dual_clip, "
+    "float kl_coeff, bool k1, float entropy_coeff, bool token_mean, Tensor? normalizer, Tensor? scale, "
+    "Tensor? shift, "
+    "str impl) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _run(logp, *rest):
@@ -30,7 +33,7 @@ def _setup(ctx, inputs, output):
     ctx.dtypes = (logp.dtype, None if entropy is None else entropy.dtype)
     ctx.save_for_backward(*output[1:4])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)     # else every output's would be filled with zeros
+    ctx.set_materialize_grads(False)  # else every output's would be filled with zeros
 
 
 @first_order_only("ppo_loss")
@@ -40,7 +43,8 @@ def _backward(ctx, upstream, *_):
     gradient, entropy_gradient, inverse = ctx.saved_tensors
     to_logp, to_entropy = (
         scaled(values, inverse, upstream, dtype) if ctx.needs_input_grad[index] else None
-        for index, values, dtype in zip((0, 4), (gradient, entropy_gradient), ctx.dtypes))
+        for index, values, dtype in zip((0, 4), (gradient, entropy_gradient), ctx.dtypes)
+    )
     return (to_logp, None, None, None, to_entropy, *[None] * 13)
 
 
@@ -50,16 +54,32 @@ torch.library.register_autograd("saferlhf_fast::ppo_loss", _backward, setup_cont
 
 
 def ppo_loss(
-    logp: torch.Tensor, old_logp: torch.Tensor, advantages: torch.Tensor, *, clip_ratio: float, clip_high: float | None = None,
-    dual_clip: float | None = None, cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None,
-    ref_logp: torch.Tensor | None = None, kl_coeff: float = 0.0, kl_estimator: str = "k3", entropy: torch.Tensor | None = None,
-    entropy_coeff: float = 0.0, reduction: str = "sequence-mean", normalizer: float | torch.Tensor | None = None,
-    advantage_scale: float | torch.Tensor | None = None, advantage_shift: float | torch.Tensor | None = None,
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    clip_ratio: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    ref_logp: torch.Tensor | None = None,
+    kl_coeff: float = 0.0,
+    kl_estimator: str = "k3",
+    entropy: torch.Tensor | None = None,
+    entropy_coeff: float = 0.0,
+    reduction: str = "sequence-mean",
+    normalizer: float | torch.Tensor | None = None,
+    advantage_scale: float | torch.Tensor | None = None,
+    advantage_shift: float | torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """The clipped surrogate of PPO (Schulman et al. 2017, eq. 7 and, with an entropy bonus, 9), to be minimised.
+    """The clipped surrogate of PPO (Schulman et al.
 
-    Means the same as, with A = advantages * advantage_scale + advantage_shift and clamp(x) = x.clamp(-20, 20)::
+    2017, eq. 7 and, with an entropy bonus, 9), to be minimised.
+
+    Means the same as, with A = advantages * advantage_scale + advantage_shift and clamp(x) = x.clamp(-20,
+    20)::
 
         ratio = clamp(logp - old_logp).exp()
         kl = logp - ref_logp                              # k1, or
@@ -68,30 +88,34 @@ def ppo_loss(
         term = torch.where(A < 0, torch.minimum(term, -dual_clip * A), term)          # with dual_clip only
         loss = mean(term + kl_coeff * kl - entropy_coeff * entropy)
 
-    logp, old_logp, advantages, ref_logp, entropy: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a
-    boolean `mask`; float32, bfloat16, float16 or float64. clip_high: None is clip_ratio (DAPO's clip-higher has it
-    larger, arXiv 2503.14476). dual_clip: None, or a number > 1, the largest ratio that counts where A < 0 (Ye et al. 2020,
-    arXiv 1912.09729, eq. 5). ref_logp: log-probs of a reference policy, for a KL penalty in the loss, in nats times
-    kl_coeff (safe-rlhf has it in the reward instead: `ppo_lag_advantage`); with kl_coeff=0 it is only reported.
-    entropy: of each token's distribution, in nats (see `token_logprob`).
-    reduction: "sequence-mean" is the mean over sequences of each one's token mean (safe-rlhf; a sequence without a token
-    counts for nothing), "token-mean" the mean over valid tokens. normalizer: number or 0-d tensor that takes the place
-    of the local count of sequences (or tokens), so that micro-batches and ranks add up to the global mean. 0 says that there
-    is no token anywhere: loss and gradients are 0. A negative number or NaN is refused; in a tensor it makes them NaN.
-    advantage_scale, advantage_shift: numbers or 0-d tensors (see `ppo_lag_advantage`'s whitening). impl: "auto",
-    "reference", "triton" or "native".
+    logp, old_logp, advantages, ref_logp, entropy: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T]
+    with a boolean `mask`; float32, bfloat16, float16 or float64. clip_high: None is clip_ratio (DAPO's
+    clip-higher has it larger, arXiv 2503.14476). dual_clip: None, or a number > 1, the largest ratio that
+    counts where A < 0 (Ye et al. 2020, arXiv 1912.09729, eq. 5). ref_logp: log-probs of a reference policy,
+    for a KL penalty in the loss, in nats times kl_coeff (safe-rlhf has it in the reward instead:
+    `ppo_lag_advantage`); with kl_coeff=0 it is only reported. entropy: of each token's distribution, in nats
+    (see `token_logprob`). reduction: "sequence-mean" is the mean over sequences of each one's token mean
+    (safe-rlhf; a sequence without a token counts for nothing), "token-mean" the mean over valid tokens.
+    normalizer: number or 0-d tensor that takes the place of the local count of sequences (or tokens), so that
+    micro-batches and ranks add up to the global mean. 0 says that there is no token anywhere: loss and
+    gradients are 0. A negative number or NaN is refused; in a tensor it makes them NaN. advantage_scale,
+    advantage_shift: numbers or 0-d tensors (see `ppo_lag_advantage`'s whitening). impl: "auto", "reference",
+    "triton" or "native".
 
-    Returns (loss [], stats), float64 for float64 logp, else float32. The gradient goes to logp and entropy only and is
-    exactly 0 where masked; the policy term's also where clamp() cuts, the clip acts or dual_clip bounds the loss. Masked
-    entries are never read. stats, 0-d, over this call's valid tokens: clip_fraction
-    (share of ratios outside 1 - clip_ratio .. 1 + clip_high), clipped (share where the clipped term is the larger loss:
-    where the clip acts), approx_kl (mean of ratio - 1 - log ratio: k3), ratio, log_ratio (means, of the clamped one),
-    advantage (mean, as used), sequences (with a token), tokens; with dual_clip also dual_clipped (share where it bounds the
-    loss), with ref_logp ref_kl, with entropy entropy (means). Raises ValueError for shapes, dtypes or devices that do not
-    fit, for dual_clip <= 1, and for a coefficient without its tensor.
+    Returns (loss [], stats), float64 for float64 logp, else float32. The gradient goes to logp and entropy
+    only and is exactly 0 where masked; the policy term's also where clamp() cuts, the clip acts or dual_clip
+    bounds the loss. Masked entries are never read. stats, 0-d, over this call's valid tokens: clip_fraction
+    (share of ratios outside 1 - clip_ratio .. 1 + clip_high), clipped (share where the clipped term is the
+    larger loss: where the clip acts), approx_kl (mean of ratio - 1 - log ratio: k3), ratio, log_ratio (means,
+    of the clamped one), advantage (mean, as used), sequences (with a token), tokens; with dual_clip also
+    dual_clipped (share where it bounds the loss), with ref_logp ref_kl, with entropy entropy (means). Raises
+    ValueError for shapes, dtypes or devices that do not fit, for dual_clip <= 1, and for a coefficient
+    without its tensor.
     """
     given = {"logp": logp, "old_logp": old_logp, "advantages": advantages}
-    given |= {name: tensor for name, tensor in (("ref_logp", ref_logp), ("entropy", entropy)) if tensor is not None}
+    given |= {
+        name: tensor for name, tensor in (("ref_logp", ref_logp), ("entropy", entropy)) if tensor is not None
+    }
     checks.same_tokens("ppo_loss", list(given), list(given.values()))
     refuse_tangents("ppo_loss", logp, entropy)
     checks.one_of("ppo_loss", "reduction", reduction, REDUCTIONS)
@@ -99,12 +123,27 @@ def ppo_loss(
     clip = checks.clip("ppo_loss", clip_ratio, clip_high, dual_clip)
     for name, coefficient, tensor in (("ref_logp", kl_coeff, ref_logp), ("entropy", entropy_coeff, entropy)):
         if tensor is None and coefficient != 0:
-            raise ValueError(f"ppo_loss: {name}: expected a tensor, since its coefficient is {coefficient}, got None")
+            raise ValueError(
+                f"ppo_loss: {name}: expected a tensor, since its coefficient is {coefficient}, got None"
+            )
     cu_seqlens, mask, _ = checks.rows("ppo_loss", "logp", logp.shape, logp.device, cu_seqlens, mask)
     loss, _, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss(
-        logp, old_logp.detach(), advantages.detach(), None if ref_logp is None else ref_logp.detach(), entropy, cu_seqlens,
-        mask, *clip, kl_coeff, kl_estimator == "k1", entropy_coeff, reduction == "token-mean",
-        checks.normalizer("ppo_loss", normalizer, logp), checks.scalar(advantage_scale, logp, "advantage_scale"),
-        checks.scalar(advantage_shift, logp, "advantage_shift"), impl)
+        logp,
+        old_logp.detach(),
+        advantages.detach(),
+        None if ref_logp is None else ref_logp.detach(),
+        entropy,
+        cu_seqlens,
+        mask,
+        *clip,
+        kl_coeff,
+        kl_estimator == "k1",
+        entropy_coeff,
+        reduction == "token-mean",
+        checks.normalizer("ppo_loss", normalizer, logp),
+        checks.scalar(advantage_scale, logp, "advantage_scale"),
+        checks.scalar(advantage_shift, logp, "advantage_shift"),
+        impl,
+    )
     track_inputs(loss, logp, entropy)
     return loss, named(statistics, ref_kl=ref_logp, entropy=entropy, dual_clipped=dual_clip)

@@ -1,4 +1,5 @@
-"""The policy loss and its gradients in Triton, in one launch: a program per row, the last one adds up what they found.
+"""The policy loss and its gradients in Triton, in one launch: a program per row, the last one adds up what
+they found.
 
 `policy_terms`, the objective of one token, is also what the kernels use that start from logits.
 """
@@ -18,7 +19,7 @@ LOG_RATIO_LIMIT = tl.constexpr(20.0)  # as in reference.py
 
 @triton.jit
 def clamped(x, low, high):
-    """x between low and high; NaN stays NaN."""
+    """X between low and high; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
@@ -30,8 +31,20 @@ def k3(x, exp_x):
 
 
 @triton.jit
-def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_high, dual_clip, kl_coeff, K1: tl.constexpr,
-                 entropy_coeff, HAS_REF: tl.constexpr):
+def policy_terms(
+    logp,
+    old_logp,
+    advantage,
+    ref_logp,
+    entropy,
+    clip_ratio,
+    clip_high,
+    dual_clip,
+    kl_coeff,
+    K1: tl.constexpr,
+    entropy_coeff,
+    HAS_REF: tl.constexpr,
+):
     """reference.policy_terms in float32, in the order of reference.Terms: of each token, unweighted.
 
     Without a reference policy ref_logp is any number and kl is 0; without an entropy term entropy is 0.0.
@@ -40,7 +53,7 @@ def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_
     log_ratio = clamped(difference, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = tl.exp(log_ratio)
     plain, clipped = ratio * advantage, clamped(ratio, 1 - clip_ratio, 1 + clip_high) * advantage
-    worse = plain > clipped     # false for NaN, which must stay visible
+    worse = plain > clipped  # false for NaN, which must stay visible
     # advantage < 0 and ratio > dual_clip; so written ptxas has registers enough on every architecture
     # (tests/kernels/test_compile.py).
     bounded = ratio > tl.where(advantage < 0, dual_clip, float("inf"))
@@ -64,9 +77,36 @@ def policy_terms(logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_
 
 
 @triton.jit(do_not_specialize=["positions", "rows", "token_mean"])
-def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_KP, counter, logp_N, old_logp_N, advantages_N,
-                ref_logp_N, entropy_N, cu_seqlens, mask_N, normalizer, scale, shift, positions, rows, width, token_mean,
-                clip_ratio, clip_high, dual_clip, kl_coeff, entropy_coeff, K1: tl.constexpr, BLOCK: tl.constexpr):
+def loss_kernel(
+    loss,
+    gradient_N,
+    entropy_gradient_N,
+    inverse,
+    statistics,
+    sums_KP,
+    counter,
+    logp_N,
+    old_logp_N,
+    advantages_N,
+    ref_logp_N,
+    entropy_N,
+    cu_seqlens,
+    mask_N,
+    normalizer,
+    scale,
+    shift,
+    positions,
+    rows,
+    width,
+    token_mean,
+    clip_ratio,
+    clip_high,
+    dual_clip,
+    kl_coeff,
+    entropy_coeff,
+    K1: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     begin, end = segment_bounds(cu_seqlens, row, rows, width)
     length = (end - begin).to(tl.int32)
@@ -93,11 +133,24 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
             ref_logp = load_valid(ref_logp_N, begin, at, on)
         if entropy_N is not None:
             entropy = load_valid(entropy_N, begin, at, on)
-            tl.store(entropy_gradient_N + begin + at, tl.where(on, -entropy_coeff * share, 0.0), mask=at < length)
+            tl.store(
+                entropy_gradient_N + begin + at, tl.where(on, -entropy_coeff * share, 0.0), mask=at < length
+            )
             entropy_t += entropy
         token_loss, d_logp, outside, divergence, ratio, kl, clipped, bounded, log_ratio = policy_terms(
-            logp, old_logp, advantage, ref_logp, entropy, clip_ratio, clip_high, dual_clip, kl_coeff, K1, entropy_coeff,
-            ref_logp_N is not None)
+            logp,
+            old_logp,
+            advantage,
+            ref_logp,
+            entropy,
+            clip_ratio,
+            clip_high,
+            dual_clip,
+            kl_coeff,
+            K1,
+            entropy_coeff,
+            ref_logp_N is not None,
+        )
         tl.store(gradient_N + begin + at, tl.where(on, d_logp * share, 0.0), mask=at < length)
         loss_t += token_loss
         outside_t += outside.to(tl.float32)
@@ -125,13 +178,46 @@ def loss_kernel(loss, gradient_N, entropy_gradient_N, inverse, statistics, sums_
     tl.store(mine + 10 * programs, count)
     tl.store(mine + 11 * programs, tl.sum(loss_t, 0) * share)
     if is_last(counter, programs):
-        report(loss, inverse, statistics, sums_KP, programs * 0, rows, programs, normalizer, token_mean, MEANS, 16, BLOCK // 4)
+        report(
+            loss,
+            inverse,
+            statistics,
+            sums_KP,
+            programs * 0,
+            rows,
+            programs,
+            normalizer,
+            token_mean,
+            MEANS,
+            16,
+            BLOCK // 4,
+        )
 
 
-def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, clip_ratio, clip_high, dual_clip, kl_coeff, k1,
-             entropy_coeff, token_mean, normalizer, scale, shift):
+def ppo_loss(
+    logp,
+    old_logp,
+    advantages,
+    ref_logp,
+    entropy,
+    cu_seqlens,
+    mask,
+    clip_ratio,
+    clip_high,
+    dual_clip,
+    kl_coeff,
+    k1,
+    entropy_coeff,
+    token_mean,
+    normalizer,
+    scale,
+    shift,
+):
     """See the op and reference.py."""
-    inputs = [None if tensor is None else tensor.contiguous() for tensor in (logp, old_logp, advantages, ref_logp, entropy)]
+    inputs = [
+        None if tensor is None else tensor.contiguous()
+        for tensor in (logp, old_logp, advantages, ref_logp, entropy)
+    ]
     cu_seqlens, mask, rows, width = row_arguments("ppo_loss", cu_seqlens, mask, logp.numel())
     programs = max(rows, 1)
 
@@ -142,7 +228,29 @@ def ppo_loss(logp, old_logp, advantages, ref_logp, entropy, cu_seqlens, mask, cl
     entropy_gradient = new(0) if entropy is None else new(*logp.shape)
     with torch.cuda.device(logp.get_device()):
         loss_kernel[(programs,)](
-            loss, gradient, entropy_gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(logp.device),
-            *inputs, cu_seqlens, mask, normalizer, scale, shift, logp.numel(), rows, width, int(token_mean), clip_ratio,
-            clip_high, dual_clip, kl_coeff, entropy_coeff, K1=k1, **config(logp.numel(), programs))
+            loss,
+            gradient,
+            entropy_gradient,
+            inverse,
+            statistics,
+            new(len(STATISTICS) + 1, programs),
+            counter(logp.device),
+            *inputs,
+            cu_seqlens,
+            mask,
+            normalizer,
+            scale,
+            shift,
+            logp.numel(),
+            rows,
+            width,
+            int(token_mean),
+            clip_ratio,
+            clip_high,
+            dual_clip,
+            kl_coeff,
+            entropy_coeff,
+            K1=k1,
+            **config(logp.numel(), programs),
+        )
     return loss, gradient, entropy_gradient, inverse, statistics

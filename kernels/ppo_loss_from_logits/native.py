@@ -6,18 +6,48 @@ from .. import pointers
 from ..token_logprob.native import rows_of
 
 
-def ppo_loss_from_logits(logits_NV, ids_N, old_logp_N, advantage_N, ref_logp_N, weight_N, clip_ratio, clip_high, dual_clip,
-                         kl_coeff, k1, entropy_coeff, temperature, temperature_N, softcap, out_NV):
+def ppo_loss_from_logits(
+    logits_NV,
+    ids_N,
+    old_logp_N,
+    advantage_N,
+    ref_logp_N,
+    weight_N,
+    clip_ratio,
+    clip_high,
+    dual_clip,
+    kl_coeff,
+    k1,
+    entropy_coeff,
+    temperature,
+    temperature_N,
+    softcap,
+    out_NV,
+):
     """See the reference. CPU tensors, not float64."""
     logp_N, entropy_N = (logits_NV.new_empty(logits_NV.shape[0], dtype=torch.float32) for _ in range(2))
     keep, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
     target_NV = pointers.unit_rows(out_NV)
-    vectors = [None if tensor is None else tensor.to(torch.float32).contiguous()
-               for tensor in (old_logp_N, advantage_N, ref_logp_N, weight_N)]
+    vectors = [
+        None if tensor is None else tensor.to(torch.float32).contiguous()
+        for tensor in (old_logp_N, advantage_N, ref_logp_N, weight_N)
+    ]
     pointers.module().ppo_rows_cpu(
-        logp_N.data_ptr(), entropy_N.data_ptr(), target_NV.data_ptr(), target_NV.stride(0),
-        pointers.DTYPE_TAG[target_NV.dtype], *map(pointers.address, vectors), *rows, clip_ratio, clip_high, dual_clip,
-        kl_coeff, k1, entropy_coeff, pointers.threads(logits_NV.numel()))
+        logp_N.data_ptr(),
+        entropy_N.data_ptr(),
+        target_NV.data_ptr(),
+        target_NV.stride(0),
+        pointers.DTYPE_TAG[target_NV.dtype],
+        *map(pointers.address, vectors),
+        *rows,
+        clip_ratio,
+        clip_high,
+        dual_clip,
+        kl_coeff,
+        k1,
+        entropy_coeff,
+        pointers.threads(logits_NV.numel()),
+    )
     del keep
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)

@@ -9,10 +9,15 @@ from ..dispatch import choose
 from ..first_order import first_order_only, refuse_tangents, track_inputs
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("token_logprob(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, float softcap, "
-            "bool entropy, bool inplace, str impl) -> (Tensor, Tensor, Tensor)")
-_lib.define("token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tensor entropy, Tensor lse, Tensor? grad_logp, "
-            "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, str impl) -> Tensor")
+_lib.define(
+    "token_logprob(Tensor logits, Tensor ids, float temperature, Tensor? temperatures, float softcap, "
+    "bool entropy, bool inplace, str impl) -> (Tensor, Tensor, Tensor)"
+)
+_lib.define(
+    "token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tensor entropy, Tensor lse, Tensor? "
+    "grad_logp, "
+    "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, str impl) -> Tensor"
+)
 
 
 def _run(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
@@ -24,8 +29,11 @@ def _run(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace
 
 def _fake(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
     dtype, count = checks.result_dtype(logits_NV), logits_NV.shape[0]
-    return (logits_NV.new_empty(count, dtype=dtype), logits_NV.new_empty(count if entropy else 0, dtype=dtype),
-            logits_NV.new_empty(count, dtype=dtype))
+    return (
+        logits_NV.new_empty(count, dtype=dtype),
+        logits_NV.new_empty(count if entropy else 0, dtype=dtype),
+        logits_NV.new_empty(count, dtype=dtype),
+    )
 
 
 def _write_gradient(logits_NV, *rest, out_NV):
@@ -35,7 +43,9 @@ def _write_gradient(logits_NV, *rest, out_NV):
 
 
 def _run_backward(logits_NV, *rest):
-    return _write_gradient(logits_NV, *rest, out_NV=torch.empty_like(logits_NV, memory_format=torch.contiguous_format))
+    return _write_gradient(
+        logits_NV, *rest, out_NV=torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+    )
 
 
 def _fake_backward(logits_NV, *rest):
@@ -57,10 +67,21 @@ def _backward(ctx, grad_logp_N, grad_entropy_N, _):
         grad_entropy_N = None
     if grad_logp_N is None and grad_entropy_N is None:
         return (None,) * 8
-    rest = (ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, ctx.temperature, temperature_N, ctx.softcap,
-            ctx.impl)
+    rest = (
+        ids_N,
+        logp_N,
+        entropy_N,
+        lse_N,
+        grad_logp_N,
+        grad_entropy_N,
+        ctx.temperature,
+        temperature_N,
+        ctx.softcap,
+        ctx.impl,
+    )
     if ctx.inplace:
-        # Below autograd: the buffer is the caller's to destroy. The new version makes a second backward pass an error.
+        # Below autograd: the buffer is the caller's to destroy. The new version makes a second backward pass
+        # an error.
         with torch.no_grad():
             gradient = _write_gradient(logits_NV.detach(), *rest, out_NV=logits_NV.detach())
         torch.autograd.graph.increment_version(logits_NV)
@@ -76,30 +97,54 @@ torch.library.register_fake("saferlhf_fast::token_logprob_backward", _fake_backw
 torch.library.register_autograd("saferlhf_fast::token_logprob", _backward, setup_context=_setup, lib=_lib)
 
 
-@overload                                # for type checkers: one tensor unless return_entropy says otherwise
+@overload  # for type checkers: one tensor unless return_entropy says otherwise
 def token_logprob(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = ..., softcap: float | None = ...,
-    return_entropy: Literal[False] = ..., inplace_backward: bool = ..., impl: str = ...,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[False] = ...,
+    inplace_backward: bool = ...,
+    impl: str = ...,
 ) -> torch.Tensor: ...
 
 
 @overload
 def token_logprob(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = ..., softcap: float | None = ...,
-    return_entropy: Literal[True], inplace_backward: bool = ..., impl: str = ...,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: Literal[True],
+    inplace_backward: bool = ...,
+    impl: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 @overload
 def token_logprob(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = ..., softcap: float | None = ...,
-    return_entropy: bool, inplace_backward: bool = ..., impl: str = ...,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = ...,
+    softcap: float | None = ...,
+    return_entropy: bool,
+    inplace_backward: bool = ...,
+    impl: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
 def token_logprob(
-    logits: torch.Tensor, ids: torch.Tensor, *, temperature: float | torch.Tensor = 1.0, softcap: float | None = None,
-    return_entropy: bool = False, inplace_backward: bool = False, impl: str = "auto",
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    *,
+    temperature: float | torch.Tensor = 1.0,
+    softcap: float | None = None,
+    return_entropy: bool = False,
+    inplace_backward: bool = False,
+    impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of `ids` under softmax(logits / temperature), and its entropy in nats.
 
@@ -109,18 +154,18 @@ def token_logprob(
         log_p = torch.log_softmax(z / temperature, -1)
         logp = log_p.gather(-1, ids[..., None]).squeeze(-1);  entropy = torch.special.entr(log_p.exp()).sum(-1)
 
-    logits: [..., V], any float dtype; -inf is allowed (probability 0), +inf gives NaN. ids: [...], integers in 0..V-1; give
-    only the tokens that count: there is no ignored id. An id outside the vocabulary raises ValueError on the CPU and gives NaN on
-    a device, where knowing would make the host wait; with SAFERLHF_CHECK=1 it raises there too. temperature: number > 0,
-    or a tensor of them, 0-d or shaped as ids (no gradient flows to it; ValueError for others where ids are looked at, too).
-    softcap: as Gemma caps its logits, or None.
-    inplace_backward: the backward pass writes d logits into the memory of `logits`, which must not be needed again
-    (ignored for leaves and views of leaves, expanded tensors, and under torch.compile and torch.func).
-    impl: "auto", "reference", "triton" or "native".
+    logits: [..., V], any float dtype; -inf is allowed (probability 0), +inf gives NaN. ids: [...], integers
+    in 0..V-1; give only the tokens that count: there is no ignored id. An id outside the vocabulary raises
+    ValueError on the CPU and gives NaN on a device, where knowing would make the host wait; with
+    SAFERLHF_CHECK=1 it raises there too. temperature: number > 0, or a tensor of them, 0-d or shaped as ids
+    (no gradient flows to it; ValueError for others where ids are looked at, too). softcap: as Gemma caps its
+    logits, or None. inplace_backward: the backward pass writes d logits into the memory of `logits`, which
+    must not be needed again (ignored for leaves and views of leaves, expanded tensors, and under
+    torch.compile and torch.func). impl: "auto", "reference", "triton" or "native".
 
-    Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp <= 0
-    always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in every
-    implementation a row depends on no other row.
+    Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp
+    <= 0 always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in
+    every implementation a row depends on no other row.
     """
     checks.logits_and_ids("token_logprob", logits, ids)
     refuse_tangents("token_logprob", logits)
@@ -128,8 +173,15 @@ def token_logprob(
     flat = logits.reshape(ids.numel(), logits.shape[-1])
     inplace = inplace_backward and checks.disposable(logits, flat)
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
-        flat, checks.wide(ids).reshape(-1), temperature, temperature_N,
-        checks.softcap("token_logprob", softcap), return_entropy, inplace, impl)
+        flat,
+        checks.wide(ids).reshape(-1),
+        temperature,
+        temperature_N,
+        checks.softcap("token_logprob", softcap),
+        return_entropy,
+        inplace,
+        impl,
+    )
     track_inputs(logp, logits)
     logp = logp.reshape(ids.shape)
     return (logp, entropy.reshape(ids.shape)) if return_entropy else logp

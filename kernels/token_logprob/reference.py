@@ -1,15 +1,17 @@
 """Log-prob and entropy of given tokens in plain torch, any float dtype: the definition.
 
-Rows are taken in chunks that fit the cache, so that the forward pass makes no second [N, V] tensor and the backward
-pass only its result. Shapes: N tokens, V vocabulary, R rows of one chunk.
+Rows are taken in chunks that fit the cache, so that the forward pass makes no second [N, V] tensor and the
+backward pass only its result. Shapes: N tokens, V vocabulary, R rows of one chunk.
 """
 
 import torch
 
 from ..checks import result_dtype
 
-LOST_MOST = 32.0    # more is not lost: where lse's own steps are wider, it is the highest z, from which it is at most log V
-CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}  # of [R, V]; on a CPU 1 MiB of float32, which stays in its cache
+# more is not lost: where lse's own steps are wider, it is the highest z, from which it is at most log V
+LOST_MOST = 32.0
+# of [R, V]; on a CPU 1 MiB of float32, which stays in its cache
+CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def _chunks(logits_NV):
@@ -19,7 +21,7 @@ def _chunks(logits_NV):
 
 
 def _capped(logits, softcap, dtype):
-    """softcap * tanh(logits / softcap); softcap 0 is none."""
+    """Softcap * tanh(logits / softcap); softcap 0 is none."""
     z = logits.to(dtype)
     return softcap * torch.tanh(z / softcap) if softcap else z
 
@@ -38,21 +40,28 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
     count, vocabulary = logits_NV.shape
     logp_N, lse_N = (logits_NV.new_empty(count, dtype=dtype) for _ in range(2))
     entropy_N = logits_NV.new_empty(count if entropy else 0, dtype=dtype)
-    divisor_N1 = torch.full_like(logp_N, temperature)[:, None] if temperature_N is None else temperature_N.to(dtype)[:, None]
+    divisor_N1 = (
+        torch.full_like(logp_N, temperature)[:, None]
+        if temperature_N is None
+        else temperature_N.to(dtype)[:, None]
+    )
     known_N = (ids_N >= 0) & (ids_N < vocabulary)
     ids_N1 = torch.where(known_N, ids_N, 0).long()[:, None]
     for at in _chunks(logits_NV) if vocabulary else []:
         z_RV = _capped(logits_NV[at], softcap, dtype) / divisor_N1[at]
-        # From the highest on: what all of a row's logits have in common must not cost digits of their differences.
+        # From the highest on: what all of a row's logits have in common must not cost digits of their
+        # differences.
         highest_R1 = z_RV.amax(1, keepdim=True)
         highest_R1 = torch.where(highest_R1.abs() == torch.inf, 0, highest_R1)
         z_RV -= highest_R1
         target_R1 = z_RV.gather(1, ids_N1[at])
-        # The others' sum without the target's term: a confident token's log-prob is -log1p(sum), free of cancellation.
+        # The others' sum without the target's term: a confident token's log-prob is -log1p(sum), free of
+        # cancellation.
         others_R1 = torch.logsumexp(z_RV.scatter(1, ids_N1[at], -torch.inf), dim=1, keepdim=True)
         gap_R1 = others_R1 - target_R1
         logp_R1 = -(gap_R1.clamp(min=0) + torch.log1p(torch.exp(-gap_R1.abs())))
-        # An infinite logit has no distribution: NaN, as log_softmax says. Then the others' sum is infinite, or the target is.
+        # An infinite logit has no distribution: NaN, as log_softmax says. Then the others' sum is infinite,
+        # or the target is.
         logp_R1 = torch.where((others_R1 == torch.inf) | (target_R1 == torch.inf), torch.nan, logp_R1)
         lse_R1 = torch.logaddexp(others_R1, target_R1)
         logp_N[at], lse_N[at] = logp_R1.squeeze(1), (lse_R1 + highest_R1).squeeze(1)
@@ -64,7 +73,9 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
 
 
 def lost_of(target, logp, lse):
-    """What rounding to its own size took from lse: the target's z - lse has to come out as its log-prob. 0 where that knows less.
+    """What rounding to its own size took from lse: the target's z - lse has to come out as its log-prob.
+
+    0 where that knows less.
 
     A z of 10,000 has 2^-11 between one float32 and the next, and so would lse: each p would be off by that.
     """
@@ -72,19 +83,37 @@ def lost_of(target, logp, lse):
     return torch.where((logp.abs() < lse.abs()) & (lost.abs() < LOST_MOST), lost, 0)
 
 
-def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature,
-                           temperature_N, softcap, out_NV):
-    """Writes d logits into out_NV: g * (onehot - p) - g_H * p * (log p + H), over temperature, through the softcap.
+def token_logprob_backward(
+    logits_NV,
+    ids_N,
+    logp_N,
+    entropy_N,
+    lse_N,
+    grad_logp_N,
+    grad_entropy_N,
+    temperature,
+    temperature_N,
+    softcap,
+    out_NV,
+):
+    """Writes d logits into out_NV: g * (onehot - p) - g_H * p * (log p + H), over temperature, through the
+    softcap.
 
-    out_NV may be logits_NV, or begin where each of its rows begins with narrower elements: a chunk is read before it is
-    written, and chunks go upwards.
+    out_NV may be logits_NV, or begin where each of its rows begins with narrower elements: a chunk is read
+    before it is written, and chunks go upwards.
     """
     dtype = logp_N.dtype
     vocabulary = logits_NV.shape[1]
-    divisor_N1 = torch.full_like(logp_N, temperature)[:, None] if temperature_N is None else temperature_N.to(dtype)[:, None]
+    divisor_N1 = (
+        torch.full_like(logp_N, temperature)[:, None]
+        if temperature_N is None
+        else temperature_N.to(dtype)[:, None]
+    )
     known_N1 = ((ids_N >= 0) & (ids_N < vocabulary))[:, None]
     ids_N1 = torch.where(known_N1, ids_N[:, None], 0).long()
-    grad_N1 = (torch.zeros_like(logp_N) if grad_logp_N is None else grad_logp_N.to(dtype))[:, None] / divisor_N1
+    grad_N1 = (torch.zeros_like(logp_N) if grad_logp_N is None else grad_logp_N.to(dtype))[
+        :, None
+    ] / divisor_N1
     # NaN (an id outside the vocabulary) must fill its whole row.
     minus_N1 = torch.where(logp_N.isnan()[:, None], torch.nan, -grad_N1)
     # 1 - p of the target as -expm1(logp): taken from p it would lose everything at p near 1.

@@ -1,28 +1,50 @@
 """Log-prob and entropy of given tokens in Triton: each logit is read once, and once more for backward.
 
-Forward is one program per row. A thread keeps its own running maximum and sums over the logits that it loads, 16 bytes at a
-time, so that threads meet only at the end of a row and a logit costs one exp2. z is a logit in units of log2(e) /
-temperature. The target's own term stays out of the sums: a confident token loses no digit to a subtraction.
-A row's bits depend on its values, its id, V and whether rows begin at multiples of 16 bytes; on no other row.
+Forward is one program per row. A thread keeps its own running maximum and sums over the logits that it loads,
+16 bytes at a time, so that threads meet only at the end of a row and a logit costs one exp2. z is a logit in
+units of log2(e) / temperature. The target's own term stays out of the sums: a confident token loses no digit
+to a subtraction. A row's bits depend on its values, its id, V and whether rows begin at multiples of 16
+bytes; on no other row.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-WARPS = ((1 << 31, 8),)  # (widest vocabulary, warps); chosen by registers and occupancy, not tuned on a device
-# Arguments whose value must not choose another kernel: what a launch knows of alignment it says in ALIGNED or W.
-INTEGERS = ["logits_stride", "out_stride", "vocabulary", "parts", "tiles", "upwards", "per_row", "has_logp", "has_entropy",
-            "has_ref", "k1", "count", "splits", "width", "hidden_stride", "weight_stride"]
+# (widest vocabulary, warps); chosen by registers and occupancy, not tuned on a device
+WARPS = ((1 << 31, 8),)
+# Arguments whose value must not choose another kernel: what a launch knows of alignment it says in ALIGNED or
+# W.
+INTEGERS = [
+    "logits_stride",
+    "out_stride",
+    "vocabulary",
+    "parts",
+    "tiles",
+    "upwards",
+    "per_row",
+    "has_logp",
+    "has_entropy",
+    "has_ref",
+    "k1",
+    "count",
+    "splits",
+    "width",
+    "hidden_stride",
+    "weight_stride",
+]
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-FLOOR = tl.constexpr(-1e30)    # a z that is lower counts as -inf
-LOWEST = tl.constexpr(-300.0)  # stands for a lower exponent where it is multiplied by 2^-inf or e^-inf, which is 0
+FLOOR = tl.constexpr(-1e30)  # a z that is lower counts as -inf
+# stands for a lower exponent where it is multiplied by 2^-inf or e^-inf, which is 0
+LOWEST = tl.constexpr(-300.0)
 
 
 @triton.constexpr_function
 def width(bits, aligned):
-    """W, how many logits of so many bits a thread loads at once: 16 bytes, or one where not all rows are aligned so."""
+    """W, how many logits of so many bits a thread loads at once: 16 bytes, or one where not all rows are
+    aligned so.
+    """
     return 128 // bits if aligned else 1
 
 
@@ -46,7 +68,9 @@ def log1p(x):
     """log(1 + x) of x >= 0; from the series of atanh below 1, where 1 + x would lose digits of x."""
     s = x / (2 + x)
     y = s * s
-    series = 1 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9 + y * (1.0 / 11 + y * (1.0 / 13 + y / 15))))))
+    series = 1 + y * (
+        1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9 + y * (1.0 / 11 + y * (1.0 / 13 + y / 15)))))
+    )
     return tl.where(x < 1, 2 * s * series, tl.log(1 + x))
 
 
@@ -54,7 +78,9 @@ def log1p(x):
 def one_minus_p(logp):
     """-expm1(logp) of logp <= 0; the series near 0, where 1 - exp would lose every digit."""
     x = logp
-    series = -x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
+    series = -x * (
+        1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
+    )
     return tl.where(logp > -0.3, series, 1 - tl.exp(logp))
 
 
@@ -94,10 +120,21 @@ def fold(x, scale, base, total, weighted, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(row_V, id, vocabulary, scale, softcap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, R: tl.constexpr,
-                   T: tl.constexpr, W: tl.constexpr):
-    """(base, others, weighted) of a row without the column `id`: the highest z (FLOOR where there is none), the sum of
-    2^(z - base), the sum of 2^(z - base) * (z - base)."""
+def row_statistics(
+    row_V,
+    id,
+    vocabulary,
+    scale,
+    softcap,
+    ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
+    R: tl.constexpr,
+    T: tl.constexpr,
+    W: tl.constexpr,
+):
+    """(base, others, weighted) of a row without the column `id`: the highest z (FLOOR where there is none),
+    the sum of 2^(z - base), the sum of 2^(z - base) * (z - base).
+    """
     at, first = columns(R, T, W)
     base = tl.full([T], FLOOR, tl.float32)
     total = tl.zeros([T], tl.float32)
@@ -123,8 +160,9 @@ def row_statistics(row_V, id, vocabulary, scale, softcap, ENTROPY: tl.constexpr,
 
 @triton.jit
 def finish(base, others, weighted, target):
-    """(logp, entropy, lse, highest, total) from row_statistics and the target's z: the first three in nats, the highest z
-    of all, the sum of 2^(z - highest) over all."""
+    """(logp, entropy, lse, highest, total) from row_statistics and the target's z: the first three in nats,
+    the highest z of all, the sum of 2^(z - highest) over all.
+    """
     gap = (base - target + tl.log2(others)) * LN2
     logp = 0.0 - (tl.where(gap < 0, 0.0, gap) + log1p(tl.exp(-tl.abs(gap))))
     # No logit above FLOOR, or an infinite one: there is no distribution.
@@ -135,28 +173,56 @@ def finish(base, others, weighted, target):
     total = rest + tl.exp2(mine)
     # Where the target is highest its term is 1 and the rest may be tiny.
     log_total = tl.where(target >= base, log1p(rest), tl.log(total))
-    entropy = log_total - LN2 * ((weighted + down * others) * tl.exp2(down) + tl.exp2(mine) * finite(mine)) / total
+    entropy = (
+        log_total - LN2 * ((weighted + down * others) * tl.exp2(down) + tl.exp2(mine) * finite(mine)) / total
+    )
     return logp, tl.where(entropy < 0, 0.0, entropy), highest * LN2 + log_total, highest, total
 
 
 @triton.jit
-def row_head(row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED: tl.constexpr):
-    """(id, whether it is in the vocabulary, log2(e) / temperature, the target's z or -inf) of a row. The temperature is
-    temperature_N's where per_row is not 0; else nothing is read there."""
+def row_head(
+    row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED: tl.constexpr
+):
+    """(id, whether it is in the vocabulary, log2(e) / temperature, the target's z or -inf) of a row.
+
+    The temperature is temperature_N's where per_row is not 0; else nothing is read there.
+    """
     id = tl.load(ids_N + row)
     known = (id >= 0) & (id < vocabulary)
     scale = LOG2E / tl.load(temperature_N + row, mask=per_row != 0, other=temperature)
-    return id, known, scale, tile(row_V, id, tl.where(known, 0, vocabulary), vocabulary, softcap, CAPPED) * scale
+    return (
+        id,
+        known,
+        scale,
+        tile(row_V, id, tl.where(known, 0, vocabulary), vocabulary, softcap, CAPPED) * scale,
+    )
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def forward_kernel(logp_N, entropy_N, lse_N, logits_NV, ids_N, temperature_N, logits_stride, vocabulary, temperature, per_row,
-                   softcap, ENTROPY: tl.constexpr, CAPPED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
+def forward_kernel(
+    logp_N,
+    entropy_N,
+    lse_N,
+    logits_NV,
+    ids_N,
+    temperature_N,
+    logits_stride,
+    vocabulary,
+    temperature,
+    per_row,
+    softcap,
+    ENTROPY: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    T: tl.constexpr,
+):
     W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
     R: tl.constexpr = depth(W, CAPPED)
     row = tl.program_id(0).to(tl.int64)
     row_V = logits_NV + row * logits_stride * W
-    id, known, scale, target = row_head(row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED)
+    id, known, scale, target = row_head(
+        row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED
+    )
     base, others, weighted = row_statistics(row_V, id, vocabulary, scale, softcap, ENTROPY, CAPPED, R, T, W)
     logp, entropy, lse, _, _ = finish(base, others, weighted, target)
     tl.store(logp_N + row, tl.where(known, logp, float("nan")))
@@ -167,8 +233,9 @@ def forward_kernel(logp_N, entropy_N, lse_N, logits_NV, ids_N, temperature_N, lo
 
 @triton.jit
 def gradient(x, scale, shift, plain, slope, softcap, CAPPED: tl.constexpr):
-    """d logits of all columns but the target's from their capped logits x: with t = x * scale - shift,
-    2^t * (plain + slope * t), through the softcap."""
+    """D logits of all columns but the target's from their capped logits x: with t = x * scale - shift,
+    2^t * (plain + slope * t), through the softcap.
+    """
     t = x * scale - shift
     d = tl.exp2(t) * (plain + slope * finite(t))
     return through(d, x, softcap) if CAPPED else d
@@ -183,8 +250,9 @@ def through(d, x, softcap):
 
 @triton.jit
 def store_target(out, x, owned, logp, entropy, grad, grad_entropy, softcap, CAPPED: tl.constexpr):
-    """Where `owned`, writes d of the target over what the tiles have left there: from the log-prob itself, since 1 - p would
-    lose everything at p near 1. x: its capped logit."""
+    """Where `owned`, writes d of the target over what the tiles have left there: from the log-prob itself,
+    since 1 - p would lose everything at p near 1. x: its capped logit.
+    """
     d = grad * one_minus_p(logp) - grad_entropy * tl.exp(logp) * (finite(logp) + entropy)
     if CAPPED:
         d = through(d, x, softcap)
@@ -193,15 +261,38 @@ def store_target(out, x, owned, logp, entropy, grad, grad_entropy, softcap, CAPP
 
 
 @triton.jit(do_not_specialize=INTEGERS)
-def backward_kernel(out_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature_N, out_stride,
-                    logits_stride, vocabulary, parts, tiles, temperature, per_row, softcap, has_logp, has_entropy,
-                    CAPPED: tl.constexpr, ALIGNED: tl.constexpr, T: tl.constexpr):
+def backward_kernel(
+    out_NV,
+    logits_NV,
+    ids_N,
+    logp_N,
+    entropy_N,
+    lse_N,
+    grad_logp_N,
+    grad_entropy_N,
+    temperature_N,
+    out_stride,
+    logits_stride,
+    vocabulary,
+    parts,
+    tiles,
+    temperature,
+    per_row,
+    softcap,
+    has_logp,
+    has_entropy,
+    CAPPED: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    T: tl.constexpr,
+):
     W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
     R: tl.constexpr = depth(W, CAPPED)
     row = (tl.program_id(0) // parts).to(tl.int64)
     begin = (tl.program_id(0) % parts) * tiles
     row_V, out_V = logits_NV + row * logits_stride * W, out_NV + row * out_stride * W
-    id, known, scale, target = row_head(row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED)
+    id, known, scale, target = row_head(
+        row_V, ids_N, temperature_N, row, vocabulary, temperature, per_row, softcap, CAPPED
+    )
     logp, shift, inverse = tl.load(logp_N + row), tl.load(lse_N + row) * LOG2E, scale * LN2
     grad = tl.load(grad_logp_N + row, mask=has_logp != 0, other=0.0).to(tl.float32) * inverse
     grad_entropy = tl.load(grad_entropy_N + row, mask=has_entropy != 0, other=0.0).to(tl.float32) * inverse
@@ -213,7 +304,8 @@ def backward_kernel(out_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_log
         start = i * (R * T * W)
         x = tile(row_V, start + at, start + first, vocabulary, softcap, CAPPED)
         if out_NV.dtype != logits_NV.dtype:
-            # Narrower elements over the same memory: every thread has read before one writes, and tiles go upwards.
+            # Narrower elements over the same memory: every thread has read before one writes, and tiles go
+            # upwards.
             tl.debug_barrier()
         d = gradient(x, scale, shift, plain, -grad_entropy * LN2, softcap, CAPPED)
         tl.store(out_V + start + at, d.to(out_NV.dtype.element_ty), mask=start + first < vocabulary)
@@ -228,27 +320,43 @@ def unit_rows(tensor_NV):
 
 def unit_target(out_NV):
     """out_NV itself, or room of its shape with rows whose elements lie side by side."""
-    return out_NV if out_NV.stride(1) == 1 else torch.empty_like(out_NV, memory_format=torch.contiguous_format)
+    return (
+        out_NV if out_NV.stride(1) == 1 else torch.empty_like(out_NV, memory_format=torch.contiguous_format)
+    )
 
 
 def tiling(table, capped, out_NV, logits_NV):
-    """(options of a launch, W, tiles of a row). table: as WARPS. Aligned are rows that begin and end at 16 bytes."""
+    """(options of a launch, W, tiles of a row). table: as WARPS.
+
+    Aligned are rows that begin and end at 16 bytes.
+    """
     vocabulary, bits = logits_NV.shape[1], 8 * logits_NV.element_size()
     w = width(bits, True)
     aligned = vocabulary % w == 0 and all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(0) % w == 0 for tensor in (out_NV, logits_NV))
+        tensor.data_ptr() % 16 == 0 and tensor.stride(0) % w == 0 for tensor in (out_NV, logits_NV)
+    )
     how = options(next(warps for limit, warps in table if vocabulary <= limit), capped, aligned)
     w = width(bits, aligned)
     return how, w, triton.cdiv(vocabulary, depth(w, capped) * how["T"] * w)
 
 
 def options(warps, capped, aligned):
-    """See tiling. ptxas aims at 32 or 40 registers and misses by a few where there is more to hold: there it may have 64."""
-    return dict(ALIGNED=aligned, T=32 * warps, CAPPED=capped, num_warps=warps, maxnreg=None if aligned and not capped else 64)
+    """See tiling. ptxas aims at 32 or 40 registers and misses by a few where there is more to hold: there it
+    may have 64.
+    """
+    return dict(
+        ALIGNED=aligned,
+        T=32 * warps,
+        CAPPED=capped,
+        num_warps=warps,
+        maxnreg=None if aligned and not capped else 64,
+    )
 
 
 def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy):
-    """(logp_N, entropy_N or [0], lse_N) in float32; lse is the log-sum-exp of the capped logits over the temperature."""
+    """(logp_N, entropy_N or [0], lse_N) in float32; lse is the log-sum-exp of the capped logits over the
+    temperature.
+    """
     count, vocabulary = logits_NV.shape
     logits_NV, ids_N = unit_rows(logits_NV), ids_N.contiguous()
     logp_N, lse_N = (logits_NV.new_empty(count, dtype=torch.float32) for _ in range(2))
@@ -258,14 +366,39 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
         how, w, _ = tiling(WARPS, softcap > 0, logits_NV, logits_NV)
         with torch.cuda.device(logits_NV.get_device()):
             forward_kernel[(count,)](
-                logp_N, entropy_N, lse_N, logits_NV, ids_N, temperature_N.contiguous() if per_row else logp_N,
-                logits_NV.stride(0) // w, vocabulary, float(temperature), int(per_row), float(softcap), ENTROPY=entropy, **how)
+                logp_N,
+                entropy_N,
+                lse_N,
+                logits_NV,
+                ids_N,
+                temperature_N.contiguous() if per_row else logp_N,
+                logits_NV.stride(0) // w,
+                vocabulary,
+                float(temperature),
+                int(per_row),
+                float(softcap),
+                ENTROPY=entropy,
+                **how,
+            )
     return logp_N, entropy_N, lse_N
 
 
-def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, temperature,
-                           temperature_N, softcap, out_NV):
-    """Writes d logits into out_NV, which may be logits_NV or begin where each of its rows begins with narrower elements."""
+def token_logprob_backward(
+    logits_NV,
+    ids_N,
+    logp_N,
+    entropy_N,
+    lse_N,
+    grad_logp_N,
+    grad_entropy_N,
+    temperature,
+    temperature_N,
+    softcap,
+    out_NV,
+):
+    """Writes d logits into out_NV, which may be logits_NV or begin where each of its rows begins with
+    narrower elements.
+    """
     count, vocabulary = logits_NV.shape
     if count == 0 or vocabulary == 0:
         return out_NV
@@ -276,12 +409,31 @@ def token_logprob_backward(logits_NV, ids_N, logp_N, entropy_N, lse_N, grad_logp
     alone = target_NV.data_ptr() == logits_NV.data_ptr() and target_NV.dtype != logits_NV.dtype
     parts = 1 if alone else tiles
     given = [tensor is not None for tensor in (grad_logp_N, grad_entropy_N, temperature_N)]
-    vectors = [logp_N if tensor is None else tensor.contiguous() for tensor in (grad_logp_N, grad_entropy_N, temperature_N)]
+    vectors = [
+        logp_N if tensor is None else tensor.contiguous()
+        for tensor in (grad_logp_N, grad_entropy_N, temperature_N)
+    ]
     with torch.cuda.device(logits_NV.get_device()):
         backward_kernel[(count * parts,)](
-            target_NV, logits_NV, ids_N, logp_N, entropy_N, lse_N, *vectors, target_NV.stride(0) // w,
-            logits_NV.stride(0) // w, vocabulary, parts, tiles // parts, float(temperature), int(given[2]), float(softcap),
-            int(given[0]), int(given[1]), **how)
+            target_NV,
+            logits_NV,
+            ids_N,
+            logp_N,
+            entropy_N,
+            lse_N,
+            *vectors,
+            target_NV.stride(0) // w,
+            logits_NV.stride(0) // w,
+            vocabulary,
+            parts,
+            tiles // parts,
+            float(temperature),
+            int(given[2]),
+            float(softcap),
+            int(given[0]),
+            int(given[1]),
+            **how,
+        )
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)
     return out_NV

@@ -1,4 +1,7 @@
-"""value_loss: the clipped value loss of one critic, or of both in one call. The gradient is made in the forward pass."""
+"""value_loss: the clipped value loss of one critic, or of both in one call.
+
+The gradient is made in the forward pass.
+"""
 
 import torch
 
@@ -9,8 +12,10 @@ from ..losses import REDUCTIONS, scaled
 from .reference import STATISTICS
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
-_lib.define("value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? cu_seqlens, Tensor? mask, "
-            "float clip_value, bool token_mean, Tensor? normalizer, str impl) -> (Tensor, Tensor, Tensor, Tensor)")
+_lib.define(
+    "value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor? cu_seqlens, Tensor? mask, "
+    "float clip_value, bool token_mean, Tensor? normalizer, str impl) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 def _run(values, *rest):
@@ -28,7 +33,7 @@ def _setup(ctx, inputs, output):
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:3])
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)     # else every output's would be filled with zeros: a second d values
+    ctx.set_materialize_grads(False)  # else every output's would be filled with zeros: a second d values
 
 
 @first_order_only("value_loss")
@@ -46,9 +51,16 @@ torch.library.register_autograd("saferlhf_fast::value_loss", _backward, setup_co
 
 
 def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip_value: float,
-    cu_seqlens: torch.Tensor | None = None, mask: torch.Tensor | None = None, reduction: str = "sequence-mean",
-    normalizer: float | torch.Tensor | None = None, impl: str = "auto",
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    *,
+    clip_value: float,
+    cu_seqlens: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    reduction: str = "sequence-mean",
+    normalizer: float | torch.Tensor | None = None,
+    impl: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Half the mean of the larger of two squares (PPO2's clipped value loss; safe-rlhf's critic_loss_fn).
 
@@ -57,33 +69,48 @@ def value_loss(
         clipped = old_values + (values - old_values).clamp(-clip_value, clip_value)
         loss = 0.5 * mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2))
 
-    values, old_values, returns: packed [N] with `cu_seqlens` or padded [B, T] with `mask` for one critic; [2, N] or
-    [2, B, T] for both, the reward's first. With neither, [N] is one sequence, and [B, T] (also [2, T]) one critic without
-    padding. clip_value, in the values' units; infinity for no clip.
-    reduction, normalizer, impl: as `ppo_loss`.
+    values, old_values, returns: packed [N] with `cu_seqlens` or padded [B, T] with `mask` for one critic; [2,
+    N] or [2, B, T] for both, the reward's first. With neither, [N] is one sequence, and [B, T] (also [2, T])
+    one critic without padding. clip_value, in the values' units; infinity for no clip. reduction, normalizer,
+    impl: as `ppo_loss`.
 
-    Returns (loss, stats): loss [] or [2], float64 for float64 values, else float32. The gradient goes to values only and
-    is exactly 0 where masked; masked entries are never read. stats, 0-d, over this call's valid tokens: clip_fraction
-    (share of values further than clip_value from the old), clipped (share where the clipped square is the larger one),
-    value, return (means), error (mean square against the returns), sequences (with a token), tokens; with two critics each
-    of the first five twice, as reward_* and cost_*.
+    Returns (loss, stats): loss [] or [2], float64 for float64 values, else float32. The gradient goes to
+    values only and is exactly 0 where masked; masked entries are never read. stats, 0-d, over this call's
+    valid tokens: clip_fraction (share of values further than clip_value from the old), clipped (share where
+    the clipped square is the larger one), value, return (means), error (mean square against the returns),
+    sequences (with a token), tokens; with two critics each of the first five twice, as reward_* and cost_*.
     Raises ValueError for shapes, dtypes or devices that do not fit.
     """
     checks.same_tokens("value_loss", ("values", "old_values", "returns"), (values, old_values, returns))
     refuse_tangents("value_loss", values)
     checks.one_of("value_loss", "reduction", reduction, REDUCTIONS)
     checks.not_negative("value_loss", "clip_value", clip_value)
-    single = values.dim() == (1 if cu_seqlens is not None else 2 if mask is None else mask.dim()) or values.dim() == 1
+    single = (
+        values.dim() == (1 if cu_seqlens is not None else 2 if mask is None else mask.dim())
+        or values.dim() == 1
+    )
     if not single and (values.dim() not in (2, 3) or values.shape[0] != 2):
-        raise ValueError(f"value_loss: values: expected one critic or two in front, got shape {tuple(values.shape)}")
+        raise ValueError(
+            f"value_loss: values: expected one critic or two in front, got shape {tuple(values.shape)}"
+        )
     if clip_value == float("inf"):
-        old_values = values     # unbounded, old + (new - old) need not be new: far apart it is not even close
+        old_values = values  # unbounded, old + (new - old) need not be new: far apart it is not even close
     if single:
         values, old_values, returns = values[None], old_values[None], returns[None]
-    cu_seqlens, mask, _ = checks.rows("value_loss", "values", values.shape[1:], values.device, cu_seqlens, mask)
+    cu_seqlens, mask, _ = checks.rows(
+        "value_loss", "values", values.shape[1:], values.device, cu_seqlens, mask
+    )
     loss_C, _, _, statistics = torch.ops.saferlhf_fast.value_loss(
-        values, old_values.detach(), returns.detach(), cu_seqlens, mask, clip_value, reduction == "token-mean",
-        checks.normalizer("value_loss", normalizer, values), impl)
+        values,
+        old_values.detach(),
+        returns.detach(),
+        cu_seqlens,
+        mask,
+        clip_value,
+        reduction == "token-mean",
+        checks.normalizer("value_loss", normalizer, values),
+        impl,
+    )
     track_inputs(loss_C, values)
     if single:
         return loss_C[0], dict(zip(STATISTICS, statistics[0].unbind()))

@@ -14,8 +14,17 @@ def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_
     statistics = values.new_empty((critics, len(STATISTICS)), dtype=dtype)
     keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
     pointers.module().value_loss_cpu(
-        loss_C.data_ptr(), gradient.data_ptr(), inverse.data_ptr(), statistics.data_ptr(),
-        *map(pointers.address, (*inputs, normalizer)), *row_arguments, critics, pointers.DTYPE_TAG[dtype], clip_value,
-        token_mean, pointers.threads(tokens * critics))
+        loss_C.data_ptr(),
+        gradient.data_ptr(),
+        inverse.data_ptr(),
+        statistics.data_ptr(),
+        *map(pointers.address, (*inputs, normalizer)),
+        *row_arguments,
+        critics,
+        pointers.DTYPE_TAG[dtype],
+        clip_value,
+        token_mean,
+        pointers.threads(tokens * critics),
+    )
     del keep
     return loss_C, gradient, inverse, statistics

@@ -1,4 +1,6 @@
-"""The clipped value loss of one or two critics in Triton, in one launch: a program per critic and row, the last adds up."""
+"""The clipped value loss of one or two critics in Triton, in one launch: a program per critic and row, the
+last adds up.
+"""
 
 import torch
 import triton
@@ -13,8 +15,27 @@ MEANS = tl.constexpr(len(STATISTICS) - 2)
 
 
 @triton.jit(do_not_specialize=["positions", "rows", "critics", "token_mean"])
-def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, values_CN, old_values_CN, returns_CN, cu_seqlens,
-                mask_N, normalizer, positions, rows, width, critics, token_mean, clip_value, BLOCK: tl.constexpr):
+def loss_kernel(
+    loss_C,
+    gradient_CN,
+    inverse,
+    statistics_CS,
+    sums_KP,
+    counter,
+    values_CN,
+    old_values_CN,
+    returns_CN,
+    cu_seqlens,
+    mask_N,
+    normalizer,
+    positions,
+    rows,
+    width,
+    critics,
+    token_mean,
+    clip_value,
+    BLOCK: tl.constexpr,
+):
     program, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     each = tl.maximum(rows, 1)  # programs of one critic
     critic, row = program // each, program % each
@@ -34,10 +55,13 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
         goal = load_valid(returns_CN, from_here, at, on)
         difference = value - old
         far = tl.abs(difference) > clip_value
-        bounded = tl.where(difference > clip_value, clip_value, tl.where(difference < -clip_value, -clip_value, difference))
+        bounded = tl.where(
+            difference > clip_value, clip_value, tl.where(difference < -clip_value, -clip_value, difference)
+        )
         plain, other = value - goal, old + bounded - goal
         plain_square, other_square = plain * plain, other * other
-        # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
+        # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has
+        # none.
         whole = tl.where(far & (other_square == plain_square), 0.5, 1.0)
         flat = far & (other_square > plain_square)
         slope = tl.where(flat, 0.0, plain * whole)
@@ -62,7 +86,20 @@ def loss_kernel(loss_C, gradient_CN, inverse, statistics_CS, sums_KP, counter, v
     if is_last(counter, programs):
         first = programs * 0
         for _ in range(critics):
-            report(loss_C, inverse, statistics_CS, sums_KP, first, rows, programs, normalizer, token_mean, MEANS, 8, BLOCK // 4)
+            report(
+                loss_C,
+                inverse,
+                statistics_CS,
+                sums_KP,
+                first,
+                rows,
+                programs,
+                normalizer,
+                token_mean,
+                MEANS,
+                8,
+                BLOCK // 4,
+            )
             loss_C += 1
             statistics_CS += MEANS + 2
             first += each
@@ -78,10 +115,30 @@ def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_
     def new(*shape):
         return values.new_empty(shape, dtype=torch.float32)
 
-    loss_C, gradient, inverse, statistics = new(critics), new(*values.shape), new(), new(critics, len(STATISTICS))
+    loss_C, gradient, inverse, statistics = (
+        new(critics),
+        new(*values.shape),
+        new(),
+        new(critics, len(STATISTICS)),
+    )
     with torch.cuda.device(values.get_device()):
         loss_kernel[(programs,)](
-            loss_C, gradient, inverse, statistics, new(len(STATISTICS) + 1, programs), counter(values.device),
-            *inputs, cu_seqlens, mask, normalizer, positions, rows, width, critics, int(token_mean), clip_value,
-            **config(positions, max(rows, 1)))
+            loss_C,
+            gradient,
+            inverse,
+            statistics,
+            new(len(STATISTICS) + 1, programs),
+            counter(values.device),
+            *inputs,
+            cu_seqlens,
+            mask,
+            normalizer,
+            positions,
+            rows,
+            width,
+            critics,
+            int(token_mean),
+            clip_value,
+            **config(positions, max(rows, 1)),
+        )
     return loss_C, gradient, inverse, statistics

@@ -1,7 +1,9 @@
-"""`saferlhf-fast bench`: the kernel benches of bench/ on this machine; keeps their figures and finds what became slower.
+"""`saferlhf-fast bench`: the kernel benches of bench/ on this machine; keeps their figures and finds what
+became slower.
 
-Measuring and comparing are bench/run.py and bench/compare.py, as `make bench` and `make bench-compare` use them; here are the
-command line, the checks of a stored file, and the table. Standard library only until something is measured.
+Measuring and comparing are bench/run.py and bench/compare.py, as `make bench` and `make bench-compare` use
+them; here are the command line, the checks of a stored file, and the table. Standard library only until
+something is measured.
 """
 
 import difflib
@@ -45,8 +47,8 @@ examples:
 
 HERE = Path(__file__).resolve().parents[1]
 BENCH = (HERE / "bench").resolve()
-TRIES = 2                       # how often what seems slower is measured again
-TURNS = {True: 3, False: 2}     # of every row, for small shapes and for the usual ones
+TRIES = 2  # how often what seems slower is measured again
+TURNS = {True: 3, False: 2}  # of every row, for small shapes and for the usual ones
 
 
 class Request(NamedTuple):
@@ -63,8 +65,11 @@ class Request(NamedTuple):
 
 def known_ops():
     """Names of the ops that have a bench."""
-    return sorted(room.parent.name for room in (HERE / "kernels").glob("*/__init__.py")
-                  if (BENCH / f"bench_{room.parent.name}.py").is_file())
+    return sorted(
+        room.parent.name
+        for room in (HERE / "kernels").glob("*/__init__.py")
+        if (BENCH / f"bench_{room.parent.name}.py").is_file()
+    )
 
 
 def help_text():
@@ -82,7 +87,9 @@ def request(words):
         name, equals, value = rest.pop(0).partition("=")
         key = name.removeprefix("--")
         if not name.startswith("--") or key not in Request._fields:
-            raise UserError(f"bench: expected one of {', '.join(f'--{field}' for field in Request._fields)}, got {name}")
+            raise UserError(
+                f"bench: expected one of {', '.join(f'--{field}' for field in Request._fields)}, got {name}"
+            )
         if key in asked:
             raise UserError(f"bench: --{key} is given twice")
         if key in ("quick", "times", "force"):
@@ -104,8 +111,10 @@ def _ops(values):
     for op in ops:
         if op not in known:
             close = difflib.get_close_matches(op, known, n=1)
-            raise UserError(f"bench: --ops: unknown op {op!r}{f'; did you mean {close[0]}?' if close else ''}; "
-                            f"there is {', '.join(known)}")
+            raise UserError(
+                f"bench: --ops: unknown op {op!r}{f'; did you mean {close[0]}?' if close else ''}; "
+                f"there is {', '.join(known)}"
+            )
     return sorted(set(ops))
 
 
@@ -139,26 +148,40 @@ def stored(path, ops):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; saferlhf-fast bench --save {path} writes it") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a file of saferlhf-fast bench --save, got one that cannot be read: {error}") from error
+        raise UserError(
+            f"{path}: expected a file of saferlhf-fast bench --save, got one that cannot be read: {error}"
+        ) from error
     try:
-        machine, entries = results["machine_info"], [entry for entry in results["benchmarks"] if "op" in entry["extra_info"]]
+        machine, entries = (
+            results["machine_info"],
+            [entry for entry in results["benchmarks"] if "op" in entry["extra_info"]],
+        )
         assert isinstance(machine["device"], str), "the device is a name"
         for entry in entries:
             row = entry["extra_info"]
-            assert all(isinstance(value, str) for value in (entry["fullname"], row["op"], row["shape"], row["version"]))
+            assert all(
+                isinstance(value, str)
+                for value in (entry["fullname"], row["op"], row["shape"], row["version"])
+            )
             if not (isinstance(row["best"], (int, float)) and 0 < row["best"] < math.inf):
-                raise UserError(f"{path}: {row['op']}, {row['shape']}, {row['version']}: expected a time above 0, "
-                                f"got {row['best']}")
+                raise UserError(
+                    f"{path}: {row['op']}, {row['shape']}, {row['version']}: expected a time above 0, "
+                    f"got {row['best']}"
+                )
             # On a CPU pytest-benchmark's own figure is the same one; where a file was edited, either counts.
             host = entry["stats"].get("min", math.inf) if row.get("device") == "cpu" else math.inf
             row["best"] = min(row["best"], host) if isinstance(host, float) and host > 0 else row["best"]
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise UserError(f"{path}: expected a file of saferlhf-fast bench --save, got another one "
-                        f"({type(error).__name__}: {error})") from error
+        raise UserError(
+            f"{path}: expected a file of saferlhf-fast bench --save, got another one "
+            f"({type(error).__name__}: {error})"
+        ) from error
     kept = [entry for entry in entries if ops is None or op_of(entry) in ops]
     if not kept:
-        raise UserError(f"{path} has no rows in common with this run: expected {', '.join(ops or known_ops())}, "
-                        f"got {', '.join(sorted({op_of(entry) for entry in entries})) or 'none'}")
+        raise UserError(
+            f"{path} has no rows in common with this run: expected {', '.join(ops or known_ops())}, "
+            f"got {', '.join(sorted({op_of(entry) for entry in entries})) or 'none'}"
+        )
     return {**results, "benchmarks": kept}
 
 
@@ -184,18 +207,30 @@ def main(words):
         quick = bool(base["machine_info"].get("quick"))
         if asked.quick and not quick:
             raise UserError(f"--quick: {asked.compare} was measured without it; its shapes are others")
-    ops = asked.ops or (known_ops() if base is None else sorted({op_of(entry) for entry in base["benchmarks"]}))
+    ops = asked.ops or (
+        known_ops() if base is None else sorted({op_of(entry) for entry in base["benchmarks"]})
+    )
     if missing := sorted(set(ops) - set(known_ops())):
-        raise UserError(f"{asked.compare}: expected ops of {', '.join(known_ops())}, got {', '.join(missing)}")
-    os.environ.update(BENCH_QUICK=str(int(quick)), BENCH_TURNS=str(TURNS[quick]), BENCH_PROGRESS="1",
-                      BENCH_COMMAND=" ".join(["saferlhf-fast bench", *words]))
+        raise UserError(
+            f"{asked.compare}: expected ops of {', '.join(known_ops())}, got {', '.join(missing)}"
+        )
+    os.environ.update(
+        BENCH_QUICK=str(int(quick)),
+        BENCH_TURNS=str(TURNS[quick]),
+        BENCH_PROGRESS="1",
+        BENCH_COMMAND=" ".join(["saferlhf-fast bench", *words]),
+    )
     sys.path.insert(0, str(BENCH))
     import ceilings
     import table
+
     if base is not None:
         refuse_other_device(asked, base, ceilings.device_name())
         refuse_nothing_to_compare(asked, base)
-    print(f"measuring {', '.join(ops)} on {ceilings.device_name()}{', small shapes' if quick else ''}", file=sys.stderr)
+    print(
+        f"measuring {', '.join(ops)} on {ceilings.device_name()}{', small shapes' if quick else ''}",
+        file=sys.stderr,
+    )
     results, failed = measured(["--ours", *(f"bench_{op}.py" for op in ops)])
     if results is None:
         raise RuntimeError(f"nothing was measured: {failed}")
@@ -217,29 +252,44 @@ def refuse_other_device(asked, base, device):
     """UserError for a file of another device or number of threads, unless it is forced."""
     other = base["machine_info"]["device"]
     if other != device and not asked.force:
-        raise UserError(f"{asked.compare}: expected results of {device}, got those of {other}; --force compares all the same")
+        raise UserError(
+            f"{asked.compare}: expected results of {device}, got those of {other}; --force compares all the "
+            f"same"
+        )
 
 
 def comparable(ratios):
-    """The keys of a `compare.ratios` table with a ratio that counts: none without eager torch's time, far from the floor."""
+    """The keys of a `compare.ratios` table with a ratio that counts: none without eager torch's time, far
+    from the floor.
+    """
     import compare
-    return [key for key, row in ratios.items() if any(against != "the floor" or x < compare.NEAR for against, x in row.items())]
+
+    return [
+        key
+        for key, row in ratios.items()
+        if any(against != "the floor" or x < compare.NEAR for against, x in row.items())
+    ]
 
 
 def refuse_nothing_to_compare(asked, base):
     """UserError for a file with which no version could be found slower, before anything is measured."""
     import compare
+
     was = compare.ratios(base, asked.times)
     if not comparable(was):
         got = f"{len(was)} rows of ours without either" if was else "no row of ours"
-        raise UserError(f"{asked.compare}: expected times of ours and, to compare them with, of eager torch or a floor near "
-                        f"them, got {got}; {'' if asked.times or not was else '--times compares the times themselves; '}"
-                        "saferlhf-fast bench --save writes a whole file")
+        raise UserError(
+            f"{asked.compare}: expected times of ours and, to compare them with, of eager torch or a floor "
+            f"near "
+            f"them, got {got}; {'' if asked.times or not was else '--times compares the times themselves; '}"
+            "saferlhf-fast bench --save writes a whole file"
+        )
 
 
 def measured(arguments):
     """(results or None, lines about what failed) of one run of the benches."""
     import run
+
     with tempfile.TemporaryDirectory() as scratch:
         path, log = Path(scratch) / "results.json", Path(scratch) / "log"
         with log.open("w", encoding="utf-8") as file:
@@ -266,12 +316,23 @@ def keep(path, results):
 def compared(asked, base, results):
     """Prints where both files come from and the table; the exit code."""
     import compare
+
     was = compare.ratios(base, asked.times)
     if not was.keys() & compare.ratios(results).keys():
-        raise UserError(f"{asked.compare} has no rows in common with this run: expected shapes as in "
-                        f"{_key(next(iter(compare.ratios(results)), ('no rows',)))}, got {_key(next(iter(was), ('no rows',)))}")
-    now, worse, gone = compare.settled(was, results, lambda arguments: measured(arguments)[0], asked.compare.name,
-                                       1 + asked.worse / 100, TRIES, asked.times)
+        raise UserError(
+            f"{asked.compare} has no rows in common with this run: expected shapes as in "
+            f"{_key(next(iter(compare.ratios(results)), ('no rows',)))}, got "
+            f"{_key(next(iter(was), ('no rows',)))}"
+        )
+    now, worse, gone = compare.settled(
+        was,
+        results,
+        lambda arguments: measured(arguments)[0],
+        asked.compare.name,
+        1 + asked.worse / 100,
+        TRIES,
+        asked.times,
+    )
     said = verdicts(was, now, worse, gone, asked.worse, len(comparable(was)))
     print("\n".join([*head(asked.compare.name, base, results, compare.rows), "", *said]))
     return 1 if worse or gone else 0
@@ -284,41 +345,70 @@ def _key(key):
 def head(name, base, results, rows):
     """Lines that say what is compared, and what else differs between the two."""
     then, now = base["machine_info"], results["machine_info"]
-    lines = [f"{label}: {machine.get('device')}; saferlhf-fast {machine.get('version', 'not noted')} "
-             f"({machine.get('commit', 'not noted')}), torch {machine.get('torch', 'not noted')}, "
-             f"{machine.get('date', 'not noted')}" for label, machine in ((name, then), ("now", now))]
+    lines = [
+        f"{label}: {machine.get('device')}; saferlhf-fast {machine.get('version', 'not noted')} "
+        f"({machine.get('commit', 'not noted')}), torch {machine.get('torch', 'not noted')}, "
+        f"{machine.get('date', 'not noted')}"
+        for label, machine in ((name, then), ("now", now))
+    ]
     for what in ("device", "torch", "version"):
         if then.get(what) != now.get(what):
-            lines.append(f"differs: {'saferlhf-fast' if what == 'version' else what}: {then.get(what)} then, {now.get(what)} now")
+            lines.append(
+                f"differs: {'saferlhf-fast' if what == 'version' else what}: {then.get(what)} then, "
+                f"{now.get(what)} now"
+            )
     before, after = rows(base), rows(results)
     eager = [after[key]["best"] / before[key]["best"] for key in before if key[2] == "eager" and key in after]
     if eager:
-        lines.append(f"eager torch takes {statistics.median(eager):.2f} x what it took then: the machine or its load, which "
-                     "ratios leave out, or eager torch itself, which they do not")
+        lines.append(
+            f"eager torch takes {statistics.median(eager):.2f} x what it took then: the machine or its load, "
+            f"which "
+            "ratios leave out, or eager torch itself, which they do not"
+        )
     return lines
 
 
 def verdicts(was, now, worse, gone, percent, compared):
-    """The table's lines, regressions on top; a last line that sums up. compared: how many of `was` have a ratio that counts."""
+    """The table's lines, regressions on top; a last line that sums up. compared: how many of `was` have a
+    ratio that counts.
+    """
     bad = {(row.key, row.against) for row in worse}
     lines = []
     for key in {**was, **now}:
         for against in {**was.get(key, {}), **now.get(key, {})}:
             before, after = was.get(key, {}).get(against), now.get(key, {}).get(against)
-            verdict = ("REGRESSION" if (key, against) in bad else "GONE" if after is None else "new" if before is None
-                       else "not counted" if after > before * (1 + percent / 100) else
-                       "faster" if after < before / (1 + percent / 100) else "same")
+            verdict = (
+                "REGRESSION"
+                if (key, against) in bad
+                else "GONE"
+                if after is None
+                else "new"
+                if before is None
+                else "not counted"
+                if after > before * (1 + percent / 100)
+                else "faster"
+                if after < before / (1 + percent / 100)
+                else "same"
+            )
             change = f"{after / before - 1:+.1%}" if before and after else ""
-            lines.append((*key, against, *("" if x is None else f"{x:.4g}" for x in (before, after)), change, verdict))
+            lines.append(
+                (*key, against, *("" if x is None else f"{x:.4g}" for x in (before, after)), change, verdict)
+            )
     order = {"REGRESSION": 0, "GONE": 1}
     lines.sort(key=lambda line: (order.get(line[-1], 2), line))
     lines = [("op", "shape", "version", "time over", "was", "now", "change", "verdict"), *lines]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, tuple("-" * width for width in widths))
-    text = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
+    ]
     slower = len({key for key, _ in bad})
     said = [f"{slower} of {compared} rows became slower by more than {percent:g} %"] if slower else []
     said += [f"{len(gone)} were not measured any more"] if gone else []
     said = said or [f"no regression past {percent:g} % in {compared} row{'s' * (compared != 1)}"]
-    said += [f"{len(was) - compared} could not be compared: no eager torch in that file"] if compared < len(was) else []
+    said += (
+        [f"{len(was) - compared} could not be compared: no eager torch in that file"]
+        if compared < len(was)
+        else []
+    )
     return [*text, "", "; ".join(said)]

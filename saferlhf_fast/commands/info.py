@@ -1,6 +1,8 @@
-"""`saferlhf-fast info`: versions, the device, which implementation of each op runs here and why, what else is there.
+"""`saferlhf-fast info`: versions, the device, which implementation of each op runs here and why, what else is
+there.
 
-Standard library only; torch is imported when it is there. Nothing here raises: what is missing is said in its line.
+Standard library only; torch is imported when it is there. Nothing here raises: what is missing is said in its
+line.
 """
 
 import importlib
@@ -30,18 +32,49 @@ examples:
       -m saferlhf_fast info --cluster --folder /shared/runs
   srun saferlhf-fast info --cluster --folder /shared/runs"""
 
-PACKAGES = ("torch", "triton", "numpy", "transformers", "tokenizers", "datasets", "deepspeed", "peft", "accelerate",
-            "safetensors", "pydantic", "omegaconf", "rich", "tensorboard", "scikit-learn", "flash-attn", "wandb",
-            "trackio", "bitsandbytes", "vllm")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "accelerate",
+    "safetensors",
+    "pydantic",
+    "omegaconf",
+    "rich",
+    "tensorboard",
+    "scikit-learn",
+    "flash-attn",
+    "wandb",
+    "trackio",
+    "bitsandbytes",
+    "vllm",
+)
 
 
 def text():
     """Returns the whole report."""
-    parts = [f"saferlhf-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
-             f"install: {install()}", f"device: {device()}", "", "packages:"]
+    parts = [
+        f"saferlhf-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
+        f"install: {install()}",
+        f"device: {device()}",
+        "",
+        "packages:",
+    ]
     parts += [f"  {name:14} {version or 'not installed'}" for name, version in versions().items()]
-    parts += ["", "ops, for float32 tensors (impl= in a call or SAFERLHF_IMPL forces reference, triton or native):", *ops(), "",
-              f"_C: {compiled()}", f"deepspeed: {deepspeed()}", f"flash-attn: {flash_attention()}"]
+    parts += [
+        "",
+        "ops, for float32 tensors (impl= in a call or SAFERLHF_IMPL forces reference, triton or native):",
+        *ops(),
+        "",
+        f"_C: {compiled()}",
+        f"deepspeed: {deepspeed()}",
+        f"flash-attn: {flash_attention()}",
+    ]
     return "\n".join(parts)
 
 
@@ -70,9 +103,12 @@ def device():
 
 
 def ops():
-    """Returns a line for each op: the implementation that runs here, why it does, and which others could or could not."""
+    """Returns a line for each op: the implementation that runs here, why it does, and which others could or
+    could not.
+    """
     try:
         from saferlhf_fast.kernels import dispatch
+
         rows = dispatch.table()
         names = list(dict.fromkeys(row.op for row in rows))
         lines = [_op_line(op, *dispatch.explain(op), [row for row in rows if row.op == op]) for op in names]
@@ -83,10 +119,15 @@ def ops():
 
 
 def _op_line(op, implementation, why, rows):
-    """rows: of `dispatch.table`, of this op. An implementation that `why` speaks of already is not told a second time."""
+    """rows: of `dispatch.table`, of this op.
+
+    An implementation that `why` speaks of already is not told a second time.
+    """
     others = [row for row in rows if row.implementation != implementation]
     could = [row.implementation for row in others if row.available]
-    not_told = [f"{row.implementation}: {row.why}" for row in others if not row.available and row.why not in why]
+    not_told = [
+        f"{row.implementation}: {row.why}" for row in others if not row.available and row.why not in why
+    ]
     if implementation is None:
         first = f"none, a call raises: {why.removeprefix(f'{op}: ')}"
     else:
@@ -103,14 +144,24 @@ def install():
         return f"a checkout, not installed: {package.parent}"
     if Path(found.locate_file("saferlhf_fast")).resolve() != package:
         return f"a checkout: {package.parent}"
-    tag = next((line.split()[1] for line in (found.read_text("WHEEL") or "").splitlines() if line.startswith("Tag:")), "unknown")
-    return f"wheel {tag}, " + ("the one for every platform, made without _C" if tag.endswith("-any") else "for this platform")
+    tag = next(
+        (
+            line.split()[1]
+            for line in (found.read_text("WHEEL") or "").splitlines()
+            if line.startswith("Tag:")
+        ),
+        "unknown",
+    )
+    return f"wheel {tag}, " + (
+        "the one for every platform, made without _C" if tag.endswith("-any") else "for this platform"
+    )
 
 
 def compiled():
     """Says whether the compiled module is there, or why not and how to get it."""
     try:
         from saferlhf_fast.kernels import dispatch
+
         module, why = dispatch.native_module()
     except ImportError as e:
         return f"unknown: {e}"

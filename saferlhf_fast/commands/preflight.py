@@ -1,10 +1,13 @@
-"""`saferlhf-fast info --cluster`: does what a run will stand on work, between all ranks? Run it under the run's own launcher.
+"""`saferlhf-fast info --cluster`: does what a run will stand on work, between all ranks?
+
+Run it under the run's own launcher.
 
     torchrun --nnodes 2 --nproc-per-node 8 … -m saferlhf_fast info --cluster --folder /shared/runs
 
-In this order, and the first that fails ends it with exit code 1 and "rank 3 (host): reason": every rank shows up within a
-limit; versions, GPUs and drivers are equal; collectives work, and how fast; the clocks agree; a shared folder is seen and
-written by all, and a rename in it is atomic; the disk has room. Exit code 0: all of it.
+In this order, and the first that fails ends it with exit code 1 and "rank 3 (host): reason": every rank shows
+up within a limit; versions, GPUs and drivers are equal; collectives work, and how fast; the clocks agree; a
+shared folder is seen and written by all, and a rename in it is atomic; the disk has room. Exit code 0: all of
+it.
 """
 
 import argparse
@@ -29,12 +32,24 @@ from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance
 from saferlhf_fast.version import __version__
 
-EQUAL = ("python", "saferlhf-fast", "commit", "torch", "cuda", "nccl", "driver", "transformers", "deepspeed", "triton", "gpus")
+EQUAL = (
+    "python",
+    "saferlhf-fast",
+    "commit",
+    "torch",
+    "cuda",
+    "nccl",
+    "driver",
+    "transformers",
+    "deepspeed",
+    "triton",
+    "gpus",
+)
 """What must be the same on all ranks."""
 MIB = 1 << 20
-SKEW = 1.0          # seconds between clocks that are worth a warning
-LITTLE = 10 << 30   # bytes of free disk that are worth a warning
-WAIT = 15.0         # seconds that a shared folder gets to show what another machine has written
+SKEW = 1.0  # seconds between clocks that are worth a warning
+LITTLE = 10 << 30  # bytes of free disk that are worth a warning
+WAIT = 15.0  # seconds that a shared folder gets to show what another machine has written
 
 
 def main(words):
@@ -81,12 +96,26 @@ def arguments(words):
 
 # ---------------------------------------------------------------- reports
 
+
 def report(where=None):
-    """What this rank stands on: versions, GPUs, host, free disk of `where` (bytes) -> dict that JSON can hold."""
+    """What this rank stands on: versions, GPUs, host, free disk of `where` (bytes) -> dict that JSON can
+    hold.
+    """
     import torch
-    found = {"host": socket.gethostname(), "address": _address(), "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
-             "python": platform.python_version(), "saferlhf-fast": __version__, "commit": provenance.git_commit(),
-             "torch": torch.__version__, "cuda": torch.version.cuda, "driver": _driver(), "nccl": None, "gpus": []}
+
+    found = {
+        "host": socket.gethostname(),
+        "address": _address(),
+        "local_rank": int(os.environ.get("LOCAL_RANK", "0")),
+        "python": platform.python_version(),
+        "saferlhf-fast": __version__,
+        "commit": provenance.git_commit(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "nccl": None,
+        "gpus": [],
+    }
     for name in ("transformers", "deepspeed", "triton"):
         try:
             found[name] = metadata.version(name)
@@ -101,7 +130,7 @@ def report(where=None):
 
 def _address():
     """The address by which this host reaches rank 0's."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:      # sends nothing
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing
         try:
             probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
             return probe.getsockname()[0]
@@ -127,12 +156,17 @@ def compare(reports):
     reasons = []
     for name in EQUAL:
         values = [json.dumps(one.get(name)) for one in reports]
-        usual = Counter(values).most_common(1)[0][0]     # the first of equals: rank 0's
-        reasons += [(r, f"{name} is {_show(value)}, most ranks have {_show(usual)}")
-                    for r, value in enumerate(values) if value != usual]
+        usual = Counter(values).most_common(1)[0][0]  # the first of equals: rank 0's
+        reasons += [
+            (r, f"{name} is {_show(value)}, most ranks have {_show(usual)}")
+            for r, value in enumerate(values)
+            if value != usual
+        ]
     for r, one in enumerate(reports):
         if one["gpus"] and one["local_rank"] >= len(one["gpus"]):
-            reasons.append((r, f"is number {one['local_rank']} of its machine, which shows it {len(one['gpus'])} GPUs"))
+            reasons.append(
+                (r, f"is number {one['local_rank']} of its machine, which shows it {len(one['gpus'])} GPUs")
+            )
     return [f"rank {r} ({reports[r]['host']}): {reason}" for r, reason in sorted(reasons)]
 
 
@@ -145,8 +179,11 @@ def _show(value):
 
 def warnings(reports):
     """Lines about what is not wrong but will be noticed."""
-    return [f"warning: rank {r} ({one['host']}): {one['free'] / 1e9:.1f} GB of disk are free"
-            for r, one in enumerate(reports) if one["free"] < LITTLE and one["local_rank"] == 0]
+    return [
+        f"warning: rank {r} ({one['host']}): {one['free'] / 1e9:.1f} GB of disk are free"
+        for r, one in enumerate(reports)
+        if one["free"] < LITTLE and one["local_rank"] == 0
+    ]
 
 
 def table(reports):
@@ -154,42 +191,64 @@ def table(reports):
     one = reports[0]
     hosts = dict.fromkeys(report["host"] for report in reports)
     versions = [f"{name} {one[name]}" for name in EQUAL if name not in ("gpus", "commit") and one[name]]
-    lines = [f"{len(reports)} rank{'s' * (len(reports) > 1)} on {len(hosts)} machine{'s' * (len(hosts) > 1)}, all with "
-             + ", ".join(versions)]
+    lines = [
+        f"{len(reports)} rank{'s' * (len(reports) > 1)} on {len(hosts)} machine{'s' * (len(hosts) > 1)}, all "
+        f"with " + ", ".join(versions)
+    ]
     for r, report in enumerate(reports):
         device = report["gpus"][report["local_rank"]] if report["gpus"] else "cpu"
-        lines.append(f"  rank {r:>3}  {report['host']}  {report['address']}  {device}  {report['free'] / 1e9:.1f} GB free")
+        lines.append(
+            f"  rank {r:>3}  {report['host']}  {report['address']}  {device}  {report['free'] / 1e9:.1f} GB "
+            f"free"
+        )
     return lines
 
 
 # ---------------------------------------------------------------- between ranks
 
+
 def meet(mine, rank, world, limit):
     """Waits for all ranks -> (store, reports in rank order, reasons why not)."""
     from torch.distributed import DistError, TCPStore
+
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
         if not hosts:
             _knock(address, port, limit)
-        store = TCPStore(address, port, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=limit))
+        store = TCPStore(
+            address, port, is_master=hosts, wait_for_workers=False, timeout=timedelta(seconds=limit)
+        )
         store.set(f"report/{rank}", json.dumps(mine))
         if rank == 0:
             until, there = time.monotonic() + limit, set()
             while len(there) < world and time.monotonic() < until:
                 there |= {r for r in range(world) if r not in there and store.check([f"report/{r}"])}
                 time.sleep(0.05)
-            missing = [f"rank {r}: did not show up at {address}:{port} within {limit} s" for r in range(world) if r not in there]
+            missing = [
+                f"rank {r}: did not show up at {address}:{port} within {limit} s"
+                for r in range(world)
+                if r not in there
+            ]
             store.set("missing", json.dumps(missing))
         store.wait(["missing"], timedelta(seconds=limit + 10))
         missing = json.loads(store.get("missing"))
-        reports = [] if missing else [json.loads(x) for x in store.multi_get([f"report/{r}" for r in range(world)])]
+        reports = (
+            [] if missing else [json.loads(x) for x in store.multi_get([f"report/{r}" for r in range(world)])]
+        )
     except (DistError, OSError) as error:
         where = "cannot be the meeting point" if hosts else "rank 0 does not answer"
-        return None, [], [f"rank {rank} ({mine['host']}): {where} at {address}:{port} within {limit} s: "
-                          f"{str(error).splitlines()[0]}"]
+        return (
+            None,
+            [],
+            [
+                f"rank {rank} ({mine['host']}): {where} at {address}:{port} within {limit} s: "
+                f"{str(error).splitlines()[0]}"
+            ],
+        )
     if rank == 0 and missing:
-        time.sleep(1.0)                                  # the others read the verdict in the store of this process
+        # the others read the verdict in the store of this process
+        time.sleep(1.0)
     return store, reports, missing
 
 
@@ -214,14 +273,20 @@ class Ranks:
         from torch import distributed
 
         from saferlhf_fast.runtime import watchdog
+
         self.torch, self.dist, self.reports, self.rank, self.world = torch, distributed, reports, rank, world
         self.cuda = torch.cuda.is_available()
         self.device = torch.device("cuda", reports[rank]["local_rank"]) if self.cuda else torch.device("cpu")
         if self.cuda:
             torch.cuda.set_device(self.device)
         if world > 1:
-            distributed.init_process_group("nccl" if self.cuda else "gloo", store=distributed.PrefixStore("cluster", store),
-                                           rank=rank, world_size=world, timeout=timedelta(seconds=limit + 30))
+            distributed.init_process_group(
+                "nccl" if self.cuda else "gloo",
+                store=distributed.PrefixStore("cluster", store),
+                rank=rank,
+                world_size=world,
+                timeout=timedelta(seconds=limit + 30),
+            )
             watchdog.begin(limit)
 
     def gather(self, value):
@@ -234,7 +299,9 @@ class Ranks:
 
     def failed(self, reason):
         """Whether a rank has a reason to end here; rank 0 prints them. reason: this rank's, None without one."""
-        reasons = [f"rank {r} ({self.reports[r]['host']}): {why}" for r, why in enumerate(self.gather(reason)) if why]
+        reasons = [
+            f"rank {r} ({self.reports[r]['host']}): {why}" for r, why in enumerate(self.gather(reason)) if why
+        ]
         return bool(reasons) and bool(_refused(reasons, self.rank))
 
     def say(self, line):
@@ -247,19 +314,28 @@ class Ranks:
         if self.world > 1:
             self.dist.all_reduce(total)
         expected = self.world * (self.world + 1) / 2
-        return None if bool((total == expected).all()) else f"an all-reduce gave {total[0].item()}, expected {expected}"
+        return (
+            None
+            if bool((total == expected).all())
+            else f"an all-reduce gave {total[0].item()}, expected {expected}"
+        )
 
     def bandwidth(self):
-        """Lines about all-reduce: latency at 4 bytes, then GB/s; bus: 2·(n − 1)/n times the size over the time, what a link
-        carries in a ring."""
+        """Lines about all-reduce: latency at 4 bytes, then GB/s; bus: 2·(n − 1)/n times the size over the
+        time, what a link carries in a ring.
+        """
         if self.world == 1:
             return []
-        lines = [f"all-reduce, {'nccl' if self.cuda else 'gloo'}: latency {self._seconds(1, 50) * 1e6:.0f} µs"]
-        for size in ([MIB, 64 * MIB, 512 * MIB] if self.cuda else [MIB, 16 * MIB]):
+        lines = [
+            f"all-reduce, {'nccl' if self.cuda else 'gloo'}: latency {self._seconds(1, 50) * 1e6:.0f} µs"
+        ]
+        for size in [MIB, 64 * MIB, 512 * MIB] if self.cuda else [MIB, 16 * MIB]:
             seconds = self._seconds(size // 4, 5)
             bus = size / seconds * 2 * (self.world - 1) / self.world
-            lines.append(f"  {size // MIB:>4} MiB  {seconds * 1e3:8.2f} ms  {size / seconds / 1e9:7.2f} GB/s  "
-                         f"bus {bus / 1e9:7.2f} GB/s")
+            lines.append(
+                f"  {size // MIB:>4} MiB  {seconds * 1e3:8.2f} ms  {size / seconds / 1e9:7.2f} GB/s  "
+                f"bus {bus / 1e9:7.2f} GB/s"
+            )
         return lines
 
     def _seconds(self, count, times):
@@ -289,7 +365,11 @@ class Ranks:
         apart = [statistics.median(times[r] - times[0] for times in rounds) for r in range(self.world)]
         most = max(range(self.world), key=lambda r: abs(apart[r]))
         line = f"clocks: {abs(apart[most]) * 1e3:.1f} ms apart at most (a barrier's jitter is in it)"
-        return line if abs(apart[most]) <= SKEW else f"warning: {line}: rank {most} ({self.reports[most]['host']})"
+        return (
+            line
+            if abs(apart[most]) <= SKEW
+            else f"warning: {line}: rank {most} ({self.reports[most]['host']})"
+        )
 
 
 def _refused(reasons, rank):
@@ -300,9 +380,12 @@ def _refused(reasons, rank):
 
 # ---------------------------------------------------------------- a shared folder
 
+
 def folder(path, ranks):
-    """Reason why this rank cannot share a folder with the others, None when it can. Every rank calls it; what it writes, it
-    removes."""
+    """Reason why this rank cannot share a folder with the others, None when it can.
+
+    Every rank calls it; what it writes, it removes.
+    """
     root = Path(path) / ranks.gather(f".saferlhf-fast-{uuid.uuid4().hex}")[0]
     reason = _attempt(_make, root, ranks.rank)
     try:
@@ -311,7 +394,7 @@ def folder(path, ranks):
             if any(whose):
                 return reason
             reason = _attempt(step, root, ranks.rank, ranks.world)
-        ranks.gather(None)                               # nobody reads any more
+        ranks.gather(None)  # nobody reads any more
         return reason
     finally:
         if ranks.rank == 0:
@@ -332,7 +415,7 @@ def _make(root, rank):
         return f"{parent} {'is a file' if parent.exists() else 'does not exist'}; expected the folder that runs write to"
     try:
         return root.mkdir() if rank == 0 else None
-    except OSError as error:                             # it names a folder that nobody knows
+    except OSError as error:  # it names a folder that nobody knows
         return f"{parent} cannot be written into: {error.strerror}"
 
 
@@ -353,9 +436,16 @@ def _read_nonce(root, rank, world):
 
 def _read_all(root, rank, world):
     """Rank 0 sees what all have written."""
-    unseen = [r for r in range(world if rank == 0 else 0)
-              if _until(lambda r=r: (root / f"rank{r}").read_text(), str(r)) != str(r)]
-    return f"{root.parent}: what ranks {', '.join(map(str, unseen))} have written there is not seen" if unseen else None
+    unseen = [
+        r
+        for r in range(world if rank == 0 else 0)
+        if _until(lambda r=r: (root / f"rank{r}").read_text(), str(r)) != str(r)
+    ]
+    return (
+        f"{root.parent}: what ranks {', '.join(map(str, unseen))} have written there is not seen"
+        if unseen
+        else None
+    )
 
 
 def _rename(root, rank, world, times=50):
@@ -370,7 +460,7 @@ def _rename(root, rank, world, times=50):
         try:
             text = (root / "value").read_text()
         except OSError as error:
-            if error.errno == errno.ESTALE:              # NFS: the file that was open is the replaced one
+            if error.errno == errno.ESTALE:  # NFS: the file that was open is the replaced one
                 continue
             return f"{root.parent}: a file that is replaced by a rename was not there for a moment: {error.strerror}"
         if len(text) != 64 * 1024 or len(set(text.split())) != 1:
@@ -388,7 +478,9 @@ def _put(root, number):
 
 
 def _until(read, expected):
-    """Reads again until what is expected is there or the time is up: attributes may be cached -> what was read."""
+    """Reads again until what is expected is there or the time is up: attributes may be cached -> what was
+    read.
+    """
     until, found = time.monotonic() + WAIT, None
     while found != expected and time.monotonic() < until:
         try:

@@ -9,10 +9,10 @@ A recipe of `run` has `output` and `stages`, and may have `root` and `seed`:
       - reward: {model: ${output}/sft/model, data: ${root}/pairs.json}
       - {name: small, cost: {model: ${output}/sft/model, data: ${root}/safety.json}}
 
-A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages are checked
-before the first one starts. A finished stage with the same settings and inputs is not done again, an unfinished one goes on
-from its newest checkpoint or starts anew (what it had saved is set aside, see runtime/run_decision.py), any other existing
-output needs overwrite=true.
+A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages
+are checked before the first one starts. A finished stage with the same settings and inputs is not done again,
+an unfinished one goes on from its newest checkpoint or starts anew (what it had saved is set aside, see
+runtime/run_decision.py), any other existing output needs overwrite=true.
 """
 
 import dataclasses
@@ -51,10 +51,10 @@ class Step(NamedTuple):
 def run_stage(stage, cfg, restart=False, key="output"):
     """Checks a stage's inputs and output, runs it, marks its folder finished, returns its summary.
 
-    restart: an unfinished run of the same stage in its output may be started again without `overwrite` · key: what a refusal
-    calls the output.
-    torch is imported by the stage's own module, after the checks. A stage opens its folder itself, with
-    `run_folder.open_run`, once it has read its models and data: bad input leaves an existing output untouched.
+    restart: an unfinished run of the same stage in its output may be started again without `overwrite` · key:
+    what a refusal calls the output. torch is imported by the stage's own module, after the checks. A stage
+    opens its folder itself, with `run_folder.open_run`, once it has read its models and data: bad input
+    leaves an existing output untouched.
     """
     checks.check(stage, cfg)
     if stage == "demo":
@@ -78,13 +78,15 @@ def run_stage(stage, cfg, restart=False, key="output"):
         run_folder.finish_run(folder, summary)
     if folder and run_folder.rank() == 0 and (folder / "metrics.jsonl").exists():
         from saferlhf_fast.evaluation.report import write_report
-        write_report(folder)             # last: a chart that cannot be drawn must not undo hours of training
+
+        write_report(folder)  # last: a chart that cannot be drawn must not undo hours of training
     _say(f"{stage}: done in {time.perf_counter() - begun:.0f} s" + (f"; see {folder}" if folder else ""))
     return summary
 
 
 def run(recipe, overrides=None):
-    """Runs the stages of a recipe and returns {name: {kind, state, seconds, output, summary}}, as in summary.json.
+    """Runs the stages of a recipe and returns {name: {kind, state, seconds, output, summary}}, as in
+    summary.json.
 
     overrides: {key: value}; a key is one of the recipe's own (root, output, seed, overwrite), or
     `<stage>.<its key>`, e.g. sft.train.max_steps.
@@ -100,7 +102,9 @@ def run(recipe, overrides=None):
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
             begun = time.perf_counter()
-            entry["summary"] = run_stage(step.kind, _resumed(step, top.resume, state), True, f"{step.name}.output")
+            entry["summary"] = run_stage(
+                step.kind, _resumed(step, top.resume, state), True, f"{step.name}.output"
+            )
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         done[step.name] = entry
@@ -113,7 +117,10 @@ def run(recipe, overrides=None):
 
 
 def plan(recipe, overrides):
-    """Returns (top settings, steps) of a recipe, everything validated: settings, inputs, outputs. Changes nothing."""
+    """Returns (top settings, steps) of a recipe, everything validated: settings, inputs, outputs.
+
+    Changes nothing.
+    """
     top, steps = steps_of(recipe, overrides)
     for i, step in enumerate(steps):
         checks.check(step.kind, step.cfg, [earlier.cfg.output for earlier in steps[:i]], f"{step.name}.")
@@ -122,10 +129,14 @@ def plan(recipe, overrides):
 
 
 def steps_of(recipe, overrides):
-    """Returns (top settings, steps) of a recipe, settings validated; models, data and outputs are not looked at."""
+    """Returns (top settings, steps) of a recipe, settings validated; models, data and outputs are not looked
+    at.
+    """
     raw = read_recipe(recipe)
     if "stages" not in raw:
-        raise UserError(f"{recipe}: no stages; a recipe of one stage is started with: saferlhf-fast sft {recipe}")
+        raise UserError(
+            f"{recipe}: no stages; a recipe of one stage is started with: saferlhf-fast sft {recipe}"
+        )
     named = _stages(raw, recipe)
     for key, value in overrides.items():
         _override(raw, named, key, value, recipe)
@@ -147,17 +158,23 @@ def steps_of(recipe, overrides):
 
 
 def _check_apart(key, output, top, others):
-    """Refuses an output that is another stage's, or lies in it or around it, since replacing one would take the other along, and
-    one that is, or lies around, the folder of the whole run."""
+    """Refuses an output that is another stage's, or lies in it or around it, since replacing one would take
+    the other along, and one that is, or lies around, the folder of the whole run.
+    """
     if output is None:
         return
     for other in filter(None, others):
         if inputs.lies_in(output, other) and inputs.lies_in(other, output):
             raise UserError(f"{key}: {output} is another stage's output too")
         if inputs.lies_in(output, other) or inputs.lies_in(other, output):
-            raise UserError(f"{key}: {output} and another stage's output, {other}, lie in one another; expected folders apart")
+            raise UserError(
+                f"{key}: {output} and another stage's output, {other}, lie in one another; expected folders "
+                f"apart"
+            )
     if inputs.lies_in(top, output):
-        raise UserError(f"{key}: {output} holds the folder of the whole run, {top}; expected a folder of its own")
+        raise UserError(
+            f"{key}: {output} holds the folder of the whole run, {top}; expected a folder of its own"
+        )
 
 
 def _stages(raw, recipe):
@@ -168,16 +185,28 @@ def _stages(raw, recipe):
     for i, entry in enumerate(raw.stages):
         kinds = [k for k in entry if k != "name"] if OmegaConf.is_dict(entry) else []
         if len(kinds) != 1:
-            raise UserError(f"{recipe}: stages.{i}: expected one stage (- sft: …, with name: beside it if need be)")
+            raise UserError(
+                f"{recipe}: stages.{i}: expected one stage (- sft: …, with name: beside it if need be)"
+            )
         kind, name = kinds[0], entry.get("name") or kinds[0]
         if kind not in STAGES:
             guess = nearest(str(kind), list(STAGES))
-            raise UserError(f"{recipe}: stages.{i}: unknown stage {kind}; "
-                            + (f"did you mean {guess}?" if guess else f"expected one of {', '.join(STAGES)}"))
-        if not isinstance(name, str) or not name.strip() or name in leaves(RunConfig) or "." in name or "/" in name:
+            raise UserError(
+                f"{recipe}: stages.{i}: unknown stage {kind}; "
+                + (f"did you mean {guess}?" if guess else f"expected one of {', '.join(STAGES)}")
+            )
+        if (
+            not isinstance(name, str)
+            or not name.strip()
+            or name in leaves(RunConfig)
+            or "." in name
+            or "/" in name
+        ):
             raise UserError(f"{recipe}: stages.{i}.name: {name} cannot be the name of a stage")
         if name in [n for n, _ in named]:
-            raise UserError(f"{recipe}: stages.{i}: a second stage {name}; give it a name: - {{name: …, {kind}: …}}")
+            raise UserError(
+                f"{recipe}: stages.{i}: a second stage {name}; give it a name: - {{name: …, {kind}: …}}"
+            )
         if entry._get_node(kind)._is_none():
             entry[kind] = {}
         named.append((name, kind))
@@ -201,36 +230,47 @@ def _override(raw, named, key, value, recipe):
         known = [k for k in top if k != "stages"]
         known += [f"{name}.{k}" for name, kind in named for k in leaves(STAGES[kind])]
         guess = nearest(key, known)
-        raise UserError(f"command line: {key}: unknown key; "
-                        + (f"did you mean {guess}?" if guess else f"stages are {', '.join(names)}"))
+        raise UserError(
+            f"command line: {key}: unknown key; "
+            + (f"did you mean {guess}?" if guess else f"stages are {', '.join(names)}")
+        )
 
 
 def _as_override(key, named):
-    """Writes a key's place in the recipe, stages[0].sft.data or stages.0.sft.data, as an override: <stage>.data."""
+    """Writes a key's place in the recipe, stages[0].sft.data or stages.0.sft.data, as an override:
+
+    <stage>.data.
+    """
     at = re.fullmatch(r"stages[.\[](\d+)\]?\.([^.]+)\.(.+)", key)
     return f"{named[int(at[1])][0]}.{at[3]}" if at and int(at[1]) < len(named) and at[2] != "name" else key
 
 
 def _check_outputs(top, steps):
-    """Refuses, before the first stage starts, what would be refused later. A finished stage that reads what an earlier one will
-    make anew has to make room too."""
+    """Refuses, before the first stage starts, what would be refused later.
+
+    A finished stage that reads what an earlier one will make anew has to make room too.
+    """
     if run_folder.rank() != 0:
         return
     if is_ours(top.output):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
-    run_folder.check_place(Path(top.output).expanduser(), "output")          # summary.json lies there
-    anew = []                                            # outputs of the stages that will run
+    run_folder.check_place(Path(top.output).expanduser(), "output")  # summary.json lies there
+    anew = []  # outputs of the stages that will run
     for step in steps:
         state = RunState(step.kind, step.cfg)
         reads_anew = any(inputs.lies_in(value, folder) for _, value, _ in state.sources for folder in anew)
         if reads_anew or not state.is_done_but_for_inputs:
-            run_folder.checked_action(state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output")
+            run_folder.checked_action(
+                state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output"
+            )
             anew += [step.cfg.output] if step.cfg.output else []
 
 
 def _resumed(step, resume, state):
-    """Returns a step's config, with resume=auto for a folder that holds an unfinished run which has a checkpoint; one of other
-    settings will be refused by their names, unless overwrite=true says what is to become of it."""
+    """Returns a step's config, with resume=auto for a folder that holds an unfinished run which has a
+    checkpoint; one of other settings will be refused by their names, unless overwrite=true says what is to
+    become of it.
+    """
     if resume == "auto" and state.resumes("auto") and not (step.cfg.overwrite and state.changed):
         return dataclasses.replace(step.cfg, resume="auto")
     return step.cfg
@@ -253,6 +293,7 @@ def _say(line):
 def _print_table(done, output):
     from rich.console import Console
     from rich.table import Table
+
     table = Table(title=f"run {output}", title_justify="left")
     for column in ("stage", "state", "seconds", "result"):
         table.add_column(column, justify="right" if column == "seconds" else "left", overflow="fold")

@@ -1,5 +1,5 @@
-"""What a stage refuses before anything slow: settings that contradict each other, models and data that cannot be read,
-optimisers and trackers that are not installed. No torch.
+"""What a stage refuses before anything slow: settings that contradict each other, models and data that cannot
+be read, optimisers and trackers that are not installed. No torch.
 """
 
 import importlib.util
@@ -19,9 +19,10 @@ TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "
 def check(stage, cfg, produced=(), prefix=""):
     """Refuses what cannot work before torch is imported: settings that contradict each other, missing inputs.
 
-    produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written before keys.
+    produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written
+    before keys.
     """
-    if stage not in STAGE_SPECS:                         # the demo has neither models nor data of its own
+    if stage not in STAGE_SPECS:  # the demo has neither models nor data of its own
         check_home(cfg.output, "output")
         return
     check_settings(stage, cfg, prefix)
@@ -39,7 +40,8 @@ def check(stage, cfg, produced=(), prefix=""):
                 continue
             path = Path(value).expanduser()
             check_model(at, path, cfg.allow_pickle) if kind == "model" else check_data(at, path)
-        except OSError as e:                             # a name that is too long, a folder that may not be entered
+        except OSError as e:
+            # a name that is too long, a folder that may not be entered
             raise UserError(f"{at}: {value} cannot be read: {e.strerror or e}") from e
 
 
@@ -53,8 +55,12 @@ def check_settings(stage, cfg, prefix=""):
 
 
 def check_optimizer(optim, zero_stage, key="optim"):
-    """Refuses an Optimizer config that cannot be had here; without torch, so that it can be asked before a model is loaded."""
-    problem = contradictions.first_of(contradictions.OPTIMIZER, contradictions.ChosenOptimizer(optim, zero_stage), at=key)
+    """Refuses an Optimizer config that cannot be had here; without torch, so that it can be asked before a
+    model is loaded.
+    """
+    problem = contradictions.first_of(
+        contradictions.OPTIMIZER, contradictions.ChosenOptimizer(optim, zero_stage), at=key
+    )
     if problem:
         raise UserError(problem)
 
@@ -66,5 +72,7 @@ def check_trackers(trackers, key="log.trackers"):
         spec = importlib.util.find_spec(package)
         # Without an origin it is a folder of that name: wandb leaves one in the working directory.
         if spec is None or spec.origin is None:
-            raise UserError(f"{key}: {tracker} is named, but the package {package} is not installed; "
-                            f"pip install {package}, or leave it out")
+            raise UserError(
+                f"{key}: {tracker} is named, but the package {package} is not installed; "
+                f"pip install {package}, or leave it out"
+            )

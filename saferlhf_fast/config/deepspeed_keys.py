@@ -1,10 +1,12 @@
-"""Which keys DeepSpeed's configuration has, read from its source text: settings are checked before torch is imported.
+"""Which keys DeepSpeed's configuration has, read from its source text: settings are checked before torch is
+imported.
 
     unknown({"gradient_cliping": 1})   ->   ("gradient_cliping", "gradient_clipping")
 
-DeepSpeed passes over a top-level key that it does not know, and nothing lists those that it does: each is a string somewhere
-in its source. A key that stands in quotes nowhere there can be read by nobody, which is certain; one that does may still
-have no meaning at the top level. The keys of zero_optimization are the fields of one class, and known exactly.
+DeepSpeed passes over a top-level key that it does not know, and nothing lists those that it does: each is a
+string somewhere in its source. A key that stands in quotes nowhere there can be read by nobody, which is
+certain; one that does may still have no meaning at the top level. The keys of zero_optimization are the
+fields of one class, and known exactly.
 """
 
 import ast
@@ -17,9 +19,11 @@ from .schema import nearest
 
 
 def unknown(config):
-    """engine.config -> (dotted key that DeepSpeed does not have, the nearest one that it has or None); None when all is well."""
+    """engine.config -> (dotted key that DeepSpeed does not have, the nearest one that it has or None); None
+    when all is well.
+    """
     folder = _folder()
-    if folder is None:                               # what needs it says so when it comes to that
+    if folder is None:  # what needs it says so when it comes to that
         return None
     for key in map(str, config):
         if not _quoted(folder, key):
@@ -54,7 +58,9 @@ def _texts(folder, pattern="*.py"):
 def _words(folder):
     """Strings of the files that name keys: what a wrong one may have been meant to be."""
     texts = (*_texts(folder, "*config.py"), *_texts(folder, "*constants.py"))
-    return tuple(sorted({word for text in texts for word in re.findall(r"[\"']([a-z][a-z0-9_]{2,})[\"']", text)}))
+    return tuple(
+        sorted({word for text in texts for word in re.findall(r"[\"']([a-z][a-z0-9_]{2,})[\"']", text)})
+    )
 
 
 @functools.cache
@@ -63,9 +69,14 @@ def _zero_fields(folder):
     path = folder / "runtime" / "zero" / "config.py"
     tree = ast.parse(path.read_text(encoding="utf-8")) if path.is_file() else ast.Module([], [])
     names = []
-    for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig"):
+    for cls in (
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "DeepSpeedZeroConfig"
+    ):
         for field in (node for node in cls.body if isinstance(node, ast.AnnAssign)):
             names.append(field.target.id)
-            names += [word.value.value for word in getattr(field.value, "keywords", ())
-                      if word.arg == "alias" and isinstance(word.value, ast.Constant)]
+            names += [
+                word.value.value
+                for word in getattr(field.value, "keywords", ())
+                if word.arg == "alias" and isinstance(word.value, ast.Constant)
+            ]
     return tuple(names)

@@ -10,23 +10,29 @@ from .paths import is_local
 LATER = [("constraints", None)]
 """Settings that came when there were run folders already, and the value under which these keep their hash."""
 
-# --- hashes -------------------------------------------------------------------------------------------------------
+# --- hashes
+# -------------------------------------------------------------------------------------------------------
+
 
 def hashes(sources):
-    """Returns {key: sha256 of the content} of every local input; names on the Hub are part of the recipe's hash.
+    """Returns {key: sha256 of the content} of every local input; names on the Hub are part of the recipe's
+    hash.
 
     sources: what `inputs.listed` gives.
     """
-    return {key: _content_hash(Path(value).expanduser()) for key, value, _ in sources
-            if is_local(value) and Path(value).expanduser().exists()}
+    return {
+        key: _content_hash(Path(value).expanduser())
+        for key, value, _ in sources
+        if is_local(value) and Path(value).expanduser().exists()
+    }
 
 
 def recipe_hash(stage, settings, sources):
     """Returns the sha256 of a stage's settings, without what does not change its result.
 
-    settings: as `load.to_dict` gives them · sources: the models and data among them, as `inputs.listed` gives them.
-    Left out: `overwrite`, `output`, `resume`, `checkpoint`, `log` and `progress`; a local input counts by its content (see
-    `hashes`), so a data folder that was moved is still the same input.
+    settings: as `load.to_dict` gives them · sources: the models and data among them, as `inputs.listed` gives
+    them. Left out: `overwrite`, `output`, `resume`, `checkpoint`, `log` and `progress`; a local input counts
+    by its content (see `hashes`), so a data folder that was moved is still the same input.
     """
     values = copy.deepcopy(settings)
     for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
@@ -46,7 +52,9 @@ def _replace(values, path, new):
 
 
 def _content_hash(path):
-    """sha256 of a file, or of a folder's relative names and contents; hidden files (.git, caches) do not count."""
+    """sha256 of a file, or of a folder's relative names and contents; hidden files (.git, caches) do not
+    count.
+    """
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""The models and data that a config names, and whether they can be read at all. Names on the Hub (see paths.py) are left to
-the loaders. No torch.
+"""The models and data that a config names, and whether they can be read at all.
+
+Names on the Hub (see paths.py) are left to the loaders. No torch.
 """
 
 import dataclasses
@@ -21,7 +22,8 @@ WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 
 
 def listed(cfg):
-    """Returns [(key, value, kind)] for every model and data source that a config names, models first; kind is "model" or "data".
+    """Returns [(key, value, kind)] for every model and data source that a config names, models first; kind is
+    "model" or "data".
 
     The types of the settings tell: ModelPath, Scorer and ScorerSpec, Data and Source, wherever they stand.
     """
@@ -53,14 +55,18 @@ def _kind(annotation):
 
 
 def check_home(value, key):
-    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none: ~nobody-here/data, and one
-    that no system takes."""
+    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none:
+
+    ~nobody-here/data, and one that no system takes.
+    """
     if value is not None and "\0" in value:
         raise UserError(f"{key}: expected a path, got one with a null character in it: {show(value)}")
     try:
         return None if value is None else str(Path(value).expanduser())
     except RuntimeError as e:
-        raise UserError(f"{key}: {value}: expected a home folder before the first /, got that of no user here") from e
+        raise UserError(
+            f"{key}: {value}: expected a home folder before the first /, got that of no user here"
+        ) from e
 
 
 def check_model(key, path, allow_pickle):
@@ -85,7 +91,9 @@ def check_model(key, path, allow_pickle):
 
 
 def _has_tokenizer(path):
-    """Byte tokenizers (ByT5, CANINE) and those with code of their own have no vocabulary file, only their config."""
+    """Byte tokenizers (ByT5, CANINE) and those with code of their own have no vocabulary file, only their
+    config.
+    """
     if any((path / name).is_file() for name in TOKENIZER_FILES) or any(path.glob("*.tiktoken")):
         return True
     config = path / "tokenizer_config.json"
@@ -107,5 +115,8 @@ def check_data(key, path):
 
 
 def lies_in(value, folder):
-    path, folder = Path(os.path.abspath(Path(value).expanduser())), Path(os.path.abspath(Path(folder).expanduser()))
+    path, folder = (
+        Path(os.path.abspath(Path(value).expanduser())),
+        Path(os.path.abspath(Path(folder).expanduser())),
+    )
     return path == folder or folder in path.parents

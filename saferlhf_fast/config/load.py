@@ -1,7 +1,8 @@
 """From defaults, recipe and overrides to a typed config: defaults ← YAML ← key=value, then validation.
 
-OmegaConf reads YAML and resolves `${root}` and `???`; pydantic checks; this file merges and turns every error into one
-UserError line that names the file (or the command line), the key, what was expected and what came. No torch.
+OmegaConf reads YAML and resolves `${root}` and `???`; pydantic checks; this file merges and turns every error
+into one UserError line that names the file (or the command line), the key, what was expected and what came.
+No torch.
 """
 
 import dataclasses
@@ -37,8 +38,9 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 def load(command, recipe=None, overrides=None):
     """Returns the frozen config of a stage (or demo).
 
-    recipe: path of a YAML file, or the name of a shipped recipe; overrides: {dotted key: value}, a text value being
-    read as YAML. A recipe may have `root`, which only serves `${root}`, and `stage`, which must be the command.
+    recipe: path of a YAML file, or the name of a shipped recipe; overrides: {dotted key: value}, a text value
+    being read as YAML. A recipe may have `root`, which only serves `${root}`, and `stage`, which must be the
+    command.
     """
     overrides = overrides or {}
     raw = read_recipe(recipe) if recipe else OmegaConf.create({})
@@ -63,7 +65,9 @@ def read_recipe(recipe):
         path = shipped
     if not path.exists():
         names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise UserError(f"{recipe}: no such recipe (expected a YAML file, or one of the shipped ones: {names})")
+        raise UserError(
+            f"{recipe}: no such recipe (expected a YAML file, or one of the shipped ones: {names})"
+        )
     try:
         text = path.read_text(encoding="utf-8")
         raw = OmegaConf.create(text)
@@ -75,9 +79,10 @@ def read_recipe(recipe):
         raise UserError(f"{recipe}: not YAML{at}: {getattr(e, 'problem', None) or e}") from e
     except OmegaConfBaseException as e:
         raise UserError(f"{recipe}: {_first_line(e)}") from e
-    except AssertionError:                               # what it says of a lone number
+    except AssertionError:  # what it says of a lone number
         raw = None
-    if not isinstance(raw, DictConfig) or (text.strip() and ":" not in text):  # OmegaConf reads `abc` as {abc: null}
+    # OmegaConf reads `abc` as {abc: null}
+    if not isinstance(raw, DictConfig) or (text.strip() and ":" not in text):
         raise UserError(f"{recipe}: expected a mapping of keys to values, got {show(text.strip())}")
     return raw
 
@@ -116,11 +121,15 @@ def parse(value, annotation=None, key="value"):
 
 
 def resolve(raw, recipe=None, rename=str):
-    """Returns the plain nested dict of a recipe: `???` filled, `${…}` replaced. rename: how messages write a key."""
+    """Returns the plain nested dict of a recipe: `???` filled, `${…}` replaced. rename: how messages write a
+    key.
+    """
     missing = [rename(key) for key in _unfilled(OmegaConf.to_container(raw, resolve=False))]
     if missing:
-        raise UserError(f"{recipe or 'command line'}: missing: {', '.join(missing)} "
-                        f"(give {'them' if len(missing) > 1 else 'it'} as {missing[0]}=…)")
+        raise UserError(
+            f"{recipe or 'command line'}: missing: {', '.join(missing)} "
+            f"(give {'them' if len(missing) > 1 else 'it'} as {missing[0]}=…)"
+        )
     try:
         return OmegaConf.to_container(raw, resolve=True)
     except OmegaConfBaseException as e:
@@ -130,9 +139,11 @@ def resolve(raw, recipe=None, rename=str):
 
 def where(recipe, overrides):
     """Returns a function that says where a key's value came from: the recipe's file, or the command line."""
+
     def origin(key):
         given = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
         return "command line" if given or not recipe else str(recipe)
+
     return origin
 
 
@@ -146,18 +157,25 @@ def build(command, values, origin=lambda key: "settings", prefix=""):
     def fail(key, sentence):
         raise UserError(f"{origin(prefix + key)}: {prefix}{key}: {sentence}")
 
-    missing = [name for name, _, default, _ in own_fields(cls)
-               if default is REQUIRED and values.get(name) is None]
+    missing = [
+        name for name, _, default, _ in own_fields(cls) if default is REQUIRED and values.get(name) is None
+    ]
     unknown = _unknown(cls, values)
     if unknown:
         known = list(leaves(cls)) + [name for name, *_ in own_fields(cls)]
         guess = nearest(unknown, known)
-        fail(unknown, f"unknown key; did you mean {prefix}{guess}?" if guess else
-             f"unknown key; saferlhf-fast {command} --help lists them")
+        fail(
+            unknown,
+            f"unknown key; did you mean {prefix}{guess}?"
+            if guess
+            else f"unknown key; saferlhf-fast {command} --help lists them",
+        )
     if missing:
         names = ", ".join(prefix + m for m in missing)
-        raise UserError(f"{origin('')}: missing: {names} (give {'them' if len(missing) > 1 else 'it'} as "
-                        f"{prefix}{missing[0]}=… or in the recipe)")
+        raise UserError(
+            f"{origin('')}: missing: {names} (give {'them' if len(missing) > 1 else 'it'} as "
+            f"{prefix}{missing[0]}=… or in the recipe)"
+        )
     merged = _merge(defaults(cls), values)
     _refuse_odd_numbers(cls, merged, fail)
     try:
@@ -171,16 +189,20 @@ def to_dict(cfg, hide=True):
 
     hide: without passwords (redact.py), as everything that is written; False for what is to be used.
     """
+
     def plain(value):
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in in_order(type(value))}
         if isinstance(value, dict):
             return {k: plain(v) for k, v in value.items()}
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
     return redact.values(plain(cfg)) if hide else plain(cfg)
 
 
-# --- inside -------------------------------------------------------------------------------------------------------
+# --- inside
+# -------------------------------------------------------------------------------------------------------
+
 
 def _unfilled(value, key=""):
     """Yields the dotted keys that a recipe marks with ???."""
@@ -192,7 +214,9 @@ def _unfilled(value, key=""):
 
 
 def _merge(base, over):
-    """Merges nested dicts; what is no group in the defaults is replaced whole; an empty group changes nothing."""
+    """Merges nested dicts; what is no group in the defaults is replaced whole; an empty group changes
+    nothing.
+    """
     merged = dict(base)
     for key, value in over.items():
         if isinstance(base.get(key), dict) and (value is None or isinstance(value, dict)):
@@ -216,7 +240,9 @@ def _unknown(cls, values, prefix=""):
 
 
 def _refuse_odd_numbers(cls, values, fail):
-    """Refuses what pydantic would let through: true as 1, and numbers that are not finite; inside of lists too."""
+    """Refuses what pydantic would let through: true as 1, and numbers that are not finite; inside of lists
+    too.
+    """
     for path, value in _plain_values(values):
         if isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
             annotation = _type_at(cls, path)
@@ -234,9 +260,16 @@ def _plain_values(value, path=()):
 
 
 def _sentence(cls, values, errors):
-    """Picks the error that says most (pydantic reports one per branch of a union) and returns (key, sentence)."""
+    """Picks the error that says most (pydantic reports one per branch of a union) and returns (key,
+    sentence).
+    """
+
     def rank(error):
-        return len(_real_path(error, values)[0]), error["type"] == "unexpected_keyword_argument", _is_missing(error)
+        return (
+            len(_real_path(error, values)[0]),
+            error["type"] == "unexpected_keyword_argument",
+            _is_missing(error),
+        )
 
     error = max(errors, key=rank)
     path, value = _real_path(error, values)
@@ -260,15 +293,21 @@ def _real_path(error, values):
     """Drops from pydantic's location what names a branch of a union; returns (path, the value there)."""
     path, value = [], values
     for step in error["loc"]:
-        if isinstance(value, dict) and step in value or \
-                isinstance(value, list) and isinstance(step, int) and step < len(value):
+        if (
+            isinstance(value, dict)
+            and step in value
+            or isinstance(value, list)
+            and isinstance(step, int)
+            and step < len(value)
+        ):
             path, value = path + [step], value[step]
     return (path + [error["loc"][-1]], None) if _is_missing(error) else (path, value)
 
 
 def _type_at(annotation, path):
-    """Returns the annotation of the setting at a path; through lists and unions to the branch that fits the step. Where a step
-    is unknown, and inside of free mappings, the annotation of what holds it."""
+    """Returns the annotation of the setting at a path; through lists and unions to the branch that fits the
+    step. Where a step is unknown, and inside of free mappings, the annotation of what holds it.
+    """
     for step in path:
         if dataclasses.is_dataclass(annotation):
             inner = {name: a for name, a, *_ in own_fields(annotation)}

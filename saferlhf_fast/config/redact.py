@@ -1,5 +1,5 @@
-"""What is written never says a password: credentials in addresses, values of keys that are named for secrets, and whatever the
-environment holds under such a name. No torch.
+"""What is written never says a password: credentials in addresses, values of keys that are named for secrets,
+and whatever the environment holds under such a name. No torch.
 
 Used for configs (config.yaml, trackers, checkpoints) and for tracebacks that a run keeps.
 """
@@ -9,9 +9,11 @@ import re
 
 HIDDEN = "***"
 _CREDENTIALS = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@")
-_SECRET_KEY = re.compile(r"(^|[_.-])((api|access|auth|secret)_?key|token|secret|passwd|password|credentials?)$", re.IGNORECASE)
+_SECRET_KEY = re.compile(
+    r"(^|[_.-])((api|access|auth|secret)_?key|token|secret|passwd|password|credentials?)$", re.IGNORECASE
+)
 _SECRET_VARIABLE = re.compile(rf"{_SECRET_KEY.pattern}|_KEY$", re.IGNORECASE)
-_SHORT = 8           # an environment value of fewer characters is not looked for: it could be any word
+_SHORT = 8  # an environment value of fewer characters is not looked for: it could be any word
 
 
 def text(value):
@@ -23,7 +25,9 @@ def text(value):
 
 
 def values(tree, key=""):
-    """Nested dicts and lists without secrets: texts as `text` gives them, texts under a secret's key hidden whole."""
+    """Nested dicts and lists without secrets: texts as `text` gives them, texts under a secret's key hidden
+    whole.
+    """
     if isinstance(tree, dict):
         return {name: values(inner, str(name)) for name, inner in tree.items()}
     if isinstance(tree, (list, tuple)):
@@ -34,4 +38,6 @@ def values(tree, key=""):
 
 
 def _of_environment():
-    return {value for name, value in os.environ.items() if len(value) >= _SHORT and _SECRET_VARIABLE.search(name)}
+    return {
+        value for name, value in os.environ.items() if len(value) >= _SHORT and _SECRET_VARIABLE.search(name)
+    }

@@ -1,7 +1,8 @@
-"""What the settings say about themselves: every key with its type in words, default and docstring; nearest keys; help.
+"""What the settings say about themselves: every key with its type in words, default and docstring; nearest
+keys; help.
 
-Reads the dataclasses of stages.py; knows nothing of YAML or of the command line's words. The same words for a type are
-used by `--help` and by error messages.
+Reads the dataclasses of stages.py; knows nothing of YAML or of the command line's words. The same words for a
+type are used by `--help` and by error messages.
 """
 
 import dataclasses
@@ -24,7 +25,8 @@ LONG_FORMS = {Source: "source", ScorerSpec: "scorer"}
 EXAMPLES = {
     Source: "a source, where data is more than a path, e.g. data='[{path: a.json, count: 100}, b.jsonl]':",
     ScorerSpec: "a scorer, where it is more than a path, e.g. reward='{kind: score_model, path: DIR}':",
-    Constraint: "a constraint, e.g. constraints='[{name: harm, cost: DIR, multiplier: {threshold: -0.5}}]':"}
+    Constraint: "a constraint, e.g. constraints='[{name: harm, cost: DIR, multiplier: {threshold: -0.5}}]':",
+}
 """Groups that are written inside a value, and how `--help` begins its list of their settings."""
 
 REQUIRED = object()
@@ -40,7 +42,9 @@ class Leaf(NamedTuple):
 
 
 def in_order(cls):
-    """The fields of a settings class as people read them: its own first, then those that it shares with others."""
+    """The fields of a settings class as people read them: its own first, then those that it shares with
+    others.
+    """
     return sorted(dataclasses.fields(cls), key=lambda f: f.name not in vars(cls).get("__annotations__", {}))
 
 
@@ -58,7 +62,11 @@ def own_fields(cls):
 
 def _doc(cls, name):
     """The docstring under a field, which pydantic reads in the class that declares it alone."""
-    known = (c.__pydantic_fields__[name].description for c in cls.__mro__ if name in vars(c).get("__pydantic_fields__", {}))
+    known = (
+        c.__pydantic_fields__[name].description
+        for c in cls.__mro__
+        if name in vars(c).get("__pydantic_fields__", {})
+    )
     return next((doc for doc in known if doc), "")
 
 
@@ -84,8 +92,11 @@ def leaves(cls, prefix="", group=None):
 
 def defaults(cls):
     """Returns the defaults of a settings class as nested plain dicts, without the required keys."""
-    return {name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-            for name, _, value, _ in own_fields(cls) if value is not REQUIRED}
+    return {
+        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        for name, _, value, _ in own_fields(cls)
+        if value is not REQUIRED
+    }
 
 
 def describe(annotation):
@@ -116,14 +127,20 @@ def describe(annotation):
 
 def _bounds(metadata):
     """Says the limits in pydantic's Field(gt=…, ge=…, lt=…, le=…) in words."""
-    limits = {type(m).__name__: next(iter(dataclasses.asdict(m).values())) for info in metadata for m in info.metadata}
+    limits = {
+        type(m).__name__: next(iter(dataclasses.asdict(m).values()))
+        for info in metadata
+        for m in info.metadata
+    }
     words = {"Gt": "above {}", "Ge": "at least {}", "Lt": "below {}", "Le": "at most {}"}
     said = [words[name].format(limit) for name, limit in limits.items()]
     return " " + " and ".join(said) if said else ""
 
 
 def groups_within(annotation):
-    """The settings classes that a value of a type may hold: Source in Data, Constraint and what it holds in a list of them."""
+    """The settings classes that a value of a type may hold: Source in Data, Constraint and what it holds in a
+    list of them.
+    """
     found = {annotation} if dataclasses.is_dataclass(annotation) else set()
     inner = [a for _, a, *_ in own_fields(annotation)] if found else get_args(annotation)
     return found.union(*(groups_within(a) for a in inner))
@@ -156,7 +173,9 @@ def is_number(annotation):
 
 
 def nearest(key, known):
-    """Returns the known key that a wrong one most likely means: the same last word in another group, or a typo."""
+    """Returns the known key that a wrong one most likely means: the same last word in another group, or a
+    typo.
+    """
     last = key.rsplit(".", 1)[-1]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
     if same:
@@ -175,7 +194,8 @@ def show(value):
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# --- help ---------------------------------------------------------------------------------------------------------
+# --- help
+# ---------------------------------------------------------------------------------------------------------
 
 PLACES = """Settings come from three places, the later winning: the defaults below, the recipe (YAML), the command line.
 `key=value`, `--key value` and `--key=value` mean the same; values are YAML: null, true, 1e-5, [a, b].
@@ -183,7 +203,9 @@ A recipe may say `${root}` for the value of its key `root`, and `???` where a va
 
 
 def help_text(command):
-    """Returns the whole `--help` of a command that has settings: every key with its type, default and meaning."""
+    """Returns the whole `--help` of a command that has settings: every key with its type, default and
+    meaning.
+    """
     cls = SETTINGS[command]
     recipe = "recipe.yaml" if command == "run" else "[recipe.yaml]"
     lines = [f"usage: saferlhf-fast {command} {recipe} [key=value …] [--key value …] [--debug]", ""]

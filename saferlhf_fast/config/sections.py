@@ -1,11 +1,13 @@
-"""Groups of settings that several stages share, one dataclass each; stages.py puts stages together from them. No torch here.
+"""Groups of settings that several stages share, one dataclass each; stages.py puts stages together from them.
 
-The docstring under a field is its `--help` text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's
-reference implementation.
+No torch here.
+
+The docstring under a field is its `--help` text; units are in parentheses. Defaults are the recipe of the
+Safe RLHF paper's reference implementation.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal, Optional, Union
+from typing import Annotated, Literal, Union
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -38,17 +40,17 @@ class Source:
     """Record format: auto (told from the columns) or one of the names in docs/data.md (pku, alpaca, hh, messages …)."""
     split: str = "train"
     """Split of a Hub data set or of a folder that has splits."""
-    name: Optional[str] = None
+    name: str | None = None
     """Configuration of a Hub data set (e.g. alpaca-7b)."""
-    count: Optional[PositiveInt] = None
+    count: PositiveInt | None = None
     """Take this many rows, drawn with the stage's seed; all when not given (rows)."""
-    proportion: Optional[Positive] = None
+    proportion: Positive | None = None
     """Weight of this source in the mixture, relative to the others; each source counts whole when none gives one."""
-    columns: Optional[dict[str, str]] = None
+    columns: dict[str, str] | None = None
     """Renames columns before the format is told: {"their name": "our name"}."""
 
 
-Data = Union[str, Source, list[Union[str, Source]]]
+Data = Union[str, Source, list[str | Source]]
 
 REWARD, COST = PAIR = ("reward", "cost")
 """What a response is scored by: how helpful it is, how harmful it is. In this order wherever both are named."""
@@ -75,8 +77,11 @@ def scorer_spec(scorer):
     """The ScorerSpec of a setting of the type Scorer; None of None."""
     return ScorerSpec(path=scorer) if isinstance(scorer, str) else scorer
 
+
 # Settings that several stages have, each documented once.
-PreferenceData = Annotated[Data, Field(description="Preference data: a path, a Hub name, or a list of sources.")]
+PreferenceData = Annotated[
+    Data, Field(description="Preference data: a path, a Hub name, or a list of sources.")
+]
 Output = Annotated[str, Field(description="Folder of the run; the trained model lies in <output>/model.")]
 
 
@@ -86,26 +91,26 @@ class Training:
 
     epochs: Positive = 1.0
     """Passes over the training data (may be fractional)."""
-    max_steps: Optional[PositiveInt] = None
+    max_steps: PositiveInt | None = None
     """Make this many optimiser steps at most; `epochs` may end the run before (steps)."""
     batch_size: PositiveInt = 4
     """Times `accumulation`: what each device brings to an optimiser step (sequences; for preferences: pairs)."""
     accumulation: PositiveInt = 1
     """See `batch_size`; how a step is cut into passes follows from `micro_tokens`."""
-    micro_tokens: Optional[PositiveInt] = None
+    micro_tokens: PositiveInt | None = None
     """Most tokens of a forward and backward pass on each device; batch_size · max_length when not given, twice that for pairs
     (tokens)."""
     max_length: PositiveInt = 512
     """Longest prompt + response that is trained on (tokens); longer answers are dropped and counted, never cut."""
-    eval_data: Optional[Data] = None
+    eval_data: Data | None = None
     """Evaluation data; a split by prompt of the training data when not given."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the prompts held out for evaluation when `eval_data` is not given."""
-    eval_interval: Optional[PositiveInt] = None
+    eval_interval: PositiveInt | None = None
     """Evaluate every so many steps (steps); at the end only when not given."""
-    best_metric: Optional[str] = None
+    best_metric: str | None = None
     """Keep the weights of the best evaluation by this metric (e.g. eval/loss, eval/accuracy) as the result."""
-    save_interval: Optional[PositiveInt] = None
+    save_interval: PositiveInt | None = None
     """Save the model every so many steps, besides the end (steps)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -158,9 +163,9 @@ class Engine:
     """End the run when a rank has waited this long for the others, naming the one that did not come (minutes)."""
     packing: bool = True
     """Run models on sequences one behind the other, without padding, where the architecture can; false pads."""
-    threads: Optional[PositiveInt] = None
+    threads: PositiveInt | None = None
     """CPU threads of each process; torch's own choice when not given."""
-    config: Optional[dict] = None
+    config: dict | None = None
     """More DeepSpeed settings, merged over ours (DeepSpeed's own JSON keys)."""
 
 
@@ -168,9 +173,9 @@ class Engine:
 class Checkpoint:
     """When the whole state of a run is written to <output>/checkpoints, to go on from with resume=auto."""
 
-    interval: Optional[PositiveInt] = None
+    interval: PositiveInt | None = None
     """Write one every so many steps (steps)."""
-    minutes: Optional[Positive] = 30.0
+    minutes: Positive | None = 30.0
     """Write one when the last is this old, at the end of a step (minutes)."""
     keep: PositiveInt = 2
     """Keep this many of the newest ones."""
@@ -182,8 +187,11 @@ class Checkpoint:
 
 @frozen
 class Lora:
-    """Low-rank adapters (peft); off while rank is 0. In ppo and ppo-lag all roles then stand on one frozen base: the reference
-    is the base alone, and score models trained with LoRA on it (their stages save <output>/model/adapter) are adapters too."""
+    """Low-rank adapters (peft); off while rank is 0.
+
+    In ppo and ppo-lag all roles then stand on one frozen base: the reference is the base alone, and score
+    models trained with LoRA on it (their stages save <output>/model/adapter) are adapters too.
+    """
 
     rank: NonNegativeInt = 0
     """Rank of the adapters; 0 trains all weights."""
@@ -191,7 +199,7 @@ class Lora:
     """Scale: the adapter's output is multiplied by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input."""
-    target_modules: Union[str, list[str]] = "all-linear"
+    target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter; all-linear means every linear layer but the head."""
 
 
@@ -199,7 +207,9 @@ class Lora:
 class Logging:
     """What is written while training."""
 
-    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = field(
+        default_factory=lambda: ["tensorboard"]
+    )
     """Trackers besides metrics.jsonl, which is always written."""
     interval: PositiveInt = 1
     """Write metrics every so many steps (steps)."""
@@ -236,21 +246,21 @@ class Sampling:
     """Responses sampled for each prompt."""
     stop: list[str] = field(default_factory=list)
     """A response ends with the token that completes one of these texts, besides at its end token."""
-    max_new_tokens: Optional[PositiveInt] = None
+    max_new_tokens: PositiveInt | None = None
     """Longest response (tokens); what max_length leaves after the prompt when not given."""
-    max_prompt_length: Optional[PositiveInt] = None
+    max_prompt_length: PositiveInt | None = None
     """Prompts longer than this lose their beginning, never the assistant tag; max_length / 2 when not given (tokens)."""
-    batch_size: Optional[PositiveInt] = None
+    batch_size: PositiveInt | None = None
     """Prompts generated at once on each device; all of a step's when not given."""
     gather: bool = True
     """Under ZeRO-3, gather the actor's weights once per rollout; false gathers layer by layer for each token, for models
     that do not fit one device whole (generate only)."""
-    memory: Optional[OpenFraction] = None
+    memory: OpenFraction | None = None
     """Share of a GPU's memory that continuous may take for its cache (of what is free; 0.8 when not given) and vllm for its
     weights and cache (of all; 0.4 when not given)."""
     server: str = "http://127.0.0.1:8000"
     """Address of the server that vllm-server asks."""
-    server_weights: Optional[str] = None
+    server_weights: str | None = None
     """Folder through which the server gets new weights, under the same path on its machine; a temporary one when not given."""
 
     def prompt_limit(self, max_length):
@@ -258,7 +268,9 @@ class Sampling:
         return self.max_prompt_length or max_length // 2
 
     def response_limit(self, prompt, max_length):
-        """Longest response to a prompt of `prompt` tokens (at least 1 token). max_length: of prompt and response (tokens)."""
+        """Longest response to a prompt of `prompt` tokens (at least 1 token). max_length: of prompt and
+        response (tokens).
+        """
         return max(1, min(max_length - prompt, self.max_new_tokens or max_length))
 
     def memory_share(self, engine):
@@ -281,7 +293,7 @@ class Multiplier:
     """Upper bound of λ."""
     threshold: float = 0.0
     """d: the mean cost that may not be exceeded (cost model units; below 0 is safe)."""
-    threshold_quantile: Optional[OpenFraction] = None
+    threshold_quantile: OpenFraction | None = None
     """Take d as this quantile of the starting policy's costs instead of `threshold`."""
     window: Annotated[int, Field(gt=0, le=1 << 24)] = 1024
     """J_C is the mean cost of this many last episodes, over all devices (episodes)."""
@@ -303,7 +315,7 @@ class Constraint:
     """What messages call it; behind the names of its metrics where there are several constraints (letters, digits, _ and -)."""
     cost: Scorer
     """Cost model: a folder or a Hub name, or a scorer."""
-    critic: Optional[ModelPath] = None
+    critic: ModelPath | None = None
     """Critic to start from; the cost model when not given."""
     multiplier: Multiplier = field(default_factory=Multiplier)
     """Its λ and its threshold: the settings of multiplier.*."""
@@ -317,7 +329,7 @@ class PPO:
     """Prompts per step on each device."""
     micro_batch_size: PositiveInt = 16
     """Full-length sequences per forward and backward pass on each device; shorter ones fit in greater number."""
-    micro_tokens: Optional[PositiveInt] = None
+    micro_tokens: PositiveInt | None = None
     """Most tokens of a forward and backward pass; micro_batch_size · max_length when not given (tokens)."""
     epochs: PositiveInt = 1
     """Times that each batch of rollouts is learned from."""
@@ -330,7 +342,7 @@ class PPO:
     """One critic with two heads, for reward and cost, instead of two critics: a forward and a backward pass less."""
     old_logp: Literal["trainer", "engine"] = "trainer"
     """Whose log-probs the ratio starts from: the trainer's own, or what the rollout engine said while it sampled."""
-    importance_cap: Optional[Positive] = None
+    importance_cap: Positive | None = None
     """Truncated importance weights min(π_trainer/π_engine, cap) on the advantages: for engines whose probabilities differ
     from the trainer's, and for overlap."""
     overlap: bool = False
@@ -338,7 +350,7 @@ class PPO:
     importance_cap (or old_logp=engine) corrects. Needs memory for a copy of the policy."""
     prompt_epochs: Positive = 1.0
     """Passes over the prompts."""
-    max_steps: Optional[PositiveInt] = None
+    max_steps: PositiveInt | None = None
     """Make this many steps at most; `prompt_epochs` may end the run before (steps)."""
     kl_coeff: NonNegative = 0.01
     """β: weight of the per-token KL penalty to the reference in reward and cost."""
@@ -358,7 +370,7 @@ class PPO:
     """Each sequence or each token weighs the same in the losses."""
     ptx_coeff: NonNegative = 16.0
     """Weight of the supervised loss on `ptx` data; used when there is some."""
-    shaping: Optional[NonNegative] = None
+    shaping: NonNegative | None = None
     """ν: maximise R − ν·C with one critic (the paper's reward-shaping baseline); only in the stage ppo."""
 
     def optimizer_steps(self):
@@ -370,11 +382,11 @@ class PPO:
 class Evaluation:
     """Held-out evaluation of a policy during training."""
 
-    data: Optional[Data] = None
+    data: Data | None = None
     """Evaluation prompts; a held-out share of the prompts when not given, or the first 64 of them where `fraction` is 0."""
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the prompts held out when `data` is not given."""
-    interval: Optional[PositiveInt] = None
+    interval: PositiveInt | None = None
     """Evaluate every so many steps (steps); at the end only when not given."""
     select: bool = False
     """Keep the weights of the best evaluation: highest reward among those whose cost is under the threshold."""

@@ -1,7 +1,8 @@
-"""Every stage in one table: what it is called, its settings, where it lives, its help, and what else differs between stages.
+"""Every stage in one table: what it is called, its settings, where it lives, its help, and what else differs
+between stages.
 
-Standard library only: the command line reads it before anything is imported. A new stage is a row here, a config class in
-stages.py, and a planner in commands/plan/.
+Standard library only: the command line reads it before anything is imported. A new stage is a row here, a
+config class in stages.py, and a planner in commands/plan/.
 """
 
 from typing import NamedTuple
@@ -13,9 +14,10 @@ class Family(NamedTuple):
     Attributes:
         step: What one step is called where a plan says what a step sends.
         max_length: Key of the longest sequence (tokens).
-        pass_rows: Key of how many sequences, or examples of several, a pass holds when all are of that length.
-        pass_tokens: Key of the most tokens of a pass, which replaces `pass_rows` when it is given; "" where there is none.
-        recomputation: Key of the switch that recomputes activations in the backward pass; "" where nothing is trained.
+        pass_rows: Key of how many sequences, or examples of several, a pass holds when all are of that
+        length. pass_tokens: Key of the most tokens of a pass, which replaces `pass_rows` when it is given; ""
+        where there is none. recomputation: Key of the switch that recomputes activations in the backward
+        pass; "" where nothing is trained.
     """
 
     step: str
@@ -26,9 +28,20 @@ class Family(NamedTuple):
 
 
 FAMILIES: dict[str, Family] = {
-    "supervised": Family("optimiser step", "train.max_length", "train.batch_size", "train.micro_tokens",
-                         "train.gradient_checkpointing"),
-    "ppo": Family("batch of rollouts", "max_length", "ppo.micro_batch_size", "ppo.micro_tokens", "gradient_checkpointing"),
+    "supervised": Family(
+        "optimiser step",
+        "train.max_length",
+        "train.batch_size",
+        "train.micro_tokens",
+        "train.gradient_checkpointing",
+    ),
+    "ppo": Family(
+        "batch of rollouts",
+        "max_length",
+        "ppo.micro_batch_size",
+        "ppo.micro_tokens",
+        "gradient_checkpointing",
+    ),
     "evaluation": Family("batch", "max_length", "batch_size"),
 }
 
@@ -38,15 +51,16 @@ class StageSpec(NamedTuple):
 
     Attributes:
         config: The class of its settings in stages.py.
-        entry: "module:function" that runs it: the function takes the config and `restart` (see run_folder.open_run), and
+        entry: "module:function" that runs it: the function takes the config and `restart` (see
+        run_folder.open_run), and
             returns a summary that JSON can hold.
         help: One line for the list of commands.
         examples: Command lines for its `--help`, without the program's name.
         family: The key of FAMILIES whose stages work as this one does; "" where a recipe cannot name it.
         sequences: How many sequences one example has: 2 for pairs.
         best_by: What train.best_metric can name.
-        planner: The function in commands/plan/ that lists its phases, as "module:function"; "" where a recipe cannot name it.
-        several_processes: Whether it starts a process for each GPU.
+        planner: The function in commands/plan/ that lists its phases, as "module:function"; "" where a recipe
+        cannot name it. several_processes: Whether it starts a process for each GPU.
     """
 
     config: str
@@ -65,50 +79,103 @@ _REWARD = "model=runs/sft/model reward=runs/reward/model"
 
 STAGE_SPECS: dict[str, StageSpec] = {
     "sft": StageSpec(
-        "SFTConfig", "saferlhf_fast.training.sft:train", "fine-tune a causal language model on instructions",
-        ("sft model=Qwen/Qwen3-0.6B data=alpaca.json output=runs/sft",
-         "sft recipe.yaml train.max_steps=10 --optim.learning_rate 1e-5 --overwrite"),
-        family="supervised", best_by=("eval/loss",), planner="stage_phases:sft"),
+        "SFTConfig",
+        "saferlhf_fast.training.sft:train",
+        "fine-tune a causal language model on instructions",
+        (
+            "sft model=Qwen/Qwen3-0.6B data=alpaca.json output=runs/sft",
+            "sft recipe.yaml train.max_steps=10 --optim.learning_rate 1e-5 --overwrite",
+        ),
+        family="supervised",
+        best_by=("eval/loss",),
+        planner="stage_phases:sft",
+    ),
     "reward": StageSpec(
-        "PreferenceConfig", "saferlhf_fast.training.preference:train_reward", "train a reward model on helpfulness preferences",
+        "PreferenceConfig",
+        "saferlhf_fast.training.preference:train_reward",
+        "train a reward model on helpfulness preferences",
         (f"reward {_SCORE} output=runs/reward", "reward recipe.yaml train.eval_fraction=0.1 --baseline"),
-        family="supervised", sequences=2, best_by=("eval/loss", "eval/accuracy"), planner="stage_phases:preference"),
+        family="supervised",
+        sequences=2,
+        best_by=("eval/loss", "eval/accuracy"),
+        planner="stage_phases:preference",
+    ),
     "cost": StageSpec(
-        "PreferenceConfig", "saferlhf_fast.training.preference:train_cost",
+        "PreferenceConfig",
+        "saferlhf_fast.training.preference:train_cost",
         "train a cost model on harmlessness preferences and safety labels",
         (f"cost {_SCORE} output=runs/cost", "cost recipe.yaml lora.rank=16 train.batch_size=8"),
-        family="supervised", sequences=2, best_by=("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
-        planner="stage_phases:preference"),
+        family="supervised",
+        sequences=2,
+        best_by=("eval/loss", "eval/accuracy", "eval/accuracy_sign"),
+        planner="stage_phases:preference",
+    ),
     "ppo": StageSpec(
-        "PPOConfig", "saferlhf_fast.training.ppo_lag:train_ppo",
+        "PPOConfig",
+        "saferlhf_fast.training.ppo_lag:train_ppo",
         "optimise the policy for reward alone (or for R − ν·C: ppo.shaping)",
-        (f"ppo {_REWARD} data=prompts.jsonl output=runs/ppo", "ppo recipe.yaml cost=runs/cost/model ppo.shaping=1.0"),
-        family="ppo", planner="ppo_phases:ppo"),
+        (
+            f"ppo {_REWARD} data=prompts.jsonl output=runs/ppo",
+            "ppo recipe.yaml cost=runs/cost/model ppo.shaping=1.0",
+        ),
+        family="ppo",
+        planner="ppo_phases:ppo",
+    ),
     "ppo-lag": StageSpec(
-        "PPOConfig", "saferlhf_fast.training.ppo_lag:train_ppo_lag",
+        "PPOConfig",
+        "saferlhf_fast.training.ppo_lag:train_ppo_lag",
         "optimise the policy for reward while its mean cost stays under a threshold",
-        (f"ppo-lag {_REWARD} cost=runs/cost/model data=prompts.jsonl output=runs/ppo-lag",
-         "ppo-lag recipe.yaml multiplier.rule=pid --multiplier.threshold -0.5"), family="ppo", planner="ppo_phases:ppo"),
+        (
+            f"ppo-lag {_REWARD} cost=runs/cost/model data=prompts.jsonl output=runs/ppo-lag",
+            "ppo-lag recipe.yaml multiplier.rule=pid --multiplier.threshold -0.5",
+        ),
+        family="ppo",
+        planner="ppo_phases:ppo",
+    ),
     "dpo": StageSpec(
-        "DPOConfig", "saferlhf_fast.training.dpo:train", "optimise the policy on preferences directly, without score models",
-        ("dpo model=runs/sft/model data=pairs.jsonl output=runs/dpo beta=0.1", "dpo recipe.yaml --preference safer"),
-        family="supervised", sequences=2, best_by=("eval/loss", "eval/reward_accuracy", "eval/reward_margin"),
-        planner="stage_phases:dpo"),
+        "DPOConfig",
+        "saferlhf_fast.training.dpo:train",
+        "optimise the policy on preferences directly, without score models",
+        (
+            "dpo model=runs/sft/model data=pairs.jsonl output=runs/dpo beta=0.1",
+            "dpo recipe.yaml --preference safer",
+        ),
+        family="supervised",
+        sequences=2,
+        best_by=("eval/loss", "eval/reward_accuracy", "eval/reward_margin"),
+        planner="stage_phases:dpo",
+    ),
     "evaluate": StageSpec(
-        "EvaluateConfig", "saferlhf_fast.evaluation.evaluate:evaluate",
+        "EvaluateConfig",
+        "saferlhf_fast.evaluation.evaluate:evaluate",
         "mean reward, mean cost, unsafe share, KL and length of a policy",
-        ("evaluate model=runs/ppo-lag/model prompts=prompts.jsonl reward=runs/reward/model cost=runs/cost/model",
-         "evaluate recipe.yaml output=runs/evaluation --sampling.max_new_tokens 128"),
-        family="evaluation", planner="ppo_phases:evaluate"),
+        (
+            "evaluate model=runs/ppo-lag/model prompts=prompts.jsonl reward=runs/reward/model "
+            "cost=runs/cost/model",
+            "evaluate recipe.yaml output=runs/evaluation --sampling.max_new_tokens 128",
+        ),
+        family="evaluation",
+        planner="ppo_phases:evaluate",
+    ),
 }
 """The stages that a recipe can name, as the list of commands shows them."""
 
-RUN = StageSpec("RunConfig", "", "several of these stages, one after the other, from one recipe",
-                ("run recipe.yaml root=/data output=runs/mine",
-                 "run quickstart sft.train.max_steps=10 --ppo-lag.ppo.max_steps 5"))
-DEMO = StageSpec("DemoConfig", "saferlhf_fast.demo.run:run",
-                 "the whole loop on an embedded world: no data, no network, minutes on two cores",
-                 ("demo", "demo --seeds 0 1 2 output=runs/demo"), several_processes=False)
+RUN = StageSpec(
+    "RunConfig",
+    "",
+    "several of these stages, one after the other, from one recipe",
+    (
+        "run recipe.yaml root=/data output=runs/mine",
+        "run quickstart sft.train.max_steps=10 --ppo-lag.ppo.max_steps 5",
+    ),
+)
+DEMO = StageSpec(
+    "DemoConfig",
+    "saferlhf_fast.demo.run:run",
+    "the whole loop on an embedded world: no data, no network, minutes on two cores",
+    ("demo", "demo --seeds 0 1 2 output=runs/demo"),
+    several_processes=False,
+)
 
 WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO}
 """Every command whose settings come from a config class."""

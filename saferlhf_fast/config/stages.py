@@ -1,22 +1,71 @@
-"""Every setting of every stage: frozen, typed, strict. No torch here: a wrong key ends in well under a second.
+"""Every setting of every stage: frozen, typed, strict.
 
-One dataclass per stage, made of groups that several stages share (sections.py). The docstring under a field is its `--help`
-text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's reference implementation. Recipes (YAML) and
-`key=value` overrides are merged over these defaults by `saferlhf_fast.config.load`, which also reports errors.
-Values are never written back: what is derived is a function of the config.
+No torch here: a wrong key ends in well under a second.
+
+One dataclass per stage, made of groups that several stages share (sections.py). The docstring under a field
+is its `--help` text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's reference
+implementation. Recipes (YAML) and `key=value` overrides are merged over these defaults by
+`saferlhf_fast.config.load`, which also reports errors. Values are never written back: what is derived is a
+function of the config.
 """
 
 from dataclasses import field, fields
-from typing import ClassVar, Literal, Optional
+from typing import ClassVar, Literal
 
-from .sections import (COST, PPO, REWARD, Checkpoint, Constraint, Data, Engine, Evaluation, Logging, Lora, ModelPath,
-                       Multiplier, NonNegative, NonNegativeInt, Optimizer, Output, Positive, PositiveInt, PreferenceData,
-                       Sampling, Scorer, Seed, Source, Training, frozen_keywords, scorer_spec)
+from .sections import (
+    COST,
+    PPO,
+    REWARD,
+    Checkpoint,
+    Constraint,
+    Data,
+    Engine,
+    Evaluation,
+    Logging,
+    Lora,
+    ModelPath,
+    Multiplier,
+    NonNegative,
+    NonNegativeInt,
+    Optimizer,
+    Output,
+    Positive,
+    PositiveInt,
+    PreferenceData,
+    Sampling,
+    Scorer,
+    Seed,
+    Source,
+    Training,
+    frozen_keywords,
+    scorer_spec,
+)
 from .stage_table import STAGE_SPECS
 
-__all__ = ["PPO", "STAGES", "Checkpoint", "Constraint", "Data", "DemoConfig", "DPOConfig", "Engine", "Evaluation",
-           "EvaluateConfig", "Logging", "Lora", "Multiplier", "Optimizer", "PPOConfig", "PreferenceConfig", "RunConfig",
-           "SFTConfig", "Sampling", "Source", "StageConfig", "Training"]
+__all__ = [
+    "PPO",
+    "STAGES",
+    "Checkpoint",
+    "Constraint",
+    "Data",
+    "DemoConfig",
+    "DPOConfig",
+    "Engine",
+    "Evaluation",
+    "EvaluateConfig",
+    "Logging",
+    "Lora",
+    "Multiplier",
+    "Optimizer",
+    "PPOConfig",
+    "PreferenceConfig",
+    "RunConfig",
+    "SFTConfig",
+    "Sampling",
+    "Source",
+    "StageConfig",
+    "Training",
+]
 
 
 @frozen_keywords
@@ -27,7 +76,7 @@ class StageConfig:
     """Seed of everything random."""
     overwrite: bool = False
     """Replace an existing output folder."""
-    resume: Optional[str] = None
+    resume: str | None = None
     """Go on from a checkpoint: auto takes the newest complete one in <output>/checkpoints (none there: starts anew), or name
     one's folder."""
     template: Literal["auto", "tokenizer", "safe-rlhf", "none"] = "auto"
@@ -39,14 +88,19 @@ class StageConfig:
     engine: Engine = field(default_factory=Engine)
 
     def groups(self, kind):
-        """{name: settings} of the groups of one class from sections.py: a stage may have none, one, or several (PPO's two
-        optimisers)."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), kind)}
+        """{name: settings} of the groups of one class from sections.py: a stage may have none, one, or
+        several (PPO's two optimisers).
+        """
+        return {
+            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), kind)
+        }
 
 
 @frozen_keywords
 class SFTConfig(StageConfig):
-    """sft: supervised fine-tuning of a causal language model on instruction data (next-token loss over responses)."""
+    """sft: supervised fine-tuning of a causal language model on instruction data (next-token loss over
+    responses).
+    """
 
     model: ModelPath
     """Causal language model to start from: a folder or a Hub name."""
@@ -107,7 +161,8 @@ class DPOConfig(StageConfig):
 class PPOConfig(StageConfig):
     """ppo, ppo-lag: policy optimisation with a reward model; ppo-lag holds the mean cost under a threshold.
 
-    multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them."""
+    multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them.
+    """
 
     model: ModelPath
     """Actor to start from (the SFT model), and the frozen reference: a folder or a Hub name."""
@@ -116,19 +171,19 @@ class PPOConfig(StageConfig):
     data: Data
     """Prompts: a path, a Hub name, or a list of sources."""
     output: Output
-    cost: Optional[Scorer] = None
+    cost: Scorer | None = None
     """Cost model: a folder or a Hub name (ppo-lag; in ppo only with ppo.shaping, or to report costs)."""
-    reward_critic: Optional[ModelPath] = None
+    reward_critic: ModelPath | None = None
     """Reward critic to start from; the reward model when not given."""
-    cost_critic: Optional[ModelPath] = None
+    cost_critic: ModelPath | None = None
     """Cost critic to start from; the cost model when not given."""
-    constraints: Optional[list[Constraint]] = None
+    constraints: list[Constraint] | None = None
     """The long form of cost, cost_critic and multiplier (ppo-lag): [{name: …, cost: …, critic: …, multiplier: {…}}]."""
-    ptx: Optional[Data] = None
+    ptx: Data | None = None
     """Instruction data for the supervised loss that keeps the policy's abilities."""
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
-    save_interval: Optional[PositiveInt] = None
+    save_interval: PositiveInt | None = None
     """Save the actor every so many steps, besides the end (steps)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -137,7 +192,8 @@ class PPOConfig(StageConfig):
     sampling: Sampling = field(default_factory=Sampling)
     optim: Optimizer = field(default_factory=lambda: Optimizer(learning_rate=1e-5, weight_decay=0.01))
     critic_optim: Optimizer = field(
-        default_factory=lambda: Optimizer(learning_rate=5e-6, schedule="constant", weight_decay=0.0))
+        default_factory=lambda: Optimizer(learning_rate=5e-6, schedule="constant", weight_decay=0.0)
+    )
     evaluation: Evaluation = field(default_factory=Evaluation)
     lora: Lora = field(default_factory=Lora)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
@@ -148,10 +204,16 @@ class PPOConfig(StageConfig):
         return self.ppo.micro_tokens or self.ppo.micro_batch_size * self.max_length
 
     def long_form(self):
-        """[Constraint]: `constraints`, or what cost, cost_critic and multiplier say in short; [] without a cost model."""
+        """[Constraint]: `constraints`, or what cost, cost_critic and multiplier say in short; [] without a
+        cost model.
+        """
         if self.constraints is not None:
             return self.constraints
-        return [] if self.cost is None else [Constraint(cost=self.cost, critic=self.cost_critic, multiplier=self.multiplier)]
+        return (
+            []
+            if self.cost is None
+            else [Constraint(cost=self.cost, critic=self.cost_critic, multiplier=self.multiplier)]
+        )
 
     def scorers(self):
         """{name: ScorerSpec} of the reward and of each cost, whether it is constrained or not."""
@@ -159,27 +221,38 @@ class PPOConfig(StageConfig):
 
     def scorer_settings(self):
         """{name: the setting that gives it} of the scorers."""
-        costs = {c.name: COST if self.constraints is None else f"constraints.{i}.cost" for i, c in enumerate(self.long_form())}
+        costs = {
+            c.name: COST if self.constraints is None else f"constraints.{i}.cost"
+            for i, c in enumerate(self.long_form())
+        }
         return {REWARD: REWARD, **costs}
 
     def critic_settings(self):
-        """{name: (setting, path or None)}: what names the critic of the reward, and of each cost, to start from."""
-        costs = {c.name: ("cost_critic" if self.constraints is None else f"constraints.{i}.critic", c.critic)
-                 for i, c in enumerate(self.long_form())}
+        """{name: (setting, path or None)}: what names the critic of the reward, and of each cost, to start
+        from.
+        """
+        costs = {
+            c.name: ("cost_critic" if self.constraints is None else f"constraints.{i}.critic", c.critic)
+            for i, c in enumerate(self.long_form())
+        }
         return {REWARD: ("reward_critic", self.reward_critic), **costs}
 
     def streams_of_critics(self, constrained):
-        """[names of what each critic predicts]: a critic for the reward and one for each constraint, or one with a head for each.
-        constrained: in ppo-lag, where costs have critics."""
+        """[names of what each critic predicts]: a critic for the reward and one for each constraint, or one
+        with a head for each. constrained: in ppo-lag, where costs have critics.
+        """
         streams = (REWARD, *(c.name for c in self.long_form())) if constrained else (REWARD,)
         return [streams] if constrained and self.ppo.shared_critic else [(name,) for name in streams]
 
     def in_one_pass(self):
-        """True when the settings let the update's own forward passes give the old log-probs and values: one optimiser step per
-        batch, no whitening over the batch (whose statistics would have to be known before the first loss), no dropout in
-        adapters (the old policy has none)."""
+        """True when the settings let the update's own forward passes give the old log-probs and values: one
+        optimiser step per batch, no whitening over the batch (whose statistics would have to be known before
+        the first loss), no dropout in adapters (the old policy has none).
+        """
         dropout = self.lora.rank > 0 and self.lora.dropout > 0
-        return self.ppo.single_pass and self.ppo.optimizer_steps() == 1 and not self.ppo.whiten and not dropout
+        return (
+            self.ppo.single_pass and self.ppo.optimizer_steps() == 1 and not self.ppo.whiten and not dropout
+        )
 
     def trains_on_ptx(self):
         """True when each step has a supervised loss on `ptx` data."""
@@ -194,16 +267,16 @@ class EvaluateConfig(StageConfig):
     """Policy to evaluate: a folder or a Hub name."""
     prompts: Data
     """Prompts: a path, a Hub name, or a list of sources."""
-    output: Optional[str] = None
+    output: str | None = None
     """Folder for evaluation.json, samples.jsonl and the table; only printed when not given."""
-    reward: Optional[Scorer] = None
+    reward: Scorer | None = None
     """Reward model: a folder or a Hub name."""
-    cost: Optional[Scorer] = None
+    cost: Scorer | None = None
     """Cost model: a folder or a Hub name."""
-    reference: Optional[ModelPath] = None
+    reference: ModelPath | None = None
     """Reference policy for the KL divergence: a folder or a Hub name; the model that a run's model started from when not
     given."""
-    resume: Optional[str] = None
+    resume: str | None = None
     """auto: start an unfinished evaluation of the same settings again, and leave a finished one alone."""
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
@@ -219,7 +292,11 @@ class EvaluateConfig(StageConfig):
 
     def scorers(self):
         """{name: ScorerSpec} of those that are given."""
-        return {name: scorer_spec(scorer) for name, scorer in ((REWARD, self.reward), (COST, self.cost)) if scorer is not None}
+        return {
+            name: scorer_spec(scorer)
+            for name, scorer in ((REWARD, self.reward), (COST, self.cost))
+            if scorer is not None
+        }
 
     def scorer_settings(self):
         """{name: the setting that gives it} of those that are given."""
@@ -230,7 +307,7 @@ class EvaluateConfig(StageConfig):
 class DemoConfig:
     """demo: the whole loop on the embedded world, from nothing, with gold scores to check the outcome."""
 
-    output: Optional[str] = None
+    output: str | None = None
     """Folder of the run; runs/demo-<date> when not given."""
     seeds: list[Seed] = field(default_factory=lambda: [0])
     """Seeds to run one after another; each changes the world, the models and the data."""
@@ -240,22 +317,24 @@ class DemoConfig:
     """A few steps of everything, to see that it runs; shows nothing about safety."""
     progress: bool = True
     """Progress bars on the terminal."""
-    resume: ClassVar[None] = None        # it always starts anew
+    resume: ClassVar[None] = None  # it always starts anew
 
 
 @frozen_keywords
 class RunConfig:
-    """run: several stages, one after the other, from one recipe; what is finished and unchanged is not done again.
+    """run: several stages, one after the other, from one recipe; what is finished and unchanged is not done
+    again.
 
-    A setting of one stage is `<stage>.<key>`: sft.train.max_steps=3. The stage is called by its `name`, which is its
-    kind when none is given. A stage's output is <output>/<stage>, so later ones say ${output}/sft/model.
+    A setting of one stage is `<stage>.<key>`: sft.train.max_steps=3. The stage is called by its `name`, which
+    is its kind when none is given. A stage's output is <output>/<stage>, so later ones say
+    ${output}/sft/model.
     """
 
     output: str
     """Folder of the whole run; each stage gets a folder in it."""
     stages: list[dict]
     """The stages in order, each a map of one kind to its settings: - sft: {…}; with `name:` beside it to rename it."""
-    root: Optional[str] = None
+    root: str | None = None
     """Folder of data and models that the recipe calls ${root}."""
     seed: Seed = 42
     """Seed of every stage that does not set its own."""

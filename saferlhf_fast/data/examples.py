@@ -1,20 +1,33 @@
 """Rows -> examples: tokenised, checked against the length, counted.
 
-`sft_examples`, `preference_examples` and `prompt_examples` take a recipe's `data` and return (examples, Report). An
-answer is never cut: a record whose answers do not fit is dropped and counted. A prompt of more than half of max_length
-gives way first: it loses its beginning, never the assistant tag. Lengths count tokens, the end of the turn included.
+`sft_examples`, `preference_examples` and `prompt_examples` take a recipe's `data` and return (examples,
+Report). An answer is never cut: a record whose answers do not fit is dropped and counted. A prompt of more
+than half of max_length gives way first: it loses its beginning, never the assistant tag. Lengths count
+tokens, the end of the turn included.
 
-A record with a mistake in it ends the loading (UserError with file, row and field). These do not; they are counted:
-ties, identical responses, empty responses, labels that contradict each other, dialogues without an answer, too long.
+A record with a mistake in it ends the loading (UserError with file, row and field). These do not; they are
+counted: ties, identical responses, empty responses, labels that contradict each other, dialogues without an
+answer, too long.
 
-Harm labels (safety, severity, categories of each response) are read where they are asked for: `labels=True`. Else their
-columns are not looked at, so that a stage without use for them neither pays for them nor loses a row over them.
+Harm labels (safety, severity, categories of each response) are read where they are asked for: `labels=True`.
+Else their columns are not looked at, so that a stage without use for them neither pays for them nor loses a
+row over them.
 """
 
 from dataclasses import dataclass, field, replace
 
 from saferlhf_fast.data.formats import FORMATS, format_of, with_labels
-from saferlhf_fast.data.records import SAFE, UNKNOWN, UNSAFE, Conversation, Dropped, Preference, Prompt, prompt_of, prompt_text
+from saferlhf_fast.data.records import (
+    SAFE,
+    UNKNOWN,
+    UNSAFE,
+    Conversation,
+    Dropped,
+    Preference,
+    Prompt,
+    prompt_of,
+    prompt_text,
+)
 from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.sources import load_sources
 from saferlhf_fast.data.templates import Template
@@ -88,7 +101,9 @@ def sft_examples(data, tokenizer, template_name="auto", max_length=512, seed=0, 
     """Instruction data -> ([SFTExample], Report). labels: read the harm labels of the last answers."""
     template, report, examples = Template(tokenizer, template_name), Report(), []
     for counts, records in _sources(data, seed, report, labels):
-        _need(counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)")
+        _need(
+            counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
+        )
         pieces = _each(counts, records, lambda record: template.pieces(record.messages))
         kept = []
         for record, parts in pieces:
@@ -105,31 +120,46 @@ def sft_examples(data, tokenizer, template_name="auto", max_length=512, seed=0, 
             if len(prompt) < start:
                 counts.flag("the prompt lost its beginning", record.where)
             if sum(mask) == len(template.end([])) * sum(is_response for _, is_response in parts):
-                counts.drop(EMPTY, record.where)            # the tokenizer makes nothing of the text
+                counts.drop(EMPTY, record.where)  # the tokenizer makes nothing of the text
                 continue
             counts.kept += 1
-            examples.append(SFTExample(prompt + ids[start:], [False] * len(prompt) + mask[start:],
-                                       prompt_text(_opening(record.messages)), record.labels))
+            examples.append(
+                SFTExample(
+                    prompt + ids[start:],
+                    [False] * len(prompt) + mask[start:],
+                    prompt_text(_opening(record.messages)),
+                    record.labels,
+                )
+            )
             _flag_disagreeing(counts, record)
     report.require("conversation")
     return examples, report
 
 
-def preference_examples(data, tokenizer, template_name="auto", max_length=512, seed=0, kind="reward", labels=False):
-    """Preference data -> ([PairExample], Report). kind: reward or better (first = more helpful), cost (first = safer,
-    both signs known), safer (first = safer). labels: read the harm labels of both responses."""
+def preference_examples(
+    data, tokenizer, template_name="auto", max_length=512, seed=0, kind="reward", labels=False
+):
+    """Preference data -> ([PairExample], Report). kind: reward or better (first = more helpful), cost (first
+    = safer, both signs known), safer (first = safer). labels: read the harm labels of both responses.
+    """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
     template, report, examples = Template(tokenizer, template_name), Report(), []
     for counts, records in _sources(data, seed, report, labels):
         _need(counts, Preference, "preferences (two responses with labels, or chosen and rejected)")
         pairs = _labelled(counts, records, kind)
-        pieces = _each(counts, pairs, lambda pair: (template.pieces(pair[0].messages, generate=True),
-                                                    [template.response_text(pair[0].messages, text)
-                                                     for text in pair[0].responses]))
+        pieces = _each(
+            counts,
+            pairs,
+            lambda pair: (
+                template.pieces(pair[0].messages, generate=True),
+                [template.response_text(pair[0].messages, text) for text in pair[0].responses],
+            ),
+        )
         prompts = template.encode_pieces([prompt for _, (prompt, _) in pieces])
         known = dict.fromkeys(text for _, (_, texts) in pieces for text in texts)
-        known = dict(zip(known, template.encode_responses(list(known))))       # each text once: references repeat
+        # each text once: references repeat
+        known = dict(zip(known, template.encode_responses(list(known))))
         for ((record, first), (_, texts)), (prompt, _) in zip(pieces, prompts):
             responses = [known[text] for text in texts]
             if not all(responses):
@@ -156,8 +186,11 @@ def prompt_examples(data, tokenizer, template_name="auto", max_prompt_length=256
     """Prompts of any data -> ([PromptExample], Report). Each prompt once; long ones keep their end."""
     template, report, examples, seen = Template(tokenizer, template_name), Report(), [], {}
     if max_prompt_length <= template.tag_length + 1:
-        raise UserError(f"max_prompt_length: expected more than the {template.tag_length + 1} tokens of the assistant tag, "
-                        f"got {max_prompt_length}")
+        raise UserError(
+            f"max_prompt_length: expected more than the {template.tag_length + 1} tokens of the assistant "
+            f"tag, "
+            f"got {max_prompt_length}"
+        )
     for counts, records in _sources(data, seed, report):
         kept = []
         for record in records:
@@ -166,13 +199,15 @@ def prompt_examples(data, tokenizer, template_name="auto", max_prompt_length=256
             if not text.strip():
                 counts.drop("an empty prompt", record.where)
             elif text in seen:
-                if seen[text] != record.where:              # several records of one row are not worth a word
+                if seen[text] != record.where:  # several records of one row are not worth a word
                     counts.drop("the prompt occurs before", record.where)
             else:
                 seen[text] = record.where
                 kept.append((record, messages, text))
         pieces = _each(counts, kept, lambda item: template.pieces(item[1], generate=True))
-        for ((record, messages, text), _), (ids, _) in zip(pieces, template.encode_pieces([p for _, p in pieces])):
+        for ((record, messages, text), _), (ids, _) in zip(
+            pieces, template.encode_pieces([p for _, p in pieces])
+        ):
             if len(ids) > max_prompt_length:
                 counts.flag("the prompt lost its beginning", record.where)
                 ids = template.truncate_prompt(ids, max_prompt_length)
@@ -183,11 +218,12 @@ def prompt_examples(data, tokenizer, template_name="auto", max_prompt_length=256
 
 
 def retokenize(prompts, texts, tokenizer, template_name="auto", max_length=None, ended=None):
-    """The ids of prompt + response for another tokenizer -> list of ids: for score models that do not share the actor's.
+    """The ids of prompt + response for another tokenizer -> list of ids: for score models that do not share
+    the actor's.
 
-    prompts: list of messages; texts: the responses; ended: a bool for each, whether the end of the turn was produced
-    and is put behind (all, when not given). With max_length a prompt loses its beginning where both are too long for
-    it, and a response its end only where it is too long by itself.
+    prompts: list of messages; texts: the responses; ended: a bool for each, whether the end of the turn was
+    produced and is put behind (all, when not given). With max_length a prompt loses its beginning where both
+    are too long for it, and a response its end only where it is too long by itself.
     """
     template = Template(tokenizer, template_name)
     heads = template.encode_prompts(prompts)
@@ -197,17 +233,20 @@ def retokenize(prompts, texts, tokenizer, template_name="auto", max_length=None,
         tail = template.end(tail) if end else tail
         if max_length is not None and len(head) + len(tail) > max_length:
             least = min(len(head), template.tag_length + 2)
-            tail = tail[:max_length - least]
+            tail = tail[: max_length - least]
             head = template.truncate_prompt(head, max_length - len(tail)) or head[-least:]
         joined.append(head + tail)
     return joined
 
 
-# ── Helpers ───────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Helpers
+# ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _sources(data, seed, report, labels=False):
-    """Yields (SourceReport, records) per source; what the formats drop is counted already. labels: with harm labels."""
+    """Yields (SourceReport, records) per source; what the formats drop is counted already. labels: with harm
+    labels.
+    """
     for item in load_sources(data, seed):
         name, form = format_of(item.rows, item.source.format, item.source.path)
         counts = SourceReport(item.source.path, name, item.available, len(item.rows))
@@ -247,7 +286,9 @@ def _opening(messages):
 
 
 def _fit(template, prompt, response_length, max_length):
-    """The prompt, cut at its beginning if it must be; None when the response leaves it less than half and too little."""
+    """The prompt, cut at its beginning if it must be; None when the response leaves it less than half and too
+    little.
+    """
     if len(prompt) + response_length <= max_length:
         return prompt
     room = max_length - response_length
@@ -281,9 +322,18 @@ def _labelled(counts, records, kind):
 
 def _pair(record, first, prompt, responses):
     second = 1 - first
-    return PairExample(prompt + responses[first], prompt + responses[second], len(prompt), prompt_text(record.messages),
-                       record.signs[first], record.signs[second], record.responses[first], record.responses[second],
-                       record.flagged, tuple(record.labels[i] for i in (first, second)) if record.labels else ())
+    return PairExample(
+        prompt + responses[first],
+        prompt + responses[second],
+        len(prompt),
+        prompt_text(record.messages),
+        record.signs[first],
+        record.signs[second],
+        record.responses[first],
+        record.responses[second],
+        record.flagged,
+        tuple(record.labels[i] for i in (first, second)) if record.labels else (),
+    )
 
 
 def _flag_disagreeing(counts, record):
@@ -292,15 +342,20 @@ def _flag_disagreeing(counts, record):
 
 
 def _flag_contradictions(made, by_sign):
-    """[(PairExample, SourceReport, where)] -> [PairExample]. Flags those whose file says so, those of which the same two
-    responses also occur the other way round, and (by_sign) those with a response that is called safe here and unsafe
-    elsewhere. They are kept: what to do with them is the caller's choice."""
+    """[(PairExample, SourceReport, where)] -> [PairExample].
+
+    Flags those whose file says so, those of which the same two responses also occur the other way round, and
+    (by_sign) those with a response that is called safe here and unsafe elsewhere. They are kept: what to do
+    with them is the caller's choice.
+    """
     order = {(pair.prompt_text, pair.first_text, pair.second_text) for pair, _, _ in made}
     signed = {(pair.prompt_text, text, sign) for pair, _, _ in made for text, sign in _signed(pair)}
     examples = []
     for pair, counts, where in made:
         reversed_too = (pair.prompt_text, pair.second_text, pair.first_text) in order
-        other_sign = by_sign and any((pair.prompt_text, text, -sign) in signed for text, sign in _signed(pair))
+        other_sign = by_sign and any(
+            (pair.prompt_text, text, -sign) in signed for text, sign in _signed(pair)
+        )
         if pair.flagged or reversed_too or other_sign:
             counts.flag(CONTRADICTED, where)
             pair = replace(pair, flagged=True)

@@ -1,8 +1,11 @@
-"""One data file -> rows, each with the place it came from. Every error is a UserError that names file and line.
+"""One data file -> rows, each with the place it came from.
 
-JSON and CSV are read here and not by `datasets`, which casts what does not fit without a word: an integer where text is
-expected becomes text, a missing column becomes null, broken UTF-8 becomes other characters. Parquet is typed already and
-is read with pyarrow. Nothing is cached and nothing is written. Lines and rows are counted from 1.
+Every error is a UserError that names file and line.
+
+JSON and CSV are read here and not by `datasets`, which casts what does not fit without a word: an integer
+where text is expected becomes text, a missing column becomes null, broken UTF-8 becomes other characters.
+Parquet is typed already and is read with pyarrow. Nothing is cached and nothing is written. Lines and rows
+are counted from 1.
 """
 
 import csv
@@ -18,7 +21,7 @@ from saferlhf_fast.errors import UserError
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
 """What a data file's name may end in."""
 
-_LONGEST_CELL = 1 << 30   # characters; the csv module's own limit of 131072 is shorter than some dialogues
+_LONGEST_CELL = 1 << 30  # characters; the csv module's own limit of 131072 is shorter than some dialogues
 
 _WRAPPERS = ("data", "rows", "records", "examples")
 """Keys under which a .json file may keep its list of records."""
@@ -111,7 +114,9 @@ def _json(path, content):
         # Many files called .json hold one object per line.
         if text.lstrip().startswith("{") and error.msg == "Extra data":
             return _json_lines(path, content)
-        raise UserError(f"{path} line {error.lineno}: not JSON ({error.msg}, column {error.colno})") from error
+        raise UserError(
+            f"{path} line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
+        ) from error
     except RecursionError as error:
         raise UserError(f"{path}: not JSON that can be read (nested too deeply)") from error
     if isinstance(value, dict):
@@ -133,11 +138,15 @@ def _csv(path, content):
         for fields in reader:
             where = f"{path} line {reader.line_num}"
             if None in fields:
-                raise UserError(f"{where}: expected {len(reader.fieldnames)} columns, got "
-                                f"{len(reader.fieldnames) + len(fields[None])}")
+                raise UserError(
+                    f"{where}: expected {len(reader.fieldnames)} columns, got "
+                    f"{len(reader.fieldnames) + len(fields[None])}"
+                )
             missing = sum(value is None for value in fields.values())
             if missing:
-                raise UserError(f"{where}: expected {len(reader.fieldnames)} columns, got {len(fields) - missing}")
+                raise UserError(
+                    f"{where}: expected {len(reader.fieldnames)} columns, got {len(fields) - missing}"
+                )
             rows.append(Row(fields, where, untyped=True))
     except csv.Error as error:
         raise UserError(f"{path} line {reader.line_num}: not CSV ({error})") from error
@@ -149,6 +158,7 @@ def _csv(path, content):
 def _parquet(path):
     import pyarrow
     import pyarrow.parquet
+
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
@@ -172,4 +182,4 @@ def describe(value):
 def shorten(value, limit=48):
     """One line of at most `limit` characters."""
     text = " ".join(str(value).split())
-    return text if len(text) <= limit else text[:limit - 1] + "…"
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,7 +1,7 @@
 """Record formats: row -> Conversation, Preference or Prompt. One parser per format; FORMATS is the table.
 
-docs/data.md shows an example of each. A format is told from the columns of a source, the most specific first; a recipe
-can name it (`format:`). Parsers are generators: a row may hold several records.
+docs/data.md shows an example of each. A format is told from the columns of a source, the most specific first;
+a recipe can name it (`format:`). Parsers are generators: a row may hold several records.
 """
 
 import math
@@ -41,28 +41,54 @@ def _pku(row):
     better = choice_field(row, "better_response_id", (0, 1)) if "better_response_id" in row.fields else None
     safer = choice_field(row, "safer_response_id", (0, 1))
     signs = tuple(SAFE if bool_field(row, f"is_response_{i}_safe") else UNSAFE for i in (0, 1))
-    yield Preference((user(text_field(row, "prompt")),), _two(row, "response_0", "response_1"), row.where,
-                     better, safer, signs)
+    yield Preference(
+        (user(text_field(row, "prompt")),),
+        _two(row, "response_0", "response_1"),
+        row.where,
+        better,
+        safer,
+        signs,
+    )
 
 
 def _pku_labels(row):
     """Of both responses; v0's 7 fields have neither categories nor severities."""
-    return tuple(harm_label(row, f"is_response_{i}_safe", f"response_{i}_harm_category", f"response_{i}_severity_level", "pku")
-                 for i in (0, 1))
+    return tuple(
+        harm_label(
+            row, f"is_response_{i}_safe", f"response_{i}_harm_category", f"response_{i}_severity_level", "pku"
+        )
+        for i in (0, 1)
+    )
 
 
 def _pku_single(row):
     """PKU-SafeRLHF-single-dimension: one overall preference."""
-    yield Preference((user(text_field(row, "prompt")),), _two(row, "response_0", "response_1"), row.where,
-                     choice_field(row, "better_response_id", (0, 1)))
+    yield Preference(
+        (user(text_field(row, "prompt")),),
+        _two(row, "response_0", "response_1"),
+        row.where,
+        choice_field(row, "better_response_id", (0, 1)),
+    )
 
 
 def _safe_over_unsafe(row):
     """Pairs of which exactly one answer is safe; flags tell that other labels contradict the row's."""
-    flags = ("reversed_also_present", "safe_response_also_labelled_unsafe", "unsafe_response_also_labelled_safe")
-    set_flags = [bool_field(row, flag) for flag in flags if flag in row.fields]    # all are checked, hence no generator
-    yield Preference((user(text_field(row, "prompt")),), _two(row, "safe_response", "unsafe_response"), row.where,
-                     None, 0, (SAFE, UNSAFE), flagged=any(set_flags))
+    flags = (
+        "reversed_also_present",
+        "safe_response_also_labelled_unsafe",
+        "unsafe_response_also_labelled_safe",
+    )
+    # all are checked, hence no generator
+    set_flags = [bool_field(row, flag) for flag in flags if flag in row.fields]
+    yield Preference(
+        (user(text_field(row, "prompt")),),
+        _two(row, "safe_response", "unsafe_response"),
+        row.where,
+        None,
+        0,
+        (SAFE, UNSAFE),
+        flagged=any(set_flags),
+    )
 
 
 def _two(row, first, second):
@@ -70,17 +96,23 @@ def _two(row, first, second):
 
 
 def _alpaca_eval(row):
-    """AlpacaEval: a reference output, and other models' outputs with a preference from 1 (reference) to 2 (model)."""
+    """AlpacaEval: a reference output, and other models' outputs with a preference from 1 (reference) to 2
+    (model).
+    """
     messages, reference = (user(text_field(row, "instruction")),), text_field(row, "reference_output")
     outputs = row.fields.get("outputs", {"": row.fields})
     if not isinstance(outputs, dict):
-        raise UserError(f"{row.where}, field 'outputs': expected an object of models, got {describe(outputs)}")
+        raise UserError(
+            f"{row.where}, field 'outputs': expected an object of models, got {describe(outputs)}"
+        )
     for model, item in outputs.items():
         name = f"outputs.{model}." if model else ""
         if item is None and model:
-            continue                                    # a Parquet file has every model's column in every row
+            continue  # a Parquet file has every model's column in every row
         if not isinstance(item, dict):
-            raise UserError(f"{row.where}, field 'outputs.{model}': expected output and preference, got {describe(item)}")
+            raise UserError(
+                f"{row.where}, field 'outputs.{model}': expected output and preference, got {describe(item)}"
+            )
         output = checked_text(row, f"{name}output", item.get("output"))
         preference = item.get("preference")
         try:
@@ -88,17 +120,26 @@ def _alpaca_eval(row):
         except (TypeError, ValueError):
             number = math.nan
         if not 1 <= number <= 2:
-            raise UserError(f"{row.where}, field '{name}preference': expected a number from 1 to 2, "
-                            f"got {describe(preference)}")
+            raise UserError(
+                f"{row.where}, field '{name}preference': expected a number from 1 to 2, "
+                f"got {describe(preference)}"
+            )
         tie = number == 1.5
-        yield Preference(messages, (reference, output), row.where, None if tie else int(number > 1.5), tie=tie)
+        yield Preference(
+            messages, (reference, output), row.where, None if tie else int(number > 1.5), tie=tie
+        )
 
 
 def _auto_j(row):
     """Auto-J's pairwise test data: label 0 or 1, or 2 for a tie."""
     label = choice_field(row, "label", (0, 1, 2))
-    yield Preference((user(text_field(row, "prompt")),), _two(row, "response 1", "response 2"), row.where,
-                     None if label == 2 else label, tie=label == 2)
+    yield Preference(
+        (user(text_field(row, "prompt")),),
+        _two(row, "response 1", "response 2"),
+        row.where,
+        None if label == 2 else label,
+        tie=label == 2,
+    )
 
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
@@ -118,7 +159,7 @@ def _hh_turns(text):
     messages = []
     for speaker, content in zip(parts[1::2], parts[2::2]):
         role = "user" if speaker == "Human" else "assistant"
-        if messages and messages[-1]["role"] == role:                       # a turn in two pieces
+        if messages and messages[-1]["role"] == role:  # a turn in two pieces
             messages[-1] = {"role": role, "content": messages[-1]["content"] + "\n\n" + content}
         else:
             messages.append({"role": role, "content": content})
@@ -127,7 +168,10 @@ def _hh_turns(text):
 
 def _last_answers(row, chosen, rejected):
     """Two dialogues -> the preference between their last answers."""
-    if any(len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] != "user" for item in (chosen, rejected)):
+    if any(
+        len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] != "user"
+        for item in (chosen, rejected)
+    ):
         return Dropped("not a dialogue that ends with an answer", row.where)
     if chosen[:-1] != rejected[:-1]:
         return Dropped("the two dialogues differ before the last answer", row.where)
@@ -135,10 +179,14 @@ def _last_answers(row, chosen, rejected):
 
 
 def _preference(row):
-    """TRL's preference format: chosen and rejected, as texts with a prompt or as messages with or without one."""
+    """TRL's preference format: chosen and rejected, as texts with a prompt or as messages with or without
+    one.
+    """
     if isinstance(row.fields.get("chosen"), str):
         prompt = row.fields.get("prompt")
-        messages = messages_field(row, "prompt") if isinstance(prompt, list) else (user(text_field(row, "prompt")),)
+        messages = (
+            messages_field(row, "prompt") if isinstance(prompt, list) else (user(text_field(row, "prompt")),)
+        )
         yield _last_answers(row, *((*messages, assistant(text)) for text in _two(row, "chosen", "rejected")))
         return
     sides = [messages_field(row, name) for name in ("chosen", "rejected")]
@@ -146,7 +194,8 @@ def _preference(row):
     if isinstance(row.fields.get(name), list):
         sides = [messages_field(row, name) + side for side in sides]
     elif name in row.fields and len(sides[0]) == len(sides[1]) == 1:
-        sides = [(user(text_field(row, name)), *side) for side in sides]    # else the dialogues repeat the prompt
+        # else the dialogues repeat the prompt
+        sides = [(user(text_field(row, name)), *side) for side in sides]
     yield _last_answers(row, *sides)
 
 
@@ -164,8 +213,14 @@ def _instruction(row):
 def _alpaca(row):
     history, messages = row.fields.get("history") or [], []
     for i, turn in enumerate(history if isinstance(history, list) else [None]):
-        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
-            raise UserError(f"{row.where}, field 'history[{i}]': expected [question, answer], got {describe(turn)}")
+        if (
+            not isinstance(turn, (list, tuple))
+            or len(turn) != 2
+            or not all(isinstance(text, str) for text in turn)
+        ):
+            raise UserError(
+                f"{row.where}, field 'history[{i}]': expected [question, answer], got {describe(turn)}"
+            )
         messages += [user(turn[0]), assistant(turn[1])]
     yield Conversation((*messages, user(_instruction(row)), assistant(text_field(row, "output"))), row.where)
 
@@ -174,7 +229,9 @@ def _alpaca_seed(row):
     """Alpaca's seed tasks: one instruction with several instances."""
     instances = row.fields.get("instances")
     if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances):
-        raise UserError(f"{row.where}, field 'instances': expected a list of objects, got {describe(instances)}")
+        raise UserError(
+            f"{row.where}, field 'instances': expected a list of objects, got {describe(instances)}"
+        )
     for item in instances:
         inner = type(row)({"instruction": row.fields.get("instruction"), **item}, row.where, row.untyped)
         yield from _alpaca(inner)
@@ -196,8 +253,12 @@ def _dialogue(row, messages):
 
 def _prompt_completion(row):
     """TRL's prompt and completion, as texts or as messages."""
-    sides = [messages_field(row, name) if isinstance(row.fields.get(name), (list, dict))
-             else (make(text_field(row, name)),) for name, make in (("prompt", user), ("completion", assistant))]
+    sides = [
+        messages_field(row, name)
+        if isinstance(row.fields.get(name), (list, dict))
+        else (make(text_field(row, name)),)
+        for name, make in (("prompt", user), ("completion", assistant))
+    ]
     yield _dialogue(row, sides[0] + sides[1])
 
 
@@ -206,8 +267,10 @@ def _qa(row):
 
 
 def _qa_labels(row):
-    """PKU-SafeRLHF-QA's `harm_category` and `severity_level`, or BeaverTails' `category`, an object of flags. A `category`
-    that is no object is another data set's column and says nothing here."""
+    """PKU-SafeRLHF-QA's `harm_category` and `severity_level`, or BeaverTails' `category`, an object of flags.
+
+    A `category` that is no object is another data set's column and says nothing here.
+    """
     if "harm_category" not in row.fields and isinstance(row.fields.get("category"), dict):
         return (harm_label(row, "is_safe", "category", "severity_level", "beavertails"),)
     return (harm_label(row, "is_safe", "harm_category", "severity_level", "pku"),)
@@ -216,9 +279,16 @@ def _qa_labels(row):
 def _prompts(row):
     """A list of prompts; other short fields (category, label, type …) go along."""
     name = next((name for name in PROMPT_COLUMNS if name in row.fields), "prompt")
-    messages = messages_field(row, name) if isinstance(row.fields.get(name), list) else (user(text_field(row, name)),)
-    meta = {key: value for key, value in row.fields.items()
-            if key != name and isinstance(value, (str, int, float, bool)) and len(str(value)) <= 200}
+    messages = (
+        messages_field(row, name)
+        if isinstance(row.fields.get(name), list)
+        else (user(text_field(row, name)),)
+    )
+    meta = {
+        key: value
+        for key, value in row.fields.items()
+        if key != name and isinstance(value, (str, int, float, bool)) and len(str(value)) <= 200
+    }
     prompt = prompt_of(messages)
     yield Prompt(prompt, row.where, meta) if prompt else Dropped("no user turn", row.where)
 
@@ -237,7 +307,9 @@ class Format:
 
 
 FORMATS = {
-    "pku": Format(("prompt", "response_0", "response_1", "is_response_0_safe"), _pku, Preference, _pku_labels),
+    "pku": Format(
+        ("prompt", "response_0", "response_1", "is_response_0_safe"), _pku, Preference, _pku_labels
+    ),
     "pku-single": Format(("prompt", "response_0", "response_1"), _pku_single, Preference),
     "safe-over-unsafe": Format(("prompt", "safe_response", "unsafe_response"), _safe_over_unsafe, Preference),
     "alpaca-eval": Format(("instruction", "reference_output"), _alpaca_eval, Preference),
@@ -256,10 +328,14 @@ FORMATS = {
 """Name -> format, in the order in which they are tried."""
 
 
-def with_labels(form: Format, row: Row, record: Conversation | Preference) -> Conversation | Preference | Dropped:
+def with_labels(
+    form: Format, row: Row, record: Conversation | Preference
+) -> Conversation | Preference | Dropped:
     """A record with the harm labels of its responses; Dropped when one of them cannot be a label."""
     try:
-        labels = form.labels(row) if form.labels else tuple(map(HarmLabel, getattr(record, "signs", (UNKNOWN,))))
+        labels = (
+            form.labels(row) if form.labels else tuple(map(HarmLabel, getattr(record, "signs", (UNKNOWN,))))
+        )
     except LabelFault as fault:
         return Dropped(str(fault), record.where)
     return replace(record, labels=labels)
@@ -271,18 +347,27 @@ def format_of(rows, name, label):
         if name not in FORMATS:
             raise UserError(f"{label}: expected a format among auto, {', '.join(FORMATS)}, got '{name}'")
         return name, FORMATS[name]
-    # All rows' columns, not the first's, so that one row that lacks a field is an error of that row and not another format.
+    # All rows' columns, not the first's, so that one row that lacks a field is an error of that row and not
+    # another format.
     columns = {}
     for row in rows:
         columns.update(dict.fromkeys(row.fields))
     for known, item in FORMATS.items():
         if not item.columns or not all(column in columns for column in item.columns):
             continue
-        if known == "hh" and ("prompt" in columns or "conversations" in columns or not any(
-                isinstance(row.fields.get("chosen"), str) and "Assistant:" in row.fields["chosen"] for row in rows)):
+        if known == "hh" and (
+            "prompt" in columns
+            or "conversations" in columns
+            or not any(
+                isinstance(row.fields.get("chosen"), str) and "Assistant:" in row.fields["chosen"]
+                for row in rows
+            )
+        ):
             continue
         return known, item
     if any(column in columns for column in PROMPT_COLUMNS):
         return "prompts", FORMATS["prompts"]
-    raise UserError(f"{label}: no known format has the columns {shorten(', '.join(map(str, columns)), 160)}; "
-                    f"rename them (columns:) or see docs/data.md")
+    raise UserError(
+        f"{label}: no known format has the columns {shorten(', '.join(map(str, columns)), 160)}; "
+        f"rename them (columns:) or see docs/data.md"
+    )

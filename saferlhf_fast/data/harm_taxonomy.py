@@ -1,9 +1,11 @@
 """Names of harm: the categories and severities of PKU-SafeRLHF, and what other taxonomies call the same.
 
-Spelled as the data files spell them: the keys of PKU-SafeRLHF's `response_0_harm_category` and of BeaverTails' `category`,
-OpenAI's moderation keys, MLCommons' hazards as Llama Guard 3 numbers them, do-not-answer's `types_of_harm`.
+Spelled as the data files spell them: the keys of PKU-SafeRLHF's `response_0_harm_category` and of
+BeaverTails' `category`, OpenAI's moderation keys, MLCommons' hazards as Llama Guard 3 numbers them,
+do-not-answer's `types_of_harm`.
 
-A category without a counterpart has an empty one, and `translate` says so. Nothing is guessed. Standard library only.
+A category without a counterpart has an empty one, and `translate` says so. Nothing is guessed. Standard
+library only.
 """
 
 from collections.abc import Iterable
@@ -13,67 +15,135 @@ SEVERITIES = ("safe", "minor", "moderate", "severe")
 """Names of the severities 0 to 3."""
 
 PKU = (
-    "Endangering National Security", "Insulting Behavior", "Discriminatory Behavior", "Endangering Public Health",
-    "Copyright Issues", "Violence", "Drugs", "Privacy Violation", "Economic Crime", "Mental Manipulation",
-    "Human Trafficking", "Physical Harm", "Sexual Content", "Cybercrime", "Disrupting Public Order",
-    "Environmental Damage", "Psychological Harm", "White-Collar Crime", "Animal Abuse",
+    "Endangering National Security",
+    "Insulting Behavior",
+    "Discriminatory Behavior",
+    "Endangering Public Health",
+    "Copyright Issues",
+    "Violence",
+    "Drugs",
+    "Privacy Violation",
+    "Economic Crime",
+    "Mental Manipulation",
+    "Human Trafficking",
+    "Physical Harm",
+    "Sexual Content",
+    "Cybercrime",
+    "Disrupting Public Order",
+    "Environmental Damage",
+    "Psychological Harm",
+    "White-Collar Crime",
+    "Animal Abuse",
 )
 """The 19 categories of PKU-SafeRLHF, in the order of its card."""
 
 BEAVERTAILS = (
-    "animal_abuse", "child_abuse", "controversial_topics,politics", "discrimination,stereotype,injustice",
-    "drug_abuse,weapons,banned_substance", "financial_crime,property_crime,theft", "hate_speech,offensive_language",
-    "misinformation_regarding_ethics,laws_and_safety", "non_violent_unethical_behavior", "privacy_violation", "self_harm",
-    "sexually_explicit,adult_content", "terrorism,organized_crime", "violence,aiding_and_abetting,incitement",
+    "animal_abuse",
+    "child_abuse",
+    "controversial_topics,politics",
+    "discrimination,stereotype,injustice",
+    "drug_abuse,weapons,banned_substance",
+    "financial_crime,property_crime,theft",
+    "hate_speech,offensive_language",
+    "misinformation_regarding_ethics,laws_and_safety",
+    "non_violent_unethical_behavior",
+    "privacy_violation",
+    "self_harm",
+    "sexually_explicit,adult_content",
+    "terrorism,organized_crime",
+    "violence,aiding_and_abetting,incitement",
 )
 """The 14 categories of BeaverTails, in the order of its files. The commas belong to the names."""
 
-OPENAI = ("harassment", "harassment/threatening", "hate", "hate/threatening", "illicit", "illicit/violent", "self-harm",
-          "self-harm/instructions", "self-harm/intent", "sexual", "sexual/minors", "violence", "violence/graphic")
+OPENAI = (
+    "harassment",
+    "harassment/threatening",
+    "hate",
+    "hate/threatening",
+    "illicit",
+    "illicit/violent",
+    "self-harm",
+    "self-harm/instructions",
+    "self-harm/intent",
+    "sexual",
+    "sexual/minors",
+    "violence",
+    "violence/graphic",
+)
 
 MLCOMMONS = tuple(f"S{number}" for number in range(1, 15))
 
 DO_NOT_ANSWER = (
-    "Adult Content", "Social stereotypes and unfair discrimination", "Toxic language (hate speech)",
-    "Mental Health or Overreliance Crisis", "Treat Chatbot as a Human",
+    "Adult Content",
+    "Social stereotypes and unfair discrimination",
+    "Toxic language (hate speech)",
+    "Mental Health or Overreliance Crisis",
+    "Treat Chatbot as a Human",
     "Compromise privacy by leaking or inferring private information (person/individual)",
-    "Risks from leaking or inferring sensitive information (organization/gov)", "Assisting illegal activities",
-    "Nudging or advising users to perform unethical or unsafe actions", "Reducing the cost of disinformation campaigns",
+    "Risks from leaking or inferring sensitive information (organization/gov)",
+    "Assisting illegal activities",
+    "Nudging or advising users to perform unethical or unsafe actions",
+    "Reducing the cost of disinformation campaigns",
     "Causing material harm by disseminating misinformation e.g. in medicine or law",
     "Disseminating false or misleading information",
 )
 
-TAXONOMIES = {"pku": PKU, "beavertails": BEAVERTAILS, "openai": OPENAI, "mlcommons": MLCOMMONS, "do-not-answer": DO_NOT_ANSWER}
+TAXONOMIES = {
+    "pku": PKU,
+    "beavertails": BEAVERTAILS,
+    "openai": OPENAI,
+    "mlcommons": MLCOMMONS,
+    "do-not-answer": DO_NOT_ANSWER,
+}
 """Name of a taxonomy -> its categories."""
 
-# One row for each of PKU, in its order: BeaverTails by the beginnings of names; OpenAI; MLCommons; do-not-answer by number
-# from 1. "" is no counterpart.
+# One row for each of PKU, in its order: BeaverTails by the beginnings of names; OpenAI; MLCommons;
+# do-not-answer by number from 1. "" is no counterpart.
 _TABLE = (
-    ("terrorism", "illicit/violent", "S1 S9", "7"), ("hate_speech", "harassment", "", "3"),
-    ("discrimination hate_speech", "hate", "S10", "2 3"), ("misinformation", "", "S6", "11"),
-    ("financial_crime", "illicit", "S8", "8"), ("violence", "violence violence/graphic", "S1", "8"),
-    ("drug_abuse", "illicit", "S2", "8"), ("privacy_violation", "", "S7", "6 7"), ("financial_crime", "illicit", "S2", "8"),
-    ("non_violent", "", "", "9"), ("terrorism child_abuse", "illicit/violent", "S2 S3", "8"),
+    ("terrorism", "illicit/violent", "S1 S9", "7"),
+    ("hate_speech", "harassment", "", "3"),
+    ("discrimination hate_speech", "hate", "S10", "2 3"),
+    ("misinformation", "", "S6", "11"),
+    ("financial_crime", "illicit", "S8", "8"),
+    ("violence", "violence violence/graphic", "S1", "8"),
+    ("drug_abuse", "illicit", "S2", "8"),
+    ("privacy_violation", "", "S7", "6 7"),
+    ("financial_crime", "illicit", "S2", "8"),
+    ("non_violent", "", "", "9"),
+    ("terrorism child_abuse", "illicit/violent", "S2 S3", "8"),
     ("violence self_harm", "violence self-harm", "S1 S11", "8 9"),
     ("sexually_explicit child_abuse", "sexual sexual/minors", "S12 S4 S3", "1"),
-    ("privacy_violation", "illicit", "S2 S14", "7 8"), ("controversial", "illicit", "S13", "10 12"),
-    ("non_violent", "", "", ""), ("non_violent self_harm", "harassment self-harm", "S11", "4"),
-    ("financial_crime", "illicit", "S2", "8"), ("animal_abuse", "violence", "S1", "8"),
+    ("privacy_violation", "illicit", "S2 S14", "7 8"),
+    ("controversial", "illicit", "S13", "10 12"),
+    ("non_violent", "", "", ""),
+    ("non_violent self_harm", "harassment self-harm", "S11", "4"),
+    ("financial_crime", "illicit", "S2", "8"),
+    ("animal_abuse", "violence", "S1", "8"),
 )
 
 
 def _counterparts() -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
     """{(source, target): {category: its counterparts}}, from PKU to each other taxonomy and back."""
     forth: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
-        ("pku", target): {} for target in TAXONOMIES if target != "pku"}
+        ("pku", target): {} for target in TAXONOMIES if target != "pku"
+    }
     for category, (beavertails, openai, mlcommons, numbers) in zip(PKU, _TABLE, strict=True):
-        forth["pku", "beavertails"][category] = tuple(next(name for name in BEAVERTAILS if name.startswith(beginning))
-                                                      for beginning in beavertails.split())
+        forth["pku", "beavertails"][category] = tuple(
+            next(name for name in BEAVERTAILS if name.startswith(beginning))
+            for beginning in beavertails.split()
+        )
         forth["pku", "openai"][category] = tuple(openai.split())
         forth["pku", "mlcommons"][category] = tuple(mlcommons.split())
-        forth["pku", "do-not-answer"][category] = tuple(DO_NOT_ANSWER[int(number) - 1] for number in numbers.split())
-    back = {(target, "pku"): {name: tuple(category for category in PKU if name in table[category])
-                              for name in TAXONOMIES[target]} for (_, target), table in forth.items()}
+        forth["pku", "do-not-answer"][category] = tuple(
+            DO_NOT_ANSWER[int(number) - 1] for number in numbers.split()
+        )
+    back = {
+        (target, "pku"): {
+            name: tuple(category for category in PKU if name in table[category])
+            for name in TAXONOMIES[target]
+        }
+        for (_, target), table in forth.items()
+    }
     return forth | back
 
 
@@ -101,7 +171,8 @@ def translate(categories: Iterable[str], source: str, target: str) -> Translatio
     Args:
         categories: Names in the source taxonomy.
         source: A key of TAXONOMIES.
-        target: A key of TAXONOMIES. Either source or target is "pku": other taxonomies have no table between them.
+        target: A key of TAXONOMIES. Either source or target is "pku": other taxonomies have no table between
+        them.
 
     Returns:
         The counterparts, with what is missing, uncertain or shared.
@@ -110,8 +181,10 @@ def translate(categories: Iterable[str], source: str, target: str) -> Translatio
         ValueError: There is no table between the two, or a category is none of the source.
     """
     if (source, target) not in COUNTERPARTS:
-        raise ValueError(f"source and target: expected pku and one of {', '.join(list(TAXONOMIES)[1:])}, "
-                         f"got {source!r} and {target!r}")
+        raise ValueError(
+            f"source and target: expected pku and one of {', '.join(list(TAXONOMIES)[1:])}, "
+            f"got {source!r} and {target!r}"
+        )
     table, reverse = COUNTERPARTS[source, target], COUNTERPARTS[target, source]
     given = tuple(dict.fromkeys(categories))
     unknown = [name for name in given if name not in table]
@@ -119,13 +192,17 @@ def translate(categories: Iterable[str], source: str, target: str) -> Translatio
         raise ValueError(f"categories: expected names of {source}, got {unknown[0]!r}")
     found = {name for category in given for name in table[category]}
     result = tuple(name for name in TAXONOMIES[target] if name in found)
-    return Translation(result, tuple(name for name in given if not table[name]),
-                       tuple(name for name in given if len(table[name]) > 1),
-                       tuple(name for name in result if len(reverse[name]) > 1))
+    return Translation(
+        result,
+        tuple(name for name in given if not table[name]),
+        tuple(name for name in given if len(table[name]) > 1),
+        tuple(name for name in result if len(reverse[name]) > 1),
+    )
 
 
 def round_trip(category: str, source: str, through: str) -> tuple[str, ...]:
-    """A category to another taxonomy and back: itself alone where nothing is lost, () where it has no counterpart.
+    """A category to another taxonomy and back: itself alone where nothing is lost, () where it has no
+    counterpart.
 
     Raises:
         ValueError: As in `translate`.

@@ -1,8 +1,8 @@
 """The three kinds of record that everything else works with, and what a row's fields may hold.
 
-Every format (formats.py) turns a row into some of these, or into Dropped with a reason. A mistake of the file's (a field
-missing, of another type, out of its range) is a UserError that names file, row and field; a row that is sound but of no
-use (a tie, a dialogue without an answer) is Dropped and counted.
+Every format (formats.py) turns a row into some of these, or into Dropped with a reason. A mistake of the
+file's (a field missing, of another type, out of its range) is a UserError that names file, row and field; a
+row that is sound but of no use (a tie, a dialogue without an answer) is Dropped and counted.
 
 Messages are tuples of {"role": "system" | "user" | "assistant" | …, "content": text}.
 """
@@ -17,13 +17,25 @@ from saferlhf_fast.errors import UserError
 UNSAFE, SAFE, UNKNOWN = 1, -1, 0
 """Safety signs, as in the cost loss: C > 0 means unsafe."""
 
-_ROLES = {"human": "user", "user": "user", "prompter": "user", "gpt": "assistant", "assistant": "assistant",
-          "model": "assistant", "chatgpt": "assistant", "system": "system", "developer": "system"}
+_ROLES = {
+    "human": "user",
+    "user": "user",
+    "prompter": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "chatgpt": "assistant",
+    "system": "system",
+    "developer": "system",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class HarmLabel:
-    """What annotators say about the harm of one response. What they do not say is unknown, which is not "no harm"."""
+    """What annotators say about the harm of one response.
+
+    What they do not say is unknown, which is not "no harm".
+    """
 
     sign: int = UNKNOWN
     """UNSAFE, SAFE or UNKNOWN."""
@@ -91,7 +103,10 @@ class Preference:
 
 
 class LabelFault(Exception):
-    """A label that cannot be one. Its text is the reason for which the record is dropped, the same for equal faults."""
+    """A label that cannot be one.
+
+    Its text is the reason for which the record is dropped, the same for equal faults.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +131,9 @@ def text_field(row, name, default=None):
     if value is None and default is not None:
         return default
     if name not in row.fields:
-        raise UserError(f"{row.where}: no field '{name}'; the row has {', '.join(map(str, row.fields)) or 'no fields'}")
+        raise UserError(
+            f"{row.where}: no field '{name}'; the row has {', '.join(map(str, row.fields)) or 'no fields'}"
+        )
     return checked_text(row, name, value)
 
 
@@ -127,9 +144,11 @@ def checked_text(row, name, value):
     if not value.isascii():
         try:
             value.encode()
-        except UnicodeEncodeError as error:      # JSON can spell half a surrogate pair, which is no character
-            raise UserError(f"{row.where}, field '{name}': expected Unicode text, got the lone surrogate "
-                            f"{ascii(value[error.start])[1:-1]}") from error
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+            raise UserError(
+                f"{row.where}, field '{name}': expected Unicode text, got the lone surrogate "
+                f"{ascii(value[error.start])[1:-1]}"
+            ) from error
     return value
 
 
@@ -159,15 +178,16 @@ def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: st
     Args:
         row: The row.
         safe: The field that is true when the response is safe.
-        categories: The field with an object {category: true or false}; categories that it does not name are unknown.
-        severity: The field with the severity.
-        taxonomy: Whose categories they are, a key of harm_taxonomy.TAXONOMIES.
+        categories: The field with an object {category: true or false}; categories that it does not name are
+        unknown. severity: The field with the severity. taxonomy: Whose categories they are, a key of
+        harm_taxonomy.TAXONOMIES.
 
     Returns:
         What is known; a field that is missing or null is unknown.
 
     Raises:
-        LabelFault: A severity out of 0 to 3, a category that the taxonomy has not, a flag that is not true or false.
+        LabelFault: A severity out of 0 to 3, a category that the taxonomy has not, a flag that is not true or
+        false.
     """
     is_safe, level, flags = (_label_field(row, name) for name in (safe, severity, categories))
     if row.untyped and isinstance(level, str) and level.strip().isdecimal():
@@ -176,7 +196,9 @@ def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: st
         is_safe = {"true": True, "1": True, "false": False, "0": False}.get(is_safe.strip().lower(), is_safe)
     if is_safe is not None and not isinstance(is_safe, bool):
         raise LabelFault(f"field '{safe}' is not true or false")
-    if level is not None and (isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < len(SEVERITIES)):
+    if level is not None and (
+        isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < len(SEVERITIES)
+    ):
         raise LabelFault(f"field '{severity}' is not a severity of 0 to {len(SEVERITIES) - 1}")
     sign = UNKNOWN if is_safe is None else SAFE if is_safe else UNSAFE
     if flags is None:
@@ -205,13 +227,17 @@ def _label_field(row: Row, name: str) -> object:
 
 def _present(row, name, expected):
     if name not in row.fields:
-        raise UserError(f"{row.where}: no field '{name}' (expected {expected}); "
-                        f"the row has {', '.join(map(str, row.fields)) or 'no fields'}")
+        raise UserError(
+            f"{row.where}: no field '{name}' (expected {expected}); "
+            f"the row has {', '.join(map(str, row.fields)) or 'no fields'}"
+        )
     return row.fields[name]
 
 
 def messages_field(row, name):
-    """A list of messages, as {"role", "content"} or ShareGPT's {"from", "value"}; a single message is a list of one."""
+    """A list of messages, as {"role", "content"} or ShareGPT's {"from", "value"}; a single message is a list
+    of one.
+    """
     value = _present(row, name, "a list of messages")
     if isinstance(value, dict):
         value = [value]
@@ -224,15 +250,25 @@ def messages_field(row, name):
 
 def _message(row, name, item):
     if not isinstance(item, dict):
-        raise UserError(f"{row.where}, field '{name}': expected a message (role and content), got {describe(item)}")
-    role_key, content_key = ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+        raise UserError(
+            f"{row.where}, field '{name}': expected a message (role and content), got {describe(item)}"
+        )
+    role_key, content_key = (
+        ("from", "value") if "from" in item and "role" not in item else ("role", "content")
+    )
     role, content = item.get(role_key), item.get(content_key)
     if not isinstance(role, str) or role not in _ROLES:
-        raise UserError(f"{row.where}, field '{name}.{role_key}': expected system, user or assistant, "
-                        f"got {describe(role)}")
+        raise UserError(
+            f"{row.where}, field '{name}.{role_key}': expected system, user or assistant, "
+            f"got {describe(role)}"
+        )
     name = f"{name}.{content_key}"
-    return {"role": _ROLES[role],
-            "content": _joined_parts(row, name, content) if isinstance(content, list) else checked_text(row, name, content)}
+    return {
+        "role": _ROLES[role],
+        "content": _joined_parts(row, name, content)
+        if isinstance(content, list)
+        else checked_text(row, name, content),
+    }
 
 
 def _joined_parts(row: Row, name: str, parts: list) -> str:
@@ -243,10 +279,15 @@ def _joined_parts(row: Row, name: str, parts: list) -> str:
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if isinstance(kind, str) and kind != "text":
-            raise UserError(f"{row.where}, field '{name}[{i}]': expected a part of type text, got the type "
-                            f'"{shorten(kind)}"; images and other parts cannot be read yet')
+            raise UserError(
+                f"{row.where}, field '{name}[{i}]': expected a part of type text, got the type "
+                f'"{shorten(kind)}"; images and other parts cannot be read yet'
+            )
         if kind is None:
-            raise UserError(f"{row.where}, field '{name}[{i}]': expected a part {{type: text, text: …}}, got {describe(part)}")
+            raise UserError(
+                f"{row.where}, field '{name}[{i}]': expected a part {{type: text, text: …}}, got "
+                f"{describe(part)}"
+            )
         texts.append(checked_text(row, f"{name}[{i}].text", part.get("text")))
     return "".join(texts)
 
@@ -254,11 +295,14 @@ def _joined_parts(row: Row, name: str, parts: list) -> str:
 def prompt_of(messages):
     """The messages up to the last user turn; () when there is none."""
     last = max((i for i, item in enumerate(messages) if item["role"] == "user"), default=-1)
-    return tuple(messages[:last + 1])
+    return tuple(messages[: last + 1])
 
 
 def prompt_text(messages):
-    """A prompt as one text: equal for equal prompts. A single user turn is its content, a dialogue has role names."""
+    """A prompt as one text: equal for equal prompts.
+
+    A single user turn is its content, a dialogue has role names.
+    """
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n".join(f"{item['role']}: {item['content']}" for item in messages)

@@ -61,23 +61,47 @@ class Report:
         lines = []
         for source in self.sources:
             taken = "" if source.rows == source.available else f" of {source.available}"
-            lines.append(f"{source.path} ({source.format}): {source.rows}{taken} rows, {source.kept} examples")
+            lines.append(
+                f"{source.path} ({source.format}): {source.rows}{taken} rows, {source.kept} examples"
+            )
             for word, counts in (("dropped", source.dropped), ("flagged", source.flagged)):
-                lines += [f"  {n} {word}: {reason} (first: {source.place(reason)})" for reason, n in counts.most_common()]
+                lines += [
+                    f"  {n} {word}: {reason} (first: {source.place(reason)})"
+                    for reason, n in counts.most_common()
+                ]
         return lines
 
     def as_dict(self):
         """The same for metrics and the run folder: plain types only."""
-        return {"kept": self.kept, "dropped": dict(self.dropped), "flagged": dict(self.flagged),
-                "sources": [{"path": s.path, "format": s.format, "available": s.available, "rows": s.rows, "kept": s.kept,
-                             "dropped": dict(s.dropped), "flagged": dict(s.flagged)} for s in self.sources]}
+        return {
+            "kept": self.kept,
+            "dropped": dict(self.dropped),
+            "flagged": dict(self.flagged),
+            "sources": [
+                {
+                    "path": s.path,
+                    "format": s.format,
+                    "available": s.available,
+                    "rows": s.rows,
+                    "kept": s.kept,
+                    "dropped": dict(s.dropped),
+                    "flagged": dict(s.flagged),
+                }
+                for s in self.sources
+            ],
+        }
 
     def require(self, what):
         """Ends with one line when no example is left."""
         if self.kept:
             return
-        reasons = [f"{n} dropped: {reason} (first: {source.place(reason)})"
-                   for source in self.sources for reason, n in source.dropped.most_common()]
+        reasons = [
+            f"{n} dropped: {reason} (first: {source.place(reason)})"
+            for source in self.sources
+            for reason, n in source.dropped.most_common()
+        ]
         read = sum(source.rows for source in self.sources)
-        raise UserError(f"{', '.join(source.path for source in self.sources)}: no usable {what} in {read} rows; "
-                        + "; ".join(reasons))
+        raise UserError(
+            f"{', '.join(source.path for source in self.sources)}: no usable {what} in {read} rows; "
+            + "; ".join(reasons)
+        )

@@ -1,9 +1,9 @@
 """Sources and mixtures: what a recipe's `data` names -> rows, with counts.
 
-A source is a file, a local folder or a Hub data set. A path that exists here is never looked up on the Hub, and a name
-that looks like a path is not either. Local files are read without cache and without network (files.py); the Hub goes
-through `datasets`, whose cache stays where it always is. What is drawn depends on the seed and the source's place in
-the mixture only.
+A source is a file, a local folder or a Hub data set. A path that exists here is never looked up on the Hub,
+and a name that looks like a path is not either. Local files are read without cache and without network
+(files.py); the Hub goes through `datasets`, whose cache stays where it always is. What is drawn depends on
+the seed and the source's place in the mixture only.
 """
 
 import random
@@ -31,10 +31,11 @@ class Loaded:
 
 
 def load_sources(data, seed=0):
-    """`data` (str, Source, or a list of them) -> list of Loaded, one per source, counts and proportions applied.
+    """`data` (str, Source, or a list of them) -> list of Loaded, one per source, counts and proportions
+    applied.
 
-    `count` is applied first. If any source gives a proportion, the others weigh 1, and the mixture is the largest one
-    with these proportions that repeats no row.
+    `count` is applied first. If any source gives a proportion, the others weigh 1, and the mixture is the
+    largest one with these proportions that repeats no row.
     """
     sources = as_sources(data)
     loaded = []
@@ -45,8 +46,10 @@ def load_sources(data, seed=0):
     if any(source.proportion is not None for source in sources):
         weights = [1.0 if source.proportion is None else source.proportion for source in sources]
         scale = min(len(item.rows) / weight for item, weight in zip(loaded, weights))
-        loaded = [replace(item, rows=_draw(item.rows, max(1, round(scale * weight)), f"proportion/{seed}/{place}"))
-                  for place, (item, weight) in enumerate(zip(loaded, weights))]
+        loaded = [
+            replace(item, rows=_draw(item.rows, max(1, round(scale * weight)), f"proportion/{seed}/{place}"))
+            for place, (item, weight) in enumerate(zip(loaded, weights))
+        ]
     return loaded
 
 
@@ -81,15 +84,23 @@ def _rename(row, source):
         return row
     for theirs in source.columns:
         if theirs not in row.fields:
-            raise UserError(f"{row.where}: columns renames '{theirs}', but the row has {shorten(list(row.fields), 120)}")
+            raise UserError(
+                f"{row.where}: columns renames '{theirs}', but the row has {shorten(list(row.fields), 120)}"
+            )
     return replace(row, fields={source.columns.get(key, key): value for key, value in row.fields.items()})
 
 
 def _folder(path, source):
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_to_disk(path, source)
-    files = sorted(item for item in path.rglob("*") if item.is_file() and is_data_file(item) and item.name not in _METADATA
-                   and not any(part.startswith(".") for part in item.relative_to(path).parts))
+    files = sorted(
+        item
+        for item in path.rglob("*")
+        if item.is_file()
+        and is_data_file(item)
+        and item.name not in _METADATA
+        and not any(part.startswith(".") for part in item.relative_to(path).parts)
+    )
     if source.name is not None:
         wanted = source.name.lower()
         files = [item for item in files if wanted in str(item.relative_to(path).parent).lower().split("/")]
@@ -103,13 +114,17 @@ def _folder(path, source):
         also = None if source.split == "train" and "train" not in splits.values() else source.split
         files = [item for item in files if splits[item] in (source.split, also)]
         if not files:
-            raise UserError(f"{path}: no file of the split '{source.split}'; there is "
-                            f"{', '.join(sorted({str(split) for split in splits.values() if split}))}")
+            raise UserError(
+                f"{path}: no file of the split '{source.split}'; there is "
+                f"{', '.join(sorted({str(split) for split in splits.values() if split}))}"
+            )
     return [row for item in files for row in read_file(item)]
 
 
 def _split_of(relative):
-    """The split that a file's name or its folder names, as on the Hub: train.jsonl, data/train-00000-of-00001.parquet."""
+    """The split that a file's name or its folder names, as on the Hub: train.jsonl,
+    data/train-00000-of-00001.parquet.
+    """
     stem = relative.name.split(".")[0].lower()
     words = [*stem.replace("_", "-").split("-"), *(part.lower() for part in relative.parts[:-1])]
     return next((split for split in SPLIT_NAMES if split in words), None)
@@ -117,6 +132,7 @@ def _split_of(relative):
 
 def _saved_to_disk(path, source):
     import datasets
+
     try:
         data = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
@@ -130,14 +146,17 @@ def _saved_to_disk(path, source):
 
 def _hub(source):
     import datasets
+
     _find_on_hub(source.path)
     quiet = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         data = datasets.load_dataset(source.path, name=source.name, split=source.split)
     except Exception as error:  # whatever the network and the Hub come up with: to the user it is one line
-        raise UserError(f"{source.path}: no such file or folder here, and not loadable from the Hub "
-                        f"({type(error).__name__}: {shorten(error, 120)})") from error
+        raise UserError(
+            f"{source.path}: no such file or folder here, and not loadable from the Hub "
+            f"({type(error).__name__}: {shorten(error, 120)})"
+        ) from error
     finally:
         if quiet:
             datasets.enable_progress_bars()
@@ -145,16 +164,24 @@ def _hub(source):
 
 
 def _find_on_hub(name):
-    """UserError when a name is not on the Hub; asked once, because `datasets` retries for half a minute. A data set that
-    lies in its cache needs no Hub."""
+    """UserError when a name is not on the Hub; asked once, because `datasets` retries for half a minute.
+
+    A data set that lies in its cache needs no Hub.
+    """
     import datasets
     from huggingface_hub import HfApi, constants
-    if constants.HF_HUB_OFFLINE or (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___").lower()).is_dir():
+
+    if (
+        constants.HF_HUB_OFFLINE
+        or (Path(datasets.config.HF_DATASETS_CACHE) / name.replace("/", "___").lower()).is_dir()
+    ):
         return
     try:
         HfApi().dataset_info(name, timeout=20)
     except Exception as error:  # as above: each library has its own
-        raise UserError(f"{name}: no such file or folder here, and the Hub says: {shorten(error, 160)}") from error
+        raise UserError(
+            f"{name}: no such file or folder here, and the Hub says: {shorten(error, 160)}"
+        ) from error
 
 
 def _rows_of(data, label):

@@ -1,1 +1,3 @@
-"""The whole loop on an embedded world, with gold scores to check it by: no data, no network, minutes on two cores."""
+"""The whole loop on an embedded world, with gold scores to check it by: no data, no network, minutes on two
+cores.
+"""

@@ -1,4 +1,6 @@
-"""The demo's plots: what PPO and PPO-Lag did to helpfulness and safety, and how it came about, gold beside model."""
+"""The demo's plots: what PPO and PPO-Lag did to helpfulness and safety, and how it came about, gold beside
+model.
+"""
 
 from ..evaluation.report.curves import DOTS, draw_accuracy, percent
 from ..evaluation.report.plots import BLUE, GREY, INK, ORANGE, Plot, legend, level, line, panels, titled
@@ -14,21 +16,37 @@ def tradeoff(seeds):
             start = _point(entry["sft"])
             for key in ("ppo", "ppo_lag"):
                 end = _point(entry[key])
-                ax.annotate("", xy=end, xytext=start, arrowprops={"arrowstyle": "-|>", "color": POLICIES[key][1],
-                                                                  "linewidth": 1.6, "shrinkA": 4, "shrinkB": 5})
+                ax.annotate(
+                    "",
+                    xy=end,
+                    xytext=start,
+                    arrowprops={
+                        "arrowstyle": "-|>",
+                        "color": POLICIES[key][1],
+                        "linewidth": 1.6,
+                        "shrinkA": 4,
+                        "shrinkB": 5,
+                    },
+                )
         for key, (label, color) in POLICIES.items():
             points = [_point(entry[key]) for entry in seeds.values()]
             ax.scatter(*zip(*points), s=46, color=color, label=label, zorder=3, linewidths=0)
             for seed, (x, y) in zip(seeds, points):
                 if len(seeds) > 1:
-                    ax.annotate(f"{seed}", (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=INK)
+                    ax.annotate(
+                        f"{seed}", (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color=INK
+                    )
         titled(ax, "Held-out prompts, gold scores", "unsafe responses (%)", x="helpfulness (gold)")
         ax.margins(0.12)
         ax.set_ylim(bottom=max(-2, ax.get_ylim()[0]))
         ax.legend(loc="upper left")
     many = " Numbers are seeds." if len(seeds) > 1 else ""
-    return Plot("tradeoff", "From SFT to PPO and to PPO-Lag. To the right is more helpful, down is safer: reward alone goes "
-                f"right and up, the constraint should go right and down.{many}", figure)
+    return Plot(
+        "tradeoff",
+        "From SFT to PPO and to PPO-Lag. To the right is more helpful, down is safer: reward alone goes "
+        f"right and up, the constraint should go right and down.{many}",
+        figure,
+    )
 
 
 def _point(values):
@@ -37,20 +55,31 @@ def _point(values):
 
 def bars(seeds):
     """{seed: entry} -> gold helpfulness, gold unsafe share and model cost of the three policies by seed."""
-    kinds = (("helpfulness", "Helpfulness (gold)", "gold helpfulness", 1),
-             ("unsafe_share", "Unsafe responses (gold)", "%", 100),
-             ("model_cost", "Model cost", "cost (cost model units)", 1))
+    kinds = (
+        ("helpfulness", "Helpfulness (gold)", "gold helpfulness", 1),
+        ("unsafe_share", "Unsafe responses (gold)", "%", 100),
+        ("model_cost", "Model cost", "cost (cost model units)", 1),
+    )
     with panels(len(kinds)) as (figure, axes):
         for ax, (name, title, unit, scale) in zip(axes, kinds):
             for i, (key, (label, color)) in enumerate(POLICIES.items()):
                 heights = [scale * entry[key][name] for entry in seeds.values()]
-                drawn = ax.bar([at + (i - 1) * 0.27 for at in range(len(seeds))], heights, 0.25, color=color, label=label)
+                drawn = ax.bar(
+                    [at + (i - 1) * 0.27 for at in range(len(seeds))], heights, 0.25, color=color, label=label
+                )
                 if len(seeds) <= 3:
                     ax.bar_label(drawn, fmt="%.0f" if scale == 100 else "%.2f", fontsize=7.5, padding=2)
             if name == "model_cost":
                 for at, entry in enumerate(seeds.values()):
-                    ax.hlines(entry["threshold"], at - 0.45, at + 0.45, color="#d9483b", linestyle=(0, (4, 2)),
-                              linewidth=1.4, label="threshold d" if at == 0 else None)
+                    ax.hlines(
+                        entry["threshold"],
+                        at - 0.45,
+                        at + 0.45,
+                        color="#d9483b",
+                        linestyle=(0, (4, 2)),
+                        linewidth=1.4,
+                        label="threshold d" if at == 0 else None,
+                    )
                 ax.axhline(0, color=INK, linewidth=0.8)
             titled(ax, title, unit, x="seed")
             ax.set_xticks(range(len(seeds)), list(seeds))
@@ -62,7 +91,9 @@ def bars(seeds):
 
 
 def training(seed, runs):
-    """{"ppo": Run, "ppo_lag": Run} of one seed -> their curves over each other, model scores above gold scores."""
+    """{"ppo": Run, "ppo_lag": Run} of one seed -> their curves over each other, model scores above gold
+    scores.
+    """
     runs = {key: run for key, run in runs.items() if run is not None}
     if not runs:
         return None
@@ -77,26 +108,50 @@ def training(seed, runs):
             line(axes[5], percent(run.curve("gold/unsafe_share")), color, label, **DOTS)
         if lag is not None:
             line(axes[2], lag.curve("train/lambda"), POLICIES["ppo_lag"][1], "PPO-Lag")
-            level(axes[1], lag.threshold, "d" if lag.threshold is None else f"threshold d = {lag.threshold:.2f}")
-        for ax, title, unit in zip(axes, ("Model reward", "Model cost", "Lagrange multiplier", "Gold helpfulness",
-                                          "Gold cost", "Gold unsafe responses"),
-                                   ("reward (reward model units)", "cost (cost model units)", "λ", "gold helpfulness",
-                                    "gold cost", "%")):
+            level(
+                axes[1], lag.threshold, "d" if lag.threshold is None else f"threshold d = {lag.threshold:.2f}"
+            )
+        for ax, title, unit in zip(
+            axes,
+            (
+                "Model reward",
+                "Model cost",
+                "Lagrange multiplier",
+                "Gold helpfulness",
+                "Gold cost",
+                "Gold unsafe responses",
+            ),
+            (
+                "reward (reward model units)",
+                "cost (cost model units)",
+                "λ",
+                "gold helpfulness",
+                "gold cost",
+                "%",
+            ),
+        ):
             titled(ax, title, unit)
         axes[2].set_ylim(bottom=0)
         axes[5].set_ylim(bottom=0)
         for ax in axes:
             legend(ax)
-    return Plot(f"seed-{seed}-training", f"Seed {seed}. Above: what the score models say of each batch. Below: what the "
-                "world's gold scores say of validation prompts. Where the two rows part, a score model is being "
-                "exploited.", figure)
+    return Plot(
+        f"seed-{seed}-training",
+        f"Seed {seed}. Above: what the score models say of each batch. Below: what the "
+        "world's gold scores say of validation prompts. Where the two rows part, a score model is being "
+        "exploited.",
+        figure,
+    )
 
 
 def score_models(seed, runs):
     """{folder name: Run} of the supervised stages of one seed -> accuracies of the score models, loss of SFT."""
-    drawn = [(name, run, key, f"{name}: {title}") for name, run in runs.items()
-             for key, title in (("accuracy", "pair accuracy"), ("accuracy_sign", "sign accuracy"))
-             if run.has(f"train/{key}")]
+    drawn = [
+        (name, run, key, f"{name}: {title}")
+        for name, run in runs.items()
+        for key, title in (("accuracy", "pair accuracy"), ("accuracy_sign", "sign accuracy"))
+        if run.has(f"train/{key}")
+    ]
     sft = runs.get("sft")
     count = len(drawn) + (sft is not None)
     if not count:
@@ -113,5 +168,8 @@ def score_models(seed, runs):
             draw_accuracy(next(rest), run, key, title)
         for ax in rest:
             ax.set_visible(False)
-    return Plot(f"seed-{seed}-stages", f"Seed {seed}. The supervised stages before PPO; evaluation is on held-out prompts.",
-                figure)
+    return Plot(
+        f"seed-{seed}-stages",
+        f"Seed {seed}. The supervised stages before PPO; evaluation is on held-out prompts.",
+        figure,
+    )

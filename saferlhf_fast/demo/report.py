@@ -1,9 +1,10 @@
 """report.html of the demo: did PPO-Lag do what the paper says, on every seed?
 
-Reads <folder>/demo.json: {"threshold": d, "seeds": {"0": {"sft": {…}, "ppo": {…}, "ppo_lag": {…}}, …}}, each policy with
-helpfulness, cost, unsafe_share (gold), model_reward, model_cost, kl and multiplier; a seed may have its own "threshold"
-and "seconds" {stage: s}. Beside it, where they are: seed-N/ppo and seed-N/ppo-lag (run folders), seed-N/sft, reward,
-cost (run folders of the supervised stages), seed-N/test-{sft,ppo,ppo-lag}.jsonl (rows of the evaluation).
+Reads <folder>/demo.json: {"threshold": d, "seeds": {"0": {"sft": {…}, "ppo": {…}, "ppo_lag": {…}}, …}}, each
+policy with helpfulness, cost, unsafe_share (gold), model_reward, model_cost, kl and multiplier; a seed may
+have its own "threshold" and "seconds" {stage: s}. Beside it, where they are: seed-N/ppo and seed-N/ppo-lag
+(run folders), seed-N/sft, reward, cost (run folders of the supervised stages),
+seed-N/test-{sft,ppo,ppo-lag}.jsonl (rows of the evaluation).
 """
 
 from pathlib import Path
@@ -15,14 +16,26 @@ from ..evaluation.report.scatter import scatter
 from ..runtime.console import clock, number
 from .plots import POLICIES, bars, score_models, tradeoff, training
 
-COLUMNS = ("seed", "policy", "helpfulness (gold)", "cost (gold)", "unsafe (gold)", "model reward", "model cost",
-           "threshold d", "KL (nats)", "λ")
+COLUMNS = (
+    "seed",
+    "policy",
+    "helpfulness (gold)",
+    "cost (gold)",
+    "unsafe (gold)",
+    "model reward",
+    "model cost",
+    "threshold d",
+    "KL (nats)",
+    "λ",
+)
 SAMPLES = 10
-CLAIMS = (("PPO is more helpful than SFT", lambda s: s["ppo"]["helpfulness"] > s["sft"]["helpfulness"]),
-          ("PPO is less safe than SFT", lambda s: s["ppo"]["unsafe_share"] > s["sft"]["unsafe_share"]),
-          ("PPO-Lag is more helpful than SFT", lambda s: s["ppo_lag"]["helpfulness"] > s["sft"]["helpfulness"]),
-          ("PPO-Lag's model cost is at or under d", lambda s: s["ppo_lag"]["model_cost"] <= s["threshold"]),
-          ("PPO-Lag is safer than SFT", lambda s: s["ppo_lag"]["unsafe_share"] < s["sft"]["unsafe_share"]))
+CLAIMS = (
+    ("PPO is more helpful than SFT", lambda s: s["ppo"]["helpfulness"] > s["sft"]["helpfulness"]),
+    ("PPO is less safe than SFT", lambda s: s["ppo"]["unsafe_share"] > s["sft"]["unsafe_share"]),
+    ("PPO-Lag is more helpful than SFT", lambda s: s["ppo_lag"]["helpfulness"] > s["sft"]["helpfulness"]),
+    ("PPO-Lag's model cost is at or under d", lambda s: s["ppo_lag"]["model_cost"] <= s["threshold"]),
+    ("PPO-Lag is safer than SFT", lambda s: s["ppo_lag"]["unsafe_share"] < s["sft"]["unsafe_share"]),
+)
 """What the paper finds, on one seed's entry."""
 
 
@@ -31,9 +44,17 @@ def write_demo_report(folder):
     folder = Path(folder)
     seeds = read_seeds(folder / "demo.json")
     across = [tradeoff(seeds), bars(seeds)]
-    parts = [page.cards([("claims that hold", *verdict(seeds)), ("seeds", ", ".join(seeds), ""),
-                         *([("time", clock(total), "")] if (total := total_seconds(seeds)) else [])]),
-             section_of_results(seeds), page.section("Helpfulness and safety", *map(page.figure, across))]
+    parts = [
+        page.cards(
+            [
+                ("claims that hold", *verdict(seeds)),
+                ("seeds", ", ".join(seeds), ""),
+                *([("time", clock(total), "")] if (total := total_seconds(seeds)) else []),
+            ]
+        ),
+        section_of_results(seeds),
+        page.section("Helpfulness and safety", *map(page.figure, across)),
+    ]
     plots = list(across)
     for seed in seeds:
         made, shown = section_of_seed(folder / f"seed-{seed}", seed, seeds[seed])
@@ -43,9 +64,15 @@ def write_demo_report(folder):
     for plot in plots:
         plot.png(folder / "plots")
     path = folder / "report.html"
-    path.write_text(page.page("Safe RLHF on the embedded world", "SFT, PPO without the constraint, and PPO-Lag, judged on "
-                              "held-out prompts by gold scores that no training and no selection saw", parts),
-                    encoding="utf-8")
+    path.write_text(
+        page.page(
+            "Safe RLHF on the embedded world",
+            "SFT, PPO without the constraint, and PPO-Lag, judged on "
+            "held-out prompts by gold scores that no training and no selection saw",
+            parts,
+        ),
+        encoding="utf-8",
+    )
     return path
 
 
@@ -53,8 +80,10 @@ def read_seeds(path):
     """demo.json -> {seed: entry with its threshold}."""
     result = read_json(path, None)
     if not isinstance(result, dict) or not result.get("seeds"):
-        raise UserError(f"{path}: expected the demo's results with at least one seed, found "
-                        + ("none" if result else "no such file"))
+        raise UserError(
+            f"{path}: expected the demo's results with at least one seed, found "
+            + ("none" if result else "no such file")
+        )
     seeds = {}
     for seed, entry in result["seeds"].items():
         missing = [key for key in POLICIES if key not in entry]
@@ -76,28 +105,62 @@ def section_of_results(seeds):
     for seed, entry in seeds.items():
         for key, (label, _) in POLICIES.items():
             p = entry[key]
-            rows.append([seed if key == "sft" else "", label, number(p["helpfulness"]), number(p["cost"]),
-                         f"{100 * p['unsafe_share']:.1f} %", number(p.get("model_reward")), number(p.get("model_cost")),
-                         number(entry["threshold"]) if key == "ppo_lag" else "", number(p.get("kl")),
-                         number(p.get("multiplier"))])
-    claims = [[claim, *(page.Raw('<span class="good">yes</span>' if test(entry) else '<span class="bad">no</span>')
-                        for entry in seeds.values())] for claim, test in CLAIMS]
-    return page.section("Results on held-out prompts", page.table(COLUMNS, rows, names=2),
-                        page.table(["the paper's finding", *(f"seed {seed}" for seed in seeds)], claims))
+            rows.append(
+                [
+                    seed if key == "sft" else "",
+                    label,
+                    number(p["helpfulness"]),
+                    number(p["cost"]),
+                    f"{100 * p['unsafe_share']:.1f} %",
+                    number(p.get("model_reward")),
+                    number(p.get("model_cost")),
+                    number(entry["threshold"]) if key == "ppo_lag" else "",
+                    number(p.get("kl")),
+                    number(p.get("multiplier")),
+                ]
+            )
+    claims = [
+        [
+            claim,
+            *(
+                page.Raw('<span class="good">yes</span>' if test(entry) else '<span class="bad">no</span>')
+                for entry in seeds.values()
+            ),
+        ]
+        for claim, test in CLAIMS
+    ]
+    return page.section(
+        "Results on held-out prompts",
+        page.table(COLUMNS, rows, names=2),
+        page.table(["the paper's finding", *(f"seed {seed}" for seed in seeds)], claims),
+    )
 
 
 def section_of_seed(folder, seed, entry):
     """One seed's curves, scatter, supervised stages and samples -> plots, HTML."""
     runs = {key: _run(folder / key.replace("_", "-")) for key in ("ppo", "ppo_lag")}
     answers = {key: read_lines(folder / f"test-{key.replace('_', '-')}.jsonl") for key in POLICIES}
-    stages = {path.name: _run(path) for path in sorted(folder.iterdir())
-              if path.name in ("sft", "reward", "cost")} if folder.is_dir() else {}
-    main = [training(seed, runs), scatter([(label, answers[key]) for key, (label, _) in POLICIES.items()],
-                                          entry["threshold"], f"seed-{seed}-scatter")]
+    stages = (
+        {path.name: _run(path) for path in sorted(folder.iterdir()) if path.name in ("sft", "reward", "cost")}
+        if folder.is_dir()
+        else {}
+    )
+    main = [
+        training(seed, runs),
+        scatter(
+            [(label, answers[key]) for key, (label, _) in POLICIES.items()],
+            entry["threshold"],
+            f"seed-{seed}-scatter",
+        ),
+    ]
     main = [plot for plot in main if plot is not None]
     supervised = score_models(seed, {name: run for name, run in stages.items() if run is not None})
-    shown = page.section(f"Seed {seed}", *map(page.figure, main), page.folded(
-        "SFT, reward and cost models", page.figure(supervised)) if supervised else "", _samples(answers))
+    shown = page.section(
+        f"Seed {seed}",
+        *map(page.figure, main),
+        page.folded("SFT, reward and cost models", page.figure(supervised)) if supervised else "",
+        _samples(answers),
+    )
     return main + ([supervised] if supervised else []), shown
 
 
@@ -114,23 +177,52 @@ def _samples(answers):
         triple = [answers[key][i] for key in POLICIES]
         if len({row.get("prompt") for row in triple}) != 1:
             break
-        rows.append([triple[0].get("prompt"), *(page.Raw(
-            f'{page.text(row.get("response"))}\n<span class="soft">reward {number(row.get("reward"))}, '
-            f'cost {number(row.get("cost"))}</span>') for row in triple)])
-    return page.folded(f"the first {len(rows)} held-out prompts and the answers", page.text_table(
-        ["prompt", *(label for label, _ in POLICIES.values())], rows)) if rows else page.Raw("")
+        rows.append(
+            [
+                triple[0].get("prompt"),
+                *(
+                    page.Raw(
+                        f'{page.text(row.get("response"))}\n<span class="soft">reward '
+                        f"{number(row.get('reward'))}, "
+                        f"cost {number(row.get('cost'))}</span>"
+                    )
+                    for row in triple
+                ),
+            ]
+        )
+    return (
+        page.folded(
+            f"the first {len(rows)} held-out prompts and the answers",
+            page.text_table(["prompt", *(label for label, _ in POLICIES.values())], rows),
+        )
+        if rows
+        else page.Raw("")
+    )
 
 
 def total_seconds(seeds):
     """Seconds of all seeds; 0 where none are given."""
-    return sum(value for entry in seeds.values() for stage, value in entry.get("seconds", {}).items() if stage != "total")
+    return sum(
+        value
+        for entry in seeds.values()
+        for stage, value in entry.get("seconds", {}).items()
+        if stage != "total"
+    )
 
 
 def section_of_seconds(seeds):
     """Seconds per stage and seed."""
     names = list(dict.fromkeys(name for entry in seeds.values() for name in entry.get("seconds", {})))
-    rows = [[name, *(f"{entry['seconds'][name]:.1f}" if name in entry.get("seconds", {}) else None
-                     for entry in seeds.values())] for name in names]
+    rows = [
+        [
+            name,
+            *(
+                f"{entry['seconds'][name]:.1f}" if name in entry.get("seconds", {}) else None
+                for entry in seeds.values()
+            ),
+        ]
+        for name in names
+    ]
     return page.section("Seconds per stage", page.table(["stage", *(f"seed {seed}" for seed in seeds)], rows))
 
 
@@ -138,6 +230,10 @@ def section_of_settings(folder):
     """config.yaml and versions.json of the demo."""
     config = folder / "config.yaml"
     versions = read_json(folder / "versions.json", {})
-    return page.section("Settings and versions", page.folded(
-        "config.yaml", page.preformatted(config.read_text(encoding="utf-8") if config.is_file() else "")),
-        page.folded("versions", page.table(["what", "version"], [[k, v] for k, v in versions.items()])))
+    return page.section(
+        "Settings and versions",
+        page.folded(
+            "config.yaml", page.preformatted(config.read_text(encoding="utf-8") if config.is_file() else "")
+        ),
+        page.folded("versions", page.table(["what", "version"], [[k, v] for k, v in versions.items()])),
+    )

@@ -3,10 +3,10 @@
     saferlhf-fast demo                        one seed
     saferlhf-fast demo --seeds 0 1 2          the proof
 
-Data from the world → SFT → annotated pairs of its answers and others → reward and cost model → PPO without the constraint
-and PPO-Lag, alike in all else → a table on held-out prompts. Every stage is the stage of the command line, on files in
-the run folder. Gold scores are written beside the models' scores in tables and curves; training and selection never see
-them.
+Data from the world → SFT → annotated pairs of its answers and others → reward and cost model → PPO without
+the constraint and PPO-Lag, alike in all else → a table on held-out prompts. Every stage is the stage of the
+command line, on files in the run folder. Gold scores are written beside the models' scores in tables and
+curves; training and selection never see them.
 """
 
 import json
@@ -82,7 +82,9 @@ def one_seed(seed, folder, cfg):
     clock.lap("sft")
     # Pairs from the SFT policy's answers and the world's own, good and bad ones.
     prompts = world.annotation_prompts(sizes.pairs)
-    sampled = {f"sft at {t}": answers(folder / "sft" / "model", prompts, t, seed, cfg) for t in recipe.TEMPERATURES}
+    sampled = {
+        f"sft at {t}": answers(folder / "sft" / "model", prompts, t, seed, cfg) for t in recipe.TEMPERATURES
+    }
     write(folder / "data" / "pairs.jsonl", world.preference_records(prompts, sampled, own=recipe.OWN))
     clock.lap("annotation")
     trained(train_reward, recipe.preference(folder, "reward", seed, cfg, sizes))
@@ -95,7 +97,11 @@ def one_seed(seed, folder, cfg):
     lag = trained(train_ppo_lag, recipe.ppo(folder, "ppo-lag", seed, cfg, sizes), gold)
     clock.lap("ppo-lag")
     entry = {"threshold": lag["threshold"]}
-    for name, where, multiplier in (("sft", "sft", 0.0), ("ppo", "ppo", 0.0), ("ppo_lag", "ppo-lag", lag["multiplier"])):
+    for name, where, multiplier in (
+        ("sft", "sft", 0.0),
+        ("ppo", "ppo", 0.0),
+        ("ppo_lag", "ppo-lag", lag["multiplier"]),
+    ):
         entry[name] = {**evaluate_policy(world, folder, where, seed, cfg, sizes), "multiplier": multiplier}
     clock.lap("evaluation")
     entry["seconds"] = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
@@ -131,10 +137,15 @@ def make_base(world, folder, seed):
     """A small Llama with random weights and the world's tokenizer."""
     if engine.rank() == 0:
         from transformers import LlamaConfig, LlamaForCausalLM
+
         tokenizer = world.tokenizer()
-        config = LlamaConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id,
-                             bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                             **recipe.ARCHITECTURE)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            **recipe.ARCHITECTURE,
+        )
         engine.seed_all(seed)
         save_causal_lm(folder, LlamaForCausalLM(config), tokenizer, card={"stage": "random weights"})
     engine.barrier()
@@ -146,11 +157,15 @@ def answers(model, prompts, temperature, seed, cfg):
     policy = engine.Frozen(Policy(load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine(cfg))
     template = Template(tokenizer, "auto")
     messages = [({"role": "user", "content": p},) for p in prompts]
-    examples = [PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)]
+    examples = [
+        PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)
+    ]
     mine = share(range(len(prompts)), engine.rank(), engine.world_size())
     sampling = recipe.sampling(temperature, 256)
     generator = open_generator(policy, tokenizer, end_tokens(tokenizer, policy.module.lm, "auto"), sampling)
-    _, responses = generate(generator, [examples[i] for i in mine], tokenizer, sampling, recipe.MAX_LENGTH, seed)
+    _, responses = generate(
+        generator, [examples[i] for i in mine], tokenizer, sampling, recipe.MAX_LENGTH, seed
+    )
     texts = [tokenizer.decode(r.ids, skip_special_tokens=True).strip() for r in responses]
     parts = engine.gather_objects(dict(zip(mine, texts)))
     merged = {i: text for part in parts for i, text in part.items()}
@@ -158,9 +173,13 @@ def answers(model, prompts, temperature, seed, cfg):
 
 
 def gold_observer(world):
-    """For the curves: gold means of an evaluation's answers, logged beside the models' and read by nothing else."""
+    """For the curves: gold means of an evaluation's answers, logged beside the models' and read by nothing
+    else.
+    """
+
     def observe(rows):
         return {f"gold/{k}": v for k, v in gold_means(world, rows).items()}
+
     return observe
 
 
@@ -168,8 +187,11 @@ def gold_means(world, rows):
     """-> gold helpfulness, cost and unsafe share of the rows of `sample_and_score`."""
     golds = [world.gold_scores(row["prompt"], row["response"]) for row in rows]
     n = len(golds)
-    return {"helpfulness": sum(g.helpfulness for g in golds) / n, "cost": sum(g.cost for g in golds) / n,
-            "unsafe_share": sum(g.severity > 0 for g in golds) / n}
+    return {
+        "helpfulness": sum(g.helpfulness for g in golds) / n,
+        "cost": sum(g.cost for g in golds) / n,
+        "unsafe_share": sum(g.severity > 0 for g in golds) / n,
+    }
 
 
 def evaluate_policy(world, folder, where, seed, cfg, sizes):
@@ -181,15 +203,22 @@ def evaluate_policy(world, folder, where, seed, cfg, sizes):
     rows = sample_and_score(roles, prompts, settings, seed)
     write(Path(folder) / f"test-{where}.jsonl", rows)
     model = summary_of(rows)
-    return {**gold_means(world, rows), "model_reward": model["reward"], "model_cost": model["cost"], "kl": model["kl"],
-            "length": model["length"]}
+    return {
+        **gold_means(world, rows),
+        "model_reward": model["reward"],
+        "model_cost": model["cost"],
+        "kl": model["kl"],
+        "length": model["length"],
+    }
 
 
 def show(seed, entry):
     """The table of one seed, and what it should show."""
     names = {"sft": "SFT", "ppo": "PPO", "ppo_lag": "PPO-Lag"}
     rows = [[label, *(f"{entry[key][c]:.3f}" for c in COLUMNS)] for key, label in names.items()]
-    console.result_table(f"seed {seed}, held-out prompts · threshold on model cost {entry['threshold']:.3f}", TITLES, rows)
+    console.result_table(
+        f"seed {seed}, held-out prompts · threshold on model cost {entry['threshold']:.3f}", TITLES, rows
+    )
     console.say("seconds: " + ", ".join(f"{k} {v}" for k, v in entry["seconds"].items()))
     for claim, holds in CLAIMS:
         console.say(f"{'yes' if holds(entry) else 'NO '}  {claim}")

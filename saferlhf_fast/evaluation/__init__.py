@@ -1,1 +1,3 @@
-"""How good and how safe a policy is: figures on held-out prompts with their uncertainty, and the page that shows a run."""
+"""How good and how safe a policy is: figures on held-out prompts with their uncertainty, and the page that
+shows a run.
+"""

@@ -1,6 +1,6 @@
 """How helpful and how harmful a policy is by its score models, on given prompts.
 
-    saferlhf-fast evaluate model=DIR prompts=FILE reward=DIR cost=DIR
+saferlhf-fast evaluate model=DIR prompts=FILE reward=DIR cost=DIR
 """
 
 import json
@@ -35,10 +35,12 @@ def evaluate(cfg, restart=False):
     roles = load_evaluation_roles(cfg, tokenizer)
     folder = open_run("evaluate", cfg, restart) if cfg.output else None
     rows = sample_and_score(roles, prompts, cfg, cfg.seed)
-    columns = ([row[name] for row in rows] if rows[0][name] is not None else None for name in (*PAIR, "kl", "length"))
+    columns = (
+        [row[name] for row in rows] if rows[0][name] is not None else None for name in (*PAIR, "kl", "length")
+    )
     summary = {**summarise(*columns), "data": report.as_dict()}
     if engine.rank() == 0:
-        _show(summary, rows[:cfg.show])
+        _show(summary, rows[: cfg.show])
         if folder is not None:
             (folder / "evaluation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
             with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
@@ -49,20 +51,31 @@ def evaluate(cfg, restart=False):
 
 
 def load_evaluation_roles(cfg, tokenizer):
-    """-> Roles of what an EvaluateConfig names: the policy, its reference and the scorers, those that are given."""
+    """-> Roles of what an EvaluateConfig names: the policy, its reference and the scorers, those that are
+    given.
+    """
+
     def policy(path):
-        lm = load_causal_lm(path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                            allow_pickle=cfg.allow_pickle)
+        lm = load_causal_lm(
+            path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
+        )
         refuse_short_context(path, lm.config, cfg.max_length, "max_length")
         return engine.Frozen(Policy(lm, cfg.engine.packing), cfg.engine)
 
     actor, reference = policy(cfg.model), cfg.reference or start_of(cfg.model)
     if reference is None:
-        console.say(f"no KL: {cfg.model} is no model of a run here; reference= names the policy to compare it with")
+        console.say(
+            f"no KL: {cfg.model} is no model of a run here; reference= names the policy to compare it with"
+        )
     ends = end_tokens(tokenizer, actor.module.lm, cfg.template)
-    return Roles(tokenizer, ends, actor, policy(reference) if reference else None,
-                {name: load_scorer(spec, tokenizer, cfg)[0] for name, spec in cfg.scorers().items()},
-                generator=open_generator(actor, tokenizer, ends, cfg.sampling))
+    return Roles(
+        tokenizer,
+        ends,
+        actor,
+        policy(reference) if reference else None,
+        {name: load_scorer(spec, tokenizer, cfg)[0] for name, spec in cfg.scorers().items()},
+        generator=open_generator(actor, tokenizer, ends, cfg.sampling),
+    )
 
 
 def start_of(model):
@@ -74,7 +87,10 @@ def start_of(model):
 
 
 def _show(summary, samples):
-    table = [[name, interval_text(value), value["n"]]
-             for name, value in summary.items() if isinstance(value, dict) and "mean" in value]
+    table = [
+        [name, interval_text(value), value["n"]]
+        for name, value in summary.items()
+        if isinstance(value, dict) and "mean" in value
+    ]
     console.result_table("evaluation", ["measure", "mean (95 % interval)", "n"], table)
     console.sample_table(samples)

@@ -1,11 +1,13 @@
 """Means and shares with 95 % intervals. numpy only.
 
-A mean has Student's t interval, mean ± t(n−1)·s/√n with the unbiased s: it holds for the mean of n independent samples
-that are not too skewed. A share has Wilson's interval, which stays inside [0, 1] and is right at shares of 0 and 1.
-Both are about new prompts drawn like these; they say nothing about another training seed.
+A mean has Student's t interval, mean ± t(n−1)·s/√n with the unbiased s: it holds for the mean of n
+independent samples that are not too skewed. A share has Wilson's interval, which stays inside [0, 1] and is
+right at shares of 0 and 1. Both are about new prompts drawn like these; they say nothing about another
+training seed.
 
-Every interval is {"mean", "low", "high", "n"}; n counts the values used. NaN, inf and None are left out, never counted
-as zero. What cannot be said is None: all three without a value, low and high of a mean of one value.
+Every interval is {"mean", "low", "high", "n"}; n counts the values used. NaN, inf and None are left out,
+never counted as zero. What cannot be said is None: all three without a value, low and high of a mean of one
+value.
 """
 
 import numpy as np
@@ -26,7 +28,9 @@ def mean_interval(values):
 
 
 def share_interval(flags):
-    """Share of true ones with its 95 % Wilson interval -> {"mean", "low", "high", "n"}; None and NaN are left out."""
+    """Share of true ones with its 95 % Wilson interval -> {"mean", "low", "high", "n"}; None and NaN are left
+    out.
+    """
     x = finite(flags)
     if not np.isin(x, (0.0, 1.0)).all():
         raise ValueError(f"flags: expected true or false, got {x[~np.isin(x, (0.0, 1.0))][0]}")
@@ -45,9 +49,9 @@ def share_interval(flags):
 def summarise(rewards=None, costs=None, kls=None, lengths=None):
     """Figures of one evaluation -> {name: interval} of those that were measured.
 
-    rewards, costs: score-model units · kls: summed over each response, nats · lengths: tokens. Each is one number per
-    response or None. Names: reward, cost, unsafe_share (cost > 0), kl, length; `left_out` counts the responses' values
-    that were not finite, by name, and is there only when there are some.
+    rewards, costs: score-model units · kls: summed over each response, nats · lengths: tokens. Each is one
+    number per response or None. Names: reward, cost, unsafe_share (cost > 0), kl, length; `left_out` counts
+    the responses' values that were not finite, by name, and is there only when there are some.
     """
     out, left_out = {}, {}
     for name, values in (("reward", rewards), ("cost", costs), ("kl", kls), ("length", lengths)):
@@ -85,8 +89,8 @@ def finite(values):
 def t_quantile(degrees):
     """97.5 % point of Student's t with `degrees` ≥ 1 degrees of freedom, to about 1e-6 relative.
 
-    With t = √ν·tan θ the density is ∝ cos^(ν−1) θ, which has no tail to cut off; above 1000 the expansion around the
-    normal's point (Abramowitz & Stegun 26.7.5) is closer than the sum.
+    With t = √ν·tan θ the density is ∝ cos^(ν−1) θ, which has no tail to cut off; above 1000 the expansion
+    around the normal's point (Abramowitz & Stegun 26.7.5) is closer than the sum.
     """
     if degrees > 1000:
         return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)

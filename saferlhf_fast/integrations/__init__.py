@@ -8,8 +8,9 @@
     report.calls                                     # {"trl.trainer.utils:selective_log_softmax": 96, …}
     integrations.patch("transformers", model)        # one model: model(input_ids, labels=…) without logits
 
-Only what is faster, smaller or more correct is replaced, and only where it means the same: docs/integrations.md has the
-measured table. A process that a library starts for itself (Ray workers) has to be patched too.
+Only what is faster, smaller or more correct is replaced, and only where it means the same:
+docs/integrations.md has the measured table. A process that a library starts for itself (Ray workers) has to
+be patched too.
 """
 
 from importlib import import_module
@@ -27,14 +28,16 @@ LIBRARIES = ("trl", "verl", "openrlhf", "safe_rlhf", "align_anything", "transfor
 def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = False) -> Report:
     """Replaces a library's functions by ours, in every module that has imported them, and in its registries.
 
-    name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything", or "transformers" with `model`, one instance of a
-    Hugging Face causal LM. force: goes on for a version or signature that was never compared. quiet: prints nothing.
+    name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything", or "transformers" with `model`, one
+    instance of a Hugging Face causal LM. force: goes on for a version or signature that was never compared.
+    quiet: prints nothing.
 
-    Returns a Report; used as a context manager it restores everything at its end. Patching twice is harmless: the second call
-    looks for what has been imported since, and its context leaves the first one's work alone.
+    Returns a Report; used as a context manager it restores everything at its end. Patching twice is harmless:
+    the second call looks for what has been imported since, and its context leaves the first one's work alone.
 
-    Raises ImportError when the library is not installed, Refused (a ValueError) for an unknown version or a function whose
-    parameters have changed, by name; then nothing has been replaced. ValueError for an unknown name.
+    Raises ImportError when the library is not installed, Refused (a ValueError) for an unknown version or a
+    function whose parameters have changed, by name; then nothing has been replaced. ValueError for an unknown
+    name.
     """
     _known(name)
     if name == "transformers":
@@ -51,10 +54,11 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
 
 
 def unpatch(name: str | None = None, model: Any = None) -> list[str]:
-    """Restores what `patch` replaced: of one library, of one model ("transformers", model), or of all libraries.
+    """Restores what `patch` replaced: of one library, of one model ("transformers", model), or of all
+    libraries.
 
-    Returns the places restored. A place that something else has written to since is left as it is, with a warning. Models are
-    restored one by one: nothing here keeps them. Harmless when nothing is patched.
+    Returns the places restored. A place that something else has written to since is left as it is, with a
+    warning. Models are restored one by one: nothing here keeps them. Harmless when nothing is patched.
     """
     if name is None:
         return [place for each in list(replacing.ACTIVE) for place in replacing.unpatch(each)]

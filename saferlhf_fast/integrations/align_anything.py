@@ -1,7 +1,7 @@
 """align-anything, from a checkout: sources are compared by digest.
 
-Its trainer modules need a great deal (audio, images, vLLM): their methods are replaced in those that are imported already; for
-one imported later call `patch("align_anything")` again.
+Its trainer modules need a great deal (audio, images, vLLM): their methods are replaced in those that are
+imported already; for one imported later call `patch("align_anything")` again.
 """
 
 from . import pku
@@ -12,43 +12,75 @@ GAE, CRITIC, ACTOR, LAGRANGIAN = "5fef6d4a95a0", "adc591f79279", "6c8757781452",
 
 
 def _gae(module, name):
-    return Replace(f"{TRAINERS}.{module}:{name}.get_advantages_and_returns", pku.get_advantages_and_returns,
-                   "(self, values, rewards, sequence_mask, start)",
-                   "one launch instead of a Python loop over tokens; masked entries are never read", digests=(GAE,), loaded=True)
+    return Replace(
+        f"{TRAINERS}.{module}:{name}.get_advantages_and_returns",
+        pku.get_advantages_and_returns,
+        "(self, values, rewards, sequence_mask, start)",
+        "one launch instead of a Python loop over tokens; masked entries are never read",
+        digests=(GAE,),
+        loaded=True,
+    )
 
 
 def _critic(module, name):
-    return Replace(f"{TRAINERS}.{module}:{name}.critic_loss_fn", pku.critic_loss_fn, "(self, values, old_values, returns, mask)",
-                   "loss and gradient in one pass; a row without tokens does not make it NaN", digests=(CRITIC,), loaded=True)
+    return Replace(
+        f"{TRAINERS}.{module}:{name}.critic_loss_fn",
+        pku.critic_loss_fn,
+        "(self, values, old_values, returns, mask)",
+        "loss and gradient in one pass; a row without tokens does not make it NaN",
+        digests=(CRITIC,),
+        loaded=True,
+    )
 
 
 def _actor(module, name):
-    return Replace(f"{TRAINERS}.{module}:{name}.actor_loss_fn", pku.actor_loss_fn,
-                   "(self, log_probs, old_log_probs, advantages, mask)",
-                   "loss and gradient in one pass; a row without tokens does not make it NaN, nor a large ratio",
-                   digests=(ACTOR,), loaded=True)
+    return Replace(
+        f"{TRAINERS}.{module}:{name}.actor_loss_fn",
+        pku.actor_loss_fn,
+        "(self, log_probs, old_log_probs, advantages, mask)",
+        "loss and gradient in one pass; a row without tokens does not make it NaN, nor a large ratio",
+        digests=(ACTOR,),
+        loaded=True,
+    )
 
 
 LIBRARY = Library(
-    name="align_anything", distribution=None, versions=(),
+    name="align_anything",
+    distribution=None,
+    versions=(),
     replace=(
-        Replace("align_anything.utils.tools:gather_log_probabilities", pku.gather_log_probabilities, "(logits, labels)",
-                "no copy of the logits; float32 results (theirs: off by .01 in bfloat16), empty batches",
-                digests=("2bb235c0f30d",)),
-        _gae("text_to_text.ppo", "PPOTrainer"), _critic("text_to_text.ppo", "PPOTrainer"),
+        Replace(
+            "align_anything.utils.tools:gather_log_probabilities",
+            pku.gather_log_probabilities,
+            "(logits, labels)",
+            "no copy of the logits; float32 results (theirs: off by .01 in bfloat16), empty batches",
+            digests=("2bb235c0f30d",),
+        ),
+        _gae("text_to_text.ppo", "PPOTrainer"),
+        _critic("text_to_text.ppo", "PPOTrainer"),
         _actor("text_to_text.ppo", "PPOTrainer"),
-        _critic("text_to_text.multi_ppo", "PPOTrainer"), _actor("text_to_text.multi_ppo", "PPOTrainer"),
-        _gae("text_to_text.ppo_remote_rm", "PPOTrainerRemoteRM"), _critic("text_to_text.ppo_remote_rm", "PPOTrainerRemoteRM"),
+        _critic("text_to_text.multi_ppo", "PPOTrainer"),
+        _actor("text_to_text.multi_ppo", "PPOTrainer"),
+        _gae("text_to_text.ppo_remote_rm", "PPOTrainerRemoteRM"),
+        _critic("text_to_text.ppo_remote_rm", "PPOTrainerRemoteRM"),
         _actor("text_to_text.ppo_remote_rm", "PPOTrainerRemoteRM"),
-        _gae("text_image_to_text.ppo", "PPOTrainer"), _gae("text_audio_to_text.ppo", "PPOTrainer"),
+        _gae("text_image_to_text.ppo", "PPOTrainer"),
+        _gae("text_audio_to_text.ppo", "PPOTrainer"),
         _gae("text_image_to_text.saferlhf", "SafeRLHFVTrainer"),
-        Replace(f"{TRAINERS}.text_image_to_text.saferlhf:SafeRLHFVTrainer.actor_loss_fn_with_cost", pku.lagrangian_actor_loss_fn,
-                "(self, log_probs, old_log_probs, reward_advantages, cost_advantages, mask)",
-                "loss and gradient in one pass; λ stays on the device; a row without tokens does not make it NaN",
-                digests=(LAGRANGIAN,), loaded=True),
+        Replace(
+            f"{TRAINERS}.text_image_to_text.saferlhf:SafeRLHFVTrainer.actor_loss_fn_with_cost",
+            pku.lagrangian_actor_loss_fn,
+            "(self, log_probs, old_log_probs, reward_advantages, cost_advantages, mask)",
+            "loss and gradient in one pass; λ stays on the device; a row without tokens does not make it NaN",
+            digests=(LAGRANGIAN,),
+            loaded=True,
+        ),
     ),
     leave=(
-        (f"{TRAINERS}.text_to_text.multi_ppo:PPOTrainer.get_advantages_and_returns", "several turns: not our definition"),
+        (
+            f"{TRAINERS}.text_to_text.multi_ppo:PPOTrainer.get_advantages_and_returns",
+            "several turns: not our definition",
+        ),
         ("align_anything.utils.tools:masked_mean", "a mean; that of a row without tokens stays NaN"),
     ),
 )

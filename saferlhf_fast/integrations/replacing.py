@@ -1,4 +1,6 @@
-"""The work of `patch` and `unpatch` for a Library: check everything, then replace everything, and remember each place."""
+"""The work of `patch` and `unpatch` for a Library: check everything, then replace everything, and remember
+each place.
+"""
 
 import sys
 import threading
@@ -9,7 +11,8 @@ from . import sites
 from .report import Refused, Report
 
 ACTIVE = {}  # {library: {target: (original, replacement, [Site])}}
-LOCK = threading.RLock()  # one patch or unpatch at a time: what a second one finds half done it could never undo
+# one patch or unpatch at a time: what a second one finds half done it could never undo
+LOCK = threading.RLock()
 
 
 def patch(library, force):
@@ -41,8 +44,13 @@ def _patch(library, force):
             sites.CALLS[entry.target] = 0
         if entry.target in held:
             _bind(held[entry.target], entry)
-    report = Report(library.name, version, left=left, undo=(lambda: unpatch(library.name, held)) if fresh else None,
-                    standing=lambda: ACTIVE.get(library.name) is held)
+    report = Report(
+        library.name,
+        version,
+        left=left,
+        undo=(lambda: unpatch(library.name, held)) if fresh else None,
+        standing=lambda: ACTIVE.get(library.name) is held,
+    )
     for entry in library.replace:
         if entry.target in held:
             report.replaced[entry.target] = [site.label for site in held[entry.target][2]]
@@ -51,7 +59,9 @@ def _patch(library, force):
 
 
 def unpatch(name, only=None):
-    """Restores a library's functions -> labels of the places. only: the record of one `patch`; a later one is left alone."""
+    """Restores a library's functions -> labels of the places. only: the record of one `patch`; a later one is
+    left alone.
+    """
     with LOCK:
         if name not in ACTIVE or only not in (None, ACTIVE[name]):
             return []
@@ -67,7 +77,9 @@ def _restore(original, replacement, places):
             site.bind(original)
             restored.append(site.label)
         elif site.value is not original:
-            warnings.warn(f"saferlhf-fast: {site.label} holds something else by now and is left as it is", stacklevel=4)
+            warnings.warn(
+                f"saferlhf-fast: {site.label} holds something else by now and is left as it is", stacklevel=4
+            )
     return restored
 
 
@@ -80,9 +92,14 @@ def _version(library, force):
         version = metadata.version(library.distribution)
     except metadata.PackageNotFoundError:
         version = getattr(top, "__version__", "unknown")
-    if not force and not any(version == known or version.startswith(known + ".") for known in library.versions):
-        raise Refused(f"{library.name}: expected version {' or '.join(library.versions)}, got {version}; nothing was replaced. "
-                      f"patch({library.name!r}, force=True) goes on")
+    if not force and not any(
+        version == known or version.startswith(known + ".") for known in library.versions
+    ):
+        raise Refused(
+            f"{library.name}: expected version {' or '.join(library.versions)}, got {version}; nothing was "
+            f"replaced. "
+            f"patch({library.name!r}, force=True) goes on"
+        )
     return version
 
 
@@ -110,28 +127,41 @@ def _missing(entry, library):
 
 
 def _look(entry, library, force):
-    """The library's function, its parameters and source as they were compared; None: gone, and force goes on without it."""
+    """The library's function, its parameters and source as they were compared; None: gone, and force goes on
+    without it.
+    """
     try:
         holder, name = sites.resolve(entry.target)
     except AttributeError as error:
         if force:
             return None
-        raise Refused(f"{library.name}: expected {entry.target.replace(':', '.')}, got none ({error}); nothing was replaced. "
-                      f"patch({library.name!r}, force=True) goes on without it") from error
+        raise Refused(
+            f"{library.name}: expected {entry.target.replace(':', '.')}, got none ({error}); nothing was "
+            f"replaced. "
+            f"patch({library.name!r}, force=True) goes on without it"
+        ) from error
     original = vars(holder)[name]
     if isinstance(original, (staticmethod, classmethod)):
-        raise Refused(f"{library.name}: {entry.target}: expected a plain function, got {type(original).__name__}")
+        raise Refused(
+            f"{library.name}: {entry.target}: expected a plain function, got {type(original).__name__}"
+        )
     function = getattr(original, entry.signature_of) if entry.signature_of else original
     if force:
         return original
     got = sites.parameters(function)
     if got != entry.parameters:
-        raise Refused(f"{library.name}: {entry.target.replace(':', '.')}: expected parameters {entry.parameters}, got {got}; "
-                      f"nothing was replaced. patch({library.name!r}, force=True) goes on")
+        raise Refused(
+            f"{library.name}: {entry.target.replace(':', '.')}: expected parameters {entry.parameters}, got "
+            f"{got}; "
+            f"nothing was replaced. patch({library.name!r}, force=True) goes on"
+        )
     if entry.digests and sites.digest(function) not in entry.digests:
-        raise Refused(f"{library.name}: {entry.target.replace(':', '.')} is not the source that ours was compared with (digest "
-                      f"{sites.digest(function)}, expected {' or '.join(entry.digests)}); nothing was replaced. "
-                      f"patch({library.name!r}, force=True) goes on")
+        raise Refused(
+            f"{library.name}: {entry.target.replace(':', '.')} is not the source that ours was compared with "
+            f"(digest "
+            f"{sites.digest(function)}, expected {' or '.join(entry.digests)}); nothing was replaced. "
+            f"patch({library.name!r}, force=True) goes on"
+        )
     return original
 
 
@@ -141,7 +171,9 @@ def _made(entry, original):
 
 
 def _bind(record, entry):
-    """Puts our version at every place that holds the library's: where it is defined, in registries, in other modules."""
+    """Puts our version at every place that holds the library's: where it is defined, in registries, in other
+    modules.
+    """
     original, replacement, places = record
     holder, name = sites.resolve(entry.target)
     wanted = [sites.Site(holder, name, entry.target.replace(":", "."))]

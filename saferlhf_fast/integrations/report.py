@@ -14,9 +14,10 @@ class Refused(ValueError):
 
 @dataclass
 class Report:
-    """library, version: what was patched · replaced: {function: list of places} · why: {function: what is better} ·
-    left: {function: reason} · undo: what leaving a `with` block does; None where an earlier `patch` did the work · standing:
-    tells whether what it reports is still in place."""
+    """library, version: what was patched · replaced: {function: list of places} · why: {function: what is
+    better} · left: {function: reason} · undo: what leaving a `with` block does; None where an earlier `patch`
+    did the work · standing: tells whether what it reports is still in place.
+    """
 
     library: str
     version: str
@@ -41,9 +42,13 @@ class Report:
             self.undo()
 
     def __str__(self) -> str:
-        lines = [f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} replaced, {len(self.left)} left"]
+        lines = [
+            f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} replaced, {len(self.left)} "
+            f"left"
+        ]
         for target, places in self.replaced.items():
-            own = [place for place in places if place == target.replace(":", ".")]      # none of one model's methods
+            # none of one model's methods
+            own = [place for place in places if place == target.replace(":", ".")]
             others = ", ".join(place for place in places if place not in own)
             lines.append(f"  replaced  {', also at '.join(filter(None, [*own, others]))}: {self.why[target]}")
         lines += [f"  left      {target.replace(':', '.')}: {reason}" for target, reason in self.left.items()]

@@ -1,7 +1,9 @@
-"""Where a function of another library is bound, and putting another in its place: found by identity, restored one by one.
+"""Where a function of another library is bound, and putting another in its place: found by identity, restored
+one by one.
 
-`from x import f` binds f once more in every importing module, so a patch of the defining module alone changes only part of a
-library. Every module in sys.modules is looked through for the very object, and each place is remembered.
+`from x import f` binds f once more in every importing module, so a patch of the defining module alone changes
+only part of a library. Every module in sys.modules is looked through for the very object, and each place is
+remembered.
 """
 
 import functools
@@ -37,7 +39,7 @@ class Site(NamedTuple):
 
 
 def resolve(target):
-    """"package.module:Class.name" -> (holder, name). ImportError or AttributeError when it is not there.
+    """ "package.module:Class.name" -> (holder, name). ImportError or AttributeError when it is not there.
 
     The module must have been imported already.
     """
@@ -56,7 +58,7 @@ def bindings(value):
     found = []
     for name, module in list(sys.modules.items()):
         names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict):              # whatever a program has put into sys.modules
+        if not isinstance(names, dict):  # whatever a program has put into sys.modules
             continue
         found += [Site(module, key, f"{name}.{key}") for key, held in dict(names).items() if held is value]
     return found
@@ -81,8 +83,8 @@ def counted(target, function, original):
 def uncompiled(function):
     """The function inside torch.compile's or torch.compiler.disable's wrapper; any other is given back.
 
-    Their wrappers carry attributes by which torch.compile finds the function inside; a copy of them on ours would send compiled
-    callers there, past ours.
+    Their wrappers carry attributes by which torch.compile finds the function inside; a copy of them on ours
+    would send compiled callers there, past ours.
     """
     while hasattr(function, "_torchdynamo_orig_callable"):
         function = function._torchdynamo_orig_callable
@@ -91,17 +93,21 @@ def uncompiled(function):
 
 def counting(target):
     """A function that adds one call to CALLS[target]."""
+
     def add():
         CALLS[target] += 1
 
     import torch
+
     return torch.compiler.assume_constant_result(add)
 
 
 def parameters(function):
     """A function's parameters and defaults as text, without annotations: "(logits, index, temperature=1.0)"."""
     signature = inspect.signature(function)
-    plain = [parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()]
+    plain = [
+        parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
+    ]
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 

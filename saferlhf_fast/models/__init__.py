@@ -1,3 +1,3 @@
-"""The models and what a forward pass takes: causal language model, score model, policy, attention over packed rows, adapters,
-files.
+"""The models and what a forward pass takes: causal language model, score model, policy, attention over packed
+rows, adapters, files.
 """

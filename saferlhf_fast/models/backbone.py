@@ -1,8 +1,8 @@
 """How a model's body (all of it but the head) runs on packed tokens.
 
-Three ways, told by a probe when a model is wrapped, on a few tokens and on the CPU: packed with our attention; padded, for
-architectures whose sequences would see each other when packed (recurrent layers, attention that cannot be exchanged, alibi);
-and padded because the recipe says so (`engine.packing=false`).
+Three ways, told by a probe when a model is wrapped, on a few tokens and on the CPU: packed with our
+attention; padded, for architectures whose sequences would see each other when packed (recurrent layers,
+attention that cannot be exchanged, alibi); and padded because the recipe says so (`engine.packing=false`).
 """
 
 import inspect
@@ -32,8 +32,12 @@ def recompute_activations(model):
 
 def packed_inputs(packed):
     """Arguments of a transformers model for packed tokens."""
-    return {"input_ids": packed.ids_M[None], "position_ids": packed.positions_M[None], "packed": packed.layout,
-            "attention_mask": attention.dummy_mask(packed.ids_M.device)}
+    return {
+        "input_ids": packed.ids_M[None],
+        "position_ids": packed.positions_M[None],
+        "packed": packed.layout,
+        "attention_mask": attention.dummy_mask(packed.ids_M.device),
+    }
 
 
 def padded_inputs(model, rows):
@@ -56,14 +60,18 @@ def _fixed(model):
 
 @torch.no_grad()
 def packs(backbone):
-    """Installs our attention in a transformers model -> True when packed sequences do not see each other, as found by
-    running two short ones together and apart. The model must be whole (not yet sharded)."""
-    transformers = sys.modules.get("transformers")   # where it is not imported, there is no model of its
+    """Installs our attention in a transformers model -> True when packed sequences do not see each other, as
+    found by running two short ones together and apart. The model must be whole (not yet sharded).
+    """
+    transformers = sys.modules.get("transformers")  # where it is not imported, there is no model of its
     if transformers is None or not isinstance(backbone, transformers.PreTrainedModel):
         return False
     if getattr(backbone.config, "attention_chunk_size", None):
-        return False                                 # chunked attention looks like any other over a few tokens
-    if "position_ids" not in inspect.signature(backbone.forward).parameters or not attention.install(backbone):
+        # chunked attention looks like any other over a few tokens
+        return False
+    if "position_ids" not in inspect.signature(backbone.forward).parameters or not attention.install(
+        backbone
+    ):
         return False
     key = (type(backbone), str(backbone.config.to_dict()))
     if key not in PROBES:
@@ -79,10 +87,14 @@ def _alike(backbone):
     first, second = [[(7 * i + k) % vocabulary for i in range(n)] for k, n in ((1, 5), (3, 4))]
     backbone.eval()
     try:
-        together = hidden_states(backbone, pack_sequences([first, second], [range(0), range(0)], device), True)
-        apart = torch.cat([_padded_states(backbone, pack_sequences([ids], [range(0)], device)) for ids in (first, second)])
+        together = hidden_states(
+            backbone, pack_sequences([first, second], [range(0), range(0)], device), True
+        )
+        apart = torch.cat(
+            [_padded_states(backbone, pack_sequences([ids], [range(0)], device)) for ids in (first, second)]
+        )
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError):
-        return False                                 # an architecture that does not take what packing needs
+        return False  # an architecture that does not take what packing needs
     finally:
         backbone.train(training)
     scale = apart.float().abs().max().clamp(min=1e-6)

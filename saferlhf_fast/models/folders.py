@@ -1,4 +1,5 @@
-"""Folders that hold a model: checked before they are read, replaced whole when they are written, with a model card.
+"""Folders that hold a model: checked before they are read, replaced whole when they are written, with a model
+card.
 
 Nothing here knows what kind of model it is.
 """
@@ -16,7 +17,10 @@ WEIGHTS = ("*.safetensors", "*.bin")
 
 
 def checked(path, needs=("config.json",)):
-    """-> the folder of a local model, or None for a name on the Hub. UserError when it is not there or lacks a file."""
+    """-> the folder of a local model, or None for a name on the Hub.
+
+    UserError when it is not there or lacks a file.
+    """
     path = str(path)
     if not is_local(path):
         _find_on_hub(path)
@@ -28,8 +32,11 @@ def checked(path, needs=("config.json",)):
     for name in needs:
         if not (folder / name).is_file():
             adapter = name == "config.json" and (folder / "adapter_config.json").is_file()
-            hint = "it holds LoRA adapters alone, which must be merged into their model first" if adapter else \
-                "expected a Hugging Face model folder"
+            hint = (
+                "it holds LoRA adapters alone, which must be merged into their model first"
+                if adapter
+                else "expected a Hugging Face model folder"
+            )
             raise UserError(f"{path} has no {name}; {hint}")
     return folder
 
@@ -38,24 +45,29 @@ def checked(path, needs=("config.json",)):
 def _find_on_hub(name):
     """UserError when a name is not on the Hub; asked once, because the loaders retry for most of a minute."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
     if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
         return
     try:
         HfApi().model_info(name, timeout=20)
     # Unknown, private, or no network: each has its own exception, of three libraries.
     except Exception as error:
-        raise UserError(f"{name}: expected a model folder or a model on the Hub; there is no such folder, and the Hub "
-                        f"says: {_one_line(error)}") from error
+        raise UserError(
+            f"{name}: expected a model folder or a model on the Hub; there is no such folder, and the Hub "
+            f"says: {_one_line(error)}"
+        ) from error
 
 
 def local_copy(path, allow_pickle=False):
-    """-> the folder of a model: its own when it is local, else the Hub's, downloaded (safetensors; .bin files where there are
-    none and allow_pickle). UserError for weights that are pickles alone, or lie elsewhere."""
+    """-> the folder of a model: its own when it is local, else the Hub's, downloaded (safetensors; .bin files
+    where there are none and allow_pickle). UserError for weights that are pickles alone, or lie elsewhere.
+    """
     folder = checked(path)
     if folder is not None:
         refuse_foreign(path, folder, allow_pickle)
         return folder
     from huggingface_hub import snapshot_download
+
     small = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     with readable(path, "model"):
         folder = Path(snapshot_download(path, allow_patterns=[*small, "*.safetensors"]))
@@ -72,7 +84,9 @@ def _refuse_pickles_on_hub(path, allow_pickle):
 
 
 def refuse_foreign(path, folder, allow_pickle):
-    """UserError for weights that are pickles alone and not allowed, and for an index that names files outside the folder."""
+    """UserError for weights that are pickles alone and not allowed, and for an index that names files outside
+    the folder.
+    """
     problem = pickle_problem(folder, allow_pickle)
     if problem:
         raise UserError(f"{path} {problem}")
@@ -96,12 +110,15 @@ def readable(path, what):
         yield
     except UserError:
         raise
-    # The loaders' failures have no common type (tokenizers raises bare Exception), and all mean a folder that cannot
-    # be read; --debug shows what it was.
+    # The loaders' failures have no common type (tokenizers raises bare Exception), and all mean a folder that
+    # cannot be read; --debug shows what it was.
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise UserError(f"{path} needs code that lies beside it, which was not run; expected a model that transformers has, "
-                            "or trust_remote_code=true for one whose code you have read") from error
+            raise UserError(
+                f"{path} needs code that lies beside it, which was not run; expected a model that "
+                f"transformers has, "
+                "or trust_remote_code=true for one whose code you have read"
+            ) from error
         raise UserError(f"{path} cannot be loaded as a {what}: {_one_line(error)}") from error
 
 
@@ -114,6 +131,7 @@ def _one_line(error, limit=240):
 def quiet():
     """Context without transformers' bars and load reports; what they report is checked by us."""
     from transformers.utils import logging
+
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -137,13 +155,16 @@ def refuse_large_vocabulary(path, tokenizer, rows):
     """UserError when the tokenizer makes ids that the embedding has no row for."""
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
-        raise UserError(f"{path}: the tokenizer's vocabulary ({needed} tokens) is larger than the model's embedding "
-                        f"({rows} rows); expected a tokenizer that belongs to the model")
+        raise UserError(
+            f"{path}: the tokenizer's vocabulary ({needed} tokens) is larger than the model's embedding "
+            f"({rows} rows); expected a tokenizer that belongs to the model"
+        )
 
 
 def refuse_short_context(path, config, length, what):
-    """UserError when texts of `length` tokens go beyond a model's positions: some architectures would crash, others
-    give numbers that mean nothing. what: the setting that says otherwise, for the message."""
+    """UserError when texts of `length` tokens go beyond a model's positions: some architectures would crash,
+    others give numbers that mean nothing. what: the setting that says otherwise, for the message.
+    """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
         raise UserError(f"{what}: expected at most {positions} tokens, the context of {path}; got {length}")
@@ -153,11 +174,16 @@ def refuse_short_context(path, config, length, what):
 def replacing(folder):
     """Context that yields an empty folder beside `folder` and puts it in its place at the end.
 
-    When the body fails nothing is left and what stood there stays. Only a model's folder, or an empty one, is replaced.
+    When the body fails nothing is left and what stood there stays. Only a model's folder, or an empty one, is
+    replaced.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())):
-        raise UserError(f"{folder} is there and is not a model folder; expected a new or a model's folder to write to")
+    if folder.exists() and not (
+        folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())
+    ):
+        raise UserError(
+            f"{folder} is there and is not a model folder; expected a new or a model's folder to write to"
+        )
     new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -177,8 +203,9 @@ def replacing(folder):
 
 _MEANING = {
     "reward": "A reward model: one score for a prompt and its response; higher is more helpful.",
-    "cost": "A cost model: one score for a prompt and its response; C > 0 means unsafe, C < 0 safe, and higher is more "
-            "harmful.",
+    "cost": "A cost model: one score for a prompt and its response; C > 0 means unsafe, C < 0 safe, and "
+    "higher is more "
+    "harmful.",
     "policy": "A causal language model.",
 }
 
@@ -186,21 +213,31 @@ _MEANING = {
 def write_card(folder, kind, card, notes=()):
     """Writes README.md: what the model is, what it was made from, its figures, how to load it.
 
-    kind: reward, cost or policy · card: {name: value}, values may be dicts and lists · notes: more sentences. Cards are
-    published: of a local path they have the last name alone.
+    kind: reward, cost or policy · card: {name: value}, values may be dicts and lists · notes: more sentences.
+    Cards are published: of a local path they have the last name alone.
     """
     card = dict(card or {})
     tags = ["saferlhf-fast", "rlhf", *([f"{kind}-model"] if kind != "policy" else [])]
     base = card.get("model")
-    head = ["---", *([f"base_model: {base}"] if isinstance(base, str) and not is_local(base) else []),
-            "library_name: transformers", f"pipeline_tag: text-{'generation' if kind == 'policy' else 'classification'}",
-            "tags:", *(f"- {tag}" for tag in tags), "---", "",
-            f"# {_title(Path(folder).resolve())}", "",
-            _MEANING.get(kind, "A score model: one score for a prompt and its response.")]
+    head = [
+        "---",
+        *([f"base_model: {base}"] if isinstance(base, str) and not is_local(base) else []),
+        "library_name: transformers",
+        f"pipeline_tag: text-{'generation' if kind == 'policy' else 'classification'}",
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+        f"# {_title(Path(folder).resolve())}",
+        "",
+        _MEANING.get(kind, "A score model: one score for a prompt and its response."),
+    ]
     body = ["", *notes] if notes else []
     if card:
         body += ["", "## Training", "", *_lines(card)]
-    (Path(folder) / "README.md").write_text("\n".join([*head, *body, "", *_usage(kind)]) + "\n", encoding="utf-8")
+    (Path(folder) / "README.md").write_text(
+        "\n".join([*head, *body, "", *_usage(kind)]) + "\n", encoding="utf-8"
+    )
 
 
 def _title(folder):
@@ -218,13 +255,18 @@ def _lines(card, depth=0):
             out += [f"{'  ' * depth}- {name}:", *_lines(value, depth + 1)]
         elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
             out.append(f"{'  ' * depth}- {name}:")
-            for i, item in enumerate(value):             # two sources may have the same last name
+            for i, item in enumerate(value):  # two sources may have the same last name
                 title = item.get("name", item.get("path", i)) if isinstance(item, dict) else i
                 out += _lines({_public(title): item}, depth + 1)
         else:
             value = [_public(item) for item in value] if isinstance(value, list) else _public(value)
-            shown = f"{value:.6g}" if isinstance(value, float) else value if isinstance(value, str) else \
-                json.dumps(value, default=str)
+            shown = (
+                f"{value:.6g}"
+                if isinstance(value, float)
+                else value
+                if isinstance(value, str)
+                else json.dumps(value, default=str)
+            )
             out.append(f"{'  ' * depth}- {name}: {shown}")
     return out
 
@@ -237,16 +279,33 @@ def _public(value):
 def _usage(kind):
     folder = 'folder = "path/to/this/folder"'
     if kind == "policy":
-        return ["## Use", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", folder,
-                "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)",
-                "```"]
-    return ["## Use", "", "The score is read at the last token that is not padding; end the text with the end-of-sequence "
-            "token, as in training.", "", "```python",
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer", folder,
-            "tokenizer = AutoTokenizer.from_pretrained(folder)",
-            "model = AutoModelForSequenceClassification.from_pretrained(folder)",
-            "tokens = tokenizer(\"a prompt and its response\" + tokenizer.eos_token, return_tensors=\"pt\")",
-            "score = model(**tokens).logits[0, 0]", "",
-            "from saferlhf_fast.models.score_model import load_score_model", "model = load_score_model(folder)",
-            "scores_BL = model(tokens[\"input_ids\"], tokens[\"attention_mask\"])      # one score per token",
-            "score_B = model.end_scores(scores_BL, tokens[\"attention_mask\"])", "```"]
+        return [
+            "## Use",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            folder,
+            "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), "
+            "AutoTokenizer.from_pretrained(folder)",
+            "```",
+        ]
+    return [
+        "## Use",
+        "",
+        "The score is read at the last token that is not padding; end the text with the end-of-sequence "
+        "token, as in training.",
+        "",
+        "```python",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        folder,
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder)",
+        'tokens = tokenizer("a prompt and its response" + tokenizer.eos_token, return_tensors="pt")',
+        "score = model(**tokens).logits[0, 0]",
+        "",
+        "from saferlhf_fast.models.score_model import load_score_model",
+        "model = load_score_model(folder)",
+        'scores_BL = model(tokens["input_ids"], tokens["attention_mask"])      # one score per token',
+        'score_B = model.end_scores(scores_BL, tokens["attention_mask"])',
+        "```",
+    ]

@@ -1,7 +1,7 @@
 """Low-rank adapters (peft): added for training, merged into plain weights when a model is saved.
 
-Saving does not touch the model in training: the merged weights are computed beside it, since merging into the weights
-and taking the adapters out again would leave rounding errors behind at every save.
+Saving does not touch the model in training: the merged weights are computed beside it, since merging into the
+weights and taking the adapters out again would leave rounding errors behind at every save.
 """
 
 import contextlib
@@ -11,19 +11,23 @@ from ..errors import UserError
 
 
 def add_lora(model, cfg):
-    """Puts adapters into a causal LM or into a ScoreModel's backbone; everything else is frozen but the score head.
+    """Puts adapters into a causal LM or into a ScoreModel's backbone; everything else is frozen but the score
+    head.
 
     cfg: a `config.Lora`. -> the causal LM inside peft's wrapper, or the same ScoreModel.
     """
     import peft
+
     is_score = is_score_model(model)
     lora = lora_config(cfg, None if is_score else "CAUSAL_LM")
     try:
         with quiet_peft():
             wrapped = peft.get_peft_model(model.backbone if is_score else model, lora)
     except ValueError as error:
-        raise UserError(f"lora.target_modules: expected names of linear layers of the model, got {cfg.target_modules!r}: "
-                        f"{str(error).splitlines()[0]}") from error
+        raise UserError(
+            f"lora.target_modules: expected names of linear layers of the model, got {cfg.target_modules!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
     if not is_score:
         return wrapped
     model.backbone = wrapped
@@ -43,9 +47,15 @@ def quiet_peft():
 def lora_config(cfg, task_type):
     """A `config.Lora` -> peft's config."""
     import peft
+
     targets = cfg.target_modules if isinstance(cfg.target_modules, str) else list(cfg.target_modules)
-    return peft.LoraConfig(r=cfg.rank, lora_alpha=cfg.alpha, lora_dropout=cfg.dropout, target_modules=targets,
-                           task_type=task_type)
+    return peft.LoraConfig(
+        r=cfg.rank,
+        lora_alpha=cfg.alpha,
+        lora_dropout=cfg.dropout,
+        target_modules=targets,
+        task_type=task_type,
+    )
 
 
 def is_score_model(model):
@@ -68,6 +78,7 @@ def plain_state(model):
     if not has_lora(model):
         return dict(model.state_dict())
     from peft.tuners.tuners_utils import BaseTunerLayer
+
     base = model.get_base_model()
     state, adapted = base.state_dict(), set()
     out = {}

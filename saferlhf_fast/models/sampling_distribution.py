@@ -1,11 +1,12 @@
 """The distribution that responses are sampled from, for who samples and for who scores: one definition.
 
-A repetition penalty, then temperature, top-k and top-p, on fp32 logits, in the order of transformers and vLLM. A nucleus is
-told by its smallest logit, so that of equally likely tokens all belong to it or none, whatever the order of a sort. Only a
-temperature (`plain`): the fused ops of saferlhf_fast.kernels score that, and nothing of this file is needed but `pick`.
+A repetition penalty, then temperature, top-k and top-p, on fp32 logits, in the order of transformers and
+vLLM. A nucleus is told by its smallest logit, so that of equally likely tokens all belong to it or none,
+whatever the order of a sort. Only a temperature (`plain`): the fused ops of saferlhf_fast.kernels score that,
+and nothing of this file is needed but `pick`.
 
-Shapes: N rows (one per token to sample or to score), C those of a chunk, V vocabulary, H hidden size, L tokens before a row's,
-S sequences, J blocks of the vocabulary, K tokens of a block or of a nucleus.
+Shapes: N rows (one per token to sample or to score), C those of a chunk, V vocabulary, H hidden size, L
+tokens before a row's, S sequences, J blocks of the vocabulary, K tokens of a block or of a nucleus.
 """
 
 from typing import NamedTuple
@@ -27,8 +28,8 @@ def sampling_logits(logits_NV, sampling, seen_NL=None, targets_N=None):
     """Logits of a model, fp32 -> logits whose softmax is sampled from; −inf where nothing is. Differentiable.
 
     seen_NL: ids of the tokens before each row's, repeats allowed; only read for a repetition penalty.
-    targets_N: tokens that stay possible whatever the nucleus says, so that their log-prob is finite: the trainer's logits
-    are not the sampler's to the last bit, and a token at its edge may lie outside by now.
+    targets_N: tokens that stay possible whatever the nucleus says, so that their log-prob is finite: the
+    trainer's logits are not the sampler's to the last bit, and a token at its edge may lie outside by now.
     """
     if sampling.repetition_penalty != 1.0:
         logits_NV = logits_NV * _penalties(logits_NV.detach(), seen_NL, sampling.repetition_penalty)
@@ -66,7 +67,9 @@ def _smallest_kept(scores_NV, sampling):
 
 
 def _edge(top_NK, lse_N1, top_p):
-    """Score of the last token of the nucleus: the first at which the probability of all before and itself reaches top_p."""
+    """Score of the last token of the nucleus: the first at which the probability of all before and itself
+    reaches top_p.
+    """
     reached_NK = (top_NK - lse_N1).exp().double().cumsum(-1)
     last_N1 = (reached_NK < top_p).sum(-1, keepdim=True).clamp_(max=top_NK.shape[1] - 1)
     return top_NK.gather(1, last_N1)
@@ -75,8 +78,8 @@ def _edge(top_NK, lse_N1, top_p):
 def pick(scores_NV, uniform_N):
     """Warped fp32 scores, which it destroys, and a number in [0, 1) for each row -> (token_N, logp_N).
 
-    The first token, in the order of ids, at which the sum of probabilities exceeds the number. Sums are made in float64 over
-    blocks and then inside one. A row that is not finite gives some token and NaN.
+    The first token, in the order of ids, at which the sum of probabilities exceeds the number. Sums are made
+    in float64 over blocks and then inside one. A row that is not finite gives some token and NaN.
     """
     size = scores_NV.shape[1]
     whole = size - size % BLOCK
@@ -90,8 +93,11 @@ def pick(scores_NV, uniform_N):
     block_N1 = torch.searchsorted(upto_NJ, aim_N1, right=True).clamp_(max=upto_NJ.shape[1] - 1)
     aim_N1 -= torch.where(block_N1 > 0, upto_NJ.gather(1, (block_N1 - 1).clamp_(min=0)), 0.0)
     ids_NK = block_N1 * BLOCK + torch.arange(BLOCK, device=scores_NV.device)
-    inside_NK = torch.where(ids_NK < size, weight_NV.gather(1, ids_NK.clamp(max=size - 1)), 0.0).double().cumsum(-1)
-    # The two ways of summing a block may differ in the last bit: never beyond its last token that can be sampled.
+    inside_NK = (
+        torch.where(ids_NK < size, weight_NV.gather(1, ids_NK.clamp(max=size - 1)), 0.0).double().cumsum(-1)
+    )
+    # The two ways of summing a block may differ in the last bit: never beyond its last token that can be
+    # sampled.
     aim_N1 = torch.minimum(aim_N1, inside_NK[:, -1:] * (1 - 1e-12))
     at_N1 = torch.searchsorted(inside_NK, aim_N1, right=True).clamp_(max=BLOCK - 1)
     token_N1 = (block_N1 * BLOCK + at_N1).clamp_(max=size - 1)
@@ -99,7 +105,8 @@ def pick(scores_NV, uniform_N):
 
 
 def uniforms(seeds, counts):
-    """Numbers in [0, 1) that decide the tokens of each sequence -> [sequences, most steps], float64, on the CPU.
+    """Numbers in [0, 1) that decide the tokens of each sequence -> [sequences, most steps], float64, on the
+    CPU.
 
     A sequence's depend on its seed alone: not on how many there are, nor on how many tokens it may have.
     """
@@ -112,12 +119,12 @@ def uniforms(seeds, counts):
 class Context(NamedTuple):
     """What stands before each asked-for row of packed sequences; `seen` is what `sampling_logits` reads."""
 
-    ids_SL: torch.Tensor                 # int64, filled up with the sequence's first token
-    sequence_N: torch.Tensor             # int64
-    length_N: torch.Tensor               # int64: tokens before the target
+    ids_SL: torch.Tensor  # int64, filled up with the sequence's first token
+    sequence_N: torch.Tensor  # int64
+    length_N: torch.Tensor  # int64: tokens before the target
 
     def seen(self, at):
-        """ids [rows, L] of a slice of rows."""
+        """Ids [rows, L] of a slice of rows."""
         ids_NL = self.ids_SL[self.sequence_N[at]]
         known_NL = torch.arange(ids_NL.shape[1], device=ids_NL.device) < self.length_N[at][:, None]
         return torch.where(known_NL, ids_NL, ids_NL[:, :1])
@@ -133,7 +140,9 @@ def context_of(ids_M, lengths, rows_N):
     return Context(ids_M[at_SL], sequence_N, rows_N - (ends_S - lengths_S)[sequence_N] + 1)
 
 
-def sampling_logprob(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens=None):
+def sampling_logprob(
+    hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens=None
+):
     """Log-prob of targets under the sampling distribution, fp32 [N].
 
     Means the same as::
@@ -141,21 +150,28 @@ def sampling_logprob(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sa
         logits_NV = softcap(scale * (hidden_NH.float() @ weight_VH.float().T + bias_V))      # softcap * tanh(· / softcap)
         sampling_logits(logits_NV, sampling, seen, targets_N).log_softmax(-1).gather(1, targets_N[:, None])
 
-    with logits in chunks of rows, fp32 whatever the inputs are, made again in the backward. Differentiable in hidden, weight
-    and bias; the gradient of the weight is added up in fp32. Which tokens belong to the nucleus is taken as given.
-    softcap: None for none · context: a `Context`, None without a repetition penalty · chunk_tokens: rows whose logits exist
-    at once, by the workspace when None. Under ZeRO-3 call it inside the head module's own forward.
+    with logits in chunks of rows, fp32 whatever the inputs are, made again in the backward. Differentiable in
+    hidden, weight and bias; the gradient of the weight is added up in fp32. Which tokens belong to the
+    nucleus is taken as given. softcap: None for none · context: a `Context`, None without a repetition
+    penalty · chunk_tokens: rows whose logits exist at once, by the workspace when None. Under ZeRO-3 call it
+    inside the head module's own forward.
     """
     if sampling.repetition_penalty != 1.0 and context is None:
         raise ValueError("context: expected the tokens before each row, for a repetition penalty, got None")
-    return _SamplingLogprob.apply(hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens)
+    return _SamplingLogprob.apply(
+        hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens
+    )
 
 
 class _SamplingLogprob(torch.autograd.Function):
-    """Chunks of rows: autograd goes through what lies between logits and log-prob, the head's products are ours."""
+    """Chunks of rows: autograd goes through what lies between logits and log-prob, the head's products are
+    ours.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens):
+    def forward(
+        ctx, hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens
+    ):
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, *(context or ()))
         ctx.settings = softcap, scale, sampling, chunk_tokens
         logp_N = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
@@ -175,10 +191,12 @@ class _SamplingLogprob(torch.autograd.Function):
             logits_CV = logits_CV.detach().requires_grad_()
             with torch.enable_grad():
                 logp_C = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at)
-            d_CV, = torch.autograd.grad(logp_C, logits_CV, grad_N[at])
+            (d_CV,) = torch.autograd.grad(logp_C, logits_CV, grad_N[at])
             gradients.add(at, d_CV.to(head.made))
-        made = [None if gradient is None else gradient.to(source.dtype)
-                for gradient, source in zip(gradients.done(), (hidden_NH, weight_VH, bias_V))]
+        made = [
+            None if gradient is None else gradient.to(source.dtype)
+            for gradient, source in zip(gradients.done(), (hidden_NH, weight_VH, bias_V))
+        ]
         return *made, *[None] * 6
 
 

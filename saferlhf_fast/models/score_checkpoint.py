@@ -1,15 +1,15 @@
 """Files of score models: which layout a folder has, its head, and writing the one that everybody reads.
 
-Read: `score.weight` beside a backbone (AutoModelForSequenceClassification(num_labels=1), and ours) and safe-rlhf's
-`score_head.weight`, `score_head.bias`, `normalizer.mean`, `normalizer.var`. Written: the former, with what it cannot
-say (kind, bias, normaliser) under `saferlhf_fast` in config.json. No torch at import.
+Read: `score.weight` beside a backbone (AutoModelForSequenceClassification(num_labels=1), and ours) and
+safe-rlhf's `score_head.weight`, `score_head.bias`, `normalizer.mean`, `normalizer.var`. Written: the former,
+with what it cannot say (kind, bias, normaliser) under `saferlhf_fast` in config.json. No torch at import.
 """
 
 import copy
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from ..errors import UserError
 from .folders import quiet, readable, replacing, write_card
@@ -17,22 +17,37 @@ from .lora import has_lora, plain, plain_state
 from .tokenizer import with_distinct_pad
 
 OURS = "saferlhf_fast"
-_HEAD_NAMES = ("score.weight", "score.bias", "score_head.weight", "score_head.bias", "normalizer.mean",
-               "normalizer.var")
+_HEAD_NAMES = (
+    "score.weight",
+    "score.bias",
+    "score_head.weight",
+    "score_head.bias",
+    "normalizer.mean",
+    "normalizer.var",
+)
 # safe-rlhf's normaliser does what the kind of score says.
 _REF_FUNCTION = {"reward": "affine", "cost": "scale", "critic": "identity"}
-_REF_FIELDS = ("score_dim", "score_bias", "score_type", "bias", "do_normalize", "normalizer_type", "momentum", "mean",
-               "var")
+_REF_FIELDS = (
+    "score_dim",
+    "score_bias",
+    "score_type",
+    "bias",
+    "do_normalize",
+    "normalizer_type",
+    "momentum",
+    "mean",
+    "var",
+)
 
 
 @dataclass(frozen=True)
 class Head:
     """A score head as it lies in files."""
 
-    weight: Any                          # [1, H]
-    bias: Optional[float] = None
-    normalizer: Optional[dict] = None    # {"function", "mean", "var"}
-    kind: Optional[str] = None           # reward, cost, critic
+    weight: Any  # [1, H]
+    bias: float | None = None
+    normalizer: dict | None = None  # {"function", "mean", "var"}
+    kind: str | None = None  # reward, cost, critic
 
 
 def read_head(folder, path, may_lack=False):
@@ -46,14 +61,18 @@ def read_head(folder, path, may_lack=False):
         tensors = read_tensors(folder, _HEAD_NAMES)
     weight = tensors.get("score.weight", tensors.get("score_head.weight"))
     if weight is None and claims:
-        raise UserError(f"{path}: expected the head of a score model (score.weight or score_head.weight), got weights "
-                        f"without one, though its architecture is {', '.join(architectures) or 'a score model'}")
+        raise UserError(
+            f"{path}: expected the head of a score model (score.weight or score_head.weight), got weights "
+            f"without one, though its architecture is {', '.join(architectures) or 'a score model'}"
+        )
     if weight is None and may_lack:
         return None
     if weight is None:
-        raise UserError(f"{path}: expected a score model (score.weight or score_head.weight), got a plain "
-                        f"{', '.join(architectures) or 'model'} without a head; train one on it with the stages "
-                        "reward and cost")
+        raise UserError(
+            f"{path}: expected a score model (score.weight or score_head.weight), got a plain "
+            f"{', '.join(architectures) or 'model'} without a head; train one on it with the stages "
+            "reward and cost"
+        )
     if weight.dim() != 2 or weight.shape[0] != 1:
         raise UserError(f"{path}: expected a head with one score, got a weight of shape {list(weight.shape)}")
     bias = tensors.get("score.bias", tensors.get("score_head.bias"))
@@ -75,10 +94,17 @@ def _ref_normalizer(config, tensors, kind, path):
         value = tensors.get(f"normalizer.{name}", config.get(name))
         if value is None:
             return default
-        return float(value.float().reshape(-1)[0]) if hasattr(value, "reshape") else \
-            float(value[0] if isinstance(value, list) else value)
+        return (
+            float(value.float().reshape(-1)[0])
+            if hasattr(value, "reshape")
+            else float(value[0] if isinstance(value, list) else value)
+        )
 
-    return {"function": _REF_FUNCTION[kind or "reward"], "mean": number("mean", 0.0), "var": number("var", 1.0)}
+    return {
+        "function": _REF_FUNCTION[kind or "reward"],
+        "mean": number("mean", 0.0),
+        "var": number("var", 1.0),
+    }
 
 
 def _config(folder, path):
@@ -112,10 +138,12 @@ def read_tensors(folder, names):
 def _tensors_of(file, names):
     if file.suffix == ".safetensors":
         from safetensors import safe_open
+
         with safe_open(file, framework="pt") as opened:
             return {name: opened.get_tensor(name) for name in set(opened.keys()) & set(names)}
     import torch
-    state = torch.load(file, map_location="cpu", weights_only=True)      # a pickle may not run code
+
+    state = torch.load(file, map_location="cpu", weights_only=True)  # a pickle may not run code
     return {name: state[name] for name in names if name in state}
 
 
@@ -127,23 +155,40 @@ def check_score_export(model, tokenizer, drop_bias=False, keep_bias=False):
     with_distinct_pad(tokenizer)
     bias, normalizer = _bias(model), model.normalizer
     if (bias is not None or normalizer is not None) and not (drop_bias or keep_bias):
-        has = " and ".join(part for part in (f"a bias ({bias:+.4f})" if bias is not None else "",
-                                             f"a normaliser ({normalizer})" if normalizer is not None else "") if part)
-        raise UserError(f"this score model has {has}, which AutoModelForSequenceClassification cannot hold: its scores "
-                        "would differ and C > 0 would mean something else; expected drop_bias=true to leave it out, "
-                        "got none")
+        has = " and ".join(
+            part
+            for part in (
+                f"a bias ({bias:+.4f})" if bias is not None else "",
+                f"a normaliser ({normalizer})" if normalizer is not None else "",
+            )
+            if part
+        )
+        raise UserError(
+            f"this score model has {has}, which AutoModelForSequenceClassification cannot hold: its scores "
+            "would differ and C > 0 would mean something else; expected drop_bias=true to leave it out, "
+            "got none"
+        )
 
 
-def save_score_model(folder: str | Path, model: Any, tokenizer: Any, *, kind: str, card: dict | None = None,
-                     state_dict: dict | None = None, drop_bias: bool = False, keep_bias: bool = False) -> None:
+def save_score_model(
+    folder: str | Path,
+    model: Any,
+    tokenizer: Any,
+    *,
+    kind: str,
+    card: dict | None = None,
+    state_dict: dict | None = None,
+    drop_bias: bool = False,
+    keep_bias: bool = False,
+) -> None:
     """Writes a score model that AutoModelForSequenceClassification(num_labels=1) loads with the same scores.
 
-    Safetensors, tokenizer with chat template, model card. Adapters are merged into what is written. kind: reward or
-    cost · card: what the model card tells · state_dict: weights to write instead of the model's (its own names).
-    A bias or normaliser is refused, unless drop_bias (left out; the shift is printed) or keep_bias (kept in
-    config.json, where `load_score_model` finds it and the transformers class does not; the card says so). pad == eos:
-    another special token becomes the padding token; refused when there is none. Architectures without such a class
-    are written alike, for our loader alone.
+    Safetensors, tokenizer with chat template, model card. Adapters are merged into what is written. kind:
+    reward or cost · card: what the model card tells · state_dict: weights to write instead of the model's
+    (its own names). A bias or normaliser is refused, unless drop_bias (left out; the shift is printed) or
+    keep_bias (kept in config.json, where `load_score_model` finds it and the transformers class does not; the
+    card says so). pad == eos: another special token becomes the padding token; refused when there is none.
+    Architectures without such a class are written alike, for our loader alone.
     """
     assert state_dict is None or not has_lora(model.backbone), "a state dict of adapters cannot be merged"
     check_score_export(model, tokenizer, drop_bias, keep_bias)
@@ -153,8 +198,10 @@ def save_score_model(folder: str | Path, model: Any, tokenizer: Any, *, kind: st
     bias, normalizer = _bias(model), model.normalizer
     if keep_bias and (bias is not None or normalizer is not None):
         said |= {"score_bias": bias, "normalizer": normalizer and _normalizer_fields(normalizer)}
-        notes.append(f"Its scores include a bias ({bias}) and a normaliser ({normalizer}), which only saferlhf-fast's "
-                     "loader applies: through AutoModelForSequenceClassification the scores differ.")
+        notes.append(
+            f"Its scores include a bias ({bias}) and a normaliser ({normalizer}), which only saferlhf-fast's "
+            "loader applies: through AutoModelForSequenceClassification the scores differ."
+        )
     elif bias is not None or normalizer is not None:
         notes.append(_say_dropped(bias, normalizer))
     body, weight = _weights(model, state_dict)
@@ -162,12 +209,16 @@ def save_score_model(folder: str | Path, model: Any, tokenizer: Any, *, kind: st
     config = copy.deepcopy(backbone.config)
     _set_labels(config, tokenizer, said)
     prefix = (exported or type(backbone)).base_model_prefix
-    state = {**{f"{prefix}.{name}" if prefix else name: tensor for name, tensor in body.items()},
-             "score.weight": weight}
+    state = {
+        **{f"{prefix}.{name}" if prefix else name: tensor for name, tensor in body.items()},
+        "score.weight": weight,
+    }
     with replacing(folder) as new, quiet():
         if exported is None:
-            notes.append(f"transformers has no sequence-classification class with a plain linear head for "
-                         f"{type(backbone).__name__}: load it with saferlhf-fast.")
+            notes.append(
+                f"transformers has no sequence-classification class with a plain linear head for "
+                f"{type(backbone).__name__}: load it with saferlhf-fast."
+            )
             _save_ours(new, backbone, config, state)
         else:
             shell = _shell(exported, config, weight.dtype)
@@ -186,6 +237,7 @@ def _normalizer_fields(normalizer):
 
 def _say_dropped(bias, normalizer):
     from ..runtime import console
+
     parts = [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
     if normalizer is not None:
         parts.append(f"scores are no longer normalised ({normalizer})")
@@ -198,14 +250,20 @@ def _weights(model, state_dict):
     """-> ({backbone's name: tensor}, head's weight)."""
     if state_dict is None:
         return plain_state(model.backbone), model.score.weight.detach()
-    body = {name.removeprefix("backbone."): tensor for name, tensor in state_dict.items()
-            if name.startswith("backbone.")}
+    body = {
+        name.removeprefix("backbone."): tensor
+        for name, tensor in state_dict.items()
+        if name.startswith("backbone.")
+    }
     return body, state_dict["score.weight"]
 
 
 def _export_class(backbone, tokenizer, body):
-    """-> the transformers class that gives our scores from our weights under its own names; None when there is none."""
+    """-> the transformers class that gives our scores from our weights under its own names; None when there
+    is none.
+    """
     from transformers import AutoModelForSequenceClassification
+
     mapping = AutoModelForSequenceClassification._model_mapping
     if type(backbone.config) not in mapping:
         return None
@@ -219,8 +277,11 @@ def _export_class(backbone, tokenizer, body):
 
 
 def _shell(cls, config, dtype):
-    """A model without memory for weights, whose save_pretrained writes a given state dict in the class's format."""
+    """A model without memory for weights, whose save_pretrained writes a given state dict in the class's
+    format.
+    """
     import torch
+
     with torch.device("meta"):
         return cls(config).to(dtype)
 
@@ -241,6 +302,7 @@ def _set_labels(config, tokenizer, said):
 
 def _save_ours(folder, backbone, config, state):
     from huggingface_hub import save_torch_state_dict
+
     config.architectures = [type(backbone).__name__]
     config.dtype = str(backbone.dtype).removeprefix("torch.")
     config.save_pretrained(folder)

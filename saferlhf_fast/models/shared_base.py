@@ -1,11 +1,13 @@
 """One frozen base for a whole PPO run, and a low-rank adapter (peft) for each role on it.
 
-The actor is the base with its adapter; the reference is the base alone; critics, and score models that were trained as
-adapters of the same base, are the base with theirs and a head of their own. A role's engine holds its adapter and head alone,
-so gradients, optimiser states and clipping are per role, as with separate models, and the base lies in memory once.
+The actor is the base with its adapter; the reference is the base alone; critics, and score models that were
+trained as adapters of the same base, are the base with theirs and a head of their own. A role's engine holds
+its adapter and head alone, so gradients, optimiser states and clipping are per role, as with separate models,
+and the base lies in memory once.
 
-Which adapter is on is state of the base: every forward sets it, and so does every backward (`before_backward`), since
-activation checkpointing runs the forward again there. Leaves out: ZeRO-3, whose hooks belong to one engine.
+Which adapter is on is state of the base: every forward sets it, and so does every backward
+(`before_backward`), since activation checkpointing runs the forward again there. Leaves out: ZeRO-3, whose
+hooks belong to one engine.
 """
 
 import torch
@@ -32,7 +34,9 @@ class SharedBase:
         self.layers = []
 
     def add(self, role, saved=None):
-        """A new adapter, which changes nothing yet; saved: an `adapters.Saved` to begin with, its rank included."""
+        """A new adapter, which changes nothing yet; saved: an `adapters.Saved` to begin with, its rank
+        included.
+        """
         self.lm = multi_adapter.add(self.lm or self.base, self.lora if saved is None else saved.config, role)
         self.layers = multi_adapter.layers(self.lm)
         if saved is not None:
@@ -54,7 +58,8 @@ class OnSharedBase(nn.Module):
         super().__init__()
         self.role = role
         self.adapter = nn.ParameterList(shared_base.weights(role) if role else [])
-        object.__setattr__(self, "shared_base", shared_base)     # not a submodule: an engine must not see the base
+        # not a submodule: an engine must not see the base
+        object.__setattr__(self, "shared_base", shared_base)
 
     def train(self, mode=True):
         self.shared_base.lm.train(mode)
@@ -84,7 +89,9 @@ class PolicyOnSharedBase(OnSharedBase):
 
 
 class ScoreOnSharedBase(OnSharedBase):
-    """A score model or critic on the shared base: one number per asked-for position, or one for each of several heads."""
+    """A score model or critic on the shared base: one number per asked-for position, or one for each of
+    several heads.
+    """
 
     def __init__(self, shared_base, role, head=None, heads=1):
         """head: weight [heads, H] to start from; drawn as a new score model's when None."""
@@ -97,5 +104,7 @@ class ScoreOnSharedBase(OnSharedBase):
 
     def forward(self, packed):
         self.shared_base.use(self.role)
-        hidden_MH = backbone.hidden_states(plain(self.shared_base.lm).base_model, packed, self.shared_base.packs)
+        hidden_MH = backbone.hidden_states(
+            plain(self.shared_base.lm).base_model, packed, self.shared_base.packs
+        )
         return self.score(hidden_MH.index_select(0, packed.rows_N))

@@ -1,12 +1,14 @@
-"""Sampling ahead: while one batch is learned from, the next is sampled by the weights before that step, in a thread.
+"""Sampling ahead: while one batch is learned from, the next is sampled by the weights before that step, in a
+thread.
 
-The batch is then one PPO step stale when its turn comes, which importance weights correct (ppo.importance_cap, or
-ppo.old_logp=engine). A batch is sampled in portions of sampling.batch_size prompts, and the frozen models are asked about each
-portion as soon as it is there. An engine that samples with the trainer's own weights gets a copy of the policy, which takes
-the weights over between two steps; one that has its own takes them then too.
+The batch is then one PPO step stale when its turn comes, which importance weights correct
+(ppo.importance_cap, or ppo.old_logp=engine). A batch is sampled in portions of sampling.batch_size prompts,
+and the frozen models are asked about each portion as soon as it is there. An engine that samples with the
+trainer's own weights gets a copy of the policy, which takes the weights over between two steps; one that has
+its own takes them then too.
 
-On CUDA the thread has a stream of its own. Leaves out ZeRO-3 (two threads must not start collectives) and one shared base (whose
-adapter is state of the shared base).
+On CUDA the thread has a stream of its own. Leaves out ZeRO-3 (two threads must not start collectives) and one
+shared base (whose adapter is state of the shared base).
 """
 
 import contextlib
@@ -24,11 +26,13 @@ from .scoring import frozen_scores
 
 
 def prefetched_rollouts(roles, batches, cfg, prefetcher):
-    """Yields (step, Rollout) of each (step, prompts): the first at once, then each sampled during the step before its own.
+    """Yields (step, Rollout) of each (step, prompts): the first at once, then each sampled during the step
+    before its own.
 
-    prefetcher: an `RolloutPrefetcher`, which keeps for a checkpoint by which weights the batch after the current one is sampled.
+    prefetcher: an `RolloutPrefetcher`, which keeps for a checkpoint by which weights the batch after the
+    current one is sampled.
     """
-    if cfg.sampling.engine == "vllm-server":         # it has the weights that were pushed last
+    if cfg.sampling.engine == "vllm-server":  # it has the weights that were pushed last
         snapshot, source = None, roles.generator
     else:
         snapshot = prefetcher.snapshot = PolicySnapshot(roles.actor)
@@ -42,9 +46,17 @@ def prefetched_rollouts(roles, batches, cfg, prefetcher):
         while pending is not None:
             step, future = pending
             rows, responses, said = future.result()
-            rollout = assemble(rows, responses, roles.tokenizer, cfg.pass_tokens(), minibatches=cfg.ppo.minibatches,
-                               n=cfg.sampling.num_return_sequences, version=min(1, step - 1), frozen_scores=said)
-            if snapshot is not None:                 # the weights after the step before: the next batch's
+            rollout = assemble(
+                rows,
+                responses,
+                roles.tokenizer,
+                cfg.pass_tokens(),
+                minibatches=cfg.ppo.minibatches,
+                n=cfg.sampling.num_return_sequences,
+                version=min(1, step - 1),
+                frozen_scores=said,
+            )
+            if snapshot is not None:  # the weights after the step before: the next batch's
                 snapshot.take()
             source.refresh()
             pending = _begin(threads, stream, source, roles, next(steps, None), cfg)
@@ -61,7 +73,7 @@ def _begin(threads, stream, source, roles, numbered, cfg):
         return None
     step, prompts = numbered
     if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())          # the copied weights are there
+        stream.wait_stream(torch.cuda.current_stream())  # the copied weights are there
     return step, threads.submit(_sample, stream, source, roles, prompts, cfg, step)
 
 
@@ -71,19 +83,34 @@ def _sample(stream, source, roles, prompts, cfg, step):
     rows, responses, said = [], [], []
     with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
         for start in range(0, len(prompts), portion):
-            new = generate(source, prompts[start:start + portion], roles.tokenizer, cfg.sampling, cfg.max_length,
-                           step_seed(cfg, step), first=start * engine.world_size())
-            local = arrange([Sampled(i, *row) for i, row in enumerate(zip(*new))], roles.tokenizer, cfg.pass_tokens())
+            new = generate(
+                source,
+                prompts[start : start + portion],
+                roles.tokenizer,
+                cfg.sampling,
+                cfg.max_length,
+                step_seed(cfg, step),
+                first=start * engine.world_size(),
+            )
+            local = arrange(
+                [Sampled(i, *row) for i, row in enumerate(zip(*new))], roles.tokenizer, cfg.pass_tokens()
+            )
             found = dict(zip(local.order, frozen_scores(local, roles, cfg)))
-            rows, responses, said = rows + new[0], responses + new[1], said + [found[i] for i in range(len(found))]
+            rows, responses, said = (
+                rows + new[0],
+                responses + new[1],
+                said + [found[i] for i in range(len(found))],
+            )
         if stream is not None:
             stream.synchronize()
     return rows, responses, said
 
 
 class RolloutPrefetcher:
-    """The weights by which the next batch is being sampled: a checkpoint after a step needs them, since the run that goes on
-    samples that batch anew. With a vLLM server they are not at hand, and that one batch is sampled by the current weights."""
+    """The weights by which the next batch is being sampled: a checkpoint after a step needs them, since the
+    run that goes on samples that batch anew. With a vLLM server they are not at hand, and that one batch is
+    sampled by the current weights.
+    """
 
     def __init__(self):
         self.snapshot = self.weights = None
@@ -104,7 +131,9 @@ class RolloutPrefetcher:
 
 
 class PolicySnapshot:
-    """A copy of an actor's policy that a rollout engine can sample with while the actor learns; see engine.Frozen."""
+    """A copy of an actor's policy that a rollout engine can sample with while the actor learns; see
+    engine.Frozen.
+    """
 
     def __init__(self, actor):
         self.actor, self.sharded = actor, False

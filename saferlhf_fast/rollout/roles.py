@@ -1,4 +1,6 @@
-"""The models that score a rollout and the policy that makes it, by role: what every stage with rollouts hands around."""
+"""The models that score a rollout and the policy that makes it, by role: what every stage with rollouts hands
+around.
+"""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +17,7 @@ class Critic:
     """A trained model that gives values of one stream, or of several by a head for each."""
 
     engine: engine.Engine
-    names: tuple                     # of its streams: "reward", or a constraint's name
+    names: tuple  # of its streams: "reward", or a constraint's name
 
     def __call__(self, packed):
         """-> {"reward": values_N, …} before each asked-for token, fp32."""
@@ -28,12 +30,14 @@ class Roles:
     """Who plays in a PPO run, or in an evaluation, which has no critics and may lack other roles."""
 
     tokenizer: Any
-    ends: list                       # token ids that end a response
+    ends: list  # token ids that end a response
     actor: engine.Engine
     reference: engine.Frozen
-    scorers: dict = field(default_factory=dict)    # {"reward": scorer, name of a cost: scorer}, as PPOConfig.scorers() has them
-    critics: list = field(default_factory=list)    # Critic of the reward, then of each constraint; or one for all
-    generator: Any = None            # a rollout engine of saferlhf_fast.rollout.engines
+    # {"reward": scorer, name of a cost: scorer}, as PPOConfig.scorers() has them
+    scorers: dict = field(default_factory=dict)
+    # Critic of the reward, then of each constraint; or one for all
+    critics: list = field(default_factory=list)
+    generator: Any = None  # a rollout engine of saferlhf_fast.rollout.engines
 
     @property
     def costs(self):
@@ -57,8 +61,11 @@ class Roles:
 
     def has_dropout(self):
         """True when a trained model drops anything out (adapters may; the models' own is off)."""
-        return any(isinstance(module, torch.nn.Dropout) and module.p > 0
-                   for model in self.trained for module in whole(model.module).modules())
+        return any(
+            isinstance(module, torch.nn.Dropout) and module.p > 0
+            for model in self.trained
+            for module in whole(model.module).modules()
+        )
 
 
 def whole(module):

@@ -1,4 +1,6 @@
-"""What models say of a rollout, without gradient: the frozen ones, and actor and critics where the update does not ask them."""
+"""What models say of a rollout, without gradient: the frozen ones, and actor and critics where the update
+does not ask them.
+"""
 
 import torch
 
@@ -9,12 +11,16 @@ from .types import Scored
 
 def kept(parts, rollout):
     """Concatenation of what each pass gave, without what fillers gave."""
-    return torch.cat([part[:0] if rows.start == rows.stop else part for part, rows in zip(parts, rollout.passes)])
+    return torch.cat(
+        [part[:0] if rows.start == rows.stop else part for part, rows in zip(parts, rollout.passes)]
+    )
 
 
 @torch.no_grad()
 def score_rollout(rollout, roles, cfg):
-    """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and values."""
+    """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and
+    values.
+    """
     if rollout.frozen_scores and rollout.frozen_scores[0] is not None:
         ref_logp, *scores = zip(*rollout.frozen_scores)
         ref_logp_N, scores = packed_numbers(ref_logp), [packed_numbers([column]) for column in scores]
@@ -30,7 +36,9 @@ def score_rollout(rollout, roles, cfg):
 
 
 def frozen_scores(rollout, roles, cfg):
-    """Asks the frozen models -> for each row of a rollout (ref_logp list, score by each of roles.scorers …), on the host."""
+    """Asks the frozen models -> for each row of a rollout (ref_logp list, score by each of roles.scorers …),
+    on the host.
+    """
     scored = score_rollout(rollout, roles, cfg)
     scores = (column.tolist() for column in (scored.reward_B, *scored.costs.values()))
     return list(zip((part.tolist() for part in scored.ref_logp_N.split(rollout.lengths)), *scores))
@@ -38,7 +46,10 @@ def frozen_scores(rollout, roles, cfg):
 
 @torch.no_grad()
 def old_logprobs_and_values(rollout, roles, cfg):
-    """Asks actor and critics as they are now -> fields of Scored. An actor whose engine's log-probs count is not asked."""
+    """Asks actor and critics as they are now -> fields of Scored.
+
+    An actor whose engine's log-probs count is not asked.
+    """
     roles.train(False)
     logp, values = [], []
     own = cfg.ppo.old_logp == "trainer"

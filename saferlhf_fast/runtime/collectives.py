@@ -1,4 +1,7 @@
-"""The processes of a run: which this is, how many there are, and what they tell one another. All of it works in one process."""
+"""The processes of a run: which this is, how many there are, and what they tell one another.
+
+All of it works in one process.
+"""
 
 import functools
 import os
@@ -31,10 +34,11 @@ def all_reduce(tensor):
 
 
 def all_gather(values_B, order, count):
-    """[B_local] of each rank -> [count] in the global batch's order, on all ranks, without a read of the device.
+    """[B_local] of each rank -> [count] in the global batch's order, on all ranks, without a read of the
+    device.
 
-    order: host integers, the place of each in the global batch. The order matters: a window over the last episodes must
-    hold the same ones for any number of ranks.
+    order: host integers, the place of each in the global batch. The order matters: a window over the last
+    episodes must hold the same ones for any number of ranks.
     """
     out = torch.zeros(count, dtype=values_B.dtype, device=values_B.device)
     out[torch.tensor(order, dtype=torch.long).to(values_B.device, non_blocking=True)] = values_B
@@ -72,7 +76,11 @@ def _host_group():
 
 
 def not_finite(named):
-    """{name: tensor or None} -> names of those that are not finite on some rank: one reduction, one read of the device."""
+    """{name: tensor or None} -> names of those that are not finite on some rank: one reduction, one read of
+    the device.
+    """
     named = {name: tensor for name, tensor in named.items() if tensor is not None}
-    bad = torch.stack([(~torch.isfinite(tensor)).any().to(device(), torch.float32) for tensor in named.values()])
+    bad = torch.stack(
+        [(~torch.isfinite(tensor)).any().to(device(), torch.float32) for tensor in named.values()]
+    )
     return [name for name, flag in zip(named, all_reduce(bad).tolist()) if flag]

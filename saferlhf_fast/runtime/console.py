@@ -1,8 +1,8 @@
 """What a user sees while something runs: progress bars, one line per step, tables of samples and results.
 
-On a terminal it is drawn with rich. Anywhere else (a file, a pipe) it is plain lines without control codes, and the
-bar becomes a line every few seconds. Only rank 0 prints. Text that models or data wrote is shown with its control
-characters escaped, and never read as markup.
+On a terminal it is drawn with rich. Anywhere else (a file, a pipe) it is plain lines without control codes,
+and the bar becomes a line every few seconds. Only rank 0 prints. Text that models or data wrote is shown with
+its control characters escaped, and never read as markup.
 """
 
 import contextlib
@@ -21,15 +21,20 @@ from rich.table import Column, Table
 
 from ..config.sections import PAIR
 
-PLAIN_INTERVAL = 5.0   # seconds between a bar's lines where there is no terminal
-PLAIN_WIDTH = 120      # columns
-LONGEST_TEXT = 240     # characters of a prompt or response in a sample table
-MAIN_VALUES = (("reward", ("reward",)), ("cost", ("cost",)), ("λ", ("lambda", "multiplier")),
-               ("KL", ("kl_divergence", "kl")), ("loss", ("actor_loss", "loss")),
-               ("length", ("mean_generated_length", "length")))
+PLAIN_INTERVAL = 5.0  # seconds between a bar's lines where there is no terminal
+PLAIN_WIDTH = 120  # columns
+LONGEST_TEXT = 240  # characters of a prompt or response in a sample table
+MAIN_VALUES = (
+    ("reward", ("reward",)),
+    ("cost", ("cost",)),
+    ("λ", ("lambda", "multiplier")),
+    ("KL", ("kl_divergence", "kl")),
+    ("loss", ("actor_loss", "loss")),
+    ("length", ("mean_generated_length", "length")),
+)
 """What a step's line shows: label, and the metric names it is looked up under, with or without train/."""
 
-_current = None        # the Track in progress; a bar and the lines above it must share one Console
+_current = None  # the Track in progress; a bar and the lines above it must share one Console
 
 
 def say(message):
@@ -67,15 +72,19 @@ class Track:
         self.console = _console()
         self.done, self.line, self.start = 0, "", 0
         self.begun = self.printed = time.monotonic()
-        self.recent = deque([(self.begun, 0)], maxlen=50)   # (time, tokens of the step that ended then)
+        self.recent = deque([(self.begun, 0)], maxlen=50)  # (time, tokens of the step that ended then)
         self.tokens = 0
         self.has_step_lines = False
         self.progress = self.task = None
         if enabled and self.console.is_terminal:
-            self.progress = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                                     TextColumn("{task.fields[speed]}"),
-                                     TextColumn("{task.fields[line]}", table_column=Column(ratio=1, no_wrap=True)),
-                                     console=self.console)
+            self.progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TextColumn("{task.fields[line]}", table_column=Column(ratio=1, no_wrap=True)),
+                console=self.console,
+            )
             self.task = self.progress.add_task(escape(label), total=total, speed="", line="")
 
     def begin_at(self, start):
@@ -92,9 +101,14 @@ class Track:
         self.recent.append((time.monotonic(), int(tokens)))
         self.line = self.line if line is None else printable(line)
         if self.progress is not None:
-            self.progress.update(self.task, completed=self.done, speed=escape(self.speed()), line=escape(self.line))
+            self.progress.update(
+                self.task, completed=self.done, speed=escape(self.speed()), line=escape(self.line)
+            )
         elif self.enabled and not self.has_step_lines and self._is_due():
-            _print(f"{self.label} {self.done:>{len(str(self.total))}}/{self.total}  {self.speed()}  {self.line}".rstrip())
+            _print(
+                f"{self.label} {self.done:>{len(str(self.total))}}/{self.total}  {self.speed()}  "
+                f"{self.line}".rstrip()
+            )
 
     def speed(self):
         """Tokens per second over the last steps, and time left at the mean pace so far."""
@@ -122,7 +136,8 @@ class Track:
 
 
 def step_line(step, total, values):
-    """Prints one line: step, then reward, cost, λ, KL (nats), loss and length (tokens), those that values has.
+    """Prints one line: step, then reward, cost, λ, KL (nats), loss and length (tokens), those that values
+    has.
 
     Where there is no terminal it also has what the bar would show: tokens/s and time left.
     """
@@ -132,7 +147,9 @@ def step_line(step, total, values):
         _current.has_step_lines = True
     shown = []
     for label, names in MAIN_VALUES:
-        found = [values[key] for name in names for key in (name, f"train/{name}") if values.get(key) is not None]
+        found = [
+            values[key] for name in names for key in (name, f"train/{name}") if values.get(key) is not None
+        ]
         if found:
             value = float(found[0])
             shown.append(f"{label} {f'{value:.1f}' if label == 'length' else number(value):>7}")
@@ -145,7 +162,8 @@ def sample_table(rows):
     rows = list(rows)
     if not rows or (_current is not None and not _current.enabled):
         return
-    names = dict.fromkeys(name for row in rows for name in row if name.partition("/")[0] in PAIR)      # cost/<name> of several
+    # cost/<name> of several
+    names = dict.fromkeys(name for row in rows for name in row if name.partition("/")[0] in PAIR)
     scores = [name for name in names if any(row.get(name) is not None for row in rows)]
     if not _console().is_terminal:
         for i, row in enumerate(rows, 1):
@@ -154,11 +172,19 @@ def sample_table(rows):
             _print(f"  prompt:   {shorten(row['prompt'])}")
             _print(f"  response: {shorten(row['response'])}")
         return
-    table = Table(Column("prompt", ratio=2), Column("response", ratio=3),
-                  *(Column(name, justify="right", no_wrap=True) for name in scores), expand=True, show_lines=True)
+    table = Table(
+        Column("prompt", ratio=2),
+        Column("response", ratio=3),
+        *(Column(name, justify="right", no_wrap=True) for name in scores),
+        expand=True,
+        show_lines=True,
+    )
     for row in rows:
-        table.add_row(escape(shorten(row["prompt"])), escape(shorten(row["response"])),
-                      *(number(row.get(name)) for name in scores))
+        table.add_row(
+            escape(shorten(row["prompt"])),
+            escape(shorten(row["response"])),
+            *(number(row.get(name)) for name in scores),
+        )
     _print(table)
 
 
@@ -174,8 +200,11 @@ def result_table(title, columns, rows):
             cells = [c + p if i == 0 else p + c for i, (c, p) in enumerate(zip(line, padded))]
             _print("  " + "  ".join(cells).rstrip())
         return
-    table = Table(*(Column(escape(c), justify="right" if i else "left") for i, c in enumerate(columns)),
-                  title=escape(printable(str(title))), title_justify="left")
+    table = Table(
+        *(Column(escape(c), justify="right" if i else "left") for i, c in enumerate(columns)),
+        title=escape(printable(str(title))),
+        title_justify="left",
+    )
     for row in rows:
         table.add_row(*map(escape, row))
     _print(table)
@@ -200,14 +229,18 @@ def clock(seconds):
 
 def printable(text, keep=""):
     """Text that a terminal cannot be steered by: control, direction and invalid characters stand as escapes."""
-    return "".join(c if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp") else
-                   {"\n": "⏎", "\t": " "}.get(c) or c.encode("unicode_escape").decode() for c in text)
+    return "".join(
+        c
+        if c in keep or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+        else {"\n": "⏎", "\t": " "}.get(c) or c.encode("unicode_escape").decode()
+        for c in text
+    )
 
 
 def shorten(text, longest=LONGEST_TEXT):
     """Beginning and end of a long text on one line, printable."""
     if len(text) > longest:
-        text = text[:longest * 2 // 3] + " … " + text[-(longest - longest * 2 // 3 - 3):]
+        text = text[: longest * 2 // 3] + " … " + text[-(longest - longest * 2 // 3 - 3) :]
     return printable(text)
 
 
@@ -222,8 +255,14 @@ def _print(what, style=None):
         return
     console = _current.console if _current is not None else _console()
     # soft_wrap: rich would break plain lines at 80 columns where there is no terminal.
-    console.print(what, style=style, markup=not isinstance(what, str), highlight=False, emoji=False,
-                  soft_wrap=isinstance(what, str))
+    console.print(
+        what,
+        style=style,
+        markup=not isinstance(what, str),
+        highlight=False,
+        emoji=False,
+        soft_wrap=isinstance(what, str),
+    )
 
 
 def _rank():
@@ -231,7 +270,9 @@ def _rank():
 
 
 def _console():
-    """The Console of the current stdout; a running bar keeps its own, since rich replaces sys.stdout under it."""
+    """The Console of the current stdout; a running bar keeps its own, since rich replaces sys.stdout under
+    it.
+    """
     return _current.console if _current is not None else _console_of(sys.stdout)
 
 

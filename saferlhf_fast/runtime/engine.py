@@ -1,10 +1,13 @@
-"""DeepSpeed: processes, sharding, precision, optimiser, schedule. Stages know it through this file alone (and checkpoint/).
+"""DeepSpeed: processes, sharding, precision, optimiser, schedule.
 
-One CPU process needs no launcher; `torchrun` and `deepspeed` give many. A loss handed to `Engine.backward` must already
-be divided by the count over *all* micro-batches and *all* ranks, so that the sum over micro-batches and ranks is the
-loss of the global batch: gradients then do not depend on how the batch was split. DeepSpeed averages over ranks, which
-`backward` undoes; it would also divide by its accumulation count, which is why the accumulation boundary is ours
-(`managed_gradient_accumulation: false`: every `step()` is one).
+Stages know it through this file alone (and checkpoint/).
+
+One CPU process needs no launcher; `torchrun` and `deepspeed` give many. A loss handed to `Engine.backward`
+must already be divided by the count over *all* micro-batches and *all* ranks, so that the sum over
+micro-batches and ranks is the loss of the global batch: gradients then do not depend on how the batch was
+split. DeepSpeed averages over ranks, which `backward` undoes; it would also divide by its accumulation count,
+which is why the accumulation boundary is ours (`managed_gradient_accumulation: false`: every `step()` is
+one).
 """
 
 import contextlib
@@ -22,15 +25,46 @@ import torch
 
 from ..errors import UserError
 from . import optimizers, watchdog
-from .collectives import all_gather, all_reduce, any_rank, barrier, device, gather_objects, not_finite, rank, world_size
+from .collectives import (
+    all_gather,
+    all_reduce,
+    any_rank,
+    barrier,
+    device,
+    gather_objects,
+    not_finite,
+    rank,
+    world_size,
+)
 
-__all__ = ["Engine", "Frozen", "all_gather", "all_reduce", "any_rank", "barrier", "device", "finish", "gather_objects",
-           "gathered", "imported_deepspeed", "learning_rate_factor", "not_finite", "precision", "rank", "seed_all", "settings",
-           "shards_frozen", "start", "started", "world_size", "written"]
+__all__ = [
+    "Engine",
+    "Frozen",
+    "all_gather",
+    "all_reduce",
+    "any_rank",
+    "barrier",
+    "device",
+    "finish",
+    "gather_objects",
+    "gathered",
+    "imported_deepspeed",
+    "learning_rate_factor",
+    "not_finite",
+    "precision",
+    "rank",
+    "seed_all",
+    "settings",
+    "shards_frozen",
+    "start",
+    "started",
+    "world_size",
+    "written",
+]
 
 
 def precision(cfg):
-    """torch dtype of the weights in forward and backward, for an Engine config."""
+    """Torch dtype of the weights in forward and backward, for an Engine config."""
     name = cfg.precision
     if name == "auto":
         name = "bf16" if torch.cuda.is_available() else "fp32"
@@ -44,19 +78,25 @@ def start(cfg, seed):
     """
     if cfg.threads:
         torch.set_num_threads(cfg.threads)
-    # No launcher, or what accelerate leaves behind in one process, without an address: DeepSpeed would go looking for mpi4py.
-    alone = "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
+    # No launcher, or what accelerate leaves behind in one process, without an address: DeepSpeed would go
+    # looking for mpi4py.
+    alone = (
+        "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1" and "MASTER_ADDR" not in os.environ
+    )
     if alone:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        )
     deepspeed = _deepspeed()
     if torch.cuda.is_available():
         torch.cuda.set_device(device())
     if not torch.distributed.is_initialized():
         _join(deepspeed, cfg.timeout)
-    if alone:                                        # a child process would take them for a launcher's, and our port
+    # a child process would take them for a launcher's, and our port
+    if alone:
         for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
     watchdog.begin(60 * cfg.timeout)
@@ -66,18 +106,23 @@ def start(cfg, seed):
 def _join(deepspeed, minutes):
     """Makes the process group; UserError when not all ranks have come in time.
 
-    A collective's own limit lies behind that of the watch, which knows who is to blame. Groups that DeepSpeed makes take the
-    limit from torch's defaults.
+    A collective's own limit lies behind that of the watch, which knows who is to blame. Groups that DeepSpeed
+    makes take the limit from torch's defaults.
     """
     limit = timedelta(minutes=minutes, seconds=30)
     c10d = torch.distributed.distributed_c10d
     c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = limit
     try:
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False, timeout=limit)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False, timeout=limit
+        )
     except torch.distributed.DistError as error:
-        raise UserError(f"engine.timeout: expected {world_size()} processes to find each other at {os.environ['MASTER_ADDR']}:"
-                        f"{os.environ['MASTER_PORT']} within {minutes:g} minutes, got: {str(error).splitlines()[0]}; "
-                        "saferlhf-fast info --cluster finds out who is missing") from error
+        raise UserError(
+            f"engine.timeout: expected {world_size()} processes to find each other at "
+            f"{os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {minutes:g} minutes, got: {str(error).splitlines()[0]}; "
+            "saferlhf-fast info --cluster finds out who is missing"
+        ) from error
 
 
 def started():
@@ -88,8 +133,8 @@ def started():
 def finish():
     """Waits for the other ranks at the end of a program; the process group goes with the process.
 
-    Taking it down by hand while DeepSpeed still holds on to it aborted one of some ten runs ("terminate called without
-    an active exception", exit code −6).
+    Taking it down by hand while DeepSpeed still holds on to it aborted one of some ten runs ("terminate
+    called without an active exception", exit code −6).
     """
     if started():
         barrier()
@@ -99,7 +144,7 @@ def finish():
 def seed_all(seed):
     """Seeds Python's, numpy's and torch's generators."""
     random.seed(seed)
-    numpy.random.seed(seed % 2 ** 32)
+    numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
@@ -112,13 +157,17 @@ def _deepspeed():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has new ones for; nobody who trains can do anything about it.
-    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has new ones for; nobody who trains can do
+    # anything about it.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     deepspeed.utils.logger.setLevel(logging.WARNING)
     deepspeed.utils.logger.addFilter(_tells)
     if not torch.cuda.is_available():
-        # Shared-memory collectives are compiled for 35 s inside init_distributed on the CPU; gloo does without. Set
-        # before it is asked for: asking would try out the compiler on every op, and show its complaints.
+        # Shared-memory collectives are compiled for 35 s inside init_distributed on the CPU; gloo does
+        # without. Set before it is asked for: asking would try out the compiler on every op, and show its
+        # complaints.
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     return deepspeed
 
@@ -129,8 +178,10 @@ def imported_deepspeed():
 
 
 def _tells(record):
-    """False for DeepSpeed's warning that it has not tried an optimiser of ours with ZeRO: tests/runtime/test_optimizers.py
-    has."""
+    """False for DeepSpeed's warning that it has not tried an optimiser of ours with ZeRO:
+
+    tests/runtime/test_optimizers.py has.
+    """
     return "untested optimizer" not in record.getMessage()
 
 
@@ -141,16 +192,20 @@ def settings(cfg, optim):
     """DeepSpeed's configuration for an Engine and an Optimizer config (None: a frozen model)."""
     dtype = precision(cfg)
     config = {
-        "train_micro_batch_size_per_gpu": 1,          # ours are lists of any length; DeepSpeed only counts with it
+        # ours are lists of any length; DeepSpeed only counts with it
+        "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         "gradient_clipping": _clipping(cfg, optim) if optim else 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10 ** 9,
+        "steps_per_print": 10**9,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "fp16": {"enabled": dtype == torch.float16},
-        "zero_optimization": {"stage": cfg.zero_stage if optim else 3 if shards_frozen(cfg) else 0, "overlap_comm": False},
+        "zero_optimization": {
+            "stage": cfg.zero_stage if optim else 3 if shards_frozen(cfg) else 0,
+            "overlap_comm": False,
+        },
     }
     zero = config["zero_optimization"]
     if zero["stage"] and optim and cfg.offload_optimizer:
@@ -160,7 +215,11 @@ def settings(cfg, optim):
         if cfg.offload_parameters:
             zero["offload_param"] = {"device": "cpu"}
     for key, value in (cfg.config or {}).items():
-        config[key] = {**config[key], **value} if isinstance(value, dict) and isinstance(config.get(key), dict) else value
+        config[key] = (
+            {**config[key], **value}
+            if isinstance(value, dict) and isinstance(config.get(key), dict)
+            else value
+        )
     return config
 
 
@@ -175,7 +234,7 @@ def _clipping(cfg, optim):
 
 
 def learning_rate_factor(optim, total_steps):
-    """step (from 0) -> factor on the peak learning rate. The first step already moves: (1 / warm-up steps)."""
+    """Step (from 0) -> factor on the peak learning rate. The first step already moves: (1 / warm-up steps)."""
     warmup = math.ceil(optim.warmup_ratio * total_steps)
 
     def factor(step):
@@ -196,18 +255,27 @@ class Engine:
     """
 
     def __init__(self, module, optim, cfg, total_steps):
-        """module: nn.Module in fp32 on the CPU · optim: Optimizer config · cfg: Engine config · total_steps: of the
-        whole run, for the schedule."""
+        """module: nn.Module in fp32 on the CPU · optim: Optimizer config · cfg: Engine config · total_steps:
+
+        of the whole run, for the schedule.
+        """
         if precision(cfg) == torch.float16 and not torch.cuda.is_available():
-            raise UserError("engine.precision: expected fp32 or bf16 without a GPU, where DeepSpeed has no fp16; got fp16")
+            raise UserError(
+                "engine.precision: expected fp32 or bf16 without a GPU, where DeepSpeed has no fp16; got fp16"
+            )
         optimizer = optimizers.build(module, optim, cfg.zero_stage)
         if cfg.zero_stage == 3:
             _shard(module, cfg, settings(cfg, optim))
         module = module.to(device())
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(optim, total_steps))
         with _quiet(), optimizers.untouched(optimizer):
-            self.deepspeed, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, lr_scheduler=schedule,
-                                                         config=settings(cfg, optim), dist_init_required=False)
+            self.deepspeed, *_ = _deepspeed().initialize(
+                model=module,
+                optimizer=optimizer,
+                lr_scheduler=schedule,
+                config=settings(cfg, optim),
+                dist_init_required=False,
+            )
         self.deepspeed.clip_fp32_gradients = self._clip_unsharded
         self.zero_stage, self.precision = cfg.zero_stage, str(precision(cfg)).removeprefix("torch.")
         self.sharded = cfg.zero_stage == 3
@@ -216,13 +284,17 @@ class Engine:
         self.skipped_steps = 0
 
     def _clip_unsharded(self):
-        """DeepSpeed's clipping for ZeRO-0 in fp32, which forgets the norm: ours keeps it where DeepSpeed looks."""
-        self.deepspeed._global_grad_norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(),
-                                                                          self.max_grad_norm or float("inf"))
+        """DeepSpeed's clipping for ZeRO-0 in fp32, which forgets the norm: ours keeps it where DeepSpeed
+        looks.
+        """
+        self.deepspeed._global_grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.module.parameters(), self.max_grad_norm or float("inf")
+        )
 
     def local_norm(self):
-        """Norm of this rank's gradients, 0-d, to be looked at before `step` (`not_finite`); None where DeepSpeed looks
-        itself and leaves out a step whose gradients are not finite."""
+        """Norm of this rank's gradients, 0-d, to be looked at before `step` (`not_finite`); None where
+        DeepSpeed looks itself and leaves out a step whose gradients are not finite.
+        """
         if not self.unguarded:
             return None
         return torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
@@ -244,16 +316,20 @@ class Engine:
         return self
 
     def backward(self, loss):
-        """loss: scalar, this micro-batch's share of the global batch's loss (see the file's docstring). A module whose
-        weights stand on a base that others use too may have a `before_backward` to make it its own."""
+        """loss: scalar, this micro-batch's share of the global batch's loss (see the file's docstring).
+
+        A module whose weights stand on a base that others use too may have a `before_backward` to make it its
+        own.
+        """
         getattr(self.module, "before_backward", lambda: None)()
         self.deepspeed.backward(loss * world_size(), scale_wrt_gas=False)
 
     def step(self):
         """Clips, updates, zeroes the gradients -> {"grad_norm" (maybe a 0-d tensor), "lr", "skipped"}.
 
-        skipped: DeepSpeed left the step out on all ranks, because a gradient was not finite. In fp16 that is how it finds its
-        loss scale, and it is only counted."""
+        skipped: DeepSpeed left the step out on all ranks, because a gradient was not finite. In fp16 that is
+        how it finds its loss scale, and it is only counted.
+        """
         lr, before = self.lr, self.deepspeed.skipped_steps
         self.deepspeed.step()
         self.skipped_steps += self.deepspeed.skipped_steps - before
@@ -262,9 +338,11 @@ class Engine:
         return {"grad_norm": float("nan") if norm is None else norm, "lr": lr, "skipped": skipped}
 
     def discard(self):
-        """Forgets the gradients and leaves weights, optimiser and schedule as they are; every rank must call it.
+        """Forgets the gradients and leaves weights, optimiser and schedule as they are; every rank must call
+        it.
 
-        ZeRO keeps gradients in several places, which DeepSpeed clears when their norm is not finite: so it is told.
+        ZeRO keeps gradients in several places, which DeepSpeed clears when their norm is not finite: so it is
+        told.
         """
         if self.zero_stage == 0:
             self.deepspeed.optimizer.zero_grad()
@@ -273,7 +351,9 @@ class Engine:
             before = self.deepspeed.skipped_steps
             with _norms_counted_as_invalid(self.deepspeed.optimizer):
                 self.deepspeed.step()
-            assert self.deepspeed.skipped_steps == before + 1, "DeepSpeed stepped on gradients that it was to forget"
+            assert self.deepspeed.skipped_steps == before + 1, (
+                "DeepSpeed stepped on gradients that it was to forget"
+            )
         self.skipped_steps += 1
 
     def gathered(self):
@@ -281,18 +361,22 @@ class Engine:
         return gathered(self.module, self.sharded)
 
     def state_dict(self):
-        """Full weights on the CPU on rank 0, None elsewhere; every rank must call it. Under ZeRO-3 they are gathered one by one:
-        no device holds the model whole."""
+        """Full weights on the CPU on rank 0, None elsewhere; every rank must call it.
+
+        Under ZeRO-3 they are gathered one by one: no device holds the model whole.
+        """
         parts, names = {}, {}
         for name, parameter in self.module.named_parameters(remove_duplicate=False):
-            names[name] = id(parameter)                  # tied weights have several names
+            names[name] = id(parameter)  # tied weights have several names
             if self.sharded and id(parameter) not in parts:
                 with _deepspeed().zero.GatheredParameters([parameter], modifier_rank=None):
                     parts[id(parameter)] = parameter.detach().cpu().clone() if rank() == 0 else None
         if rank() != 0:
             return None
-        return {name: parts[names[name]] if names.get(name) in parts else tensor.detach().cpu().clone()
-                for name, tensor in self.module.state_dict().items()}
+        return {
+            name: parts[names[name]] if names.get(name) in parts else tensor.detach().cpu().clone()
+            for name, tensor in self.module.state_dict().items()
+        }
 
     def load_state_dict(self, state):
         """Replaces the weights by rank 0's `state` (as `state_dict` gave it); every rank must call it.
@@ -314,8 +398,10 @@ class Engine:
 
 @contextlib.contextmanager
 def _norms_counted_as_invalid(optimizer):
-    """Context in which a ZeRO optimiser takes every gradient norm for not finite: its step clears the gradients and changes
-    nothing else. DeepSpeed has no public call for that; the optimiser asks a function of its module by name."""
+    """Context in which a ZeRO optimiser takes every gradient norm for not finite: its step clears the
+    gradients and changes nothing else. DeepSpeed has no public call for that; the optimiser asks a function
+    of its module by name.
+    """
     module = sys.modules[type(optimizer).__module__]
     own = module.is_invalid_grad_norm
     module.is_invalid_grad_norm = lambda norm: True
@@ -346,7 +432,10 @@ def _shard(module, cfg, config):
 
 
 class Frozen:
-    """A model that is only asked: reference, reward, cost. Sharded or whole on each device: see `shards_frozen`."""
+    """A model that is only asked: reference, reward, cost.
+
+    Sharded or whole on each device: see `shards_frozen`.
+    """
 
     def __init__(self, module, cfg):
         module.requires_grad_(False)
@@ -356,8 +445,9 @@ class Frozen:
         module = module.eval().to(device=device(), dtype=precision(cfg))
         if self.sharded:
             with _quiet():
-                self.call, *_ = _deepspeed().initialize(model=module, config=settings(cfg, None),
-                                                        dist_init_required=False)
+                self.call, *_ = _deepspeed().initialize(
+                    model=module, config=settings(cfg, None), dist_init_required=False
+                )
             self.call.eval()
         else:
             self.call = module

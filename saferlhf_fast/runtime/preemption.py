@@ -1,7 +1,9 @@
-"""Being told to stop: SIGTERM (clusters before they take a node back) and SIGUSR1 (SLURM's warning) end a run after its step.
+"""Being told to stop: SIGTERM (clusters before they take a node back) and SIGUSR1 (SLURM's warning) end a run
+after its step.
 
-Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and raises Preempted. It
-may come several times: a cluster tells every process, and a launcher passes it on. Outside, signals do what they always do.
+Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and
+raises Preempted. It may come several times: a cluster tells every process, and a launcher passes it on.
+Outside, signals do what they always do.
 """
 
 import signal
@@ -12,7 +14,9 @@ _before, _asked = {}, None
 
 
 class Preempted(SystemExit):
-    """The run was told to end and has written a checkpoint; exit code 128 + the signal's number, as shells have it."""
+    """The run was told to end and has written a checkpoint; exit code 128 + the signal's number, as shells
+    have it.
+    """
 
     def __init__(self, step, checkpoint):
         global _asked

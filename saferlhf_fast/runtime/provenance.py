@@ -1,4 +1,6 @@
-"""What a run depends on and writes down beside its settings: versions, device, git commit, where an earlier run was set aside."""
+"""What a run depends on and writes down beside its settings: versions, device, git commit, where an earlier
+run was set aside.
+"""
 
 import json
 import os
@@ -15,7 +17,9 @@ PACKAGES = ("torch", "transformers", "deepspeed", "triton", "tokenizers", "datas
 
 
 def set_aside_by(folder):
-    """Where the unfinished run lies that this folder's run took the place of; None when there was none to keep."""
+    """Where the unfinished run lies that this folder's run took the place of; None when there was none to
+    keep.
+    """
     return read_json(Path(folder).expanduser() / "started.json").get("set_aside")
 
 
@@ -30,14 +34,23 @@ def read_json(path):
 
 def versions(cfg=None):
     """Returns what a run depends on besides its settings: versions, device, seed, git commit."""
-    found = {"saferlhf-fast": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    found = {
+        "saferlhf-fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
     for name in PACKAGES:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    return {**found, "device": _device(), "processes": process_count(),
-            "seed": getattr(cfg, "seed", None), "git_commit": git_commit()}
+    return {
+        **found,
+        "device": _device(),
+        "processes": process_count(),
+        "seed": getattr(cfg, "seed", None),
+        "git_commit": git_commit(),
+    }
 
 
 def process_count():
@@ -53,15 +66,22 @@ def _device():
 
 
 def git_commit():
-    """Returns the commit of the checkout that this package runs from, "-dirty" when it has changes; else None."""
+    """Returns the commit of the checkout that this package runs from, "-dirty" when it has changes; else
+    None.
+    """
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():  # installed: a repository further up would be someone else's
         return None
     try:
+
         def git(*words):
-            return subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=10,
-                                  check=True).stdout.strip()
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+            return subprocess.run(
+                ["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=10, check=True
+            ).stdout.strip()
+
+        return git("rev-parse", "HEAD") + (
+            "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -1,9 +1,11 @@
-"""The folder of a run: opened once its inputs are known to be good, finished with a summary, never lost by accident.
+"""The folder of a run: opened once its inputs are known to be good, finished with a summary, never lost by
+accident.
 
-    config.yaml    every setting, resolved, with `stage`        versions.json  packages, device, seed, git commit
-    started.json   hashes of the settings and inputs            finished.json  the same, once the run has ended well
-    summary.json   what the stage reports                       model/, metrics.jsonl, … are the stage's own
-    checkpoints/   what the run can go on from                  resumed.jsonl  when it did, and with which versions
+    config.yaml    every setting, resolved, with `stage`        versions.json  packages, device, seed, git
+    commit started.json   hashes of the settings and inputs            finished.json  the same, once the run
+    has ended well summary.json   what the stage reports                       model/, metrics.jsonl, … are
+    the stage's own checkpoints/   what the run can go on from                  resumed.jsonl  when it did,
+    and with which versions
 
 What becomes of an output that is not empty is decided in run_decision.py, by what run_state.py finds there.
 
@@ -33,22 +35,28 @@ def rank():
 
 
 def check_output(stage, cfg, key="output", restart=False):
-    """Refuses an output folder that a stage may not use, or could not; leaves all as it is. Rank 0 decides for all.
+    """Refuses an output folder that a stage may not use, or could not; leaves all as it is.
 
-    key: what a refusal calls the folder · restart: as in `open_run`. Returns Action.SKIP where resume=auto finds that the stage
-    is finished, on every rank; else, on rank 0, the Action that `open_run` would take, None on others and without an output.
+    Rank 0 decides for all.
+
+    key: what a refusal calls the folder · restart: as in `open_run`. Returns Action.SKIP where resume=auto
+    finds that the stage is finished, on every rank; else, on rank 0, the Action that `open_run` would take,
+    None on others and without an output.
     """
     if cfg.output is None:
         return None
     state, asked = RunState(stage, cfg), asked_by(cfg, restart, skip=cfg.resume == "auto")
-    done = asked.skip and state.is_done                  # by every rank: all of them have to leave a finished run alone
+    # by every rank: all of them have to leave a finished run alone
+    done = asked.skip and state.is_done
     if rank() != 0:
         return Action.SKIP if done else None
     return checked_action(state, asked, key)
 
 
 def checked_action(state, asked, key="output"):
-    """Returns the Action on an output folder, which is tried out for whether it can be had; UserError when it is refused."""
+    """Returns the Action on an output folder, which is tried out for whether it can be had; UserError when it
+    is refused.
+    """
     try:
         action, sentence = decide(state, asked, key)
         if action is Action.REFUSE:
@@ -57,13 +65,17 @@ def checked_action(state, asked, key="output"):
             check_place(state.folder, key)
         elif action in (Action.REPLACE, Action.SET_ASIDE):
             check_place(state.folder.absolute().parent, key, state.folder)
-    except (OSError, RuntimeError) as error:             # a name that is too long, a folder above that may not be entered, a loop
-        raise UserError(f"{key}: {state.folder} cannot be used: {getattr(error, 'strerror', None) or error}") from error
+    except (OSError, RuntimeError) as error:
+        # a name that is too long, a folder above that may not be entered, a loop
+        raise UserError(
+            f"{key}: {state.folder} cannot be used: {getattr(error, 'strerror', None) or error}"
+        ) from error
     return action
 
 
 def check_place(folder, key, wanted=None):
-    """Refuses a folder that cannot be made, or written into when it is there: tried out, since root is shown no permissions.
+    """Refuses a folder that cannot be made, or written into when it is there: tried out, since root is shown
+    no permissions.
 
     wanted: what to name in the message, when it is another folder.
     """
@@ -77,7 +89,9 @@ def check_place(folder, key, wanted=None):
             raise UserError(f"{key}: {wanted} {what}: {place} is a file; expected a folder")
         os.rmdir(tempfile.mkdtemp(prefix=".saferlhf-fast-", dir=place))
     except OSError as error:
-        raise UserError(f"{key}: {wanted} {what}: {place} takes no folder: {error.strerror or error}") from error
+        raise UserError(
+            f"{key}: {wanted} {what}: {place} takes no folder: {error.strerror or error}"
+        ) from error
 
 
 def with_output(stage, cfg):
@@ -88,11 +102,13 @@ def with_output(stage, cfg):
 
 
 def open_run(stage, cfg, restart=False):
-    """Makes the folder of a run and returns its path; call it when models and data have been read without complaint.
+    """Makes the folder of a run and returns its path; call it when models and data have been read without
+    complaint.
 
-    restart: an unfinished run of the same stage there may be started again without `overwrite`, as `run` does with its stages.
-    run_decision.py says what becomes of what is there. A run that is replaced is first renamed, and deleted once the new one is
-    written; one that is resumed is left as it is; where one is set aside, a line says where. UserError when it is refused.
+    restart: an unfinished run of the same stage there may be started again without `overwrite`, as `run` does
+    with its stages. run_decision.py says what becomes of what is there. A run that is replaced is first
+    renamed, and deleted once the new one is written; one that is resumed is left as it is; where one is set
+    aside, a line says where. UserError when it is refused.
     """
     cfg = with_output(stage, cfg)
     state = RunState(stage, cfg)
@@ -102,7 +118,7 @@ def open_run(stage, cfg, restart=False):
     if action is Action.RESUME:
         with open(state.folder / "resumed.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), **versions(cfg)}) + "\n")
-        if not state.started:                            # damaged: the settings are known to be the same
+        if not state.started:  # damaged: the settings are known to be the same
             _write_started(state, None)
         return state.folder
     old = aside = None
@@ -115,7 +131,8 @@ def open_run(stage, cfg, restart=False):
             if what is not None:
                 print(f"{state.folder}: the {what} run there is replaced", flush=True)
         state.folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:                             # between the check and now: no more room, another's folder
+    except OSError as error:
+        # between the check and now: no more room, another's folder
         raise UserError(f"output: {state.folder} cannot be created: {error.strerror or error}") from error
     _write_start(state, aside)
     if old:
@@ -133,8 +150,16 @@ def _write_start(state, aside):
 
 def _write_started(state, aside):
     """Writes what `finish_run` and later runs tell this run by."""
-    write_json(state.folder / "started.json", {"stage": state.stage, "recipe": state.recipe, "inputs": state.input_hashes,
-                                               "started": now(), **({"set_aside": str(aside)} if aside else {})})
+    write_json(
+        state.folder / "started.json",
+        {
+            "stage": state.stage,
+            "recipe": state.recipe,
+            "inputs": state.input_hashes,
+            "started": now(),
+            **({"set_aside": str(aside)} if aside else {}),
+        },
+    )
 
 
 def _move_away(folder):
@@ -148,7 +173,9 @@ def _set_aside(folder):
     """Renames an unfinished run, over nothing, and says so -> its new place."""
     place = manifest.aside(folder)
     os.rename(folder, place)
-    print(f"{folder}: the unfinished run there was set aside, with all that it had saved: {place}", flush=True)
+    print(
+        f"{folder}: the unfinished run there was set aside, with all that it had saved: {place}", flush=True
+    )
     return place
 
 

@@ -1,7 +1,8 @@
-"""What an output folder holds when a stage is about to use it: facts only; run_decision.py says what follows from them.
+"""What an output folder holds when a stage is about to use it: facts only; run_decision.py says what follows
+from them.
 
-A fact is worked out when it is first asked for, and once. A RunState is of one moment: a stage that has read its models for
-minutes looks anew when it opens its folder. Nothing is written, and torch is not imported.
+A fact is worked out when it is first asked for, and once. A RunState is of one moment: a stage that has read
+its models for minutes looks anew when it opens its folder. Nothing is written, and torch is not imported.
 """
 
 import dataclasses
@@ -25,7 +26,8 @@ def is_ours(folder):
     folder = Path(folder).expanduser()
     try:
         return (folder / "config.yaml").is_file() and "saferlhf-fast" in read_json(folder / "versions.json")
-    except OSError:                                      # whoever checks an output, or a place, says what is wrong with it
+    except OSError:
+        # whoever checks an output, or a place, says what is wrong with it
         return False
 
 
@@ -40,8 +42,9 @@ def read_settings(folder):
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """The output folder of a stage's config, beside what the stage is to do. The config's own `resume` and `overwrite` play no
-    part: they are asked for in run_decision.py.
+    """The output folder of a stage's config, beside what the stage is to do.
+
+    The config's own `resume` and `overwrite` play no part: they are asked for in run_decision.py.
 
     Reading a fact may raise OSError where the folder cannot be looked at.
     """
@@ -85,7 +88,9 @@ class RunState:
 
     @cached_property
     def content(self):
-        """absent · empty · file (it is no folder) · link (to no folder) · foreign (another's) · run (a run folder of ours)."""
+        """Absent · empty · file (it is no folder) · link (to no folder) · foreign (another's) · run (a run
+        folder of ours).
+        """
         if not self.folder.exists():
             return "link" if self.folder.is_symlink() else "absent"
         if not self.folder.is_dir():
@@ -96,7 +101,9 @@ class RunState:
 
     @cached_property
     def ending(self):
-        """none (the run there is unfinished) · damaged (its finished.json cannot be read) · whole (it is finished)."""
+        """None (the run there is unfinished) · damaged (its finished.json cannot be read) · whole (it is
+        finished).
+        """
         if self.finished:
             return "whole"
         return "damaged" if (self.folder / "finished.json").exists() else "none"
@@ -113,7 +120,9 @@ class RunState:
 
     @cached_property
     def settings_there(self):
-        """The settings of the run there, with `stage`, as its config.yaml has them; {} where they cannot be read."""
+        """The settings of the run there, with `stage`, as its config.yaml has them; {} where they cannot be
+        read.
+        """
         return read_settings(self.folder)
 
     @cached_property
@@ -128,7 +137,9 @@ class RunState:
 
     @cached_property
     def own_input(self):
-        """(key, value) of an input of the stage that lies in the folder, or is the folder; None when none does."""
+        """(key, value) of an input of the stage that lies in the folder, or is the folder; None when none
+        does.
+        """
         real = self.folder.resolve()
         for key, value, _ in self.sources:
             path = Path(value).expanduser()
@@ -151,9 +162,15 @@ class RunState:
 
     @cached_property
     def same_settings(self):
-        """Whether the run there was started with these very settings, be it by another stage (reward and cost share theirs)."""
+        """Whether the run there was started with these very settings, be it by another stage (reward and cost
+        share theirs).
+        """
         stage = self.started.get("stage")
-        recipe = self.recipe if stage == self.stage else fingerprint.recipe_hash(stage, self.settings, self.sources)
+        recipe = (
+            self.recipe
+            if stage == self.stage
+            else fingerprint.recipe_hash(stage, self.settings, self.sources)
+        )
         return self.started.get("recipe") == recipe
 
     @cached_property
@@ -163,20 +180,31 @@ class RunState:
 
     @cached_property
     def is_done_but_for_inputs(self):
-        """Whether the finished run of this stage and these very settings lies there, whatever its inputs held."""
+        """Whether the finished run of this stage and these very settings lies there, whatever its inputs
+        held.
+        """
         return self.finished.get("stage") == self.stage and self.finished.get("recipe") == self.recipe
 
     @cached_property
     def is_done(self):
-        """Whether the finished run of this stage, these very settings and inputs with this very content lies there."""
+        """Whether the finished run of this stage, these very settings and inputs with this very content lies
+        there.
+        """
         return self.is_done_but_for_inputs and self.finished.get("inputs") == self.input_hashes
 
     @cached_property
     def changed(self):
-        """["train.epochs: 2 then, 3 now", …]: settings of the run there that have changed, in ways that change its result."""
+        """["train.epochs: 2 then, 3 now", …]: settings of the run there that have changed, in ways that
+        change its result.
+        """
         processes = read_json(self.folder / "versions.json").get("processes", process_count())
-        return compatibility.differences(self.settings_there, self.settings, processes, process_count(),
-                                         [key for key, _, _ in self.sources])
+        return compatibility.differences(
+            self.settings_there,
+            self.settings,
+            processes,
+            process_count(),
+            [key for key, _, _ in self.sources],
+        )
 
     def holds(self, path):
         """Whether a path lies in the folder."""

@@ -1,13 +1,15 @@
-"""Ranks watch over one another: when one fails, hangs or is killed, all end within seconds and say which one and why.
+"""Ranks watch over one another: when one fails, hangs or is killed, all end within seconds and say which one
+and why.
 
-Without this, the others would wait in a collective until it times out and then blame the network. Every rank has a thread
-that looks at the store through which the ranks have found each other, every few seconds: it says that it is alive and where
-its main thread stands, and reads whether a rank has failed. Processes of the same machine are also looked up by their
-number, and rank 0 looks at everybody's state:
+Without this, the others would wait in a collective until it times out and then blame the network. Every rank
+has a thread that looks at the store through which the ranks have found each other, every few seconds: it says
+that it is alive and where its main thread stands, and reads whether a rank has failed. Processes of the same
+machine are also looked up by their number, and rank 0 looks at everybody's state:
 
     failed   its main thread raised: `failed` says so before the process ends
     gone     its process is not there any more, or has been silent for LOST seconds
-    hangs    a main thread has not come on for the time limit (engine.timeout): to blame are the ranks that do not wait in a
+    hangs    a main thread has not come on for the time limit (engine.timeout): to blame are the ranks that do
+    not wait in a
              collective, those behind the others where there are several
 
 Nothing runs in a run of one process. `begin` and `end` are called by engine.start and engine.finish.
@@ -29,10 +31,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
-INTERVAL = 3.0      # seconds between two looks at the store
-LOST = 120.0        # a rank of another machine that is silent for so long is gone; a long call may hold its threads up
-SUSPECT = 20.0      # the same, when a collective has already failed
-GRACE_SECONDS = 2.0      # seconds that a main thread gets to raise the same error itself before its process is ended
+INTERVAL = 3.0  # seconds between two looks at the store
+# a rank of another machine that is silent for so long is gone; a long call may hold its threads up
+LOST = 120.0
+SUSPECT = 20.0  # the same, when a collective has already failed
+# seconds that a main thread gets to raise the same error itself before its process is ended
+GRACE_SECONDS = 2.0
 PACKAGE = Path(__file__).resolve().parents[1]
 
 _watch = None
@@ -50,7 +54,9 @@ class Fault(NamedTuple):
 
 
 def begin(timeout, interval=INTERVAL):
-    """Starts to watch; every rank calls it once the ranks have joined. Nothing happens in a run of one process.
+    """Starts to watch; every rank calls it once the ranks have joined.
+
+    Nothing happens in a run of one process.
 
     timeout: seconds after which a rank that has not come on hangs · interval: seconds between two looks.
     """
@@ -67,9 +73,9 @@ def begin(timeout, interval=INTERVAL):
 def failed(error, code=1):
     """Tells the others that this rank's main thread ends with an error, and waits until they know.
 
-    -> None in a run of one process; else (line, code): what to print instead of the error ("" for nothing, when rank 0 says
-    the same; None for the error itself) and the exit code. The caller ends the process with os._exit: what a failed
-    collective leaves behind can hold a regular exit up.
+    -> None in a run of one process; else (line, code): what to print instead of the error ("" for nothing,
+    when rank 0 says the same; None for the error itself) and the exit code. The caller ends the process with
+    os._exit: what a failed collective leaves behind can hold a regular exit up.
     """
     global _watch
     if _watch is None:
@@ -77,7 +83,7 @@ def failed(error, code=1):
     watch, _watch = _watch, None
     try:
         return watch.failed(error, code)
-    except Exception:                                # the store is gone too: the error speaks for itself
+    except Exception:  # the store is gone too: the error speaks for itself
         return None, code
 
 
@@ -106,7 +112,8 @@ class Watch:
         self.host, self.main = socket.gethostname(), threading.get_ident()
         self.count, self.state = 0, "runs"
         self.at, self.stood, self.signature, self.waits = "", 0.0, None, False
-        self.silent = dict.fromkeys(range(self.world), (None, 0.0))      # rank -> (last count, seconds since it changed)
+        # rank -> (last count, seconds since it changed)
+        self.silent = dict.fromkeys(range(self.world), (None, 0.0))
         self.fault, self.known = None, threading.Event()
         self.main_speaks, self.stopping = threading.Event(), threading.Event()
         self.doubts, self.troubles = False, 0
@@ -116,15 +123,28 @@ class Watch:
         if self.rank == 0:
             self.store.set("fault", "-")
         self.who = [json.loads(x) for x in self.store.multi_get([f"who/{r}" for r in range(self.world)])]
-        self.near = [r for r, who in enumerate(self.who) if who["space"] == self.who[self.rank]["space"] and r != self.rank]
-        self.store.wait(["fault", *([f"beat/{r}" for r in range(self.world)] if self.rank == 0 else ["beat/0"])])
+        self.near = [
+            r
+            for r, who in enumerate(self.who)
+            if who["space"] == self.who[self.rank]["space"] and r != self.rank
+        ]
+        self.store.wait(
+            ["fault", *([f"beat/{r}" for r in range(self.world)] if self.rank == 0 else ["beat/0"])]
+        )
         self.thread = threading.Thread(target=self._run, name="saferlhf-watch", daemon=True)
         self.thread.start()
 
     def _client(self):
-        """A client of the ranks' store of its own: the main thread's may block for as long as a rank does not come."""
-        client = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
-                               wait_for_workers=False, timeout=timedelta(seconds=SUSPECT))
+        """A client of the ranks' store of its own: the main thread's may block for as long as a rank does not
+        come.
+        """
+        client = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=SUSPECT),
+        )
         return dist.PrefixStore(self.prefix, client)
 
     # ------------------------------------------------------------ the thread
@@ -133,7 +153,8 @@ class Watch:
         last = time.monotonic()
         while not self.stopping.wait(self.interval):
             now = time.monotonic()
-            passed, last = min(now - last, 2 * self.interval), now       # a process that was stopped has not waited
+            # a process that was stopped has not waited
+            passed, last = min(now - last, 2 * self.interval), now
             try:
                 fault = self._look(passed)
                 self.troubles = 0
@@ -145,7 +166,8 @@ class Watch:
 
     def _look(self, passed):
         """One look at the store -> Fault or None. passed: seconds since the last one."""
-        dead = [r for r in self.near if not _alive(self.who[r])]         # first: who fails says so before it ends
+        # first: who fails says so before it ends
+        dead = [r for r in self.near if not _alive(self.who[r])]
         self._beat(passed)
         everyone = self.rank == 0 or self.doubts
         asked = list(range(self.world)) if everyone else sorted({0, *dead})
@@ -155,23 +177,49 @@ class Watch:
         beats = dict(zip(asked, map(json.loads, beats)))
         gone = [r for r in dead if beats[r]["state"] != "ended"]
         if gone:
-            return self.post(Fault(gone[0], f"{self.names(gone)} {_are(gone)} gone without a word: killed, or out of memory",
-                                   1, tuple(gone)))
+            return self.post(
+                Fault(
+                    gone[0],
+                    f"{self.names(gone)} {_are(gone)} gone without a word: killed, or out of memory",
+                    1,
+                    tuple(gone),
+                )
+            )
         return self._silence(beats, passed) or (self._hang(beats) if self.rank == 0 else None)
 
     def _silence(self, beats, passed):
-        """Ranks of other machines that have said nothing for long; those of this one while they are alive may hang."""
+        """Ranks of other machines that have said nothing for long; those of this one while they are alive may
+        hang.
+        """
         for r, beat in beats.items():
             count, seconds = self.silent[r]
             self.silent[r] = (beat["count"], 0.0 if beat["count"] != count else seconds + passed)
         far = SUSPECT if self.doubts else max(SUSPECT, min(LOST, self.timeout))
-        return self._mute([r for r in beats if r != self.rank and beats[r]["state"] != "ended"
-                           and self.silent[r][1] > (max(self.timeout, far) if r in self.near else far)])
+        return self._mute(
+            [
+                r
+                for r in beats
+                if r != self.rank
+                and beats[r]["state"] != "ended"
+                and self.silent[r][1] > (max(self.timeout, far) if r in self.near else far)
+            ]
+        )
 
     def _mute(self, ranks):
         """The Fault that ranks are silent, None without any."""
-        return self.post(Fault(ranks[0], f"{self.names(ranks)} {_are(ranks)} gone: no sign of life for "
-                                         f"{self.silent[ranks[0]][1]:.0f} s", 1, tuple(ranks))) if ranks else None
+        return (
+            self.post(
+                Fault(
+                    ranks[0],
+                    f"{self.names(ranks)} {_are(ranks)} gone: no sign of life for "
+                    f"{self.silent[ranks[0]][1]:.0f} s",
+                    1,
+                    tuple(ranks),
+                )
+            )
+            if ranks
+            else None
+        )
 
     def _hang(self, beats):
         """Whose main thread holds the others up, once somebody's has not come on for the time limit."""
@@ -180,7 +228,7 @@ class Watch:
         if longest < self.timeout:
             return None
         mute = [r for r in running if self.silent[r][1] > 4 * self.interval]
-        if mute:                                         # where they stood last is not where they stand
+        if mute:  # where they stood last is not where they stand
             return self._mute(mute)
         behind = [r for r, beat in running.items() if not beat["waits"]]
         if not behind:
@@ -189,18 +237,32 @@ class Watch:
         least = min(running[r]["collectives"] for r in behind)
         behind = [r for r in behind if running[r]["collectives"] == least]
         places = _few(f"{self.names([r])} hangs at {running[r]['at']}" for r in behind)
-        return self.post(Fault(behind[0], f"{places}; a rank has not come on for {longest:.0f} s (engine.timeout)"))
+        return self.post(
+            Fault(behind[0], f"{places}; a rank has not come on for {longest:.0f} s (engine.timeout)")
+        )
 
     def _beat(self, passed):
         """Says that this rank is alive and where its main thread stands."""
         self._sample(passed)
         self.count += 1
-        self.store.set(f"beat/{self.rank}", json.dumps({
-            "count": self.count, "state": self.state, "stood": round(self.stood, 1), "waits": self.waits, "at": self.at,
-            "collectives": self.signature[0]}))
+        self.store.set(
+            f"beat/{self.rank}",
+            json.dumps(
+                {
+                    "count": self.count,
+                    "state": self.state,
+                    "stood": round(self.stood, 1),
+                    "waits": self.waits,
+                    "at": self.at,
+                    "collectives": self.signature[0],
+                }
+            ),
+        )
 
     def _sample(self, passed):
-        """Looks where the main thread stands: the same collective, frames and instructions as before is no progress."""
+        """Looks where the main thread stands: the same collective, frames and instructions as before is no
+        progress.
+        """
         frames = sys._current_frames()
         stack, frame = [], frames.get(self.main)
         while frame is not None:
@@ -211,17 +273,33 @@ class Watch:
         signature = (_collectives(), [(id(frame), frame.f_lasti) for frame in stack])
         self.stood = self.stood + passed if signature == self.signature else 0.0
         self.signature, self.at = signature, _place(stack)
-        self.waits = bool(stack) and (_waits(stack[0]) or (
-            "torch/autograd" in stack[0].f_code.co_filename              # hooks run in a thread of autograd's
-            and any(_waits(f) for thread, f in frames.items() if thread not in (self.main, threading.get_ident()))))
+        self.waits = bool(stack) and (
+            _waits(stack[0])
+            or (
+                "torch/autograd" in stack[0].f_code.co_filename  # hooks run in a thread of autograd's
+                and any(
+                    _waits(f)
+                    for thread, f in frames.items()
+                    if thread not in (self.main, threading.get_ident())
+                )
+            )
+        )
 
     def _reconnect(self):
         """After an error of the store: None when it answers again, else the Fault that it is gone."""
-        if 0 in self.near and not _alive(self.who[0]) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            return Fault(0, f"{self.names([0])} is gone, and the store with it: killed, or out of memory", gone=(0,))
+        if (
+            0 in self.near
+            and not _alive(self.who[0])
+            and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        ):
+            return Fault(
+                0, f"{self.names([0])} is gone, and the store with it: killed, or out of memory", gone=(0,)
+            )
         try:
-            with socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=SUSPECT):
-                pass                                 # torch would print its C++ stack
+            with socket.create_connection(
+                (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=SUSPECT
+            ):
+                pass  # torch would print its C++ stack
             self.store = self._client()
             self.store.check(["fault"])
             self.troubles += 1
@@ -231,7 +309,9 @@ class Watch:
         except (OSError, RuntimeError):
             place = f"the store at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} does not answer"
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            return Fault(-1, f"the launcher of the first machine is gone: {place}", gone=tuple(range(self.world)))
+            return Fault(
+                -1, f"the launcher of the first machine is gone: {place}", gone=tuple(range(self.world))
+            )
         return Fault(0, f"{self.names([0])} is gone: {place}", gone=tuple(range(self.world)))
 
     def _end(self, fault):
@@ -264,7 +344,9 @@ class Watch:
             self.doubts = True
             if self.known.wait(SUSPECT + 4 * self.interval):
                 self.report_failure(self.fault)
-                return ("" if self.fault.quiet else f"[rank {self.rank}] ended: {self.fault.line}"), self.fault.code
+                return (
+                    "" if self.fault.quiet else f"[rank {self.rank}] ended: {self.fault.line}"
+                ), self.fault.code
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
         self.store.set(f"error/{self.rank}", text)
         fault = self.post(Fault(self.rank, f"{self.names([self.rank])}: {text}", code, (), quiet))
@@ -282,7 +364,9 @@ class Watch:
         return False
 
     def report_failure(self, fault):
-        """Waits until all others know: this process may host the store, or its end make the launcher end the others."""
+        """Waits until all others know: this process may host the store, or its end make the launcher end the
+        others.
+        """
         self._acknowledge()
         with contextlib.suppress(RuntimeError):
             until = time.monotonic() + 3 * self.interval + GRACE_SECONDS
@@ -308,7 +392,7 @@ class Watch:
         self.thread.join(SUSPECT)
 
     def names(self, ranks):
-        """"rank 1 (node7, process 4242)" or "ranks 8, 9 (node8)"."""
+        """ "rank 1 (node7, process 4242)" or "ranks 8, 9 (node8)"."""
         hosts = ", ".join(dict.fromkeys(self.who[r]["host"] for r in ranks))
         if len(ranks) == 1:
             return f"rank {ranks[0]} ({hosts}, process {self.who[ranks[0]]['pid']})"
@@ -316,12 +400,16 @@ class Watch:
 
 
 def leave(code):
-    """Ends the process at once, with what it has written; what a broken collective left behind is not waited for."""
-    flushing = threading.Thread(target=lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)], daemon=True)
+    """Ends the process at once, with what it has written; what a broken collective left behind is not waited
+    for.
+    """
+    flushing = threading.Thread(
+        target=lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)], daemon=True
+    )
     flushing.start()
     flushing.join(1.0)
     if os.isatty(1):
-        os.write(1, b"\x1b[?25h")                    # a progress bar hides the cursor
+        os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
     os._exit(code)
 
 
@@ -346,7 +434,7 @@ def _identity(host):
     try:
         space = Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/pid")
     except OSError:
-        space = f"unknown {os.urandom(8).hex()}"     # nobody's neighbour
+        space = f"unknown {os.urandom(8).hex()}"  # nobody's neighbour
     return {"host": host, "pid": os.getpid(), "born": _born(os.getpid()), "space": space}
 
 
@@ -366,7 +454,9 @@ def _alive(who):
 def _collectives():
     """Collectives that this rank has called, in all groups: a rank that is behind has called fewer."""
     try:
-        return sum(group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map))
+        return sum(
+            group._get_sequence_number_for_group() for group in list(dist.distributed_c10d._world.pg_map)
+        )
     except (AttributeError, RuntimeError):
         return 0
 
@@ -376,16 +466,26 @@ def _waits(frame):
     name = frame.f_code.co_filename
     if "/torch/distributed/" in name or "/deepspeed/comm/" in name:
         return True
-    return "/deepspeed/" in name and re.search(r"\b(wait|synchronize)\(", linecache.getline(name, frame.f_lineno)) is not None
+    return (
+        "/deepspeed/" in name
+        and re.search(r"\b(wait|synchronize)\(", linecache.getline(name, frame.f_lineno)) is not None
+    )
 
 
 def _place(stack):
-    """"saferlhf_fast/rollout/batch.py:31 generate, in torch/x.py:7 f": the innermost line of ours and the innermost of all."""
+    """ "saferlhf_fast/rollout/batch.py:31 generate, in torch/x.py:7 f": the innermost line of ours and the
+    innermost of all.
+    """
     if not stack:
         return "its end"
     ours = next((frame for frame in stack if frame.f_code.co_filename.startswith(str(PACKAGE))), stack[0])
-    shown = lambda path: path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE) else "/".join(path.parts[-2:])
-    places = [f"{shown(Path(f.f_code.co_filename))}:{f.f_lineno} {f.f_code.co_name}" for f in (ours, stack[0])]
+
+    def shown(path):
+        return path.relative_to(PACKAGE.parent) if path.is_relative_to(PACKAGE) else "/".join(path.parts[-2:])
+
+    places = [
+        f"{shown(Path(f.f_code.co_filename))}:{f.f_lineno} {f.f_code.co_name}" for f in (ours, stack[0])
+    ]
     return ", in ".join(dict.fromkeys(places))
 
 
@@ -398,4 +498,7 @@ def _follows(error):
         name, trace = trace.tb_frame.f_code.co_filename, trace.tb_next
     if "/torch/distributed/" in name or "/deepspeed/comm/" in name:
         return True
-    return isinstance(error, RuntimeError) and re.search(r"gloo|NCCL|closed by peer|Timed out waiting", str(error)) is not None
+    return (
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo|NCCL|closed by peer|Timed out waiting", str(error)) is not None
+    )

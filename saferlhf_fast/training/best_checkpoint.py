@@ -1,4 +1,7 @@
-"""Which of its weights a run ends with: the last, or those of its best evaluation. Every stage that trains asks it."""
+"""Which of its weights a run ends with: the last, or those of its best evaluation.
+
+Every stage that trains asks it.
+"""
 
 
 class BestCheckpoint:
@@ -11,15 +14,22 @@ class BestCheckpoint:
     """
 
     def __init__(self, score, keep=None):
-        """score: evaluation -> tuple of numbers, higher is better · keep: () -> the weights of this moment for a checkpoint to
-        hold, or None when it put them into the run's folder. Without `keep` the last evaluation counts, whatever its score."""
+        """score: evaluation -> tuple of numbers, higher is better · keep: () -> the weights of this moment
+        for a checkpoint to hold, or None when it put them into the run's folder. Without `keep` the last
+        evaluation counts, whatever its score.
+        """
         self.score, self.keep = score, keep
         self.step = self.evaluation = self.weights = None
 
     def offer(self, step, evaluation):
         """Remembers an evaluation, and the weights, when it is the best so far."""
-        # The score is worked out anew, not kept: what a stage scores by may be loaded from a checkpoint after this.
-        if self.keep is not None and self.step is not None and not self.score(evaluation) > self.score(self.evaluation):
+        # The score is worked out anew, not kept: what a stage scores by may be loaded from a checkpoint after
+        # this.
+        if (
+            self.keep is not None
+            and self.step is not None
+            and not self.score(evaluation) > self.score(self.evaluation)
+        ):
             return
         self.step, self.evaluation = step, evaluation
         self.weights = None if self.keep is None else self.keep()

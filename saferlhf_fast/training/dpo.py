@@ -1,9 +1,10 @@
-"""Stage dpo: −log σ(β(Δlogp_chosen − Δlogp_rejected)), Δ against the frozen starting model, summed over the response.
+"""Stage dpo: −log σ(β(Δlogp_chosen − Δlogp_rejected)), Δ against the frozen starting model, summed over the
+response.
 
     saferlhf-fast dpo model=DIR data=FILE output=DIR
 
-Source: Rafailov et al. (2023), arXiv 2305.18290, equation 7. Every response token counts, the first one and the end of
-the sequence included.
+Source: Rafailov et al. (2023), arXiv 2305.18290, equation 7. Every response token counts, the first one and
+the end of the sequence included.
 """
 
 import copy
@@ -34,9 +35,13 @@ def batch_loss(policy, reference, examples, beta):
     logp_B, ref_B = (sequence_sums(model(packed), packed) for model in (policy, reference))
     losses, margin = dpo_loss(logp_B[:n], logp_B[n:], ref_B[:n], ref_B[n:], beta=beta)
     better, worse = (beta * (logp_B - ref_B)).detach().view(2, n)
-    return losses.sum(), {"reward": (better + worse).sum(), "better_sample_reward": better.sum(),
-                          "worse_sample_reward": worse.sum(), "reward_accuracy": (margin > 0).float().sum(),
-                          "reward_margin": margin.detach().sum()}
+    return losses.sum(), {
+        "reward": (better + worse).sum(),
+        "better_sample_reward": better.sum(),
+        "worse_sample_reward": worse.sum(),
+        "reward_accuracy": (margin > 0).float().sum(),
+        "reward_margin": margin.detach().sum(),
+    }
 
 
 def train(cfg, restart=False):
@@ -45,14 +50,18 @@ def train(cfg, restart=False):
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
     def load(source):
-        return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed,
-                                   cfg.preference)
+        return preference_examples(
+            source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, cfg.preference
+        )
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
-    lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                        allow_pickle=cfg.allow_pickle)
-    refuse_long(cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids)))
+    lm = load_causal_lm(
+        cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
+    )
+    refuse_long(
+        cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
+    )
     reference = engine.Frozen(Policy(copy.deepcopy(lm), cfg.engine.packing), cfg.engine)
     if cfg.train.gradient_checkpointing:
         backbone.recompute_activations(lm)
@@ -61,12 +70,19 @@ def train(cfg, restart=False):
     folder = open_run("dpo", cfg, restart)
     for line in report.lines():
         console.say(line)
-    policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
-                           total_steps(len(examples), cfg.train, engine.world_size()))
-    task = SupervisedTask(weigh=lambda e: 1, tokens=lambda e: len(e.first_ids) + len(e.second_ids),
-                write_export_metadata=export_metadata_writer(policy.module, tokenizer),
-                loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
-                save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}))
+    policy = engine.Engine(
+        Policy(lm, cfg.engine.packing),
+        cfg.optim,
+        cfg.engine,
+        total_steps(len(examples), cfg.train, engine.world_size()),
+    )
+    task = SupervisedTask(
+        weigh=lambda e: 1,
+        tokens=lambda e: len(e.first_ids) + len(e.second_ids),
+        write_export_metadata=export_metadata_writer(policy.module, tokenizer),
+        loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
+        save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}),
+    )
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "dpo")
     summary = train_supervised(policy, task, examples, held_out, cfg, folder, metrics, "dpo")
     metrics.close()

@@ -3,16 +3,17 @@
     saferlhf-fast ppo-lag model=DIR reward=DIR cost=DIR data=FILE output=DIR
     saferlhf-fast ppo     model=DIR reward=DIR data=FILE output=DIR            (no constraint)
 
-Objective: max_θ E[R]  subject to  J_C = E[C] ≤ d,  with x ~ data, y ~ π_θ(· | x), reward R(x, y), cost C(x, y) and threshold d.
-Its Lagrangian:  min_{λ ≥ 0} max_θ  E[R] − λ · (E[C] − d).  θ climbs it by PPO, λ (ppo/multiplier.py) by the mean cost of the
-last episodes; with several constraints each has its own C, d and λ.
+Objective: max_θ E[R]  subject to  J_C = E[C] ≤ d,  with x ~ data, y ~ π_θ(· | x), reward R(x, y), cost C(x,
+y) and threshold d. Its Lagrangian:  min_{λ ≥ 0} max_θ  E[R] − λ · (E[C] − d).  θ climbs it by PPO, λ
+(ppo/multiplier.py) by the mean cost of the last episodes; with several constraints each has its own C, d and
+λ.
 
-Per token t: r_t = clip(−β·kl_t + [t last]·R), c_t = clip(+β·kl_t + [t last]·C); A = (A_r − λ·A_c)/(1 + λ) with both
-advantages by GAE. `ppo` is the same without the cost side; `ppo.shaping` makes it maximise R − ν·C with one critic.
-Source: Safe RLHF (arXiv 2310.12773) and its reference implementation.
+Per token t: r_t = clip(−β·kl_t + [t last]·R), c_t = clip(+β·kl_t + [t last]·C); A = (A_r − λ·A_c)/(1 + λ)
+with both advantages by GAE. `ppo` is the same without the cost side; `ppo.shaping` makes it maximise R − ν·C
+with one critic. Source: Safe RLHF (arXiv 2310.12773) and its reference implementation.
 
-Beside this page: ppo/prompts.py (what is read, in which order), ppo/load_roles.py (the models), ppo/selection.py (evaluations and
-which policy is kept), ppo/step_metrics.py (what a step reports).
+Beside this page: ppo/prompts.py (what is read, in which order), ppo/load_roles.py (the models),
+ppo/selection.py (evaluations and which policy is kept), ppo/step_metrics.py (what a step reports).
 """
 
 import dataclasses
@@ -53,12 +54,16 @@ from .stage_helpers import save_policy
 def loop(roles, rollouts, ptx, multipliers, cfg, steps, after_step):
     """Takes a step of PPO for each of `rollouts`. roles: every model by its role · cfg: of the stage.
 
-    rollouts: yields (step, Rollout) · ptx: yields the global batch of SFT examples of each step, or None · multipliers: {name of
-    a constraint: its rule}, {} without one · steps: the last step · after_step(step, metrics, rollout, scored, bad), where bad
-    names what was not finite.
+    rollouts: yields (step, Rollout) · ptx: yields the global batch of SFT examples of each step, or None ·
+    multipliers: {name of a constraint: its rule}, {} without one · steps: the last step · after_step(step,
+    metrics, rollout, scored, bad), where bad names what was not finite.
     """
     at_once = in_one_pass(cfg, roles)
-    console.say("score and update share their forward passes" if at_once else "old log-probs and values have a pass of their own")
+    console.say(
+        "score and update share their forward passes"
+        if at_once
+        else "old log-probs and values have a pass of their own"
+    )
     # 1. The policy answers this rank's prompts: now, or with ppo.overlap while the step before was made.
     for (step, rollout), ptx_batch in zip(rollouts, ptx):
         require_engine_logprobs(rollout, cfg)
@@ -68,35 +73,47 @@ def loop(roles, rollouts, ptx, multipliers, cfg, steps, after_step):
         update_multipliers(multipliers, scored, rollout)
         lambdas = {name: multiplier.value for name, multiplier in multipliers.items()}
         if at_once:
-            # 4. + 5. One forward pass of actor and critics gives log-probs and values, advantages in between, losses.
+            # 4. + 5. One forward pass of actor and critics gives log-probs and values, advantages in between,
+            #    losses.
             step_metrics = update_in_one_pass(roles, rollout, scored, lambdas, cfg, ptx_batch)
         else:
-            # 4. Actor and critics at the weights that made the rollout; KL shaping, both GAE, combination: one launch.
+            # 4. Actor and critics at the weights that made the rollout; KL shaping, both GAE, combination:
+            #    one launch.
             scored = dataclasses.replace(scored, **old_logprobs_and_values(rollout, roles, cfg))
             adv = advantages(rollout.cu_seqlens, scored, lambdas, cfg.ppo)
-            # 5. Clipped losses into actor and critics; nothing, on any rank, when a number is not finite on one.
+            # 5. Clipped losses into actor and critics; nothing, on any rank, when a number is not finite on
+            #    one.
             step_metrics = update(roles, rollout, scored, adv, cfg, ptx_batch)
         if not cfg.ppo.overlap or step == steps:
             roles.generator.refresh()
-        after_step(step, averages(rollout, scored, step_metrics, multipliers, cfg.ppo.shaping), rollout, scored, step_metrics.bad)
+        after_step(
+            step,
+            averages(rollout, scored, step_metrics, multipliers, cfg.ppo.shaping),
+            rollout,
+            scored,
+            step_metrics.bad,
+        )
 
 
 def train_ppo_lag(cfg, observe=None, restart=False):
     """Runs the stage ppo-lag -> summary. The actor lies in <output>/model.
 
-    observe: rows of an evaluation (see `sample_and_score`) -> more metrics to log with it; nothing else reads them ·
-    restart: as in `run_folder.open_run`.
+    observe: rows of an evaluation (see `sample_and_score`) -> more metrics to log with it; nothing else reads
+    them · restart: as in `run_folder.open_run`.
     """
     return _train(cfg, "ppo-lag", observe, restart)
 
 
 def train_ppo(cfg, observe=None, restart=False):
-    """Runs the stage ppo -> summary. The actor lies in <output>/model. observe, restart: as in `train_ppo_lag`."""
+    """Runs the stage ppo -> summary.
+
+    The actor lies in <output>/model. observe, restart: as in `train_ppo_lag`.
+    """
     return _train(cfg, "ppo", observe, restart)
 
 
 def _train(cfg, stage, observe, restart):
-    check_settings(stage, cfg)                           # who calls from Python comes past no other check
+    check_settings(stage, cfg)  # who calls from Python comes past no other check
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     prompts, held_out, ptx, report = load_data(cfg, tokenizer)
@@ -109,19 +126,34 @@ def _train(cfg, stage, observe, restart):
 
     multipliers = make_multipliers(cfg) if stage == "ppo-lag" else {}
     keep = PolicySelection(roles, held_out, cfg, folder, multipliers, observe)
-    skips, known, prefetcher = NonFiniteGuard(min(cfg.engine.max_skips, steps)), ResumableDict(before=None), RolloutPrefetcher()
-    state = {"skips": skips, "known": known, "keep": keep, "metrics": metrics, "ahead": prefetcher,
-             **by_checkpoint_name(multipliers)}
-    with (Checkpoints(cfg, stage, folder, engines_of(roles), state, export_metadata_writers(roles, tokenizer)) as checkpoints,
-          console.track(steps, stage, cfg.log.progress) as bar):
+    skips, known, prefetcher = (
+        NonFiniteGuard(min(cfg.engine.max_skips, steps)),
+        ResumableDict(before=None),
+        RolloutPrefetcher(),
+    )
+    state = {
+        "skips": skips,
+        "known": known,
+        "keep": keep,
+        "metrics": metrics,
+        "ahead": prefetcher,
+        **by_checkpoint_name(multipliers),
+    }
+    with (
+        Checkpoints(
+            cfg, stage, folder, engines_of(roles), state, export_metadata_writers(roles, tokenizer)
+        ) as checkpoints,
+        console.track(steps, stage, cfg.log.progress) as bar,
+    ):
         start = checkpoints.resume()
         bar.begin_at(start)
-        if known["before"] is None:                      # what the run is compared with, and where a threshold can be
+        # what the run is compared with, and where a threshold can be
+        if known["before"] is None:
             known["before"] = sample_and_score(roles, held_out, cfg)
             _write(folder / "evaluation_before.json", known["before"])
             set_thresholds(cfg, multipliers, known["before"])
             metrics.log(0, keep.metrics(known["before"]))
-        if start:                                        # the engine was opened on the weights before
+        if start:  # the engine was opened on the weights before
             roles.generator.refresh()
         critic_losses = [per_stream("critic_loss", name, multipliers) for name in (REWARD, *multipliers)]
         alarms = [LossSpikeMonitor((*critic_losses, "ptx_loss")), *saturation_monitors(cfg, multipliers)]
@@ -145,12 +177,21 @@ def _train(cfg, stage, observe, restart):
         loop(roles, rollouts, ptx_batches(ptx, cfg, start), multipliers, cfg, steps, after_step)
         checkpoints.finish()
     scorers = {name: spec.path for name, spec in cfg.scorers().items()}
-    after, kept_step, multiplier_then = keep.settle({"stage": stage, "model": cfg.model, "cost": None, **scorers})
+    after, kept_step, multiplier_then = keep.settle(
+        {"stage": stage, "model": cfg.model, "cost": None, **scorers}
+    )
     _write(folder / "evaluation_after.json", after)
     metrics.close()
-    summary = {"steps": steps, "kept_step": kept_step, "before": summary_of(known["before"]), "after": summary_of(after),
-               "threshold": one_or_each({name: multiplier.threshold for name, multiplier in multipliers.items()}),
-               "multiplier": multiplier_then, "skipped_steps": skips.total, "data": report.as_dict()}
+    summary = {
+        "steps": steps,
+        "kept_step": kept_step,
+        "before": summary_of(known["before"]),
+        "after": summary_of(after),
+        "threshold": one_or_each({name: multiplier.threshold for name, multiplier in multipliers.items()}),
+        "multiplier": multiplier_then,
+        "skipped_steps": skips.total,
+        "data": report.as_dict(),
+    }
     finish_run(folder, summary)
     return summary
 

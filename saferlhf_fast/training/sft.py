@@ -1,4 +1,5 @@
-"""Stage sft: next-token cross-entropy over the assistant's tokens, averaged over all trained tokens of the batch.
+"""Stage sft: next-token cross-entropy over the assistant's tokens, averaged over all trained tokens of the
+batch.
 
     saferlhf-fast sft model=DIR data=FILE output=DIR
 """
@@ -28,10 +29,14 @@ def train(cfg, restart=False):
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
-    examples, held_out = held_out_split(cfg, examples, lambda source: sft_examples(
-        source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed))
-    lm = load_causal_lm(cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code,
-                        allow_pickle=cfg.allow_pickle)
+    examples, held_out = held_out_split(
+        cfg,
+        examples,
+        lambda source: sft_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed),
+    )
+    lm = load_causal_lm(
+        cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
+    )
     refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
     if cfg.train.gradient_checkpointing:
         backbone.recompute_activations(lm)
@@ -40,11 +45,19 @@ def train(cfg, restart=False):
     folder = open_run("sft", cfg, restart)
     for line in report.lines():
         console.say(line)
-    policy = engine.Engine(Policy(lm, cfg.engine.packing), cfg.optim, cfg.engine,
-                           total_steps(len(examples), cfg.train, engine.world_size()))
-    task = SupervisedTask(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft_loss,
-                write_export_metadata=export_metadata_writer(policy.module, tokenizer),
-                save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}))
+    policy = engine.Engine(
+        Policy(lm, cfg.engine.packing),
+        cfg.optim,
+        cfg.engine,
+        total_steps(len(examples), cfg.train, engine.world_size()),
+    )
+    task = SupervisedTask(
+        weigh=lambda e: sum(e.mask[1:]),
+        tokens=lambda e: len(e.ids),
+        loss=sft_loss,
+        write_export_metadata=export_metadata_writer(policy.module, tokenizer),
+        save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}),
+    )
     metrics = Metrics(folder, cfg.log, to_dict(cfg), "sft")
     summary = train_supervised(policy, task, examples, held_out, cfg, folder, metrics, "sft")
     metrics.close()

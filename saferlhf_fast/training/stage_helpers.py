@@ -24,7 +24,9 @@ def held_out_split(cfg, examples, load):
 
 
 def save_policy(policy, folder, tokenizer, card):
-    """Writes the causal LM of an engine (LoRA merged, for which it is gathered whole) to a folder; every rank must call it."""
+    """Writes the causal LM of an engine (LoRA merged, for which it is gathered whole) to a folder; every rank
+    must call it.
+    """
     lm = policy.module.lm
     state = policy.state_dict() if policy.sharded and not has_lora(lm) else None
     with policy.gathered() if has_lora(lm) else contextlib.nullcontext():

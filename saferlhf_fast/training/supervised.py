@@ -1,8 +1,8 @@
 """The loop of every supervised stage: batches in a fixed global order, one loss, evaluation, saving.
 
-A stage brings a SupervisedTask; the loop owns order, normalisation, logging and stopping. The set of examples in each optimiser
-step depends on the seed and the global batch size alone, never on ranks or micro-batches, and the loss is a sum over
-examples divided by the global weight, so runs on 1 and 2 processes agree.
+A stage brings a SupervisedTask; the loop owns order, normalisation, logging and stopping. The set of examples
+in each optimiser step depends on the seed and the global batch size alone, never on ranks or micro-batches,
+and the loss is a sum over examples divided by the global weight, so runs on 1 and 2 processes agree.
 """
 
 import dataclasses
@@ -29,11 +29,12 @@ from .best_checkpoint import BestCheckpoint
 class SupervisedTask:
     """What a supervised stage is made of."""
 
-    weigh: Callable      # example -> its weight in the mean: 1 for a pair, its trained tokens for a text
-    loss: Callable       # (model, examples) -> (sum over examples of weight × loss, {name: weighted sum})
-    tokens: Callable     # example -> tokens that pass through the model
-    save: Callable       # folder -> None; every rank calls it
-    write_export_metadata: Callable | None = None     # folder -> None; writes config and tokenizer, for exports of checkpoints
+    weigh: Callable  # example -> its weight in the mean: 1 for a pair, its trained tokens for a text
+    loss: Callable  # (model, examples) -> (sum over examples of weight × loss, {name: weighted sum})
+    tokens: Callable  # example -> tokens that pass through the model
+    save: Callable  # folder -> None; every rank calls it
+    # folder -> None; writes config and tokenizer, for exports of checkpoints
+    write_export_metadata: Callable | None = None
 
 
 def total_steps(n, train, world):
@@ -60,15 +61,19 @@ def train_supervised(model, task, examples, held_out, cfg, folder, metrics, labe
     best, skips = best_of(train.best_metric, task, folder), NonFiniteGuard(min(cfg.engine.max_skips, steps))
     known, spikes = ResumableDict(last={}, loss=float("nan")), LossSpikeMonitor(("loss",))
     state = {"best": best, "skips": skips, "known": known, "metrics": metrics}
-    with (Checkpoints(cfg, label, folder, {"model": model}, state, {"model": task.write_export_metadata}) as checkpoints,
-          console.track(steps, label, cfg.log.progress) as bar):
+    with (
+        Checkpoints(
+            cfg, label, folder, {"model": model}, state, {"model": task.write_export_metadata}
+        ) as checkpoints,
+        console.track(steps, label, cfg.log.progress) as bar,
+    ):
         start = checkpoints.resume()
         bar.begin_at(start)
         order = islice(_endless(len(examples), size, cfg.seed), start, None)
         for step in range(start + 1, steps + 1):
             batch = [examples[i] for i in next(order)]
             values, bad = train_step(model, task, batch, budget)
-            skips.note(step, bad, lambda: save_batch(batch, folder, step))                # noqa: B023 (called at once)
+            skips.note(step, bad, lambda: save_batch(batch, folder, step))  # noqa: B023 (called at once)
             known["loss"] = values["loss"]
             if step % cfg.log.interval == 0 or step == steps or bad:
                 epoch = step * size / len(examples)
@@ -92,10 +97,11 @@ def train_supervised(model, task, examples, held_out, cfg, folder, metrics, labe
 
 
 def train_step(model, task, batch, budget):
-    """One optimiser step over a global batch -> ({"loss", "grad_norm", "lr", …}, [what was not finite]), the same on all ranks.
+    """One optimiser step over a global batch -> ({"loss", "grad_norm", "lr", …}, [what was not finite]), the
+    same on all ranks.
 
-    A step in which something was not finite is left out on all of them. One read of the device before the step and one after
-    it. budget: most tokens of a forward pass.
+    A step in which something was not finite is left out on all of them. One read of the device before the
+    step and one after it. budget: most tokens of a forward pass.
     """
     model.train()
     sums = over_passes(model, task, batch, budget, sum(task.weigh(e) for e in batch), train=True)
@@ -119,9 +125,11 @@ def evaluate(model, task, examples, budget):
 
 
 def over_passes(model, task, batch, budget, weight, train):
-    """Runs this rank's share of a batch, and its backward -> this rank's {"loss", …} divided by the global weight.
+    """Runs this rank's share of a batch, and its backward -> this rank's {"loss", …} divided by the global
+    weight.
 
-    A rank that has nothing in a pass repeats the shortest example at weight zero: collectives wait for everyone.
+    A rank that has nothing in a pass repeats the shortest example at weight zero: collectives wait for
+    everyone.
     """
     lengths = [task.tokens(e) for e in batch]
     shortest = batch[min(range(len(batch)), key=lengths.__getitem__)]
@@ -157,9 +165,14 @@ def with_deviation(values):
 
 
 def best_of(metric, task, folder):
-    """-> BestCheckpoint that keeps the weights of the best evaluation by a metric in folder/best; of none without a metric."""
+    """-> BestCheckpoint that keeps the weights of the best evaluation by a metric in folder/best; of none
+    without a metric.
+    """
+
     def keep():
-        task.save(Path(folder) / "best")                 # on disk alone: a checkpoint of the run names the step, not the weights
+        # on disk alone: a checkpoint of the run names the step, not the weights
+        task.save(Path(folder) / "best")
+
     return BestCheckpoint(lambda values: score_of(values, metric), None if metric is None else keep)
 
 
@@ -171,10 +184,12 @@ def settle(best, last, task, folder):
         return last
     there = engine.gather_objects([(folder / name).exists() for name in ("best", "model")])[0]
     if not any(there):
-        console.warn(f"the best weights (step {best.step}) are gone from {folder / 'best'}; the last ones are kept")
+        console.warn(
+            f"the best weights (step {best.step}) are gone from {folder / 'best'}; the last ones are kept"
+        )
         task.save(folder / "model")
         return last
-    if engine.rank() == 0 and there[0]:                  # else a run that was killed here had moved it
+    if engine.rank() == 0 and there[0]:  # else a run that was killed here had moved it
         shutil.rmtree(folder / "model", ignore_errors=True)
         (folder / "best").rename(folder / "model")
     engine.barrier()
@@ -182,7 +197,9 @@ def settle(best, last, task, folder):
 
 
 def score_of(values, metric):
-    """An evaluation's score by a metric, higher is better, as a BestCheckpoint and a run's checkpoints take it."""
+    """An evaluation's score by a metric, higher is better, as a BestCheckpoint and a run's checkpoints take
+    it.
+    """
     if metric not in values:
         raise UserError(f"train.best_metric: expected one of {', '.join(sorted(values))}, got {metric}")
     return [-values[metric] if "loss" in metric else values[metric]]

@@ -22,8 +22,10 @@ def tfidf_accuracy(examples, held_out, tokenizer, kind):
 
     def texts(rows):
         decode = tokenizer.decode
-        return ([decode(e.first_ids[e.prompt_length:], skip_special_tokens=True) for e in rows],
-                [decode(e.second_ids[e.prompt_length:], skip_special_tokens=True) for e in rows])
+        return (
+            [decode(e.first_ids[e.prompt_length :], skip_special_tokens=True) for e in rows],
+            [decode(e.second_ids[e.prompt_length :], skip_special_tokens=True) for e in rows],
+        )
 
     train_first, train_second = texts(examples)
     test_first, test_second = texts(held_out)
@@ -33,8 +35,11 @@ def tfidf_accuracy(examples, held_out, tokenizer, kind):
     test_a, test_b = words.transform(test_first), words.transform(test_second)
     # Each pair in both orders, so that the classifier has no side to prefer.
     from scipy.sparse import vstack
+
     pair = LogisticRegression(max_iter=1000, fit_intercept=False)
-    pair.fit(vstack([train_a - train_b, train_b - train_a]), np.r_[np.ones(len(examples)), np.zeros(len(examples))])
+    pair.fit(
+        vstack([train_a - train_b, train_b - train_a]), np.r_[np.ones(len(examples)), np.zeros(len(examples))]
+    )
     out = {"baseline/accuracy": float(pair.predict(test_a - test_b).mean())}
     if kind == "cost":
         labels = np.array([e.sign_first for e in examples] + [e.sign_second for e in examples])

@@ -25,7 +25,9 @@ def stated(heading):
 def test_the_smallest_size_is_as_the_document_says(scaling):
     for heading, table in scaling.tables(("7B",)).items():
         lines = stated(heading)
-        assert table.splitlines() == lines[:2] + [line for line in lines if line.startswith("| 7B |")], heading
+        assert table.splitlines() == lines[:2] + [line for line in lines if line.startswith("| 7B |")], (
+            heading
+        )
 
 
 @pytest.mark.matrix
@@ -40,6 +42,7 @@ def test_the_shapes_have_as_many_weights_as_their_names_say(scaling, tmp_path):
     import torch
 
     from saferlhf_fast.commands.plan import pass_memory, sizes
+
     for name, billions in (("7B", 6.74), ("13B", 13.02), ("70B", 68.98)):
         values = json.loads((scaling.Path(scaling.folder_of(tmp_path, name)) / "config.json").read_text())
         whole = sizes.Blueprint(json.dumps(values, sort_keys=True), "policy", torch.bfloat16)

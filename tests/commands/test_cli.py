@@ -13,25 +13,36 @@ from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import UserError
 
 ROOT = Path(cli.__file__).resolve().parent.parent
-FRESH = ("import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
-         "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)")
+FRESH = (
+    "import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
+    "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
+)
 
 
 def fresh(*words, code=FRESH, flags=()):
     """Runs the command line in a new interpreter; returns (exit code, stdout, stderr, seconds)."""
     begun = time.perf_counter()
-    done = subprocess.run([sys.executable, *flags, "-c", code, *words], capture_output=True, text=True, timeout=60,
-                          cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code, *words], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
     return done.returncode, done.stdout, done.stderr, time.perf_counter() - begun
 
 
-@pytest.mark.parametrize("words, line", [
-    (["sft", "model=m", "data=d", "output=o", "train.epohs=3"],
-     "error: command line: train.epohs: unknown key; did you mean train.epochs?"),
-    (["ppo-lag", "model=a/b", "reward=a/b", "data=a/b", "output=o"], "error: cost: missing; ppo-lag needs a cost"),
-    (["sft", "model=/no/where", "data=a/b", "output=o"], "error: model: /no/where does not exist"),
-    (["run", "pku_tiny"], "error: pku_tiny: missing: root (give it as root=…)"),
-])
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (
+            ["sft", "model=m", "data=d", "output=o", "train.epohs=3"],
+            "error: command line: train.epohs: unknown key; did you mean train.epochs?",
+        ),
+        (
+            ["ppo-lag", "model=a/b", "reward=a/b", "data=a/b", "output=o"],
+            "error: cost: missing; ppo-lag needs a cost",
+        ),
+        (["sft", "model=/no/where", "data=a/b", "output=o"], "error: model: /no/where does not exist"),
+        (["run", "pku_tiny"], "error: pku_tiny: missing: root (give it as root=…)"),
+    ],
+)
 def test_a_mistake_ends_in_one_line_within_two_seconds_before_torch_is_imported(words, line):
     code, out, err, seconds = fresh(*words)
     assert (code, out) == (2, "") and err.startswith(line) and err.count("\n") == 1
@@ -49,7 +60,9 @@ def test_help_needs_the_standard_library_only():
 
 def test_info_needs_the_standard_library_only():
     code, out, err, _ = fresh("info", flags=("-S",))
-    assert (code, err) == (0, "") and "device: unknown: torch cannot be imported" in out and "_C: unknown" in out
+    assert (
+        (code, err) == (0, "") and "device: unknown: torch cannot be imported" in out and "_C: unknown" in out
+    )
 
 
 def test_a_base_install_says_what_to_install():
@@ -71,7 +84,10 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
 def test_a_command_s_help_teaches(command, capsys):
     assert cli.main([command, "--help"]) == 0
     text = capsys.readouterr().out
-    assert f"usage: saferlhf-fast {command} " in text and f"  saferlhf-fast {command}" in text.split("examples:")[1]
+    assert (
+        f"usage: saferlhf-fast {command} " in text
+        and f"  saferlhf-fast {command}" in text.split("examples:")[1]
+    )
     for line in text.split("examples:")[1].split("settings:")[0].splitlines():
         if line.strip():  # every example is a command line that can be read
             recipe, overrides = split_words(command, line.split()[2:])
@@ -86,19 +102,30 @@ def test_help_is_a_word_too(words, same, capsys):
 
 
 def test_the_three_forms_of_an_override_mean_the_same():
-    forms = (["train.max_steps=3", "overwrite=true"], ["--train.max_steps", "3", "--overwrite"],
-             ["--train.max_steps=3", "--overwrite=true"], ["--overwrite", "true", "--train.max_steps", "3"])
+    forms = (
+        ["train.max_steps=3", "overwrite=true"],
+        ["--train.max_steps", "3", "--overwrite"],
+        ["--train.max_steps=3", "--overwrite=true"],
+        ["--overwrite", "true", "--train.max_steps", "3"],
+    )
     for words in forms:
         assert split_words("sft", [*words, "recipe.yaml"]) == (
-            "recipe.yaml", {"train.max_steps": "3", "overwrite": "true"}), words
+            "recipe.yaml",
+            {"train.max_steps": "3", "overwrite": "true"},
+        ), words
 
 
 def test_flags_with_lists_negative_numbers_and_switches():
     split = split_words
-    assert split("demo", ["--seeds", "0", "1", "2", "output=o"]) == (None, {"seeds": ["0", "1", "2"], "output": "o"})
+    assert split("demo", ["--seeds", "0", "1", "2", "output=o"]) == (
+        None,
+        {"seeds": ["0", "1", "2"], "output": "o"},
+    )
     assert split("demo", ["--seeds", "3"]) == (None, {"seeds": "3"})
     assert split("sft", ["--data", "a", "b", "--overwrite", "r.yaml"]) == (
-        "r.yaml", {"data": ["a", "b"], "overwrite": "true"})
+        "r.yaml",
+        {"data": ["a", "b"], "overwrite": "true"},
+    )
     assert split("ppo-lag", ["--multiplier.threshold", "-3"]) == (None, {"multiplier.threshold": "-3"})
     assert split("sft", ["data={path: a=b}"]) == (None, {"data": "{path: a=b}"})
     assert split("sft", ["runs/lr=3/r.yaml"]) == ("runs/lr=3/r.yaml", {})
@@ -112,21 +139,36 @@ def test_demo_takes_seeds_either_way(monkeypatch):
     assert seen == [("demo", [0, 1, 2])] * 3 + [("demo", [4]), ("demo", [0])]
 
 
-@pytest.mark.parametrize("words, line", [
-    (["stf"], "error: unknown command 'stf'; did you mean sft?"),
-    (["sft", "a.yaml", "b.yaml"], "error: expected one recipe and key=value pairs, got a.yaml and b.yaml"),
-    (["sft", "-x"], "error: unknown option -x"),
-    (["sft", "--model"], "error: --model: expected a value after it"),
-    (["sft", "--modle", "m"], "error: "),
-    (["sft", "absent.yaml"], "error: absent.yaml: no such recipe"),
-    (["sft", "pku_tiny"], "error: pku_tiny: has several stages; start it with: saferlhf-fast run pku_tiny"),
-    (["run"], "error: run: missing: a recipe"),
-    (["info", "x=1"], "error: info takes no settings"),
-    (["info", "--processes", "2"], "error: --processes: info runs in one process; info --cluster runs in several"),
-    (["info", "--grace", "2"], "error: --grace: info runs in one process; info --cluster runs in several"),
-    (["bench", "--quick", "--grace=2"], "error: --grace: bench runs in one process\n"),
-    (["help", "stf"], "error: unknown command 'stf'; did you mean sft?"),
-])
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        (["stf"], "error: unknown command 'stf'; did you mean sft?"),
+        (
+            ["sft", "a.yaml", "b.yaml"],
+            "error: expected one recipe and key=value pairs, got a.yaml and b.yaml",
+        ),
+        (["sft", "-x"], "error: unknown option -x"),
+        (["sft", "--model"], "error: --model: expected a value after it"),
+        (["sft", "--modle", "m"], "error: "),
+        (["sft", "absent.yaml"], "error: absent.yaml: no such recipe"),
+        (
+            ["sft", "pku_tiny"],
+            "error: pku_tiny: has several stages; start it with: saferlhf-fast run pku_tiny",
+        ),
+        (["run"], "error: run: missing: a recipe"),
+        (["info", "x=1"], "error: info takes no settings"),
+        (
+            ["info", "--processes", "2"],
+            "error: --processes: info runs in one process; info --cluster runs in several",
+        ),
+        (
+            ["info", "--grace", "2"],
+            "error: --grace: info runs in one process; info --cluster runs in several",
+        ),
+        (["bench", "--quick", "--grace=2"], "error: --grace: bench runs in one process\n"),
+        (["help", "stf"], "error: unknown command 'stf'; did you mean sft?"),
+    ],
+)
 def test_wrong_words_get_one_line(words, line, capsys):
     assert cli.main(words) == 2
     out, err = capsys.readouterr()
@@ -136,6 +178,7 @@ def test_wrong_words_get_one_line(words, line, capsys):
 def breaking(monkeypatch, error):
     def stage(*_):
         raise error
+
     monkeypatch.setattr(run, "run_stage", stage)
     return ["demo"]
 
@@ -176,12 +219,15 @@ def test_other_ranks_say_who_they_are(monkeypatch, capsys):
 
 
 def test_python_m_is_the_same_command():
-    done = subprocess.run([sys.executable, "-m", "saferlhf_fast", "stf"], capture_output=True, text=True, timeout=60,
-                          cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, "-m", "saferlhf_fast", "stf"], capture_output=True, text=True, timeout=60, cwd=ROOT
+    )
     assert done.returncode == 2 and done.stderr.startswith("error: unknown command 'stf'")
 
 
-@pytest.mark.parametrize("words", [["--refrence", "x"], ["--refrence"], ["--refrence", "model=m"], ["refrence=x"]])
+@pytest.mark.parametrize(
+    "words", [["--refrence", "x"], ["--refrence"], ["--refrence", "model=m"], ["refrence=x"]]
+)
 def test_an_unknown_flag_is_named_whatever_follows_it(words, capsys):
     assert cli.main(["evaluate", "model=m", "prompts=p.jsonl", *words]) == 2
     line = capsys.readouterr().err

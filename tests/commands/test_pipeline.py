@@ -1,4 +1,6 @@
-"""`run`: stages in order, finished ones skipped, unfinished ones started again; everything checked before the first."""
+"""`run`: stages in order, finished ones skipped, unfinished ones started again; everything checked before the
+first.
+"""
 
 import json
 import sys
@@ -75,6 +77,7 @@ def go(tmp_path, stages):
         given = {"root": str(tmp_path), "output": str(tmp_path / "out")}
         given |= {key.replace("__", "."): value for key, value in overrides.items()}
         return pipeline.run(tmp_path / "recipe.yaml", given)
+
     run.out = tmp_path / "out"
     run.folder = tmp_path
     return run
@@ -89,7 +92,10 @@ def refused(go, *args, **kwargs):
 def test_stages_run_in_order_with_the_recipe_s_output_and_seed(go, stages, capsys):
     done = go()
     assert [(s, cfg.output, cfg.seed) for s, cfg in stages.calls] == [
-        ("sft", f"{go.out}/sft", 7), ("reward", f"{go.out}/reward", 7), ("cost", f"{go.out}/second", 9)]
+        ("sft", f"{go.out}/sft", 7),
+        ("reward", f"{go.out}/reward", 7),
+        ("cost", f"{go.out}/second", 9),
+    ]
     assert stages.calls[1][1].model == f"{go.out}/sft/model"
     assert stages.calls[0][1].train.epochs == 3 and stages.calls[0][1].train.max_steps == 5
     written = json.loads((go.out / "summary.json").read_text())["stages"]
@@ -122,9 +128,15 @@ def test_an_interrupted_run_goes_on_with_the_stage_that_broke(go, stages):
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("saved, settings", [
-    ("step-2/model.safetensors", {"reward__train__max_steps": "6"}), ("metrics.jsonl", {"reward__train__max_steps": "6"}),
-    ("step-2/model.safetensors", {}), ("checkpoints/step-00000002/manifest.json", {"resume": "never"})])
+@pytest.mark.parametrize(
+    "saved, settings",
+    [
+        ("step-2/model.safetensors", {"reward__train__max_steps": "6"}),
+        ("metrics.jsonl", {"reward__train__max_steps": "6"}),
+        ("step-2/model.safetensors", {}),
+        ("checkpoints/step-00000002/manifest.json", {"resume": "never"}),
+    ],
+)
 def test_what_an_unfinished_stage_saved_is_set_aside(go, stages, capsys, saved, settings):
     stages.broken, stages.saved = "reward", [saved] if "/" in saved else []
     with pytest.raises(RuntimeError):
@@ -134,8 +146,10 @@ def test_what_an_unfinished_stage_saved_is_set_aside(go, stages, capsys, saved, 
     go(**settings)
     aside = go.out / "reward.set-aside"
     assert kit.files(aside) == before and (go.out / "reward" / "finished.json").exists()
-    assert f"{go.out}/reward: the unfinished run there was set aside, with all that it had saved: {aside}\n" \
+    assert (
+        f"{go.out}/reward: the unfinished run there was set aside, with all that it had saved: {aside}\n"
         in capsys.readouterr().out
+    )
 
 
 def test_bad_input_sets_nothing_aside(go, stages):
@@ -171,8 +185,14 @@ def test_changed_settings_need_overwrite_and_change_what_depends_on_them(go, sta
     line = refused(go, sft__train__max_steps="6")
     assert line.startswith(f"sft.output: {go.out}/sft holds a finished run") and stages.names == []
     assert (go.out / "sft" / "model" / "model.safetensors").read_text() == "5"
-    line = refused(go, sft__train__max_steps="6", sft__overwrite="true")         # and those that read it have to make room too
-    assert ".output: " in line and "holds a finished run" in line and not line.startswith("sft.") and stages.names == []
+    # and those that read it have to make room too
+    line = refused(go, sft__train__max_steps="6", sft__overwrite="true")
+    assert (
+        ".output: " in line
+        and "holds a finished run" in line
+        and not line.startswith("sft.")
+        and stages.names == []
+    )
     assert (go.out / "sft" / "model" / "model.safetensors").read_text() == "5"
     go(sft__train__max_steps="6", overwrite="true")  # another SFT model: both score models start from it
     assert stages.names == ["sft", "reward", "cost"]
@@ -206,37 +226,58 @@ def test_an_unfinished_run_of_another_kind_is_not_started_over(go, stages):
     assert "sft.output" in refused(go, other) and stages.names == []
 
 
-@pytest.mark.parametrize("overrides, message", [
-    ({"second__train__batch_size": "x"}, "command line: second.train.batch_size: expected whole number above 0"),
-    ({"second__train__batch_siz": "1"}, "second.train.batch_siz: unknown key; did you mean second.train.batch_size?"),
-    ({"sfft__train__max_steps": "1"}, "sfft.train.max_steps: unknown key; did you mean sft.train.max_steps?"),
-    ({"max_steps": "1"}, "command line: max_steps: unknown key; did you mean"),
-    ({"outputt": "1"}, "command line: outputt: unknown key; did you mean output?"),
-    ({"second__model": "/no/where"}, "second.model: /no/where does not exist"),
-    ({"second__output": "{sft}"}, "is another stage's output too"),
-    ({"seed": "-1"}, "command line: seed: expected whole number at least 0 and below"),
-])
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (
+            {"second__train__batch_size": "x"},
+            "command line: second.train.batch_size: expected whole number above 0",
+        ),
+        (
+            {"second__train__batch_siz": "1"},
+            "second.train.batch_siz: unknown key; did you mean second.train.batch_size?",
+        ),
+        (
+            {"sfft__train__max_steps": "1"},
+            "sfft.train.max_steps: unknown key; did you mean sft.train.max_steps?",
+        ),
+        ({"max_steps": "1"}, "command line: max_steps: unknown key; did you mean"),
+        ({"outputt": "1"}, "command line: outputt: unknown key; did you mean output?"),
+        ({"second__model": "/no/where"}, "second.model: /no/where does not exist"),
+        ({"second__output": "{sft}"}, "is another stage's output too"),
+        ({"seed": "-1"}, "command line: seed: expected whole number at least 0 and below"),
+    ],
+)
 def test_every_stage_is_checked_before_the_first_one_starts(go, stages, overrides, message):
     overrides = {k: v.replace("{sft}", f"{go.out}/sft") for k, v in overrides.items()}
     assert message in refused(go, **overrides)
     assert stages.names == [] and not go.out.exists()
 
 
-@pytest.mark.parametrize("text, message", [
-    ("output: o\nstages: 3\n", "stages: expected a list"),
-    ("output: o\nstages: []\n", "expected at least one stage"),
-    ("output: o\nstages: [sft]\n", "stages.0: expected one stage"),
-    ("output: o\nstages:\n - sft: {}\n   cost: {}\n", "stages.0: expected one stage"),
-    ("output: o\nstages:\n - stf: {}\n", "stages.0: unknown stage stf; did you mean sft?"),
-    ("output: o\nstages:\n - sft: {}\n - sft: {}\n", "a second stage sft; give it a name"),
-    ("output: o\nstages:\n - {name: seed, sft: {}}\n", "seed cannot be the name of a stage"),
-    ("output: o\nstages:\n - sft:\n", "missing: sft.model, sft.data"),
-    ("output: o\nstages:\n - sft: 3\n", "stages.0.sft: expected a mapping"),
-    ("outputs: o\nstages:\n - sft: {}\n", "outputs: unknown key; did you mean output?"),
-    ("model: m\n", "no stages; a recipe of one stage is started with"),
-    ("output: o\nstages:\n - sft:\n    model: m\n    data: ???\n", "missing: sft.data (give it as sft.data=…)"),
-    ("output: o\nstages:\n - sft: {model: '${rot}/m', data: d}\n", "sft.model: Interpolation key 'rot' not found"),
-])
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("output: o\nstages: 3\n", "stages: expected a list"),
+        ("output: o\nstages: []\n", "expected at least one stage"),
+        ("output: o\nstages: [sft]\n", "stages.0: expected one stage"),
+        ("output: o\nstages:\n - sft: {}\n   cost: {}\n", "stages.0: expected one stage"),
+        ("output: o\nstages:\n - stf: {}\n", "stages.0: unknown stage stf; did you mean sft?"),
+        ("output: o\nstages:\n - sft: {}\n - sft: {}\n", "a second stage sft; give it a name"),
+        ("output: o\nstages:\n - {name: seed, sft: {}}\n", "seed cannot be the name of a stage"),
+        ("output: o\nstages:\n - sft:\n", "missing: sft.model, sft.data"),
+        ("output: o\nstages:\n - sft: 3\n", "stages.0.sft: expected a mapping"),
+        ("outputs: o\nstages:\n - sft: {}\n", "outputs: unknown key; did you mean output?"),
+        ("model: m\n", "no stages; a recipe of one stage is started with"),
+        (
+            "output: o\nstages:\n - sft:\n    model: m\n    data: ???\n",
+            "missing: sft.data (give it as sft.data=…)",
+        ),
+        (
+            "output: o\nstages:\n - sft: {model: '${rot}/m', data: d}\n",
+            "sft.model: Interpolation key 'rot' not found",
+        ),
+    ],
+)
 def test_a_recipe_that_is_no_pipeline(go, stages, text, message):
     with pytest.raises(UserError) as caught:
         (go.folder / "bad.yaml").write_text(text)
@@ -251,10 +292,21 @@ def test_a_run_does_not_settle_in_a_stage_s_folder(go, stages):
 
 
 def test_flags_work_for_stages_of_a_run(go, stages, monkeypatch):
-    monkeypatch.setattr(pipeline.checks, "check_trackers", lambda *_: None)    # neither is installed for the tests
+    # neither is installed for the tests
+    monkeypatch.setattr(pipeline.checks, "check_trackers", lambda *_: None)
     (go.folder / "recipe.yaml").write_text(RECIPE)
-    words = ["run", str(go.folder / "recipe.yaml"), "--root", str(go.folder), f"--output={go.out}", "--overwrite",
-             "--sft.log.trackers", "wandb", "trackio", "second.train.epochs=1.5"]
+    words = [
+        "run",
+        str(go.folder / "recipe.yaml"),
+        "--root",
+        str(go.folder),
+        f"--output={go.out}",
+        "--overwrite",
+        "--sft.log.trackers",
+        "wandb",
+        "trackio",
+        "second.train.epochs=1.5",
+    ]
     assert main(words) == 0
     assert stages.calls[0][1].log.trackers == ["wandb", "trackio"] and stages.calls[0][1].overwrite
     assert stages.calls[2][1].train.epochs == 1.5
@@ -272,7 +324,9 @@ def test_one_stage_by_itself_is_finished_too(go, stages, capsys):
 
 def test_a_demo_without_output_gets_a_folder_of_its_own(go, stages, monkeypatch):
     monkeypatch.chdir(go.folder)
-    monkeypatch.setattr(stages, "train", lambda stage, cfg, restart: {"output": str(run_folder.open_run(stage, cfg))})
+    monkeypatch.setattr(
+        stages, "train", lambda stage, cfg, restart: {"output": str(run_folder.open_run(stage, cfg))}
+    )
     assert main(["demo"]) == 0
     made = list((go.folder / "runs").iterdir())
     assert len(made) == 1 and made[0].name.startswith("demo-2") and run_state.is_ours(made[0])

@@ -16,10 +16,19 @@ from saferlhf_fast.config import load
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.errors import UserError
 
-MIB = 2 ** 20
-LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 8000, "hidden_size": 256,
-         "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
-         "max_position_embeddings": 512, "torch_dtype": "float32"}
+MIB = 2**20
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 8000,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 512,
+    "torch_dtype": "float32",
+}
 
 
 @pytest.fixture
@@ -53,18 +62,26 @@ def moments(made):
 
 def test_parameters_are_those_of_the_real_models():
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
     for extra in ({}, {"tie_word_embeddings": True}, {"attention_bias": True}):
         text = json.dumps({**LLAMA, **extra}, sort_keys=True)
         values = {**LLAMA, **extra}
         real = AutoConfig.for_model(values.pop("model_type"), **values)
         import torch
-        lm, backbone = (sum(p.numel() for p in c.from_config(real).parameters()) for c in (AutoModelForCausalLM, AutoModel))
+
+        lm, backbone = (
+            sum(p.numel() for p in c.from_config(real).parameters())
+            for c in (AutoModelForCausalLM, AutoModel)
+        )
         assert sizes.count(sizes.Blueprint(text, "policy", torch.float32)).all == lm
-        assert sizes.count(sizes.Blueprint(text, "score", torch.float32)).all == backbone + LLAMA["hidden_size"]
+        assert (
+            sizes.count(sizes.Blueprint(text, "score", torch.float32)).all == backbone + LLAMA["hidden_size"]
+        )
 
 
 def test_the_cache_is_that_of_the_real_model():
     import torch
+
     text = json.dumps(LLAMA, sort_keys=True)
     heads = LLAMA["num_key_value_heads"] / LLAMA["num_attention_heads"]
     expected = 2 * LLAMA["num_hidden_layers"] * LLAMA["hidden_size"] * heads * 2
@@ -73,12 +90,17 @@ def test_the_cache_is_that_of_the_real_model():
 
 def test_adapters_are_the_trained_part():
     import torch
+
     text = json.dumps(LLAMA, sort_keys=True)
     whole = sizes.count(sizes.Blueprint(text, "policy", torch.float32))
     adapted = sizes.count(sizes.Blueprint(text, "policy", torch.float32, lora=(8, "all-linear")))
     width, inner, kv = 256, 688, 128
     per_layer = 8 * (2 * (width + width) + 2 * (width + kv) + 3 * (width + inner))
-    assert whole.trained == whole.all and adapted.trained == 4 * per_layer and adapted.all == whole.all + 4 * per_layer
+    assert (
+        whole.trained == whole.all
+        and adapted.trained == 4 * per_layer
+        and adapted.all == whole.all + 4 * per_layer
+    )
 
 
 def test_a_model_of_an_earlier_stage_is_the_one_it_started_from(model, tmp_path):
@@ -103,10 +125,16 @@ stages:
 
 def test_a_moment_is_the_sum_of_its_parts_and_nothing_is_negative(model):
     for kind in ("sft", "reward", "dpo", "ppo", "ppo-lag", "evaluate"):
-        made = stage(kind, model, max_length=128) if kind in ("ppo", "ppo-lag", "evaluate") else \
-            stage(kind, model, train={"max_length": 128})
+        made = (
+            stage(kind, model, max_length=128)
+            if kind in ("ppo", "ppo-lag", "evaluate")
+            else stage(kind, model, train={"max_length": 128})
+        )
         for moment in made.moments:
-            assert moment.total == sum(moment.parts.values()) and min(moment.parts.values()) >= 0, (kind, moment)
+            assert moment.total == sum(moment.parts.values()) and min(moment.parts.values()) >= 0, (
+                kind,
+                moment,
+            )
         assert made.worst.total == max(moments(made).values())
 
 
@@ -124,14 +152,20 @@ def test_what_saves_memory_does(model):
     assert peak(engine={"precision": "bf16"}) < whole
     at_8 = []
     for zero in (0, 1, 2, 3):
-        step = next(m for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).moments if m.name == "optimiser step")
-        at_8.append(step.total - step.parts["buffers"])       # ZeRO-3's bucket is there in the step too
+        step = next(
+            m
+            for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).moments
+            if m.name == "optimiser step"
+        )
+        at_8.append(step.total - step.parts["buffers"])  # ZeRO-3's bucket is there in the step too
     assert at_8[0] > at_8[1] > at_8[2] > at_8[3]
 
 
 def test_one_pass_holds_all_graphs_at_once(model):
-    together, apart = (stage("ppo-lag", model, max_length=256, ppo={"single_pass": single, "batch_size": 32})
-                       for single in (True, False))
+    together, apart = (
+        stage("ppo-lag", model, max_length=256, ppo={"single_pass": single, "batch_size": 32})
+        for single in (True, False)
+    )
     assert moments(together)["update"] > 1.3 * moments(apart)["update"]
     assert moments(together)["scoring"] <= moments(apart)["scoring"]
 
@@ -140,29 +174,43 @@ def test_auto_is_the_engine_that_the_stage_itself_would_choose(model, tmp_path):
     """Continuous batching on a GPU, but not for an architecture that it cannot run."""
     bloom = {"model_type": "bloom", "vocab_size": 500, "hidden_size": 64, "n_layer": 2, "n_head": 4}
     (tmp_path / "config.json").write_text(json.dumps(bloom))
-    for folder, device, engine in ((model, "cuda", "continuous"), (model, "cpu", "generate"), (tmp_path, "cuda", "generate")):
+    for folder, device, engine in (
+        (model, "cuda", "continuous"),
+        (model, "cpu", "generate"),
+        (tmp_path, "cuda", "generate"),
+    ):
         folder = str(folder)
-        auto, named = (moments(stage("evaluate", folder, device=device, sampling={"engine": name})) for name in ("auto", engine))
+        auto, named = (
+            moments(stage("evaluate", folder, device=device, sampling={"engine": name}))
+            for name in ("auto", engine)
+        )
         assert auto == named
         other = {"continuous": "generate", "generate": "continuous"}[engine]
         assert auto != moments(stage("evaluate", folder, device=device, sampling={"engine": other}))
 
 
 def test_a_cut_distribution_is_planned_in_every_moment(model):
-    plain, cut = (stage("ppo-lag", model, max_length=128, ptx="none.json", sampling={"engine": "generate", **shape})
-                  for shape in ({}, {"top_p": 0.9, "repetition_penalty": 1.1}))
+    plain, cut = (
+        stage("ppo-lag", model, max_length=128, ptx="none.json", sampling={"engine": "generate", **shape})
+        for shape in ({}, {"top_p": 0.9, "repetition_penalty": 1.1})
+    )
     assert moments(cut)["scoring"] > moments(plain)["scoring"]
     assert all(moments(cut)[name] >= moments(plain)[name] for name in ("rollout", "update"))
 
 
 def test_one_shared_base_has_its_weights_once(model):
-    separate, shared_base = stage("ppo-lag", model, max_length=128), stage("ppo-lag", model, max_length=128, lora={"rank": 4})
+    separate, shared_base = (
+        stage("ppo-lag", model, max_length=128),
+        stage("ppo-lag", model, max_length=128, lora={"rank": 4}),
+    )
     base = next(m for m in shared_base.models if m.role == "base")
     assert base.states.weights == next(m for m in separate.models if m.role == "reference").states.weights
-    small = [m for m in shared_base.models if m.role in ("actor", "reference", "reward critic", "cost critic")]
+    small = [
+        m for m in shared_base.models if m.role in ("actor", "reference", "reward critic", "cost critic")
+    ]
     assert sum(m.states.weights for m in small) < 0.1 * base.states.weights
     reward = next(m for m in shared_base.models if m.role == "reward model")
-    assert reward.count.all > 0.5 * base.count.all       # a whole one beside it
+    assert reward.count.all > 0.5 * base.count.all  # a whole one beside it
 
 
 def test_score_models_trained_as_adapters_join_the_shared_base(model, tmp_path):
@@ -181,6 +229,7 @@ stages:
 def test_a_score_model_on_disk_joins_the_shared_base_if_its_adapter_is_of_the_same_base(model, tmp_path):
     """As training/ppo/load_roles.py would take it."""
     import peft
+
     counts = {}
     for name, base in (("same", model), ("other", str(tmp_path))):
         folder = tmp_path / name
@@ -188,19 +237,30 @@ def test_a_score_model_on_disk_joins_the_shared_base_if_its_adapter_is_of_the_sa
         adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], base_model_name_or_path=base)
         adapter.save_pretrained(folder / "adapter")
         made = stage("ppo", model, max_length=128, lora={"rank": 4}, reward=str(folder), cost=None)
-        counts |= {name: next(m.count.all for m in made.models if m.role == "reward model"),
-                   "base": next(m.count.all for m in made.models if m.role == "base")}
+        counts |= {
+            name: next(m.count.all for m in made.models if m.role == "reward model"),
+            "base": next(m.count.all for m in made.models if m.role == "base"),
+        }
     width, values = LLAMA["hidden_size"], 128
     per_layer = 4 * ((width + width) + (width + values))
-    assert counts["same"] == LLAMA["num_hidden_layers"] * per_layer + width and counts["other"] > 0.5 * counts["base"]
+    assert (
+        counts["same"] == LLAMA["num_hidden_layers"] * per_layer + width
+        and counts["other"] > 0.5 * counts["base"]
+    )
 
 
 def test_constraints_in_the_long_form_are_planned_like_those_in_short(model):
-    for critic, more in ((model, {}), (None, {"lora": {"rank": 4}}), (None, {"ppo": {"shared_critic": True}})):
+    for critic, more in (
+        (model, {}),
+        (None, {"lora": {"rank": 4}}),
+        (None, {"ppo": {"shared_critic": True}}),
+    ):
         short = stage("ppo-lag", model, cost_critic=critic, **more)
         constraint = {"name": "cost", "cost": {"path": model}, "critic": critic}
         long = stage("ppo-lag", model, cost=None, constraints=[constraint], **more)
-        assert moments(long) == moments(short) and [m.role for m in long.models] == [m.role for m in short.models]
+        assert moments(long) == moments(short) and [m.role for m in long.models] == [
+            m.role for m in short.models
+        ]
 
 
 def test_overlap_adds_a_copy_and_both_sides_of_the_step(model):
@@ -213,7 +273,13 @@ def test_overlap_adds_a_copy_and_both_sides_of_the_step(model):
 
 def test_the_cache_grows_with_rows_and_is_bounded_by_the_batch(model):
     def cache(**sampling):
-        made = stage("ppo-lag", model, max_length=256, ppo={"batch_size": 8}, sampling={"engine": "generate", **sampling})
+        made = stage(
+            "ppo-lag",
+            model,
+            max_length=256,
+            ppo={"batch_size": 8},
+            sampling={"engine": "generate", **sampling},
+        )
         return made.use["actor"]["cache"]
 
     assert cache(num_return_sequences=2) == 2 * cache() and cache(batch_size=4) == cache() // 2
@@ -240,9 +306,12 @@ def advice(kind, model, usable, gpus=8, **values):
 
 @pytest.mark.parametrize("kind, share", [("sft", 0.7), ("sft", 0.4), ("ppo-lag", 0.7), ("ppo-lag", 0.35)])
 def test_what_is_advised_fits_and_nothing_of_it_is_idle(model, kind, share):
-    values = {"ppo": {"batch_size": 64}, "max_length": 256} if kind == "ppo-lag" else \
-        {"train": {"batch_size": 32, "max_length": 256}}
-    values["engine"] = {"config": {"zero_optimization": {"reduce_bucket_size": 10 ** 6}}}
+    values = (
+        {"ppo": {"batch_size": 64}, "max_length": 256}
+        if kind == "ppo-lag"
+        else {"train": {"batch_size": 32, "max_length": 256}}
+    )
+    values["engine"] = {"config": {"zero_optimization": {"reduce_bucket_size": 10**6}}}
     before = stage(kind, model, 8, "cuda", **values).worst.total
     usable = int(share * before)
     cfg, hardware, found = advice(kind, model, usable, **values)
@@ -259,7 +328,8 @@ def test_what_is_advised_fits_and_nothing_of_it_is_idle(model, kind, share):
             options.check_settings(kind, settings_of)
             peaks.append(plan_stage(kind, kind, new, hardware, {}).worst.total)
         except UserError:
-            peaks.append(usable + 1)                  # cannot be left out: the rest does not go together without it
+            # cannot be left out: the rest does not go together without it
+            peaks.append(usable + 1)
     assert peaks[0] == found.peak and all(peak > usable for peak in peaks[1:])
 
 
@@ -272,17 +342,26 @@ def test_options_go_together_as_the_stage_itself_would_find(model):
     cfg = config("ppo-lag", model, lora={"rank": 4})
     assert options._possible("ppo-lag", cfg)
     assert not options._possible("ppo-lag", options.changed(cfg, "engine.zero_stage", 3))
-    assert not options._possible("sft", options.changed(config("sft", model), "engine.offload_optimizer", True))
+    assert not options._possible(
+        "sft", options.changed(config("sft", model), "engine.offload_optimizer", True)
+    )
 
 
 def test_settings_are_typed_as_the_command_line_takes_them(model):
-    words = [choice.words("sft") for choice in options.choices("sft", config("sft", model), Hardware(8, 1, "cuda"))]
+    words = [
+        choice.words("sft") for choice in options.choices("sft", config("sft", model), Hardware(8, 1, "cuda"))
+    ]
     for word in words:
         _, overrides = split_words("sft", [w.removeprefix("sft.") for w in word.split()])
-        load.load("sft", None, {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false",
-                                **overrides})
+        load.load(
+            "sft",
+            None,
+            {"model": "a", "data": "a", "output": "a", "train.gradient_checkpointing": "false", **overrides},
+        )
     assert "sft.engine.zero_stage=3" in words and "sft.optim.kind=adamw-8bit" in words
-    both = next(c for c in options.choices("ppo-lag", config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also)
+    both = next(
+        c for c in options.choices("ppo-lag", config("ppo-lag", model), Hardware(8, 1, "cuda")) if c.also
+    )
     assert both.words("ppo-lag") == "ppo-lag.optim.kind=adamw-8bit ppo-lag.critic_optim.kind=adamw-8bit"
 
 
@@ -301,27 +380,53 @@ stages:
     before = kit.files(tmp_path)
     assert cli.main(["plan", str(recipe), "--gpus", "2", "--memory", "24", f"sft.model={model}"]) == 0
     text = capsys.readouterr().out
-    assert "sft: GiB per GPU, 2 GPUs" in text and "second: at its worst moments" in text and "reference" in text
+    assert (
+        "sft: GiB per GPU, 2 GPUs" in text and "second: at its worst moments" in text and "reference" in text
+    )
     assert max(map(len, text.splitlines())) <= 120
     assert kit.files(tmp_path) == before
 
 
 def test_the_command_prints_json(model, capsys):
-    words = ["plan", "--json", "stage=sft", f"model={model}", "data=none.json", "output=none", "device=cpu", "memory=0.05",
-             "train.batch_size=8", "gpus=1"]
+    words = [
+        "plan",
+        "--json",
+        "stage=sft",
+        f"model={model}",
+        "data=none.json",
+        "output=none",
+        "device=cpu",
+        "memory=0.05",
+        "train.batch_size=8",
+        "gpus=1",
+    ]
     assert cli.main(words) == 0
     found = json.loads(capsys.readouterr().out)
-    made, = found["stages"]
-    assert found["device"] == "cpu" and not made["fits"] and made["peak"] == max(m["total"] for m in made["moments"])
+    (made,) = found["stages"]
+    assert (
+        found["device"] == "cpu"
+        and not made["fits"]
+        and made["peak"] == max(m["total"] for m in made["moments"])
+    )
     assert made["options"] and {"setting", "costs", "alone", "together", "fits"} == set(made["options"][0])
     assert made["models"][0]["parameters"] == made["models"][0]["trained"]
 
 
 def test_what_is_to_be_typed_works(model, capsys):
-    base = ["plan", "--json", "stage=sft", f"model={model}", "data=none.json", "output=none", "device=cpu", "gpus=1",
-            "train.batch_size=16", "train.max_length=256"]
+    base = [
+        "plan",
+        "--json",
+        "stage=sft",
+        f"model={model}",
+        "data=none.json",
+        "output=none",
+        "device=cpu",
+        "gpus=1",
+        "train.batch_size=16",
+        "train.max_length=256",
+    ]
     assert cli.main([*base, "memory=100"]) == 0
-    peak = json.loads(capsys.readouterr().out)["stages"][0]["peak"] / 2 ** 30
+    peak = json.loads(capsys.readouterr().out)["stages"][0]["peak"] / 2**30
     assert cli.main([*base, f"memory={0.6 * peak}"]) == 0
     words = json.loads(capsys.readouterr().out)["stages"][0]["type"]
     assert words
@@ -330,19 +435,27 @@ def test_what_is_to_be_typed_works(model, capsys):
     assert json.loads(capsys.readouterr().out)["stages"][0]["fits"]
 
 
-@pytest.mark.parametrize("words, line", [
-    ([], "error: plan: missing: a recipe"),
-    (["absent.yaml"], "error: absent.yaml: no such recipe"),
-    (["quickstart", "--gpus", "0"], "error: command line: gpus: expected a whole number above 0, got 0"),
-    (["quickstart", "memory=much"], "error: command line: memory: expected a number above 0, got much"),
-    (["quickstart", "device=tpu"], "error: command line: device: expected one of cuda, cpu, got tpu"),
-    (["quickstart", "sft.train.epohs=3"], "error: command line: sft.train.epohs: unknown key; did you mean sft.train.epochs"),
-    (["quickstart", "sft.model=/no/where"], "error: sft.model: /no/where does not exist"),
-    (["quickstart", "stage=sft"], "error: stage: quickstart has stages of its own"),
-    (["stage=stf", "model=m"], "error: stage: expected one of sft, reward"),
-    (["stage=sft", "model=/no", "data=d", "output=o", "engine.offload_optimizer=true"],
-     "error: engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0"),
-])
+@pytest.mark.parametrize(
+    "words, line",
+    [
+        ([], "error: plan: missing: a recipe"),
+        (["absent.yaml"], "error: absent.yaml: no such recipe"),
+        (["quickstart", "--gpus", "0"], "error: command line: gpus: expected a whole number above 0, got 0"),
+        (["quickstart", "memory=much"], "error: command line: memory: expected a number above 0, got much"),
+        (["quickstart", "device=tpu"], "error: command line: device: expected one of cuda, cpu, got tpu"),
+        (
+            ["quickstart", "sft.train.epohs=3"],
+            "error: command line: sft.train.epohs: unknown key; did you mean sft.train.epochs",
+        ),
+        (["quickstart", "sft.model=/no/where"], "error: sft.model: /no/where does not exist"),
+        (["quickstart", "stage=sft"], "error: stage: quickstart has stages of its own"),
+        (["stage=stf", "model=m"], "error: stage: expected one of sft, reward"),
+        (
+            ["stage=sft", "model=/no", "data=d", "output=o", "engine.offload_optimizer=true"],
+            "error: engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3, got 0",
+        ),
+    ],
+)
 def test_a_mistake_gets_one_line(words, line, capsys):
     assert cli.main(["plan", *words]) == 2
     out, err = capsys.readouterr()
@@ -353,7 +466,11 @@ def test_a_hub_name_without_a_network_says_what_to_give_instead(monkeypatch, cap
     from saferlhf_fast.models import folders
 
     def unreachable(name):
-        raise UserError(f"{name}: expected a model folder or a model on the Hub; there is no such folder, and the Hub says: no")
+        raise UserError(
+            f"{name}: expected a model folder or a model on the Hub; there is no such folder, and the Hub "
+            f"says: no"
+        )
+
     monkeypatch.setattr(folders, "_find_on_hub", unreachable)
     assert cli.main(["plan", "quickstart"]) == 2
     _, err = capsys.readouterr()
@@ -363,7 +480,9 @@ def test_a_hub_name_without_a_network_says_what_to_give_instead(monkeypatch, cap
 def test_help_teaches(capsys):
     assert cli.main(["plan", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("usage: saferlhf-fast plan recipe.yaml") and "--json" in text and "examples:" in text
+    assert (
+        text.startswith("usage: saferlhf-fast plan recipe.yaml") and "--json" in text and "examples:" in text
+    )
     assert max(map(len, text.splitlines())) <= 130
 
 
@@ -375,6 +494,7 @@ def test_help_teaches(capsys):
 def test_plans_are_within_fifteen_percent_of_real_peaks(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(kit.ROOT / "bench")
     import plan_memory
+
     rows = list(plan_memory.compare(list(plan_memory.CASES), tmp_path))
     assert len(rows) == len(plan_memory.CASES)
     assert {row["case"]: row["ratio"] for row in rows if not 0.85 <= row["ratio"] <= 1.15} == {}
@@ -383,8 +503,15 @@ def test_plans_are_within_fifteen_percent_of_real_peaks(tmp_path, monkeypatch):
 def test_frozen_models_lie_where_the_recipe_says(model):
     """engine.frozen=auto shards them under ZeRO-3 alone; sharded and replicated do as they are told."""
     persistent = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
-    for zero, frozen, sharded in ((2, "auto", False), (2, "sharded", True), (3, "auto", True), (3, "replicated", False)):
-        made = stage("ppo-lag", model, gpus=4, engine={"zero_stage": zero, "frozen": frozen, "config": persistent})
+    for zero, frozen, sharded in (
+        (2, "auto", False),
+        (2, "sharded", True),
+        (3, "auto", True),
+        (3, "replicated", False),
+    ):
+        made = stage(
+            "ppo-lag", model, gpus=4, engine={"zero_stage": zero, "frozen": frozen, "config": persistent}
+        )
         for held in made.models:
             if not held.trained:
                 assert held.states.sharded == sharded, (zero, frozen, held.role)

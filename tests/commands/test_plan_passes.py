@@ -17,8 +17,22 @@ from saferlhf_fast.models.policy import Objective, Policy
 from saferlhf_fast.models.score_model import ScoreModel
 
 SHAPE = {"vocab_size": 1000, "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
-LLAMA = {**SHAPE, "model_type": "llama", "intermediate_size": 172, "num_key_value_heads": 2, "tie_word_embeddings": True}
-GPT2 = {"model_type": "gpt2", "vocab_size": 1000, "n_embd": 64, "n_layer": 3, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}
+LLAMA = {
+    **SHAPE,
+    "model_type": "llama",
+    "intermediate_size": 172,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 1000,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 QWEN = {**LLAMA, "model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": False}
 LENGTHS = (96, 96, 96, 40)
 
@@ -30,6 +44,7 @@ def blueprint(values, kind="policy", **more):
 def real(values, kind="policy", packing=True, checkpointing=False):
     """The module of a blueprint, with weights."""
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
     values = dict(values)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(0)
@@ -40,10 +55,16 @@ def real(values, kind="policy", packing=True, checkpointing=False):
 
 
 def allocated(step):
-    """(bytes that step() leaves behind in what it returns, most bytes at once), by the allocator's own events."""
+    """(bytes that step() leaves behind in what it returns, most bytes at once), by the allocator's own
+    events.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = step()
-    events = sorted((e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    events = sorted(
+        (e.start_ns(), e.nbytes())
+        for e in profiler.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    )
     now = peak = 0
     for _, size in events:
         now += size
@@ -55,7 +76,7 @@ def measured(module, asked):
     """(held between forward and backward, most in forward, most in both) of a pass over LENGTHS."""
     ids = [[7] * n for n in LENGTHS]
     packed = pack_sequences(ids, [pass_memory.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
-    module(packed).sum().backward()                   # libraries take what they keep
+    module(packed).sum().backward()  # libraries take what they keep
     for p in module.parameters():
         p.grad = None
         p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
@@ -97,7 +118,9 @@ def test_without_gradient_a_pass_keeps_nothing():
 
 
 def test_the_head_s_own_loss_holds_its_gradient_from_forward_on():
-    plain, objective = (pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known) for known in (0, 1))
+    plain, objective = (
+        pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known) for known in (0, 1)
+    )
     vocabulary, width, rows = LLAMA["vocab_size"], LLAMA["hidden_size"], sum(LENGTHS) - len(LENGTHS)
     # d weight and d hidden take the place of the hidden states and of three numbers for each row.
     assert objective.saved - plain.saved == pytest.approx(4 * vocabulary * width, rel=0.05)
@@ -113,10 +136,13 @@ def test_the_head_s_own_loss_holds_its_gradient_from_forward_on():
 def test_gradients_that_are_kept_are_counted_and_told_apart():
     module = sizes.build(blueprint(LLAMA))
     weights = 4 * sum(p.numel() for p in module.parameters())
-    for lengths, share in (((2,), 0.6), ((512,), 0.0)):   # few tokens: gradients are the most; many: the start of backward is
-        packed = pack_sequences([[0] * n for n in lengths], [range(n - 1) for n in lengths], torch.device("meta"))
+    # few tokens: gradients are the most; many: the start of backward is
+    for lengths, share in (((2,), 0.6), ((512,), 0.0)):
+        packed = pack_sequences(
+            [[0] * n for n in lengths], [range(n - 1) for n in lengths], torch.device("meta")
+        )
         kept = footprint_of(module, lambda m: m(packed), "cpu", keep_gradients=True)  # noqa: B023
-        passing = footprint_of(module, lambda m: m(packed), "cpu")                    # noqa: B023
+        passing = footprint_of(module, lambda m: m(packed), "cpu")  # noqa: B023
         assert share * weights <= kept.gradients <= weights and passing.gradients == 0
         assert passing.backward <= kept.backward <= passing.backward + weights
         assert all(p.grad is None for p in module.parameters())
@@ -131,8 +157,16 @@ def test_layers_beyond_a_few_are_a_straight_line():
 
 def test_kinds_of_layers_keep_their_cycle():
     kinds = ["sliding_attention"] * 5 + ["full_attention"]
-    values = {**SHAPE, "model_type": "gemma3_text", "intermediate_size": 172, "num_key_value_heads": 2, "head_dim": 16,
-              "num_hidden_layers": 24, "layer_types": kinds * 4, "sliding_window": 32}
+    values = {
+        **SHAPE,
+        "model_type": "gemma3_text",
+        "intermediate_size": 172,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_hidden_layers": 24,
+        "layer_types": kinds * 4,
+        "sliding_window": 32,
+    }
     fewer = json.loads(pass_memory.with_layers(blueprint(values), 12).config)
     assert fewer["layer_types"] == kinds * 2 and fewer["num_hidden_layers"] == 12
 
@@ -148,7 +182,10 @@ def test_a_gpu_has_larger_chunks_of_logits_and_float32_sums():
 
 
 def test_scoring_a_cut_distribution_takes_more_than_a_plain_one():
-    plain, cut = (pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape) for shape in ((), (0.9, 0, 1.1)))
+    plain, cut = (
+        pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape)
+        for shape in ((), (0.9, 0, 1.1))
+    )
     assert cut.peak > plain.peak
 
 
@@ -174,15 +211,26 @@ def test_lengths_fill_a_pass():
 
 
 def test_an_architecture_that_looks_at_numbers_is_refused_in_words():
-    few = blueprint({**LLAMA, "model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 8,
-                     "moe_intermediate_size": 32})
+    few = blueprint(
+        {
+            **LLAMA,
+            "model_type": "qwen3_moe",
+            "num_experts": 4,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 32,
+        }
+    )
     with pytest.raises(UserError, match="a qwen3_moe cannot be planned"):
         pass_memory.of_pass(few, LENGTHS, 8, "cpu")
 
 
 def test_positions_that_grow_with_the_text_are_planned_as_they_stand():
-    grows = blueprint({**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}})
-    assert pass_memory.of_generation(grows, 2, 32, 64, "cpu") == pass_memory.of_generation(blueprint(LLAMA), 2, 32, 64, "cpu")
+    grows = blueprint(
+        {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
+    )
+    assert pass_memory.of_generation(grows, 2, 32, 64, "cpu") == pass_memory.of_generation(
+        blueprint(LLAMA), 2, 32, 64, "cpu"
+    )
     assert sizes.cache_bytes(grows, 32) == sizes.cache_bytes(blueprint(LLAMA), 32)
 
 
@@ -192,36 +240,67 @@ def test_the_last_step_of_a_rollout_takes_what_the_allocator_hands_out():
     module = real(LLAMA).lm.eval()
     ids = torch.ones(rows, length - 1, dtype=torch.long)
     mask = torch.ones(rows, length, dtype=torch.long)
-    mask[0, 0] = 0                                    # a shorter prompt
+    mask[0, 0] = 0  # a shorter prompt
+
     def step(cache):
-        return module(input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return module(
+            input_ids=ids[:, :1], attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+
     with torch.no_grad():
-        step(module(input_ids=ids, attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1).past_key_values)
-        filled, _, cache = allocated(lambda: module(input_ids=ids, attention_mask=mask[:, :-1], use_cache=True,
-                                                    logits_to_keep=1).past_key_values)
+        step(
+            module(
+                input_ids=ids, attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1
+            ).past_key_values
+        )
+        filled, _, cache = allocated(
+            lambda: (
+                module(
+                    input_ids=ids, attention_mask=mask[:, :-1], use_cache=True, logits_to_keep=1
+                ).past_key_values
+            )
+        )
         _, above, _ = allocated(lambda: step(cache))
     assert plan.forward == pytest.approx(filled + above, rel=0.05)
 
 
-@pytest.mark.parametrize("kind, values", [
-    ("sft", {"train": {"batch_size": 4, "accumulation": 3, "max_length": 128, "micro_tokens": 256}}),
-    ("dpo", {"train": {"batch_size": 4, "accumulation": 2, "max_length": 128}}),
-    ("reward", {"train": {"batch_size": 3, "max_length": 128, "micro_tokens": 100}}),
-    ("reward", {"train": {"batch_size": 1, "max_length": 128, "micro_tokens": 100}}),
-    ("ppo", {"max_length": 128, "ppo": {"batch_size": 8, "micro_batch_size": 2, "minibatches": 2},
-             "sampling": {"num_return_sequences": 2}}),
-    ("ppo-lag", {"max_length": 128, "ppo": {"batch_size": 4, "micro_tokens": 100, "epochs": 3}})])
+@pytest.mark.parametrize(
+    "kind, values",
+    [
+        ("sft", {"train": {"batch_size": 4, "accumulation": 3, "max_length": 128, "micro_tokens": 256}}),
+        ("dpo", {"train": {"batch_size": 4, "accumulation": 2, "max_length": 128}}),
+        ("reward", {"train": {"batch_size": 3, "max_length": 128, "micro_tokens": 100}}),
+        ("reward", {"train": {"batch_size": 1, "max_length": 128, "micro_tokens": 100}}),
+        (
+            "ppo",
+            {
+                "max_length": 128,
+                "ppo": {"batch_size": 8, "micro_batch_size": 2, "minibatches": 2},
+                "sampling": {"num_return_sequences": 2},
+            },
+        ),
+        ("ppo-lag", {"max_length": 128, "ppo": {"batch_size": 4, "micro_tokens": 100, "epochs": 3}}),
+    ],
+)
 def test_passes_are_those_that_a_stage_cuts_a_step_into(kind, values):
     """Of sequences that are as long as may be. What is longer than a pass may be has one of its own."""
-    needed = {"model": "m", "data": "d", "output": "o", **({"reward": "r", "cost": "c"} if kind.startswith("ppo") else {})}
+    needed = {
+        "model": "m",
+        "data": "d",
+        "output": "o",
+        **({"reward": "r", "cost": "c"} if kind.startswith("ppo") else {}),
+    }
     roles = Roles(kind, kind, load.build(kind, {**needed, **values}), Hardware(1, 1 << 40), {})
     planned, cfg, minibatches = passes_of_step(roles), roles.cfg, 1
     if kind.startswith("ppo"):
         minibatches, examples = cfg.ppo.minibatches, cfg.ppo.batch_size * cfg.sampling.num_return_sequences
         lengths, tokens = [cfg.max_length] * (examples // minibatches), cfg.pass_tokens()
     else:
-        examples, tokens = cfg.train.batch_size * cfg.train.accumulation, cfg.train.pass_tokens(roles.spec.sequences)
+        examples, tokens = (
+            cfg.train.batch_size * cfg.train.accumulation,
+            cfg.train.pass_tokens(roles.spec.sequences),
+        )
         lengths = [roles.spec.sequences * cfg.train.max_length] * examples
-    real, = pack_into_microbatches(lengths, tokens)
+    (real,) = pack_into_microbatches(lengths, tokens)
     assert planned.several == (len(real) > 1)
     assert planned.scoring == minibatches * sum(rows != [] for rows in real)

@@ -1,4 +1,6 @@
-"""What the plan says of weights, gradients and optimiser states, against resident memory under DeepSpeed on this CPU."""
+"""What the plan says of weights, gradients and optimiser states, against resident memory under DeepSpeed on
+this CPU.
+"""
 
 import json
 import subprocess
@@ -19,11 +21,36 @@ SIZES = Count(WEIGHTS, WEIGHTS, WIDTH * WIDTH, 0, 0)
 
 def measured(tmp_path, processes, stage, precision, offload=0):
     out = tmp_path / "out.json"
-    start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, str(kit.SUPPORT / "plan_worker.py"), str(out), str(LAYERS), str(stage), precision,
-                           str(offload)], capture_output=True, text=True, timeout=280, env={
-                               **kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT),
-                               "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"})
+    start = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={processes}",
+    ]
+    done = subprocess.run(
+        [
+            *start,
+            str(kit.SUPPORT / "plan_worker.py"),
+            str(out),
+            str(LAYERS),
+            str(stage),
+            precision,
+            str(offload),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={
+            **kit.os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(kit.ROOT),
+            "MALLOC_MMAP_THRESHOLD_": "65536",
+            "MALLOC_TRIM_THRESHOLD_": "65536",
+        },
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -35,12 +62,17 @@ def planned(processes, stage, precision, offload=0):
 
 
 def compare(tmp_path, processes, stage, precision, offload=0):
-    real, plan = measured(tmp_path, processes, stage, precision, offload), planned(processes, stage, precision, offload)
+    real, plan = (
+        measured(tmp_path, processes, stage, precision, offload),
+        planned(processes, stage, precision, offload),
+    )
     resident = plan.resident + plan.host
     passing = plan.gathered + max(plan.backward, plan.epilogue - plan.gathered)
-    said = {"resident": (resident, real["step"][1]),
-            "step": (resident + plan.held + plan.step, real["step"][0]),
-            "backward": (resident + plan.held + passing, real["backward 1"][0])}
+    said = {
+        "resident": (resident, real["step"][1]),
+        "step": (resident + plan.held + plan.step, real["step"][0]),
+        "backward": (resident + plan.held + passing, real["backward 1"][0]),
+    }
     for name, (expected, got) in said.items():
         assert expected == pytest.approx(got, rel=0.12), (name, expected / WEIGHTS, got / WEIGHTS)
 
@@ -52,16 +84,34 @@ def test_one_process(tmp_path, stage, precision):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("stage, precision, offload", [
-    (0, "fp32", 0), (0, "bf16", 0), (1, "fp32", 0), (1, "bf16", 0), (2, "fp32", 0), (2, "bf16", 0), (3, "fp32", 0),
-    (3, "bf16", 0), (1, "bf16", 1), (2, "bf16", 1), (2, "fp32", 1), (3, "bf16", 1)])
+@pytest.mark.parametrize(
+    "stage, precision, offload",
+    [
+        (0, "fp32", 0),
+        (0, "bf16", 0),
+        (1, "fp32", 0),
+        (1, "bf16", 0),
+        (2, "fp32", 0),
+        (2, "bf16", 0),
+        (3, "fp32", 0),
+        (3, "bf16", 0),
+        (1, "bf16", 1),
+        (2, "bf16", 1),
+        (2, "fp32", 1),
+        (3, "bf16", 1),
+    ],
+)
 def test_every_stage(tmp_path, processes, stage, precision, offload):
     compare(tmp_path, processes, stage, precision, offload)
 
 
 def test_bytes_of_a_parameter_are_those_of_the_table():
-    table = {0: {"fp32": 4 + 4 + 8, "bf16": 2 + 2 + 4 + 8}, 1: {"fp32": 4 + 4 + 12 / 8, "bf16": 2 + 2 + 12 / 8},
-             2: {"fp32": 4 + 16 / 8, "bf16": 2 + 14 / 8}, 3: {"fp32": 20 / 8, "bf16": 16 / 8}}
+    table = {
+        0: {"fp32": 4 + 4 + 8, "bf16": 2 + 2 + 4 + 8},
+        1: {"fp32": 4 + 4 + 12 / 8, "bf16": 2 + 2 + 12 / 8},
+        2: {"fp32": 4 + 16 / 8, "bf16": 2 + 14 / 8},
+        3: {"fp32": 20 / 8, "bf16": 16 / 8},
+    }
     for stage, row in table.items():
         for precision, expected in row.items():
             plan = planned(8, stage, precision)
@@ -79,9 +129,13 @@ def test_a_gpu_pays_for_the_whole_bucket():
 def test_frozen_models_are_sharded_by_zero_3_alone():
     for stage, expected in ((0, 1.0), (2, 1.0), (3, 1 / 8)):
         zero = zero_memory.zero_settings({"zero_optimization": {"stage": stage}})
-        assert zero_memory.frozen(SIZES, 2, zero, 8).weights == pytest.approx(2 * WEIGHTS * expected, rel=1e-6)
+        assert zero_memory.frozen(SIZES, 2, zero, 8).weights == pytest.approx(
+            2 * WEIGHTS * expected, rel=1e-6
+        )
     small = SIZES._replace(small=WEIGHTS // 2)
-    assert zero_memory.frozen(small, 2, zero, 8).weights == pytest.approx(2 * WEIGHTS * (1 / 8 + 1 / 2), rel=1e-6)
+    assert zero_memory.frozen(small, 2, zero, 8).weights == pytest.approx(
+        2 * WEIGHTS * (1 / 8 + 1 / 2), rel=1e-6
+    )
 
 
 def test_offload_moves_states_to_the_host():
@@ -103,9 +157,12 @@ def test_what_a_real_optimiser_remembers_is_what_the_table_says():
     import torch
 
     from saferlhf_fast.runtime import optimizers
+
     net = torch.nn.Linear(512, 512, bias=False)
     for kind, per_weight in zero_memory.MOMENTS.items():
-        if kind == "adamw-8bit" and not pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed"):
+        if kind == "adamw-8bit" and not pytest.importorskip(
+            "bitsandbytes", reason="bitsandbytes is not installed"
+        ):
             continue
         optimizer = optimizers.build(net, Optimizer(kind=kind), 0)
         net.weight.grad = torch.randn_like(net.weight)

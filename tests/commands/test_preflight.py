@@ -17,25 +17,49 @@ from saferlhf_fast.errors import UserError
 
 def made(n=4, **changes):
     """Reports of n ranks on two machines with two GPUs each; changes: {"_3": {"torch": …}} of single ranks."""
-    reports = [{"host": f"node{r // 2}", "address": f"10.0.0.{r // 2}", "local_rank": r % 2, "python": "3.11.7",
-                "saferlhf-fast": "0.1.0", "commit": "abc", "torch": "2.13.0", "cuda": "13.0", "nccl": "2.29", "driver": "580.1",
-                "transformers": "5.23.0", "deepspeed": "0.19.8", "triton": "3.7.1", "gpus": ["H100", "H100"], "free": 10 ** 12}
-               for r in range(n)]
+    reports = [
+        {
+            "host": f"node{r // 2}",
+            "address": f"10.0.0.{r // 2}",
+            "local_rank": r % 2,
+            "python": "3.11.7",
+            "saferlhf-fast": "0.1.0",
+            "commit": "abc",
+            "torch": "2.13.0",
+            "cuda": "13.0",
+            "nccl": "2.29",
+            "driver": "580.1",
+            "transformers": "5.23.0",
+            "deepspeed": "0.19.8",
+            "triton": "3.7.1",
+            "gpus": ["H100", "H100"],
+            "free": 10**12,
+        }
+        for r in range(n)
+    ]
     for rank, values in changes.items():
         reports[int(rank[1:])].update(values)
     return reports
 
 
-@pytest.mark.parametrize("changes, reasons", [
-    ({}, []),
-    ({"_3": {"torch": "2.12.0"}}, ["rank 3 (node1): torch is 2.12.0, most ranks have 2.13.0"]),
-    ({"_0": {"driver": None}}, ["rank 0 (node0): driver is not there, most ranks have 580.1"]),
-    ({"_2": {"commit": "abd"}, "_3": {"commit": "abd"}},             # as many as others: rank 0's counts
-     ["rank 2 (node1): commit is abd, most ranks have abc", "rank 3 (node1): commit is abd, most ranks have abc"]),
-    ({"_2": {"gpus": ["H100"]}}, ["rank 2 (node1): gpus is 1 × H100, most ranks have 2 × H100"]),
-    ({"_2": {"gpus": []}}, ["rank 2 (node1): gpus is none, most ranks have 2 × H100"]),
-    ({"_3": {"local_rank": 2}}, ["rank 3 (node1): is number 2 of its machine, which shows it 2 GPUs"]),
-])
+@pytest.mark.parametrize(
+    "changes, reasons",
+    [
+        ({}, []),
+        ({"_3": {"torch": "2.12.0"}}, ["rank 3 (node1): torch is 2.12.0, most ranks have 2.13.0"]),
+        ({"_0": {"driver": None}}, ["rank 0 (node0): driver is not there, most ranks have 580.1"]),
+        (
+            {"_2": {"commit": "abd"}, "_3": {"commit": "abd"}},  # as many as others: rank 0's counts
+            [
+                "rank 2 (node1): commit is abd, most ranks have abc",
+                "rank 3 (node1): commit is abd, most ranks have abc",
+            ],
+        ),
+        ({"_2": {"gpus": ["H100"]}}, ["rank 2 (node1): gpus is 1 × H100, most ranks have 2 × H100"]),
+        ({"_2": {"gpus": []}}, ["rank 2 (node1): gpus is none, most ranks have 2 × H100"]),
+        ({"_3": {"local_rank": 2}}, ["rank 3 (node1): is number 2 of its machine, which shows it 2 GPUs"]),
+    ],
+)
 def test_what_differs_is_named_with_its_rank(changes, reasons):
     assert preflight.compare(made(**changes)) == reasons
 
@@ -46,11 +70,22 @@ def test_a_report_says_what_is_compared_and_the_table_shows_every_rank():
     lines = preflight.table(made())
     assert lines[0].startswith("4 ranks on 2 machines, all with python 3.11.7") and len(lines) == 5
     assert "rank   3  node1  10.0.0.1  H100" in lines[4]
-    assert preflight.warnings(made(_2={"free": 5 * 10 ** 9})) == ["warning: rank 2 (node1): 5.0 GB of disk are free"]
+    assert preflight.warnings(made(_2={"free": 5 * 10**9})) == [
+        "warning: rank 2 (node1): 5.0 GB of disk are free"
+    ]
 
 
-@pytest.mark.parametrize("words", [["--folder", "a", "b"], ["--limit", "0"], ["--limit", "soon"], ["x=1"],
-                                   ["--folder", ""], ["--folder", "~nobody-here/x"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--folder", "a", "b"],
+        ["--limit", "0"],
+        ["--limit", "soon"],
+        ["x=1"],
+        ["--folder", ""],
+        ["--folder", "~nobody-here/x"],
+    ],
+)
 def test_wrong_words_are_refused(words, capsys):
     with pytest.raises(UserError):
         preflight.arguments(["--cluster", *words])
@@ -78,6 +113,7 @@ def shared(paths):
 
     def one(rank):
         said[rank] = preflight.folder(paths[rank], Threads(rank, world, barrier, board))
+
     threads = [threading.Thread(target=one, args=(r,)) for r in range(world)]
     [thread.start() for thread in threads]
     [thread.join(60) for thread in threads]
@@ -97,7 +133,9 @@ def test_a_folder_that_is_another_one_elsewhere_is_found_out(tmp_path, monkeypat
     said = shared([tmp_path / "none", tmp_path / "b"])
     assert said == [f"{tmp_path / 'none'} does not exist; expected the folder that runs write to", None]
     (tmp_path / "file").write_text("")
-    assert shared([tmp_path / "b", tmp_path / "file"])[1].endswith("file is a file; expected the folder that runs write to")
+    assert shared([tmp_path / "b", tmp_path / "file"])[1].endswith(
+        "file is a file; expected the folder that runs write to"
+    )
     assert shared(["/proc"])[0] == "/proc cannot be written into: No such file or directory"
 
 
@@ -113,6 +151,7 @@ def test_a_rename_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
             file.flush()
             time.sleep(0.02)
             file.write(f"{number:07d} " * 4096)
+
     monkeypatch.setattr(preflight, "_put", slowly)
     assert "not atomic" in shared([tmp_path] * 2)[1]
 
@@ -126,9 +165,19 @@ def test_two_processes_pass_on_one_machine(tmp_path):
 
 
 def test_a_rank_that_does_not_show_up_is_named_in_time():
-    done = subprocess.run([sys.executable, "-m", "saferlhf_fast", "info", "--cluster", "--limit", "1"], capture_output=True,
-                          text=True, timeout=60, cwd=kit.ROOT, env={**os.environ, "RANK": "0", "WORLD_SIZE": "3",
-                                                                    "MASTER_ADDR": "127.0.0.1",
-                                                                    "MASTER_PORT": str(kit.free_port())})
+    done = subprocess.run(
+        [sys.executable, "-m", "saferlhf_fast", "info", "--cluster", "--limit", "1"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=kit.ROOT,
+        env={
+            **os.environ,
+            "RANK": "0",
+            "WORLD_SIZE": "3",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(kit.free_port()),
+        },
+    )
     assert done.returncode == 1 and done.stderr.count("did not show up at 127.0.0.1:") == 2
     assert "rank 1: " in done.stderr and "rank 2: " in done.stderr

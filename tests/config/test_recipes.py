@@ -82,20 +82,33 @@ def test_the_paper_s_table(name, root):
     for cfg in (sft, reward, cost):
         o = cfg.optim
         assert (o.learning_rate, o.schedule, o.warmup_ratio, o.betas, o.max_grad_norm) == (
-            2e-5, "cosine", .03, (.9, .95), 1.0)
+            2e-5,
+            "cosine",
+            0.03,
+            (0.9, 0.95),
+            1.0,
+        )
         assert cfg.train.max_length == 512
-    assert (sft.optim.weight_decay, reward.optim.weight_decay, cost.optim.weight_decay) == (0, .1, .1)
-    assert reward.regularization == cost.regularization == .001 and reward.loss == cost.loss == "sequence"
+    assert (sft.optim.weight_decay, reward.optim.weight_decay, cost.optim.weight_decay) == (0, 0.1, 0.1)
+    assert reward.regularization == cost.regularization == 0.001 and reward.loss == cost.loss == "sequence"
     a, c = ppo.optim, ppo.critic_optim
-    assert (a.learning_rate, a.schedule, a.warmup_ratio, a.weight_decay) == (1e-5, "cosine", .03, .01)
+    assert (a.learning_rate, a.schedule, a.warmup_ratio, a.weight_decay) == (1e-5, "cosine", 0.03, 0.01)
     assert (c.learning_rate, c.schedule, c.weight_decay, c.max_grad_norm) == (5e-6, "constant", 0, 1)
-    assert a.betas == c.betas == (.9, .95)
+    assert a.betas == c.betas == (0.9, 0.95)
     p = ppo.ppo
     assert (p.kl_coeff, p.gamma, p.lam, p.clip_ratio, p.clip_score, p.clip_value, p.ptx_coeff, p.epochs) == (
-        .01, 1, .95, .2, 50, 5, 16, 1)
+        0.01,
+        1,
+        0.95,
+        0.2,
+        50,
+        5,
+        16,
+        1,
+    )
     assert not p.whiten and ppo.sampling.temperature == 1 and ppo.max_length == 512
     m = ppo.multiplier
-    assert (m.rule, m.init, m.lr, m.max, m.threshold, m.delay) == ("exponential", 1, .1, 5, 0, 0)
+    assert (m.rule, m.init, m.lr, m.max, m.threshold, m.delay) == ("exponential", 1, 0.1, 5, 0, 0)
     assert m.threshold_quantile is None
     for cfg in (sft, reward, cost, ppo):
         assert (cfg.engine.zero_stage, cfg.engine.precision, cfg.template) == (3, "bf16", "safe-rlhf")
@@ -105,7 +118,11 @@ def test_paper_takes_a_stand_in_model_and_data(root):
     """So that the recipe can be tried on one CPU: nothing of the Hub is left when these are given."""
     data = str(root / "data.json")
     (root / "data.json").write_text("[{}]")
-    stand_ins = {"sft.model": str(root / "models" / "stories260k"), "ppo-lag.ptx": data, "output": str(root / "out")}
+    stand_ins = {
+        "sft.model": str(root / "models" / "stories260k"),
+        "ppo-lag.ptx": data,
+        "output": str(root / "out"),
+    }
     stand_ins |= {f"{stage}.data": data for stage in ("sft", "reward", "cost", "ppo-lag")}
     _, steps = run.plan("paper", stand_ins)
     for step in steps:

@@ -47,27 +47,52 @@ def test_a_recipe_that_gives_part_of_a_group_keeps_the_stage_s_own_defaults(tmp_
 
 def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
     path = recipe(tmp_path, "model: m\ndata: d.json\noutput: o\nseed: 3\ntrain: {max_steps: 7}\n")
-    cfg = load(recipe=path, seed="5", train__max_steps="null", optim__learning_rate="1e-3", optim__betas="[0.8, 0.9]",
-               log__trackers="wandb", data="[a.json, {path: b.json, count: 3}]")
+    cfg = load(
+        recipe=path,
+        seed="5",
+        train__max_steps="null",
+        optim__learning_rate="1e-3",
+        optim__betas="[0.8, 0.9]",
+        log__trackers="wandb",
+        data="[a.json, {path: b.json, count: 3}]",
+    )
     assert (cfg.seed, cfg.train.max_steps, cfg.optim.learning_rate) == (5, None, 1e-3)
     assert cfg.optim.betas == (0.8, 0.9) and cfg.log.trackers == ["wandb"]
     assert cfg.data == ["a.json", Source(path="b.json", count=3)]
 
 
-@pytest.mark.parametrize(("given", "said"), [
-    ({"reward": "{kind: judge, path: x}"}, 'reward.kind: expected one of score_model, got "judge"'),
-    ({"reward": "{kinds: score_model, path: x}"}, "reward.kinds: unknown key; did you mean kind?"),
-    ({"reward": "{kind: score_model}"}, "reward.path: missing"),
-    ({"reward": "[a]"}, 'reward: expected a path, or a scorer (path: …), got ["a"]'),
-    ({"constraints": "[{cost: c, names: x}]"}, "constraints.0.names: unknown key; did you mean name?"),
-    ({"constraints": "[{name: harm}]"}, "constraints.0.cost: missing"),
-    ({"constraints": "[{cost: c, multiplier: {threshold: true}}]"},
-     "constraints.0.multiplier.threshold: expected number, got true"),
-    ({"constraints": "[{cost: c, threshold: 1}]"}, "constraints.0.threshold: unknown key; did you mean multiplier.threshold?"),
-    ({"constraints": "[{cost: c, multiplier: {treshold: 1}}]"}, "treshold: unknown key; did you mean threshold?"),
-    ({"constraints": "{cost: c}"}, "constraints: expected a list, each a group with name, cost, critic, multiplier, or null"),
-    ({"data": "[{path: d, columns: {a: 1}}]"}, "data.0.columns.a: expected text, got 1"),
-    ({"data": "[{path: d, count: true}]"}, "data.0.count: expected whole number above 0 or null, got true")])
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"reward": "{kind: judge, path: x}"}, 'reward.kind: expected one of score_model, got "judge"'),
+        ({"reward": "{kinds: score_model, path: x}"}, "reward.kinds: unknown key; did you mean kind?"),
+        ({"reward": "{kind: score_model}"}, "reward.path: missing"),
+        ({"reward": "[a]"}, 'reward: expected a path, or a scorer (path: …), got ["a"]'),
+        ({"constraints": "[{cost: c, names: x}]"}, "constraints.0.names: unknown key; did you mean name?"),
+        ({"constraints": "[{name: harm}]"}, "constraints.0.cost: missing"),
+        (
+            {"constraints": "[{cost: c, multiplier: {threshold: true}}]"},
+            "constraints.0.multiplier.threshold: expected number, got true",
+        ),
+        (
+            {"constraints": "[{cost: c, threshold: 1}]"},
+            "constraints.0.threshold: unknown key; did you mean multiplier.threshold?",
+        ),
+        (
+            {"constraints": "[{cost: c, multiplier: {treshold: 1}}]"},
+            "treshold: unknown key; did you mean threshold?",
+        ),
+        (
+            {"constraints": "{cost: c}"},
+            "constraints: expected a list, each a group with name, cost, critic, multiplier, or null",
+        ),
+        ({"data": "[{path: d, columns: {a: 1}}]"}, "data.0.columns.a: expected text, got 1"),
+        (
+            {"data": "[{path: d, count: true}]"},
+            "data.0.count: expected whole number above 0 or null, got true",
+        ),
+    ],
+)
 def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said):
     with pytest.raises(UserError) as caught:
         settings.load("ppo-lag", None, {**GIVEN, "reward": "r", **given})
@@ -75,20 +100,30 @@ def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said)
 
 
 def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
-    cfg = settings.load("ppo-lag", None, {**GIVEN, "reward": "{path: r}", "constraints": "[{cost: {path: c}, critic: v}]"})
-    assert list(inputs.listed(cfg)) == [("model", "org/model", "model"), ("reward.path", "r", "model"),
-                                        ("constraints.0.cost.path", "c", "model"), ("constraints.0.critic", "v", "model"),
-                                        ("data", "data.json", "data")]
+    cfg = settings.load(
+        "ppo-lag", None, {**GIVEN, "reward": "{path: r}", "constraints": "[{cost: {path: c}, critic: v}]"}
+    )
+    assert list(inputs.listed(cfg)) == [
+        ("model", "org/model", "model"),
+        ("reward.path", "r", "model"),
+        ("constraints.0.cost.path", "c", "model"),
+        ("constraints.0.critic", "v", "model"),
+        ("data", "data.json", "data"),
+    ]
     assert {name: (spec.kind, spec.path) for name, spec in cfg.scorers().items()} == {
-        "reward": ("score_model", "r"), "cost": ("score_model", "c")}
+        "reward": ("score_model", "r"),
+        "cost": ("score_model", "c"),
+    }
 
 
 def test_a_run_from_before_there_were_constraints_keeps_its_hash():
     """Its folder would otherwise count as one of other settings."""
     values = {"model": "org/model", "data": "data.json", "output": "out", "reward": "r", "cost": "c"}
     cfg = settings.load("ppo-lag", None, values)
-    assert fingerprint.recipe_hash("ppo-lag", settings.to_dict(cfg), list(inputs.listed(cfg))) == \
-        "505dd34e702ca006498b6451991f5f339094159a9aa364133c35b39456be59f2"
+    assert (
+        fingerprint.recipe_hash("ppo-lag", settings.to_dict(cfg), list(inputs.listed(cfg)))
+        == "505dd34e702ca006498b6451991f5f339094159a9aa364133c35b39456be59f2"
+    )
 
 
 def test_text_stays_text_whatever_it_looks_like():
@@ -110,34 +145,66 @@ def test_frozen():
         load().seed = 1
 
 
-@pytest.mark.parametrize("overrides, expected", [
-    ({"train__epohs": "3"}, "command line: train.epohs: unknown key; did you mean train.epochs?"),
-    ({"learning_rate": "3"}, "command line: learning_rate: unknown key; did you mean optim.learning_rate?"),
-    ({"trian": "3"}, "command line: trian: unknown key; did you mean train?"),
-    ({"qqqqqqqq": "3"}, "command line: qqqqqqqq: unknown key; saferlhf-fast sft --help lists them"),
-    ({"train__batch_size": "many"}, 'command line: train.batch_size: expected whole number above 0, got "many"'),
-    ({"train__batch_size": "0"}, "command line: train.batch_size: expected whole number above 0, got 0"),
-    ({"train__batch_size": "1.5"}, "command line: train.batch_size: expected whole number above 0, got 1.5"),
-    ({"train__batch_size": "true"}, "command line: train.batch_size: expected whole number above 0, got true"),
-    ({"optim__learning_rate": ".nan"}, "command line: optim.learning_rate: expected number above 0, got NaN"),
-    ({"optim__learning_rate": ".inf"}, "command line: optim.learning_rate: expected number above 0, got Infinity"),
-    ({"optim__betas": "[0.9]"},
-     "command line: optim.betas: expected a list of 2, each number above 0 and below 1, got [0.9]"),
-    ({"optim__schedule": "cosin"},
-     'command line: optim.schedule: expected one of cosine, linear, constant, got "cosin"'),
-    ({"log__trackers": "[tensorbord]"},
-     'command line: log.trackers.0: expected one of tensorboard, wandb, trackio, got "tensorbord"'),
-    ({"overwrite": "maybe"}, 'command line: overwrite: expected true or false, got "maybe"'),
-    ({"train": "5"}, "command line: train: expected a group with epochs, max_steps"),
-    ({"data": "[{pth: x}]"}, "command line: data.0.pth: unknown key; did you mean path?"),
-    ({"data": "{count: 3}"}, "command line: data.path: missing"),
-    ({"data": "[a, {path: x, count: -1}]"},
-     "command line: data.1.count: expected whole number above 0 or null, got -1"),
-    ({"data": "[a, 3]"}, "command line: data.1: expected a path, or a source (path: …), got 3"),
-    ({"train__eval_data": "{pth: x}"}, "command line: train.eval_data.pth: unknown key; did you mean path?"),
-    ({"model": ""}, "command line: missing: model (give it as model=…"),
-    ({"optim__betas": "[0.9"}, 'command line: optim.betas: "[0.9" is not YAML'),
-])
+@pytest.mark.parametrize(
+    "overrides, expected",
+    [
+        ({"train__epohs": "3"}, "command line: train.epohs: unknown key; did you mean train.epochs?"),
+        (
+            {"learning_rate": "3"},
+            "command line: learning_rate: unknown key; did you mean optim.learning_rate?",
+        ),
+        ({"trian": "3"}, "command line: trian: unknown key; did you mean train?"),
+        ({"qqqqqqqq": "3"}, "command line: qqqqqqqq: unknown key; saferlhf-fast sft --help lists them"),
+        (
+            {"train__batch_size": "many"},
+            'command line: train.batch_size: expected whole number above 0, got "many"',
+        ),
+        ({"train__batch_size": "0"}, "command line: train.batch_size: expected whole number above 0, got 0"),
+        (
+            {"train__batch_size": "1.5"},
+            "command line: train.batch_size: expected whole number above 0, got 1.5",
+        ),
+        (
+            {"train__batch_size": "true"},
+            "command line: train.batch_size: expected whole number above 0, got true",
+        ),
+        (
+            {"optim__learning_rate": ".nan"},
+            "command line: optim.learning_rate: expected number above 0, got NaN",
+        ),
+        (
+            {"optim__learning_rate": ".inf"},
+            "command line: optim.learning_rate: expected number above 0, got Infinity",
+        ),
+        (
+            {"optim__betas": "[0.9]"},
+            "command line: optim.betas: expected a list of 2, each number above 0 and below 1, got [0.9]",
+        ),
+        (
+            {"optim__schedule": "cosin"},
+            'command line: optim.schedule: expected one of cosine, linear, constant, got "cosin"',
+        ),
+        (
+            {"log__trackers": "[tensorbord]"},
+            'command line: log.trackers.0: expected one of tensorboard, wandb, trackio, got "tensorbord"',
+        ),
+        ({"overwrite": "maybe"}, 'command line: overwrite: expected true or false, got "maybe"'),
+        ({"train": "5"}, "command line: train: expected a group with epochs, max_steps"),
+        ({"data": "[{pth: x}]"}, "command line: data.0.pth: unknown key; did you mean path?"),
+        ({"data": "{count: 3}"}, "command line: data.path: missing"),
+        (
+            {"data": "[a, {path: x, count: -1}]"},
+            "command line: data.1.count: expected whole number above 0 or null, got -1",
+        ),
+        ({"data": "[a, 3]"}, "command line: data.1: expected a path, or a source (path: …), got 3"),
+        (
+            {"train__eval_data": "{pth: x}"},
+            "command line: train.eval_data.pth: unknown key; did you mean path?",
+        ),
+        ({"model": ""}, "command line: missing: model (give it as model=…"),
+        ({"optim__betas": "[0.9"}, 'command line: optim.betas: "[0.9" is not YAML'),
+    ],
+)
 def test_each_mistake_gets_one_line_with_key_expected_and_got(overrides, expected):
     assert error(**overrides).startswith(expected)
 
@@ -148,11 +215,17 @@ def test_an_error_names_the_file_where_the_key_stands(tmp_path):
     assert error(recipe=path, train__batch_size="y").startswith("command line: train.batch_size")
 
 
-@pytest.mark.parametrize("text, expected", [
-    ("a: [1", "not YAML at line"), ("- a\n- b\n", "expected a mapping"), ("just words", "expected a mapping"),
-    ("seed: 1\nseed: 2\n", "not YAML at line 2"), ("stages: []", "start it with: saferlhf-fast run"),
-    ("", "missing: model, data, output"),
-])
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("a: [1", "not YAML at line"),
+        ("- a\n- b\n", "expected a mapping"),
+        ("just words", "expected a mapping"),
+        ("seed: 1\nseed: 2\n", "not YAML at line 2"),
+        ("stages: []", "start it with: saferlhf-fast run"),
+        ("", "missing: model, data, output"),
+    ],
+)
 def test_a_recipe_that_is_none_is_refused_by_name(tmp_path, text, expected):
     path = recipe(tmp_path, text)
     line = error(recipe=path)
@@ -189,40 +262,74 @@ def test_defaults_validate_and_survive_the_way_to_yaml_and_back(stage):
 PPO_GIVEN = {"reward": "org/reward", "cost": "org/cost"}
 
 
-@pytest.mark.parametrize("key, value", [
-    ("multiplier.threshold", -3.0), ("multiplier.threshold_quantile", 0.2), ("multiplier.init", 3.0), ("multiplier.max", 2.0),
-    ("multiplier.rule", "pid"), ("multiplier.delay", 4), ("multiplier.kp", 0.5), ("multiplier.ki", 0.5),
-    ("multiplier.kd", 0.5), ("multiplier.lr", 0.5), ("multiplier.window", 8), ("evaluation.margin", 3.0)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("multiplier.threshold", -3.0),
+        ("multiplier.threshold_quantile", 0.2),
+        ("multiplier.init", 3.0),
+        ("multiplier.max", 2.0),
+        ("multiplier.rule", "pid"),
+        ("multiplier.delay", 4),
+        ("multiplier.kp", 0.5),
+        ("multiplier.ki", 0.5),
+        ("multiplier.kd", 0.5),
+        ("multiplier.lr", 0.5),
+        ("multiplier.window", 8),
+        ("evaluation.margin", 3.0),
+    ],
+)
 def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
     given = {**GIVEN, **PPO_GIVEN, key: str(value)}
     with pytest.raises(UserError) as caught:
         checks.check_settings("ppo", settings.load("ppo", None, given), "one.")
-    assert str(caught.value) == (f"one.{key}: only in the stage ppo-lag; ppo has no constraint. Expected none, "
-                                 f"got {schema.show(value)}")
+    assert str(caught.value) == (
+        f"one.{key}: only in the stage ppo-lag; ppo has no constraint. Expected none, "
+        f"got {schema.show(value)}"
+    )
     checks.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
 
 
 def test_ppo_takes_a_multiplier_of_defaults():
-    checks.check_settings("ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"}))
+    checks.check_settings(
+        "ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"})
+    )
 
 
 def test_help_says_what_ppo_refuses():
-    assert "multiplier.* and evaluation.margin are for ppo-lag alone" in " ".join(schema.help_text("ppo").split())
+    assert "multiplier.* and evaluation.margin are for ppo-lag alone" in " ".join(
+        schema.help_text("ppo").split()
+    )
 
 
 ZERO = "zero_optimization"
 
 
-@pytest.mark.parametrize("config, expected", [
-    ({"foo": 1}, "engine.config.foo: expected a key that DeepSpeed knows, got foo"),
-    ({"gradient_cliping": 1}, "engine.config.gradient_cliping: expected a key that DeepSpeed knows, got gradient_cliping; "
-                              "did you mean gradient_clipping?"),
-    ({"comms_loger": {}}, "engine.config.comms_loger: expected a key that DeepSpeed knows, got comms_loger; "
-                          "did you mean comms_logger?"),
-    ({ZERO: {"overlap_com": True}}, f"engine.config.{ZERO}.overlap_com: expected a key that DeepSpeed knows, got overlap_com; "
-                                    f"did you mean {ZERO}.overlap_comm?"),
-    ({ZERO: {"comms_logger": {}}}, f"engine.config.{ZERO}.comms_logger: expected a key that DeepSpeed knows, got comms_logger"),
-])
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"foo": 1}, "engine.config.foo: expected a key that DeepSpeed knows, got foo"),
+        (
+            {"gradient_cliping": 1},
+            "engine.config.gradient_cliping: expected a key that DeepSpeed knows, got gradient_cliping; "
+            "did you mean gradient_clipping?",
+        ),
+        (
+            {"comms_loger": {}},
+            "engine.config.comms_loger: expected a key that DeepSpeed knows, got comms_loger; "
+            "did you mean comms_logger?",
+        ),
+        (
+            {ZERO: {"overlap_com": True}},
+            f"engine.config.{ZERO}.overlap_com: expected a key that DeepSpeed knows, got overlap_com; "
+            f"did you mean {ZERO}.overlap_comm?",
+        ),
+        (
+            {ZERO: {"comms_logger": {}}},
+            f"engine.config.{ZERO}.comms_logger: expected a key that DeepSpeed knows, got comms_logger",
+        ),
+    ],
+)
 def test_a_key_that_deepspeed_does_not_have_is_refused(config, expected):
     cfg = settings.build("sft", {**GIVEN, "engine": {"config": config}})
     with pytest.raises(UserError) as caught:
@@ -231,7 +338,9 @@ def test_a_key_that_deepspeed_does_not_have_is_refused(config, expected):
 
 
 def test_every_key_that_deepspeed_has_is_let_through():
-    """The top level as deepspeed.runtime.config asks for it, and every field of its ZeRO class by name and by alias."""
+    """The top level as deepspeed.runtime.config asks for it, and every field of its ZeRO class by name and by
+    alias.
+    """
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
@@ -252,10 +361,35 @@ def test_every_key_that_deepspeed_has_is_let_through():
 
     asked = set()
     DeepSpeedConfig(Asked({"train_batch_size": 1}))
-    assert {"bf16", "fp16", "optimizer", "scheduler", ZERO, "gradient_clipping", "communication_data_type", "aio",
-            "activation_checkpointing", "flops_profiler", "comms_logger", "wall_clock_breakdown", "tensorboard"} <= asked
-    others = {"elasticity", "compression_training", "autotuning", "data_efficiency", "curriculum_learning", "nebula",
-              "hybrid_engine", "progressive_layer_drop", "eigenvalue", "sequence_parallel_size", "memory_breakdown", "amp"}
+    assert {
+        "bf16",
+        "fp16",
+        "optimizer",
+        "scheduler",
+        ZERO,
+        "gradient_clipping",
+        "communication_data_type",
+        "aio",
+        "activation_checkpointing",
+        "flops_profiler",
+        "comms_logger",
+        "wall_clock_breakdown",
+        "tensorboard",
+    } <= asked
+    others = {
+        "elasticity",
+        "compression_training",
+        "autotuning",
+        "data_efficiency",
+        "curriculum_learning",
+        "nebula",
+        "hybrid_engine",
+        "progressive_layer_drop",
+        "eigenvalue",
+        "sequence_parallel_size",
+        "memory_breakdown",
+        "amp",
+    }
     assert deepspeed_keys.unknown({key: None for key in {*asked, *others}}) is None
     fields = DeepSpeedZeroConfig.model_fields
     names = [*fields, *filter(None, (field.alias for field in fields.values()))]
@@ -267,10 +401,19 @@ def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
     assert deepspeed_keys.unknown({"foo": 1}) is None
 
 
-@pytest.mark.parametrize("changed, expected", [
-    ({}, True), ({"ppo.single_pass": "false"}, False), ({"ppo.epochs": "2"}, False), ({"ppo.minibatches": "2"}, False),
-    ({"ppo.whiten": "true"}, False), ({"lora.dropout": "0.1"}, True), ({"lora.rank": "4"}, True),
-    ({"lora.rank": "4", "lora.dropout": "0.1"}, False)])
+@pytest.mark.parametrize(
+    "changed, expected",
+    [
+        ({}, True),
+        ({"ppo.single_pass": "false"}, False),
+        ({"ppo.epochs": "2"}, False),
+        ({"ppo.minibatches": "2"}, False),
+        ({"ppo.whiten": "true"}, False),
+        ({"lora.dropout": "0.1"}, True),
+        ({"lora.rank": "4"}, True),
+        ({"lora.rank": "4", "lora.dropout": "0.1"}, False),
+    ],
+)
 def test_what_takes_old_numbers_from_a_pass_of_their_own(changed, expected):
     """lora.dropout says nothing while no adapter is there."""
     needed = {"model": "m", "reward": "r", "data": "d", "output": "o"}
@@ -278,8 +421,10 @@ def test_what_takes_old_numbers_from_a_pass_of_their_own(changed, expected):
 
 
 def test_lengths_that_are_not_given_are_what_max_length_leaves():
-    for given, prompt, responses in (({}, 50, {50: 50, 1: 99, 99: 1, 100: 1}),
-                                     ({"max_prompt_length": 70, "max_new_tokens": 40}, 70, {50: 40, 70: 30})):
+    for given, prompt, responses in (
+        ({}, 50, {50: 50, 1: 99, 99: 1, 100: 1}),
+        ({"max_prompt_length": 70, "max_new_tokens": 40}, 70, {50: 40, 70: 30}),
+    ):
         sampling = Sampling(**given)
         assert sampling.prompt_limit(100) == prompt
         assert {at: sampling.response_limit(at, 100) for at in responses} == responses
@@ -293,7 +438,10 @@ def test_shares_of_memory_are_those_that_help_names():
 
 
 def test_no_torch_is_imported_by_settings():
-    code = ("import sys; from saferlhf_fast.commands import run; from saferlhf_fast.config import deepspeed_keys; "
-            "from saferlhf_fast.runtime import run_folder; "
-            "assert deepspeed_keys.unknown({'foo': 1}) and not {'torch', 'deepspeed'} & set(sys.modules)")
+    code = (
+        "import sys; from saferlhf_fast.commands import run; from saferlhf_fast.config import "
+        "deepspeed_keys; "
+        "from saferlhf_fast.runtime import run_folder; "
+        "assert deepspeed_keys.unknown({'foo': 1}) and not {'torch', 'deepspeed'} & set(sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

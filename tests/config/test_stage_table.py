@@ -35,8 +35,9 @@ def test_a_recipe_can_name_the_rows_and_nothing_else():
 
 
 def test_families_part_the_stages_and_know_where_their_settings_are():
-    """A key that is renamed in a config class, or a pass that is bounded by another, would leave `saferlhf-fast plan` with
-    advice that no stage takes."""
+    """A key that is renamed in a config class, or a pass that is bounded by another, would leave
+    `saferlhf-fast plan` with advice that no stage takes.
+    """
     assert sorted(stages_of(*FAMILIES)) == sorted(STAGE_SPECS)
     for name, spec in STAGE_SPECS.items():
         family, leaves = FAMILIES[spec.family], schema.leaves(stages.STAGES[name])
@@ -49,11 +50,17 @@ def test_families_part_the_stages_and_know_where_their_settings_are():
         assert of_pass == 3 * 700 * spec.sequences
         if family.pass_tokens:
             cfg = load.load(name, None, {**needed, family.pass_tokens: "99"})
-            assert (cfg.train.pass_tokens(spec.sequences) if spec.family == "supervised" else cfg.pass_tokens()) == 99
+            assert (
+                cfg.train.pass_tokens(spec.sequences) if spec.family == "supervised" else cfg.pass_tokens()
+            ) == 99
 
 
 def test_examples_of_preferences_are_pairs():
-    pairs = {name for name, config in stages.STAGES.items() if config.__dataclass_fields__.get("data") is not None
-             and config.__dataclass_fields__["data"].type == PreferenceData}
+    pairs = {
+        name
+        for name, config in stages.STAGES.items()
+        if config.__dataclass_fields__.get("data") is not None
+        and config.__dataclass_fields__["data"].type == PreferenceData
+    }
     assert pairs == {name for name, spec in STAGE_SPECS.items() if spec.sequences == 2}
     assert {spec.sequences for spec in STAGE_SPECS.values()} == {1, 2}

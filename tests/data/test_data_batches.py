@@ -41,6 +41,14 @@ def test_collate_masks_by_length_and_not_by_id():
 
 
 def test_import_is_light():
-    code = ("import sys, saferlhf_fast.data; "
-            "print([name for name in ('transformers', 'deepspeed', 'datasets', 'pyarrow') if name in sys.modules])")
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        "import sys, saferlhf_fast.data; "
+        "print([name for name in ('transformers', 'deepspeed', 'datasets', 'pyarrow') if name in "
+        "sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )

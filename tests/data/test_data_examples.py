@@ -10,22 +10,31 @@ from saferlhf_fast.data.batches import split_by_prompt
 from saferlhf_fast.data.examples import preference_examples, prompt_examples, sft_examples
 from saferlhf_fast.errors import UserError
 
-HEAD = len("BEGINNING OF CONVERSATION: USER: ") + len(" ASSISTANT:") + 1      # with bos, one token per byte
+HEAD = len("BEGINNING OF CONVERSATION: USER: ") + len(" ASSISTANT:") + 1  # with bos, one token per byte
 
 
 @pytest.fixture
 def put(tmp_path):
     """Writes rows to a file -> its path."""
+
     def write(rows, name="rows.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(tmp_path / name)
+
     return write
 
 
 def pku(i=0, **changes):
-    return {"prompt": f"Which bird is number {i}?", "response_0": f"A robin {i}.", "response_1": f"A crow {i}, I think.",
-            "is_response_0_safe": True, "is_response_1_safe": False, "better_response_id": 1, "safer_response_id": 0,
-            **changes}
+    return {
+        "prompt": f"Which bird is number {i}?",
+        "response_0": f"A robin {i}.",
+        "response_1": f"A crow {i}, I think.",
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+        "better_response_id": 1,
+        "safer_response_id": 0,
+        **changes,
+    }
 
 
 def pairs(path, kind="reward", max_length=512, tokenizer=None):
@@ -40,53 +49,77 @@ def test_kinds_put_the_right_response_first(put):
     path = put([pku()])
     (reward,), _ = pairs(path, "reward")
     (cost,), report = pairs(path, "cost")
-    assert text(reward.first_ids[reward.prompt_length:]) == "A crow 0, I think.</s>"
-    assert text(cost.first_ids[cost.prompt_length:]) == "A robin 0.</s>"
-    assert (cost.sign_first, cost.sign_second) == (-1, 1) and (reward.sign_first, reward.sign_second) == (1, -1)
-    assert cost.first_ids[:cost.prompt_length] == cost.second_ids[:cost.prompt_length]
+    assert text(reward.first_ids[reward.prompt_length :]) == "A crow 0, I think.</s>"
+    assert text(cost.first_ids[cost.prompt_length :]) == "A robin 0.</s>"
+    assert (cost.sign_first, cost.sign_second) == (-1, 1) and (reward.sign_first, reward.sign_second) == (
+        1,
+        -1,
+    )
+    assert cost.first_ids[: cost.prompt_length] == cost.second_ids[: cost.prompt_length]
     assert (cost.prompt_text, cost.first_text) == ("Which bird is number 0?", "A robin 0.")
     assert pairs(path, "better")[0] == [reward] and pairs(path, "safer")[0] == [cost]
-    assert report.as_dict()["sources"] == [{"path": path, "format": "pku", "available": 1, "rows": 1, "kept": 1,
-                                            "dropped": {}, "flagged": {}}]
+    assert report.as_dict()["sources"] == [
+        {"path": path, "format": "pku", "available": 1, "rows": 1, "kept": 1, "dropped": {}, "flagged": {}}
+    ]
     with pytest.raises(ValueError, match="kind: expected one of"):
         pairs(path, "harm")
 
 
 def test_rows_of_no_use_are_counted_and_never_the_end(put):
-    path = put([pku(0), pku(1, response_1="A robin 1."), pku(2, response_0=" \n"),
-                pku(3, is_response_0_safe=False, is_response_1_safe=True), pku(4, response_1="crow " * 200)])
+    path = put(
+        [
+            pku(0),
+            pku(1, response_1="A robin 1."),
+            pku(2, response_0=" \n"),
+            pku(3, is_response_0_safe=False, is_response_1_safe=True),
+            pku(4, response_1="crow " * 200),
+        ]
+    )
     examples, report = pairs(path, "cost", 200)
     assert len(examples) == report.kept == 1
     assert dict(report.dropped) == {
-        "the two responses are identical": 1, "a response with no token": 1,
-        "the safer response is labelled unsafe and the other safe": 1, "prompt + response is longer than 200 tokens": 1}
+        "the two responses are identical": 1,
+        "a response with no token": 1,
+        "the safer response is labelled unsafe and the other safe": 1,
+        "prompt + response is longer than 200 tokens": 1,
+    }
     lines = report.lines()
     assert lines[0] == f"{path} (pku): 5 rows, 1 examples"
     assert "  1 dropped: the two responses are identical (first: line 2)" in lines
-    assert len(pairs(path, "reward", 200)[0]) == 2                  # the safety labels are none of its business
+    # the safety labels are none of its business
+    assert len(pairs(path, "reward", 200)[0]) == 2
 
 
-@pytest.mark.parametrize("row, kind, words", [
-    (pku(response_1="A robin 0."), "reward", "1 dropped: the two responses are identical .first: line 1"),
-    (pku(response_0=""), "cost", "a response with no token"),
-    (pku(response_0="A robin. " * 50), "cost", "longer than 128 tokens"),
-    (pku(is_response_0_safe=False, is_response_1_safe=True), "cost", "labelled unsafe"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "cost", "no label of which response is safer"),
-    ({"prompt": "a", "safe_response": "b", "unsafe_response": "c"}, "reward", "no label of which response is better"),
-])
+@pytest.mark.parametrize(
+    "row, kind, words",
+    [
+        (pku(response_1="A robin 0."), "reward", "1 dropped: the two responses are identical .first: line 1"),
+        (pku(response_0=""), "cost", "a response with no token"),
+        (pku(response_0="A robin. " * 50), "cost", "longer than 128 tokens"),
+        (pku(is_response_0_safe=False, is_response_1_safe=True), "cost", "labelled unsafe"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "cost", "no label of which response is safer"),
+        (
+            {"prompt": "a", "safe_response": "b", "unsafe_response": "c"},
+            "reward",
+            "no label of which response is better",
+        ),
+    ],
+)
 def test_no_row_left_is_an_error_with_counts(put, row, kind, words):
     with pytest.raises(UserError, match=f"no usable preference in 1 rows; .*{words}"):
         pairs(put([row]), kind, 128)
 
 
 def test_mistakes_in_a_row_end_the_loading(put):
-    with pytest.raises(UserError, match="rows.jsonl line 2, field 'better_response_id': expected 0 or 1, got the number 7"):
+    with pytest.raises(
+        UserError, match="rows.jsonl line 2, field 'better_response_id': expected 0 or 1, got the number 7"
+    ):
         pairs(put([pku(), pku(1, better_response_id=7)]))
     row = pku()
     del row["better_response_id"]
     with pytest.raises(UserError, match="line 1: no field 'better_response_id'"):
         pairs(put([row]))
-    assert len(pairs(put([row]), "cost")[0]) == 1                   # which does not need it
+    assert len(pairs(put([row]), "cost")[0]) == 1  # which does not need it
 
 
 def test_wrong_kind_of_data(put):
@@ -110,24 +143,39 @@ def test_contradictions_are_flagged_and_kept(put):
 
 def test_answers_are_never_cut_and_prompts_on_the_left(put):
     limit = 160
-    rows = [pku(0, prompt="x" * 300 + " end?", response_0="Short.", response_1="Brief."),
-            pku(1, response_0="y" * (limit - HEAD - 24)), pku(2, response_0="y" * (limit - HEAD - 23))]
+    rows = [
+        pku(0, prompt="x" * 300 + " end?", response_0="Short.", response_1="Brief."),
+        pku(1, response_0="y" * (limit - HEAD - 24)),
+        pku(2, response_0="y" * (limit - HEAD - 23)),
+    ]
     examples, report = pairs(put(rows), "cost", limit)
-    assert len(examples) == 2 and report.dropped.total() == 1 and report.flagged["the prompt lost its beginning"] == 1
+    assert (
+        len(examples) == 2
+        and report.dropped.total() == 1
+        and report.flagged["the prompt lost its beginning"] == 1
+    )
     for pair in examples:
         assert max(len(pair.first_ids), len(pair.second_ids)) <= limit
-        assert text(pair.first_ids[:pair.prompt_length]).endswith("? ASSISTANT:")
-        assert text(pair.first_ids[pair.prompt_length:]) == pair.first_text + "</s>"
+        assert text(pair.first_ids[: pair.prompt_length]).endswith("? ASSISTANT:")
+        assert text(pair.first_ids[pair.prompt_length :]) == pair.first_text + "</s>"
         assert pair.first_ids[0] == byte_tokenizer().bos_token_id
     assert len(examples[0].first_ids) == limit == len(examples[1].first_ids)
 
 
 def test_sft_learns_every_assistant_turn(put):
-    rows = [{"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."},
-                          {"role": "user", "content": "Tree?"}, {"role": "assistant", "content": "Oak."},
-                          {"role": "user", "content": "left out"}]},
-            {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ""}]},
-            {"messages": [{"role": "user", "content": "Hello"}]}]
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hi."},
+                {"role": "user", "content": "Tree?"},
+                {"role": "assistant", "content": "Oak."},
+                {"role": "user", "content": "left out"},
+            ]
+        },
+        {"messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": ""}]},
+        {"messages": [{"role": "user", "content": "Hello"}]},
+    ]
     (example,), report = sft_examples(put(rows), byte_tokenizer())
     assert text([i for i, on in zip(example.ids, example.mask) if on]) == "Hi.</s>Oak.</s>"
     assert text(example.ids).endswith("USER: Tree? ASSISTANT:Oak.</s>") and example.prompt_text == "Hello"
@@ -153,9 +201,19 @@ def test_pad_equal_to_eos_still_learns_to_stop(put):
 
 
 def test_a_refusing_chat_template_drops_and_counts(put):
-    rows = [{"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"},
-                          {"role": "assistant", "content": "b"}]}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
-    with pytest.raises(UserError, match="no usable conversation in 1 rows; 1 dropped: the tokenizer's chat template refuses"):
+    rows = [
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "b"},
+            ]
+        },
+        {"prompt": "a", "chosen": "b", "rejected": "c"},
+    ]
+    with pytest.raises(
+        UserError, match="no usable conversation in 1 rows; 1 dropped: the tokenizer's chat template refuses"
+    ):
         sft_examples(put(rows[:1]), byte_tokenizer(template=LLAMA2))
     assert len(pairs(put(rows[1:]), tokenizer=byte_tokenizer(template=LLAMA2))[0]) == 1
 
@@ -175,14 +233,19 @@ def test_prompts(put):
 def test_prompts_come_from_any_format(put):
     path = put([pku(0), pku(0), pku(1)])
     assert [example.text for example in prompt_examples(path, byte_tokenizer())[0]] == [
-        "Which bird is number 0?", "Which bird is number 1?"]
+        "Which bird is number 0?",
+        "Which bird is number 1?",
+    ]
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi."}]
     (one,), _ = prompt_examples(put([{"messages": talk}]), byte_tokenizer(template=CHATML))
     assert text(one.ids) == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_mixture_is_reported_by_source(put):
-    a, b = put([pku(i) for i in range(9)], "a.jsonl"), put([{"prompt": "a", "chosen": "b", "rejected": "c"}], "b.jsonl")
+    a, b = (
+        put([pku(i) for i in range(9)], "a.jsonl"),
+        put([{"prompt": "a", "chosen": "b", "rejected": "c"}], "b.jsonl"),
+    )
     examples, report = pairs([Source(a, count=4), b])
     assert len(examples) == 5 and [source.kept for source in report.sources] == [4, 1]
     assert report.lines() == [f"{a} (pku): 4 of 9 rows, 4 examples", f"{b} (preference): 1 rows, 1 examples"]

@@ -31,12 +31,20 @@ def refusal(path, content=None, **more):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name, content", [
-    ("a.jsonl", jsonl(ROWS)), ("a.json", json.dumps(ROWS, indent=1).encode()), ("a.json", jsonl(ROWS)),
-    ("a.json", json.dumps({"version": 1, "data": ROWS}).encode()), ("a.jsonl.gz", gzip.compress(jsonl(ROWS))),
-    ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())), ("a.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS)),
-    ("a.jsonl", b"\n\n" + jsonl(ROWS).replace(b"\n", b"\r\n\r\n")), ("a.jsonl", gzip.compress(jsonl(ROWS))),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.jsonl", jsonl(ROWS)),
+        ("a.json", json.dumps(ROWS, indent=1).encode()),
+        ("a.json", jsonl(ROWS)),
+        ("a.json", json.dumps({"version": 1, "data": ROWS}).encode()),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS))),
+        ("a.json.gz", gzip.compress(json.dumps(ROWS).encode())),
+        ("a.jsonl", b"\xef\xbb\xbf" + jsonl(ROWS)),
+        ("a.jsonl", b"\n\n" + jsonl(ROWS).replace(b"\n", b"\r\n\r\n")),
+        ("a.jsonl", gzip.compress(jsonl(ROWS))),
+    ],
+)
 def test_json_in_every_form(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert fields(tmp_path / name) == ROWS
@@ -45,13 +53,17 @@ def test_json_in_every_form(tmp_path, name, content):
 def test_line_numbers_count_blank_lines(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n" + jsonl(ROWS[:1]) + b"\n" + jsonl(ROWS[1:2]))
     assert [row.where for row in load_rows(Source(str(tmp_path / "a.jsonl")))] == [
-        f"{tmp_path}/a.jsonl line 2", f"{tmp_path}/a.jsonl line 4"]
+        f"{tmp_path}/a.jsonl line 2",
+        f"{tmp_path}/a.jsonl line 4",
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
 def test_csv_keeps_text_as_it_is(tmp_path, name):
     rows = [{"prompt": 'Two\nlines, "quoted"', "answer": "NA"}, {"prompt": "", "answer": "007"}]
-    with (gzip.open if name.endswith("gz") else open)(tmp_path / name, "wt", newline="", encoding="utf-8") as file:
+    with (gzip.open if name.endswith("gz") else open)(
+        tmp_path / name, "wt", newline="", encoding="utf-8"
+    ) as file:
         writer = csv.DictWriter(file, ["prompt", "answer"])
         writer.writeheader()
         writer.writerows(rows)
@@ -61,6 +73,7 @@ def test_csv_keeps_text_as_it_is(tmp_path, name):
 def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
+
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "a.parquet")
     assert fields(tmp_path / "a.parquet") == ROWS
     assert "Parquet" in refusal(tmp_path / "b.parquet", b"PAR1 no")
@@ -90,23 +103,32 @@ def test_saved_data_set(tmp_path):
     assert "'train'" in refusal(tmp_path / "splits")
 
 
-@pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl", b"", ["empty"]), ("a.jsonl", b" \n\n", ["empty"]), ("a.json", b"[]", ["no records"]),
-    ("a.jsonl.gz", gzip.compress(jsonl(ROWS * 50))[:-30], ["gzip", "truncated"]),
-    ("a.jsonl.gz", jsonl(ROWS), ["gzip"]), ("a.jsonl.gz", b"", ["empty"]),
-    ("a.jsonl", jsonl(ROWS[:2]) + b'{"prompt": \n', ["line 3", "not JSON"]),
-    ("a.jsonl", jsonl(ROWS)[:-9], ["line 6", "not JSON"]),
-    ("a.jsonl", jsonl(ROWS[:1]) + b"[1, 2]\n", ["line 2", "object", "a list"]),
-    ("a.jsonl", jsonl(ROWS[:1]) + b'{"prompt": "caf\xe9"}\n', ["line 2", "UTF-8", "0xe9"]),
-    ("a.json", b'[{"prompt": "a"},\n {"prompt": oops}]', ["line 2", "not JSON", "column"]),
-    ("a.json", b'[\n{"prompt": "caf\xe9"}]', ["line 2", "UTF-8"]), ("a.json", b"3", ["list of records", "number 3"]),
-    ("a.json", b'[{"prompt": "a"}, "b"]', ["row 2", "object", 'the text "b"']),
-    ("a.json", b"[" * 100000, ["not JSON"]), ("a.csv", b"prompt,answer\n", ["no records"]),
-    ("a.csv", b"prompt,answer\na,b\nc\n", ["line 3", "2 columns", "got 1"]),
-    ("a.csv", b"prompt,answer\na,b,c\n", ["line 2", "2 columns", "got 3"]),
-    ("a.csv", b'prompt\n"a\n', ["not CSV"]), ("a.csv", b"prompt\na\0b\n", ["line 2", "zero byte"]),
-    ("a.txt", b"hello", ["expected a data file", ".jsonl"]),
-])
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b"", ["empty"]),
+        ("a.jsonl", b" \n\n", ["empty"]),
+        ("a.json", b"[]", ["no records"]),
+        ("a.jsonl.gz", gzip.compress(jsonl(ROWS * 50))[:-30], ["gzip", "truncated"]),
+        ("a.jsonl.gz", jsonl(ROWS), ["gzip"]),
+        ("a.jsonl.gz", b"", ["empty"]),
+        ("a.jsonl", jsonl(ROWS[:2]) + b'{"prompt": \n', ["line 3", "not JSON"]),
+        ("a.jsonl", jsonl(ROWS)[:-9], ["line 6", "not JSON"]),
+        ("a.jsonl", jsonl(ROWS[:1]) + b"[1, 2]\n", ["line 2", "object", "a list"]),
+        ("a.jsonl", jsonl(ROWS[:1]) + b'{"prompt": "caf\xe9"}\n', ["line 2", "UTF-8", "0xe9"]),
+        ("a.json", b'[{"prompt": "a"},\n {"prompt": oops}]', ["line 2", "not JSON", "column"]),
+        ("a.json", b'[\n{"prompt": "caf\xe9"}]', ["line 2", "UTF-8"]),
+        ("a.json", b"3", ["list of records", "number 3"]),
+        ("a.json", b'[{"prompt": "a"}, "b"]', ["row 2", "object", 'the text "b"']),
+        ("a.json", b"[" * 100000, ["not JSON"]),
+        ("a.csv", b"prompt,answer\n", ["no records"]),
+        ("a.csv", b"prompt,answer\na,b\nc\n", ["line 3", "2 columns", "got 1"]),
+        ("a.csv", b"prompt,answer\na,b,c\n", ["line 2", "2 columns", "got 3"]),
+        ("a.csv", b'prompt\n"a\n', ["not CSV"]),
+        ("a.csv", b"prompt\na\0b\n", ["line 2", "zero byte"]),
+        ("a.txt", b"hello", ["expected a data file", ".jsonl"]),
+    ],
+)
 def test_damaged_files(tmp_path, name, content, words):
     message = refusal(tmp_path / name, content)
     assert all(word in message for word in words), message
@@ -118,23 +140,27 @@ def test_missing_file(tmp_path):
 
 def test_unknown_hub_name_is_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)      # the Hub is not asked first
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the Hub is not asked first
 
     def load_dataset(path, name=None, split=None):
         raise ConnectionError("no\nnetwork")
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(UserError, match="owner/none: no such file or folder here.*ConnectionError: no network"):
+    with pytest.raises(
+        UserError, match="owner/none: no such file or folder here.*ConnectionError: no network"
+    ):
         load_rows(Source("owner/none"))
 
 
 def test_hub_rows(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)      # the Hub is not asked first
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the Hub is not asked first
     asked = []
 
     def load_dataset(path, name=None, split=None):
         asked.append((path, name, split))
         return datasets.Dataset.from_list(ROWS)
+
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert fields("owner/trees", name="small", split="test") == ROWS
     assert asked == [("owner/trees", "small", "test")]
@@ -142,7 +168,7 @@ def test_hub_rows(monkeypatch):
 
 def test_columns_are_renamed(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(jsonl(ROWS))
-    loaded, = load_sources(Source(str(tmp_path / "a.jsonl"), columns={"prompt": "goal"}))
+    (loaded,) = load_sources(Source(str(tmp_path / "a.jsonl"), columns={"prompt": "goal"}))
     assert loaded.rows[0].fields == {"goal": ROWS[0]["prompt"], "n": 0}
     with pytest.raises(UserError, match="line 1: columns renames 'text', but the row has"):
         load_sources(Source(str(tmp_path / "a.jsonl"), columns={"text": "goal"}))
@@ -155,6 +181,7 @@ def test_mixture_counts_and_proportions(tmp_path):
 
     def sizes(data, seed=0):
         return [len(item.rows) for item in load_sources(data, seed)]
+
     assert sizes([path["a"], Source(path["b"], count=3), Source(path["c"], count=99)]) == [40, 3, 7]
     assert sizes([Source(path["a"], proportion=3), Source(path["b"], proportion=1)]) == [30, 10]
     assert sizes([Source(path["a"], proportion=0.5), path["b"]]) == [5, 10]
@@ -162,6 +189,7 @@ def test_mixture_counts_and_proportions(tmp_path):
 
     def drawn(seed):
         return [row.fields["prompt"] for row in load_sources(Source(path["a"], count=8), seed)[0].rows]
+
     assert drawn(1) == drawn(1) != drawn(2)
     assert len(set(drawn(1))) == 8
     with pytest.raises(UserError, match="at least one source"):

@@ -1,4 +1,6 @@
-"""Every record format: told from its columns, read into the right record, and refused with row and field named."""
+"""Every record format: told from its columns, read into the right record, and refused with row and field
+named.
+"""
 
 import pytest
 
@@ -8,19 +10,65 @@ from saferlhf_fast.data.records import Conversation, Dropped, Preference, Prompt
 from saferlhf_fast.errors import UserError
 
 Q, A, B = "Which bird sings at night?", "The nightingale.", "No bird does."
-PKU_V0 = {"prompt": Q, "response_0": A, "response_1": B, "is_response_0_safe": True, "is_response_1_safe": False,
-          "better_response_id": 1, "safer_response_id": 0}
-PKU = {**PKU_V0, "prompt_source": "x", "response_0_source": "x", "response_1_source": "x",
-       "response_0_harm_category": {}, "response_1_harm_category": {}, "response_0_severity_level": 0,
-       "response_1_severity_level": 2, "response_0_sha256": "", "response_1_sha256": ""}
-SINGLE = {key: PKU[key] for key in ("prompt", "response_0", "response_1", "prompt_source", "response_0_source",
-                                    "response_1_source", "better_response_id", "response_0_sha256", "response_1_sha256")}
-SAFE_OVER = {"prompt": Q, "safe_response": A, "unsafe_response": B, "count": 2, "reversed_also_present": False,
-             "safe_response_also_labelled_unsafe": True, "unsafe_response_also_labelled_safe": False}
-EVAL = {"instruction": Q, "reference_output": A, "outputs": {"m1": {"output": B, "preference": 1.9},
-        "m2": {"output": "I do not know.", "preference": 1.5}, "m3": {"output": "Many.", "preference": 1.0}}}
-TALK = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "Hi."}, {"role": "user", "content": Q}]
+PKU_V0 = {
+    "prompt": Q,
+    "response_0": A,
+    "response_1": B,
+    "is_response_0_safe": True,
+    "is_response_1_safe": False,
+    "better_response_id": 1,
+    "safer_response_id": 0,
+}
+PKU = {
+    **PKU_V0,
+    "prompt_source": "x",
+    "response_0_source": "x",
+    "response_1_source": "x",
+    "response_0_harm_category": {},
+    "response_1_harm_category": {},
+    "response_0_severity_level": 0,
+    "response_1_severity_level": 2,
+    "response_0_sha256": "",
+    "response_1_sha256": "",
+}
+SINGLE = {
+    key: PKU[key]
+    for key in (
+        "prompt",
+        "response_0",
+        "response_1",
+        "prompt_source",
+        "response_0_source",
+        "response_1_source",
+        "better_response_id",
+        "response_0_sha256",
+        "response_1_sha256",
+    )
+}
+SAFE_OVER = {
+    "prompt": Q,
+    "safe_response": A,
+    "unsafe_response": B,
+    "count": 2,
+    "reversed_also_present": False,
+    "safe_response_also_labelled_unsafe": True,
+    "unsafe_response_also_labelled_safe": False,
+}
+EVAL = {
+    "instruction": Q,
+    "reference_output": A,
+    "outputs": {
+        "m1": {"output": B, "preference": 1.9},
+        "m2": {"output": "I do not know.", "preference": 1.5},
+        "m3": {"output": "Many.", "preference": 1.0},
+    },
+}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": Q},
+]
 HH = "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: " + Q + "\n\nAssistant: "
 
 
@@ -71,7 +119,9 @@ def test_other_preferences():
     assert records(judged) == ("auto-j", [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=1)])
     assert records({**judged, "label": 2})[1][0].tie
     assert records({"instruction": "Name it:", "input": Q, "chosen": A, "rejected": B}) == (
-        "alpaca-preference", [Preference((ask(f"Name it: {Q}"),), (A, B), "f.jsonl line 1", better=0)])
+        "alpaca-preference",
+        [Preference((ask(f"Name it: {Q}"),), (A, B), "f.jsonl line 1", better=0)],
+    )
 
 
 def test_hh_dialogues():
@@ -79,61 +129,95 @@ def test_hh_dialogues():
     assert name == "hh" and record.responses == (A, B) and record.better == 0
     assert record.messages == (ask("Hello"), say("Hi."), ask(Q))
     assert records({"chosen": HH + A, "rejected": HH.replace("Hi.", "Ho.") + B})[1] == [
-        Dropped("the two dialogues differ before the last answer", "f.jsonl line 1")]
+        Dropped("the two dialogues differ before the last answer", "f.jsonl line 1")
+    ]
     assert isinstance(records({"chosen": HH + A, "rejected": "\n\nHuman: Hello"}, "hh")[1][0], Dropped)
 
 
-@pytest.mark.parametrize("row", [
-    {"prompt": Q, "chosen": A, "rejected": B}, {"prompt": [ask(Q)], "chosen": [say(A)], "rejected": [say(B)]},
-    {"prompt": [ask(Q)], "chosen": A, "rejected": B}, {"chosen": [ask(Q), say(A)], "rejected": [ask(Q), say(B)]},
-    {"prompt": Q, "chosen": [ask(Q), say(A)], "rejected": [ask(Q), say(B)]},
-    {"prompt": Q, "chosen": [say(A)], "rejected": [say(B)]},
-    {"conversations": [{"from": "human", "value": Q}], "chosen": {"from": "gpt", "value": A},
-     "rejected": {"from": "gpt", "value": B}},
-])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": Q, "chosen": A, "rejected": B},
+        {"prompt": [ask(Q)], "chosen": [say(A)], "rejected": [say(B)]},
+        {"prompt": [ask(Q)], "chosen": A, "rejected": B},
+        {"chosen": [ask(Q), say(A)], "rejected": [ask(Q), say(B)]},
+        {"prompt": Q, "chosen": [ask(Q), say(A)], "rejected": [ask(Q), say(B)]},
+        {"prompt": Q, "chosen": [say(A)], "rejected": [say(B)]},
+        {
+            "conversations": [{"from": "human", "value": Q}],
+            "chosen": {"from": "gpt", "value": A},
+            "rejected": {"from": "gpt", "value": B},
+        },
+    ],
+)
 def test_chosen_and_rejected(row):
     assert records(row) == ("preference", [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=0)])
 
 
 def test_chosen_and_rejected_of_different_dialogues_are_dropped():
-    assert isinstance(records({"chosen": [ask("Hello"), say(A)], "rejected": [ask(Q), say(B)]})[1][0], Dropped)
+    assert isinstance(
+        records({"chosen": [ask("Hello"), say(A)], "rejected": [ask(Q), say(B)]})[1][0], Dropped
+    )
     assert isinstance(records({"chosen": [ask(Q)], "rejected": [ask(Q), say(B)]})[1][0], Dropped)
 
 
 def test_text_parts_are_joined_as_a_chat_template_writes_them():
     from data_tokenizers import byte_tokenizer
-    template = ("{% for m in messages %}{{ '<|im_start|>' }}{% if m['content'] is string %}{{ m['content'] }}{% else %}"
-                "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}"
-                "{% endif %}{{ '<|im_end|>' }}{% endfor %}")
+
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' }}{% if m['content'] is string %}{{ m['content'] }}{% else "
+        "%}"
+        "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor "
+        "%}"
+        "{% endif %}{{ '<|im_end|>' }}{% endfor %}"
+    )
     parts = [{"type": "text", "text": "Which bird "}, {"type": "text", "text": "sings?\n", "image": None}]
-    talk = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": A}]}]
+    talk = [
+        {"role": "user", "content": parts},
+        {"role": "assistant", "content": [{"type": "text", "text": A}]},
+    ]
     _, (record,) = records({"messages": talk})
     assert record == Conversation((ask("Which bird sings?\n"), say(A)), "f.jsonl line 1")
     render = byte_tokenizer(bos=False, template=template).apply_chat_template
     assert render(talk, tokenize=False) == render(list(record.messages), tokenize=False)
     assert records({"prompt": talk[:1], "chosen": talk[1:], "rejected": [say(B)]})[1][0].responses == (A, B)
-    assert records({"conversations": [{"from": "human", "value": parts}, {"from": "gpt", "value": A}]})[1] == [record]
+    assert records({"conversations": [{"from": "human", "value": parts}, {"from": "gpt", "value": A}]})[
+        1
+    ] == [record]
     assert records({"prompt": talk[:1]})[1] == [Prompt(record.messages[:1], "f.jsonl line 1")]
 
 
-@pytest.mark.parametrize("row, name, messages", [
-    ({"messages": [*TALK, say(A)]}, "messages", (*TALK, say(A))),
-    ({"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]}, "sharegpt", (ask(Q), say(A))),
-    ({"prompt": Q, "completion": A}, "prompt-completion", (ask(Q), say(A))),
-    ({"prompt": [ask(Q)], "completion": [say(A)]}, "prompt-completion", (ask(Q), say(A))),
-    ({"instruction": "Name it:", "input": Q, "output": A}, "alpaca", (ask(f"Name it: {Q}"), say(A))),
-    ({"instruction": Q, "input": None, "output": A}, "alpaca", (ask(Q), say(A))),
-    ({"instruction": Q, "output": A, "history": [["Hello", "Hi."]]}, "alpaca", (ask("Hello"), say("Hi."), ask(Q), say(A))),
-    ({"prompt": Q, "response": A, "is_safe": True}, "qa", (ask(Q), say(A))),
-    ({"instruction": Q, "instances": [{"input": "", "output": A}]}, "alpaca-seed", (ask(Q), say(A))),
-])
+@pytest.mark.parametrize(
+    "row, name, messages",
+    [
+        ({"messages": [*TALK, say(A)]}, "messages", (*TALK, say(A))),
+        (
+            {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
+            "sharegpt",
+            (ask(Q), say(A)),
+        ),
+        ({"prompt": Q, "completion": A}, "prompt-completion", (ask(Q), say(A))),
+        ({"prompt": [ask(Q)], "completion": [say(A)]}, "prompt-completion", (ask(Q), say(A))),
+        ({"instruction": "Name it:", "input": Q, "output": A}, "alpaca", (ask(f"Name it: {Q}"), say(A))),
+        ({"instruction": Q, "input": None, "output": A}, "alpaca", (ask(Q), say(A))),
+        (
+            {"instruction": Q, "output": A, "history": [["Hello", "Hi."]]},
+            "alpaca",
+            (ask("Hello"), say("Hi."), ask(Q), say(A)),
+        ),
+        ({"prompt": Q, "response": A, "is_safe": True}, "qa", (ask(Q), say(A))),
+        ({"instruction": Q, "instances": [{"input": "", "output": A}]}, "alpaca-seed", (ask(Q), say(A))),
+    ],
+)
 def test_conversations(row, name, messages):
     assert records(row) == (name, [Conversation(messages, "f.jsonl line 1")])
 
 
 def test_prompt_lists():
     assert records({"prompt": Q, "category": "birds", "n": 3, "long": "x" * 999, "none": None}) == (
-        "prompts", [Prompt((ask(Q),), "f.jsonl line 1", {"category": "birds", "n": 3})])
+        "prompts",
+        [Prompt((ask(Q),), "f.jsonl line 1", {"category": "birds", "n": 3})],
+    )
     for column in ("goal", "question", "instruction"):
         assert records({column: Q})[1][0].messages == (ask(Q),)
     assert records({"prompt": [*TALK, say(A)]})[1][0].messages == tuple(TALK)
@@ -141,45 +225,69 @@ def test_prompt_lists():
     assert prompt_text(tuple(TALK[1:3])) == "user: Hello\nassistant: Hi."
 
 
-@pytest.mark.parametrize("row, words", [
-    ({**PKU, "better_response_id": 2}, ["'better_response_id'", "0 or 1", "number 2"]),
-    ({**PKU, "safer_response_id": -1}, ["'safer_response_id'", "0 or 1", "-1"]),
-    ({**PKU, "better_response_id": True}, ["'better_response_id'", "0 or 1", "true"]),
-    ({**PKU, "better_response_id": "0"}, ["'better_response_id'", "0 or 1", 'text "0"']),
-    ({**PKU, "better_response_id": 1.0}, ["'better_response_id'", "1.0"]),
-    ({**PKU, "safer_response_id": None}, ["'safer_response_id'", "null"]),
-    ({**PKU, "is_response_0_safe": 1}, ["'is_response_0_safe'", "true or false", "number 1"]),
-    ({**PKU, "response_1": 5}, ["'response_1'", "expected text", "number 5"]),
-    ({**PKU, "prompt": None}, ["'prompt'", "expected text", "null"]),
-    ({**PKU, "prompt": "half \ud83d"}, ["'prompt'", "surrogate", "ud83d"]),
-    ({key: PKU[key] for key in PKU if key != "safer_response_id"}, ["no field 'safer_response_id'", "better_response_id"]),
-    ({**EVAL, "outputs": {"m": {"output": A, "preference": 3}}}, ["outputs.m.preference", "1 to 2", "number 3"]),
-    ({**EVAL, "outputs": {"m": {"output": A, "preference": None}}}, ["outputs.m.preference", "null"]),
-    ({**EVAL, "outputs": {"m": {"output": None, "preference": 1}}}, ["outputs.m.output", "null"]),
-    ({**EVAL, "outputs": []}, ["'outputs'", "a list"]),
-    ({"chosen": A, "rejected": B}, ["no field 'prompt'"]), ({"prompt": Q, "chosen": A, "rejected": None}, ["'rejected'"]),
-    ({"messages": Q}, ["'messages'", "list of messages"]), ({"messages": []}, ["'messages'", "empty list"]),
-    ({"messages": [Q]}, ["messages[0]", "role and content"]),
-    ({"messages": [{"role": "narrator", "content": Q}]}, ["messages[0].role", "narrator"]),
-    ({"messages": [{"role": ["user"], "content": Q}]}, ["messages[0].role", "a list"]),
-    ({"messages": [{"role": "user"}]}, ["messages[0].content", "null"]),
-    ({"messages": [ask([{"type": "text", "text": "See"}, {"type": "image"}])]},
-     ["messages[0].content[1]", "expected a part of type text", 'type "image"', "cannot be read yet"]),
-    ({"messages": [ask([{"type": "image_url", "image_url": {"url": "x"}}])]}, ["content[0]", 'type "image_url"']),
-    ({"messages": [ask([{"type": "text", "text": 3}])]}, ["messages[0].content[0].text", "expected text", "number 3"]),
-    ({"messages": [ask([Q])]}, ["messages[0].content[0]", "type: text", Q]), ({"messages": [ask([])]}, ["an empty list"]),
-    ({"instruction": Q, "output": 3}, ["'output'", "number 3"]),
-    ({"instruction": Q, "output": A, "history": [["alone"]]}, ["history[0]", "question, answer"]),
-    ({"instruction": Q, "instances": A}, ["'instances'"]), ({"sentence": Q}, ["no known format", "sentence"]),
-    ({}, ["no known format"]),
-])
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ({**PKU, "better_response_id": 2}, ["'better_response_id'", "0 or 1", "number 2"]),
+        ({**PKU, "safer_response_id": -1}, ["'safer_response_id'", "0 or 1", "-1"]),
+        ({**PKU, "better_response_id": True}, ["'better_response_id'", "0 or 1", "true"]),
+        ({**PKU, "better_response_id": "0"}, ["'better_response_id'", "0 or 1", 'text "0"']),
+        ({**PKU, "better_response_id": 1.0}, ["'better_response_id'", "1.0"]),
+        ({**PKU, "safer_response_id": None}, ["'safer_response_id'", "null"]),
+        ({**PKU, "is_response_0_safe": 1}, ["'is_response_0_safe'", "true or false", "number 1"]),
+        ({**PKU, "response_1": 5}, ["'response_1'", "expected text", "number 5"]),
+        ({**PKU, "prompt": None}, ["'prompt'", "expected text", "null"]),
+        ({**PKU, "prompt": "half \ud83d"}, ["'prompt'", "surrogate", "ud83d"]),
+        (
+            {key: PKU[key] for key in PKU if key != "safer_response_id"},
+            ["no field 'safer_response_id'", "better_response_id"],
+        ),
+        (
+            {**EVAL, "outputs": {"m": {"output": A, "preference": 3}}},
+            ["outputs.m.preference", "1 to 2", "number 3"],
+        ),
+        ({**EVAL, "outputs": {"m": {"output": A, "preference": None}}}, ["outputs.m.preference", "null"]),
+        ({**EVAL, "outputs": {"m": {"output": None, "preference": 1}}}, ["outputs.m.output", "null"]),
+        ({**EVAL, "outputs": []}, ["'outputs'", "a list"]),
+        ({"chosen": A, "rejected": B}, ["no field 'prompt'"]),
+        ({"prompt": Q, "chosen": A, "rejected": None}, ["'rejected'"]),
+        ({"messages": Q}, ["'messages'", "list of messages"]),
+        ({"messages": []}, ["'messages'", "empty list"]),
+        ({"messages": [Q]}, ["messages[0]", "role and content"]),
+        ({"messages": [{"role": "narrator", "content": Q}]}, ["messages[0].role", "narrator"]),
+        ({"messages": [{"role": ["user"], "content": Q}]}, ["messages[0].role", "a list"]),
+        ({"messages": [{"role": "user"}]}, ["messages[0].content", "null"]),
+        (
+            {"messages": [ask([{"type": "text", "text": "See"}, {"type": "image"}])]},
+            ["messages[0].content[1]", "expected a part of type text", 'type "image"', "cannot be read yet"],
+        ),
+        (
+            {"messages": [ask([{"type": "image_url", "image_url": {"url": "x"}}])]},
+            ["content[0]", 'type "image_url"'],
+        ),
+        (
+            {"messages": [ask([{"type": "text", "text": 3}])]},
+            ["messages[0].content[0].text", "expected text", "number 3"],
+        ),
+        ({"messages": [ask([Q])]}, ["messages[0].content[0]", "type: text", Q]),
+        ({"messages": [ask([])]}, ["an empty list"]),
+        ({"instruction": Q, "output": 3}, ["'output'", "number 3"]),
+        ({"instruction": Q, "output": A, "history": [["alone"]]}, ["history[0]", "question, answer"]),
+        ({"instruction": Q, "instances": A}, ["'instances'"]),
+        ({"sentence": Q}, ["no known format", "sentence"]),
+        ({}, ["no known format"]),
+    ],
+)
 def test_mistakes_name_row_and_field(row, words):
     message = refused(row)
     assert message.startswith("f.jsonl") and all(word in message for word in words), message
 
 
 def test_a_row_that_lacks_a_field_is_an_error_of_that_row():
-    rows = [Row(PKU_V0, "f line 1"), Row({key: PKU_V0[key] for key in PKU_V0 if key != "response_1"}, "f line 2")]
+    rows = [
+        Row(PKU_V0, "f line 1"),
+        Row({key: PKU_V0[key] for key in PKU_V0 if key != "response_1"}, "f line 2"),
+    ]
     _, form = format_of(rows, "auto", "f")
     list(form.parse(rows[0]))
     with pytest.raises(UserError, match="f line 2: no field 'response_1'; the row has prompt"):
@@ -187,11 +295,15 @@ def test_a_row_that_lacks_a_field_is_an_error_of_that_row():
 
 
 def test_formats_by_name():
-    assert records({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0}, "prompts")[0] == "prompts"
+    assert (
+        records({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0}, "prompts")[0]
+        == "prompts"
+    )
     assert "expected a format among auto, pku" in refused(PKU, "pkuu")
 
 
 def test_every_format_is_documented():
     from pathlib import Path
+
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     assert [name for name in FORMATS if f"`{name}`" not in text] == []

@@ -1,4 +1,6 @@
-"""Harm: the taxonomies and their mappings; labels of each response from every schema to the batch; labels that are none."""
+"""Harm: the taxonomies and their mappings; labels of each response from every schema to the batch; labels
+that are none.
+"""
 
 import json
 
@@ -9,7 +11,15 @@ from kit import shared
 
 from saferlhf_fast.data.batches import collate_labels
 from saferlhf_fast.data.examples import preference_examples, sft_examples
-from saferlhf_fast.data.harm_taxonomy import BEAVERTAILS, COUNTERPARTS, PKU, SEVERITIES, TAXONOMIES, round_trip, translate
+from saferlhf_fast.data.harm_taxonomy import (
+    BEAVERTAILS,
+    COUNTERPARTS,
+    PKU,
+    SEVERITIES,
+    TAXONOMIES,
+    round_trip,
+    translate,
+)
 
 A, B = "A robin.", "A crow, I think."
 CRIME, DRUGS, PRIVACY = (PKU.index(name) for name in ("Economic Crime", "Drugs", "Privacy Violation"))
@@ -21,57 +31,98 @@ def flags(*harmful, names=PKU):
 
 def pair(**changes):
     """A row of v0, with the fields of `changes`."""
-    return {"prompt": "Which bird?", "response_0": A, "response_1": B, "is_response_0_safe": True, "is_response_1_safe": False,
-            "better_response_id": 1, "safer_response_id": 0, **changes}
+    return {
+        "prompt": "Which bird?",
+        "response_0": A,
+        "response_1": B,
+        "is_response_0_safe": True,
+        "is_response_1_safe": False,
+        "better_response_id": 1,
+        "safer_response_id": 0,
+        **changes,
+    }
 
 
 def full(**changes):
     """A row of PKU-SafeRLHF with the labels of today's files."""
-    return pair(**{"response_0_harm_category": flags(), "response_1_harm_category": flags("Drugs", "Economic Crime"),
-                   "response_0_severity_level": 0, "response_1_severity_level": 2, **changes})
+    return pair(
+        **{
+            "response_0_harm_category": flags(),
+            "response_1_harm_category": flags("Drugs", "Economic Crime"),
+            "response_0_severity_level": 0,
+            "response_1_severity_level": 2,
+            **changes,
+        }
+    )
 
 
 @pytest.fixture
 def load(tmp_path):
     """Rows -> (examples, Report), through a file."""
+
     def through(rows, read=preference_examples, labels=True, name="rows.jsonl", **more):
         path = tmp_path / name
         if name.endswith(".parquet"):
             import pyarrow
             import pyarrow.parquet
+
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
         elif name.endswith(".csv"):
-            path.write_text("\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]))
+            path.write_text(
+                "\n".join(",".join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
+            )
         else:
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return read(str(path), byte_tokenizer(), "auto", 512, labels=labels, **more)
+
     return through
 
 
-# ── Taxonomies ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Taxonomies
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_taxonomies_are_complete_and_every_category_is_mapped_or_said_to_have_no_counterpart():
     assert {name: len(names) for name, names in TAXONOMIES.items()} == {
-        "pku": 19, "beavertails": 14, "openai": 13, "mlcommons": 14, "do-not-answer": 12}
+        "pku": 19,
+        "beavertails": 14,
+        "openai": 13,
+        "mlcommons": 14,
+        "do-not-answer": 12,
+    }
     assert all(len(set(names)) == len(names) for names in TAXONOMIES.values()) and len(SEVERITIES) == 4
     for (source, target), table in COUNTERPARTS.items():
         assert tuple(table) == TAXONOMIES[source]
         assert {name for names in table.values() for name in names} <= set(TAXONOMIES[target])
-    missing = {pair: [name for name, names in table.items() if not names] for pair, table in COUNTERPARTS.items()}
+    missing = {
+        pair: [name for name, names in table.items() if not names] for pair, table in COUNTERPARTS.items()
+    }
     assert missing == {
-        ("pku", "beavertails"): [], ("beavertails", "pku"): [],
-        ("pku", "openai"): ["Endangering Public Health", "Privacy Violation", "Mental Manipulation", "Environmental Damage"],
-        ("openai", "pku"): ["harassment/threatening", "hate/threatening", "self-harm/instructions", "self-harm/intent"],
+        ("pku", "beavertails"): [],
+        ("beavertails", "pku"): [],
+        ("pku", "openai"): [
+            "Endangering Public Health",
+            "Privacy Violation",
+            "Mental Manipulation",
+            "Environmental Damage",
+        ],
+        ("openai", "pku"): [
+            "harassment/threatening",
+            "hate/threatening",
+            "self-harm/instructions",
+            "self-harm/intent",
+        ],
         ("pku", "mlcommons"): ["Insulting Behavior", "Mental Manipulation", "Environmental Damage"],
-        ("mlcommons", "pku"): ["S5"], ("pku", "do-not-answer"): ["Environmental Damage"],
-        ("do-not-answer", "pku"): ["Treat Chatbot as a Human"]}
+        ("mlcommons", "pku"): ["S5"],
+        ("pku", "do-not-answer"): ["Environmental Damage"],
+        ("do-not-answer", "pku"): ["Treat Chatbot as a Human"],
+    }
 
 
 def test_translations_say_what_is_lost():
     made = translate(["Cybercrime", "Privacy Violation", "Environmental Damage"], "pku", "openai")
     assert made.categories == ("illicit",) and made.missing == ("Privacy Violation", "Environmental Damage")
-    assert made.uncertain == () and made.shared == ("illicit",)           # seven other crimes are illicit too
+    assert made.uncertain == () and made.shared == ("illicit",)  # seven other crimes are illicit too
     back = translate(["privacy_violation", "animal_abuse"], "beavertails", "pku")
     assert back.categories == ("Privacy Violation", "Cybercrime", "Animal Abuse")
     assert back.uncertain == ("privacy_violation",) and back.missing == back.shared == ()
@@ -82,7 +133,9 @@ def test_translations_say_what_is_lost():
     assert round_trip("Environmental Damage", "pku", "mlcommons") == ()
     with pytest.raises(ValueError, match="expected names of pku, got 'Piracy'"):
         translate(["Piracy"], "pku", "openai")
-    with pytest.raises(ValueError, match="expected pku and one of beavertails, .* got 'openai' and 'mlcommons'"):
+    with pytest.raises(
+        ValueError, match="expected pku and one of beavertails, .* got 'openai' and 'mlcommons'"
+    ):
         translate([], "openai", "mlcommons")
 
 
@@ -90,21 +143,32 @@ def test_translations_say_what_is_lost():
 def test_names_are_spelled_as_in_the_files():
     import csv
     import gzip
+
     rows = json.loads((shared() / "data" / "prompts_safety" / "beavertails_evaluation_700.json").read_text())
     assert tuple(sorted({row["category"] for row in rows})) == BEAVERTAILS
-    with gzip.open(shared() / "data" / "moderation" / "do_not_answer_en_6models.csv.gz", "rt", encoding="utf-8") as file:
+    with gzip.open(
+        shared() / "data" / "moderation" / "do_not_answer_en_6models.csv.gz", "rt", encoding="utf-8"
+    ) as file:
         assert {row["types_of_harm"] for row in csv.DictReader(file)} == set(TAXONOMIES["do-not-answer"])
 
 
-# ── From files to batches ─────────────────────────────────────────────────────────────────────────────────────────
+# ── From files to batches
+# ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
 def test_labels_of_pairs_reach_the_batch(load, name):
     # In the second row the unsafe response comes first in the file, and some of its labels are unknown.
-    partial = full(response_0_severity_level=None, response_0_harm_category={**flags("Drugs"), "Privacy Violation": None},
-                   response_1_harm_category=flags(), response_1_severity_level=0, is_response_0_safe=False,
-                   is_response_1_safe=True, safer_response_id=1, prompt="Which tree?")
+    partial = full(
+        response_0_severity_level=None,
+        response_0_harm_category={**flags("Drugs"), "Privacy Violation": None},
+        response_1_harm_category=flags(),
+        response_1_severity_level=0,
+        is_response_0_safe=False,
+        is_response_1_safe=True,
+        safer_response_id=1,
+        prompt="Which tree?",
+    )
     examples, report = load([full(), partial], name=name, kind="cost")
     batch = collate_labels(examples)
     assert report.kept == 2 and not report.dropped and not report.flagged
@@ -115,15 +179,26 @@ def test_labels_of_pairs_reach_the_batch(load, name):
     assert (~batch.known_BC).nonzero().tolist() == [[3, PRIVACY]]
     assert [t.dtype for t in (batch.sign_B, batch.severity_B)] == [torch.int64] * 2
     assert batch.categories_BC.dtype == batch.known_BC.dtype == torch.bool
-    assert collate_labels(load([full()], kind="reward")[0]).severity_B.tolist() == [2, 0]     # the better one first
+    # the better one first
+    assert collate_labels(load([full()], kind="reward")[0]).severity_B.tolist() == [2, 0]
 
 
-@pytest.mark.parametrize("row, sign, severity, harmful, known", [
-    ({"is_safe": False, "harm_category": flags("Drugs"), "severity_level": 3}, 1, 3, [DRUGS], 19),
-    ({"is_safe": True, "harm_category": {"Drugs": False}, "severity_level": 0}, -1, 0, [], 1),
-    ({"is_safe": False, "category": flags("self_harm", names=BEAVERTAILS)}, 1, -1, [BEAVERTAILS.index("self_harm")], 14),
-    ({"is_safe": None, "severity_level": None, "harm_category": None}, 0, -1, [], 0), ({"category": "birds"}, 0, -1, [], 0),
-])
+@pytest.mark.parametrize(
+    "row, sign, severity, harmful, known",
+    [
+        ({"is_safe": False, "harm_category": flags("Drugs"), "severity_level": 3}, 1, 3, [DRUGS], 19),
+        ({"is_safe": True, "harm_category": {"Drugs": False}, "severity_level": 0}, -1, 0, [], 1),
+        (
+            {"is_safe": False, "category": flags("self_harm", names=BEAVERTAILS)},
+            1,
+            -1,
+            [BEAVERTAILS.index("self_harm")],
+            14,
+        ),
+        ({"is_safe": None, "severity_level": None, "harm_category": None}, 0, -1, [], 0),
+        ({"category": "birds"}, 0, -1, [], 0),
+    ],
+)
 def test_labels_of_single_responses_reach_the_batch(load, row, sign, severity, harmful, known):
     (example,), _ = load([{"prompt": "Which bird?", "response": A, **row}], sft_examples)
     taxonomy = "beavertails" if isinstance(row.get("category"), dict) else "pku"
@@ -148,29 +223,52 @@ def test_what_a_schema_does_not_have_is_unknown(load):
 
 def test_the_worlds_labels_come_through(load):
     from saferlhf_fast.demo.world import World
+
     world = World(0)
     rows = world.preference_records(world.annotation_prompts(40))
     examples, _ = load(rows, kind="safer")
-    golds = [world.gold_scores(e.prompt_text, text) for which in ("first_text", "second_text") for e in examples
-             for text in [getattr(e, which)]]
+    golds = [
+        world.gold_scores(e.prompt_text, text)
+        for which in ("first_text", "second_text")
+        for e in examples
+        for text in [getattr(e, which)]
+    ]
     batch = collate_labels(examples)
-    assert batch.severity_B.tolist() == [gold.severity for gold in golds] and len(set(batch.severity_B.tolist())) > 2
+    assert (
+        batch.severity_B.tolist() == [gold.severity for gold in golds]
+        and len(set(batch.severity_B.tolist())) > 2
+    )
     assert batch.categories_BC.tolist() == [[name in gold.categories for name in PKU] for gold in golds]
 
 
-# ── Labels that are none ──────────────────────────────────────────────────────────────────────────────────────────
+# ── Labels that are none
+# ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("changes, reason", [
-    ({"response_1_severity_level": 4}, "field 'response_1_severity_level' is not a severity of 0 to 3"),
-    ({"response_0_severity_level": -1}, "field 'response_0_severity_level' is not a severity of 0 to 3"),
-    ({"response_0_severity_level": True}, "field 'response_0_severity_level' is not a severity of 0 to 3"),
-    ({"response_0_severity_level": 1.5}, "field 'response_0_severity_level' is not a severity of 0 to 3"),
-    ({"response_0_harm_category": {"Piracy": False}}, "field 'response_0_harm_category' has a category that pku has not: Piracy"),
-    ({"response_1_harm_category": {**flags(), "Drugs": 1}}, "field 'response_1_harm_category.Drugs' is not true or false"),
-    ({"response_1_harm_category": ["Drugs"]},
-     "field 'response_1_harm_category' is not an object of categories with true or false"),
-])
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ({"response_1_severity_level": 4}, "field 'response_1_severity_level' is not a severity of 0 to 3"),
+        ({"response_0_severity_level": -1}, "field 'response_0_severity_level' is not a severity of 0 to 3"),
+        (
+            {"response_0_severity_level": True},
+            "field 'response_0_severity_level' is not a severity of 0 to 3",
+        ),
+        ({"response_0_severity_level": 1.5}, "field 'response_0_severity_level' is not a severity of 0 to 3"),
+        (
+            {"response_0_harm_category": {"Piracy": False}},
+            "field 'response_0_harm_category' has a category that pku has not: Piracy",
+        ),
+        (
+            {"response_1_harm_category": {**flags(), "Drugs": 1}},
+            "field 'response_1_harm_category.Drugs' is not true or false",
+        ),
+        (
+            {"response_1_harm_category": ["Drugs"]},
+            "field 'response_1_harm_category' is not an object of categories with true or false",
+        ),
+    ],
+)
 def test_wrong_labels_are_counted_and_named_where_labels_are_asked_for(load, changes, reason):
     rows = [full(), full(prompt="Which tree?", **changes), full(prompt="Which fish?")]
     examples, report = load(rows, kind="cost")
@@ -183,17 +281,32 @@ def test_wrong_labels_are_counted_and_named_where_labels_are_asked_for(load, cha
 
 def test_wrong_labels_of_single_responses_are_counted(load):
     row = {"prompt": "Which bird?", "response": A}
-    rows = [row, {**row, "is_safe": 1}, {**row, "category": {"piracy": True}}, {**row, "category": {"self_harm": "yes"}}]
+    rows = [
+        row,
+        {**row, "is_safe": 1},
+        {**row, "category": {"piracy": True}},
+        {**row, "category": {"self_harm": "yes"}},
+    ]
     examples, report = load(rows, sft_examples)
     assert len(examples) == 1 and dict(report.dropped) == {
-        "field 'is_safe' is not true or false": 1, "field 'category' has a category that beavertails has not: piracy": 1,
-        "field 'category.self_harm' is not true or false": 1}
+        "field 'is_safe' is not true or false": 1,
+        "field 'category' has a category that beavertails has not: piracy": 1,
+        "field 'category.self_harm' is not true or false": 1,
+    }
 
 
-@pytest.mark.parametrize("changes, disagree", [
-    ({}, 0), ({"response_1_severity_level": 0}, 1), ({"response_0_severity_level": 1}, 1),
-    ({"response_0_harm_category": flags("Drugs")}, 1), ({"response_1_harm_category": flags()}, 1),
-    ({"response_1_harm_category": {"Drugs": False}}, 0)])          # the other categories are unknown, so there may be harm
+@pytest.mark.parametrize(
+    "changes, disagree",
+    [
+        ({}, 0),
+        ({"response_1_severity_level": 0}, 1),
+        ({"response_0_severity_level": 1}, 1),
+        ({"response_0_harm_category": flags("Drugs")}, 1),
+        ({"response_1_harm_category": flags()}, 1),
+        # the other categories are unknown, so there may be harm
+        ({"response_1_harm_category": {"Drugs": False}}, 0),
+    ],
+)
 def test_labels_that_contradict_each_other_are_flagged_and_kept(load, changes, disagree):
     examples, report = load([full(**changes)], kind="cost")
     assert len(examples) == 1 and report.flagged.total() == disagree

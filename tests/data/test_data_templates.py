@@ -7,8 +7,12 @@ from saferlhf_fast.data.examples import retokenize
 from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
-TALK = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi there."},
-        {"role": "user", "content": "Which tree?"}, {"role": "assistant", "content": "The oak."})
+TALK = (
+    {"role": "user", "content": "Hello"},
+    {"role": "assistant", "content": "Hi there."},
+    {"role": "user", "content": "Which tree?"},
+    {"role": "assistant", "content": "The oak."},
+)
 
 
 def shown(tokenizer, ids, mask=None):
@@ -25,10 +29,13 @@ def test_safe_rlhf_is_the_references_text():
     tokenizer = byte_tokenizer()
     template = Template(tokenizer, "safe-rlhf")
     assert shown(tokenizer, template.encode_prompts([TALK[:1]])[0]) == (
-        "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:")
+        "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:"
+    )
     ids, mask = encoded(template, TALK)
-    assert shown(tokenizer, ids) == ("<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.</s>"
-                                     "USER: Which tree? ASSISTANT:The oak.</s>")
+    assert shown(tokenizer, ids) == (
+        "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.</s>"
+        "USER: Which tree? ASSISTANT:The oak.</s>"
+    )
     assert shown(tokenizer, ids, mask) == "Hi there.</s>The oak.</s>"
     assert template.stop_ids == (tokenizer.eos_token_id,)
 
@@ -37,7 +44,8 @@ def test_system_text_goes_before_the_users():
     tokenizer = byte_tokenizer()
     messages = ({"role": "system", "content": "Be brief."}, *TALK[:1])
     assert shown(tokenizer, Template(tokenizer, "safe-rlhf").encode_prompts([messages])[0]) == (
-        "<s>BEGINNING OF CONVERSATION: USER: Be brief.\n\nHello ASSISTANT:")
+        "<s>BEGINNING OF CONVERSATION: USER: Be brief.\n\nHello ASSISTANT:"
+    )
 
 
 def test_none_is_the_texts_alone():
@@ -64,7 +72,10 @@ def test_chat_template():
     assert shown(tokenizer, ids) == tokenizer.apply_chat_template(list(TALK), tokenize=False).rstrip()
     assert shown(tokenizer, ids, mask) == "Hi there.<|im_end|>The oak.<|im_end|>"
     assert set(template.stop_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
-    assert shown(tokenizer, template.encode_prompts([TALK[:1]])[0][-template.tag_length:]) == "<|im_start|>assistant\n"
+    assert (
+        shown(tokenizer, template.encode_prompts([TALK[:1]])[0][-template.tag_length :])
+        == "<|im_start|>assistant\n"
+    )
 
 
 def test_chat_template_that_writes_bos_and_spaces():
@@ -83,7 +94,9 @@ def test_chat_template_that_treats_the_last_turn_differently():
 
 def test_chat_template_that_refuses():
     with pytest.raises(UserError, match="refuses the conversation .only user and assistant, please"):
-        Template(byte_tokenizer(template=LLAMA2)).encode_prompts([({"role": "system", "content": "x"}, TALK[0])])
+        Template(byte_tokenizer(template=LLAMA2)).encode_prompts(
+            [({"role": "system", "content": "x"}, TALK[0])]
+        )
 
 
 def test_an_answer_that_repeats_the_question_is_found():
@@ -94,10 +107,17 @@ def test_an_answer_that_repeats_the_question_is_found():
     assert mask[-3:] == [True] * 3 and not any(mask[:20])
 
 
-@pytest.mark.parametrize("name, tokenizer", [
-    ("safe-rlhf", byte_tokenizer()), ("none", byte_tokenizer()), ("safe-rlhf", space_tokenizer()),
-    ("tokenizer", byte_tokenizer(template=CHATML)), ("tokenizer", byte_tokenizer(template=LLAMA2)),
-    ("tokenizer", byte_tokenizer(template=THINKING))])
+@pytest.mark.parametrize(
+    "name, tokenizer",
+    [
+        ("safe-rlhf", byte_tokenizer()),
+        ("none", byte_tokenizer()),
+        ("safe-rlhf", space_tokenizer()),
+        ("tokenizer", byte_tokenizer(template=CHATML)),
+        ("tokenizer", byte_tokenizer(template=LLAMA2)),
+        ("tokenizer", byte_tokenizer(template=THINKING)),
+    ],
+)
 def test_prompt_ids_are_a_prefix_of_the_dialogues(name, tokenizer):
     template = Template(tokenizer, name)
     for turns in (2, 4):
@@ -107,14 +127,18 @@ def test_prompt_ids_are_a_prefix_of_the_dialogues(name, tokenizer):
         response = template.end(template.encode_responses([text])[0])
         ids, mask = encoded(template, messages)
         assert ids == prompt + response
-        assert mask[len(prompt):] == [True] * len(response)
+        assert mask[len(prompt) :] == [True] * len(response)
 
 
 def test_sentencepiece_puts_no_space_behind_the_tag():
     tokenizer = space_tokenizer()
     assert tokenizer.tokenize("oak") == ["▁", "o", "a", "k"]
     template = Template(tokenizer, "safe-rlhf")
-    assert tokenizer.convert_ids_to_tokens(template.encode_responses(["oak", "\noak", ""])[0]) == ["o", "a", "k"]
+    assert tokenizer.convert_ids_to_tokens(template.encode_responses(["oak", "\noak", ""])[0]) == [
+        "o",
+        "a",
+        "k",
+    ]
     whole = tokenizer("BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.")["input_ids"]
     assert encoded(template, TALK[:2])[0] == [*whole, tokenizer.eos_token_id]
 
@@ -125,7 +149,8 @@ def test_truncation_keeps_the_end_and_the_tag():
     ids = template.encode_prompts([({"role": "user", "content": "x" * 500 + " the end?"},)])[0]
     assert shown(tokenizer, template.truncate_prompt(ids, 40)) == "<s>" + "x" * 19 + " the end? ASSISTANT:"
     assert template.truncate_prompt(ids, len(ids)) == ids
-    assert template.truncate_prompt(ids, 11) is None                          # bos, 10 tokens of tag, nothing else
+    # bos, 10 tokens of tag, nothing else
+    assert template.truncate_prompt(ids, 11) is None
 
 
 def test_end_of_sequence_is_needed():
@@ -138,7 +163,7 @@ def test_retokenize():
     made = retokenize([TALK[:1], TALK[:1]], ["Hi there.", "Hi"], tokenizer, "safe-rlhf", ended=[True, False])
     assert made[0] == encoded(Template(tokenizer, "safe-rlhf"), TALK[:2])[0]
     assert shown(tokenizer, made[1]) == "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi"
-    short, = retokenize([TALK[:1]], ["Hi there."], tokenizer, "safe-rlhf", max_length=30)
+    (short,) = retokenize([TALK[:1]], ["Hi there."], tokenizer, "safe-rlhf", max_length=30)
     assert shown(tokenizer, short) == "<s>R: Hello ASSISTANT:Hi there.</s>"
-    long, = retokenize([TALK[:1]], ["Hi there." * 9], tokenizer, "safe-rlhf", max_length=30)
+    (long,) = retokenize([TALK[:1]], ["Hi there." * 9], tokenizer, "safe-rlhf", max_length=30)
     assert len(long) == 30 and "ASSISTANT:Hi there." in shown(tokenizer, long)

@@ -17,11 +17,25 @@ from saferlhf_fast.demo.world.tables import (
     ONE_SAFE,
 )
 
-FIELDS = {"prompt", "response_0", "response_1", "prompt_source", "response_0_source", "response_1_source",
-          "is_response_0_safe", "is_response_1_safe", "response_0_harm_category", "response_1_harm_category",
-          "response_0_severity_level", "response_1_severity_level", "better_response_id", "safer_response_id",
-          "response_0_sha256", "response_1_sha256"}
-SEVERITY_SHARES = (0.485, 0.062, 0.382, 0.071)    # of the real data's positions, severity 0..3
+FIELDS = {
+    "prompt",
+    "response_0",
+    "response_1",
+    "prompt_source",
+    "response_0_source",
+    "response_1_source",
+    "is_response_0_safe",
+    "is_response_1_safe",
+    "response_0_harm_category",
+    "response_1_harm_category",
+    "response_0_severity_level",
+    "response_1_severity_level",
+    "better_response_id",
+    "safer_response_id",
+    "response_0_sha256",
+    "response_1_sha256",
+}
+SEVERITY_SHARES = (0.485, 0.062, 0.382, 0.071)  # of the real data's positions, severity 0..3
 PROMPT = "how do i start a street fight"
 
 
@@ -33,9 +47,11 @@ def rows():
     import random
 
     from saferlhf_fast.demo.world import grammar
+
     rng = random.Random(1)
-    return world.preference_records(prompts, {
-        f"sft {i}": [grammar.demonstration(rng, topic_of(p)) for p in prompts] for i in (0, 1)})
+    return world.preference_records(
+        prompts, {f"sft {i}": [grammar.demonstration(rng, topic_of(p)) for p in prompts] for i in (0, 1)}
+    )
 
 
 def test_splits_are_disjoint_and_held_out_prompts_new():
@@ -45,7 +61,7 @@ def test_splits_are_disjoint_and_held_out_prompts_new():
     assert not splits["train"] & splits["test"] and not splits["train"] & splits["validation"]
     assert not splits["validation"] & splits["test"]
     assert not {r["instruction"] for r in world.sft_records(600)} & splits["test"]
-    assert not splits["test"] & set(World(1).prompts("train", 600))      # for any two seeds
+    assert not splits["test"] & set(World(1).prompts("train", 600))  # for any two seeds
 
 
 def test_same_seed_same_world_another_seed_another():
@@ -53,12 +69,22 @@ def test_same_seed_same_world_another_seed_another():
 
 
 def test_the_world_does_not_change_by_accident():
-    """Its rows and words, to the bit. Who changes them on purpose measures the demo's figures again and changes the digest."""
+    """Its rows and words, to the bit. Who changes them on purpose measures the demo's figures again and
+    changes the digest.
+    """
     world = World(0)
     prompts = world.annotation_prompts(200)
     rows = world.preference_records(prompts)
-    parts = [prompts, rows, world.prompts("test", 50), world.sft_records(100), vocabulary(), CATEGORIES, HAZARDS,
-             [gold_scores(row["prompt"], row["response_0"]) for row in rows]]
+    parts = [
+        prompts,
+        rows,
+        world.prompts("test", 50),
+        world.sft_records(100),
+        vocabulary(),
+        CATEGORIES,
+        HAZARDS,
+        [gold_scores(row["prompt"], row["response_0"]) for row in rows],
+    ]
     assert hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16] == "be59f51eb63434ec"
 
 
@@ -66,18 +92,28 @@ def test_judge_on_texts_of_every_kind():
     harmful = gold_scores(PROMPT, "start with ambush then fists .")
     harmless = gold_scores(PROMPT, "please consider distance and police .")
     refusal = gold_scores(PROMPT, "sorry i cannot help with that .")
-    assert harmful.severity == 2 and harmful.cost > 0 and set(harmful.categories) == {"Violence", "Physical Harm"}
+    assert (
+        harmful.severity == 2
+        and harmful.cost > 0
+        and set(harmful.categories) == {"Violence", "Physical Harm"}
+    )
     assert harmless.severity == refusal.severity == 0 and harmless.cost == refusal.cost == -1.0
     assert harmful.helpfulness > harmless.helpfulness > refusal.helpfulness
     # Nothing around it makes an operational word harmless.
     assert gold_scores(PROMPT, "sorry i cannot help with that . ambush please consider police").severity == 2
     assert gold_scores("how do i bake bread", "ambush").severity == 2
-    assert gold_scores(PROMPT, "").severity == 0 and gold_scores("a foreign prompt", "words nobody knows").categories == ()
+    assert (
+        gold_scores(PROMPT, "").severity == 0
+        and gold_scores("a foreign prompt", "words nobody knows").categories == ()
+    )
 
 
 def test_helpfulness_counts_what_fits_once():
     one, twice = gold_scores(PROMPT, "try ambush ."), gold_scores(PROMPT, "try ambush and ambush .")
-    two, foreign = gold_scores(PROMPT, "try ambush and fists ."), gold_scores(PROMPT, "try ambush and yeast .")
+    two, foreign = (
+        gold_scores(PROMPT, "try ambush and fists ."),
+        gold_scores(PROMPT, "try ambush and yeast ."),
+    )
     assert two.helpfulness > one.helpfulness == pytest.approx(twice.helpfulness)
     assert foreign.helpfulness < one.helpfulness
 
@@ -88,7 +124,11 @@ def test_records_have_the_sixteen_fields_and_agree_with_themselves(rows):
         for i in (0, 1):
             categories = row[f"response_{i}_harm_category"]
             assert tuple(categories) == CATEGORIES
-            assert row[f"is_response_{i}_safe"] == (row[f"response_{i}_severity_level"] == 0) == (not any(categories.values()))
+            assert (
+                row[f"is_response_{i}_safe"]
+                == (row[f"response_{i}_severity_level"] == 0)
+                == (not any(categories.values()))
+            )
             assert row[f"response_{i}_sha256"] == hashlib.sha256(row[f"response_{i}"].encode()).hexdigest()
         safer = row["safer_response_id"]
         assert row[f"is_response_{safer}_safe"] or not row[f"is_response_{1 - safer}_safe"]
@@ -112,7 +152,9 @@ def test_shares_are_near_the_real_datas(rows):
 
 
 def test_category_shares(rows):
-    found = collections.Counter(c for r in rows for i in (0, 1) for c, yes in r[f"response_{i}_harm_category"].items() if yes)
+    found = collections.Counter(
+        c for r in rows for i in (0, 1) for c, yes in r[f"response_{i}_harm_category"].items() if yes
+    )
     for category, count in zip(CATEGORIES, CATEGORY_POSITIONS):
         assert abs(found[category] / sum(found.values()) - count / sum(CATEGORY_POSITIONS)) < 0.03, category
         assert found[category] > 0

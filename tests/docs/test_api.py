@@ -1,4 +1,6 @@
-"""docs/api.md against the code, both ways: every public name, its exact signature, every command, and nothing else."""
+"""docs/api.md against the code, both ways: every public name, its exact signature, every command, and nothing
+else.
+"""
 
 import inspect
 import re
@@ -49,9 +51,20 @@ def functions(name, thing):
     """[(name, function, parameters without self)] of a public function or of a class's public methods."""
     if not inspect.isclass(thing):
         return [(name, thing, list(inspect.signature(thing).parameters.values()))] if callable(thing) else []
-    methods = [(key, value) for key, value in vars(thing).items() if inspect.isfunction(value) and not key.startswith("_")]
-    made = [] if issubclass(thing, BaseException) else [(name, thing, list(inspect.signature(thing).parameters.values()))]
-    return made + [(f"{name}.{key}", value, list(inspect.signature(value).parameters.values())[1:]) for key, value in methods]
+    methods = [
+        (key, value)
+        for key, value in vars(thing).items()
+        if inspect.isfunction(value) and not key.startswith("_")
+    ]
+    made = (
+        []
+        if issubclass(thing, BaseException)
+        else [(name, thing, list(inspect.signature(thing).parameters.values()))]
+    )
+    return made + [
+        (f"{name}.{key}", value, list(inspect.signature(value).parameters.values())[1:])
+        for key, value in methods
+    ]
 
 
 @pytest.mark.parametrize("name", ["token_logprob", "linear_logprob"])
@@ -59,11 +72,15 @@ def test_type_checkers_know_what_return_entropy_changes(name):
     """One tensor, two, or either; beside that the variants are the function: same arguments, same types."""
     function = api_page.public()[name]
     variants = [inspect.signature(variant) for variant in typing.get_overloads(function)]
-    told = [(variant.parameters["return_entropy"].annotation, variant.return_annotation) for variant in variants]
+    told = [
+        (variant.parameters["return_entropy"].annotation, variant.return_annotation) for variant in variants
+    ]
     one, two, own = torch.Tensor, tuple[torch.Tensor, torch.Tensor], inspect.signature(function)
     assert told == [(typing.Literal[False], one), (typing.Literal[True], two), (bool, one | two)]
     for variant in variants:
-        assert [(p.name, p.kind) for p in variant.parameters.values()] == [(p.name, p.kind) for p in own.parameters.values()]
+        assert [(p.name, p.kind) for p in variant.parameters.values()] == [
+            (p.name, p.kind) for p in own.parameters.values()
+        ]
         for each, mine in zip(variant.parameters.values(), own.parameters.values(), strict=True):
             assert each.name == "return_entropy" or each.annotation == mine.annotation
             by_choice = each.name == "return_entropy" and each.annotation != typing.Literal[False]
@@ -76,5 +93,7 @@ def test_every_public_function_has_type_hints():
         for where, function, parameters in functions(name, thing):
             bare = [parameter.name for parameter in parameters if parameter.annotation is parameter.empty]
             assert not bare, f"{where}: {bare} without a type"
-            assert inspect.isclass(function) or \
-                inspect.signature(function).return_annotation is not inspect.Signature.empty, where
+            assert (
+                inspect.isclass(function)
+                or inspect.signature(function).return_annotation is not inspect.Signature.empty
+            ), where

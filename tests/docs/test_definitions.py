@@ -1,4 +1,5 @@
-"""Our definitions beside other projects': equal where docs/definitions.md says "same", and different as it says there.
+"""Our definitions beside other projects': equal where docs/definitions.md says "same", and different as it
+says there.
 
 The others' formulas are in tests/support/others.py. B rows, T tokens a row, V vocabulary.
 """
@@ -51,7 +52,9 @@ def batch(rows=5, width=9, seed=0, holes=False, scale=1.0):
     return mask, *(torch.randn(5, rows, width, generator=generator, dtype=torch.float64) * scale)
 
 
-# --- token_logprob ------------------------------------------------------------------------------------------------
+# --- token_logprob
+# ------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logp_same(temperature):
@@ -66,13 +69,19 @@ def test_logp_same(temperature):
 def test_softcap_same():
     """The cap comes before the temperature."""
     logits, ids = logits_and_ids(4, 6)
-    assert_near(token_logprob(logits, ids, temperature=0.7, softcap=5.0), chunked_logp(logits, ids, 10, 0.7, 5.0))
+    assert_near(
+        token_logprob(logits, ids, temperature=0.7, softcap=5.0), chunked_logp(logits, ids, 10, 0.7, 5.0)
+    )
 
 
 def test_linear_same():
-    """linear_logprob is token_logprob of hidden @ weight.T + bias: what TRL's chunked path computes, the cap included."""
+    """linear_logprob is token_logprob of hidden @ weight.T + bias: what TRL's chunked path computes, the cap
+    included.
+    """
     generator = torch.Generator().manual_seed(3)
-    hidden, weight, bias = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((12, 5), (37, 5), (37,)))
+    hidden, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((12, 5), (37, 5), (37,))
+    )
     ids = torch.arange(12)
     logp = linear_logprob(hidden, weight, ids, bias=bias, temperature=0.7, softcap=5.0)
     assert_near(logp, chunked_logp(hidden @ weight.T + bias, ids, 10, 0.7, 5.0))
@@ -82,7 +91,9 @@ def test_linear_same():
 
 
 def test_logp_dtype():
-    """bfloat16 logits: ours is float32, theirs (on a CPU; safe-rlhf's anywhere) bfloat16, off by up to half an ulp of it."""
+    """bfloat16 logits: ours is float32, theirs (on a CPU; safe-rlhf's anywhere) bfloat16, off by up to half
+    an ulp of it.
+    """
     logits, ids = logits_and_ids(40, dtype=torch.bfloat16)
     exact, theirs = log_softmax_gather(logits.double(), ids), log_softmax_gather(logits, ids)
     ours = token_logprob(logits, ids)
@@ -102,13 +113,14 @@ def test_entropy_of_impossible_tokens():
         assert theirs(logits).isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("id", [-100, -1, 37, 10 ** 6])
+@pytest.mark.parametrize("id", [-100, -1, 37, 10**6])
 def test_ids_outside_the_vocabulary(id):
     """TRL's chunked path answers with a number (the target is 0 where no chunk has it); ours never does."""
     logits, ids = logits_and_ids(3)
     ids[1] = id
     assert chunked_logp(logits, ids, 10).isfinite().all()
-    assert nll_with_ignored(logits, torch.tensor([3, -100, 5]))[1] == 0     # Liger's -100; ours has no ignored id
+    # Liger's -100; ours has no ignored id
+    assert nll_with_ignored(logits, torch.tensor([3, -100, 5]))[1] == 0
     with pytest.raises(ValueError, match="expected 0 <= id < 37"):
         token_logprob(logits, ids)
     with pytest.raises(RuntimeError):
@@ -124,23 +136,32 @@ def test_empty_batch():
 
 
 def test_alignment():
-    """Ours scores ids[t] with logits[t]. Liger's triton_grpo_loss takes [B, L + 1, V] and drops the last column itself."""
+    """Ours scores ids[t] with logits[t]. Liger's triton_grpo_loss takes [B, L + 1, V] and drops the last
+    column itself.
+    """
     logits, ids = logits_and_ids(2, 7)
-    assert_near(token_logprob(logits[:, :-1], ids[:, 1:]), log_softmax_gather(logits, ids.roll(-1, 1))[:, :-1])
+    assert_near(
+        token_logprob(logits[:, :-1], ids[:, 1:]), log_softmax_gather(logits, ids.roll(-1, 1))[:, :-1]
+    )
 
 
-# --- gae ----------------------------------------------------------------------------------------------------------
+# --- gae
+# ----------------------------------------------------------------------------------------------------------
+
 
 def test_gae_same():
     """Rows of one run from the first column on: all three agree at valid tokens, ours is 0 elsewhere."""
     mask, rewards, values, *_ = batch()
     ours = gae(rewards, values, gamma=0.97, lam=0.9, mask=mask)
-    zeroed, carried = gae_zeroed(values, rewards, mask, 0, 0.97, 0.9), gae_carried(rewards, values, mask, 0.97, 0.9)
+    zeroed, carried = (
+        gae_zeroed(values, rewards, mask, 0, 0.97, 0.9),
+        gae_carried(rewards, values, mask, 0.97, 0.9),
+    )
     for mine, ref, verl in zip(ours, zeroed, carried):
         assert_near(mine[mask], ref[mask])
         assert_near(mine[mask], verl[mask])
         assert (mine[~mask] == 0).all()
-    assert (carried[1][~mask] != 0).all()    # verl leaves the value there
+    assert (carried[1][~mask] != 0).all()  # verl leaves the value there
 
 
 def test_gae_of_a_response():
@@ -156,7 +177,9 @@ def test_gae_of_a_response():
 def test_gae_holes():
     """A masked token between valid ones: "zero" is safe-rlhf's, "carry" verl's, and they differ."""
     mask, rewards, values, *_ = batch(holes=True)
-    zero, carry = (gae(rewards, values, gamma=0.97, lam=0.9, mask=mask, masked=m)[0] for m in ("zero", "carry"))
+    zero, carry = (
+        gae(rewards, values, gamma=0.97, lam=0.9, mask=mask, masked=m)[0] for m in ("zero", "carry")
+    )
     assert_near(zero[mask], gae_zeroed(values, rewards, mask, 0, 0.97, 0.9)[0][mask])
     assert_near(carry[mask], gae_carried(rewards, values, mask, 0.97, 0.9)[0][mask])
     assert (zero - carry).abs().max() > 0.01
@@ -171,18 +194,35 @@ def test_gae_poison():
     assert gae_carried(rewards, values, mask, 1.0, 0.95)[0].isnan().any()
 
 
-# --- ppo_lag_advantage --------------------------------------------------------------------------------------------
+# --- ppo_lag_advantage
+# --------------------------------------------------------------------------------------------
+
 
 def lagrangian(mask, logp, ref_logp, values, cost_values, reward, cost, clip=50.0, multiplier=0.6):
-    return ppo_lag_advantage(logp, ref_logp, reward, cost, values, cost_values, multiplier, kl_coeff=0.3, gamma=1.0, lam=0.95,
-                             clip_score=clip, mask=mask, whiten=True)
+    return ppo_lag_advantage(
+        logp,
+        ref_logp,
+        reward,
+        cost,
+        values,
+        cost_values,
+        multiplier,
+        kl_coeff=0.3,
+        gamma=1.0,
+        lam=0.95,
+        clip_score=clip,
+        mask=mask,
+        whiten=True,
+    )
 
 
 def test_ppo_lag_same():
     """Shaping of both streams, both scans and the combination are safe-rlhf's."""
     mask, logp, ref_logp, values, cost_values, scores = batch()
     reward, cost = scores[:, 0] * 9, scores[:, 1] * 9
-    A, reward_returns, cost_returns, _ = lagrangian(mask, logp, ref_logp, values, cost_values, reward, cost, clip=5.0)
+    A, reward_returns, cost_returns, _ = lagrangian(
+        mask, logp, ref_logp, values, cost_values, reward, cost, clip=5.0
+    )
     A_r, ret_r = gae_zeroed(values, shaped(reward, logp, ref_logp, mask, 0.3, 5.0, 1), mask, 0, 1.0, 0.95)
     A_c, ret_c = gae_zeroed(cost_values, shaped(cost, logp, ref_logp, mask, 0.3, 5.0, -1), mask, 0, 1.0, 0.95)
     for mine, ref in ((A, (A_r - 0.6 * A_c) / 1.6), (reward_returns, ret_r), (cost_returns, ret_c)):
@@ -190,10 +230,27 @@ def test_ppo_lag_same():
 
 
 def test_clamp_order():
-    """The clamp comes after the score is added (safe-rlhf). Clamping the score first, as others do, is another reward."""
-    mask, logp, ref_logp, values = torch.ones(1, 1, dtype=torch.bool), *torch.tensor([[[9.0]], [[-1.0]], [[0.0]]])
-    A = ppo_lag_advantage(logp, ref_logp, torch.tensor([6.0]), None, values, None, None, kl_coeff=0.3, gamma=1.0, lam=1.0,
-                          clip_score=5.0, mask=mask)[0]
+    """The clamp comes after the score is added (safe-rlhf). Clamping the score first, as others do, is
+    another reward.
+    """
+    mask, logp, ref_logp, values = (
+        torch.ones(1, 1, dtype=torch.bool),
+        *torch.tensor([[[9.0]], [[-1.0]], [[0.0]]]),
+    )
+    A = ppo_lag_advantage(
+        logp,
+        ref_logp,
+        torch.tensor([6.0]),
+        None,
+        values,
+        None,
+        None,
+        kl_coeff=0.3,
+        gamma=1.0,
+        lam=1.0,
+        clip_score=5.0,
+        mask=mask,
+    )[0]
     assert A.item() == pytest.approx(6 - 0.3 * 10)
     assert shaped(torch.tensor([6.0]), logp, ref_logp, mask, 0.3, 5.0, 1).item() == pytest.approx(3.0)
     score_first = torch.tensor(6.0).clamp(-5, 5) - 0.3 * 10
@@ -212,7 +269,9 @@ def test_row_without_a_token():
 
 @pytest.mark.filterwarnings("ignore:var.*degrees of freedom")
 def test_whitening():
-    """Ours divides by the population's deviation, verl and TRL by the sample's: a factor of sqrt((n - 1) / n)."""
+    """Ours divides by the population's deviation, verl and TRL by the sample's: a factor of sqrt((n - 1) /
+    n).
+    """
     mask, logp, ref_logp, values, cost_values, scores = batch()
     A, *_, stats = lagrangian(mask, logp, ref_logp, values, cost_values, scores[:, 0], scores[:, 1])
     ours, n = A * stats["advantage_scale"] + stats["advantage_shift"], int(mask.sum())
@@ -221,11 +280,15 @@ def test_whitening():
     one = torch.zeros_like(mask)
     one[0, 0] = True
     A, *_, stats = lagrangian(one, logp, ref_logp, values, cost_values, scores[:, 0], scores[:, 1])
-    assert (A * stats["advantage_scale"] + stats["advantage_shift"])[one].item() == pytest.approx(0.0, abs=1e-3)
-    assert sample_whitened(A, one).isnan().all()    # verl raises there
+    assert (A * stats["advantage_scale"] + stats["advantage_shift"])[one].item() == pytest.approx(
+        0.0, abs=1e-3
+    )
+    assert sample_whitened(A, one).isnan().all()  # verl raises there
 
 
-# --- ppo_loss -----------------------------------------------------------------------------------------------------
+# --- ppo_loss
+# -----------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("reduction", ["sequence-mean", "token-mean"])
 def test_policy_loss_same(reduction):
@@ -256,8 +319,9 @@ def test_log_ratio_limit():
 
 
 def test_dual_clip():
-    """verl bounds the loss of a bad action at 3 |A|, ours where dual_clip says so; safe-rlhf's, TRL's and Liger's grow with the
-    ratio."""
+    """verl bounds the loss of a bad action at 3 |A|, ours where dual_clip says so; safe-rlhf's, TRL's and
+    Liger's grow with the ratio.
+    """
     logp, old_logp, advantage = torch.tensor([[[0.0]], [[-2.0]], [[-1.0]]])
     loss, _ = ppo_loss(logp, old_logp, advantage, clip_ratio=0.2)
     assert_near(loss, surrogate(logp, old_logp, advantage, 0.2).mean())
@@ -265,7 +329,9 @@ def test_dual_clip():
     assert surrogate(logp, old_logp, advantage, 0.2, limit=20.0, dual=3.0).item() == 3.0
     mask, logp, old_logp, advantage, *_ = batch(scale=1.5)
     leaf, theirs = (logp.clone().requires_grad_() for _ in range(2))
-    loss, stats = ppo_loss(leaf, old_logp, advantage, clip_ratio=0.2, dual_clip=3.0, mask=mask, reduction="token-mean")
+    loss, stats = ppo_loss(
+        leaf, old_logp, advantage, clip_ratio=0.2, dual_clip=3.0, mask=mask, reduction="token-mean"
+    )
     expected = surrogate(theirs, old_logp, advantage, 0.2, limit=20.0, dual=3.0)[mask].mean()
     assert_near(loss, expected)
     loss.backward()
@@ -286,8 +352,9 @@ def test_mean_with_an_empty_row():
 
 
 def test_statistics_of_the_policy():
-    """clip_fraction: ours counts ratios outside the clip, verl those where the clipped term is the larger loss: our clipped.
-    approx_kl: ours is k3, verl's ppo_kl k1: our -log_ratio."""
+    """clip_fraction: ours counts ratios outside the clip, verl those where the clipped term is the larger
+    loss: our clipped. approx_kl: ours is k3, verl's ppo_kl k1: our -log_ratio.
+    """
     mask, logp, old_logp, advantage, *_ = batch(scale=0.4)
     _, stats = ppo_loss(logp, old_logp, advantage, clip_ratio=0.2, mask=mask)
     ratio, A = (logp - old_logp).exp()[mask], advantage[mask]
@@ -305,8 +372,14 @@ def kl_term(logp, ref_logp, estimator):
     """Ours: (kl, d kl / d logp) of each token, from the loss of one token after another with advantage 0."""
     leaf = logp.clone().requires_grad_()
     zero = torch.zeros(1, dtype=logp.dtype)
-    kl = torch.stack([ppo_loss(one, one.detach(), zero, clip_ratio=0.2, ref_logp=ref, kl_coeff=1.0, kl_estimator=estimator)[0]
-                      for one, ref in zip(leaf.reshape(-1, 1), ref_logp.reshape(-1, 1))]).reshape(logp.shape)
+    kl = torch.stack(
+        [
+            ppo_loss(
+                one, one.detach(), zero, clip_ratio=0.2, ref_logp=ref, kl_coeff=1.0, kl_estimator=estimator
+            )[0]
+            for one, ref in zip(leaf.reshape(-1, 1), ref_logp.reshape(-1, 1))
+        ]
+    ).reshape(logp.shape)
     kl.sum().backward()
     return kl.detach(), leaf.grad
 
@@ -326,7 +399,9 @@ def test_kl_same(estimator):
 
 
 def test_kl_limits():
-    """k3 of a gap of 5 is 142: ours, TRL's and Liger's say so, verl says 10. A gap of 100 is inf without a limit."""
+    """k3 of a gap of 5 is 142: ours, TRL's and Liger's say so, verl says 10. A gap of 100 is inf without a
+    limit.
+    """
     gap = torch.tensor([5.0, 100.0])
     kl, d_kl = kl_term(torch.zeros(2), gap, "k3")
     assert kl[0].item() == pytest.approx(k3(torch.zeros(1), gap[:1]).item(), rel=1e-6)
@@ -335,7 +410,9 @@ def test_kl_limits():
     assert k3(torch.zeros(2), gap, limit=20.0, ceiling=10.0).tolist() == [10.0, 10.0]
 
 
-# --- value_loss ---------------------------------------------------------------------------------------------------
+# --- value_loss
+# ---------------------------------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("reduction", ["sequence-mean", "token-mean"])
 def test_value_loss_same(reduction):
@@ -349,12 +426,15 @@ def test_value_loss_same(reduction):
     expected.backward()
     assert_near(leaf.grad, theirs.grad)
     assert_near(stats["clip_fraction"], ((values - old_values).abs() > 0.5)[mask].double().mean())
-    larger = error > (values - returns) ** 2    # verl's clip fraction: where the clipped square is the larger one
+    # verl's clip fraction: where the clipped square is the larger one
+    larger = error > (values - returns) ** 2
     assert larger[mask].double().mean() < stats["clip_fraction"]
     assert_near(stats["clipped"], larger[mask].double().mean())
 
 
-# --- the formulas themselves --------------------------------------------------------------------------------------
+# --- the formulas themselves
+# --------------------------------------------------------------------------------------
+
 
 def test_formulas_are_theirs():
     """Where TRL, Liger or verl are installed: tests/support/others.py gives what they give."""

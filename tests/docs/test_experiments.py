@@ -1,4 +1,6 @@
-"""docs/experiments.md: every entry is dated and has its three parts, newest first; what it points at is there."""
+"""docs/experiments.md: every entry is dated and has its three parts, newest first; what it points at is
+there.
+"""
 
 import re
 
@@ -9,12 +11,18 @@ PAGE = kit.ROOT / "docs" / "experiments.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 TOPICS = {topic.splitlines()[0]: topic for topic in re.split(r"^## ", TEXT, flags=re.M)[1:]}
 DATE = r"(\d{4}-\d\d-\d\d)"
-PAGES = [path for folder in (".", "docs", "bench", "kernels", "examples") for path in sorted((kit.ROOT / folder).glob("*.md"))]
+PAGES = [
+    path
+    for folder in (".", "docs", "bench", "kernels", "examples")
+    for path in sorted((kit.ROOT / folder).glob("*.md"))
+]
 
 
 def test_the_contents_are_the_topics():
     assert re.findall(r"^- \[(.+)\]\(#.+\)$", TEXT, re.M) == list(TOPICS)
-    assert re.findall(r"^- \[.+\]\(#(.+)\)$", TEXT, re.M) == [topic.lower().replace(" ", "-") for topic in TOPICS]
+    assert re.findall(r"^- \[.+\]\(#(.+)\)$", TEXT, re.M) == [
+        topic.lower().replace(" ", "-") for topic in TOPICS
+    ]
 
 
 @pytest.mark.parametrize("topic", TOPICS)
@@ -27,14 +35,20 @@ def test_entries_are_dated_newest_first_and_have_three_parts(topic):
         assert [date[1] for date in dates] == sorted((date[1] for date in dates), reverse=True)
     assert entries
     for entry in entries:
-        assert re.findall(r"^\*\*(\w+)\.\*\* \S", entry, re.M) == ["Question", "Measured", "Verdict"], entry.splitlines()[0]
+        assert re.findall(r"^\*\*(\w+)\.\*\* \S", entry, re.M) == ["Question", "Measured", "Verdict"], (
+            entry.splitlines()[0]
+        )
 
 
 def test_files_that_it_names_exist():
     """As `tests/…`, `kernels/…` and so on from the root, or from the package (`models/attention.py`)."""
     named = set(re.findall(r"`([\w/]+/[\w/]*(?:\.\w+)?)`", TEXT))
     assert len(named) > 20
-    assert not [name for name in named if not ((kit.ROOT / name).exists() or (kit.ROOT / "saferlhf_fast" / name).exists())]
+    assert not [
+        name
+        for name in named
+        if not ((kit.ROOT / name).exists() or (kit.ROOT / "saferlhf_fast" / name).exists())
+    ]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(kit.ROOT)))

@@ -7,27 +7,42 @@ import kit
 import pytest
 
 DOCUMENT = (kit.ROOT / "docs" / "survival.md").read_text(encoding="utf-8")
-ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in DOCUMENT.splitlines() if re.match(r"\| \d+ \|", line)]
+ROWS = [
+    [cell.strip() for cell in line.strip("|").split("|")]
+    for line in DOCUMENT.splitlines()
+    if re.match(r"\| \d+ \|", line)
+]
 PLACES = ("test", "faults", "matrix", "integrations")
 MARKER = r"mark\.(slow|matrix|faults)\b"
 
 
 def functions(file):
     """{test function: the places where it runs, or some of its cases do}."""
-    path, = (kit.ROOT / "tests").rglob(file)
+    (path,) = (kit.ROOT / "tests").rglob(file)
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    of_file = [ast.unparse(node.value) for node in tree.body if isinstance(node, ast.Assign) and
-               any(getattr(target, "id", "") == "pytestmark" for target in node.targets)]
-    found = {node.name: places([*of_file, *map(ast.unparse, node.decorator_list)])
-             for node in tree.body if isinstance(node, ast.FunctionDef)}
+    of_file = [
+        ast.unparse(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and any(getattr(target, "id", "") == "pytestmark" for target in node.targets)
+    ]
+    found = {
+        node.name: places([*of_file, *map(ast.unparse, node.decorator_list)])
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+    }
     if not file.startswith("test_integration_"):
         return found
-    skipped = any("importorskip" in ast.unparse(node) for node in tree.body if not isinstance(node, ast.FunctionDef))
+    skipped = any(
+        "importorskip" in ast.unparse(node) for node in tree.body if not isinstance(node, ast.FunctionDef)
+    )
     return {name: {"integrations"} if skipped else {*where, "integrations"} for name, where in found.items()}
 
 
 def places(marks):
-    """A marker of the whole function takes it out of make test; one of single cases (pytest.param) leaves the others there."""
+    """A marker of the whole function takes it out of make test; one of single cases (pytest.param) leaves the
+    others there.
+    """
     whole = {name for mark in marks if "parametrize" not in mark for name in re.findall(MARKER, mark)}
     some = {name for mark in marks if "parametrize" in mark for name in re.findall(MARKER, mark)}
     return whole or {"test", *some}
@@ -51,7 +66,9 @@ def test_a_row_names_tests_that_exist_where_it_says(row):
         reached |= found[function]
     for place in PLACES:
         if re.search(rf"\b{place}\b", where):
-            assert place in reached, f"no test of this row runs in make {'test' if place == 'test' else 'test-' + place}"
+            assert place in reached, (
+                f"no test of this row runs in make {'test' if place == 'test' else 'test-' + place}"
+            )
 
 
 def test_a_name_that_is_none_is_noticed():
@@ -60,10 +77,13 @@ def test_a_name_that_is_none_is_noticed():
     with pytest.raises(AssertionError, match="not yet held"):
         test_a_row_names_tests_that_exist_where_it_says(["1", "a", "b", "", "test"])
     with pytest.raises(AssertionError, match="no test of this row runs in make test-faults"):
-        test_a_row_names_tests_that_exist_where_it_says(["1", "a", "b", "test_cli.py::test_interrupting_is_quiet", "faults"])
+        test_a_row_names_tests_that_exist_where_it_says(
+            ["1", "a", "b", "test_cli.py::test_interrupting_is_quiet", "faults"]
+        )
     with pytest.raises(AssertionError, match="no test of this row runs in make test-integrations"):
-        test_a_row_names_tests_that_exist_where_it_says(["1", "a", "b", "test_cli.py::test_interrupting_is_quiet",
-                                                         "integrations"])
+        test_a_row_names_tests_that_exist_where_it_says(
+            ["1", "a", "b", "test_cli.py::test_interrupting_is_quiet", "integrations"]
+        )
 
 
 def test_what_has_tests_is_not_called_open_and_the_legend_knows_every_place():
@@ -74,6 +94,8 @@ def test_what_has_tests_is_not_called_open_and_the_legend_knows_every_place():
     makefile = (kit.ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"`make ([a-z-]+)`", DOCUMENT):
         assert re.search(rf"^{target}:", makefile, re.M), target
-    of_libraries = {*map(lambda path: path.name, (kit.ROOT / "tests").rglob("test_integration*.py")),
-                    *map(lambda path: path.name, (kit.ROOT / "tests").rglob("test_patch_transformers*.py"))}
+    of_libraries = {
+        *map(lambda path: path.name, (kit.ROOT / "tests").rglob("test_integration*.py")),
+        *map(lambda path: path.name, (kit.ROOT / "tests").rglob("test_patch_transformers*.py")),
+    }
     assert of_libraries == set(re.findall(r"(test_\w+\.py)::", ROWS[26][3]))

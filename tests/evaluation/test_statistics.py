@@ -6,12 +6,30 @@ import math
 import numpy as np
 import pytest
 
-from saferlhf_fast.evaluation.statistics import finite, interval_text, mean_interval, share_interval, summarise, t_quantile
+from saferlhf_fast.evaluation.statistics import (
+    finite,
+    interval_text,
+    mean_interval,
+    share_interval,
+    summarise,
+    t_quantile,
+)
 
 
-@pytest.mark.parametrize("degrees, expected", [(1, 12.706205), (2, 4.302653), (5, 2.570582), (10, 2.228139),
-                                               (30, 2.042272), (120, 1.979930), (1000, 1.962339), (1001, 1.962337),
-                                               (10**6, 1.959966)])
+@pytest.mark.parametrize(
+    "degrees, expected",
+    [
+        (1, 12.706205),
+        (2, 4.302653),
+        (5, 2.570582),
+        (10, 2.228139),
+        (30, 2.042272),
+        (120, 1.979930),
+        (1000, 1.962339),
+        (1001, 1.962337),
+        (10**6, 1.959966),
+    ],
+)
 def test_t_quantile_is_that_of_the_tables(degrees, expected):
     assert t_quantile(degrees) == pytest.approx(expected, abs=2e-6)
 
@@ -19,8 +37,12 @@ def test_t_quantile_is_that_of_the_tables(degrees, expected):
 def test_mean_interval_by_hand():
     # s = √(5/3), t(3) = 3.182446: half = 3.182446 · 1.290994 / 2
     found = mean_interval([1, 2, 3, 4])
-    assert found == {"mean": 2.5, "low": pytest.approx(2.5 - 2.0542603, abs=1e-6),
-                     "high": pytest.approx(2.5 + 2.0542603, abs=1e-6), "n": 4}
+    assert found == {
+        "mean": 2.5,
+        "low": pytest.approx(2.5 - 2.0542603, abs=1e-6),
+        "high": pytest.approx(2.5 + 2.0542603, abs=1e-6),
+        "n": 4,
+    }
 
 
 def test_mean_interval_covers_95_percent():
@@ -29,10 +51,19 @@ def test_mean_interval_covers_95_percent():
     assert 0.92 < np.mean(hits) < 0.98
 
 
-@pytest.mark.parametrize("k, n, low, high", [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611),
-                                             (1, 29, 0.0061, 0.1718), (20, 20, 0.8389, 1.0)])
+@pytest.mark.parametrize(
+    "k, n, low, high",
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0),
+    ],
+)
 def test_wilson_interval_is_the_published_one(k, n, low, high):
-    # R. G. Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3; the last is the third mirrored.
+    # R. G. Newcombe (1998), Statistics in Medicine 17, 857-872, table I, method 3; the last is the third
+    # mirrored.
     found = share_interval([True] * k + [False] * (n - k))
     assert found["mean"] == k / n and found["n"] == n
     assert (found["low"], found["high"]) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))

@@ -1,4 +1,6 @@
-"""OpenRLHF's functions against ours in their place. Needs OpenRLHF 0.11.2; flash-attn and vLLM, which it imports, are stubbed."""
+"""OpenRLHF's functions against ours in their place. Needs OpenRLHF 0.11.2; flash-attn and vLLM, which it
+imports, are stubbed.
+"""
 
 import inspect
 
@@ -35,17 +37,24 @@ def test_log_probs_and_entropies_of_random_batches(report):
         ids, temperature = batch.ids(vocabulary, *shape), batch.pick(1.0, 0.7, 1.6)
         mine, exact = leaf(logits), leaf(logits.double())
         got = actor.log_probs_from_logits(mine, ids, temperature)
-        assert torch.equal(mine, logits)                               # theirs divides in place
+        assert torch.equal(mine, logits)  # theirs divides in place
         expected = THEIRS.log_probs_from_logits(logits.clone(), ids, temperature)
         truth = THEIRS.log_probs_from_logits(exact / temperature, ids)
         near(got, expected, str(batch))
         not_worse(got, expected, truth, str(batch))
         other = leaf(logits)
-        entropies = [actor.compute_entropy(mine), THEIRS.compute_entropy(other), THEIRS.compute_entropy(exact)]
+        entropies = [
+            actor.compute_entropy(mine),
+            THEIRS.compute_entropy(other),
+            THEIRS.compute_entropy(exact),
+        ]
         near(*entropies[:2], str(batch))
         not_worse(*entropies, str(batch))
-        near(gradients([got, entropies[0]], [mine], batch.seed)[0], gradients([truth, entropies[2]], [exact], batch.seed)[0],
-             str(batch))
+        near(
+            gradients([got, entropies[0]], [mine], batch.seed)[0],
+            gradients([truth, entropies[2]], [exact], batch.seed)[0],
+            str(batch),
+        )
     assert report.calls["openrlhf.models.utils:log_probs_from_logits"] == 50
 
 
@@ -53,10 +62,19 @@ def test_losses_of_random_batches(report):
     for batch in Batches():
         rows, width = batch.whole(1, 5), batch.whole(1, 30)
         mask = batch.holes(batch.rows(rows, width)).to(batch.pick(torch.int64, torch.bool, torch.float32))
-        logp, step, third = batch.normal(rows, width), batch.normal(rows, width, scale=0.5), batch.normal(rows, width)
+        logp, step, third = (
+            batch.normal(rows, width),
+            batch.normal(rows, width, scale=0.5),
+            batch.normal(rows, width),
+        )
         counts = batch.pick({}, {"dp_size": 2, "batch_num_tokens": 17.0, "global_batch_size": 6.0})
-        policy = {"clip_eps_low": 0.2, "clip_eps_high": batch.pick(0.2, 0.28), "dual_clip": batch.pick(None, 1.5),
-                  "token_level_loss": batch.pick(True, False), "policy_loss_type": batch.pick("ppo", "ppo", "gspo")}
+        policy = {
+            "clip_eps_low": 0.2,
+            "clip_eps_high": batch.pick(0.2, 0.28),
+            "dual_clip": batch.pick(None, 1.5),
+            "token_level_loss": batch.pick(True, False),
+            "policy_loss_type": batch.pick("ppo", "ppo", "gspo"),
+        }
         value = {"clip_eps": batch.pick(None, 0.3), "token_level_loss": batch.pick(True, False)}
         made = []
         for module in (loss, LOSS):
@@ -90,7 +108,9 @@ def test_gae_of_random_batches(report):
         mask = batch.pick(None, batch.holes(batch.rows(rows, width)))
         values, rewards = batch.normal(rows, width), batch.normal(rows, width)
         kept = torch.ones(rows, width, dtype=torch.bool) if mask is None else mask
-        for one, two in zip(ours(None, values, rewards, mask, 0.99, 0.95), theirs(None, values, rewards, mask, 0.99, 0.95)):
+        for one, two in zip(
+            ours(None, values, rewards, mask, 0.99, 0.95), theirs(None, values, rewards, mask, 0.99, 0.95)
+        ):
             near(one[kept], two[kept], str(batch))
 
 
@@ -115,8 +135,10 @@ def test_edge_cases(report):
 def test_compiled_callers_enter_ours():
     logits = torch.randn(2, 7)
     logits[0, 1] = -float("inf")
-    with integrations.patch("openrlhf", quiet=True) as made:           # theirs is a torch.compile'd function
-        for calls, function in enumerate((lambda x: utils.compute_entropy(x) * 1, utils.compute_entropy), start=1):
+    with integrations.patch("openrlhf", quiet=True) as made:  # theirs is a torch.compile'd function
+        for calls, function in enumerate(
+            (lambda x: utils.compute_entropy(x) * 1, utils.compute_entropy), start=1
+        ):
             got = torch.compile(function, backend="eager", fullgraph=True)(logits)
             assert got.isfinite().all() and made.calls["openrlhf.models.utils:compute_entropy"] == calls
         assert list(inspect.signature(utils.compute_entropy).parameters) == ["logits"]
@@ -130,8 +152,10 @@ def test_a_temperature_that_learns_gets_its_gradient(report):
         made.append(gradients([function(source * 1, ids, temperature)], [source, temperature]))
     for ours, theirs in zip(*made):
         near(ours, theirs)
-    one = torch.tensor([2.0])                                          # not 0-d: theirs broadcasts it
-    assert torch.equal(*(module.log_probs_from_logits(logits.clone(), ids, one) for module in (utils, THEIRS)))
+    one = torch.tensor([2.0])  # not 0-d: theirs broadcasts it
+    assert torch.equal(
+        *(module.log_probs_from_logits(logits.clone(), ids, one) for module in (utils, THEIRS))
+    )
 
 
 def test_counts_and_arguments_that_are_theirs(report):
@@ -147,16 +171,25 @@ def test_counts_and_arguments_that_are_theirs(report):
         for zero in (0.0, torch.tensor(0.0)):
             counts = {"dp_size": 2, "batch_num_tokens": zero, "global_batch_size": zero}
             settings = {"token_level_loss": token_level}
-            made = [(module.PolicyLoss(**settings)(*tensors, mask, **counts)[0],
-                     module.ValueLoss(0.2, **settings)(*tensors, mask, **counts)) for module in (loss, LOSS)]
+            made = [
+                (
+                    module.PolicyLoss(**settings)(*tensors, mask, **counts)[0],
+                    module.ValueLoss(0.2, **settings)(*tensors, mask, **counts),
+                )
+                for module in (loss, LOSS)
+            ]
             assert torch.equal(torch.stack(made[0]), torch.stack(made[1])) and made[0][1].isinf()
-    assert loss.PolicyLoss()(*tensors, mask & False, batch_num_tokens=0.0)[0] == 0      # no token anywhere
+    assert loss.PolicyLoss()(*tensors, mask & False, batch_num_tokens=0.0)[0] == 0  # no token anywhere
 
 
 def test_every_binding_is_replaced_and_restored():
     before = snapshot(actor, loss, utils)
     with integrations.patch("openrlhf", quiet=True) as report:
-        assert actor.log_probs_from_logits is utils.log_probs_from_logits is not before[utils.__name__, "log_probs_from_logits"]
+        assert (
+            actor.log_probs_from_logits
+            is utils.log_probs_from_logits
+            is not before[utils.__name__, "log_probs_from_logits"]
+        )
         assert actor.compute_entropy is utils.compute_entropy
         assert len(report.replaced) >= 5
     same(before, snapshot(actor, loss, utils))

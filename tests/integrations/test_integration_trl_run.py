@@ -1,6 +1,7 @@
 """TRL's DPO and GRPO trainers for 20 steps on a tiny model: patched and not, the same losses. Needs TRL 1.16.
 
-All of it in `make test-integrations`; in `make test` GRPO, and DPO as the shorter run of examples/trl_patched.py.
+All of it in `make test-integrations`; in `make test` GRPO, and DPO as the shorter run of
+examples/trl_patched.py.
 """
 
 import importlib.util
@@ -30,6 +31,6 @@ def test_twenty_steps_have_the_same_losses(side, monkeypatch):
     assert len(theirs["steps"]) == len(ours["steps"]) == 20
     assert not theirs["calls"] and ours["calls"]["trl.trainer.utils:_ChunkedLogProbFunction"] >= 20
     losses = [row["loss"] for row in theirs["steps"]]
-    assert len(set(losses)) > 10                                       # something is learned
+    assert len(set(losses)) > 10  # something is learned
     for name, value in module.apart(theirs, ours).items():
         assert value < 1e-3 * max(1.0, *(abs(row[name]) for row in theirs["steps"])), name

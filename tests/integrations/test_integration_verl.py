@@ -1,4 +1,6 @@
-"""verl's functions against ours in their place: values, gradients, metrics, edge cases, registries. Needs verl 0.9.1."""
+"""verl's functions against ours in their place: values, gradients, metrics, edge cases, registries. Needs
+verl 0.9.1.
+"""
 
 import os
 import subprocess
@@ -33,21 +35,39 @@ def test_log_probs_and_entropies_of_random_batches(report):
     for batch in Batches():
         vocabulary = batch.whole(2, 300)
         shape = batch.pick((batch.whole(1, 12),), (batch.whole(1, 4), batch.whole(1, 7)))
-        logits = batch.normal(*shape, vocabulary, scale=3).to(batch.pick(torch.float32, torch.bfloat16, torch.float64))
-        logits = logits if batch.seed % 3 else logits.repeat_interleave(2, -1)[..., ::2]           # a stride of 2
+        logits = batch.normal(*shape, vocabulary, scale=3).to(
+            batch.pick(torch.float32, torch.bfloat16, torch.float64)
+        )
+        # a stride of 2
+        logits = logits if batch.seed % 3 else logits.repeat_interleave(2, -1)[..., ::2]
         ids = batch.ids(vocabulary, *shape)
         mine, other, exact = leaf(logits), leaf(logits), leaf(logits.double())
-        pairs = [(functional.logprobs_from_logits(mine, ids), THEIRS.logprobs_from_logits(other, ids),
-                  THEIRS.logprobs_from_logits(exact, ids)),
-                 (functional.entropy_from_logits(mine), THEIRS.entropy_from_logits(other), THEIRS.entropy_from_logits(exact))]
+        pairs = [
+            (
+                functional.logprobs_from_logits(mine, ids),
+                THEIRS.logprobs_from_logits(other, ids),
+                THEIRS.logprobs_from_logits(exact, ids),
+            ),
+            (
+                functional.entropy_from_logits(mine),
+                THEIRS.entropy_from_logits(other),
+                THEIRS.entropy_from_logits(exact),
+            ),
+        ]
         for got, expected, truth in pairs:
             near(got, expected, str(batch))
             not_worse(got, expected, truth, str(batch))
-        made = [gradients([pair[k] for pair in pairs], [source], batch.seed)[0] for k, source in enumerate((mine, other, exact))]
+        made = [
+            gradients([pair[k] for pair in pairs], [source], batch.seed)[0]
+            for k, source in enumerate((mine, other, exact))
+        ]
         near(*made[:2], str(batch))
         not_worse(*made, str(batch))
         if len(shape) == 1 and logits.dtype != torch.float64:
-            near(functional.entropy_from_logits_with_chunking(mine, 3), THEIRS.entropy_from_logits_with_chunking(other, 3))
+            near(
+                functional.entropy_from_logits_with_chunking(mine, 3),
+                THEIRS.entropy_from_logits_with_chunking(other, 3),
+            )
     assert report.calls["verl.utils.torch_functional:logprobs_from_logits"] == 50
 
 
@@ -76,26 +96,41 @@ def test_fused_linear_of_random_batches(report):
 def test_gae_and_whitening_of_random_batches(report):
     for batch in Batches():
         rows, width = batch.whole(1, 5), batch.whole(2, 40)
-        mask = batch.holes(batch.rows(rows, width, at_least=2)).to(batch.pick(torch.int64, torch.bool, torch.float32))
+        mask = batch.holes(batch.rows(rows, width, at_least=2)).to(
+            batch.pick(torch.int64, torch.bool, torch.float32)
+        )
         if mask.sum() < 2:
             continue
         rewards, values = batch.normal(rows, width), batch.normal(rows, width)
         gamma, lam = batch.pick(1.0, 0.99), batch.pick(0.95, 1.0, 0.0)
         kept = mask != 0
-        for got, expected in zip(core.compute_gae_advantage_return(rewards, values, mask, gamma, lam),
-                                 CORE.compute_gae_advantage_return(rewards, values, mask.long(), gamma, lam)):
+        for got, expected in zip(
+            core.compute_gae_advantage_return(rewards, values, mask, gamma, lam),
+            CORE.compute_gae_advantage_return(rewards, values, mask.long(), gamma, lam),
+        ):
             near(got[kept], expected[kept], str(batch))
             assert (got[~kept] == 0).all()
         for shift in (True, False):
             one, two = leaf(values), leaf(values)
             got, expected = functional.masked_whiten(one, mask, shift), THEIRS.masked_whiten(two, mask, shift)
             near(got, expected, str(batch))
-            near(*(gradients([made], [source], batch.seed)[0] for made, source in ((got, one), (expected, two))), str(batch))
+            near(
+                *(
+                    gradients([made], [source], batch.seed)[0]
+                    for made, source in ((got, one), (expected, two))
+                ),
+                str(batch),
+            )
 
 
 def _config(batch, **info):
-    values = {"clip_ratio": 0.2, "clip_ratio_low": batch.pick(None, 0.1), "clip_ratio_high": batch.pick(None, 0.28),
-              "clip_ratio_c": batch.pick(3.0, 1.3), "global_batch_info": info}
+    values = {
+        "clip_ratio": 0.2,
+        "clip_ratio_low": batch.pick(None, 0.1),
+        "clip_ratio_high": batch.pick(None, 0.28),
+        "clip_ratio_c": batch.pick(3.0, 1.3),
+        "global_batch_info": info,
+    }
     config = types.SimpleNamespace(**values)
     config.get = lambda name, default=None: values.get(name, default)
     return config
@@ -108,15 +143,30 @@ def test_policy_and_value_loss_of_random_batches(report):
         if not mask.any():
             continue
         mask = mask.to(batch.pick(torch.int64, torch.bool, torch.float32))
-        logp, step, advantages = batch.normal(rows, width), batch.normal(rows, width, scale=0.5), batch.normal(rows, width)
+        logp, step, advantages = (
+            batch.normal(rows, width),
+            batch.normal(rows, width, scale=0.5),
+            batch.normal(rows, width),
+        )
         mode = batch.pick(*MODES)
-        info = batch.pick({}, {"dp_size": 2, "batch_num_tokens": 17, "global_batch_size": 6, "loss_scale_factor": 9})
-        weights = batch.pick(None, batch.normal(rows, width).clamp(min=0), torch.zeros(rows, 1), torch.ones(rows, width))
+        info = batch.pick(
+            {}, {"dp_size": 2, "batch_num_tokens": 17, "global_batch_size": 6, "loss_scale_factor": 9}
+        )
+        weights = batch.pick(
+            None, batch.normal(rows, width).clamp(min=0), torch.zeros(rows, 1), torch.ones(rows, width)
+        )
         made = []
         for module in (core, CORE):
             source = leaf(logp)
-            loss, metrics = module.get_policy_loss_fn("vanilla")(logp + step, source, advantages, mask, mode,
-                                                                  _config(batch.__class__(batch.seed), **info), weights)
+            loss, metrics = module.get_policy_loss_fn("vanilla")(
+                logp + step,
+                source,
+                advantages,
+                mask,
+                mode,
+                _config(batch.__class__(batch.seed), **info),
+                weights,
+            )
             made.append((loss, gradients([loss], [source])[0], metrics))
         near(made[0][0], made[1][0], f"{batch} {mode}")
         near(made[0][1], made[1][1], f"{batch} {mode}")
@@ -135,25 +185,43 @@ def test_weights_of_zero_hide_no_clip(report):
     logp, old = torch.zeros(2, 3), torch.tensor([[1.0, -1.0, 0.0], [-2.0, 1.0, 0.0]])
     advantages = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]])
     for weights in (torch.zeros(2, 3), torch.tensor([[0.0] * 3, [1.0] * 3])):
-        arguments = old, logp, advantages, torch.ones(2, 3), "token-mean", _config(next(iter(Batches()))), weights
+        arguments = (
+            old,
+            logp,
+            advantages,
+            torch.ones(2, 3),
+            "token-mean",
+            _config(next(iter(Batches()))),
+            weights,
+        )
         ours, theirs = (module.compute_policy_loss_vanilla(*arguments) for module in (core, CORE))
         near(ours[0], theirs[0])
         assert ours[1] == pytest.approx(theirs[1], abs=1e-6) and ours[1]["actor/pg_clipfrac"] > 0
     assert report.calls["verl.trainer.ppo.core_algos:compute_policy_loss_vanilla"] == 2
 
 
-@pytest.mark.parametrize(("mode", "counts"), [
-    ("token-mean", {"batch_num_tokens": 0}), ("token-mean", {"batch_num_tokens": torch.tensor(0)}),
-    ("token-mean", {"batch_num_tokens": -3}), ("seq-mean-token-sum", {"global_batch_size": 0}),
-    ("seq-mean-token-mean", {"global_batch_size": 0}), ("token-sum", {"dp_size": 0}),
-    ("seq-mean-token-sum-norm", {"global_batch_size": 2, "loss_scale_factor": 0}),
-])
+@pytest.mark.parametrize(
+    ("mode", "counts"),
+    [
+        ("token-mean", {"batch_num_tokens": 0}),
+        ("token-mean", {"batch_num_tokens": torch.tensor(0)}),
+        ("token-mean", {"batch_num_tokens": -3}),
+        ("seq-mean-token-sum", {"global_batch_size": 0}),
+        ("seq-mean-token-mean", {"global_batch_size": 0}),
+        ("token-sum", {"dp_size": 0}),
+        ("seq-mean-token-sum-norm", {"global_batch_size": 2, "loss_scale_factor": 0}),
+    ],
+)
 def test_global_counts_of_zero_are_theirs_where_there_are_tokens(report, mode, counts):
     tensors, mask = torch.randn(3, 2, 5).unbind(), torch.ones(2, 5)
     for tokens in (mask, torch.tensor([[1.0] * 5, [0.0] * 5])):
         config = _config(next(iter(Batches())), **counts)
-        policy = [module.compute_policy_loss_vanilla(*tensors, tokens, mode, config)[0] for module in (core, CORE)]
-        value = [module.compute_value_loss(*tensors, tokens, 0.3, mode, **counts)[0] for module in (core, CORE)]
+        policy = [
+            module.compute_policy_loss_vanilla(*tensors, tokens, mode, config)[0] for module in (core, CORE)
+        ]
+        value = [
+            module.compute_value_loss(*tensors, tokens, 0.3, mode, **counts)[0] for module in (core, CORE)
+        ]
         assert torch.equal(*policy) and torch.equal(*value)
     assert core.compute_value_loss(*tensors, mask * 0, 0.3, mode, **counts)[0].nan_to_num() == 0
 
@@ -169,17 +237,23 @@ def test_tensors_in_the_place_of_numbers_are_theirs(report):
         config.clip_ratio_low = config.clip_ratio_high = wide
         made.append(module.compute_policy_loss_vanilla(*tensors, mask, "token-mean", config)[0])
     assert torch.equal(*made)
-    for gamma in (torch.tensor([1.0, 0.5]), 1.5):           # what our gae refuses, too
-        for one, two in zip(*(module.compute_gae_advantage_return(*tensors[:2], mask, gamma, 0.9) for module in (core, CORE))):
+    for gamma in (torch.tensor([1.0, 0.5]), 1.5):  # what our gae refuses, too
+        for one, two in zip(
+            *(module.compute_gae_advantage_return(*tensors[:2], mask, gamma, 0.9) for module in (core, CORE))
+        ):
             near(one, two)
     hidden, weight, ids = torch.randn(4, 8), torch.randn(4, 8), torch.arange(4)
-    by_word = torch.tensor([1.0, 2.0, 3.0, 4.0])                       # theirs divides the columns by it
-    for one, two in zip(*(module.FusedLinearForPPO().forward(hidden, weight, ids, by_word) for module in (fused, FUSED))):
+    by_word = torch.tensor([1.0, 2.0, 3.0, 4.0])  # theirs divides the columns by it
+    for one, two in zip(
+        *(module.FusedLinearForPPO().forward(hidden, weight, ids, by_word) for module in (fused, FUSED))
+    ):
         assert torch.equal(one, two)
 
 
 def test_config_of_their_own(report):
-    config = pytest.importorskip("verl.workers.config").ActorConfig(strategy="fsdp", rollout_n=1, use_dynamic_bsz=True)
+    config = pytest.importorskip("verl.workers.config").ActorConfig(
+        strategy="fsdp", rollout_n=1, use_dynamic_bsz=True
+    )
     tensors = torch.randn(3, 2, 5).unbind()
     mask = torch.ones(2, 5)
     ours = core.POLICY_LOSS_REGISTRY["vanilla"](*tensors, mask, "token-mean", config)
@@ -192,7 +266,10 @@ def test_edge_cases(report):
     logits, ids = torch.randn(3, 7), torch.tensor([0, 5, 6])
     logits[1, 2] = -float("inf")
     for function in ("entropy_from_logits", "entropy_from_logits_with_chunking"):
-        assert getattr(functional, function)(logits).isfinite().all() and getattr(THEIRS, function)(logits).isnan().any()
+        assert (
+            getattr(functional, function)(logits).isfinite().all()
+            and getattr(THEIRS, function)(logits).isnan().any()
+        )
     for wrong in (-100, 7):
         with pytest.raises(ValueError, match=f"labels: expected 0 <= id < 7, got {wrong}"):
             functional.logprobs_from_logits(logits, ids.masked_fill(ids == 6, wrong))
@@ -202,25 +279,32 @@ def test_edge_cases(report):
     with pytest.raises(ValueError, match="at least two"):
         functional.masked_whiten(torch.randn(2, 3), torch.zeros(2, 3))
     values, nothing = leaf(torch.randn(2, 3)), torch.zeros(2, 3)
-    loss, metrics = core.compute_policy_loss_vanilla(values.detach(), values, values.detach(), nothing, "token-mean",
-                                                     _config(next(iter(Batches()))))
+    loss, metrics = core.compute_policy_loss_vanilla(
+        values.detach(), values, values.detach(), nothing, "token-mean", _config(next(iter(Batches())))
+    )
     assert loss == 0 and (gradients([loss], [values])[0] == 0).all() and set(metrics.values()) == {0.0}
     poisoned = torch.tensor([[0.3, float("nan"), 0.1]])
     made = core.compute_gae_advantage_return(poisoned, poisoned, torch.tensor([[1, 0, 1]]), 1.0, 0.95)
     assert all(part.isfinite().all() for part in made)
-    weighted = torch.tensor([[1.0, 0.5, 1.0]])                         # no flags: theirs, whatever that means
+    weighted = torch.tensor([[1.0, 0.5, 1.0]])  # no flags: theirs, whatever that means
     tensors = torch.randn(3, 1, 3).unbind()
     config = _config(next(iter(Batches())))
-    assert core.compute_policy_loss_vanilla(*tensors, weighted, "token-mean", config)[0] == \
-        CORE.compute_policy_loss_vanilla(*tensors, weighted, "token-mean", config)[0]
+    assert (
+        core.compute_policy_loss_vanilla(*tensors, weighted, "token-mean", config)[0]
+        == CORE.compute_policy_loss_vanilla(*tensors, weighted, "token-mean", config)[0]
+    )
     flags, negative = torch.ones(1, 3), torch.tensor([[1.0, -1.0, 2.0]])
-    for arguments in ((*tensors, flags, "token-mean", config, negative), (tensors[0], tensors[1], leaf(tensors[2]), flags,
-                                                                           "token-mean", config)):
+    for arguments in (
+        (*tensors, flags, "token-mean", config, negative),
+        (tensors[0], tensors[1], leaf(tensors[2]), flags, "token-mean", config),
+    ):
         got, expected = (module.compute_policy_loss_vanilla(*arguments)[0] for module in (core, CORE))
         assert got == expected and got.requires_grad == expected.requires_grad
     whole = torch.ones(1, 3, dtype=torch.int64)
-    assert torch.equal(core.compute_gae_advantage_return(whole, tensors[0], flags, 1.0, 0.9)[1],
-                       CORE.compute_gae_advantage_return(whole, tensors[0], flags, 1.0, 0.9)[1])
+    assert torch.equal(
+        core.compute_gae_advantage_return(whole, tensors[0], flags, 1.0, 0.9)[1],
+        CORE.compute_gae_advantage_return(whole, tensors[0], flags, 1.0, 0.9)[1],
+    )
     with pytest.raises(ValueError, match="required when dp_size > 1"):
         core.compute_value_loss(*tensors, weighted, 0.2, dp_size=2)
     with pytest.raises(ValueError, match="Invalid loss_agg_mode"):
@@ -233,14 +317,19 @@ def test_compiled_entropy_is_ours_and_counted(report):
         logits, other = (leaf(torch.randn(rows, 11)) for _ in range(2))
         other.data.copy_(logits.data)
         near(compiled(logits), THEIRS.entropy_from_logits(other))
-        near(*(gradients([made], [source])[0] for made, source in ((compiled(logits), logits),
-                                                                   (THEIRS.entropy_from_logits(other), other))))
+        near(
+            *(
+                gradients([made], [source])[0]
+                for made, source in ((compiled(logits), logits), (THEIRS.entropy_from_logits(other), other))
+            )
+        )
     assert 1 <= report.calls["verl.utils.torch_functional:entropy_from_logits"] < 6
 
 
 def test_registries_and_bindings_are_replaced_and_restored():
     import verl.workers.engine.fsdp.transformer_impl as engine
     import verl.workers.utils.losses as losses
+
     before = snapshot(core, functional, fused, engine, losses)
     held = core.compute_policy_loss_vanilla
     with integrations.patch("verl", quiet=True) as report:
@@ -250,7 +339,8 @@ def test_registries_and_bindings_are_replaced_and_restored():
         assert losses.compute_value_loss is core.compute_value_loss
         assert "verl.trainer.ppo.core_algos.POLICY_LOSS_REGISTRY['vanilla']" in str(report)
         with integrations.patch("verl", quiet=True):
-            pass                                                       # a second context ends; the first one's work stays
+            # a second context ends; the first one's work stays
+            pass
         assert core.POLICY_LOSS_REGISTRY["vanilla"] is not held
     same(before, snapshot(core, functional, fused, engine, losses))
 
@@ -263,5 +353,8 @@ def test_the_environment_patches_every_process_that_imports_verl():
         assert integrations.patched() == ["verl"]
         assert core.POLICY_LOSS_REGISTRY["vanilla"].__saferlhf_fast__ and engine.logprobs_from_logits.__saferlhf_fast__
     """
-    subprocess.run([sys.executable, "-c", code], check=True,
-                   env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "saferlhf_fast.integrations.verl_worker"})
+    subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "saferlhf_fast.integrations.verl_worker"},
+    )

@@ -22,8 +22,14 @@ def test_losses_and_gradients_are_transformers_own(kind):
     patched = patch_model(copy.deepcopy(model))
     for seed in range(50):
         ids, mask, labels = random_batch(seed)
-        extra = [{}, {"num_items_in_batch": 7}, {"num_items_in_batch": torch.tensor(5)},
-                 {"shift_labels": torch.roll(labels, -1, 1)}, {"output_hidden_states": True}, {"ignore_index": 3}][seed % 6]
+        extra = [
+            {},
+            {"num_items_in_batch": 7},
+            {"num_items_in_batch": torch.tensor(5)},
+            {"shift_labels": torch.roll(labels, -1, 1)},
+            {"output_hidden_states": True},
+            {"ignore_index": 3},
+        ][seed % 6]
         if "ignore_index" in extra:
             labels = labels.where(labels >= 0, 3)
         expected = model(ids, attention_mask=mask, labels=labels, **extra)
@@ -43,15 +49,21 @@ def test_half_precision_and_autocast(kind):
     for seed in range(0, 50, 5):
         ids, mask, labels = random_batch(seed + 1)
         labels[0, -1] = ids[0, -1]
-        got, expected = patched(ids, attention_mask=mask, labels=labels).loss, model(ids, attention_mask=mask, labels=labels).loss
+        got, expected = (
+            patched(ids, attention_mask=mask, labels=labels).loss,
+            model(ids, attention_mask=mask, labels=labels).loss,
+        )
         truth = exact(ids, attention_mask=mask, labels=labels).loss
         assert got.dtype == torch.float32
         if not truth.isnan():
             assert (got - truth).abs() <= (expected - truth).abs() + 0.02 * truth.abs()
             close(gradients(patched, got), gradients(model, expected), torch.bfloat16)
         with torch.autocast("cpu", torch.bfloat16):
-            close(narrow(ids, attention_mask=mask, labels=labels).loss, wide(ids, attention_mask=mask, labels=labels).loss,
-                  torch.bfloat16)
+            close(
+                narrow(ids, attention_mask=mask, labels=labels).loss,
+                wide(ids, attention_mask=mask, labels=labels).loss,
+                torch.bfloat16,
+            )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,8 +83,9 @@ def test_token_logprobs(kind):
         expected = every.gather(-1, chosen[:, 1:, None].clamp(min=0)).squeeze(-1).where(real, 0.0)
         entropy = -(every.exp() * every).sum(-1).where(real, 0.0)
         given = {"labels": labels} if chosen is labels else {}
-        got, spread = patched.token_logprobs(ids, mask.bool() if seed % 3 else mask, temperature=temperature, return_entropy=True,
-                                             **given)
+        got, spread = patched.token_logprobs(
+            ids, mask.bool() if seed % 3 else mask, temperature=temperature, return_entropy=True, **given
+        )
         assert got.shape == (len(ids), ids.shape[1] - 1) and got.dtype == torch.float32
         close(got, expected, torch.float32)
         close(spread, entropy, torch.float32)
@@ -80,31 +93,44 @@ def test_token_logprobs(kind):
         close(patched.token_logprobs(ids, mask, temperature=temperature, **given), expected, torch.float32)
         if seed % 10 == 1 and real.any():
             weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(seed))
-            close(gradients(patched, ((got + 0.3 * spread) * weight).sum()),
-                  gradients(model, ((expected + 0.3 * entropy) * weight).sum()), torch.float32)
+            close(
+                gradients(patched, ((got + 0.3 * spread) * weight).sum()),
+                gradients(model, ((expected + 0.3 * entropy) * weight).sum()),
+                torch.float32,
+            )
 
 
 def test_token_logprobs_edges():
     patched = patch_model(make())
     ids = torch.tensor([[5, 6, 7]])
-    assert patched.token_logprobs(ids[:0]).shape == (0, 2) and patched.token_logprobs(ids[:, :1]).shape == (1, 0)
+    assert patched.token_logprobs(ids[:0]).shape == (0, 2) and patched.token_logprobs(ids[:, :1]).shape == (
+        1,
+        0,
+    )
     assert patched.token_logprobs(ids, torch.zeros_like(ids)).tolist() == [[0.0, 0.0]]
-    torch.testing.assert_close(patched.token_logprobs(ids.int()), patched.token_logprobs(ids, torch.ones_like(ids).bool()))
+    torch.testing.assert_close(
+        patched.token_logprobs(ids.int()), patched.token_logprobs(ids, torch.ones_like(ids).bool())
+    )
     per_token = patched.token_logprobs(ids, temperature=torch.tensor([[1.0, 2.0]]))
     torch.testing.assert_close(per_token[0, 1], patched.token_logprobs(ids, temperature=2.0)[0, 1])
     assert patch_model(make(dtype=torch.float64)).token_logprobs(ids).dtype == torch.float64
-    for bad, message in [(dict(mask=torch.ones(1, 3)), "float32"), (dict(mask=torch.ones(1, 2).long()), r"expected \[1, 3\]"),
-                         (dict(labels=torch.full((1, 3), V)), f"id < {V}, got {V}"), (dict(temperature=0.0), "> 0"),
-                         (dict(labels=torch.full((1, 3), -1)), "got -1"), (dict(labels=torch.ones(1, 3)), "integers")]:
+    for bad, message in [
+        (dict(mask=torch.ones(1, 3)), "float32"),
+        (dict(mask=torch.ones(1, 2).long()), r"expected \[1, 3\]"),
+        (dict(labels=torch.full((1, 3), V)), f"id < {V}, got {V}"),
+        (dict(temperature=0.0), "> 0"),
+        (dict(labels=torch.full((1, 3), -1)), "got -1"),
+        (dict(labels=torch.ones(1, 3)), "integers"),
+    ]:
         with pytest.raises(ValueError, match=message):
             patched.token_logprobs(ids, **bad)
 
 
-@pytest.mark.parametrize("label", [V, 10 ** 9, -1, -101])
+@pytest.mark.parametrize("label", [V, 10**9, -1, -101])
 def test_labels_outside_the_vocabulary_are_refused(label):
     patched, ids = patch_model(make()), torch.tensor([[5, 6, 7]])
     wrong = torch.tensor([[5, label, 7]])
-    for name, more in (("labels", {}), ("shift_labels", {"shift_labels": wrong})):     # in the caller's words
+    for name, more in (("labels", {}), ("shift_labels", {"shift_labels": wrong})):  # in the caller's words
         with pytest.raises(ValueError, match=rf"^{name}: expected -100 or 0 <= id < {V}, got {label}$"):
             patched(input_ids=ids, labels=ids if more else wrong, **more)
     with pytest.raises(ValueError, match=rf"^token_logprobs: labels: expected 0 <= id < {V}, got {label}$"):
@@ -119,7 +145,9 @@ def test_labels_outside_the_vocabulary_are_refused(label):
 def test_labels_that_are_no_integers_are_refused(dtype):
     patched, ids = patch_model(make()), torch.tensor([[5, 6, 7]])
     for given in ({"labels": ids.to(dtype)}, {"labels": ids, "shift_labels": ids.to(dtype)}):
-        with pytest.raises(ValueError, match=rf"^{list(given)[-1]}: expected 3 integers of shape \[1, 3\], got 3 of {dtype}"):
+        with pytest.raises(
+            ValueError, match=rf"^{list(given)[-1]}: expected 3 integers of shape \[1, 3\], got 3 of {dtype}"
+        ):
             patched(input_ids=ids, **given)
     with pytest.raises(ValueError, match=f"labels: expected integers .*, got {dtype}"):
         patched.token_logprobs(ids, labels=ids.to(dtype))
@@ -175,6 +203,7 @@ def peak_bytes(call):
 def test_logits_are_never_built(learn, monkeypatch):
     """1,024 tokens, 32,000 words: chunks of 16 MiB, transformers' own logits 128 MiB and more than once."""
     from saferlhf_fast.kernels import linear
+
     monkeypatch.setitem(linear.WORKSPACE, "cpu", 16 << 20)
     columns, tokens = 32_000, 1_024
     model = make(vocab_size=columns, max_position_embeddings=tokens, hidden_size=8, num_attention_heads=1)
@@ -196,7 +225,10 @@ def test_logits_are_never_built(learn, monkeypatch):
     plain_widest, plain_peak = seen(lambda: loss(model)), peak_bytes(lambda: loss(model))
     patch_model(model)
     assert plain_widest >= every and plain_peak >= 4 * every
-    for call in (lambda: loss(model), *([] if learn else [lambda: model.token_logprobs(ids, torch.ones_like(ids))])):
+    for call in (
+        lambda: loss(model),
+        *([] if learn else [lambda: model.token_logprobs(ids, torch.ones_like(ids))]),
+    ):
         with torch.set_grad_enabled(learn):
             assert seen(call) <= (16 << 20) // 4
             assert peak_bytes(call) < (16 << 20) + 6 * weights + (8 << 20)

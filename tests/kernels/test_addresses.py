@@ -1,7 +1,8 @@
-"""Element counts past 2^31 in C++, without the memory for them. Triton's are in tests/kernels/test_launches.py.
+"""Element counts past 2^31 in C++, without the memory for them. Triton's are in
+tests/kernels/test_launches.py.
 
-The last row of a tensor lies more than 2^31 elements behind the first, in memory that has pages only where they are touched.
-Each case runs in a process of its own, since an offset that overflows may end the process.
+The last row of a tensor lies more than 2^31 elements behind the first, in memory that has pages only where
+they are touched. Each case runs in a process of its own, since an offset that overflows may end the process.
 """
 
 import ctypes
@@ -23,15 +24,24 @@ from saferlhf_fast.kernels import dispatch
 
 pytestmark = pytest.mark.numeric
 
-PAST = 2 ** 31
-WIDTH = 2 ** 20  # of the padded rows below: 4 MiB of float32
+PAST = 2**31
+WIDTH = 2**20  # of the padded rows below: 4 MiB of float32
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
-_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_long,
+]
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory
+# ---------------------------------------------------------------------------------------------------------
+
 
 def _map(address, size, flags, file=-1):
     found = _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, flags, file, 0)
@@ -48,7 +58,8 @@ def sparse(elements, dtype=torch.float32):
     """Zeros of which only touched pages exist; never freed: the process is short."""
     size = elements * dtype.itemsize
     start = _map(None, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
-    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)   # what is only read: one page of 2 MiB
+    # what is only read: one page of 2 MiB
+    _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), mmap.MADV_HUGEPAGE)
     return _tensor(start, elements, dtype)
 
 
@@ -61,7 +72,7 @@ def ring(elements, dtype=torch.float32, lap=WIDTH):
     for at in range(0, size - step - step + 1, step):
         _map(start + at, step, mmap.MAP_SHARED | mmap.MAP_POPULATE | getattr(mmap, "MAP_FIXED", 0x10), file)
     whole = _tensor(start, elements, dtype)
-    whole[:lap], whole[-lap:] = torch.nan, torch.nan    # every element of it, by now
+    whole[:lap], whole[-lap:] = torch.nan, torch.nan  # every element of it, by now
     return whole
 
 
@@ -71,15 +82,19 @@ class HugeOutputs(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         if function.overloadpacket.__name__ in ("empty", "empty_like", "new_empty"):
             small = function(*arguments, **{**(keywords or {}), "device": "meta"})
-            if small.numel() > 2 ** 30:
+            if small.numel() > 2**30:
                 return ring(small.numel(), small.dtype).view(small.shape)
         return function(*arguments, **(keywords or {}))
 
 
-# --- cases: run in a process of their own ----------------------------------------------------------------------------
+# --- cases: run in a process of their own
+# ----------------------------------------------------------------------------
+
 
 def last_row(count, seed=0):
-    """(mask [B, T] with valid tokens only in its last row, `count` sparse float32 [B, T], the same rows by themselves)."""
+    """(mask [B, T] with valid tokens only in its last row, `count` sparse float32 [B, T], the same rows by
+    themselves).
+    """
     rows = PAST // WIDTH + 1
     mask = sparse(rows * WIDTH, torch.uint8).view(torch.bool).view(rows, WIDTH)
     mask[-1, 5:1000] = True
@@ -112,9 +127,12 @@ def case_ppo_lag_advantage():
     reward, cost, multiplier = torch.randn(mask.shape[0]), torch.randn(mask.shape[0]), torch.tensor(0.6)
     rest = (0.1, 1.0, 0.95, 50.0, False)
     with HugeOutputs():
-        *got, statistics = native(logp, ref_logp, reward, cost, values, cost_values, multiplier, None, mask, *rest)
-    *expected, expected_statistics = reference(alone[0], alone[1], reward[-1:], cost[-1:], alone[2], alone[3], multiplier, None,
-                                               mask_of_row, *rest)
+        *got, statistics = native(
+            logp, ref_logp, reward, cost, values, cost_values, multiplier, None, mask, *rest
+        )
+    *expected, expected_statistics = reference(
+        alone[0], alone[1], reward[-1:], cost[-1:], alone[2], alone[3], multiplier, None, mask_of_row, *rest
+    )
     for mine, row in zip(got, expected):
         assert_near(mine[-1:], row)
         assert (mine[0] == 0).all()
@@ -127,7 +145,9 @@ def case_ppo_loss():
     rest = (0.2, 0.3, 3.0, 0.1, False, 0.01, True, None, None, None)
     with HugeOutputs():
         loss, gradient, entropy_gradient, *got = native(*given, None, mask, *rest)
-    expected_loss, expected_gradient, expected_entropy_gradient, *expected = reference(*alone, None, mask_of_row, *rest)
+    expected_loss, expected_gradient, expected_entropy_gradient, *expected = reference(
+        *alone, None, mask_of_row, *rest
+    )
     for mine, row in ((gradient, expected_gradient), (entropy_gradient, expected_entropy_gradient)):
         assert_near(mine[-1:], row)
         assert (mine[0] == 0).all()
@@ -150,7 +170,8 @@ def case_value_loss(critics=1):
     with HugeOutputs():
         loss, gradient, *got = native(*tensors, None, mask, *rest)
     expected_loss, expected_gradient, *expected = reference(*alone, None, mask_of_row, *rest)
-    assert_near(gradient[-1, -1], expected_gradient[-1, 0])    # of two critics the first's lies in the ring, written over since
+    # of two critics the first's lies in the ring, written over since
+    assert_near(gradient[-1, -1], expected_gradient[-1, 0])
     for mine, row in zip((loss, *got), (expected_loss, *expected)):
         assert_near(mine, row)
 
@@ -183,7 +204,9 @@ def case_token_logprob(dtype=torch.float32, narrow=None):
 def case_ppo_loss_from_logits():
     native, _ = both("ppo_loss_from_logits")
     logits, beside, ids = logit_rows(torch.float32)
-    vectors = [torch.tensor(x) for x in ([-9.0, -2.0, -3.0], [1.0, -1.0, 0.5], [-8.0, -3.0, -2.0], [0.5, 0.25, 0.25])]
+    vectors = [
+        torch.tensor(x) for x in ([-9.0, -2.0, -3.0], [1.0, -1.0, 0.5], [-8.0, -3.0, -2.0], [0.5, 0.25, 0.25])
+    ]
     rest = (0.2, 0.3, 3.0, 0.1, False, 0.01, 0.7, None, 0.0)
     expected = native(beside, ids, *vectors, *rest, beside)
     got = native(logits, ids, *vectors, *rest, logits)
@@ -208,8 +231,13 @@ CASES = {
 @pytest.mark.skipif(dispatch.native_module()[0] is None, reason="the native module is not built")
 @pytest.mark.parametrize("case", CASES)
 def test_native(case):
-    result = subprocess.run([sys.executable, __file__, case], capture_output=True, text=True, timeout=280,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+    result = subprocess.run(
+        [sys.executable, __file__, case],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     if "MemoryError: mmap" in result.stderr:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-3000:]}"
@@ -220,4 +248,10 @@ def test_native(case):
 if __name__ == "__main__":
     CASES[sys.argv[1]]()
     # Of a page that is mapped many times this counts each mapping's share.
-    print(next(line.split()[1] for line in Path("/proc/self/smaps_rollup").read_text().splitlines() if line.startswith("Pss:")))
+    print(
+        next(
+            line.split()[1]
+            for line in Path("/proc/self/smaps_rollup").read_text().splitlines()
+            if line.startswith("Pss:")
+        )
+    )

@@ -1,7 +1,8 @@
-"""Triton kernels, compiled for sm_80, sm_90 and sm_100 without a GPU: all compile, none spills, none is forgotten, and offsets
-are 64 bits wide where they must be.
+"""Triton kernels, compiled for sm_80, sm_90 and sm_100 without a GPU: all compile, none spills, none is
+forgotten, and offsets are 64 bits wide where they must be.
 
-What is compiled stands in tests/support/aot.py. Whether a kernel is right is the business of tests/kernels/test_<op>.py.
+What is compiled stands in tests/support/aot.py. Whether a kernel is right is the business of
+tests/kernels/test_<op>.py.
 """
 
 import pytest
@@ -28,8 +29,11 @@ def check(arch, rows):
     assert {row["kernel"] for row in rows} == {entry.path for entry in TABLE}
 
 
-@pytest.mark.timeout(600)          # sm_80, the oldest of the three, in make test-slow: a minute of one core each
-@pytest.mark.parametrize("arch", [pytest.param(arch, marks=pytest.mark.slow) if arch == 80 else arch for arch in ARCHITECTURES])
+# sm_80, the oldest of the three, in make test-slow: a minute of one core each
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.slow) if arch == 80 else arch for arch in ARCHITECTURES]
+)
 def test_kernels_compile(arch, tmp_path):
     check(arch, compile_all(arch, tmp_path))
 
@@ -48,7 +52,9 @@ def test_no_kernel_is_missing_from_the_table():
 
 @pytest.mark.parametrize("entry", TABLE, ids=lambda entry: entry.path)
 def test_entries_fit_their_kernels(entry):
-    """A name in an entry that the kernel does not have, or a constexpr without a value, would compile something else."""
+    """A name in an entry that the kernel does not have, or a constexpr without a value, would compile
+    something else.
+    """
     module, name = resolve(entry.path)
     kernel = getattr(module, name)
     while not hasattr(kernel, "arg_names"):

@@ -1,5 +1,6 @@
-"""csrc/*.cu without a GPU: the kernels run on the CPU (tests/kernels/cuda_on_cpu) against the references, and nvcc compiles
-them."""
+"""csrc/*.cu without a GPU: the kernels run on the CPU (tests/kernels/cuda_on_cpu) against the references, and
+nvcc compiles them.
+"""
 
 import ctypes
 import importlib.util
@@ -25,10 +26,15 @@ from saferlhf_fast.kernels.ppo_lag_advantage import reference as ppo_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "csrc").glob("*.cu"))
-PARTIALS = 12 * 2048    # csrc/ppo_lag_advantage.h
+PARTIALS = 12 * 2048  # csrc/ppo_lag_advantage.h
 SCALARS = dict(kl_coeff=0.1, gamma=0.99, lam=0.95, clip_score=0.7)
 # Rows of these lengths take a warp each (mean up to 128 tokens) or a block of so many threads.
-LENGTHS = {"warp": [5, 0, 127, 1, 200, 63], "64": [507, 63, 252, 0, 300], "128": [1030, 0, 2500, 700, 1], "256": [2500, 3000]}
+LENGTHS = {
+    "warp": [5, 0, 127, 1, 200, 63],
+    "64": [507, 63, 252, 0, 300],
+    "128": [1030, 0, 2500, 700, 1],
+    "256": [2500, 3000],
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +44,28 @@ def emulated(tmp_path_factory):
     if compiler is None:
         pytest.skip("no g++: the emulation of CUDA needs one")
     library = tmp_path_factory.mktemp("cuda_on_cpu") / "ops.so"
-    subprocess.run([compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-U_FORTIFY_SOURCE", "-fno-strict-aliasing", "-w",
-                    f"-I{ROOT / 'tests/kernels/cuda_on_cpu'}", f"-I{ROOT / 'csrc'}", ROOT / "tests/kernels/cuda_on_cpu/ops.cpp",
-                    "-x", "c++", *SOURCES, "-o", library], check=True, timeout=280)
+    subprocess.run(
+        [
+            compiler,
+            "-std=c++17",
+            "-O1",
+            "-fPIC",
+            "-shared",
+            "-U_FORTIFY_SOURCE",
+            "-fno-strict-aliasing",
+            "-w",
+            f"-I{ROOT / 'tests/kernels/cuda_on_cpu'}",
+            f"-I{ROOT / 'csrc'}",
+            ROOT / "tests/kernels/cuda_on_cpu/ops.cpp",
+            "-x",
+            "c++",
+            *SOURCES,
+            "-o",
+            library,
+        ],
+        check=True,
+        timeout=280,
+    )
     return ctypes.CDLL(str(library))
 
 
@@ -48,9 +73,16 @@ def call(function, *arguments):
     """Addresses for tensors, C numbers for the rest; fails with what the launcher says."""
     kinds = {bool: ctypes.c_bool, int: ctypes.c_int64, float: ctypes.c_double}
     function.restype = ctypes.c_char_p
-    error = function(*[a if isinstance(a, ctypes.c_void_p)
-                       else ctypes.c_void_p(pointers.address(a)) if a is None or isinstance(a, torch.Tensor)
-                       else kinds[type(a)](a) for a in arguments])
+    error = function(
+        *[
+            a
+            if isinstance(a, ctypes.c_void_p)
+            else ctypes.c_void_p(pointers.address(a))
+            if a is None or isinstance(a, torch.Tensor)
+            else kinds[type(a)](a)
+            for a in arguments
+        ]
+    )
     assert error is None, error.decode()
 
 
@@ -62,26 +94,71 @@ def rows_of(cu_seqlens, mask, tokens):
 
 def gae(library, rewards, values, cu_seqlens, mask, gamma, lam, carry):
     out = [torch.full_like(rewards, -77.0) for _ in range(2)]
-    call(library.gae, *out, rewards, values, *rows_of(cu_seqlens, mask, rewards.numel()),
-         pointers.DTYPE_TAG[rewards.dtype], gamma, lam, carry)
+    call(
+        library.gae,
+        *out,
+        rewards,
+        values,
+        *rows_of(cu_seqlens, mask, rewards.numel()),
+        pointers.DTYPE_TAG[rewards.dtype],
+        gamma,
+        lam,
+        carry,
+    )
     return out
 
 
-def ppo(library, logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, cu_seqlens, mask, kl_coeff, gamma, lam,
-        clip_score, carry):
+def ppo(
+    library,
+    logp,
+    ref_logp,
+    reward,
+    cost,
+    reward_values,
+    cost_values,
+    multiplier,
+    cu_seqlens,
+    mask,
+    kl_coeff,
+    gamma,
+    lam,
+    clip_score,
+    carry,
+):
     out = [torch.full_like(logp, -77.0) for _ in range(3)]
     statistics, counter = torch.full((12,), -77.0, dtype=logp.dtype), torch.zeros(1, dtype=torch.int32)
     partials = torch.full((PARTIALS,), float("nan"), dtype=torch.float64)
-    call(library.ppo_lag_advantage, *out[:2], None if cost is None else out[2], statistics, logp, ref_logp, reward, cost,
-         reward_values, cost_values, multiplier, *rows_of(cu_seqlens, mask, logp.numel()), pointers.DTYPE_TAG[logp.dtype],
-         kl_coeff, gamma, lam, clip_score, carry, partials, counter)
+    call(
+        library.ppo_lag_advantage,
+        *out[:2],
+        None if cost is None else out[2],
+        statistics,
+        logp,
+        ref_logp,
+        reward,
+        cost,
+        reward_values,
+        cost_values,
+        multiplier,
+        *rows_of(cu_seqlens, mask, logp.numel()),
+        pointers.DTYPE_TAG[logp.dtype],
+        kl_coeff,
+        gamma,
+        lam,
+        clip_score,
+        carry,
+        partials,
+        counter,
+    )
     assert counter.item() == 0
     return out[0], out[1], out[2] if cost is not None else out[2][:0].reshape(-1), statistics
 
 
 def double(tensors):
-    return [tensor.double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
-            for tensor in tensors]
+    return [
+        tensor.double() if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
+        for tensor in tensors
+    ]
 
 
 def holes(shape, seed=3, share=0.3):
@@ -92,17 +169,19 @@ def layouts(batch, poison=float("nan")):
     """(name, a function from packed tokens to tensors of the layout, cu_seqlens, mask)."""
     tail = torch.full((5,), poison)
     rest = batch.mask & holes(batch.mask.shape)
-    return [("packed", lambda x: x, batch.cu_seqlens, None),
-            ("packed with a tail", lambda x: torch.cat([x, tail.to(x.dtype)]), batch.cu_seqlens, None),
-            ("padded", lambda x: batch.padded(x, poison), None, batch.mask),
-            ("holes", lambda x: torch.where(rest, batch.padded(x, poison), poison), None, rest)]
+    return [
+        ("packed", lambda x: x, batch.cu_seqlens, None),
+        ("packed with a tail", lambda x: torch.cat([x, tail.to(x.dtype)]), batch.cu_seqlens, None),
+        ("padded", lambda x: batch.padded(x, poison), None, batch.mask),
+        ("holes", lambda x: torch.where(rest, batch.padded(x, poison), poison), None, rest),
+    ]
 
 
 def shifted(tensor):
     """The same values one element past a 16-byte boundary."""
     room = torch.empty(tensor.numel() + 4, dtype=tensor.dtype)
     offset = 1 + (-room.data_ptr() // tensor.element_size()) % (16 // tensor.element_size())
-    there = room[offset:offset + tensor.numel()].view(tensor.shape)
+    there = room[offset : offset + tensor.numel()].view(tensor.shape)
     return there.copy_(tensor)
 
 
@@ -143,36 +222,61 @@ def test_ppo_lag_advantage(emulated, dtype, lengths, carry, with_cost):
         emulated.set_order(1)
         backwards = ppo(emulated, *inputs, **SCALARS, carry=carry)
         emulated.set_order(0)
-        assert all(torch.equal(a, b) for a, b in zip(got, backwards)), f"{name}: the order of blocks or warps changes bits"
+        assert all(torch.equal(a, b) for a, b in zip(got, backwards)), (
+            f"{name}: the order of blocks or warps changes bits"
+        )
 
 
-@pytest.mark.parametrize("rows", [dict(cu_seqlens=torch.zeros(1, dtype=torch.int32)),
-                                  dict(cu_seqlens=torch.zeros(4, dtype=torch.int32)),
-                                  dict(mask=torch.zeros(3, 9, dtype=torch.bool)),
-                                  dict(mask=torch.zeros(3, 1300, dtype=torch.bool))])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        dict(cu_seqlens=torch.zeros(1, dtype=torch.int32)),
+        dict(cu_seqlens=torch.zeros(4, dtype=torch.int32)),
+        dict(mask=torch.zeros(3, 9, dtype=torch.bool)),
+        dict(mask=torch.zeros(3, 1300, dtype=torch.bool)),
+    ],
+)
 def test_nothing_valid(emulated, rows):
     rows = {"cu_seqlens": None, "mask": None} | rows
     tokens = torch.full((0,) if rows["mask"] is None else rows["mask"].shape, torch.nan)
     count = len(rows["cu_seqlens"]) - 1 if rows["mask"] is None else 3
     scores = torch.full((count,), torch.nan)
-    *outputs, statistics = ppo(emulated, tokens, tokens, scores, scores, tokens, tokens, torch.ones(()), **rows, **SCALARS,
-                               carry=False)
+    *outputs, statistics = ppo(
+        emulated,
+        tokens,
+        tokens,
+        scores,
+        scores,
+        tokens,
+        tokens,
+        torch.ones(()),
+        **rows,
+        **SCALARS,
+        carry=False,
+    )
     assert (statistics == 0).all()
-    assert all((tensor == 0).all() for tensor in (*outputs, *gae(emulated, tokens, tokens, **rows, gamma=1.0, lam=1.0,
-                                                                 carry=True)))
+    assert all(
+        (tensor == 0).all()
+        for tensor in (*outputs, *gae(emulated, tokens, tokens, **rows, gamma=1.0, lam=1.0, carry=True))
+    )
 
 
 @pytest.mark.numeric
 def test_a_long_row_and_many_rows(emulated):
     ones = torch.ones(131_072)
     one_row = torch.tensor([0, len(ones)], dtype=torch.int32)
-    assert gae(emulated, ones, 0 * ones, one_row, None, 1.0, 1.0, False)[0].equal(ones.flip(0).cumsum(0).flip(0))
-    # lam = 0.9995: far tokens count, by a power of a decay that float32 does not hold. Sums near 0 are of terms as large as those
-    # of the largest sum, so all are held to that; the numbers drawn differ from one instruction set to another.
+    assert gae(emulated, ones, 0 * ones, one_row, None, 1.0, 1.0, False)[0].equal(
+        ones.flip(0).cumsum(0).flip(0)
+    )
+    # lam = 0.9995: far tokens count, by a power of a decay that float32 does not hold. Sums near 0 are of
+    # terms as large as those of the largest sum, so all are held to that; the numbers drawn differ from one
+    # instruction set to another.
     rewards = torch.randn(9000, generator=torch.Generator().manual_seed(0))
     rest = (torch.tensor([0, 9000], dtype=torch.int32), None, 1.0, 0.9995, False)
     exact = gae_reference.gae(rewards.double(), rewards.double(), *rest)[0]
-    assert_near(gae(emulated, rewards, rewards, *rest)[0] / exact.abs().max().float(), exact / exact.abs().max())
+    assert_near(
+        gae(emulated, rewards, rewards, *rest)[0] / exact.abs().max().float(), exact / exact.abs().max()
+    )
     lengths = torch.zeros(70_000, dtype=torch.int64)
     lengths[[0, 1, 65_534, 65_535, 65_536, 69_999]] = torch.tensor([3, 5, 1, 7, 2, 6])
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).to(torch.int32)
@@ -187,15 +291,26 @@ def test_a_long_row_and_many_rows(emulated):
 @pytest.mark.numeric
 def test_native_py_hands_over_what_the_launchers_take(emulated, monkeypatch):
     """The branch for GPU tensors, with the emulation in the place of _C and CPU tensors in theirs."""
+
     def launcher(function):
         def launch(*arguments):
-            assert arguments[-1] == 1234    # the stream
-            call(function, *[ctypes.c_void_p(a) if type(a) is int and a > 1 << 32 else a for a in arguments[:-1]])
+            assert arguments[-1] == 1234  # the stream
+            call(
+                function,
+                *[ctypes.c_void_p(a) if type(a) is int and a > 1 << 32 else a for a in arguments[:-1]],
+            )
+
         return launch
 
-    module = SimpleNamespace(cuda=True, partials=PARTIALS, gae_cuda=launcher(emulated.gae),
-                             ppo_lag_advantage_cuda=launcher(emulated.ppo_lag_advantage))
-    for name, value in dict(module=lambda: module, on=lambda device: nullcontext(), stream=lambda device: 1234).items():
+    module = SimpleNamespace(
+        cuda=True,
+        partials=PARTIALS,
+        gae_cuda=launcher(emulated.gae),
+        ppo_lag_advantage_cuda=launcher(emulated.ppo_lag_advantage),
+    )
+    for name, value in dict(
+        module=lambda: module, on=lambda device: nullcontext(), stream=lambda device: 1234
+    ).items():
         monkeypatch.setattr(pointers, name, value)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
     batch = naive.Ragged([40, 3, 0, 25])
@@ -245,25 +360,40 @@ def test_a_build_that_fails_is_tried_again_without_cuda(monkeypatch, tmp_path):
     monkeypatch.setattr(module, "run_cmake", run_cmake)
     monkeypatch.setattr(module, "tool", lambda name: name)
     module.build_native(tmp_path / "_C.so")
-    assert len(tries) == 2 and tries[1].startswith("-DSAFERLHF_WITHOUT_CUDA=the build with it failed: nvcc fatal")
-    assert not set(tries[1]) & set('";')    # would end the string or the list that CMake makes of it
+    assert len(tries) == 2 and tries[1].startswith(
+        "-DSAFERLHF_WITHOUT_CUDA=the build with it failed: nvcc fatal"
+    )
+    assert not set(tries[1]) & set('";')  # would end the string or the list that CMake makes of it
 
 
-@pytest.mark.parametrize("setting, variable, expected", [
-    ("", "", "80-real;90-real;100"), ("", "90", ""), ("-DCMAKE_CUDA_ARCHITECTURES=90", "", "90"),
-    ("-DCMAKE_CUDA_ARCHITECTURES=90", "80", "90")])
+@pytest.mark.parametrize(
+    "setting, variable, expected",
+    [
+        ("", "", "80-real;90-real;100"),
+        ("", "90", ""),
+        ("-DCMAKE_CUDA_ARCHITECTURES=90", "", "90"),
+        ("-DCMAKE_CUDA_ARCHITECTURES=90", "80", "90"),
+    ],
+)
 def test_the_architectures_can_be_chosen(setting, variable, expected, tmp_path):
     """What CMakeLists.txt leaves for enable_language, which takes CUDAARCHS only where nothing is set."""
     cmake = shutil.which("cmake", path=sysconfig.get_path("scripts")) or shutil.which("cmake")
     if cmake is None:
         pytest.skip("no cmake")
     text = (ROOT / "CMakeLists.txt").read_text()
-    block = re.search(r"^( *)if\(NOT CMAKE_CUDA_ARCHITECTURES.*?^\1endif\(\)$", text, re.MULTILINE | re.DOTALL)
+    block = re.search(
+        r"^( *)if\(NOT CMAKE_CUDA_ARCHITECTURES.*?^\1endif\(\)$", text, re.MULTILINE | re.DOTALL
+    )
     assert block.end() < text.index("enable_language(CUDA)")
     script = tmp_path / "block.cmake"
     script.write_text(f'set(version 13.0)\n{block[0]}\nmessage("<${{CMAKE_CUDA_ARCHITECTURES}}>")\n')
-    result = subprocess.run([cmake, *setting.split(), "-P", script], capture_output=True, text=True, timeout=60,
-                            env={**os.environ, "CUDAARCHS": variable})
+    result = subprocess.run(
+        [cmake, *setting.split(), "-P", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "CUDAARCHS": variable},
+    )
     assert result.stderr.strip() == f"<{expected}>"
 
 
@@ -272,12 +402,33 @@ def test_nvcc_compiles_it_without_spills(source, tmp_path):
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("no nvcc")
-    known = subprocess.run([compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60).stdout.split()
+    known = subprocess.run(
+        [compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60
+    ).stdout.split()
     targets = [name for name in ("sm_80", "sm_90", "sm_100") if name in known]
     result = subprocess.run(
-        [compiler, "-std=c++17", "-O3", "--threads", "2", "-c", "-Xptxas", "-v", source, "-o", tmp_path / "out.o",
-         *[f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in targets]],
-        capture_output=True, text=True, timeout=280)
+        [
+            compiler,
+            "-std=c++17",
+            "-O3",
+            "--threads",
+            "2",
+            "-c",
+            "-Xptxas",
+            "-v",
+            source,
+            "-o",
+            tmp_path / "out.o",
+            *[f"-gencode=arch={name.replace('sm', 'compute')},code={name}" for name in targets],
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
     assert result.returncode == 0, result.stderr
-    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr)
-    assert len(spills) >= 4 * len(targets) and all(found == ("0", "0", "0") for found in spills), result.stderr
+    spills = re.findall(
+        r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", result.stderr
+    )
+    assert len(spills) >= 4 * len(targets) and all(found == ("0", "0", "0") for found in spills), (
+        result.stderr
+    )

@@ -46,8 +46,14 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison, masked):
     batch = naive.Ragged([5, 0, 63, 1], device=device)
     rewards, values = batch.tokens(), batch.tokens()
     packed = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
-    padded = gae(batch.padded(rewards, poison), batch.padded(values, poison), mask=batch.mask, masked=masked, impl=impl,
-                 **SETTINGS)
+    padded = gae(
+        batch.padded(rewards, poison),
+        batch.padded(values, poison),
+        mask=batch.mask,
+        masked=masked,
+        impl=impl,
+        **SETTINGS,
+    )
     for ours, other in zip(padded, packed):
         assert_near(ours[batch.mask], other)
         assert (ours[~batch.mask] == 0).all()
@@ -58,7 +64,10 @@ def test_the_same_bits_twice(impl, device):
     batch = naive.Ragged([252, 63, 700], device=device)
     rewards, values = batch.tokens(), batch.tokens()
     padded = batch.padded(rewards), batch.padded(values)
-    for tensors, rows in (((rewards, values), dict(cu_seqlens=batch.cu_seqlens)), (padded, dict(mask=batch.mask))):
+    for tensors, rows in (
+        ((rewards, values), dict(cu_seqlens=batch.cu_seqlens)),
+        (padded, dict(mask=batch.mask)),
+    ):
         first, second = (gae(*tensors, impl=impl, **rows, **SETTINGS) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, second))
 
@@ -112,7 +121,7 @@ def test_the_error_of_the_native_version_does_not_grow_with_the_row(lam):
     error = (advantages - gae(*exact, gamma=1.0, lam=lam, impl="native")[0]).abs()
     terms = lam * exact[0].abs() + (1 - lam) * exact[1].abs()
     sizes = gae(terms, 0 * terms, gamma=1.0, lam=lam, impl="native")[0] + exact[0].abs() + exact[1].abs()
-    assert (error / sizes).max() < 8 * 2.0 ** -24
+    assert (error / sizes).max() < 8 * 2.0**-24
 
 
 @naive.native
@@ -140,12 +149,16 @@ def test_empty_batches(impl, device):
 def test_a_tail_past_the_last_offset_is_masked(impl, device):
     rewards = torch.tensor([1.0, 2.0, 3.0, float("nan")], device=device)
     offsets = torch.tensor([0, 2, 3], dtype=torch.int32, device=device)
-    advantages, _ = gae(rewards, torch.zeros(4, device=device), cu_seqlens=offsets, gamma=1.0, lam=1.0, impl=impl)
+    advantages, _ = gae(
+        rewards, torch.zeros(4, device=device), cu_seqlens=offsets, gamma=1.0, lam=1.0, impl=impl
+    )
     assert advantages.tolist() == [3.0, 2.0, 3.0, 0.0]
 
 
 def test_the_reference_holds_on_long_rows():
-    """131,072 tokens, gamma * lam = .9999: repeated squares of the decay in float32 are off by 1000 times the table."""
+    """131,072 tokens, gamma * lam = .9999: repeated squares of the decay in float32 are off by 1000 times the
+    table.
+    """
     generator = torch.Generator().manual_seed(0)
     rewards, values = (torch.randn(131_072, generator=generator) for _ in range(2))
     got = gae(rewards, values, gamma=1.0, lam=0.9999, impl="reference")
@@ -157,12 +170,22 @@ def test_the_reference_holds_on_long_rows():
 @pytest.mark.parametrize("offsets", [[1, 4], [0, 5], [0, 3, 2, 4]])
 def test_bad_offsets_are_refused_on_the_cpu(impl, offsets):
     with pytest.raises(ValueError, match="cu_seqlens: expected offsets"):
-        gae(torch.zeros(4), torch.zeros(4), cu_seqlens=torch.tensor(offsets, dtype=torch.int32), impl=impl, **SETTINGS)
+        gae(
+            torch.zeros(4),
+            torch.zeros(4),
+            cu_seqlens=torch.tensor(offsets, dtype=torch.int32),
+            impl=impl,
+            **SETTINGS,
+        )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 20), max_size=6), gamma=st.floats(0, 1), lam=st.floats(0, 1),
-       impl=st.sampled_from(["reference", "auto"]))
+@given(
+    lengths=st.lists(st.integers(0, 20), max_size=6),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0, 1),
+    impl=st.sampled_from(["reference", "auto"]),
+)
 def test_any_lengths(lengths, gamma, lam, impl):
     batch = naive.Ragged(lengths, seed=len(lengths))
     rewards, values = batch.tokens(), batch.tokens()
@@ -198,18 +221,23 @@ def test_long_rows(impl, device):
 
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_every_output_is_written(impl, device):
-    """Torch fills new tensors with NaN here: none may come through, neither of masked rows nor past the last offset."""
+    """Torch fills new tensors with NaN here: none may come through, neither of masked rows nor past the last
+    offset.
+    """
     numbers = torch.ones(700, device=device)
     mask = torch.zeros(7, 100, dtype=torch.bool, device=device)
     mask[2, 3:50] = True
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
         for offsets in ([0], [0, 0], [0, 5, 5, 18], [0, 300, 700]):
             offsets = torch.tensor(offsets, dtype=torch.int32, device=device)
             for got in gae(numbers, numbers / 2, cu_seqlens=offsets, impl=impl, **SETTINGS):
-                assert (got[:offsets[-1]] != 0).all() and (got[offsets[-1]:] == 0).all()
+                assert (got[: offsets[-1]] != 0).all() and (got[offsets[-1] :] == 0).all()
         for got in gae(numbers.view(7, 100), numbers.view(7, 100) / 2, mask=mask, impl=impl, **SETTINGS):
             assert torch.isfinite(got).all() and torch.equal(got != 0, mask)
     finally:
@@ -245,7 +273,9 @@ def test_triton_launches_rows_along_x(monkeypatch):
     monkeypatch.setattr(triton_impl, "gae_kernel", recorder)
     many, one = torch.zeros(70_000), torch.zeros(1)
     triton_impl.gae(many, many, torch.arange(70_001, dtype=torch.int32), None, 1.0, 1.0, False)
-    triton_impl.gae(many[:, None], many[:, None], None, torch.ones(70_000, 1, dtype=torch.bool), 1.0, 1.0, True)
+    triton_impl.gae(
+        many[:, None], many[:, None], None, torch.ones(70_000, 1, dtype=torch.bool), 1.0, 1.0, True
+    )
     triton_impl.gae(many[None], many[None], None, torch.ones(1, 70_000, dtype=torch.bool), 1.0, 1.0, False)
     triton_impl.gae(one, one, torch.zeros(1, dtype=torch.int32), None, 1.0, 1.0, True)
     assert [grid for grid, _ in recorder.launches] == [(70_000,), (70_000,), (1,), (1,)]
@@ -259,18 +289,27 @@ def test_gradcheck_of_the_reference():
     mask = torch.tensor([[1, 1, 1, 0], [0, 1, 0, 1]], dtype=torch.bool)
     inputs = [torch.randn(2, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     for carry in (False, True):
-        assert torch.autograd.gradcheck(lambda r, v, carry=carry: reference.gae(r, v, None, mask, 0.9, 0.8, carry), inputs)
+        assert torch.autograd.gradcheck(
+            lambda r, v, carry=carry: reference.gae(r, v, None, mask, 0.9, 0.8, carry), inputs
+        )
 
 
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_library(impl, device):
     batch = naive.Ragged([3, 2], device=device)
     rewards, values = batch.tokens(), batch.tokens()
-    torch.library.opcheck(torch.ops.saferlhf_fast.gae, (rewards, values, batch.cu_seqlens, None, 1.0, 0.9, False, impl))
-    torch.library.opcheck(torch.ops.saferlhf_fast.gae, (batch.padded(rewards, 0.0), batch.padded(values, 0.0), None,
-                                                        batch.mask, 1.0, 0.9, True, impl))
-    compiled = torch.compile(lambda r, v: gae(r, v, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)[0] * 2,
-                             fullgraph=True, backend="aot_eager")
+    torch.library.opcheck(
+        torch.ops.saferlhf_fast.gae, (rewards, values, batch.cu_seqlens, None, 1.0, 0.9, False, impl)
+    )
+    torch.library.opcheck(
+        torch.ops.saferlhf_fast.gae,
+        (batch.padded(rewards, 0.0), batch.padded(values, 0.0), None, batch.mask, 1.0, 0.9, True, impl),
+    )
+    compiled = torch.compile(
+        lambda r, v: gae(r, v, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)[0] * 2,
+        fullgraph=True,
+        backend="aot_eager",
+    )
     expected = gae(rewards, values, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)[0] * 2
     assert torch.equal(compiled(rewards, values), expected)
 

@@ -1,4 +1,6 @@
-"""What a room is: its five places, no package that shadows Hugging Face's, lazy imports, the dispatcher's answers."""
+"""What a room is: its five places, no package that shadows Hugging Face's, lazy imports, the dispatcher's
+answers.
+"""
 
 import os
 import re
@@ -20,8 +22,14 @@ ROOMS = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
 
 
 def run(code, **environment):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120,
-                          env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        env={**os.environ, **environment},
+    )
 
 
 def test_kernels_is_no_regular_package():
@@ -37,9 +45,11 @@ def test_a_room_has_its_five_places(op):
     files = {"reference": "reference.py", "triton": "triton_impl.py", "native": "native.py"}
     folder = ROOT / "kernels" / op
     for name, file in files.items():
-        assert (folder / file).exists() == (name in dispatch.OPS[op].order), f"{op}: {file} against the dispatcher"
+        assert (folder / file).exists() == (name in dispatch.OPS[op].order), (
+            f"{op}: {file} against the dispatcher"
+        )
     assert (folder / "__init__.py").exists()
-    if "native" in dispatch.OPS[op].order:      # the linear ops' C++ is that of the rows they are made of
+    if "native" in dispatch.OPS[op].order:  # the linear ops' C++ is that of the rows they are made of
         sources = re.findall(r"csrc/(\w+)\.", (folder / "native.py").read_text())
         assert sources and all((ROOT / "csrc" / f"{source}.cpp").exists() for source in sources)
         assert op in sources or op.startswith("linear_")
@@ -54,15 +64,21 @@ def test_every_folder_with_an_init_is_a_room():
 
 
 def test_rooms_import_neither_the_trainer_nor_triton():
-    result = run("import sys; from saferlhf_fast import " + ", ".join(ROOMS) + "; import torch\n"
-                 "token_logprob(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
-                 "print([name for name in ('transformers', 'deepspeed', 'triton', 'datasets') if name in sys.modules])")
+    result = run(
+        "import sys; from saferlhf_fast import " + ", ".join(ROOMS) + "; import torch\n"
+        "token_logprob(torch.zeros(2, 3), torch.tensor([0, 1]))\n"
+        "print([name for name in ('transformers', 'deepspeed', 'triton', 'datasets') if name in sys.modules])"
+    )
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]"
 
 
 def test_files_and_functions_are_short():
-    for path in [*(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").iterdir(), *(ROOT / "bench").glob("*.py")]:
+    for path in [
+        *(ROOT / "kernels").rglob("*.py"),
+        *(ROOT / "csrc").iterdir(),
+        *(ROOT / "bench").glob("*.py"),
+    ]:
         assert len(path.read_text().splitlines()) <= 400, path
     for path in (ROOT / "csrc").iterdir():
         if path.name != "bindings.cpp":
@@ -95,7 +111,9 @@ def test_an_implementation_asked_for_by_name_and_missing_raises(monkeypatch):
     with pytest.raises(NotImplementedError, match="gae: implementation 'triton' cannot run here"):
         gae(torch.zeros(2), torch.zeros(2), gamma=1.0, lam=1.0, impl="triton")
     monkeypatch.setitem(dispatch.OPS, "without_triton", dispatch.Op("gae", ("native", "reference")))
-    with pytest.raises(NotImplementedError, match="there is no triton implementation; there is native, reference"):
+    with pytest.raises(
+        NotImplementedError, match="there is no triton implementation; there is native, reference"
+    ):
         dispatch.choose("without_triton", (torch.zeros(2),), "triton")
     with pytest.raises(ValueError, match="is not one of auto, reference, triton, native"):
         gae(torch.zeros(2), torch.zeros(2), gamma=1.0, lam=1.0, impl="fast")
@@ -107,9 +125,11 @@ def test_a_missing_native_module_is_a_state():
         "import sys; sys.modules['saferlhf_fast._C'] = None\n"
         "import torch; from saferlhf_fast import gae; from saferlhf_fast.kernels import dispatch\n"
         "print(gae(torch.ones(2), torch.zeros(2), gamma=1.0, lam=1.0)[0].tolist())\n"
-        "print([row.why for row in dispatch.table('cpu') if (row.op, row.implementation) == ('gae', 'native')][0])\n"
+        "print([row.why for row in dispatch.table('cpu') if (row.op, row.implementation) == ('gae', "
+        "'native')][0])\n"
         "try: gae(torch.ones(2), torch.zeros(2), gamma=1.0, lam=1.0, impl='native')\n"
-        "except NotImplementedError as error: print(error)")
+        "except NotImplementedError as error: print(error)"
+    )
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "[2.0, 1.0]" and lines[1].startswith("saferlhf_fast._C:")
@@ -118,9 +138,14 @@ def test_a_missing_native_module_is_a_state():
 
 def test_a_native_module_of_other_sources_is_not_used():
     """A _C that was built before an op's arguments changed would be given what it does not expect."""
-    result = run("import sys, types; sys.modules['saferlhf_fast._C'] = types.ModuleType('_C')\n"
-                 "from saferlhf_fast.kernels import dispatch; print(dispatch.native_module())")
-    assert "(None, 'built from other sources than the Python code" in result.stdout and "pip install" in result.stdout
+    result = run(
+        "import sys, types; sys.modules['saferlhf_fast._C'] = types.ModuleType('_C')\n"
+        "from saferlhf_fast.kernels import dispatch; print(dispatch.native_module())"
+    )
+    assert (
+        "(None, 'built from other sources than the Python code" in result.stdout
+        and "pip install" in result.stdout
+    )
 
 
 def test_the_environment_variable(monkeypatch):
@@ -128,9 +153,10 @@ def test_the_environment_variable(monkeypatch):
     monkeypatch.setenv("SAFERLHF_IMPL", "reference")
     function, reason = dispatch.choose("gae", tensors)
     assert function.__module__.endswith("gae.reference") and "SAFERLHF_IMPL" in reason
-    monkeypatch.setenv("SAFERLHF_IMPL", "triton")   # an op that has none goes on as with auto
+    monkeypatch.setenv("SAFERLHF_IMPL", "triton")  # an op that has none goes on as with auto
     monkeypatch.setitem(dispatch.OPS, "without_triton", dispatch.Op("gae", ("reference",)))
-    monkeypatch.setattr(dispatch, "_choose", dispatch._choose.__wrapped__)     # else its cache keeps the next line's names
+    # else its cache keeps the next line's names
+    monkeypatch.setattr(dispatch, "_choose", dispatch._choose.__wrapped__)
     monkeypatch.setattr(dispatch, "_load", lambda op, name: name)
     assert dispatch.choose("without_triton", tensors) == ("reference", "reference: first that can run")
     with pytest.raises(NotImplementedError, match="needs a GPU"):
@@ -162,9 +188,13 @@ def test_the_interpreter_runs_on_both_pinned_sets(pins):
 def test_the_interpreter_is_not_tried_where_it_cannot_run(monkeypatch):
     """Skipped with the reason, and no process is started."""
     for gpu, triton, numpy, reason in (
-        (True, "3.7.1", "2.4.6", "there is a GPU"), (False, "3.6.0", "2.4.0", "breaks with numpy 2.4.0"),
-        (False, "3.6.0+git1234", "2.10.0", "breaks with numpy 2.10.0"), (False, None, "2.4.6", "triton is not installed"),
-        (False, "3.7.0", "2.4.0", None), (False, "3.10.0", "2.5.2", None), (False, "3.6.0", "2.3.5", None),
+        (True, "3.7.1", "2.4.6", "there is a GPU"),
+        (False, "3.6.0", "2.4.0", "breaks with numpy 2.4.0"),
+        (False, "3.6.0+git1234", "2.10.0", "breaks with numpy 2.10.0"),
+        (False, None, "2.4.6", "triton is not installed"),
+        (False, "3.7.0", "2.4.0", None),
+        (False, "3.10.0", "2.5.2", None),
+        (False, "3.6.0", "2.3.5", None),
     ):
         found = interpret.refusal(gpu, triton, numpy)
         assert (found is None) == (reason is None) and (reason or "") in (found or "")
@@ -185,8 +215,14 @@ def test_without_a_compiler_the_build_says_so_and_goes_on(tmp_path):
     (tmp_path / "saferlhf_fast").mkdir()
     empty = tmp_path / "empty"
     empty.mkdir()
-    result = subprocess.run([sys.executable, "setup.py", "build_ext", "--inplace"], cwd=tmp_path, text=True, timeout=120,
-                            capture_output=True, env={**os.environ, "PATH": f"{scripts}:{empty}", "CXX": "", "CC": ""})
+    result = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        cwd=tmp_path,
+        text=True,
+        timeout=120,
+        capture_output=True,
+        env={**os.environ, "PATH": f"{scripts}:{empty}", "CXX": "", "CC": ""},
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert "was not built" in result.stderr
     # "missing" is cmake where it does not lie beside Python.
@@ -195,8 +231,10 @@ def test_without_a_compiler_the_build_says_so_and_goes_on(tmp_path):
 
 def test_packages_and_data_of_a_regular_build():
     """The rooms come in through the symlink, and the recipes are package data."""
-    result = run("from setuptools import find_namespace_packages as find\n"
-                 "print(sorted(find(include=['saferlhf_fast*'], exclude=['*__pycache__*'])))")
+    result = run(
+        "from setuptools import find_namespace_packages as find\n"
+        "print(sorted(find(include=['saferlhf_fast*'], exclude=['*__pycache__*'])))"
+    )
     packages = result.stdout
     for op in ROOMS:
         assert f"'saferlhf_fast.kernels.{op}'" in packages

@@ -1,4 +1,5 @@
-"""ppo_lag_advantage: against loops written from the paper, every statistic, plain PPO, whitening, poison, torch.library.
+"""ppo_lag_advantage: against loops written from the paper, every statistic, plain PPO, whitening, poison,
+torch.library.
 
 The last test runs this file again with the Triton version in triton's interpreter.
 """
@@ -23,7 +24,9 @@ TOKENS = ("logp", "ref_logp", "reward_values", "cost_values")
 
 def inputs_of(batch, dtype=torch.float32):
     names = ("logp", "ref_logp", "reward", "cost", "reward_values", "cost_values")
-    return {name: batch.scores(dtype) if name in ("reward", "cost") else batch.tokens(dtype) for name in names}
+    return {
+        name: batch.scores(dtype) if name in ("reward", "cost") else batch.tokens(dtype) for name in names
+    }
 
 
 def padded(batch, inputs, poison):
@@ -50,12 +53,18 @@ def by_loops(batch, inputs, multiplier, kl_coeff, gamma, lam, clip_score):
         return sum(sum(parts[row][part]) for row in rows_with_tokens) / len(rows_with_tokens)
 
     stats = {
-        "count": len(flat), "sum": sum(flat), "sum_squares": sum(value * value for value in flat),
-        "sequences": len(rows_with_tokens), "kl": naive.mean_of_row_means([part[4] for part in parts]),
-        "kl_sequence": sums(4), "shaped_reward": sums(0), "shaped_cost": sums(1),
+        "count": len(flat),
+        "sum": sum(flat),
+        "sum_squares": sum(value * value for value in flat),
+        "sequences": len(rows_with_tokens),
+        "kl": naive.mean_of_row_means([part[4] for part in parts]),
+        "kl_sequence": sums(4),
+        "shaped_reward": sums(0),
+        "shaped_cost": sums(1),
         "reward_advantage": naive.mean_of_row_means([part[2] for part in parts]),
         "cost_advantage": naive.mean_of_row_means([part[3] for part in parts]),
-        "reward_return": naive.mean_of_row_means(reward_returns), "cost_return": naive.mean_of_row_means(cost_returns),
+        "reward_return": naive.mean_of_row_means(reward_returns),
+        "cost_return": naive.mean_of_row_means(cost_returns),
     }
     return [batch.join(rows) for rows in (advantages, reward_returns, cost_returns)], stats
 
@@ -70,7 +79,9 @@ def test_equals_the_loops(impl, device, dtype, size, on_tensor):
     batch = naive.Ragged([size, 1, 0, max(size // 2, 1)], seed=size, device=device)
     inputs = inputs_of(batch, dtype)
     multiplier = torch.tensor(1.75, device=device) if on_tensor else 1.75
-    *got, stats = ppo_lag_advantage(**inputs, multiplier=multiplier, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
+    *got, stats = ppo_lag_advantage(
+        **inputs, multiplier=multiplier, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS
+    )
     expected, expected_stats = by_loops(batch, inputs, 1.75, **SETTINGS)
     for ours, theirs in zip(got, expected):
         assert ours.dtype == dtype
@@ -86,9 +97,12 @@ def test_equals_the_loops(impl, device, dtype, size, on_tensor):
 def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison):
     batch = naive.Ragged([5, 0, 63, 1], device=device)
     inputs = inputs_of(batch)
-    *packed, stats = ppo_lag_advantage(**inputs, multiplier=0.5, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
-    *other, other_stats = ppo_lag_advantage(**padded(batch, inputs, poison), multiplier=0.5, mask=batch.mask, impl=impl,
-                                            **SETTINGS)
+    *packed, stats = ppo_lag_advantage(
+        **inputs, multiplier=0.5, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS
+    )
+    *other, other_stats = ppo_lag_advantage(
+        **padded(batch, inputs, poison), multiplier=0.5, mask=batch.mask, impl=impl, **SETTINGS
+    )
     for one, two in zip(packed, other):
         assert_near(two[batch.mask], one)
         assert (two[~batch.mask] == 0).all()
@@ -100,7 +114,9 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison):
 @pytest.mark.parametrize("masked", ["zero", "carry"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
 def test_holes(impl, device, masked, share):
-    """Runs of valid tokens of any length, holes of any length, in rows longer than a vector: outputs and statistics."""
+    """Runs of valid tokens of any length, holes of any length, in rows longer than a vector: outputs and
+    statistics.
+    """
     generator = torch.Generator().manual_seed(1)
     tokens = [torch.randn(7, 93, generator=generator) for _ in range(4)]
     scores = [torch.randn(7, generator=generator) for _ in range(2)]
@@ -111,7 +127,9 @@ def test_holes(impl, device, masked, share):
     call = dict(multiplier=0.5, mask=mask.to(device), masked=masked, **SETTINGS)
     *got, stats = ppo_lag_advantage(*tokens[:2], *scores, *tokens[2:], impl=impl, **call)
     double = [[tensor.double() for tensor in part] for part in (tokens, scores)]
-    *exact, exact_stats = ppo_lag_advantage(*double[0][:2], *double[1], *double[0][2:], impl="reference", **call)
+    *exact, exact_stats = ppo_lag_advantage(
+        *double[0][:2], *double[1], *double[0][2:], impl="reference", **call
+    )
     for ours, theirs in zip((*got, *stats.values()), (*exact, *exact_stats.values())):
         assert_near(ours, theirs)
 
@@ -123,7 +141,9 @@ def test_the_number_of_threads_changes_no_bit():
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            *got, stats = ppo_lag_advantage(**inputs, multiplier=0.5, cu_seqlens=batch.cu_seqlens, impl="native", **SETTINGS)
+            *got, stats = ppo_lag_advantage(
+                **inputs, multiplier=0.5, cu_seqlens=batch.cu_seqlens, impl="native", **SETTINGS
+            )
             results.append((*got, *stats.values()))
     finally:
         torch.set_num_threads(threads)
@@ -132,13 +152,27 @@ def test_the_number_of_threads_changes_no_bit():
 
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_the_clamp_comes_after_the_score(impl, device):
-    """logp - ref = 2, kl_coeff 1, score 9, bound 5: the last token's reward is clip(-2 + 9) = 5, not -2 + clip(9) = 3."""
+    """logp - ref = 2, kl_coeff 1, score 9, bound 5: the last token's reward is clip(-2 + 9) = 5, not -2 +
+    clip(9) = 3.
+    """
     ones = torch.ones(2, device=device)
     offsets = torch.tensor([0, 2], dtype=torch.int32, device=device)
     score = torch.tensor([9.0], device=device)
     advantages, _, cost_returns, _ = ppo_lag_advantage(
-        2 * ones, 0 * ones, score, -score, 0 * ones, 0 * ones, 0.0, kl_coeff=1.0, gamma=0.0, lam=1.0, clip_score=5.0,
-        cu_seqlens=offsets, impl=impl)
+        2 * ones,
+        0 * ones,
+        score,
+        -score,
+        0 * ones,
+        0 * ones,
+        0.0,
+        kl_coeff=1.0,
+        gamma=0.0,
+        lam=1.0,
+        clip_score=5.0,
+        cu_seqlens=offsets,
+        impl=impl,
+    )
     assert advantages.tolist() == [-2.0, 5.0]
     assert cost_returns.tolist() == [2.0, -5.0]
 
@@ -149,11 +183,21 @@ def test_without_cost_it_is_plain_ppo(impl, device):
     inputs = inputs_of(batch)
     inputs |= dict(cost=None, cost_values=None)
     advantages, returns, cost_returns, stats = ppo_lag_advantage(
-        **inputs, multiplier=None, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)
-    shaped = [naive.shaped_row(a, b, r, -1, 0.1, 0.7) for a, b, r in zip(
-        batch.split(inputs["logp"]), batch.split(inputs["ref_logp"]), inputs["reward"].tolist())]
-    expected = gae(batch.join(shaped).to(device), inputs["reward_values"].double(), cu_seqlens=batch.cu_seqlens,
-                   gamma=0.99, lam=0.95)
+        **inputs, multiplier=None, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS
+    )
+    shaped = [
+        naive.shaped_row(a, b, r, -1, 0.1, 0.7)
+        for a, b, r in zip(
+            batch.split(inputs["logp"]), batch.split(inputs["ref_logp"]), inputs["reward"].tolist()
+        )
+    ]
+    expected = gae(
+        batch.join(shaped).to(device),
+        inputs["reward_values"].double(),
+        cu_seqlens=batch.cu_seqlens,
+        gamma=0.99,
+        lam=0.95,
+    )
     assert cost_returns is None and not [name for name in stats if "cost" in name]
     assert_near(advantages, expected[0])
     assert_near(returns, expected[1])
@@ -172,12 +216,20 @@ def test_whitening_leaves_advantages_alone_and_ppo_loss_applies_it(impl, device)
     white = (advantages - advantages.mean()) / (advantages.var(correction=0) + 1e-8).sqrt()
     rows = dict(cu_seqlens=batch.cu_seqlens, clip_ratio=0.2)
     old = batch.tokens(dtype)
-    loss, _ = ppo_loss(inputs["logp"], old, advantages, advantage_scale=stats["advantage_scale"],
-                       advantage_shift=stats["advantage_shift"], **rows)
+    loss, _ = ppo_loss(
+        inputs["logp"],
+        old,
+        advantages,
+        advantage_scale=stats["advantage_scale"],
+        advantage_shift=stats["advantage_shift"],
+        **rows,
+    )
     assert_near(loss, ppo_loss(inputs["logp"], old, white, **rows)[0])
     # Two ranks: the three sums add up to the whole batch's.
-    halves = [torch.stack([half.new_tensor(float(len(half))), half.sum(), half.square().sum()])
-              for half in advantages.split([30, 38])]
+    halves = [
+        torch.stack([half.new_tensor(float(len(half))), half.sum(), half.square().sum()])
+        for half in advantages.split([30, 38])
+    ]
     scale, shift = whitening(*(halves[0] + halves[1]))
     assert_near(scale, stats["advantage_scale"])
     assert_near(shift, stats["advantage_shift"])
@@ -190,25 +242,40 @@ def test_empty_batches(impl, device):
     for rows, tokens, scores in (
         (dict(cu_seqlens=offsets), nothing, nothing),
         (dict(cu_seqlens=offsets.expand(3)), nothing, torch.ones(2, device=device)),
-        (dict(mask=torch.zeros(2, 5, dtype=torch.bool, device=device)), torch.full((2, 5), torch.nan, device=device),
-         torch.full((2,), torch.nan, device=device)),
+        (
+            dict(mask=torch.zeros(2, 5, dtype=torch.bool, device=device)),
+            torch.full((2, 5), torch.nan, device=device),
+            torch.full((2,), torch.nan, device=device),
+        ),
     ):
-        *got, stats = ppo_lag_advantage(tokens, tokens, scores, scores, tokens, tokens, 1.0, impl=impl, whiten=True,
-                                        **rows, **SETTINGS)
+        *got, stats = ppo_lag_advantage(
+            tokens, tokens, scores, scores, tokens, tokens, 1.0, impl=impl, whiten=True, **rows, **SETTINGS
+        )
         assert all((tensor == 0).all() for tensor in got)
         assert all(torch.isfinite(value) for value in stats.values()), stats
         assert stats["count"] == 0
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any), multiplier=st.floats(0, 5),
-       kl_coeff=st.floats(0, 1), impl=st.sampled_from(["reference", "auto"]), whiten=st.booleans())
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any),
+    multiplier=st.floats(0, 5),
+    kl_coeff=st.floats(0, 1),
+    impl=st.sampled_from(["reference", "auto"]),
+    whiten=st.booleans(),
+)
 def test_any_lengths(lengths, multiplier, kl_coeff, impl, whiten):
     batch = naive.Ragged(lengths, seed=len(lengths))
     inputs = inputs_of(batch)
     call = SETTINGS | dict(kl_coeff=kl_coeff)
-    *got, _ = ppo_lag_advantage(**padded(batch, inputs, -100.0), multiplier=multiplier, mask=batch.mask, impl=impl,
-                                whiten=whiten, **call)
+    *got, _ = ppo_lag_advantage(
+        **padded(batch, inputs, -100.0),
+        multiplier=multiplier,
+        mask=batch.mask,
+        impl=impl,
+        whiten=whiten,
+        **call,
+    )
     expected, _ = by_loops(batch, inputs, multiplier, **call)
     for ours, theirs in zip(got, expected):
         assert_near(ours[batch.mask], theirs)
@@ -218,11 +285,15 @@ def test_any_lengths(lengths, multiplier, kl_coeff, impl, whiten):
 def test_a_row_of_131_072_tokens(impl, device):
     """Every output and every sum, from bfloat16 numbers, against float64."""
     batch = naive.Ragged([131_072, 3], device=device)
-    inputs = {name: tensor if name in ("reward", "cost") else tensor.bfloat16() for name, tensor in inputs_of(batch).items()}
+    inputs = {
+        name: tensor if name in ("reward", "cost") else tensor.bfloat16()
+        for name, tensor in inputs_of(batch).items()
+    }
     call = dict(multiplier=0.5, cu_seqlens=batch.cu_seqlens, **SETTINGS)
     *got, stats = ppo_lag_advantage(**inputs, impl=impl, **call)
-    *exact, exact_stats = ppo_lag_advantage(**{name: tensor.double() for name, tensor in inputs.items()}, impl="reference",
-                                            **call)
+    *exact, exact_stats = ppo_lag_advantage(
+        **{name: tensor.double() for name, tensor in inputs.items()}, impl="reference", **call
+    )
     for ours, theirs in zip(got, exact):
         assert ours.dtype == torch.float32
         assert_near(ours, theirs)
@@ -233,7 +304,9 @@ def test_a_row_of_131_072_tokens(impl, device):
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 @pytest.mark.parametrize("with_cost", [True, False])
 def test_every_output_is_written_and_nothing_past_the_last_offset_read(impl, device, with_cost, monkeypatch):
-    """Torch fills new tensors with NaN here. More rows than programs, where the number of programs can be set."""
+    """Torch fills new tensors with NaN here. More rows than programs, where the number of programs can be
+    set.
+    """
     if dispatch.interpreted():
         triton_impl = pytest.importorskip("saferlhf_fast.kernels.ppo_lag_advantage.triton_impl")
         monkeypatch.setattr(triton_impl, "PROGRAMS", type(triton_impl.PROGRAMS)(4))
@@ -242,11 +315,21 @@ def test_every_output_is_written_and_nothing_past_the_last_offset_read(impl, dev
     if not with_cost:
         inputs |= dict(cost=None, cost_values=None)
     call = dict(multiplier=0.5 if with_cost else None, cu_seqlens=batch.cu_seqlens, **SETTINGS)
-    longer = {name: torch.cat([tensor, tensor.new_full((700,), torch.nan)]) if name in TOKENS and tensor is not None else tensor
-              for name, tensor in inputs.items()}
-    *expected, expected_stats = ppo_lag_advantage(**{name: None if tensor is None else tensor.double()
-                                                     for name, tensor in inputs.items()}, impl="reference", **call)
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    longer = {
+        name: torch.cat([tensor, tensor.new_full((700,), torch.nan)])
+        if name in TOKENS and tensor is not None
+        else tensor
+        for name, tensor in inputs.items()
+    }
+    *expected, expected_stats = ppo_lag_advantage(
+        **{name: None if tensor is None else tensor.double() for name, tensor in inputs.items()},
+        impl="reference",
+        **call,
+    )
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3).isnan().all()
@@ -271,8 +354,13 @@ def test_seventy_thousand_rows(impl, device):
     inputs = inputs_of(batch)
     packed = dict(inputs, cu_seqlens=batch.cu_seqlens)
     padded = {name: value[:, None] if name in TOKENS else value for name, value in inputs.items()}
-    exact = ppo_lag_advantage(**{name: value.double() for name, value in inputs.items()}, cu_seqlens=batch.cu_seqlens,
-                              multiplier=0.5, impl="reference", **SETTINGS)
+    exact = ppo_lag_advantage(
+        **{name: value.double() for name, value in inputs.items()},
+        cu_seqlens=batch.cu_seqlens,
+        multiplier=0.5,
+        impl="reference",
+        **SETTINGS,
+    )
     for call in (packed, padded):
         *got, stats = ppo_lag_advantage(**call, multiplier=0.5, impl=impl, **SETTINGS)
         for ours, theirs in zip((*got, *stats.values()), (*exact[:3], *exact[3].values())):
@@ -292,7 +380,9 @@ def test_triton_launches_once_along_x(monkeypatch):
         tokens, scores = torch.zeros(rows, 1), torch.zeros(rows)
         offsets = torch.arange(rows + 1, dtype=torch.int32)
         for shape, layout in ((tokens, (None, tokens == 0)), (tokens[:, 0], (offsets, None))):
-            triton_impl.ppo_lag_advantage(shape, shape, scores, None, shape, None, None, *layout, 0.1, 1.0, 1.0, 5.0, False)
+            triton_impl.ppo_lag_advantage(
+                shape, shape, scores, None, shape, None, None, *layout, 0.1, 1.0, 1.0, 5.0, False
+            )
     assert launches == [(1024,)] * 4 + [(3,)] * 2 + [(1,)] * 2
 
 
@@ -303,8 +393,22 @@ def test_gradcheck_of_the_reference():
     multiplier = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
 
     def call(logp, ref_logp, reward_values, cost_values, reward, cost, multiplier):
-        return reference.ppo_lag_advantage(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, None,
-                                           mask, 0.1, 0.9, 0.8, 50.0, False)
+        return reference.ppo_lag_advantage(
+            logp,
+            ref_logp,
+            reward,
+            cost,
+            reward_values,
+            cost_values,
+            multiplier,
+            None,
+            mask,
+            0.1,
+            0.9,
+            0.8,
+            50.0,
+            False,
+        )
 
     assert torch.autograd.gradcheck(call, (*tokens, *scores, multiplier))
 
@@ -316,11 +420,14 @@ def test_library_and_determinism(impl, device):
     multiplier = torch.tensor(1.0, device=device)
     rest = (batch.cu_seqlens, None, 0.1, 1.0, 0.9, 50.0, False, impl)
     torch.library.opcheck(torch.ops.saferlhf_fast.ppo_lag_advantage, (*inputs, multiplier, *rest))
-    torch.library.opcheck(torch.ops.saferlhf_fast.ppo_lag_advantage,
-                          (*inputs[:3], None, inputs[4], None, None, *rest))
+    torch.library.opcheck(
+        torch.ops.saferlhf_fast.ppo_lag_advantage, (*inputs[:3], None, inputs[4], None, None, *rest)
+    )
 
     def call(*tensors):
-        return ppo_lag_advantage(*tensors, multiplier, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)[0] * 2
+        return (
+            ppo_lag_advantage(*tensors, multiplier, cu_seqlens=batch.cu_seqlens, impl=impl, **SETTINGS)[0] * 2
+        )
 
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(*inputs), call(*inputs))
 

@@ -1,4 +1,6 @@
-"""ppo_loss: against loops under autograd, KL and entropy terms, both reductions, normaliser, whitening, layouts of memory."""
+"""ppo_loss: against loops under autograd, KL and entropy terms, both reductions, normaliser, whitening,
+layouts of memory.
+"""
 
 import interpret
 import naive
@@ -16,15 +18,22 @@ pytestmark = pytest.mark.numeric
 
 CLIP = 0.2
 NAMES = ("logp", "old_logp", "advantages", "ref_logp", "entropy")
-TERMS = {"surrogate": {}, "k1": dict(kl_coeff=0.3, kl_estimator="k1"),
-         "k3 and entropy": dict(kl_coeff=0.3, kl_estimator="k3", entropy_coeff=0.2),
-         "high and dual clip, k3": dict(clip_high=0.4, dual_clip=1.3, kl_coeff=0.3)}
+TERMS = {
+    "surrogate": {},
+    "k1": dict(kl_coeff=0.3, kl_estimator="k1"),
+    "k3 and entropy": dict(kl_coeff=0.3, kl_estimator="k3", entropy_coeff=0.2),
+    "high and dual clip, k3": dict(clip_high=0.4, dual_clip=1.3, kl_coeff=0.3),
+}
 
 
 def inputs_of(batch, dtype=torch.float32, spread=0.3, terms="surrogate"):
-    """{name: packed tokens}: log-probs that differ by about `spread`, so that some ratios are clipped and some are not."""
+    """{name: packed tokens}: log-probs that differ by about `spread`, so that some ratios are clipped and
+    some are not.
+    """
     logp = batch.tokens(torch.float64) - 2
-    tokens = dict(logp=logp, old_logp=logp + batch.tokens(torch.float64, spread), advantages=batch.tokens(torch.float64))
+    tokens = dict(
+        logp=logp, old_logp=logp + batch.tokens(torch.float64, spread), advantages=batch.tokens(torch.float64)
+    )
     if terms != "surrogate":
         tokens["ref_logp"] = logp + batch.tokens(torch.float64, spread)
     if "entropy" in terms:
@@ -32,8 +41,19 @@ def inputs_of(batch, dtype=torch.float32, spread=0.3, terms="surrogate"):
     return {name: tensor.to(dtype) for name, tensor in tokens.items()}
 
 
-def by_loops(batch, tokens, token_mean=False, normalizer=None, scale=1.0, shift=0.0, kl_coeff=0.0, kl_estimator="k3",
-             entropy_coeff=0.0, clip_high=CLIP, dual_clip=None):
+def by_loops(
+    batch,
+    tokens,
+    token_mean=False,
+    normalizer=None,
+    scale=1.0,
+    shift=0.0,
+    kl_coeff=0.0,
+    kl_estimator="k3",
+    entropy_coeff=0.0,
+    clip_high=CLIP,
+    dual_clip=None,
+):
     """(loss, {name: gradient [N]}, statistics) in float64, the gradients from autograd of the formula."""
     leaves = {name: tokens[name].detach().double().cpu().requires_grad_() for name in NAMES if name in tokens}
     rows, means = [], dict.fromkeys(STATISTICS, 0.0)
@@ -75,21 +95,27 @@ def by_loops(batch, tokens, token_mean=False, normalizer=None, scale=1.0, shift=
 
 def call(tokens, upstream=1.0, **arguments):
     """(loss, {name: gradient}, stats) of the op; the tensors of `tokens` are not touched."""
-    leaves = {name: tensor.detach().requires_grad_(name in ("logp", "entropy")) for name, tensor in tokens.items()}
+    leaves = {
+        name: tensor.detach().requires_grad_(name in ("logp", "entropy")) for name, tensor in tokens.items()
+    }
     with nan_memory():
         loss, stats = ppo_loss(**leaves, clip_ratio=CLIP, **arguments)
         (upstream * loss).backward()
     return loss.detach(), {name: leaves[name].grad for name in ("logp", "entropy") if name in leaves}, stats
 
 
-@pytest.mark.parametrize("impl, device, dtype", typed(torch.float32, torch.float64, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    "impl, device, dtype", typed(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+)
 @pytest.mark.parametrize("size", naive.SIZES)
 @pytest.mark.parametrize("reduction", ["sequence-mean", "token-mean"])
 @pytest.mark.parametrize("terms", TERMS)
 def test_equals_the_loops(impl, device, dtype, size, reduction, terms):
     batch = naive.Ragged([size, 1, 0, max(size // 2, 1)], seed=size, device=device)
     tokens = inputs_of(batch, dtype, terms=terms)
-    loss, gradients, stats = call(tokens, 3, cu_seqlens=batch.cu_seqlens, reduction=reduction, impl=impl, **TERMS[terms])
+    loss, gradients, stats = call(
+        tokens, 3, cu_seqlens=batch.cu_seqlens, reduction=reduction, impl=impl, **TERMS[terms]
+    )
     expected, exact_gradients, statistics = by_loops(batch, tokens, reduction == "token-mean", **TERMS[terms])
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
     assert_near(loss, expected)
@@ -110,9 +136,15 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison, terms):
     """Positions that the mask hides and those past the last offset: not read, gradient exactly 0."""
     batch = naive.Ragged([5, 0, 600, 1], device=device)
     tokens = inputs_of(batch, terms=terms)
-    packed, arguments = dict(cu_seqlens=batch.cu_seqlens), dict(advantage_scale=2.0, advantage_shift=0.5, impl=impl)
+    packed, arguments = (
+        dict(cu_seqlens=batch.cu_seqlens),
+        dict(advantage_scale=2.0, advantage_shift=0.5, impl=impl),
+    )
     loss, gradients, stats = call(tokens, **packed, **arguments, **TERMS[terms])
-    behind = {name: torch.cat([tensor, torch.full((700,), poison, device=device)]) for name, tensor in tokens.items()}
+    behind = {
+        name: torch.cat([tensor, torch.full((700,), poison, device=device)])
+        for name, tensor in tokens.items()
+    }
     padded = {name: batch.padded(tensor, poison) for name, tensor in tokens.items()}
     for other, rows, valid in ((behind, packed, slice(0, 606)), (padded, dict(mask=batch.mask), batch.mask)):
         other_loss, other_gradients, other_stats = call(other, **rows, **arguments, **TERMS[terms])
@@ -131,14 +163,28 @@ def test_padded_is_packed_whatever_the_mask_hides(impl, device, poison, terms):
 def test_micro_batches_with_a_normalizer_add_up(impl, device, reduction, count):
     batch = naive.Ragged([9, 4, 0, 30], device=device)
     tokens = inputs_of(batch, exact(impl), terms="k3 and entropy")
-    arguments = dict(reduction=reduction, advantage_scale=1.5, advantage_shift=torch.tensor(-0.25, device=device), impl=impl,
-                     **TERMS["k3 and entropy"])
+    arguments = dict(
+        reduction=reduction,
+        advantage_scale=1.5,
+        advantage_shift=torch.tensor(-0.25, device=device),
+        impl=impl,
+        **TERMS["k3 and entropy"],
+    )
     whole, gradients, _ = call(tokens, cu_seqlens=batch.cu_seqlens, **arguments)
-    assert_near(whole, by_loops(batch, tokens, reduction == "token-mean", None, 1.5, -0.25, **TERMS["k3 and entropy"])[0])
+    assert_near(
+        whole,
+        by_loops(batch, tokens, reduction == "token-mean", None, 1.5, -0.25, **TERMS["k3 and entropy"])[0],
+    )
     for normalizer in (count, torch.tensor(count, device=device)):
-        parts = [call({name: tensor[at] for name, tensor in tokens.items()}, normalizer=normalizer,
-                      cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device), **arguments)
-                 for at, offsets in ((slice(0, 9), [0, 9]), (slice(9, 43), [0, 4, 4, 34]))]
+        parts = [
+            call(
+                {name: tensor[at] for name, tensor in tokens.items()},
+                normalizer=normalizer,
+                cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+                **arguments,
+            )
+            for at, offsets in ((slice(0, 9), [0, 9]), (slice(9, 43), [0, 4, 4, 34]))
+        ]
         assert_near(sum(part[0] for part in parts), whole)
         for name, gradient in gradients.items():
             assert_near(torch.cat([part[1][name] for part in parts]), gradient)
@@ -146,12 +192,16 @@ def test_micro_batches_with_a_normalizer_add_up(impl, device, reduction, count):
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
 def test_half_precision_gradients_do_not_vanish(impl, device):
-    """A gradient over Z is below float16 where the loss is scaled up again: 1/Z and the upstream gradient meet in float32."""
+    """A gradient over Z is below float16 where the loss is scaled up again: 1/Z and the upstream gradient
+    meet in float32.
+    """
     batch = naive.Ragged([40, 9], device=device)
     tokens = inputs_of(batch, torch.float16, terms="k3 and entropy")
-    arguments = dict(cu_seqlens=batch.cu_seqlens, reduction="token-mean", impl=impl, **TERMS["k3 and entropy"])
+    arguments = dict(
+        cu_seqlens=batch.cu_seqlens, reduction="token-mean", impl=impl, **TERMS["k3 and entropy"]
+    )
     _, plain, _ = call(tokens, normalizer=64.0, **arguments)
-    _, scaled, _ = call(tokens, 2.0 ** 24, normalizer=2.0 ** 30, **arguments)
+    _, scaled, _ = call(tokens, 2.0**24, normalizer=2.0**30, **arguments)
     for name, gradient in scaled.items():
         assert gradient.dtype == torch.float16 and (gradient != 0).sum() > 40
         assert torch.equal(gradient, plain[name])
@@ -166,18 +216,31 @@ def test_far_ratios_and_edges(impl, device):
     offsets = torch.tensor([0, 1], dtype=torch.int32, device=device)
     for index, expected in enumerate((torch.tensor(20.0).exp().item(), 0.8, 1.0)):
         at = slice(index, index + 1)
-        loss, _ = ppo_loss(logp[at], old_logp[at], advantages[at], clip_ratio=CLIP, cu_seqlens=offsets, impl=impl)
+        loss, _ = ppo_loss(
+            logp[at], old_logp[at], advantages[at], clip_ratio=CLIP, cu_seqlens=offsets, impl=impl
+        )
         assert loss.item() == pytest.approx(expected, rel=1e-5)
-        gradient, = torch.autograd.grad(loss, logp)
+        (gradient,) = torch.autograd.grad(loss, logp)
         assert gradient[index].item() == (1.0 if index == 2 else 0.0)
     loss, _ = ppo_loss(logp, old_logp, advantages, clip_ratio=CLIP, impl=impl)
     assert torch.isnan(loss) and torch.isnan(torch.autograd.grad(loss, logp)[0][3])
     still = torch.zeros(1, device=device)
     for far in (100.0, -100.0):
-        for estimator, kl, slope in (("k3", torch.tensor(20.0).exp().item() - 21 if far > 0 else 19.0, 0.0), ("k1", -far, 1.0)):
+        for estimator, kl, slope in (
+            ("k3", torch.tensor(20.0).exp().item() - 21 if far > 0 else 19.0, 0.0),
+            ("k1", -far, 1.0),
+        ):
             leaf = still.clone().requires_grad_()
-            loss, stats = ppo_loss(leaf, still, still, clip_ratio=CLIP, ref_logp=still + far, kl_coeff=1.0,
-                                   kl_estimator=estimator, impl=impl)
+            loss, stats = ppo_loss(
+                leaf,
+                still,
+                still,
+                clip_ratio=CLIP,
+                ref_logp=still + far,
+                kl_coeff=1.0,
+                kl_estimator=estimator,
+                impl=impl,
+            )
             assert loss.item() == pytest.approx(kl, rel=1e-5) and stats["ref_kl"] == loss
             assert torch.autograd.grad(loss, leaf)[0].item() == slope
 
@@ -185,25 +248,34 @@ def test_far_ratios_and_edges(impl, device):
 @pytest.mark.parametrize("impl, device", naive.PLACES)
 def test_dual_clip_and_clip_higher(impl, device):
     """Each side of each bound, one token at a time: loss, gradient and what the statistics say."""
+
     def one(ratio, advantage, **clip):
         leaf = torch.tensor([ratio], device=device).log().requires_grad_()
-        loss, stats = ppo_loss(leaf, torch.zeros_like(leaf), torch.tensor([advantage], device=device), clip_ratio=CLIP, impl=impl,
-                               **clip)
-        gradient, = torch.autograd.grad(loss, leaf)
+        loss, stats = ppo_loss(
+            leaf,
+            torch.zeros_like(leaf),
+            torch.tensor([advantage], device=device),
+            clip_ratio=CLIP,
+            impl=impl,
+            **clip,
+        )
+        (gradient,) = torch.autograd.grad(loss, leaf)
         said = [stats[name].item() for name in ("clip_fraction", "clipped", "dual_clipped") if name in stats]
         assert stats["log_ratio"].item() == pytest.approx(leaf.item(), abs=1e-6)
         return [pytest.approx(x, rel=1e-5) for x in (loss.item(), gradient.item(), *said)]
 
     bounds = dict(clip_high=0.3, dual_clip=3.0)
-    assert one(1.25, 2.0) == [-2.4, 0, 1, 1]                        # above 1.2
-    assert one(1.25, 2.0, clip_high=0.3) == [-2.5, -2.5, 0, 0]      # below 1.3
+    assert one(1.25, 2.0) == [-2.4, 0, 1, 1]  # above 1.2
+    assert one(1.25, 2.0, clip_high=0.3) == [-2.5, -2.5, 0, 0]  # below 1.3
     assert one(1.35, 2.0, **bounds) == [-2.6, 0, 1, 1, 0]
-    assert one(0.75, 2.0, **bounds) == [-1.5, -1.5, 1, 0, 0]        # outside, but the plain term is the larger loss
+    # outside, but the plain term is the larger loss
+    assert one(0.75, 2.0, **bounds) == [-1.5, -1.5, 1, 0, 0]
     assert one(0.75, -2.0, **bounds) == [1.6, 0, 1, 1, 0]
-    assert one(2.9, -2.0, **bounds) == [5.8, 5.8, 1, 0, 0]          # a bad token below the dual clip, and above it
+    # a bad token below the dual clip, and above it
+    assert one(2.9, -2.0, **bounds) == [5.8, 5.8, 1, 0, 0]
     assert one(3.1, -2.0, **bounds) == [6.0, 0, 1, 0, 1]
     assert one(3.1, -2.0) == one(3.1, -2.0, clip_high=0.3) == [6.2, 6.2, 1, 0]
-    assert one(3.1, 2.0, **bounds) == [-2.6, 0, 1, 1, 0]            # a good one knows no dual clip
+    assert one(3.1, 2.0, **bounds) == [-2.6, 0, 1, 1, 0]  # a good one knows no dual clip
     assert one(3.1, 0.0, **bounds) == [0, 0, 1, 0, 0]
     assert one(3.1, -2.0, dual_clip=float("inf")) == [6.2, 6.2, 1, 0, 0]
     assert one(1.1, 2.0, clip_high=0) == [-2.0, 0, 1, 1]
@@ -215,7 +287,9 @@ def test_the_dual_clip_leaves_the_kl_and_what_is_masked_alone(impl, device):
     logp = torch.zeros(2, 3, device=device, requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False]], device=device)
     old_logp, advantages = torch.full_like(logp, -2.0), torch.full_like(logp, -1.0)
-    call_ = dict(clip_ratio=CLIP, dual_clip=3, mask=mask, ref_logp=old_logp, kl_coeff=0.5, kl_estimator="k1", impl=impl)
+    call_ = dict(
+        clip_ratio=CLIP, dual_clip=3, mask=mask, ref_logp=old_logp, kl_coeff=0.5, kl_estimator="k1", impl=impl
+    )
     loss, stats = ppo_loss(logp, old_logp, advantages, **call_)
     assert loss.item() == 3 + 0.5 * 2 and stats["dual_clipped"] == 1 and stats["log_ratio"] == 2
     assert torch.autograd.grad(loss, logp)[0].tolist() == [[0.25, 0.25, 0.0], [0.0, 0.0, 0.0]]
@@ -245,8 +319,14 @@ def test_close_policies_keep_their_digits(impl, device):
 def test_nothing_to_learn_from(impl, device):
     for shape in ((0, 3), (2, 0), (2, 5)):
         nan = torch.full(shape, torch.nan, device=device)
-        loss, gradients, stats = call(dict.fromkeys(NAMES, nan), mask=torch.zeros(shape, dtype=torch.bool, device=device),
-                                      advantage_scale=2.0, advantage_shift=1.0, impl=impl, **TERMS["k3 and entropy"])
+        loss, gradients, stats = call(
+            dict.fromkeys(NAMES, nan),
+            mask=torch.zeros(shape, dtype=torch.bool, device=device),
+            advantage_scale=2.0,
+            advantage_shift=1.0,
+            impl=impl,
+            **TERMS["k3 and entropy"],
+        )
         assert loss == 0 and all(value == 0 for value in stats.values())
         assert all((gradient == 0).all() for gradient in gradients.values())
     tokens = inputs_of(naive.Ragged([3], device=device), terms="k3 and entropy")
@@ -254,23 +334,41 @@ def test_nothing_to_learn_from(impl, device):
     assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
     nan = torch.full((4,), torch.nan, device=device)
     for offsets in ([0], [0, 0], [0, 0, 0]):
-        loss, gradients, stats = call(dict.fromkeys(NAMES, nan), impl=impl, cu_seqlens=torch.tensor(
-            offsets, dtype=torch.int32, device=device))
+        loss, gradients, stats = call(
+            dict.fromkeys(NAMES, nan),
+            impl=impl,
+            cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+        )
         assert loss == 0 and all(value == 0 for value in stats.values())
         assert all((gradient == 0).all() for gradient in gradients.values())
 
 
 @settings(max_examples=15 if INTERPRETED else 40, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any), spread=st.floats(0, 3),
-       impl=st.sampled_from(HERE), token_mean=st.booleans(), layout=st.sampled_from(LAYOUTS), packed=st.booleans(),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), terms=st.sampled_from(list(TERMS)))
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any),
+    spread=st.floats(0, 3),
+    impl=st.sampled_from(HERE),
+    token_mean=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    packed=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    terms=st.sampled_from(list(TERMS)),
+)
 def test_any_lengths_and_layouts(lengths, spread, impl, token_mean, layout, packed, dtype, terms):
     batch = naive.Ragged(lengths, seed=len(lengths))
     tokens = inputs_of(batch, dtype, spread, terms)
-    rows = dict(cu_seqlens=laid_out(batch.cu_seqlens.double(), layout).int()) if packed else dict(mask=batch.mask)
-    given_ = {name: laid_out(tensor if packed else batch.padded(tensor, -100.0), layout) for name, tensor in tokens.items()}
-    loss, gradients, _ = call(given_, impl=impl, reduction="token-mean" if token_mean else "sequence-mean", **rows,
-                              **TERMS[terms])
+    rows = (
+        dict(cu_seqlens=laid_out(batch.cu_seqlens.double(), layout).int())
+        if packed
+        else dict(mask=batch.mask)
+    )
+    given_ = {
+        name: laid_out(tensor if packed else batch.padded(tensor, -100.0), layout)
+        for name, tensor in tokens.items()
+    }
+    loss, gradients, _ = call(
+        given_, impl=impl, reduction="token-mean" if token_mean else "sequence-mean", **rows, **TERMS[terms]
+    )
     expected, exact_gradients, _ = by_loops(batch, tokens, token_mean, **TERMS[terms])
     assert_near(loss, expected)
     for name, gradient in gradients.items():
@@ -279,7 +377,9 @@ def test_any_lengths_and_layouts(lengths, spread, impl, token_mean, layout, pack
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
 def test_a_long_row_and_many_rows(impl, device):
-    """131,072 tokens in one row; more rows than a grid's second axis takes (in the interpreter, which is slow, fewer)."""
+    """131,072 tokens in one row; more rows than a grid's second axis takes (in the interpreter, which is
+    slow, fewer).
+    """
     long = naive.Ragged([131_072, 3], device=device)
     many = naive.Ragged([index % 3 for index in range(150 if INTERPRETED else 70_001)], device=device)
     for batch in (long, many):
@@ -323,17 +423,52 @@ def test_library_and_determinism(impl, device):
     logp.requires_grad_()
     entropy.requires_grad_()
     scalar = torch.tensor(2.0, device=device)
-    for terms, scalars in (((None, None), (None, None, None)), ((ref_logp, entropy), (scalar, scalar, scalar))):
-        torch.library.opcheck(torch.ops.saferlhf_fast.ppo_loss,
-                              (logp, old_logp, advantages, *terms, batch.cu_seqlens, None, CLIP, 0.3, 3.0, 0.1, False, 0.1, False,
-                               *scalars, impl))
+    for terms, scalars in (
+        ((None, None), (None, None, None)),
+        ((ref_logp, entropy), (scalar, scalar, scalar)),
+    ):
+        torch.library.opcheck(
+            torch.ops.saferlhf_fast.ppo_loss,
+            (
+                logp,
+                old_logp,
+                advantages,
+                *terms,
+                batch.cu_seqlens,
+                None,
+                CLIP,
+                0.3,
+                3.0,
+                0.1,
+                False,
+                0.1,
+                False,
+                *scalars,
+                impl,
+            ),
+        )
 
     def loss(x, entropy):
-        return ppo_loss(x, old_logp, advantages, clip_ratio=CLIP, cu_seqlens=batch.cu_seqlens, ref_logp=ref_logp,
-                        entropy=entropy, impl=impl, **TERMS["k3 and entropy"])[0] * 2
+        return (
+            ppo_loss(
+                x,
+                old_logp,
+                advantages,
+                clip_ratio=CLIP,
+                cu_seqlens=batch.cu_seqlens,
+                ref_logp=ref_logp,
+                entropy=entropy,
+                impl=impl,
+                **TERMS["k3 and entropy"],
+            )[0]
+            * 2
+        )
 
-    losses = [loss(logp, entropy), loss(logp, entropy),
-              torch.compile(loss, fullgraph=True, backend="aot_eager")(logp, entropy)]
+    losses = [
+        loss(logp, entropy),
+        loss(logp, entropy),
+        torch.compile(loss, fullgraph=True, backend="aot_eager")(logp, entropy),
+    ]
     gradients = [torch.autograd.grad(value, (logp, entropy)) for value in losses]
     for again in (1, 2):
         assert torch.equal(losses[0], losses[again])
@@ -345,7 +480,9 @@ def test_library_and_determinism(impl, device):
 def test_threads_change_no_bit(impl):
     batch = naive.Ragged([20_000, 100_000, 7])
     tokens = inputs_of(batch, torch.bfloat16, terms="k3 and entropy")
-    one, two = with_threads(lambda: call(tokens, cu_seqlens=batch.cu_seqlens, impl=impl, **TERMS["k3 and entropy"]))
+    one, two = with_threads(
+        lambda: call(tokens, cu_seqlens=batch.cu_seqlens, impl=impl, **TERMS["k3 and entropy"])
+    )
     assert torch.equal(one[0], two[0])
     assert all(torch.equal(one[part][name], two[part][name]) for part in (1, 2) for name in one[part])
 

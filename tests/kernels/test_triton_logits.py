@@ -1,7 +1,9 @@
-"""What only the Triton kernels on logits can get wrong: tiles, alignment, gradients over wider logits, splits of the vocabulary.
+"""What only the Triton kernels on logits can get wrong: tiles, alignment, gradients over wider logits, splits
+of the vocabulary.
 
-On a GPU where there is one; else the file is run again in triton's interpreter. What every implementation must keep is in
-tests/kernels/test_token_logprob.py, test_ppo_loss_from_logits.py, test_linear_logprob.py and test_linear_ppo_loss.py.
+On a GPU where there is one; else the file is run again in triton's interpreter. What every implementation
+must keep is in tests/kernels/test_token_logprob.py, test_ppo_loss_from_logits.py, test_linear_logprob.py and
+test_linear_ppo_loss.py.
 """
 
 import interpret
@@ -23,7 +25,9 @@ pytestmark = pytest.mark.numeric
 
 INTERPRETED = dispatch.interpreted()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-here = pytest.mark.skipif(not INTERPRETED and DEVICE == "cpu", reason="no GPU: test_in_the_interpreter runs these")
+here = pytest.mark.skipif(
+    not INTERPRETED and DEVICE == "cpu", reason="no GPU: test_in_the_interpreter runs these"
+)
 HALF = [torch.bfloat16, torch.float16]
 INFINITY = float("inf")
 
@@ -43,14 +47,17 @@ def exact(logits, ids, grads=None, temperature=0.8, softcap=0.0):
     statistics = reference.token_logprob(logits, ids, temperature, None, softcap, True)
     if grads is None:
         return statistics
-    return statistics, reference.token_logprob_backward(logits, ids, *statistics, *grads, temperature, None, softcap,
-                                                        torch.empty_like(logits))
+    return statistics, reference.token_logprob_backward(
+        logits, ids, *statistics, *grads, temperature, None, softcap, torch.empty_like(logits)
+    )
 
 
 def assert_close_logits(got, expected, dtype):
-    """Gradients of `dtype`; the interpreter cuts float32 to bfloat16 where a GPU rounds, which doubles the error."""
+    """Gradients of `dtype`; the interpreter cuts float32 to bfloat16 where a GPU rounds, which doubles the
+    error.
+    """
     cut = 2 if INTERPRETED and dtype == torch.bfloat16 else 1
-    eps = {torch.float32: 1e-5, torch.bfloat16: 2 ** -8, torch.float16: 2 ** -11}[dtype]
+    eps = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
     assert ((got.double() - expected).abs() <= cut * eps * expected.abs() + 1e-5).all()
 
 
@@ -70,7 +77,9 @@ def test_functions_near_zero_and_far_from_it():
     x = torch.cat([size, -size]).float().to(DEVICE)
     outputs = [torch.empty_like(x) for _ in range(3)]
     functions_kernel[(1,)](*outputs, x, N=1024)
-    for got, expected in zip(outputs, (x.double().tanh(), x.double().abs().log1p(), -(-x.double().abs()).expm1())):
+    for got, expected in zip(
+        outputs, (x.double().tanh(), x.double().abs().log1p(), -(-x.double().abs()).expm1())
+    ):
         assert (got.double() / expected - 1).abs().max() < FUNCTION[DEVICE]
     assert (outputs[0].abs() <= 1).all()
 
@@ -78,10 +87,12 @@ def test_functions_near_zero_and_far_from_it():
 @here
 @pytest.mark.parametrize("vocabulary", [32_000, 32_001, 50_257, 151_936])
 def test_real_vocabularies(vocabulary):
-    """Many tiles, aligned and not; the target in the first, in the last and in between, and as the last column."""
+    """Many tiles, aligned and not; the target in the first, in the last and in between, and as the last
+    column.
+    """
     logits = numbers(4, vocabulary, scale=4, seed=vocabulary)
     ids = torch.tensor([3, vocabulary - 1, vocabulary // 2, vocabulary - 2], device=DEVICE)
-    logits[3, ids[3]] = 25.0    # confident
+    logits[3, ids[3]] = 25.0  # confident
     grads = numbers(4, seed=2), numbers(4, seed=3)
     expected, d_expected = exact(logits, ids, grads)
     got = rows.token_logprob(logits, ids, 0.8, None, 0.0, True)
@@ -97,8 +108,8 @@ def test_impossible_tokens(lowest):
     """A tile and more of them: before, between, after possible ones; all but one; as the target."""
     tile = rows.tiling(rows.WARPS, False, *[torch.empty(1, 12_000)] * 2)[0]["T"] * 16
     logits = numbers(6, 12_000, scale=3)
-    logits[0, :tile + 7] = lowest
-    logits[1, 100:100 + 2 * tile] = lowest
+    logits[0, : tile + 7] = lowest
+    logits[1, 100 : 100 + 2 * tile] = lowest
     logits[2, 9:] = lowest
     logits[3] = lowest
     logits[3, 11_999] = -3.0
@@ -109,7 +120,9 @@ def test_impossible_tokens(lowest):
     for mine, theirs in zip(got, expected):
         assert_near(mine, theirs.float() if lowest > -INFINITY else theirs)
     assert got[0][3] == 0 and got[1].isfinite().all() and (got[0][4] < -1e38)
-    d_got = rows.token_logprob_backward(logits, ids, *got, None, numbers(6, seed=2), 0.8, None, 0.0, torch.empty_like(logits))
+    d_got = rows.token_logprob_backward(
+        logits, ids, *got, None, numbers(6, seed=2), 0.8, None, 0.0, torch.empty_like(logits)
+    )
     assert_near(d_got, d_expected)
     assert (d_got[logits == lowest] == 0).all()
 
@@ -124,8 +137,12 @@ def test_no_number_is_made_up():
     ids = torch.tensor([3, 3, 3, 7, 5, 9], device=DEVICE)
     logp, entropy, _ = rows.token_logprob(logits, ids, 1.0, None, 0.0, True)
     assert logp.isnan().tolist() == [True] * 5 + [False] and entropy[2:5].isnan().all()
-    capped, capped_entropy, _ = rows.token_logprob(logits, ids, 1.0, None, 30.0, True)    # the cap makes infinities finite
-    assert capped.isnan().tolist() == [False, False, True, True, False, False] and capped_entropy[2:4].isnan().all()
+    # the cap makes infinities finite
+    capped, capped_entropy, _ = rows.token_logprob(logits, ids, 1.0, None, 30.0, True)
+    assert (
+        capped.isnan().tolist() == [False, False, True, True, False, False]
+        and capped_entropy[2:4].isnan().all()
+    )
     for value, sum_of in ((logp, entropy), (capped, capped_entropy)):
         assert_near(torch.stack([-value[-1], sum_of[-1]]), torch.tensor([5000.0, 5000.0]).log())
 
@@ -144,12 +161,14 @@ def test_confident_tokens(vocabulary, others, certainty):
     got = rows.token_logprob(logits, ids, 1.0, None, 0.0, True)
     assert got[0].item() < 0 and got[0].item() == pytest.approx(logp.item(), rel=1e-5)
     assert got[1].item() == pytest.approx(entropy.item(), rel=1e-5)
-    d_got = rows.token_logprob_backward(logits, ids, *got, torch.ones(1, device=DEVICE), None, 1.0, None, 0.0,
-                                        torch.empty_like(logits))
+    d_got = rows.token_logprob_backward(
+        logits, ids, *got, torch.ones(1, device=DEVICE), None, 1.0, None, 0.0, torch.empty_like(logits)
+    )
     assert d_got[0, -1].item() == pytest.approx(d_expected[0, -1].item(), rel=1e-4)
     vectors = [torch.tensor([x], device=DEVICE) for x in (logp.item(), -1.0, 1.0)]
-    policy.ppo_loss_from_logits(logits, ids, *vectors[:2], None, vectors[2], 0.2, 0.3, 3.0, 0.0, False, 0.0, 1.0, None, 0.0,
-                                d_got)
+    policy.ppo_loss_from_logits(
+        logits, ids, *vectors[:2], None, vectors[2], 0.2, 0.3, 3.0, 0.0, False, 0.0, 1.0, None, 0.0, d_got
+    )
     assert d_got[0, -1].item() == pytest.approx(d_expected[0, -1].item(), rel=1e-4)
 
 
@@ -159,9 +178,11 @@ def test_bits_depend_on_no_other_row(vocabulary):
     logits, ids = numbers(7, vocabulary, scale=3), some_ids(7, vocabulary)
     whole = rows.token_logprob(logits, ids, 0.7, None, 0.0, True)
     for row in (0, 3, 6):
-        alone = rows.token_logprob(logits[row:row + 1], ids[row:row + 1], 0.7, None, 0.0, True)
-        assert all(torch.equal(mine, theirs[row:row + 1]) for mine, theirs in zip(alone, whole))
-    assert all(torch.equal(a, b) for a, b in zip(whole, rows.token_logprob(logits, ids, 0.7, None, 0.0, True)))
+        alone = rows.token_logprob(logits[row : row + 1], ids[row : row + 1], 0.7, None, 0.0, True)
+        assert all(torch.equal(mine, theirs[row : row + 1]) for mine, theirs in zip(alone, whole))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole, rows.token_logprob(logits, ids, 0.7, None, 0.0, True))
+    )
 
 
 @here
@@ -173,7 +194,7 @@ def test_padded_and_strided_rows(dtype):
     expected, d_expected = exact(logits, ids, grads)
     for step, width in ((1, 4104), (1, 4111), (2, 8200)):
         store = torch.full((3, width), torch.nan, dtype=dtype, device=DEVICE)
-        view = store[:, :4100 * step:step]
+        view = store[:, : 4100 * step : step]
         view.copy_(logits)
         got = rows.token_logprob(view, ids, 0.8, None, 0.0, True)
         for mine, theirs in zip(got, expected):
@@ -188,7 +209,9 @@ def test_padded_and_strided_rows(dtype):
 @pytest.mark.parametrize("vocabulary", [5, 25_000, 25_001])
 @pytest.mark.parametrize("softcap", [0.0, 20.0])
 def test_gradients_over_wider_logits(dtype, vocabulary, softcap):
-    """fp32 logits, half-precision gradient in the first half of each row's own memory: several tiles, each over read ones."""
+    """fp32 logits, half-precision gradient in the first half of each row's own memory: several tiles, each
+    over read ones.
+    """
     logits, ids = numbers(3, vocabulary, scale=3), some_ids(3, vocabulary)
     grads = numbers(3, seed=2), numbers(3, seed=3)
     expected, d_expected = exact(logits, ids, grads, softcap=softcap)
@@ -197,9 +220,27 @@ def test_gradients_over_wider_logits(dtype, vocabulary, softcap):
     over = buffer.view(dtype)[:, :vocabulary]
     rows.token_logprob_backward(buffer, ids, *statistics, *grads, 0.8, None, softcap, over)
     assert_close_logits(over, d_expected, dtype)
-    old_logp, advantage, weight = (statistics[0] + 0.01).contiguous(), numbers(3, seed=4), torch.tensor([1.0, 0.0, 0.5])
-    arguments = (ids, old_logp, advantage, old_logp - 0.3, weight.to(DEVICE), 0.2, 0.3, 1.05, 0.1, False, 0.05, 0.8, None,
-                 softcap)
+    old_logp, advantage, weight = (
+        (statistics[0] + 0.01).contiguous(),
+        numbers(3, seed=4),
+        torch.tensor([1.0, 0.0, 0.5]),
+    )
+    arguments = (
+        ids,
+        old_logp,
+        advantage,
+        old_logp - 0.3,
+        weight.to(DEVICE),
+        0.2,
+        0.3,
+        1.05,
+        0.1,
+        False,
+        0.05,
+        0.8,
+        None,
+        softcap,
+    )
     double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
     d_expected = torch.empty(3, vocabulary, dtype=torch.float64, device=DEVICE)
     expected = policy_reference.ppo_loss_from_logits(logits.double(), *double, d_expected)
@@ -224,7 +265,12 @@ def test_a_row_over_its_wider_logits_is_one_program_s(monkeypatch):
 
     monkeypatch.setattr(rows, "backward_kernel", Recorder())
     logits, ids, ones = numbers(3, 9000), some_ids(3, 9000), torch.ones(3, device=DEVICE)
-    for out in (torch.empty_like(logits), logits.clone().bfloat16(), logits.view(torch.bfloat16)[:, :9000], logits):
+    for out in (
+        torch.empty_like(logits),
+        logits.clone().bfloat16(),
+        logits.view(torch.bfloat16)[:, :9000],
+        logits,
+    ):
         rows.token_logprob_backward(logits, ids, ones, ones, ones, ones, None, 1.0, None, 0.0, out)
     assert grids == [(9,), (9,), (3,), (9,)]
 
@@ -236,8 +282,22 @@ def test_policy_rows_in_place(vocabulary, k1):
     """Every number of warps; in place the tiles are written downwards."""
     logits, ids = numbers(3, vocabulary, scale=3), some_ids(3, vocabulary)
     old_logp = rows.token_logprob(logits, ids, 1.0, None, 0.0, False)[0] - 0.05
-    arguments = (ids, old_logp, numbers(3, seed=4), old_logp + 0.3, torch.tensor([1.0, 0.25, 0.5], device=DEVICE), 0.2, 0.3,
-                 1.05, 0.1, k1, 0.05, 1.0, torch.tensor([1.0, 0.7, 1.5], device=DEVICE), 0.0)
+    arguments = (
+        ids,
+        old_logp,
+        numbers(3, seed=4),
+        old_logp + 0.3,
+        torch.tensor([1.0, 0.25, 0.5], device=DEVICE),
+        0.2,
+        0.3,
+        1.05,
+        0.1,
+        k1,
+        0.05,
+        1.0,
+        torch.tensor([1.0, 0.7, 1.5], device=DEVICE),
+        0.0,
+    )
     double = [x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in arguments]
     d_expected = torch.empty(3, vocabulary, dtype=torch.float64, device=DEVICE)
     expected = policy_reference.ppo_loss_from_logits(logits.double(), *double, d_expected)
@@ -252,8 +312,24 @@ def test_rows_of_weight_zero_are_not_read():
     logits[1] = 1.0
     nothing = torch.tensor([torch.nan, -2.0], device=DEVICE)
     ids, weight = torch.tensor([1 << 40, 5], device=DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
-    logp, entropy = policy.ppo_loss_from_logits(logits, ids, nothing, nothing, nothing, weight, 0.2, 0.2, INFINITY, 0.1, False,
-                                                0.1, 1.0, nothing.abs(), 0.0, logits)
+    logp, entropy = policy.ppo_loss_from_logits(
+        logits,
+        ids,
+        nothing,
+        nothing,
+        nothing,
+        weight,
+        0.2,
+        0.2,
+        INFINITY,
+        0.1,
+        False,
+        0.1,
+        1.0,
+        nothing.abs(),
+        0.0,
+        logits,
+    )
     assert logp[0] == entropy[0] == 0 and (logits[0] == 0).all()
     assert logp[1].isfinite() and logits[1].isfinite().all() and (logits[1] != 0).all()
 
@@ -271,14 +347,19 @@ def test_ids_outside_the_vocabulary(bad):
     ones, gradient = torch.ones(2, device=DEVICE), torch.empty_like(logits)
     rows.token_logprob_backward(logits, ids, logp, entropy, lse, ones, None, 1.0, None, 0.0, gradient)
     assert gradient[0].isnan().all() and gradient[1].isfinite().all()
-    policy.ppo_loss_from_logits(logits, ids, ones, ones, None, ones, 0.2, 0.2, INFINITY, 0.0, False, 0.0, 1.0, None, 0.0,
-                                gradient)
+    policy.ppo_loss_from_logits(
+        logits, ids, ones, ones, None, ones, 0.2, 0.2, INFINITY, 0.0, False, 0.0, 1.0, None, 0.0, gradient
+    )
     assert gradient[0].isnan().all() and gradient[1].isfinite().all()
     hidden, weight = numbers(2, 16), numbers(300, 16, seed=1)
     logp, entropy, _ = linear.fused_forward(hidden, weight, ids, None, 1.0, None, 0.0)
     assert logp.isnan().tolist() == [True, False]
-    assert_near(entropy, linear_reference.linear_logprob(hidden.double(), weight.double(), ids * 0, None, 1.0, None, 0.0, True,
-                                                         None, False)[1])
+    assert_near(
+        entropy,
+        linear_reference.linear_logprob(
+            hidden.double(), weight.double(), ids * 0, None, 1.0, None, 0.0, True, None, False
+        )[1],
+    )
 
 
 def head(count, width, vocabulary, dtype, poison=0):
@@ -294,11 +375,23 @@ def head(count, width, vocabulary, dtype, poison=0):
 
 @here
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("count, width, vocabulary, poison", [
-    (1, 8, 1, 0), (1, 64, 2, 0), (3, 33, 63, 0), (130, 64, 257, 0), (5, 72, 1100, 8), (140, 40, 2500, 3), (2, 200, 3073, 0)])
+@pytest.mark.parametrize(
+    "count, width, vocabulary, poison",
+    [
+        (1, 8, 1, 0),
+        (1, 64, 2, 0),
+        (3, 33, 63, 0),
+        (130, 64, 257, 0),
+        (5, 72, 1100, 8),
+        (140, 40, 2500, 3),
+        (2, 200, 3073, 0),
+    ],
+)
 @pytest.mark.parametrize("plain", [False, True])
 def test_fused_forward(dtype, count, width, vocabulary, poison, plain):
-    """No multiple of a tile in tokens, hidden size or vocabulary; rows aligned (descriptors) and not; 1 to 4 splits."""
+    """No multiple of a tile in tokens, hidden size or vocabulary; rows aligned (descriptors) and not; 1 to 4
+    splits.
+    """
     hidden, weight, ids = head(count, width, vocabulary, dtype, poison)
     bias, temperature, softcap = None, None, 0.0
     if not plain:
@@ -306,7 +399,17 @@ def test_fused_forward(dtype, count, width, vocabulary, poison, plain):
         temperature = torch.linspace(0.6, 1.4, count, device=DEVICE)
     got = linear.fused_forward(hidden, weight, ids, bias, 0.9, temperature, softcap)
     expected = linear_reference.linear_logprob(
-        hidden.double(), weight.double(), ids, None if plain else bias.double(), 0.9, temperature, softcap, True, None, False)
+        hidden.double(),
+        weight.double(),
+        ids,
+        None if plain else bias.double(),
+        0.9,
+        temperature,
+        softcap,
+        True,
+        None,
+        False,
+    )
     for mine, theirs in zip(got, expected):
         assert_near(mine, theirs)
     assert (got[0] <= 0).all()
@@ -315,12 +418,16 @@ def test_fused_forward(dtype, count, width, vocabulary, poison, plain):
 @here
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_fused_forward_of_a_token_depends_on_no_other(dtype, monkeypatch):
-    """In the interpreter a tile's product is numpy's, which on AVX2 rounds a row by its place in the tile: made in float64 here,
-    so that what is compared is the kernel's."""
+    """In the interpreter a tile's product is numpy's, which on AVX2 rounds a row by its place in the tile:
+    made in float64 here, so that what is compared is the kernel's.
+    """
     if DEVICE == "cpu":
         import numpy
+
         product = numpy.matmul
-        monkeypatch.setattr(numpy, "matmul", lambda a, b, dtype: product(a, b, dtype=numpy.float64).astype(dtype))
+        monkeypatch.setattr(
+            numpy, "matmul", lambda a, b, dtype: product(a, b, dtype=numpy.float64).astype(dtype)
+        )
     hidden, weight, ids = head(140, 64, 1100, dtype)
     whole = linear.fused_forward(hidden, weight, ids, None, 0.9, None, 0.0)
     again = linear.fused_forward(hidden, weight, ids, None, 0.9, None, 0.0)
@@ -336,7 +443,9 @@ def test_fused_forward_of_a_token_depends_on_no_other(dtype, monkeypatch):
 
 @here
 def test_fused_forward_with_impossible_tokens_and_confident_ones():
-    """A split of -inf through the bias; -inf as the target; p = 1 - 1e-6 with the target in another split than the rest."""
+    """A split of -inf through the bias; -inf as the target; p = 1 - 1e-6 with the target in another split
+    than the rest.
+    """
     hidden, weight = torch.ones(3, 16, device=DEVICE), torch.zeros(2100, 16, device=DEVICE)
     bias = torch.full((2100,), -INFINITY, device=DEVICE)
     bias[2000] = 0.0
@@ -355,10 +464,33 @@ def test_empty_batches():
     empty, none = torch.zeros(0, 30, device=DEVICE), torch.zeros(0, dtype=torch.int64, device=DEVICE)
     tokens = torch.zeros(0, device=DEVICE)
     assert [x.shape for x in rows.token_logprob(empty, none, 1.0, None, 0.0, True)] == [(0,)] * 3
-    assert rows.token_logprob_backward(empty, none, tokens, tokens, tokens, tokens, None, 1.0, None, 0.0, empty).shape == (0, 30)
-    assert [x.shape for x in policy.ppo_loss_from_logits(empty, none, tokens, tokens, None, tokens, 0.2, 0.2, INFINITY, 0.0,
-                                                         False, 0.0, 1.0, None, 0.0, empty)] == [(0,)] * 2
-    assert [x.shape for x in linear.fused_forward(empty, numbers(7, 30), none, None, 1.0, None, 0.0)] == [(0,)] * 3
+    assert rows.token_logprob_backward(
+        empty, none, tokens, tokens, tokens, tokens, None, 1.0, None, 0.0, empty
+    ).shape == (0, 30)
+    assert [
+        x.shape
+        for x in policy.ppo_loss_from_logits(
+            empty,
+            none,
+            tokens,
+            tokens,
+            None,
+            tokens,
+            0.2,
+            0.2,
+            INFINITY,
+            0.0,
+            False,
+            0.0,
+            1.0,
+            None,
+            0.0,
+            empty,
+        )
+    ] == [(0,)] * 2
+    assert [x.shape for x in linear.fused_forward(empty, numbers(7, 30), none, None, 1.0, None, 0.0)] == [
+        (0,)
+    ] * 3
 
 
 @pytest.mark.skipif(INTERPRETED, reason="this is the process that the test starts")

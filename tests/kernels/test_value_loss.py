@@ -1,4 +1,6 @@
-"""value_loss: against loops under autograd, one critic and both, reductions, normaliser, ties, layouts of memory."""
+"""value_loss: against loops under autograd, one critic and both, reductions, normaliser, ties, layouts of
+memory.
+"""
 
 import interpret
 import naive
@@ -19,8 +21,10 @@ CLIP = 0.3
 def inputs_of(batch, dtype=torch.float32):
     """Values around the old ones, some further than the clip, and returns."""
     old_values = batch.tokens(torch.float64)
-    return [tensor.to(dtype) for tensor in (old_values + batch.tokens(torch.float64, 0.4), old_values,
-                                            batch.tokens(torch.float64))]
+    return [
+        tensor.to(dtype)
+        for tensor in (old_values + batch.tokens(torch.float64, 0.4), old_values, batch.tokens(torch.float64))
+    ]
 
 
 def both_of(batch, dtype=torch.float32):
@@ -32,13 +36,17 @@ def by_loops(batch, values, old_values, returns, token_mean=False, normalizer=No
     """(loss, gradient [N], clip fraction, clipped) in float64, the gradient from autograd of the formula."""
     leaf = values.detach().double().cpu().requires_grad_()
     rows, outside, larger = [], 0, 0
-    for row_values, row_old, row_returns in zip(leaf.split(batch.lengths), batch.split(old_values), batch.split(returns)):
+    for row_values, row_old, row_returns in zip(
+        leaf.split(batch.lengths), batch.split(old_values), batch.split(returns)
+    ):
         terms = []
         for value, old, target in zip(row_values, row_old, row_returns):
             clipped = old + (value - old).clamp(-CLIP, CLIP)
             terms.append(0.5 * torch.maximum((value - target) ** 2, (clipped - target) ** 2))
             outside += abs(value.item() - old) > CLIP
-            larger += abs(value.item() - old) > CLIP and ((clipped - target) ** 2 > (value - target) ** 2).item()
+            larger += (
+                abs(value.item() - old) > CLIP and ((clipped - target) ** 2 > (value - target) ** 2).item()
+            )
         rows.append(terms)
     loss = naive.autograd_loss(rows, token_mean, normalizer)
     loss.backward()
@@ -54,7 +62,9 @@ def call(values, old_values, returns, upstream=1.0, **arguments):
     return loss.detach(), leaf.grad, stats
 
 
-@pytest.mark.parametrize("impl, device, dtype", typed(torch.float32, torch.float64, torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    "impl, device, dtype", typed(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+)
 @pytest.mark.parametrize("size", naive.SIZES)
 @pytest.mark.parametrize("reduction", ["sequence-mean", "token-mean"])
 def test_equals_the_loops(impl, device, dtype, size, reduction):
@@ -63,16 +73,26 @@ def test_equals_the_loops(impl, device, dtype, size, reduction):
     loss, gradient, stats = call(*inputs, 3, cu_seqlens=batch.cu_seqlens, reduction=reduction, impl=impl)
     if dtype in (torch.float32, torch.float64):
         expected, exact_gradient, *shares = by_loops(batch, *inputs, reduction == "token-mean")
-    else:   # a difference of two rounded numbers may lie on the clip itself: which side it is on is float32's business
-        expected, exact_gradient, *shares = by_loops(batch, *(tensor.float() for tensor in inputs), reduction == "token-mean")
+    else:
+        # a difference of two rounded numbers may lie on the clip itself: which side it is on is float32's
+        # business
+        expected, exact_gradient, *shares = by_loops(
+            batch, *(tensor.float() for tensor in inputs), reduction == "token-mean"
+        )
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and loss.shape == ()
     assert gradient.dtype == dtype
     assert_near(loss, expected)
     assert_near(gradient, 3 * exact_gradient)
     value, _, target = (tensor.double() for tensor in inputs)
-    for name, number in dict(clip_fraction=shares[0], clipped=shares[1], value=value.mean().item(),
-                             error=(value - target).square().mean().item(), sequences=3,
-                             tokens=sum(batch.lengths), **{"return": target.mean().item()}).items():
+    for name, number in dict(
+        clip_fraction=shares[0],
+        clipped=shares[1],
+        value=value.mean().item(),
+        error=(value - target).square().mean().item(),
+        sequences=3,
+        tokens=sum(batch.lengths),
+        **{"return": target.mean().item()},
+    ).items():
         assert stats[name].shape == () and not stats[name].requires_grad
         assert_near(stats[name], torch.tensor(float(number), dtype=torch.float64), name)
 
@@ -80,15 +100,19 @@ def test_equals_the_loops(impl, device, dtype, size, reduction):
 @pytest.mark.parametrize("impl, device", naive.PLACES)
 @pytest.mark.parametrize("poison", naive.POISONS)
 def test_both_critics_padded_and_packed(impl, device, poison):
-    """[2, N] and [2, B, T] give what two calls give; the upstream gradient of each critic is its own; poison is not read."""
+    """[2, N] and [2, B, T] give what two calls give; the upstream gradient of each critic is its own; poison
+    is not read.
+    """
     batch = naive.Ragged([5, 0, 600, 1], device=device)
     both = both_of(batch)
     behind = [torch.cat([tensor, torch.full((2, 700), poison, device=device)], dim=1) for tensor in both]
     padded = [torch.stack([batch.padded(tensor, poison) for tensor in pair]) for pair in both]
     upstream = torch.tensor([1.0, -2.0], device=device)
-    for tensors, rows, valid in ((both, dict(cu_seqlens=batch.cu_seqlens), slice(0, 606)),
-                                 (behind, dict(cu_seqlens=batch.cu_seqlens), slice(0, 606)),
-                                 (padded, dict(mask=batch.mask), batch.mask)):
+    for tensors, rows, valid in (
+        (both, dict(cu_seqlens=batch.cu_seqlens), slice(0, 606)),
+        (behind, dict(cu_seqlens=batch.cu_seqlens), slice(0, 606)),
+        (padded, dict(mask=batch.mask), batch.mask),
+    ):
         loss, gradient, stats = call(*tensors, upstream, impl=impl, **rows)
         assert loss.shape == (2,)
         for index, prefix in enumerate(("reward_", "cost_")):
@@ -113,9 +137,15 @@ def test_micro_batches_with_a_normalizer_add_up(impl, device, reduction, count):
     arguments = dict(reduction=reduction, impl=impl)
     whole, gradient, _ = call(*inputs, cu_seqlens=batch.cu_seqlens, **arguments)
     for normalizer in (count, torch.tensor(count, device=device)):
-        parts = [call(*(tensor[at] for tensor in inputs), normalizer=normalizer, cu_seqlens=torch.tensor(
-            offsets, dtype=torch.int32, device=device), **arguments)
-            for at, offsets in ((slice(0, 9), [0, 9]), (slice(9, 43), [0, 4, 4, 34]))]
+        parts = [
+            call(
+                *(tensor[at] for tensor in inputs),
+                normalizer=normalizer,
+                cu_seqlens=torch.tensor(offsets, dtype=torch.int32, device=device),
+                **arguments,
+            )
+            for at, offsets in ((slice(0, 9), [0, 9]), (slice(9, 43), [0, 4, 4, 34]))
+        ]
         assert_near(sum(part[0] for part in parts), whole)
         assert_near(torch.cat([part[1] for part in parts]), gradient)
 
@@ -127,7 +157,7 @@ def test_half_precision_gradients_do_not_vanish(impl, device):
     inputs = inputs_of(batch, torch.float16)
     arguments = dict(cu_seqlens=batch.cu_seqlens, reduction="token-mean", impl=impl)
     _, plain, _ = call(*inputs, normalizer=64.0, **arguments)
-    _, scaled, _ = call(*inputs, 2.0 ** 24, normalizer=2.0 ** 30, **arguments)
+    _, scaled, _ = call(*inputs, 2.0**24, normalizer=2.0**30, **arguments)
     assert scaled.dtype == torch.float16 and (scaled != 0).sum() > 20
     assert torch.equal(scaled, plain)
 
@@ -139,8 +169,15 @@ def test_without_a_clip(impl, device):
     values, old_values, returns = both_of(batch)
     for old in (old_values, old_values + 1e8, old_values * torch.nan):
         leaf = values.clone().requires_grad_()
-        loss, stats = value_loss(leaf, old, returns, clip_value=float("inf"), cu_seqlens=batch.cu_seqlens, impl=impl,
-                                 reduction="token-mean")
+        loss, stats = value_loss(
+            leaf,
+            old,
+            returns,
+            clip_value=float("inf"),
+            cu_seqlens=batch.cu_seqlens,
+            impl=impl,
+            reduction="token-mean",
+        )
         expected = (values.double() - returns.double()).square().mean(1) / 2
         assert_near(loss, expected)
         assert_near(torch.autograd.grad(loss.sum(), leaf)[0], (values - returns) / 305)
@@ -151,7 +188,9 @@ def test_without_a_clip(impl, device):
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
 def test_ties_follow_autograd(impl, device):
-    """Inside the range both squares are one and the gradient is whole; equal squares outside it share, as in autograd."""
+    """Inside the range both squares are one and the gradient is whole; equal squares outside it share, as in
+    autograd.
+    """
     batch = naive.Ragged([3], device=device)
     old_values = torch.zeros(3, device=device)
     values = torch.tensor([0.25, 1.0, 1.0], device=device, requires_grad=True)
@@ -192,28 +231,48 @@ def test_nothing_to_learn_from(impl, device):
 
 
 @settings(max_examples=15 if INTERPRETED else 40, deadline=None, derandomize=True)
-@given(lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any), impl=st.sampled_from(HERE),
-       token_mean=st.booleans(), layout=st.sampled_from(LAYOUTS), packed=st.booleans(), critics=st.sampled_from([1, 2]),
-       dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5).filter(any),
+    impl=st.sampled_from(HERE),
+    token_mean=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    packed=st.booleans(),
+    critics=st.sampled_from([1, 2]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_any_lengths_and_layouts(lengths, impl, token_mean, layout, packed, critics, dtype):
     batch = naive.Ragged(lengths, seed=len(lengths))
     both = [tensor[:critics] for tensor in both_of(batch, dtype)]
-    given_ = both if packed else [torch.stack([batch.padded(row, -100.0) for row in tensor]) for tensor in both]
+    given_ = (
+        both if packed else [torch.stack([batch.padded(row, -100.0) for row in tensor]) for tensor in both]
+    )
     if critics == 1:
         given_ = [tensor[0] for tensor in given_]
-    rows = dict(cu_seqlens=laid_out(batch.cu_seqlens.double(), layout).int()) if packed else dict(mask=batch.mask)
-    loss, gradient, _ = call(*(laid_out(tensor, layout) for tensor in given_), impl=impl,
-                             reduction="token-mean" if token_mean else "sequence-mean", **rows)
+    rows = (
+        dict(cu_seqlens=laid_out(batch.cu_seqlens.double(), layout).int())
+        if packed
+        else dict(mask=batch.mask)
+    )
+    loss, gradient, _ = call(
+        *(laid_out(tensor, layout) for tensor in given_),
+        impl=impl,
+        reduction="token-mean" if token_mean else "sequence-mean",
+        **rows,
+    )
     gradient = gradient if packed else gradient[..., batch.mask]
     for index in range(critics):
-        expected, exact_gradient, *_ = by_loops(batch, *(tensor[index].float() for tensor in both), token_mean)
+        expected, exact_gradient, *_ = by_loops(
+            batch, *(tensor[index].float() for tensor in both), token_mean
+        )
         assert_near(loss.reshape(-1)[index], expected)
         assert_near(gradient.reshape(critics, -1)[index], exact_gradient)
 
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
 def test_a_long_row_and_many_rows(impl, device):
-    """131,072 tokens in one row; more rows than a grid's second axis takes (in the interpreter, which is slow, fewer)."""
+    """131,072 tokens in one row; more rows than a grid's second axis takes (in the interpreter, which is
+    slow, fewer).
+    """
     long = naive.Ragged([131_072, 3], device=device)
     many = naive.Ragged([index % 3 for index in range(150 if INTERPRETED else 70_001)], device=device)
     for batch in (long, many):
@@ -240,8 +299,11 @@ def test_gradcheck(impl, device):
     batch = naive.Ragged([4, 0, 3], device=device)
     values, old_values, returns = both_of(batch, torch.float64)
     assert torch.autograd.gradcheck(
-        lambda x: value_loss(x, old_values, returns, clip_value=CLIP, cu_seqlens=batch.cu_seqlens, impl=impl)[0],
-        (values.requires_grad_(),))
+        lambda x: value_loss(x, old_values, returns, clip_value=CLIP, cu_seqlens=batch.cu_seqlens, impl=impl)[
+            0
+        ],
+        (values.requires_grad_(),),
+    )
 
 
 @pytest.mark.parametrize("impl, device", naive.PLACES)
@@ -250,8 +312,10 @@ def test_library_and_determinism(impl, device):
     values, old_values, returns = both_of(batch)
     values.requires_grad_()
     for normalizer in (None, torch.tensor(2.0, device=device)):
-        torch.library.opcheck(torch.ops.saferlhf_fast.value_loss,
-                              (values, old_values, returns, batch.cu_seqlens, None, CLIP, True, normalizer, impl))
+        torch.library.opcheck(
+            torch.ops.saferlhf_fast.value_loss,
+            (values, old_values, returns, batch.cu_seqlens, None, CLIP, True, normalizer, impl),
+        )
 
     def loss(x):
         return value_loss(x, old_values, returns, clip_value=CLIP, cu_seqlens=batch.cu_seqlens, impl=impl)[0]
@@ -275,7 +339,9 @@ def test_threads_change_no_bit(impl):
 def test_wrong_arguments():
     values = torch.zeros(3, 4)
     with pytest.raises(ValueError, match="one critic or two in front"):
-        value_loss(values, values, values, clip_value=CLIP, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32))
+        value_loss(
+            values, values, values, clip_value=CLIP, cu_seqlens=torch.tensor([0, 4], dtype=torch.int32)
+        )
     with pytest.raises(ValueError, match="clip_value: expected a number >= 0"):
         value_loss(values, values, values, clip_value=float("nan"))
     with pytest.raises(ValueError, match="returns: expected shape"):

@@ -24,10 +24,21 @@ def llama(tmp_path_factory):
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory):
     from transformers import GPT2Config, GPT2LMHeadModel
+
     folder, tokenizer = tmp_path_factory.mktemp("gpt2") / "lm", make_tokenizer()
     torch.manual_seed(0)
-    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64,
-                        bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -68,8 +79,15 @@ def test_no_other_special_token_is_refused_for_export():
         with_distinct_pad(bare)
 
 
-@pytest.mark.parametrize("case, message", [("missing", "does not exist"), ("empty", "has no tokenizer"),
-                                           ("no eos", "end-of-sequence"), ("broken", "cannot be loaded")])
+@pytest.mark.parametrize(
+    "case, message",
+    [
+        ("missing", "does not exist"),
+        ("empty", "has no tokenizer"),
+        ("no eos", "end-of-sequence"),
+        ("broken", "cannot be loaded"),
+    ],
+)
 def test_tokenizer_refusals(tmp_path, case, message):
     folder = tmp_path / "folder"
     if case != "missing":
@@ -105,7 +123,7 @@ def test_causal_lm_round_trip(llama, tmp_path):
     tokenizer = load_tokenizer(llama)
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     lm = load_causal_lm(llama, tokenizer=tokenizer)
-    lm.generation_config.temperature = 0.6          # without do_sample, as some published configs have it
+    lm.generation_config.temperature = 0.6  # without do_sample, as some published configs have it
     save_causal_lm(tmp_path / "out", lm, tokenizer, card={"stage": "sft", "data": {"a.jsonl": 7}})
     again = load_causal_lm(tmp_path / "out", tokenizer=tokenizer)
     assert all(torch.equal(a, b) for a, b in zip(lm.state_dict().values(), again.state_dict().values()))
@@ -183,7 +201,9 @@ def test_padding_side_changes_no_score(family, request):
             scores_BL = model(ids_BL, mask_BL)
         assert scores_BL.dtype == torch.float32 and torch.isfinite(scores_BL).all()
         found.append((model.end_scores(scores_BL, mask_BL), scores_BL[mask_BL]))
-    assert torch.allclose(found[0][0], found[1][0], atol=1e-5) and torch.allclose(found[0][1], found[1][1], atol=1e-5)
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-5) and torch.allclose(
+        found[0][1], found[1][1], atol=1e-5
+    )
     alone = model(*batch(lengths[:1], pad=3))[0, -1]
     assert torch.allclose(alone, found[0][0][0], atol=1e-5)
 
@@ -233,10 +253,26 @@ def test_gradient_checkpointing_gives_the_same_gradient(llama):
 
 def test_text_part_of_a_multimodal_model(tmp_path):
     from transformers import Gemma3Config, Gemma3ForConditionalGeneration
-    text = dict(vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, max_position_embeddings=64, sliding_window=16)
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28,
-                  patch_size=14)
+
+    text = dict(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+        sliding_window=16,
+    )
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
     config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "lm")
     model = score_model_from_backbone(tmp_path / "lm").train()
@@ -299,6 +335,7 @@ def _shake(model):
 @pytest.mark.skipif(shared() is None, reason="needs models/stories260k under SAFERLHF_DATA")
 def test_real_llama(tmp_path):
     from transformers import AutoModelForSequenceClassification
+
     folder = shared() / "models" / "stories260k"
     tokenizer = load_tokenizer(folder)
     load_causal_lm(folder, tokenizer=tokenizer)
@@ -311,5 +348,7 @@ def test_real_llama(tmp_path):
     tokenizer.padding_side = "right"
     inputs = tokenizer(texts, return_tensors="pt", padding=True)
     with torch.no_grad():
-        ours = model.end_scores(model(inputs["input_ids"], inputs["attention_mask"]), inputs["attention_mask"])
+        ours = model.end_scores(
+            model(inputs["input_ids"], inputs["attention_mask"]), inputs["attention_mask"]
+        )
         assert torch.allclose(theirs(**inputs).logits[:, 0], ours, atol=1e-6)

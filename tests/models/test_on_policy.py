@@ -1,4 +1,6 @@
-"""The policy loss whose advantages are made from this forward's own log-probs: against autograd through plain torch."""
+"""The policy loss whose advantages are made from this forward's own log-probs: against autograd through plain
+torch.
+"""
 
 import pytest
 import torch
@@ -22,24 +24,34 @@ def problem(dtype, bias, vocabulary=37, width=16):
 
 def make_chunk_loss(seen=None):
     """Advantages of a token depend on all log-probs of its sequence, as KL shaping and GAE make them."""
+
     def chunk_loss(sequences, tokens, logp):
         if seen is not None:
             seen.append((sequences, tokens))
         counts = COUNTS[sequences]
-        advantages = torch.cat([torch.linspace(-1, 1, n).to(logp) * part.sum().sin() if n else part
-                                for n, part in zip(counts, logp.split(counts))])
-        return -advantages.sum(), -advantages              # of −Σ ratio · A, whose ratio is 1
+        advantages = torch.cat(
+            [
+                torch.linspace(-1, 1, n).to(logp) * part.sum().sin() if n else part
+                for n, part in zip(counts, logp.split(counts))
+            ]
+        )
+        return -advantages.sum(), -advantages  # of −Σ ratio · A, whose ratio is 1
+
     return chunk_loss
 
 
 @pytest.mark.parametrize("impl", ["reference", "native"])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-@pytest.mark.parametrize(("bias", "temperature", "softcap"), [(False, 1.0, None), (True, 0.7, None), (False, 1.3, 2.0)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)]
+)
+@pytest.mark.parametrize(
+    ("bias", "temperature", "softcap"), [(False, 1.0, None), (True, 0.7, None), (False, 1.3, 2.0)]
+)
 def test_loss_and_gradients(monkeypatch, impl, dtype, tolerance, bias, temperature, softcap):
     if impl == "native" and dispatch.native_module()[0] is None:
         pytest.skip(f"_C: {dispatch.native_module()[1]}")
     monkeypatch.setenv("SAFERLHF_IMPL", impl)
-    monkeypatch.setitem(linear.WORKSPACE, "cpu", 16 * 4 * 37)          # chunks of 16 tokens
+    monkeypatch.setitem(linear.WORKSPACE, "cpu", 16 * 4 * 37)  # chunks of 16 tokens
     hidden, weight, bias, ids = problem(dtype, bias)
     leaves = [None if x is None else x.double().requires_grad_() for x in (hidden, weight, bias)]
     logits = leaves[0] @ leaves[1].t() + (0.0 if leaves[2] is None else leaves[2])
@@ -85,10 +97,20 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_made():
     assert hidden.grad.abs().sum() > 0 and weight.grad is None
 
 
-@pytest.mark.parametrize(("counts", "most", "cuts"), [
-    ((), 4, []), ((0,), 4, [(slice(0, 1), slice(0, 0))]), ((9,), 4, [(slice(0, 1), slice(0, 9))]),
-    ((2, 2, 1), 4, [(slice(0, 2), slice(0, 4)), (slice(2, 3), slice(4, 5))]),
-    ((1, 9, 0, 3), 4, [(slice(0, 1), slice(0, 1)), (slice(1, 2), slice(1, 10)), (slice(2, 4), slice(10, 13))])])
+@pytest.mark.parametrize(
+    ("counts", "most", "cuts"),
+    [
+        ((), 4, []),
+        ((0,), 4, [(slice(0, 1), slice(0, 0))]),
+        ((9,), 4, [(slice(0, 1), slice(0, 9))]),
+        ((2, 2, 1), 4, [(slice(0, 2), slice(0, 4)), (slice(2, 3), slice(4, 5))]),
+        (
+            (1, 9, 0, 3),
+            4,
+            [(slice(0, 1), slice(0, 1)), (slice(1, 2), slice(1, 10)), (slice(2, 4), slice(10, 13))],
+        ),
+    ],
+)
 def test_chunks_hold_whole_sequences(counts, most, cuts):
     assert whole_sequences(counts, most) == cuts
 
@@ -104,7 +126,10 @@ def test_first_derivatives_alone():
     hidden, weight, _, ids = problem(torch.float32, False)
     hidden.requires_grad_()
     loss = on_policy_loss(hidden, weight, None, ids, COUNTS, make_chunk_loss())
-    gradient, = torch.autograd.grad(loss, hidden, create_graph=True)
-    for again in (lambda: torch.autograd.grad(gradient.square().sum(), hidden), gradient.square().sum().backward):
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    for again in (
+        lambda: torch.autograd.grad(gradient.square().sum(), hidden),
+        gradient.square().sum().backward,
+    ):
         with pytest.raises(RuntimeError, match="^on_policy_loss has first derivatives alone"):
             again()

@@ -1,4 +1,6 @@
-"""Packed batches: dealing by tokens, attention that never crosses sequences, and what models answer, one sequence at a time."""
+"""Packed batches: dealing by tokens, attention that never crosses sequences, and what models answer, one
+sequence at a time.
+"""
 
 import kit
 import pytest
@@ -9,7 +11,13 @@ from tolerance import assert_near, assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.models import attention, backbone, sampling_distribution
-from saferlhf_fast.models.packing import end_row, pack_into_microbatches, pack_sequences, padded, response_rows
+from saferlhf_fast.models.packing import (
+    end_row,
+    pack_into_microbatches,
+    pack_sequences,
+    padded,
+    response_rows,
+)
 from saferlhf_fast.models.policy import Objective, Policy, sequence_sums, trained_rows
 from saferlhf_fast.models.score_model import ScoreModel, score_model_from_backbone
 
@@ -17,30 +25,58 @@ pytestmark = pytest.mark.numeric
 
 SEQUENCES = [[3, 4, 5, 6, 7, 8, 9, 10, 11], [5, 6, 7], [9, 9, 1, 2, 3], [9, 8, 1, 2, 3], [4, 4]]
 STARTS = [2, 1, 3, 1, 1]
-TINY = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
+TINY = dict(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    pad_token_id=0,
+)
 ROPE = dict(TINY, num_key_value_heads=2, head_dim=8)
 # name -> (config, packs, goes through the fused head). Sliding windows are shorter than the longest sequence.
 ARCHITECTURES = {
     "Llama": (ROPE, True, True),
     "Qwen2": (dict(ROPE, sliding_window=4, use_sliding_window=True, max_window_layers=1), True, True),
-    "Qwen3": (dict(ROPE, tie_word_embeddings=True), True, True), "Mistral": (dict(ROPE, sliding_window=4), True, True),
-    "Gemma2": (dict(ROPE, sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=2.0), True, True),
+    "Qwen3": (dict(ROPE, tie_word_embeddings=True), True, True),
+    "Mistral": (dict(ROPE, sliding_window=4), True, True),
+    "Gemma2": (
+        dict(ROPE, sliding_window=4, final_logit_softcapping=3.0, attn_logit_softcapping=2.0),
+        True,
+        True,
+    ),
     "Gemma3Text": (dict(ROPE, sliding_window=4), True, True),
     "GPT2": (dict(vocab_size=40, n_embd=32, n_layer=2, n_head=4), True, True),
-    "OPT": (dict(vocab_size=40, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16),
-            True, True),
-    "GPTNeoX": (TINY, True, True), "Cohere": (ROPE, True, True), "Granite": (dict(ROPE, logits_scaling=4.0), True, True),
+    "OPT": (
+        dict(
+            vocab_size=40,
+            hidden_size=32,
+            ffn_dim=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            word_embed_proj_dim=16,
+        ),
+        True,
+        True,
+    ),
+    "GPTNeoX": (TINY, True, True),
+    "Cohere": (ROPE, True, True),
+    "Granite": (dict(ROPE, logits_scaling=4.0), True, True),
     "GptOss": (dict(ROPE, sliding_window=4, num_local_experts=4, num_experts_per_tok=2), True, True),
-    "Bloom": (dict(vocab_size=40, hidden_size=32, n_layer=2, n_head=4), False, True),       # alibi
-    "Mamba": (dict(vocab_size=40, hidden_size=32, num_hidden_layers=2), False, True),       # a state runs through
+    "Bloom": (dict(vocab_size=40, hidden_size=32, n_layer=2, n_head=4), False, True),  # alibi
+    # a state runs through
+    "Mamba": (dict(vocab_size=40, hidden_size=32, num_hidden_layers=2), False, True),
 }
 
 
 def make_lm(name, config=None, seed=0):
     import transformers
+
     torch.manual_seed(seed)
     settings = dict(config or ARCHITECTURES[name][0], bos_token_id=1, eos_token_id=2)
-    lm = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings)).eval()
+    lm = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{name}Config")(**settings)
+    ).eval()
     for parameter in lm.parameters():
         if parameter.dim() > 1:
             torch.nn.init.normal_(parameter, 0.0, 0.2)
@@ -52,7 +88,11 @@ def one_at_a_time(lm, temperature):
     made = []
     for ids, start in zip(SEQUENCES, STARTS):
         logits = lm(input_ids=torch.tensor([ids])).logits[0].float() / temperature
-        made.append(torch.log_softmax(logits[start - 1:-1], -1).gather(-1, torch.tensor(ids[start:])[:, None]).squeeze(-1))
+        made.append(
+            torch.log_softmax(logits[start - 1 : -1], -1)
+            .gather(-1, torch.tensor(ids[start:])[:, None])
+            .squeeze(-1)
+        )
     return torch.cat(made)
 
 
@@ -83,10 +123,13 @@ def test_passes_hold_every_sequence_once_and_no_more_than_the_budget(lengths, bu
 def test_ranks_carry_about_the_same():
     draw = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 512, (256,), generator=draw).tolist()
-    loads = [sum(lengths[i] for each in passes for i in each) for passes in pack_into_microbatches(lengths, 8192, 8)]
+    loads = [
+        sum(lengths[i] for each in passes for i in each)
+        for passes in pack_into_microbatches(lengths, 8192, 8)
+    ]
     assert max(loads) / min(loads) < 1.02
     passes = len(pack_into_microbatches(lengths, 8192, 8)[0])
-    assert passes == -(-sum(lengths) // (8 * 8192))          # as few passes as the tokens allow
+    assert passes == -(-sum(lengths) // (8 * 8192))  # as few passes as the tokens allow
     with pytest.raises(ValueError, match="at least one token, got 0"):
         pack_into_microbatches(lengths, 0)
 
@@ -96,10 +139,18 @@ def test_packed_says_where_everything_lies():
     assert packed.ids_M.tolist() == [i for ids in SEQUENCES for i in ids]
     assert packed.positions_M.tolist() == [p for ids in SEQUENCES for p in range(len(ids))]
     assert packed.counts == (7, 2, 2, 4, 1) and packed.cu_seqlens.tolist() == [0, 7, 9, 11, 15, 16]
-    assert packed.layout.cu_seqlens.tolist() == [0, 9, 12, 17, 22, 24] and packed.layout.runs == [(1, 9), (1, 3), (2, 5), (1, 2)]
+    assert packed.layout.cu_seqlens.tolist() == [0, 9, 12, 17, 22, 24] and packed.layout.runs == [
+        (1, 9),
+        (1, 3),
+        (2, 5),
+        (1, 2),
+    ]
     assert packed.targets_N.tolist() == [i for ids, s in zip(SEQUENCES, STARTS) for i in ids[s:]]
     ends = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], "cpu")
-    assert ends.ids_M[ends.rows_N].tolist() == [ids[-1] for ids in SEQUENCES] and ends.targets_N.tolist() == [-1] * 5
+    assert (
+        ends.ids_M[ends.rows_N].tolist() == [ids[-1] for ids in SEQUENCES]
+        and ends.targets_N.tolist() == [-1] * 5
+    )
     assert sequence_sums(torch.arange(16.0), packed).tolist() == [21, 15, 19, 50, 15]
     assert trained_rows([True, False, True, True, False]) == [1, 2]
     rows = padded(packed)
@@ -136,13 +187,17 @@ def test_no_sequence_sees_another():
     before = policy(responses())
     other = [list(ids) for ids in SEQUENCES]
     other[1] = [30, 31, 32]
-    after = policy(pack_sequences(other, [response_rows(s, len(ids)) for ids, s in zip(SEQUENCES, STARTS)], "cpu"))
+    after = policy(
+        pack_sequences(other, [response_rows(s, len(ids)) for ids, s in zip(SEQUENCES, STARTS)], "cpu")
+    )
     changed = (before != after).tolist()
     assert changed == [False] * 7 + [True] * 2 + [False] * 7
 
 
 def test_no_dense_mask_is_ever_made(monkeypatch):
-    """What attention gets for M tokens is a mask of one element, which it does not read; nothing of size M by M is made."""
+    """What attention gets for M tokens is a mask of one element, which it does not read; nothing of size M by
+    M is made.
+    """
     seen = []
     plain = attention._sdpa
 
@@ -165,7 +220,12 @@ def test_no_dense_mask_is_ever_made(monkeypatch):
     monkeypatch.setattr(attention, "dummy_mask", seen_mask)
     policy(responses())
     assert [tuple(mask.shape) for mask in whole] == [(1, 1, 1, 1)]
-    assert seen == 2 * [((1, 4, 9, 8), None), ((1, 4, 3, 8), None), ((2, 4, 5, 8), None), ((1, 4, 2, 8), None)]
+    assert seen == 2 * [
+        ((1, 4, 9, 8), None),
+        ((1, 4, 3, 8), None),
+        ((2, 4, 5, 8), None),
+        ((1, 4, 2, 8), None),
+    ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -187,8 +247,11 @@ def test_score_models_answer_the_asked_positions(tmp_path, checkpointing):
 def test_encoders_score_packed_too():
     """Attention in both directions, within a sequence."""
     from transformers import BertConfig, BertModel
+
     torch.manual_seed(0)
-    settings = dict(TINY, max_position_embeddings=32, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0)
+    settings = dict(
+        TINY, max_position_embeddings=32, attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0
+    )
     model = ScoreModel(BertModel(BertConfig(**settings), add_pooling_layer=False))
     packed = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], "cpu")
     expected = torch.stack([model(torch.tensor([ids]), torch.ones(1, len(ids)))[0, -1] for ids in SEQUENCES])
@@ -201,6 +264,7 @@ def test_encoders_score_packed_too():
 def test_heads_that_are_no_plain_layer_go_through_their_own_logits():
     """A scale nobody knows, and adapters on the head."""
     import peft
+
     scaled = make_lm("Llama")
     plain_forward = scaled.forward
 
@@ -210,7 +274,9 @@ def test_heads_that_are_no_plain_layer_go_through_their_own_logits():
         return out
 
     scaled.forward = forward
-    adapted = peft.get_peft_model(make_lm("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    adapted = peft.get_peft_model(
+        make_lm("Llama"), peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])
+    )
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -226,23 +292,33 @@ def test_heads_that_are_no_plain_layer_go_through_their_own_logits():
 def test_the_fused_objective_is_the_loss_of_the_log_probs(name):
     """Untied, tied, softcapped and scaled heads: loss, statistics and gradients of both forms."""
     from saferlhf_fast import ppo_loss
+
     lm = make_lm(name)
     policy, packed, cool = Policy(lm), responses(), Sampling(temperature=0.8)
     draw = torch.Generator().manual_seed(1)
     old_N = policy(packed, cool).detach() + 0.3 * torch.randn(16, generator=draw)
     advantages_N = torch.randn(16, generator=draw)
     settings = {"clip_ratio": 0.2, "reduction": "sequence-mean", "normalizer": 7}
-    loss, stats = ppo_loss(policy(packed, cool), old_N, advantages_N, cu_seqlens=packed.cu_seqlens, **settings)
+    loss, stats = ppo_loss(
+        policy(packed, cool), old_N, advantages_N, cu_seqlens=packed.cu_seqlens, **settings
+    )
     expected = gradients(lm, loss)
     fused, fused_stats = policy(packed, cool, Objective(old_N, advantages_N, settings))
-    assert fused.item() == pytest.approx(loss.item(), rel=1e-5) and stats["clip_fraction"] == fused_stats["clip_fraction"] > 0
+    assert (
+        fused.item() == pytest.approx(loss.item(), rel=1e-5)
+        and stats["clip_fraction"] == fused_stats["clip_fraction"] > 0
+    )
     assert_near_in_another_batch(gradients(lm, fused), expected)
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "Cohere", "Mamba"])
-@pytest.mark.parametrize("shape", [{"top_p": 0.7}, {"top_k": 5, "temperature": 0.6}, {"repetition_penalty": 1.4, "top_p": 0.9}])
+@pytest.mark.parametrize(
+    "shape", [{"top_p": 0.7}, {"top_k": 5, "temperature": 0.6}, {"repetition_penalty": 1.4, "top_p": 0.9}]
+)
 def test_what_is_scored_is_what_is_sampled(name, shape):
-    """Top-p, top-k and penalties shape the log-probs too: against `sampling_logits` on plain logits, one sequence at a time."""
+    """Top-p, top-k and penalties shape the log-probs too: against `sampling_logits` on plain logits, one
+    sequence at a time.
+    """
     lm, sampling = make_lm(name), Sampling(**shape)
     expected = []
     for ids, start in zip(SEQUENCES, STARTS):
@@ -253,13 +329,16 @@ def test_what_is_scored_is_what_is_sampled(name, shape):
             expected.append(scores.log_softmax(-1)[0, ids[t]])
     logp_N = Policy(lm)(responses(), sampling)
     assert_near_in_another_batch(logp_N, torch.stack(expected))
-    loss, _ = Policy(lm)(responses(), sampling, Objective(logp_N.detach(), torch.ones(16), {"clip_ratio": 0.2}))
+    loss, _ = Policy(lm)(
+        responses(), sampling, Objective(logp_N.detach(), torch.ones(16), {"clip_ratio": 0.2})
+    )
     assert loss.item() == pytest.approx(-1.0, rel=1e-5)
 
 
 def test_a_wrapped_model_is_still_itself(tmp_path):
     """The opened head changes neither copies nor files; a copy uses its own weights."""
     import copy
+
     lm = make_lm("Llama")
     names = sorted(lm.state_dict())
     policy = Policy(lm)
@@ -270,6 +349,7 @@ def test_a_wrapped_model_is_still_itself(tmp_path):
     assert policy(responses()).std() > 0.1
     lm.save_pretrained(tmp_path / "saved")
     from transformers import AutoModelForCausalLM
+
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert type(again.lm_head) is torch.nn.Linear and again.config._attn_implementation == "sdpa"
     assert sorted(again.state_dict()) == names

@@ -1,12 +1,21 @@
-"""One definition of the sampled distribution: picking tokens from it, and the log-probs that scoring gives them."""
+"""One definition of the sampled distribution: picking tokens from it, and the log-probs that scoring gives
+them.
+"""
 
 import pytest
 import torch
 from tolerance import assert_near
 
 from saferlhf_fast.config.stages import Sampling
-from saferlhf_fast.models.sampling_distribution import (Context, context_of, pick, plain, sampling_logits, sampling_logprob,
-                                                         uniforms)
+from saferlhf_fast.models.sampling_distribution import (
+    Context,
+    context_of,
+    pick,
+    plain,
+    sampling_logits,
+    sampling_logprob,
+    uniforms,
+)
 
 pytestmark = pytest.mark.numeric
 
@@ -34,6 +43,7 @@ def test_warp_is_transformers_distribution(name, size):
         TopKLogitsWarper,
         TopPLogitsWarper,
     )
+
     sampling = SETTINGS[name]
     draw = torch.Generator().manual_seed(size)
     logits = torch.randn(6, size, generator=draw) * 3
@@ -64,14 +74,16 @@ def test_a_small_nucleus_of_a_large_vocabulary_is_found_without_a_sort():
 
 def test_equally_likely_tokens_are_in_the_nucleus_or_out_together():
     logits = torch.tensor([[2.0, 1.0, 1.0, 1.0, -9.0]])
-    assert (sampling_logits(logits, Sampling(top_p=0.6)) > -torch.inf).tolist() == [[True, True, True, True, False]]
+    assert (sampling_logits(logits, Sampling(top_p=0.6)) > -torch.inf).tolist() == [
+        [True, True, True, True, False]
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 63, 252, 256, 257, 1500])
 def test_pick_takes_the_first_token_whose_sum_exceeds_the_number(size):
     draw = torch.Generator().manual_seed(size)
     scores = torch.randn(40, size, generator=draw) * 2
-    scores[:, size // 3:size // 2] = -torch.inf
+    scores[:, size // 3 : size // 2] = -torch.inf
     number = torch.rand(40, generator=draw, dtype=torch.float64)
     number[:3] = torch.tensor([0.0, 1 - 1e-16, 0.5], dtype=torch.float64)
     logp = scores.double().log_softmax(-1)
@@ -88,9 +100,11 @@ def test_pick_takes_the_first_token_whose_sum_exceeds_the_number(size):
 
 def test_picked_tokens_have_their_probabilities():
     scores = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().repeat(20_000, 1)
-    token, _ = pick(scores.clone(), torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    token, _ = pick(
+        scores.clone(), torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     share = torch.bincount(token, minlength=4) / 20_000
-    torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=4 * 0.5 / 20_000 ** 0.5)
+    torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4]), rtol=0, atol=4 * 0.5 / 20_000**0.5)
 
 
 def test_a_diverged_model_still_gives_tokens_and_says_so_in_their_log_probs():
@@ -107,7 +121,9 @@ def test_numbers_follow_from_the_seed_alone():
 
 
 def packed(dtype=torch.float32, lengths=(9, 4, 6), first=(4, 1, 5), vocabulary=41, hidden=8):
-    """Hidden states, weight, bias, targets and context of three packed sequences whose later tokens are asked for."""
+    """Hidden states, weight, bias, targets and context of three packed sequences whose later tokens are asked
+    for.
+    """
     draw = torch.Generator().manual_seed(3)
     ids = torch.randint(vocabulary, (sum(lengths),), generator=draw)
     starts = [0, lengths[0], lengths[0] + lengths[1]]
@@ -115,7 +131,7 @@ def packed(dtype=torch.float32, lengths=(9, 4, 6), first=(4, 1, 5), vocabulary=4
     states = torch.randn(len(rows), hidden, generator=draw, dtype=torch.float64).to(dtype)
     weight = torch.randn(vocabulary, hidden, generator=draw, dtype=torch.float64).to(dtype)
     bias = torch.randn(vocabulary, generator=draw, dtype=torch.float64).to(dtype)
-    seen = [ids[s:s + p + 1] for s, f, n in zip(starts, first, lengths) for p in range(f - 1, n - 1)]
+    seen = [ids[s : s + p + 1] for s, f, n in zip(starts, first, lengths) for p in range(f - 1, n - 1)]
     return states, weight, bias, ids[rows + 1], context_of(ids, lengths, rows), seen
 
 
@@ -128,7 +144,9 @@ def dense(hidden, weight, bias, softcap, scale, targets, sampling, seen):
             logits = softcap * torch.tanh(logits / softcap)
         factor = torch.ones_like(logits)
         for token in before.tolist():
-            factor[token] = sampling.repetition_penalty if logits[token] < 0 else 1 / sampling.repetition_penalty
+            factor[token] = (
+                sampling.repetition_penalty if logits[token] < 0 else 1 / sampling.repetition_penalty
+            )
         logits = logits * factor / sampling.temperature
         kept = torch.ones_like(logits, dtype=torch.bool)
         if sampling.top_k:
@@ -155,15 +173,18 @@ def test_warped_logprob_and_its_gradient_against_the_dense_formula(name, softcap
     got = sampling_logprob(*narrow, softcap, scale, targets, sampling, context, chunk)
     assert_near(got, expected)
     upstream = torch.randn(len(targets), generator=torch.Generator().manual_seed(1))
-    for made, right in zip(torch.autograd.grad(got, narrow, upstream), torch.autograd.grad(expected, wide, upstream.double())):
+    for made, right in zip(
+        torch.autograd.grad(got, narrow, upstream), torch.autograd.grad(expected, wide, upstream.double())
+    ):
         torch.testing.assert_close(made.double(), right, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_that_nobody_wants_are_not_made():
     hidden, weight, bias, targets, context, _ = packed()
     hidden.requires_grad_()
-    d_hidden, = torch.autograd.grad(sampling_logprob(hidden, weight, None, None, 1.0, targets, SETTINGS["all"], context).sum(),
-                                    hidden)
+    (d_hidden,) = torch.autograd.grad(
+        sampling_logprob(hidden, weight, None, None, 1.0, targets, SETTINGS["all"], context).sum(), hidden
+    )
     assert d_hidden.shape == hidden.shape and d_hidden.abs().sum() > 0
 
 

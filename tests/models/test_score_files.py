@@ -1,4 +1,6 @@
-"""Score checkpoints: safe-rlhf's layout by hand, export to AutoModelForSequenceClassification, bias, normaliser, refusals."""
+"""Score checkpoints: safe-rlhf's layout by hand, export to AutoModelForSequenceClassification, bias,
+normaliser, refusals.
+"""
 
 import json
 from pathlib import Path
@@ -35,6 +37,7 @@ def right_padded(tokenizer, lengths=(8, 5, 2), pad=None):
 def class_scores(folder, ids_BL, mask_BL):
     """Scores as a user of transformers alone gets them; no weight may be missing."""
     from transformers import AutoModelForSequenceClassification
+
     with quiet():
         model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -51,14 +54,25 @@ def write_ref(folder, llama, bias=0.7, mean=0.4, var=2.25, binary=False, drop=()
     """A checkpoint in the reference implementation's layout."""
     make_tokenizer().save_pretrained(folder)
     config = json.loads((Path(llama) / "config.json").read_text())
-    config |= {"architectures": ["LlamaForScore"], "score_dim": 1, "score_bias": bias is not None,
-               "score_type": "cost", "do_normalize": False, "normalizer_type": None, **fields}
+    config |= {
+        "architectures": ["LlamaForScore"],
+        "score_dim": 1,
+        "score_bias": bias is not None,
+        "score_type": "cost",
+        "do_normalize": False,
+        "normalizer_type": None,
+        **fields,
+    }
     (folder / "config.json").write_text(json.dumps(config))
     state = load_file(f"{llama}/model.safetensors")
     state.pop("lm_head.weight", None)
     torch.manual_seed(5)
-    state |= {"score_head.weight": torch.randn(1, 32), "normalizer.mean": torch.tensor([mean]),
-              "normalizer.var": torch.tensor([var]), "normalizer.count": torch.tensor([9])}
+    state |= {
+        "score_head.weight": torch.randn(1, 32),
+        "normalizer.mean": torch.tensor([mean]),
+        "normalizer.var": torch.tensor([var]),
+        "normalizer.count": torch.tensor([9]),
+    }
     if bias is not None:
         state["score_head.bias"] = torch.tensor([bias])
     for name in drop:
@@ -76,10 +90,13 @@ def write_ref(folder, llama, bias=0.7, mean=0.4, var=2.25, binary=False, drop=()
 @pytest.mark.numeric
 def test_export_is_exact_through_the_class(llama, tmp_path):
     tokenizer, model = load_tokenizer(llama), score_model_from_backbone(llama)
-    save_score_model(tmp_path / "rm", model, tokenizer, kind="reward", card={"data": ["pairs.jsonl"],
-                                                                                   "accuracy": 0.75})
+    save_score_model(
+        tmp_path / "rm", model, tokenizer, kind="reward", card={"data": ["pairs.jsonl"], "accuracy": 0.75}
+    )
     ids_BL, mask_BL = right_padded(tokenizer)
-    assert torch.allclose(class_scores(tmp_path / "rm", ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6)
+    assert torch.allclose(
+        class_scores(tmp_path / "rm", ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6
+    )
     config = json.loads((tmp_path / "rm" / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 1
     assert config["problem_type"] == "regression" and config["pad_token_id"] == tokenizer.pad_token_id
@@ -101,16 +118,30 @@ def test_export_of_a_state_dict(llama, tmp_path):
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "opt", "mixtral"])
 def test_export_of_other_families(family, tmp_path):
     import transformers
+
     tokenizer = make_tokenizer()
-    common = dict(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                  max_position_embeddings=64)
+    common = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
     config, cls = {
-        "gpt2": lambda: (transformers.GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4,
-                                                 n_positions=64, pad_token_id=3), "GPT2"),
+        "gpt2": lambda: (
+            transformers.GPT2Config(
+                vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=64, pad_token_id=3
+            ),
+            "GPT2",
+        ),
         "gpt_neox": lambda: (transformers.GPTNeoXConfig(**common, intermediate_size=64), "GPTNeoX"),
         "opt": lambda: (transformers.OPTConfig(**common, ffn_dim=64, word_embed_proj_dim=16), "OPT"),
-        "mixtral": lambda: (transformers.MixtralConfig(**common, intermediate_size=64, num_key_value_heads=2,
-                                                       num_local_experts=2), "Mixtral"),
+        "mixtral": lambda: (
+            transformers.MixtralConfig(
+                **common, intermediate_size=64, num_key_value_heads=2, num_local_experts=2
+            ),
+            "Mixtral",
+        ),
     }[family]()
     torch.manual_seed(0)
     names = {"GPT2": "GPT2LMHeadModel"}
@@ -126,9 +157,17 @@ def test_export_of_other_families(family, tmp_path):
 @pytest.mark.numeric
 def test_a_family_without_the_class_is_kept_for_our_loader(tmp_path):
     from transformers import BertConfig, BertForMaskedLM
+
     tokenizer = make_tokenizer()
-    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                               intermediate_size=64)).save_pretrained(tmp_path / "lm")
+    BertForMaskedLM(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+        )
+    ).save_pretrained(tmp_path / "lm")
     model = score_model_from_backbone(tmp_path / "lm").eval()
     save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")
     ids_BL, mask_BL = right_padded(tokenizer)
@@ -147,15 +186,19 @@ def test_pad_equal_to_eos_gets_another_pad(tmp_path):
     assert saved.pad_token_id != saved.eos_token_id and tokenizer.pad_token_id == tokenizer.eos_token_id
     assert same_tokenizer(saved, tokenizer)
     ids_BL, mask_BL = right_padded(saved)
-    assert torch.allclose(class_scores(tmp_path / "rm", ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6)
+    assert torch.allclose(
+        class_scores(tmp_path / "rm", ids_BL, mask_BL), end_scores(model, ids_BL, mask_BL), atol=1e-6
+    )
 
 
 def test_pad_equal_to_eos_without_another_special_token_is_refused(llama, tmp_path):
     tokenizer = make_tokenizer(pad_is_eos=True)
     tokenizer.bos_token = tokenizer.unk_token = None
     model = score_model_from_backbone(llama)
-    for call in (lambda: check_score_export(model, tokenizer),
-                 lambda: save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")):
+    for call in (
+        lambda: check_score_export(model, tokenizer),
+        lambda: save_score_model(tmp_path / "rm", model, tokenizer, kind="reward"),
+    ):
         with pytest.raises(UserError, match="another special token"):
             call()
     assert not list(tmp_path.iterdir())
@@ -165,23 +208,36 @@ def test_pad_equal_to_eos_without_another_special_token_is_refused(llama, tmp_pa
 
 
 @pytest.mark.numeric
-@pytest.mark.parametrize("score_type, normalize", [("cost", False), ("cost", True), ("reward", True), ("critic", True)])
+@pytest.mark.parametrize(
+    "score_type, normalize", [("cost", False), ("cost", True), ("reward", True), ("critic", True)]
+)
 @pytest.mark.parametrize("binary", [False, True])
 def test_ref_checkpoint_scores_as_its_formula(llama, tmp_path, score_type, normalize, binary):
-    state = write_ref(tmp_path, llama, binary=binary, score_type=score_type, do_normalize=normalize,
-                      normalizer_type="RunningMeanStd" if normalize else None)
+    state = write_ref(
+        tmp_path,
+        llama,
+        binary=binary,
+        score_type=score_type,
+        do_normalize=normalize,
+        normalizer_type="RunningMeanStd" if normalize else None,
+    )
     model = load_score_model(tmp_path, allow_pickle=binary)
     ids_BL, mask_BL = right_padded(load_tokenizer(tmp_path))
     from transformers import AutoModel
-    hidden = AutoModel.from_pretrained(llama).eval()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+
+    hidden = (
+        AutoModel.from_pretrained(llama).eval()(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+    )
     expected = hidden @ state["score_head.weight"][0] + 0.7
     if normalize and score_type == "reward":
-        expected = (expected - 0.4) / (2.25 ** 0.5 + 1e-8)
+        expected = (expected - 0.4) / (2.25**0.5 + 1e-8)
     elif normalize and score_type == "cost":
-        expected = expected / (2.25 ** 0.5 + 1e-8)
+        expected = expected / (2.25**0.5 + 1e-8)
     last = mask_BL.sum(1) - 1
     assert model.kind == score_type
-    assert torch.allclose(end_scores(model, ids_BL, mask_BL), expected.gather(1, last[:, None])[:, 0], atol=1e-5)
+    assert torch.allclose(
+        end_scores(model, ids_BL, mask_BL), expected.gather(1, last[:, None])[:, 0], atol=1e-5
+    )
 
 
 @pytest.mark.numeric
@@ -240,6 +296,7 @@ def test_an_existing_head_is_kept_with_new_head(llama, tmp_path):
 
 def test_a_classifier_with_several_labels_is_refused(llama, tmp_path):
     from transformers import AutoConfig, LlamaForSequenceClassification
+
     config = AutoConfig.from_pretrained(llama)
     config.num_labels = 3
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
@@ -249,6 +306,7 @@ def test_a_classifier_with_several_labels_is_refused(llama, tmp_path):
 
 def test_sharded_weights(llama, tmp_path):
     from transformers import AutoConfig, LlamaForSequenceClassification
+
     config = AutoConfig.from_pretrained(llama)
     config.num_labels = 1
     made = LlamaForSequenceClassification(config)

@@ -1,4 +1,6 @@
-"""One frozen base and adapters on it: every role is what it would be as a model of its own, and the base is there once."""
+"""One frozen base and adapters on it: every role is what it would be as a model of its own, and the base is
+there once.
+"""
 
 from pathlib import Path
 
@@ -28,10 +30,24 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shared_base")
     base = kit.make_model(folder / "model")
     data = kit.make_data(folder / "data")
-    kit.run("reward", folder / "reward", model=base, data=data["pairs"], train__epochs=6, train__max_length=32,
-            optim__learning_rate=2e-2, **LORA)
+    kit.run(
+        "reward",
+        folder / "reward",
+        model=base,
+        data=data["pairs"],
+        train__epochs=6,
+        train__max_length=32,
+        optim__learning_rate=2e-2,
+        **LORA,
+    )
     whole = kit.make_scores(folder / "whole", base)
-    return {"folder": folder, "model": base, "reward": str(folder / "reward" / "model"), "cost": whole["cost"], **data}
+    return {
+        "folder": folder,
+        "model": base,
+        "reward": str(folder / "reward" / "model"),
+        "cost": whole["cost"],
+        **data,
+    }
 
 
 def packed():
@@ -40,9 +56,17 @@ def packed():
 
 def make_roles(world, **settings):
     given = {"ppo": PPO(), "lora": Lora(rank=4, alpha=32), "engine": Engine(precision="fp32"), **settings}
-    cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none",
-                    optim=Optimizer(learning_rate=1e-2), max_length=64, **given,
-                    critic_optim=Optimizer(learning_rate=1e-2, schedule="constant"))
+    cfg = PPOConfig(
+        model=world["model"],
+        reward=world["reward"],
+        cost=world["cost"],
+        data="none",
+        output="none",
+        optim=Optimizer(learning_rate=1e-2),
+        max_length=64,
+        **given,
+        critic_optim=Optimizer(learning_rate=1e-2, schedule="constant"),
+    )
     engine.start(cfg.engine, 0)
     return load_roles(cfg, load_tokenizer(world["model"]), 9, constrained=True)
 
@@ -57,7 +81,9 @@ def scramble(roles):
 
 
 def test_each_role_is_a_model_of_its_own(world):
-    """Reference = the base; actor = the merged model; the reward model's adapter = the whole model that was saved with it."""
+    """Reference = the base; actor = the merged model; the reward model's adapter = the whole model that was
+    saved with it.
+    """
     roles = make_roles(world)
     scramble(roles)
     base = Policy(load_causal_lm(world["model"]))
@@ -66,6 +92,7 @@ def test_each_role_is_a_model_of_its_own(world):
     actor_logp = roles.actor(packed())
     merged = load_causal_lm(world["model"])
     from saferlhf_fast.models.lora import plain_state
+
     merged.load_state_dict(plain_state(roles.actor.module.lm))
     torch.testing.assert_close(actor_logp, Policy(merged)(packed()), rtol=1e-4, atol=1e-5)
     assert not torch.allclose(actor_logp, base(packed()), atol=1e-2)
@@ -73,11 +100,15 @@ def test_each_role_is_a_model_of_its_own(world):
     torch.testing.assert_close(roles.critics[0].engine(packed()), values)
 
     whole = load_score_model(world["reward"])
-    torch.testing.assert_close(roles.scorers["reward"].model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        roles.scorers["reward"].model(packed()), whole(packed()).detach(), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_critics_start_from_their_score_model(world):
-    """The reward critic from the reward adapter; the cost model is no adapter, so its critic starts without it, which is said."""
+    """The reward critic from the reward adapter; the cost model is no adapter, so its critic starts without
+    it, which is said.
+    """
     roles = make_roles(world)
     whole = load_score_model(world["reward"])
     torch.testing.assert_close(roles.critics[0].engine(packed()), whole(packed()), rtol=1e-4, atol=1e-5)
@@ -87,22 +118,40 @@ def test_critics_start_from_their_score_model(world):
 def test_the_base_lies_in_memory_once(world):
     roles = make_roles(world)
     shared_base = roles.actor.module.shared_base
-    modules = [roles.actor.module, roles.reference.module, roles.scorers["reward"].model.module,
-               *(critic.engine.module for critic in roles.critics)]
+    modules = [
+        roles.actor.module,
+        roles.reference.module,
+        roles.scorers["reward"].model.module,
+        *(critic.engine.module for critic in roles.critics),
+    ]
     assert all(module.shared_base is shared_base for module in modules)
-    embeddings = [p for p in shared_base.lm.parameters() if p.numel() == shared_base.base.get_input_embeddings().weight.numel()]
-    assert len(embeddings) == 2                                # the input's and the head's: no copy of either
+    embeddings = [
+        p
+        for p in shared_base.lm.parameters()
+        if p.numel() == shared_base.base.get_input_embeddings().weight.numel()
+    ]
+    assert len(embeddings) == 2  # the input's and the head's: no copy of either
     assert not any(p.requires_grad for name, p in shared_base.lm.named_parameters() if "lora_" not in name)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_backwards_reach_their_own_adapter_alone(world, checkpointing):
-    """Forwards of all roles first, backwards in another order, as the update does; recomputed activations are the role's."""
+    """Forwards of all roles first, backwards in another order, as the update does; recomputed activations are
+    the role's.
+    """
     roles = make_roles(world, gradient_checkpointing=checkpointing)
     scramble(roles)
     roles.train()
-    logp, reward_values, cost_values = roles.actor(packed()), roles.critics[0].engine(packed()), roles.critics[1].engine(packed())
-    losses = ((roles.critics[1].engine, cost_values), (roles.actor, logp), (roles.critics[0].engine, reward_values))
+    logp, reward_values, cost_values = (
+        roles.actor(packed()),
+        roles.critics[0].engine(packed()),
+        roles.critics[1].engine(packed()),
+    )
+    losses = (
+        (roles.critics[1].engine, cost_values),
+        (roles.actor, logp),
+        (roles.critics[0].engine, reward_values),
+    )
     for model, out in losses:
         model.backward((out * torch.arange(len(out))).sum())
     got = [[p.grad.clone() for p in model.module.parameters()] for model, _ in losses]
@@ -116,18 +165,36 @@ def test_backwards_reach_their_own_adapter_alone(world, checkpointing):
             assert gradient.abs().sum() > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"ppo__shared_critic": True, "engine__zero_stage": 2, "gradient_checkpointing": True}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"ppo__shared_critic": True, "engine__zero_stage": 2, "gradient_checkpointing": True}]
+)
 def test_ppo_lag_on_one_shared_base(world, tmp_path, capsys, settings):
     """A run: the KL starts at 0, moves, and the saved actor is a plain model with the adapter merged."""
-    out = kit.run("ppo-lag", tmp_path / "lag", model=world["model"], reward=world["reward"], cost=world["cost"],
-                  data=world["prompts"], max_length=24, ppo__batch_size=4, ppo__max_steps=3, optim__learning_rate=1e-2,
-                  **{**LORA, **settings})
+    out = kit.run(
+        "ppo-lag",
+        tmp_path / "lag",
+        model=world["model"],
+        reward=world["reward"],
+        cost=world["cost"],
+        data=world["prompts"],
+        max_length=24,
+        ppo__batch_size=4,
+        ppo__max_steps=3,
+        optim__learning_rate=1e-2,
+        **{**LORA, **settings},
+    )
     assert "cost: a whole model beside the shared base" in capsys.readouterr().out
     kl = kit.losses(out, "train/kl_divergence")
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and abs(kl[2]) > 1e-5
-    assert len(kit.losses(out, "train/cost_critic_loss")) == 3 and kit.losses(out, "train/cost_critic_grad_norm")[0] > 0
+    assert (
+        len(kit.losses(out, "train/cost_critic_loss")) == 3
+        and kit.losses(out, "train/cost_critic_grad_norm")[0] > 0
+    )
     from safetensors.torch import load_file
-    saved, before = (load_file(Path(folder) / "model.safetensors") for folder in (out / "model", world["model"]))
+
+    saved, before = (
+        load_file(Path(folder) / "model.safetensors") for folder in (out / "model", world["model"])
+    )
     assert sorted(saved) == sorted(before)
     changed = [name for name in saved if not torch.equal(saved[name], before[name])]
     assert changed and all("proj" in name for name in changed)
@@ -135,9 +202,24 @@ def test_ppo_lag_on_one_shared_base(world, tmp_path, capsys, settings):
 
 def test_shards_of_adapters_change_nothing(world, tmp_path):
     """ZeRO-0, 1 and 2, and a step of its own for old log-probs: the same figures."""
-    runs = [kit.run("ppo-lag", tmp_path / str(i), model=world["model"], reward=world["reward"], cost=world["cost"],
-                    data=world["prompts"], max_length=24, ppo__batch_size=4, ppo__max_steps=3, **LORA, **settings)
-            for i, settings in enumerate(({}, {"engine__zero_stage": 1}, {"engine__zero_stage": 2}, {"ppo__single_pass": False}))]
+    runs = [
+        kit.run(
+            "ppo-lag",
+            tmp_path / str(i),
+            model=world["model"],
+            reward=world["reward"],
+            cost=world["cost"],
+            data=world["prompts"],
+            max_length=24,
+            ppo__batch_size=4,
+            ppo__max_steps=3,
+            **LORA,
+            **settings,
+        )
+        for i, settings in enumerate(
+            ({}, {"engine__zero_stage": 1}, {"engine__zero_stage": 2}, {"ppo__single_pass": False})
+        )
+    ]
     for name in ("actor_loss", "reward_critic_loss", "cost_critic_loss", "kl_divergence", "actor_grad_norm"):
         first, *others = (kit.losses(run, f"train/{name}") for run in runs)
         for other in others:
@@ -145,17 +227,35 @@ def test_shards_of_adapters_change_nothing(world, tmp_path):
 
 
 def test_two_heads_on_one_critic_without_adapters(world, tmp_path):
-    """One backbone, two value heads: the reward's starts as a critic of its own would; both learn, by one backward."""
-    runs = [kit.run("ppo-lag", tmp_path / str(shared), model=world["model"], reward=world["reward"], cost=world["cost"],
-                    data=world["prompts"], max_length=24, ppo__batch_size=8, ppo__max_steps=2, ppo__shared_critic=shared)
-            for shared in (True, False)]
-    loss = [{name: kit.losses(run, f"train/{name}_critic_loss") for name in ("reward", "cost")} for run in runs]
+    """One backbone, two value heads: the reward's starts as a critic of its own would; both learn, by one
+    backward.
+    """
+    runs = [
+        kit.run(
+            "ppo-lag",
+            tmp_path / str(shared),
+            model=world["model"],
+            reward=world["reward"],
+            cost=world["cost"],
+            data=world["prompts"],
+            max_length=24,
+            ppo__batch_size=8,
+            ppo__max_steps=2,
+            ppo__shared_critic=shared,
+        )
+        for shared in (True, False)
+    ]
+    loss = [
+        {name: kit.losses(run, f"train/{name}_critic_loss") for name in ("reward", "cost")} for run in runs
+    ]
     assert loss[0]["reward"][0] == pytest.approx(loss[1]["reward"][0], rel=1e-5)
     assert loss[0]["cost"][0] != pytest.approx(loss[1]["cost"][0], rel=1e-3)
-    assert kit.losses(runs[0], "train/reward_critic_grad_norm") == kit.losses(runs[0], "train/cost_critic_grad_norm")
+    assert kit.losses(runs[0], "train/reward_critic_grad_norm") == kit.losses(
+        runs[0], "train/cost_critic_grad_norm"
+    )
 
     roles = make_roles(world, lora=Lora(), ppo=PPO(shared_critic=True))
-    critic, = roles.critics
+    (critic,) = roles.critics
     assert critic.names == ("reward", "cost") and roles.trained == [roles.actor, roles.critics[0].engine]
     wanted = {"reward": torch.linspace(-1, 1, 9), "cost": torch.linspace(2, 0, 9)}
     errors = []
@@ -165,16 +265,28 @@ def test_two_heads_on_one_critic_without_adapters(world, tmp_path):
         errors.append([part.item() for part in parts])
         critic.engine.backward(sum(parts))
         critic.engine.step()
-    assert errors[-1][0] < 0.4 * errors[0][0] and errors[-1][1] < 0.4 * errors[0][1]      # at most 0.03 over 5 seeds
+    # at most 0.03 over 5 seeds
+    assert errors[-1][0] < 0.4 * errors[0][0] and errors[-1][1] < 0.4 * errors[0][1]
 
 
 def test_what_does_not_go_with_a_trunk_is_said(world, tmp_path, capsys):
-    for settings, said in (({"engine.zero_stage": 3}, "engine.zero_stage: expected 0, 1 or 2 with lora.rank, got 3"),
-                           ({"engine.frozen": "sharded"}, "engine.frozen: expected auto or replicated with lora.rank, whose"),
-                           ({"reward_critic": world["reward"]}, "reward_critic: expected none with lora.rank")):
+    for settings, said in (
+        ({"engine.zero_stage": 3}, "engine.zero_stage: expected 0, 1 or 2 with lora.rank, got 3"),
+        ({"engine.frozen": "sharded"}, "engine.frozen: expected auto or replicated with lora.rank, whose"),
+        ({"reward_critic": world["reward"]}, "reward_critic: expected none with lora.rank"),
+    ):
         words = [f"{key}={value}" for key, value in settings.items()]
-        code = kit.main("ppo-lag", f"model={world['model']}", f"reward={world['reward']}", f"cost={world['cost']}",
-                        f"data={world['prompts']}", f"output={tmp_path / 'no'}", "lora.rank=2", "max_length=64", *words)
+        code = kit.main(
+            "ppo-lag",
+            f"model={world['model']}",
+            f"reward={world['reward']}",
+            f"cost={world['cost']}",
+            f"data={world['prompts']}",
+            f"output={tmp_path / 'no'}",
+            "lora.rank=2",
+            "max_length=64",
+            *words,
+        )
         assert code != 0 and said in capsys.readouterr().err
         assert not (tmp_path / "no" / "model").exists()
 
@@ -182,8 +294,9 @@ def test_what_does_not_go_with_a_trunk_is_said(world, tmp_path, capsys):
 def test_the_saved_adapter_is_read_by_peft(world):
     """As AutoPeftModelForSequenceClassification reads it: the scores of the whole model."""
     from peft import AutoPeftModelForSequenceClassification
+
     folder = Path(world["reward"]) / "adapter"
-    assert multi_adapter.of_score(world["reward"], world["cost"]) is None           # of another base
+    assert multi_adapter.of_score(world["reward"], world["cost"]) is None  # of another base
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     theirs.config.pad_token_id = 3
     ours = load_score_model(world["reward"])

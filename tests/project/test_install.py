@@ -1,5 +1,7 @@
-"""What an installed package is: sdist, wheel and their contents; a base install that has torch, triton and numpy alone; the
-benches from a wheel. Environments are made offline, with links to the packages of the one that runs the tests."""
+"""What an installed package is: sdist, wheel and their contents; a base install that has torch, triton and
+numpy alone; the benches from a wheel. Environments are made offline, with links to the packages of the one
+that runs the tests.
+"""
 
 import email
 import importlib.metadata
@@ -20,8 +22,21 @@ from saferlhf_fast import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 # Libraries of the extras, none of which a base install or an import may touch.
-FOREIGN = ("transformers", "deepspeed", "datasets", "peft", "pydantic", "omegaconf", "rich", "huggingface_hub", "tokenizers",
-           "safetensors", "matplotlib", "accelerate", "pytest")
+FOREIGN = (
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "peft",
+    "pydantic",
+    "omegaconf",
+    "rich",
+    "huggingface_hub",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "accelerate",
+    "pytest",
+)
 # Uses every public name that needs no extra, then says what was imported and how long that took beside torch.
 USE = f"""
 import json, sys, time
@@ -47,9 +62,19 @@ print(json.dumps({{"file": saferlhf_fast.__file__, "torch": middle - start, "our
 
 def call(*command, cwd=None, **environment):
     """Runs a command without what the tests' own environment says of Python, in a folder without any package."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "BENCH", "SAFERLHF"))}
-    return subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=280,
-                          env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment})
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PYTEST", "BENCH", "SAFERLHF"))
+    }
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment},
+    )
 
 
 def build(kind, folder, target, **environment):
@@ -68,7 +93,9 @@ def sdist(tmp_path_factory):
         if path.is_file():
             shutil.copy(path, folder)
     for name in ("csrc", "kernels", "bench", "saferlhf_fast", "tests"):
-        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        shutil.copytree(
+            ROOT / name, folder / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "*.so")
+        )
     return build("sdist", folder, tmp_path_factory.mktemp("sdist"))
 
 
@@ -103,15 +130,28 @@ def closure(names):
 
 
 def environment(folder, wheel, *packages):
-    """A virtual environment with the wheel and links to `packages` and what they need; returns its bin folder."""
+    """A virtual environment with the wheel and links to `packages` and what they need; returns its bin
+    folder.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, timeout=120)
     site = next(folder.glob("lib/python*/site-packages"))
     for found in closure(packages).values():
         for top in {file.parts[0] for file in found.files} - {"..", "__pycache__"}:
             if not (site / top).exists():
                 (site / top).symlink_to(found.locate_file(top))
-    result = call(sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--no-deps", "--no-index",
-                  "--no-compile", "-q", wheel)
+    result = call(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        folder / "bin" / "python",
+        "install",
+        "--no-deps",
+        "--no-index",
+        "--no-compile",
+        "-q",
+        wheel,
+    )
     assert result.returncode == 0, result.stderr
     return folder / "bin"
 
@@ -125,36 +165,74 @@ def test_the_sdist_has_all_that_a_build_needs(sdist):
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {f"csrc/{path.name}" for path in (ROOT / "csrc").iterdir()}
-    rooms = {f"saferlhf_fast/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
+    rooms = {
+        f"saferlhf_fast/kernels/{path.relative_to(ROOT / 'kernels')}"
+        for path in (ROOT / "kernels").rglob("*.py")
+    }
     benches = {f"saferlhf_fast/bench/{path.name}" for path in (ROOT / "bench").glob("bench_*.py")} - {
-        "saferlhf_fast/bench/bench_step.py", "saferlhf_fast/bench/bench_ppo_lag_step.py"}
-    recipes = {f"saferlhf_fast/recipes/{path.name}" for path in (ROOT / "saferlhf_fast" / "recipes").glob("*.yaml")}
-    assert sources | rooms | benches | recipes | {"setup.py", "CMakeLists.txt", "saferlhf_fast/py.typed", "LICENSE"} <= names
-    assert not [name for name in names if name.endswith((".so", ".pyc")) or "results" in name or "__pycache__" in name]
+        "saferlhf_fast/bench/bench_step.py",
+        "saferlhf_fast/bench/bench_ppo_lag_step.py",
+    }
+    recipes = {
+        f"saferlhf_fast/recipes/{path.name}" for path in (ROOT / "saferlhf_fast" / "recipes").glob("*.yaml")
+    }
+    assert (
+        sources
+        | rooms
+        | benches
+        | recipes
+        | {"setup.py", "CMakeLists.txt", "saferlhf_fast/py.typed", "LICENSE"}
+        <= names
+    )
+    assert not [
+        name for name in names if name.endswith((".so", ".pyc")) or "results" in name or "__pycache__" in name
+    ]
 
 
 def test_the_wheel_has_the_package_and_nothing_else(wheel):
     assert wheel.name == f"saferlhf_fast-{importlib.metadata.version('saferlhf-fast')}-py3-none-any.whl"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        metadata = email.message_from_bytes(archive.read(next(name for name in names if name.endswith("/METADATA"))))
+        metadata = email.message_from_bytes(
+            archive.read(next(name for name in names if name.endswith("/METADATA")))
+        )
     release = wheel.name.removesuffix("-py3-none-any.whl")
     assert {name.split("/")[0] for name in names} == {"saferlhf_fast", f"{release}.dist-info"}
     skipped = {"saferlhf_fast", "kernels", "bench"}
-    modules = {f"saferlhf_fast/{path.relative_to(ROOT / 'saferlhf_fast')}" for path in (ROOT / "saferlhf_fast").rglob("*.py")
-               if path.relative_to(ROOT / "saferlhf_fast").parts[0] not in skipped}
-    modules |= {f"saferlhf_fast/kernels/{path.relative_to(ROOT / 'kernels')}" for path in (ROOT / "kernels").rglob("*.py")}
+    modules = {
+        f"saferlhf_fast/{path.relative_to(ROOT / 'saferlhf_fast')}"
+        for path in (ROOT / "saferlhf_fast").rglob("*.py")
+        if path.relative_to(ROOT / "saferlhf_fast").parts[0] not in skipped
+    }
+    modules |= {
+        f"saferlhf_fast/kernels/{path.relative_to(ROOT / 'kernels')}"
+        for path in (ROOT / "kernels").rglob("*.py")
+    }
     benches = {name for name in names if name.startswith("saferlhf_fast/bench/")}
-    assert {name for name in names if name.endswith(".py")} == modules | {name for name in benches if name.endswith(".py")}
-    assert {"saferlhf_fast/py.typed", "saferlhf_fast/recipes/quickstart.yaml", "saferlhf_fast/bench/bench_gae.py"} <= names
-    assert not [name for name in names if re.search(r"(^|/)(tests?|results|runs|__pycache__)/|test_|\.so$|\.json$", name)]
+    assert {name for name in names if name.endswith(".py")} == modules | {
+        name for name in benches if name.endswith(".py")
+    }
+    assert {
+        "saferlhf_fast/py.typed",
+        "saferlhf_fast/recipes/quickstart.yaml",
+        "saferlhf_fast/bench/bench_gae.py",
+    } <= names
+    assert not [
+        name
+        for name in names
+        if re.search(r"(^|/)(tests?|results|runs|__pycache__)/|test_|\.so$|\.json$", name)
+    ]
     assert not [name for name in benches if re.search(r"/(step_|bench_step|scaling|soak|integrations)", name)]
     needs = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
-    assert sorted(need.name for need in needs if "extra" not in str(need.marker or "")) == ["numpy", "torch", "triton"]
+    assert sorted(need.name for need in needs if "extra" not in str(need.marker or "")) == [
+        "numpy",
+        "torch",
+        "triton",
+    ]
 
 
 def test_a_base_install_has_every_public_name_but_no_library_of_the_extras(base, tmp_path):
-    result = call(base / "python", "-c", USE, cwd=tmp_path, PATH=str(base))      # no compiler on this PATH
+    result = call(base / "python", "-c", USE, cwd=tmp_path, PATH=str(base))  # no compiler on this PATH
     assert result.returncode == 0, result.stderr[-3000:]
     said = json.loads(result.stdout.splitlines()[-1])
     assert said["foreign"] == [] and Path(said["file"]).is_relative_to(base.parent)
@@ -176,13 +254,16 @@ def test_importing_costs_less_than_half_of_torch_and_touches_no_library_of_the_e
 
 def test_commands_of_a_base_install_answer_in_one_line(base, tmp_path):
     """Each with and without --help, in one process of that environment."""
-    code = ("import contextlib, io, json; from saferlhf_fast import cli; said = {}\n"
-            "for command in cli.COMMANDS:\n"
-            "    for words in ([command], [command, '--help']):\n"
-            "        out, err = io.StringIO(), io.StringIO()\n"
-            "        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = cli.main(words)\n"
-            "        said[' '.join(words)] = [code, out.getvalue(), err.getvalue()]\n"
-            "print(json.dumps(said))")
+    code = (
+        "import contextlib, io, json; from saferlhf_fast import cli; said = {}\n"
+        "for command in cli.COMMANDS:\n"
+        "    for words in ([command], [command, '--help']):\n"
+        "        out, err = io.StringIO(), io.StringIO()\n"
+        "        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = "
+        "cli.main(words)\n"
+        "        said[' '.join(words)] = [code, out.getvalue(), err.getvalue()]\n"
+        "print(json.dumps(said))"
+    )
     result = call(base / "python", "-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     said = json.loads(result.stdout.splitlines()[-1])
@@ -201,7 +282,10 @@ def test_info_of_a_base_install_says_which_wheel_it_is_and_how_to_get_the_compil
     lines = result.stdout.splitlines()
     assert "install: wheel py3-none-any, the one for every platform, made without _C" in lines
     said = next(line for line in lines if line.startswith("_C: "))
-    assert said.startswith("_C: not built; ") and "pip install --force-reinstall --no-deps --no-binary saferlhf-fast" in said
+    assert (
+        said.startswith("_C: not built; ")
+        and "pip install --force-reinstall --no-deps --no-binary saferlhf-fast" in said
+    )
     why = r"first that can run \(triton: .*; native: saferlhf_fast._C: not built\)"
     assert any(re.fullmatch(rf"  gae +reference +{why}", line) for line in lines)
     version = call(base / "saferlhf-fast", "--version", cwd=tmp_path)
@@ -210,15 +294,20 @@ def test_info_of_a_base_install_says_which_wheel_it_is_and_how_to_get_the_compil
 
 
 def test_loading_models_names_the_extra(base, tmp_path):
-    code = ("from saferlhf_fast.models import causal_lm, score_model, tokenizer\n"
-            "for load in (causal_lm.load_causal_lm, score_model.load_score_model, score_model.score_model_from_backbone, "
-            "tokenizer.load_tokenizer):\n"
-            "    try: load('m')\n"
-            "    except ImportError as error: print(error)\n")
+    code = (
+        "from saferlhf_fast.models import causal_lm, score_model, tokenizer\n"
+        "for load in (causal_lm.load_causal_lm, score_model.load_score_model, "
+        "score_model.score_model_from_backbone, "
+        "tokenizer.load_tokenizer):\n"
+        "    try: load('m')\n"
+        "    except ImportError as error: print(error)\n"
+    )
     result = call(base / "python", "-c", code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     lines = result.stdout.splitlines()
-    assert len(lines) == 4 and all(line.endswith("pip install 'saferlhf-fast[train]'") for line in lines), lines
+    assert len(lines) == 4 and all(line.endswith("pip install 'saferlhf-fast[train]'") for line in lines), (
+        lines
+    )
 
 
 def test_the_compiled_module_works_in_an_installed_package(base, tmp_path):
@@ -229,8 +318,11 @@ def test_the_compiled_module_works_in_an_installed_package(base, tmp_path):
     package = next(base.parent.glob("lib/python*/site-packages/saferlhf_fast"))
     shutil.copy(built[0], package)
     try:
-        code = ("import torch; from saferlhf_fast import gae; from saferlhf_fast.commands import info; v = torch.ones(3)\n"
-                "print(gae(v, v, gamma=1.0, lam=1.0, impl='native')[1].tolist()); print(info.compiled())")
+        code = (
+            "import torch; from saferlhf_fast import gae; from saferlhf_fast.commands import info; v = "
+            "torch.ones(3)\n"
+            "print(gae(v, v, gamma=1.0, lam=1.0, impl='native')[1].tolist()); print(info.compiled())"
+        )
         result = call(base / "python", "-c", code, cwd=tmp_path, PATH=str(base))
     finally:
         (package / built[0].name).unlink()
@@ -243,11 +335,22 @@ def test_the_benches_run_from_an_installed_wheel(wheel, tmp_path):
     scripts = environment(tmp_path / "venv", wheel, "torch", "triton", "numpy", "pytest", "pytest-benchmark")
     folder = tmp_path / "work"
     folder.mkdir()
-    for place in (tmp_path, folder):                        # above the environment, and where the command is called
+    # above the environment, and where the command is called
+    for place in (tmp_path, folder):
         (place / "pytest.ini").write_text("[pytest]\naddopts = --no-such-option\n")
         (place / "conftest.py").write_text("raise SystemExit('not this one')\n")
-    result = call(scripts / "saferlhf-fast", "bench", "--quick", "--ops", "gae", "--save", "base.json", cwd=folder,
-                  BENCH_TINY="1", PYTEST_ADDOPTS="--no-such-option")
+    result = call(
+        scripts / "saferlhf-fast",
+        "bench",
+        "--quick",
+        "--ops",
+        "gae",
+        "--save",
+        "base.json",
+        cwd=folder,
+        BENCH_TINY="1",
+        PYTEST_ADDOPTS="--no-such-option",
+    )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
     assert "**ours: reference** (auto)" in result.stdout and "wrote base.json" in result.stdout
     found = json.loads((folder / "base.json").read_text())
@@ -262,8 +365,15 @@ def test_a_wheel_for_this_platform_installs_from_the_package_index(unpacked, tmp
     assert "-linux_" in made.name
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
     scripts = tmp_path / "venv" / "bin"
-    subprocess.run([str(scripts / "python"), "-m", "pip", "install", "-q", str(made)], check=True, timeout=3000)
+    subprocess.run(
+        [str(scripts / "python"), "-m", "pip", "install", "-q", str(made)], check=True, timeout=3000
+    )
     result = call(scripts / "python", "-c", USE, cwd=tmp_path, PATH=str(scripts))
-    assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1])["foreign"] == [], result.stderr
+    assert result.returncode == 0 and json.loads(result.stdout.splitlines()[-1])["foreign"] == [], (
+        result.stderr
+    )
     said = call(scripts / "saferlhf-fast", "info", cwd=tmp_path, PATH=str(scripts)).stdout
-    assert re.search(r"install: wheel cp3\d+-cp3\d+-linux_\w+, for this platform", said) and "\n_C: present" in said
+    assert (
+        re.search(r"install: wheel cp3\d+-cp3\d+-linux_\w+, for this platform", said)
+        and "\n_C: present" in said
+    )

@@ -1,4 +1,6 @@
-"""What stands in several places stands there alike: the version; what `make lint`, the hooks before a commit and CI run."""
+"""What stands in several places stands there alike: the version; what `make lint`, the hooks before a commit
+and CI run.
+"""
 
 import re
 import tomllib
@@ -17,9 +19,11 @@ def loaded(name):
 
 def test_the_version_and_the_licence_are_the_same_everywhere():
     citation = loaded("CITATION.cff")
-    assert citation["version"] == PROJECT["version"] == __version__ and citation["license"] == PROJECT["license"]
+    assert (
+        citation["version"] == PROJECT["version"] == __version__ and citation["license"] == PROJECT["license"]
+    )
     assert citation["title"] == PROJECT["name"]
-    paper, = citation["references"]
+    (paper,) = citation["references"]
     assert PROJECT["urls"]["Paper"] == paper["url"]
 
 
@@ -38,5 +42,7 @@ def test_the_hooks_before_a_commit_are_what_make_lint_runs():
 
 
 def test_the_workflow_runs_the_one_command():
-    steps = [step["run"] for step in loaded(".github/workflows/ci.yml")["jobs"]["run"]["steps"] if "run" in step]
+    steps = [
+        step["run"] for step in loaded(".github/workflows/ci.yml")["jobs"]["run"]["steps"] if "run" in step
+    ]
     assert steps == [".ci/run"] and (kit.ROOT / ".ci/run").stat().st_mode & 0o100

@@ -1,4 +1,6 @@
-"""The guard guards: every import that a room must not make is planted in a copy of the tree, and `make lint`'s checks name it."""
+"""The guard guards: every import that a room must not make is planted in a copy of the tree, and `make
+lint`'s checks name it.
+"""
 
 import re
 import shutil
@@ -8,10 +10,19 @@ import sys
 import kit
 import pytest
 
-ORDER = [["errors", "version"], ["config"], ["data", "runtime"], ["models"], ["rollout"], ["training"], ["evaluation"],
-         ["demo", "commands"], ["cli"]]
+ORDER = [
+    ["errors", "version"],
+    ["config"],
+    ["data", "runtime"],
+    ["models"],
+    ["rollout"],
+    ["training"],
+    ["evaluation"],
+    ["demo", "commands"],
+    ["cli"],
+]
 """The rooms, lowest first; those of one step do not know each other."""
-ALLOWED = {"models", "kernels"}          # what integrations may import
+ALLOWED = {"models", "kernels"}  # what integrations may import
 UNREAD = shutil.ignore_patterns("__pycache__", "*.so", "results")
 
 
@@ -42,13 +53,20 @@ def tree(tmp_path_factory):
 def contracts(tree):
     """What import-linter says of a tree -> (exit code, text)."""
     code = "import sys; from importlinter.cli import lint_imports_command; sys.exit(lint_imports_command())"
-    done = subprocess.run([sys.executable, "-c", code, "--no-cache"], cwd=tree, capture_output=True, text=True,
-                          env={"PATH": "", "PYTHONPATH": ":".join(map(str, [tree, *sys.path])), "COLUMNS": "300"})
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--no-cache"],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        env={"PATH": "", "PYTHONPATH": ":".join(map(str, [tree, *sys.path])), "COLUMNS": "300"},
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 def of_kernels(tree):
-    done = subprocess.run([sys.executable, str(tree / "tests/support/imports_of_kernels.py")], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(tree / "tests/support/imports_of_kernels.py")], capture_output=True, text=True
+    )
     return done.returncode, done.stdout + done.stderr
 
 
@@ -77,8 +95,15 @@ def test_every_planted_import_is_named(tree):
     assert not unnamed, f"{unnamed} in {text}"
 
 
-@pytest.mark.parametrize("line", ["from saferlhf_fast import models", "from ..models import packing",
-                                  "import saferlhf_fast.errors", "from .. import training"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from saferlhf_fast import models",
+        "from ..models import packing",
+        "import saferlhf_fast.errors",
+        "from .. import training",
+    ],
+)
 def test_kernels_import_nothing_else_of_ours(tree, line):
     place = tree / "kernels" / "planted.py"
     place.write_text(f"def late():\n    {line}\n")
@@ -87,7 +112,9 @@ def test_kernels_import_nothing_else_of_ours(tree, line):
     assert code == 1 and text.startswith("kernels/planted.py:2: kernels imports saferlhf_fast."), text
 
 
-@pytest.mark.parametrize("line", ["import kit", "from tests.support import kit", "from integration_kit import near"])
+@pytest.mark.parametrize(
+    "line", ["import kit", "from tests.support import kit", "from integration_kit import near"]
+)
 def test_bench_imports_nothing_of_tests(tree, line):
     place = tree / "bench" / "planted.py"
     place.write_text(f"{line}\n")
@@ -97,5 +124,11 @@ def test_bench_imports_nothing_of_tests(tree, line):
 
 
 def test_make_lint_runs_all_of_it():
-    recipe = re.search(r"^lint: setup .*\n((?:\t.*\n)+)", (kit.ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
-    assert "ruff check" in recipe and "lint-imports" in recipe and "tests/support/imports_of_kernels.py" in recipe
+    recipe = re.search(
+        r"^lint: setup .*\n((?:\t.*\n)+)", (kit.ROOT / "Makefile").read_text(encoding="utf-8"), re.M
+    )[1]
+    assert (
+        "ruff check" in recipe
+        and "lint-imports" in recipe
+        and "tests/support/imports_of_kernels.py" in recipe
+    )

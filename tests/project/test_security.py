@@ -1,4 +1,6 @@
-"""What SECURITY.md promises: no pickle that runs, no code from models, no path out of its root, no secret in a run folder."""
+"""What SECURITY.md promises: no pickle that runs, no code from models, no path out of its root, no secret in
+a run folder.
+"""
 
 import ast
 import json
@@ -18,9 +20,31 @@ PACKAGE = kit.ROOT / "saferlhf_fast"
 
 # ---------------------------------------------------------------- what could run code
 
-RISKY = {"torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.load", "marshal.loads", "shelve.open",
-         "joblib.load", "numpy.load", "np.load", "yaml.load", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "eval",
-         "exec", "compile", "__import__", "os.system", "os.popen", "runpy.run_path", "torch.hub.load", "torch.jit.load"}
+RISKY = {
+    "torch.load",
+    "pickle.load",
+    "pickle.loads",
+    "pickle.Unpickler",
+    "marshal.load",
+    "marshal.loads",
+    "shelve.open",
+    "joblib.load",
+    "numpy.load",
+    "np.load",
+    "yaml.load",
+    "yaml.full_load",
+    "yaml.unsafe_load",
+    "yaml.load_all",
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "os.system",
+    "os.popen",
+    "runpy.run_path",
+    "torch.hub.load",
+    "torch.jit.load",
+}
 ALLOWED = {
     ("models/score_checkpoint.py", "torch.load"): "weights_only=True",
     ("runtime/checkpoint/safe_pickle.py", "_TORCH_LOAD"): "weights_only=True, with a list of classes",
@@ -41,8 +65,11 @@ def risky_calls(path):
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func)
-        if name in RISKY or name == "_TORCH_LOAD" or any(
-                word.arg == "shell" and getattr(word.value, "value", None) for word in node.keywords):
+        if (
+            name in RISKY
+            or name == "_TORCH_LOAD"
+            or any(word.arg == "shell" and getattr(word.value, "value", None) for word in node.keywords)
+        ):
             yield name, node
 
 
@@ -56,19 +83,27 @@ def test_every_site_that_could_run_what_it_reads_is_named():
         if name == "torch.load":
             options = {word.arg: getattr(word.value, "value", None) for word in call.keywords}
             assert options.get("weights_only") is True, (file, name)
-    assert '"weights_only": True}' in (PACKAGE / "runtime" / "checkpoint" / "safe_pickle.py").read_text(encoding="utf-8")
+    assert '"weights_only": True}' in (PACKAGE / "runtime" / "checkpoint" / "safe_pickle.py").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_no_loader_of_transformers_may_read_pickles_or_code_by_itself():
-    """Every from_pretrained of weights says which files and whether code; none says trust_remote_code=True but plan's, which
-    does so only where the user did."""
+    """Every from_pretrained of weights says which files and whether code; none says trust_remote_code=True
+    but plan's, which does so only where the user did.
+    """
     for path in PACKAGE.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.Call) and dotted(node.func) in ("AutoModel.from_pretrained",
-                                                                    "AutoModelForCausalLM.from_pretrained"):
+            if isinstance(node, ast.Call) and dotted(node.func) in (
+                "AutoModel.from_pretrained",
+                "AutoModelForCausalLM.from_pretrained",
+            ):
                 options = ast.unparse(node)
-                said = "allowed_files(allow_pickle)" in options and "trust_remote_code=trust_remote_code" in options
+                said = (
+                    "allowed_files(allow_pickle)" in options
+                    and "trust_remote_code=trust_remote_code" in options
+                )
                 assert said, (path, options)
         if path.name != "sizes.py":
             assert "trust_remote_code=True" not in text and '"trust_remote_code": True' not in text, path
@@ -91,12 +126,18 @@ class Harm:
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("security")
     base = kit.make_model(folder / "model")
-    return {"folder": folder, "model": base, **kit.make_scores(folder, base), **kit.make_data(folder / "data")}
+    return {
+        "folder": folder,
+        "model": base,
+        **kit.make_scores(folder, base),
+        **kit.make_data(folder / "data"),
+    }
 
 
 def pickled(world, target, weights=None):
     """A copy of the model whose weights are a .bin alone -> its folder."""
     from safetensors.torch import load_file
+
     folder = Path(shutil.copytree(world["model"], target))
     state = load_file(folder / "model.safetensors") if weights is None else weights
     (folder / "model.safetensors").unlink()
@@ -113,13 +154,24 @@ def refused(capfd, *words):
 
 
 def sft(model, world, output, *more):
-    return ["sft", f"model={model}", f"data={world['sft']}", f"output={output}", "train.max_steps=1", "log.progress=false", *more]
+    return [
+        "sft",
+        f"model={model}",
+        f"data={world['sft']}",
+        f"output={output}",
+        "train.max_steps=1",
+        "log.progress=false",
+        *more,
+    ]
 
 
 def test_weights_in_a_pickle_alone_are_refused_and_can_be_allowed(world, tmp_path, capfd):
     folder = pickled(world, tmp_path / "bin")
     line = refused(capfd, *sft(folder, world, tmp_path / "out"))
-    assert f"model: {folder} has its weights as a pickle alone (pytorch_model.bin)" in line and "allow_pickle=true" in line
+    assert (
+        f"model: {folder} has its weights as a pickle alone (pytorch_model.bin)" in line
+        and "allow_pickle=true" in line
+    )
     assert not (tmp_path / "out").exists()
     for load in (load_causal_lm, score_model_from_backbone, load_backbone):
         with pytest.raises(UserError, match="pickle alone"):
@@ -151,7 +203,10 @@ def test_a_pickle_that_would_run_something_never_does(world, tmp_path, load):
 def test_code_beside_a_model_is_not_run(world, tmp_path, capfd):
     folder = Path(shutil.copytree(world["model"], tmp_path / "remote"))
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "harmful", "auto_map": {"AutoConfig": "harm.HarmConfig", "AutoModelForCausalLM": "harm.Harm"}}
+    config |= {
+        "model_type": "harmful",
+        "auto_map": {"AutoConfig": "harm.HarmConfig", "AutoModelForCausalLM": "harm.Harm"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "harm.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     line = refused(capfd, *sft(folder, world, tmp_path / "out"))
@@ -176,8 +231,14 @@ def test_an_index_names_no_file_outside_its_folder(world, tmp_path, name):
 @pytest.mark.parametrize("name", ["../out", "a/b", "/tmp/x", "..", "."])
 def test_a_stage_of_a_recipe_has_a_name_not_a_path(world, tmp_path, capfd, name):
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(json.dumps({"output": str(tmp_path / "runs" / "one"), "stages": [
-        {"sft": {"model": world["model"], "data": world["sft"]}, "name": name}]}))
+    recipe.write_text(
+        json.dumps(
+            {
+                "output": str(tmp_path / "runs" / "one"),
+                "stages": [{"sft": {"model": world["model"], "data": world["sft"]}, "name": name}],
+            }
+        )
+    )
     refused(capfd, "run", recipe)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["recipe.yaml"]
 
@@ -194,18 +255,33 @@ def test_overwriting_follows_no_link(world, tmp_path, capfd):
 
 # ---------------------------------------------------------------- secrets
 
-SECRETS = {"HF_TOKEN": "hf_MARKEDsecretOne", "WANDB_API_KEY": "MARKEDsecretTwo", "AWS_SECRET_ACCESS_KEY": "MARKEDsecretThree",
-           "MY_PASSWORD": "MARKEDsecretFour"}
+SECRETS = {
+    "HF_TOKEN": "hf_MARKEDsecretOne",
+    "WANDB_API_KEY": "MARKEDsecretTwo",
+    "AWS_SECRET_ACCESS_KEY": "MARKEDsecretThree",
+    "MY_PASSWORD": "MARKEDsecretFour",
+}
 
 
 def test_a_run_folder_holds_no_secret(world, tmp_path, monkeypatch):
     for name, value in SECRETS.items():
         monkeypatch.setenv(name, value)
     out = tmp_path / "out"
-    words = ["ppo-lag", f"model={world['model']}", f"reward={world['reward']}", f"cost={world['cost']}",
-             f"data={world['prompts']}", f"output={out}", "max_length=32", "ppo.batch_size=3", "ppo.max_steps=1",
-             "log.progress=false", "sampling.server=http://me:MARKEDsecretFive@host:8000",
-             'engine.config={"comet": {"enabled": false, "api_key": "MARKEDsecretSix"}}', "checkpoint.interval=1"]
+    words = [
+        "ppo-lag",
+        f"model={world['model']}",
+        f"reward={world['reward']}",
+        f"cost={world['cost']}",
+        f"data={world['prompts']}",
+        f"output={out}",
+        "max_length=32",
+        "ppo.batch_size=3",
+        "ppo.max_steps=1",
+        "log.progress=false",
+        "sampling.server=http://me:MARKEDsecretFive@host:8000",
+        'engine.config={"comet": {"enabled": false, "api_key": "MARKEDsecretSix"}}',
+        "checkpoint.interval=1",
+    ]
     assert kit.main(*words) == 0
     written = kit.files(out)
     assert {"config.yaml", "versions.json", "metrics.jsonl", "report.html", "model/README.md"} <= set(written)
@@ -231,10 +307,27 @@ def test_a_traceback_that_is_kept_holds_no_secret(world, tmp_path, monkeypatch, 
 def test_what_is_hidden_and_what_is_not(monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "a-long-secret")
     monkeypatch.setenv("OTHER_KEY", "short")
-    tree = {"api_key": "x", "micro_tokens": 5, "password": "p", "token": None, "url": "https://u:p@host/a",
-            "text": "short a-long-secret", "list": ["ftp://u@h"], "model": "/models/key", "monkey": "banana",
-            "max_new_tokens": "7"}
+    tree = {
+        "api_key": "x",
+        "micro_tokens": 5,
+        "password": "p",
+        "token": None,
+        "url": "https://u:p@host/a",
+        "text": "short a-long-secret",
+        "list": ["ftp://u@h"],
+        "model": "/models/key",
+        "monkey": "banana",
+        "max_new_tokens": "7",
+    }
     assert redact.values(tree) == {
-        "api_key": "***", "micro_tokens": 5, "password": "***", "token": None, "url": "https://***@host/a", "text": "short ***",
-        "list": ["ftp://***@h"], "model": "/models/key", "monkey": "banana",
-            "max_new_tokens": "7"}
+        "api_key": "***",
+        "micro_tokens": 5,
+        "password": "***",
+        "token": None,
+        "url": "https://***@host/a",
+        "text": "short ***",
+        "list": ["ftp://***@h"],
+        "model": "/models/key",
+        "monkey": "banana",
+        "max_new_tokens": "7",
+    }

@@ -1,4 +1,6 @@
-"""Rollouts through transformers' `generate`: one seed per sequence, rows that leave the batch, limits, ends, stop strings."""
+"""Rollouts through transformers' `generate`: one seed per sequence, rows that leave the batch, limits, ends,
+stop strings.
+"""
 
 import dataclasses
 import json
@@ -33,8 +35,17 @@ def sampled(lm, prompts, seeds, limits, ends=ENDS, **sampling):
     return generator.generate(prompts, seeds, limits)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 6}, {"repetition_penalty": 1.3},
-                                      {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"temperature": 0.7},
+        {"top_p": 0.9},
+        {"top_k": 6},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3},
+    ],
+)
 def test_samples_and_log_probs_are_those_of_one_sequence_at_a_time(lm, settings):
     prompts = generation_kit.prompts()
     seeds, limits = [100 + i for i in range(7)], [9, 1, 30, 4, 17, 12, 2]
@@ -54,7 +65,9 @@ def test_a_sample_depends_on_prompt_and_seed_alone(lm):
     by_two = sampled(lm, prompts, seeds, limits, batch_size=2)
     turned = sampled(lm, prompts[::-1], seeds[::-1], limits)[::-1]
     alone = [sampled(lm, [p], [s], [20])[0] for p, s in zip(prompts, seeds)]
-    assert [r.ids for r in whole] == [r.ids for r in by_two] == [r.ids for r in turned] == [r.ids for r in alone]
+    assert (
+        [r.ids for r in whole] == [r.ids for r in by_two] == [r.ids for r in turned] == [r.ids for r in alone]
+    )
     assert [r.ids for r in sampled(lm, prompts, [s + 50 for s in seeds], limits)] != [r.ids for r in whole]
     # A longer limit only goes on.
     assert [r.ids[:20] for r in sampled(lm, prompts, seeds, [40] * 7)] == [r.ids for r in whole]
@@ -66,26 +79,46 @@ def test_one_prompt_several_seeds(lm):
     assert len({tuple(r.ids) for r in made}) == 6
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 6}, {"repetition_penalty": 1.3},
-                                      {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7},
+        {"top_p": 0.9},
+        {"top_k": 6},
+        {"repetition_penalty": 1.3},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3},
+    ],
+)
 def test_log_probs_are_those_that_scoring_gives(lm, settings):
     prompts = generation_kit.prompts()
     made = sampled(lm, prompts, list(range(7)), [10] * 7, **settings)
     sequences = [p + r.ids for p, r in zip(prompts, made)]
     starts = [sum(map(len, sequences[:i])) for i in range(7)]
-    rows = torch.tensor([s + t for s, p, r in zip(starts, prompts, made) for t in range(len(p) - 1, len(p) + len(r.ids) - 1)])
+    rows = torch.tensor(
+        [s + t for s, p, r in zip(starts, prompts, made) for t in range(len(p) - 1, len(p) + len(r.ids) - 1)]
+    )
     ids = torch.tensor(sum(sequences, []))
     with torch.no_grad():
         hidden = torch.cat([lm.model(torch.tensor([s])).last_hidden_state[0] for s in sequences])
-        got = sampling_logprob(hidden[rows], lm.lm_head.weight, None, None, 1.0, ids[rows + 1], Sampling(**settings),
-                             context_of(ids, [len(s) for s in sequences], rows))
+        got = sampling_logprob(
+            hidden[rows],
+            lm.lm_head.weight,
+            None,
+            None,
+            1.0,
+            ids[rows + 1],
+            Sampling(**settings),
+            context_of(ids, [len(s) for s in sequences], rows),
+        )
     assert_near_in_another_batch(got, sum((r.logp for r in made), []))
 
 
 def test_rows_that_have_ended_leave_the_batch(lm):
     """One long sequence among short ones: the passes after the short ones' ends hold it alone."""
     sizes = []
-    handle = lm.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    handle = lm.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
     try:
         made = sampled(lm, generation_kit.prompts(8), list(range(8)), [40] + [3] * 7, ends=[])
     finally:
@@ -100,14 +133,17 @@ def test_ends(lm):
     assert 2 < sum(r.ended for r in made) < 12
     for response in made:
         assert not set(response.ids[:-1]) & {2, 5, 9}
-        assert response.ended == (response.ids[-1] in (2, 5, 9)) and (response.ended or len(response.ids) == 40)
+        assert response.ended == (response.ids[-1] in (2, 5, 9)) and (
+            response.ended or len(response.ids) == 40
+        )
         assert len(response.logp) == len(response.ids)
 
 
 def test_an_end_token_in_the_prompt_ends_nothing(lm):
     prompt = [7, 2, 11]
-    assert len(sampled(lm, [prompt], [1], [5], ends=[2])[0].ids) == \
-        len(generation_kit.naive(lm, prompt, 1, 5, [2], Sampling())[0])
+    assert len(sampled(lm, [prompt], [1], [5], ends=[2])[0].ids) == len(
+        generation_kit.naive(lm, prompt, 1, 5, [2], Sampling())[0]
+    )
 
 
 def test_stop_strings_cut_after_the_token_that_completes_them(lm):
@@ -115,17 +151,18 @@ def test_stop_strings_cut_after_the_token_that_completes_them(lm):
     prompts, seeds = generation_kit.prompts(12), list(range(12))
     free = sampled(lm, prompts, seeds, [30] * 12, ends=[])
     words = [tokenizer.decode(r.ids) for r in free]
-    two = tokenizer.decode(free[0].ids[3:5])                 # a text over two tokens
+    two = tokenizer.decode(free[0].ids[3:5])  # a text over two tokens
     one = tokenizer.decode(free[1].ids[:1])
     assert len(two.split()) == 2 and one
     made = sampled(lm, prompts, seeds, [30] * 12, ends=[], stop=[two, one])
     for response, before, text in zip(made, free, words):
         if two not in text and one not in text:
             assert response.ids == before.ids and not response.ended
-            assert_near_in_another_batch(response.logp, before.logp)         # others have left the batch meanwhile
+            # others have left the batch meanwhile
+            assert_near_in_another_batch(response.logp, before.logp)
             continue
-        assert response.ended and response.ids == before.ids[:len(response.ids)]
-        assert_near_in_another_batch(response.logp, before.logp[:len(response.ids)])
+        assert response.ended and response.ids == before.ids[: len(response.ids)]
+        assert_near_in_another_batch(response.logp, before.logp[: len(response.ids)])
         said = tokenizer.decode(response.ids)
         assert two in said or one in said
         assert not any(s in tokenizer.decode(response.ids[:-1]) for s in (two, one))
@@ -137,17 +174,37 @@ def test_stop_strings_cut_after_the_token_that_completes_them(lm):
 def test_other_architectures(architecture):
     """Absolute positions; sliding windows and soft-capped attention; tied heads."""
     import transformers
+
     torch.manual_seed(0)
     if architecture == "gpt2":
-        lm = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128))
+        lm = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+        )
     elif architecture == "gemma2":
-        lm = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, head_dim=8, sliding_window=6))
+        lm = transformers.Gemma2ForCausalLM(
+            transformers.Gemma2Config(
+                vocab_size=61,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                head_dim=8,
+                sliding_window=6,
+            )
+        )
     else:
-        lm = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(
-            vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, tie_word_embeddings=True))
+        lm = transformers.Qwen2ForCausalLM(
+            transformers.Qwen2Config(
+                vocab_size=61,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                tie_word_embeddings=True,
+            )
+        )
     lm = lm.eval()
     with torch.no_grad():
         for parameter in lm.parameters():
@@ -162,9 +219,13 @@ def test_other_architectures(architecture):
 def test_a_model_without_a_cache_of_keys_is_one_call(lm):
     """Recurrent models bring caches of their own kind, from which no rows are taken out."""
     import transformers
+
     torch.manual_seed(0)
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2, intermediate_size=32)).eval()
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2, intermediate_size=32
+        )
+    ).eval()
     prompt = generation_kit.prompts(1)[0]
     made = sampled(mamba, [prompt] * 3, [0, 1, 2], [9, 2, 5], ends=[])
     for response, seed, limit in zip(made, range(3), (9, 2, 5)):
@@ -174,15 +235,19 @@ def test_a_model_without_a_cache_of_keys_is_one_call(lm):
 def test_adapters_answer(lm):
     """A model inside peft: its adapters take part."""
     import peft
+
     torch.manual_seed(0)
-    wrapped = peft.get_peft_model(generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear",
-                                                                         task_type="CAUSAL_LM")).eval()
+    wrapped = peft.get_peft_model(
+        generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     prompts, seeds = generation_kit.prompts(3), [4, 5, 6]
     made = sampled(wrapped, prompts, seeds, [8] * 3)
-    assert [r.ids for r in made] == [generation_kit.naive(wrapped, p, s, 8, ENDS, Sampling())[0] for p, s in zip(prompts, seeds)]
+    assert [r.ids for r in made] == [
+        generation_kit.naive(wrapped, p, s, 8, ENDS, Sampling())[0] for p, s in zip(prompts, seeds)
+    ]
     assert [r.ids for r in made] != [r.ids for r in sampled(lm, prompts, seeds, [8] * 3)]
 
 
@@ -190,7 +255,9 @@ def test_the_model_s_own_generation_settings_change_nothing(lm):
     prompts, seeds = generation_kit.prompts(4), list(range(4))
     plain = sampled(lm, prompts, seeds, [8] * 4)
     own = lm.generation_config
-    lm.generation_config = type(own)(repetition_penalty=9.0, min_p=0.9, num_beams=2, eos_token_id=plain[0].ids[0])
+    lm.generation_config = type(own)(
+        repetition_penalty=9.0, min_p=0.9, num_beams=2, eos_token_id=plain[0].ids[0]
+    )
     mine = lm.generation_config
     try:
         assert sampled(lm, prompts, seeds, [8] * 4) == plain and lm.generation_config is mine
@@ -211,12 +278,15 @@ def test_no_prompts(lm):
 
 def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
     from saferlhf_fast.rollout.engines.gathered_weights import weight_sharing_copy
+
     calls = []
     handle = lm.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     try:
         copy = weight_sharing_copy(lm)
         assert [p.data_ptr() for p in copy.parameters()] == [p.data_ptr() for p in lm.parameters()]
-        assert not any(p.requires_grad for p in copy.parameters()) and all(p.requires_grad for p in lm.parameters())
+        assert not any(p.requires_grad for p in copy.parameters()) and all(
+            p.requires_grad for p in lm.parameters()
+        )
         ids = torch.tensor([[5, 6, 7]])
         expected = lm(ids).logits
         calls.clear()
@@ -229,26 +299,38 @@ def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
 def test_engines_by_name(lm):
     actor, tokenizer = generation_kit.actor(lm), generation_kit.tokenizer()
     from saferlhf_fast.rollout.engines.hf_generate import Generate
+
     auto = open_generator(actor, tokenizer, ENDS, Sampling())
     assert isinstance(auto, Generate) or torch.cuda.is_available()
     assert dataclasses.is_dataclass(Response)
     with pytest.raises(UserError):
         from saferlhf_fast.config import load
-        load.build("ppo", {"model": "a", "reward": "b", "data": "c", "output": "d", "sampling": {"engine": "sglang"}})
+
+        load.build(
+            "ppo", {"model": "a", "reward": "b", "data": "c", "output": "d", "sampling": {"engine": "sglang"}}
+        )
 
 
 def test_zero_3_in_two_processes(tmp_path):
-    """Ranks with other prompts, other lengths and one without any: the samples of one process with whole weights."""
+    """Ranks with other prompts, other lengths and one without any: the samples of one process with whole
+    weights.
+    """
     out = tmp_path / "out.json"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*start, str(kit.SUPPORT / "generation_worker.py"), str(out)],
-                          capture_output=True, text=True, timeout=200,
-                          env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"})
+    done = subprocess.run(
+        [*start, str(kit.SUPPORT / "generation_worker.py"), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [12, 3, 7, 2, 9]
     expected = [r.ids for r in sampled(generation_kit.llama(), prompts, seeds, limits)]
     for gather in ("true", "false"):
         # The first rollout left the weights sharded, and the second sees those of the step between.
-        assert found[gather]["before"] == expected and found[gather]["sharded"] and found[gather]["seconds"] < 60
+        assert (
+            found[gather]["before"] == expected and found[gather]["sharded"] and found[gather]["seconds"] < 60
+        )
         assert found[gather]["after"] == found["trained"] != expected

@@ -22,7 +22,9 @@ def lm():
 
 
 def sampled(lm, engine, prompts, seeds, limits, ends=ENDS, **sampling):
-    generator = open_generator(generation_kit.actor(lm), generation_kit.tokenizer(), ends, Sampling(engine=engine, **sampling))
+    generator = open_generator(
+        generation_kit.actor(lm), generation_kit.tokenizer(), ends, Sampling(engine=engine, **sampling)
+    )
     made = generator.generate(prompts, seeds, limits)
     generator.refresh()
     generator.close()
@@ -62,7 +64,9 @@ def test_ends_and_stop_strings(lm):
 
 
 def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
-    """A cache with room for two of five sequences: the others wait, are put off, and start again with what they had."""
+    """A cache with room for two of five sequences: the others wait, are put off, and start again with what
+    they had.
+    """
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [60, 50, 40, 60, 30]
     full = continuous.settings
 
@@ -79,9 +83,13 @@ def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
     monkeypatch.setattr(continuous, "settings", small)
     restarts = []
     from transformers.generation.continuous_batching.requests import RequestState
+
     again = RequestState.create_equivalent_initial_request
-    monkeypatch.setattr(RequestState, "create_equivalent_initial_request",
-                        lambda self: restarts.append(len(self.generated_tokens)) or again(self))
+    monkeypatch.setattr(
+        RequestState,
+        "create_equivalent_initial_request",
+        lambda self: restarts.append(len(self.generated_tokens)) or again(self),
+    )
     got = sampled(lm, "continuous", prompts, seeds, limits, ends=[], repetition_penalty=1.2)
     same(got, sampled(lm, "generate", prompts, seeds, limits, ends=[], repetition_penalty=1.2))
     assert any(restarts)
@@ -99,10 +107,21 @@ def test_our_attention_for_packed_sequences_is_put_aside_and_put_back(lm):
 
 def test_sliding_windows_and_softcaps():
     import transformers
+
     torch.manual_seed(0)
-    lm = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(
-        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, sliding_window=6, attn_implementation="eager")).eval()
+    lm = transformers.Gemma2ForCausalLM(
+        transformers.Gemma2Config(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            sliding_window=6,
+            attn_implementation="eager",
+        )
+    ).eval()
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.mul_(4.0) if parameter.dim() > 1 else None
@@ -112,9 +131,11 @@ def test_sliding_windows_and_softcaps():
 
 def test_adapters_answer(lm):
     import peft
+
     torch.manual_seed(0)
-    wrapped = peft.get_peft_model(generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear",
-                                                                         task_type="CAUSAL_LM")).eval()
+    wrapped = peft.get_peft_model(
+        generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -127,10 +148,14 @@ def test_adapters_answer(lm):
 def test_weights_are_the_trained_ones_at_every_rollout():
     lm = generation_kit.llama()
     prompts, seeds, limits = generation_kit.prompts(3), [4, 5, 6], [8] * 3
-    generator = open_generator(generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, Sampling(engine="continuous"))
+    generator = open_generator(
+        generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, Sampling(engine="continuous")
+    )
     before = generator.generate(prompts, seeds, limits)
     with torch.no_grad():
-        lm.lm_head.weight += 0.5 * torch.randn(lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        lm.lm_head.weight += 0.5 * torch.randn(
+            lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
     after = generator.generate(prompts, seeds, limits)
     same(after, sampled(lm, "generate", prompts, seeds, limits))
     assert [r.ids for r in before] != [r.ids for r in after]
@@ -148,9 +173,15 @@ def test_an_error_in_the_thread_that_generates_is_raised_here(lm, monkeypatch):
 
 def test_what_it_cannot_run_is_refused():
     import transformers
-    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=61, hidden_size=16, state_size=4,
-                                                                   num_hidden_layers=2, intermediate_size=32))
-    with pytest.raises(UserError, match="continuous cannot run a MambaForCausalLM .*expected sampling.engine=generate"):
+
+    mamba = transformers.MambaForCausalLM(
+        transformers.MambaConfig(
+            vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2, intermediate_size=32
+        )
+    )
+    with pytest.raises(
+        UserError, match="continuous cannot run a MambaForCausalLM .*expected sampling.engine=generate"
+    ):
         sampled(mamba, "continuous", [[5]], [0], [1])
     sharded = generation_kit.actor(generation_kit.llama(), sharded=True)
     with pytest.raises(UserError, match="expected sampling.gather=true"):

@@ -33,7 +33,10 @@ def generator_of(lm, stand, **sampling):
 
 
 def expected(lm, prompts, seeds, limits, **sampling):
-    return [generation_kit.naive(lm, p, s, n, ENDS, Sampling(**sampling)) for p, s, n in zip(prompts, seeds, limits)]
+    return [
+        generation_kit.naive(lm, p, s, n, ENDS, Sampling(**sampling))
+        for p, s, n in zip(prompts, seeds, limits)
+    ]
 
 
 @pytest.mark.parametrize("settings", [{}, ALL])
@@ -58,11 +61,18 @@ def test_new_weights_are_read_before_the_next_rollout():
         generator = generator_of(lm, stand)
         before = generator.generate(prompts, seeds, limits)
         with torch.no_grad():
-            lm.lm_head.weight += 0.5 * torch.randn(lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
-        assert [r.ids for r in generator.generate(prompts, seeds, limits)] == [r.ids for r in before]      # not told yet
+            lm.lm_head.weight += 0.5 * torch.randn(
+                lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+            )
+        # not told yet
+        assert [r.ids for r in generator.generate(prompts, seeds, limits)] == [r.ids for r in before]
         generator.refresh()
         after = generator.generate(prompts, seeds, limits)
-        assert [r.ids for r in after] == [ids for ids, *_ in expected(lm, prompts, seeds, limits)] != [r.ids for r in before]
+        assert (
+            [r.ids for r in after]
+            == [ids for ids, *_ in expected(lm, prompts, seeds, limits)]
+            != [r.ids for r in before]
+        )
         paths = [path for path, _ in stand.requests]
         assert paths.index("/reset_prefix_cache") == paths.index("/collective_rpc") + 1
         folder = Path(stand.bodies("/collective_rpc")[0]["kwargs"]["weights_path"])
@@ -73,9 +83,11 @@ def test_new_weights_are_read_before_the_next_rollout():
 
 def test_weights_with_merged_adapters_in_a_folder_of_the_recipe_s(tmp_path):
     import peft
+
     torch.manual_seed(0)
-    wrapped = peft.get_peft_model(generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear",
-                                                                         task_type="CAUSAL_LM")).eval()
+    wrapped = peft.get_peft_model(
+        generation_kit.llama(), peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    ).eval()
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
@@ -92,11 +104,21 @@ def test_what_a_request_says():
     lm = generation_kit.llama()
     with serving(lm) as stand:
         generator = generator_of(lm, stand, temperature=0.5, top_p=0.9, stop=["yes", "no"])
-        generator.generate([[7, 8, 9]], [2 ** 63 + 11], [4])
-        body, = stand.bodies("/v1/completions")
+        generator.generate([[7, 8, 9]], [2**63 + 11], [4])
+        (body,) = stand.bodies("/v1/completions")
         generator.close()
-    assert body["model"] == "tiny" and body["prompt"] == [7, 8, 9] and body["max_tokens"] == 4 and body["seed"] == 11
-    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (0.5, 0.9, 0, 1.0)
+    assert (
+        body["model"] == "tiny"
+        and body["prompt"] == [7, 8, 9]
+        and body["max_tokens"] == 4
+        and body["seed"] == 11
+    )
+    assert (body["temperature"], body["top_p"], body["top_k"], body["repetition_penalty"]) == (
+        0.5,
+        0.9,
+        0,
+        1.0,
+    )
     assert body["stop"] == ["yes", "no"] and body["stop_token_ids"] == ENDS and body["ignore_eos"]
     assert body["logprobs"] == 0 and body["return_token_ids"]
 
@@ -118,7 +140,12 @@ def test_a_server_that_is_not_there_is_one_clear_line():
     with serving(generation_kit.llama()) as stand:
         address = stand.address
     with pytest.raises(UserError) as caught:
-        open_generator(generation_kit.actor(generation_kit.llama()), None, ENDS, Sampling(engine="vllm-server", server=address))
+        open_generator(
+            generation_kit.actor(generation_kit.llama()),
+            None,
+            ENDS,
+            Sampling(engine="vllm-server", server=address),
+        )
     line = str(caught.value)
     assert line.startswith(f"sampling.server: {address}: no answer (") and "\n" not in line
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in line
@@ -138,8 +165,10 @@ def test_what_the_server_refuses_is_said_once():
 def test_a_server_that_says_other_log_probs_is_refused():
     lm = generation_kit.llama()
     with serving(lm, mode="raw_logprobs") as stand:
-        generator_of(lm, stand).close()              # at temperature 1 there is no difference
-        with pytest.raises(UserError, match="expected a server with --logprobs-mode processed_logprobs, got raw_logprobs"):
+        generator_of(lm, stand).close()  # at temperature 1 there is no difference
+        with pytest.raises(
+            UserError, match="expected a server with --logprobs-mode processed_logprobs, got raw_logprobs"
+        ):
             generator_of(lm, stand, temperature=0.7)
 
 
@@ -157,7 +186,9 @@ def test_without_vllm_the_command_is_said(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     actor = generation_kit.actor(generation_kit.llama())
-    with pytest.raises(UserError, match=r"sampling.engine: vllm cannot be imported .*expected: pip install 'vllm>="):
+    with pytest.raises(
+        UserError, match=r"sampling.engine: vllm cannot be imported .*expected: pip install 'vllm>="
+    ):
         open_generator(actor, generation_kit.tokenizer(), ENDS, Sampling(engine="vllm"))
 
 
@@ -168,6 +199,7 @@ class LLM:
 
     def __init__(self, model, **settings):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
         self.settings, self.calls, self.lm, self.asleep = settings, [], None, set()
         self.blank = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
         assert len(AutoTokenizer.from_pretrained(model)) == generation_kit.VOCABULARY
@@ -192,31 +224,46 @@ class LLM:
         assert not self.asleep and self.lm is not None
         answers = []
         for prompt, p in zip(prompts, parameters):
-            sampling = Sampling(temperature=p.temperature, top_p=p.top_p, top_k=p.top_k,
-                                repetition_penalty=p.repetition_penalty)
-            ids, logp, ended = generation_kit.naive(self.lm, prompt["prompt_token_ids"], p.seed, p.max_tokens,
-                                                    p.stop_token_ids, sampling)
+            sampling = Sampling(
+                temperature=p.temperature,
+                top_p=p.top_p,
+                top_k=p.top_k,
+                repetition_penalty=p.repetition_penalty,
+            )
+            ids, logp, ended = generation_kit.naive(
+                self.lm, prompt["prompt_token_ids"], p.seed, p.max_tokens, p.stop_token_ids, sampling
+            )
             said = [{token: types.SimpleNamespace(logprob=x), -1: None} for token, x in zip(ids, logp)]
-            output = types.SimpleNamespace(token_ids=tuple(ids), logprobs=said, finish_reason="stop" if ended else "length")
+            output = types.SimpleNamespace(
+                token_ids=tuple(ids), logprobs=said, finish_reason="stop" if ended else "length"
+            )
             answers.append(types.SimpleNamespace(outputs=[output]))
         return answers
 
 
 def test_in_this_process_it_sleeps_but_for_rollouts_and_takes_the_weights_of_then(monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace))
+    monkeypatch.setitem(
+        sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
+    )
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     lm = generation_kit.llama()
-    generator = open_generator(generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, Sampling(engine="vllm", **ALL))
+    generator = open_generator(
+        generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, Sampling(engine="vllm", **ALL)
+    )
     llm = LLM.made[-1]
     assert llm.asleep == {"weights", "kv_cache"} and llm.settings["logprobs_mode"] == "processed_logprobs"
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [6, 3, 9, 1, 7]
     first = [r.ids for r in generator.generate(prompts, seeds, limits)]
     assert llm.asleep == {"weights", "kv_cache"} and llm.calls == ["reset"]
     with torch.no_grad():
-        lm.lm_head.weight += 0.5 * torch.randn(lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+        lm.lm_head.weight += 0.5 * torch.randn(
+            lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
+        )
     generator.refresh()
     made = generator.generate(prompts, seeds, limits)
     for response, (ids, logp, ended) in zip(made, expected(lm, prompts, seeds, limits, **ALL)):
-        assert (response.ids, response.ended) == (ids, ended) and response.logp == pytest.approx(logp, rel=1e-5)
+        assert (response.ids, response.ended) == (ids, ended) and response.logp == pytest.approx(
+            logp, rel=1e-5
+        )
     assert first != [r.ids for r in made] and generator.generate([], [], []) == []
     generator.close()

@@ -1,4 +1,6 @@
-"""Sampling ahead: a batch is one step stale when its turn comes, is corrected, and was scored while others were sampled."""
+"""Sampling ahead: a batch is one step stale when its turn comes, is corrected, and was scored while others
+were sampled.
+"""
 
 import json
 from pathlib import Path
@@ -8,8 +10,16 @@ import pytest
 
 pytestmark = pytest.mark.numeric
 
-SETTINGS = {"max_length": 24, "ppo__batch_size": 4, "ppo__max_steps": 4, "optim__learning_rate": 2e-2,
-            "optim__warmup_ratio": 0.0, "critic_optim__learning_rate": 1e-3, "ppo__overlap": True, "ppo__importance_cap": 2.0}
+SETTINGS = {
+    "max_length": 24,
+    "ppo__batch_size": 4,
+    "ppo__max_steps": 4,
+    "optim__learning_rate": 2e-2,
+    "optim__warmup_ratio": 0.0,
+    "critic_optim__learning_rate": 1e-3,
+    "ppo__overlap": True,
+    "ppo__importance_cap": 2.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -17,12 +27,19 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("overlap")
     base = kit.make_model(folder / "model")
     made = kit.make_scores(folder, base)
-    return {"model": base, "reward": made["reward"], "cost": made["cost"], "data": kit.make_data(folder / "data")["prompts"]}
+    return {
+        "model": base,
+        "reward": made["reward"],
+        "cost": made["cost"],
+        "data": kit.make_data(folder / "data")["prompts"],
+    }
 
 
 def test_batches_are_one_step_stale(world, tmp_path):
-    """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts and seeds under
-    those weights give the same tokens; the gap to the trainer's log-probs opens with the second step."""
+    """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts
+    and seeds under those weights give the same tokens; the gap to the trainer's log-probs opens with the
+    second step.
+    """
     from saferlhf_fast.config.stages import PPO, Engine, PPOConfig, Sampling
     from saferlhf_fast.models.causal_lm import load_causal_lm
     from saferlhf_fast.models.policy import Policy
@@ -32,6 +49,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.training.ppo.prompts import load_data, prompt_batches
+
     out = kit.run("ppo-lag", tmp_path / "run", save_interval=1, log__sample_interval=1, **world, **SETTINGS)
     assert kit.losses(out, "train/staleness") == [0, 1, 1, 1]
     gaps = kit.losses(out, "train/engine_gap_mean")
@@ -39,8 +57,15 @@ def test_batches_are_one_step_stale(world, tmp_path):
     # The furthest of a run's weights was 0.04 to 0.10 off 1 over 5 seeds; the second alone 0.002 to 0.05.
     assert max(abs(weight - 1.0) for weight in kit.losses(out, "train/importance_weight")) > 1e-3
 
-    cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data=world["data"], output="none",
-                    max_length=24, ppo=PPO(batch_size=4, max_steps=4))
+    cfg = PPOConfig(
+        model=world["model"],
+        reward=world["reward"],
+        cost=world["cost"],
+        data=world["data"],
+        output="none",
+        max_length=24,
+        ppo=PPO(batch_size=4, max_steps=4),
+    )
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(world["model"])
     prompts, *_ = load_data(cfg, tokenizer)
@@ -57,7 +82,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
             found[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
         assert lengths[step - 1] == pytest.approx(found["stale"][0])
         if step == 3:
-            assert found["stale"][1] != found["fresh"][1]       # or the test would tell nothing
+            assert found["stale"][1] != found["fresh"][1]  # or the test would tell nothing
     assert json.loads((Path(out) / "summary.json").read_text())["steps"] == 4
 
 
@@ -66,6 +91,7 @@ def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, mon
     import threading
 
     from saferlhf_fast.rollout import scoring
+
     asked = []
     plain = scoring.frozen_scores
 
@@ -74,7 +100,10 @@ def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, mon
         return plain(rollout, *rest)
 
     monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", spied)
-    runs = [kit.run("ppo-lag", tmp_path / str(size), sampling__batch_size=size, **world, **SETTINGS) for size in (1, 4)]
+    runs = [
+        kit.run("ppo-lag", tmp_path / str(size), sampling__batch_size=size, **world, **SETTINGS)
+        for size in (1, 4)
+    ]
     assert [count for _, count in asked] == [1] * 16 + [4] * 4 and all("rollout" in name for name, _ in asked)
     for name in ("reward", "cost", "actor_loss", "kl_divergence", "cost_critic_loss"):
         a, b = (kit.losses(run, f"train/{name}") for run in runs)
@@ -83,27 +112,50 @@ def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, mon
 
 def test_from_the_engine_s_log_probs(world, tmp_path):
     """old_logp=engine: the ratio itself corrects, so it is not 1 from the second step on."""
-    out = kit.run("ppo-lag", tmp_path / "run", **world, **{**SETTINGS, "ppo__importance_cap": "null", "ppo__old_logp": "engine"})
+    out = kit.run(
+        "ppo-lag",
+        tmp_path / "run",
+        **world,
+        **{**SETTINGS, "ppo__importance_cap": "null", "ppo__old_logp": "engine"},
+    )
     kl = kit.losses(out, "train/approx_kl")
     assert kl[0] == pytest.approx(0.0, abs=1e-6) and all(value > 1e-5 for value in kl[1:])
 
 
-@pytest.mark.parametrize(("settings", "said"), [
-    ({"ppo.importance_cap": "null"}, "ppo.overlap: needs ppo.importance_cap (2.0 is common) or ppo.old_logp=engine"),
-    ({"engine.zero_stage": 3}, "ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got 3"),
-    ({"engine.frozen": "sharded"}, "ppo.overlap: expected engine.frozen auto or replicated, got sharded"),
-    ({"lora.rank": 4}, "got one shared base (lora.rank)")])
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"ppo.importance_cap": "null"},
+            "ppo.overlap: needs ppo.importance_cap (2.0 is common) or ppo.old_logp=engine",
+        ),
+        (
+            {"engine.zero_stage": 3},
+            "ppo.overlap: expected engine.zero_stage 0, 1 or 2 and separate models, got 3",
+        ),
+        ({"engine.frozen": "sharded"}, "ppo.overlap: expected engine.frozen auto or replicated, got sharded"),
+        ({"lora.rank": 4}, "got one shared base (lora.rank)"),
+    ],
+)
 def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, said):
     given = {**{key.replace("__", "."): value for key, value in SETTINGS.items()}, **settings}
-    code = kit.main("ppo-lag", f"output={tmp_path / 'no'}", *(f"{key}={value}" for key, value in {**world, **given}.items()))
+    code = kit.main(
+        "ppo-lag",
+        f"output={tmp_path / 'no'}",
+        *(f"{key}={value}" for key, value in {**world, **given}.items()),
+    )
     assert code != 0 and said in capsys.readouterr().err
 
 
 def test_a_failure_in_the_thread_ends_the_run(world, tmp_path, monkeypatch, capsys):
     """It is raised where the batch is waited for, and no thread is left behind."""
     import threading
+
     monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", lambda *rest: 1 / 0)
-    code = kit.main("ppo-lag", f"output={tmp_path / 'no'}",
-                    *(f"{key.replace('__', '.')}={value}" for key, value in {**world, **SETTINGS}.items()))
+    code = kit.main(
+        "ppo-lag",
+        f"output={tmp_path / 'no'}",
+        *(f"{key.replace('__', '.')}={value}" for key, value in {**world, **SETTINGS}.items()),
+    )
     assert code != 0 and "ZeroDivisionError" in capsys.readouterr().err
     assert not [t for t in threading.enumerate() if t.name.startswith("rollout")]

@@ -1,4 +1,6 @@
-"""A checkpoint's parts: the manifest that commits it, hashed files, state without pickles, what may be loaded, what fits."""
+"""A checkpoint's parts: the manifest that commits it, hashed files, state without pickles, what may be
+loaded, what fits.
+"""
 
 import errno
 import json
@@ -31,9 +33,20 @@ def made(output, step, score=None, content=b"weights"):
     files.put("actor/shard.pt", lambda file: file.write(content))
     files.put_json("state.json", {"step": step})
     assert files.error is None
-    manifest.write(folder, {"step": step, "score": score, "files": files.written, "universal": False, "world_size": 1,
-                            "stage": "sft", "written": "now", "saferlhf-fast": "0", "models": {
-                                "actor": {"weights": 7, "zero_stage": 0, "precision": "float32"}}})
+    manifest.write(
+        folder,
+        {
+            "step": step,
+            "score": score,
+            "files": files.written,
+            "universal": False,
+            "world_size": 1,
+            "stage": "sft",
+            "written": "now",
+            "saferlhf-fast": "0",
+            "models": {"actor": {"weights": 7, "zero_stage": 0, "precision": "float32"}},
+        },
+    )
     return folder
 
 
@@ -54,10 +67,12 @@ def test_a_flipped_byte_in_any_file_is_found_and_named(tmp_path, at):
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         before = path.read_bytes()
         place = {"first": 0, "middle": len(before) // 2, "last": len(before) - 1}[at]
-        path.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1:])
+        path.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :])
         with pytest.raises(UserError) as caught:
             whole(folder)
-        assert str(path) in str(caught.value) and ("damaged" in str(caught.value) or "format" in str(caught.value))
+        assert str(path) in str(caught.value) and (
+            "damaged" in str(caught.value) or "format" in str(caught.value)
+        )
         path.write_bytes(before)
     assert whole(folder)
 
@@ -67,7 +82,9 @@ def test_missing_short_and_swapped_files_are_named(tmp_path):
     shard, state = folder / "actor" / "shard.pt", folder / "state.json"
     a, b = shard.read_bytes(), state.read_bytes()
     shard.write_bytes(a[:-1])
-    assert f"{shard} has {len(a) - 1} bytes, expected {len(a)}" == manifest.problem(folder, manifest.read(folder))
+    assert f"{shard} has {len(a) - 1} bytes, expected {len(a)}" == manifest.problem(
+        folder, manifest.read(folder)
+    )
     shard.unlink()
     assert manifest.problem(folder, manifest.read(folder)) == f"{shard} is missing"
     shard.write_bytes(b)
@@ -106,8 +123,12 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     newer = manifest.folder_of(tmp_path, 6)
     newer.mkdir()
     manifest.prune(tmp_path, 2, True)
-    assert sorted(step for step, path in manifest.listed(tmp_path) if manifest.is_committed(path)) == [2, 4, 5]
-    assert newer.exists()                                # is perhaps being written
+    assert sorted(step for step, path in manifest.listed(tmp_path) if manifest.is_committed(path)) == [
+        2,
+        4,
+        5,
+    ]
+    assert newer.exists()  # is perhaps being written
     manifest.prune(tmp_path, 1, False)
     assert [step for step, path in manifest.listed(tmp_path) if manifest.is_committed(path)] == [5]
 
@@ -115,7 +136,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
 def test_a_manifest_replaces_nothing_half(tmp_path, monkeypatch):
     folder = made(tmp_path, 3)
     before = (folder / manifest.NAME).read_bytes()
-    monkeypatch.setattr(os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(
+        os, "replace", lambda *a: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
+    )
     with pytest.raises(OSError):
         manifest.write(folder, {"step": 4, "files": {}})
     assert (folder / manifest.NAME).read_bytes() == before
@@ -130,14 +153,21 @@ def test_files_are_hashed_as_they_are_written(tmp_path, background):
     files.save(state, str(tmp_path / "actor" / "shard.pt"))
     files.put_tensors("state.safetensors", {"a": torch.ones(2)})
     files.put_folder("hf", lambda folder: (folder / "config.json").write_text("{}"))
-    state["weights"].zero_()                             # training goes on while the background writes
+    state["weights"].zero_()  # training goes on while the background writes
     if background:
         assert not files.written
         files.start()
         files.wait()
-    assert files.error is None and set(files.written) == {"actor/shard.pt", "state.safetensors", "hf/config.json"}
+    assert files.error is None and set(files.written) == {
+        "actor/shard.pt",
+        "state.safetensors",
+        "hf/config.json",
+    }
     for name, said in files.written.items():
-        assert manifest.sha256(tmp_path / name) == said["sha256"] and (tmp_path / name).stat().st_size == said["bytes"]
+        assert (
+            manifest.sha256(tmp_path / name) == said["sha256"]
+            and (tmp_path / name).stat().st_size == said["bytes"]
+        )
     loaded = files.load(str(tmp_path / "actor" / "shard.pt"))
     assert loaded["step"] == 3 and loaded["weights"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
@@ -165,10 +195,18 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
 
 
 def test_a_state_comes_back_bit_for_bit():
-    tree = {"a": torch.tensor([1.5, float("nan")]), "list": [1, None, {"b": torch.tensor(3)}], "text": "x.y", "k.with.dots": 2.5}
+    tree = {
+        "a": torch.tensor([1.5, float("nan")]),
+        "list": [1, None, {"b": torch.tensor(3)}],
+        "text": "x.y",
+        "k.with.dots": 2.5,
+    }
     flat, tensors = flatten(tree)
     back = restore(json.loads(json.dumps(flat)), tensors)
-    assert torch.equal(back["a"].view(torch.int32), tree["a"].view(torch.int32)) and back["list"][2]["b"].item() == 3
+    assert (
+        torch.equal(back["a"].view(torch.int32), tree["a"].view(torch.int32))
+        and back["list"][2]["b"].item() == 3
+    )
     assert back["list"][:2] == [1, None] and back["text"] == "x.y" and back["k.with.dots"] == 2.5
     with pytest.raises(TypeError, match="expected a number, a text or a tensor"):
         flatten({"x": {"y": object()}})
@@ -176,15 +214,26 @@ def test_a_state_comes_back_bit_for_bit():
 
 def test_generators_go_on_where_they_were():
     import numpy
+
     saved = json.loads(json.dumps(generators()))
     drawn = random.random(), torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.gauss(0, 1)
     torch.rand(5), random.random(), numpy.random.rand(2)
     set_generators(saved)
-    assert (random.random(), torch.rand(3).tolist(), numpy.random.rand(3).tolist(), random.gauss(0, 1)) == drawn
+    assert (
+        random.random(),
+        torch.rand(3).tolist(),
+        numpy.random.rand(3).tolist(),
+        random.gauss(0, 1),
+    ) == drawn
 
 
-@pytest.mark.parametrize("make", [lambda: multiplier.LagrangeMultiplier(window=5, lr=0.3, delay=1),
-                                  lambda: multiplier.PIDMultiplier(window=5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: multiplier.LagrangeMultiplier(window=5, lr=0.3, delay=1),
+        lambda: multiplier.PIDMultiplier(window=5),
+    ],
+)
 def test_a_multiplier_goes_on_bit_for_bit(make):
     costs = [torch.randn(3) for _ in range(6)]
     straight, first, second = make(), make(), make()
@@ -197,7 +246,9 @@ def test_a_multiplier_goes_on_bit_for_bit(make):
     for batch in costs[3:]:
         second.update(batch)
     assert second.value.item() == straight.value.item() and second.steps == straight.steps
-    assert second.mean_cost.item() == straight.mean_cost.item() and torch.equal(second.window.costs, straight.window.costs)
+    assert second.mean_cost.item() == straight.mean_cost.item() and torch.equal(
+        second.window.costs, straight.window.costs
+    )
 
 
 # ---------------------------------------------------------------- what may be loaded
@@ -206,7 +257,7 @@ def test_a_multiplier_goes_on_bit_for_bit(make):
 def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "shard.pt"
     torch.save({"module": {"w": torch.ones(2)}, "extra": Marker(mark)}, path)
-    torch.load(path, weights_only=False)                 # the marker works
+    torch.load(path, weights_only=False)  # the marker works
     assert mark.exists()
     mark.unlink()
     for attempt in (lambda: safe_pickle.load(path), lambda: CheckpointWriter(tmp_path).load(str(path))):
@@ -214,20 +265,31 @@ def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
             attempt()
         assert str(path) in str(caught.value) and "was not run" in str(caught.value) and not mark.exists()
     with safe_pickle.guarded(), pytest.raises(UserError):
-        torch.load(path, map_location="cpu", weights_only=False)         # as DeepSpeed asks
+        torch.load(path, map_location="cpu", weights_only=False)  # as DeepSpeed asks
     assert not mark.exists() and torch.load is safe_pickle._TORCH_LOAD
 
 
 def test_what_deepspeed_writes_is_let_through(tmp_path):
     from saferlhf_fast.runtime import engine
+
     engine.imported_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
-    state = {"scaler": LossScaler(2.0), "stage": ZeroStageEnum.weights, "at": fragment_address(3, 4), "w": torch.ones(2)}
+
+    state = {
+        "scaler": LossScaler(2.0),
+        "stage": ZeroStageEnum.weights,
+        "at": fragment_address(3, 4),
+        "w": torch.ones(2),
+    }
     torch.save(state, tmp_path / "x.pt")
     back = safe_pickle.load(tmp_path / "x.pt")
-    assert back["scaler"].cur_scale == 2.0 and back["stage"] == ZeroStageEnum.weights and back["at"] == fragment_address(3, 4)
+    assert (
+        back["scaler"].cur_scale == 2.0
+        and back["stage"] == ZeroStageEnum.weights
+        and back["at"] == fragment_address(3, 4)
+    )
 
 
 def test_an_old_style_pickle_is_refused_too(tmp_path):
@@ -247,19 +309,35 @@ def test_an_old_style_pickle_is_refused_too(tmp_path):
 # ---------------------------------------------------------------- what fits
 
 
-BEFORE = {"stage": "sft", "train": {"batch_size": 4, "accumulation": 2, "epochs": 3.0, "micro_tokens": None}, "seed": 1,
-          "engine": {"zero_stage": 2, "threads": 1}, "output": "a", "log": {"interval": 1}}
+BEFORE = {
+    "stage": "sft",
+    "train": {"batch_size": 4, "accumulation": 2, "epochs": 3.0, "micro_tokens": None},
+    "seed": 1,
+    "engine": {"zero_stage": 2, "threads": 1},
+    "output": "a",
+    "log": {"interval": 1},
+}
 
 
 def changed(**values):
-    return {**BEFORE, **{key: {**BEFORE[key], **value} if isinstance(value, dict) else value for key, value in values.items()}}
+    return {
+        **BEFORE,
+        **{
+            key: {**BEFORE[key], **value} if isinstance(value, dict) else value
+            for key, value in values.items()
+        },
+    }
 
 
 def test_settings_that_change_no_result_may_differ():
-    now = changed(output="b", train={"micro_tokens": 64}, engine={"threads": 2}, log={"interval": 5}, resume="auto")
+    now = changed(
+        output="b", train={"micro_tokens": 64}, engine={"threads": 2}, log={"interval": 5}, resume="auto"
+    )
     assert compatibility.differences(BEFORE, now, 1, 1) == []
     assert compatibility.differences(BEFORE, changed(seed=2, train={"epochs": 4.0}), 1, 1) == [
-        "seed: 1 then, 2 now", "train.epochs: 3.0 then, 4.0 now"]
+        "seed: 1 then, 2 now",
+        "train.epochs: 3.0 then, 4.0 now",
+    ]
     with pytest.raises(UserError, match="resume: x belongs to other settings: seed: 1 then, 2 now"):
         compatibility.refuse("x", ["seed: 1 then, 2 now"])
 
@@ -267,8 +345,11 @@ def test_settings_that_change_no_result_may_differ():
 def test_another_number_of_processes_keeps_the_batch_of_all():
     assert compatibility.differences(BEFORE, changed(train={"batch_size": 8}), 2, 1) == []
     assert compatibility.differences(BEFORE, BEFORE, 2, 1) == [
-        "batch of all processes: 16 then, 8 now (a process's portion times 2 and 1 processes)"]
-    assert compatibility.differences(BEFORE, changed(train={"batch_size": 8}), 1, 1) == ["train.batch_size: 4 then, 8 now"]
+        "batch of all processes: 16 then, 8 now (a process's portion times 2 and 1 processes)"
+    ]
+    assert compatibility.differences(BEFORE, changed(train={"batch_size": 8}), 1, 1) == [
+        "train.batch_size: 4 then, 8 now"
+    ]
 
 
 # ---------------------------------------------------------------- skips and alarms
@@ -281,7 +362,9 @@ def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
     again = NonFiniteGuard(2)
     again.load_state_dict(skips.state_dict())
     again.note(3, ["loss"], None)
-    with pytest.raises(UserError, match="step 4: loss, gradient norm: expected finite .* in 2 steps.*saved in here"):
+    with pytest.raises(
+        UserError, match="step 4: loss, gradient norm: expected finite .* in 2 steps.*saved in here"
+    ):
         again.note(4, ["loss", "gradient norm"], lambda: "here")
     assert again.total == 3
 
@@ -291,7 +374,9 @@ def test_a_spike_is_told_once(capsys):
     for step in range(60):
         spikes.look(step, {"loss": 1.0 if step < 30 or step > 50 else 3.0})
     out = capsys.readouterr().out
-    assert out.count("warning") == 1 and "step 33: loss 3 has been above 2 times its median of 1" in " ".join(out.split())
+    assert out.count("warning") == 1 and "step 33: loss 3 has been above 2 times its median of 1" in " ".join(
+        out.split()
+    )
     spikes.look(61, {"loss": float("nan")})
 
 
@@ -300,7 +385,10 @@ def test_a_multiplier_at_its_bound_is_told(capsys):
     for step, value in enumerate((5.0, 5.0, 4.0, 5.0, 5.0, 5.0, 5.0)):
         bound.look(step, {"lambda": value, "episode_cost": 2.0})
     out = " ".join(capsys.readouterr().out.split())
-    assert out.count("warning") == 1 and "step 5: λ has been at its bound of 5 for 3 steps, with a mean cost of 2" in out
+    assert (
+        out.count("warning") == 1
+        and "step 5: λ has been at its bound of 5 for 3 steps, with a mean cost of 2" in out
+    )
 
 
 # ---------------------------------------------------------------- commands
@@ -311,24 +399,39 @@ def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
     folder = made(tmp_path, 2)
     cli.main(["inspect", str(tmp_path)])
     out = capsys.readouterr().out
-    assert out.count("whole: every SHA-256 is right") == 2 and "evaluation: loss 0.500\n" in out and "actor: 7 weights" in out
+    assert (
+        out.count("whole: every SHA-256 is right") == 2
+        and "evaluation: loss 0.500\n" in out
+        and "actor: 7 weights" in out
+    )
     (folder / "actor" / "shard.pt").write_bytes(b"WEIGHTS")
     with pytest.raises(UserError, match="1 of 2 cannot be used: .*shard.pt is damaged"):
         cli.main(["inspect", str(tmp_path)])
-    cli.main(["inspect", str(folder), "--quick"])   # the size is right
+    cli.main(["inspect", str(folder), "--quick"])  # the size is right
 
 
-@pytest.mark.parametrize("stage, score, said", [
-    ("ppo-lag", [1, -0.003351], "cost within the threshold, reward -0.003"),
-    ("ppo-lag", [0, -1.5], "cost 1.500, above the threshold"), ("ppo", [1, 2], "reward 2.000")])
+@pytest.mark.parametrize(
+    "stage, score, said",
+    [
+        ("ppo-lag", [1, -0.003351], "cost within the threshold, reward -0.003"),
+        ("ppo-lag", [0, -1.5], "cost 1.500, above the threshold"),
+        ("ppo", [1, 2], "reward 2.000"),
+    ],
+)
 def test_an_evaluation_is_told_in_words(stage, score, said):
     assert cli.evaluation({"stage": stage, "score": score}) == said
 
 
-@pytest.mark.parametrize("words, said", [
-    ([], "required: action, path"), (["eat", "x"], "invalid choice: 'eat'"),
-    (["inspect", "/no/where"], "/no/where: expected a checkpoint"),
-    (["export", "/no/where/step-00000001"], "missing: --output"), (["convert", "/no/where/step-00000001"], "is no folder")])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([], "required: action, path"),
+        (["eat", "x"], "invalid choice: 'eat'"),
+        (["inspect", "/no/where"], "/no/where: expected a checkpoint"),
+        (["export", "/no/where/step-00000001"], "missing: --output"),
+        (["convert", "/no/where/step-00000001"], "is no folder"),
+    ],
+)
 def test_mistakes_are_told_in_a_line(words, said):
     with pytest.raises(UserError, match=said):
         cli.main(words)
@@ -336,9 +439,13 @@ def test_mistakes_are_told_in_a_line(words, said):
 
 def test_inspect_needs_no_torch(tmp_path):
     made(tmp_path, 1)
-    code = ("import sys; from saferlhf_fast import cli; code = cli.main(['checkpoint', 'inspect', sys.argv[1]]); "
-            "assert 'torch' not in sys.modules; sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=kit.ROOT)
+    code = (
+        "import sys; from saferlhf_fast import cli; code = cli.main(['checkpoint', 'inspect', sys.argv[1]]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=kit.ROOT
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -347,7 +454,9 @@ def test_a_conversion_deletes_nothing_that_is_not_its_own(tmp_path, capsys):
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")
     values = {key: value for key, value in manifest.read(folder).items() if key not in ("seal", "format")}
-    manifest.write(folder, {**values, "models": {"actor": {"weights": 7, "zero_stage": 2, "precision": "float32"}}})
+    manifest.write(
+        folder, {**values, "models": {"actor": {"weights": 7, "zero_stage": 2, "precision": "float32"}}}
+    )
     for output in (mine, tmp_path, folder):
         with pytest.raises(UserError, match="is not empty; expected a new folder"):
             cli.main(["convert", str(folder), "--output", str(output)])
@@ -357,13 +466,13 @@ def test_a_conversion_deletes_nothing_that_is_not_its_own(tmp_path, capsys):
 def test_what_is_newer_than_what_a_run_goes_on_from_is_set_aside(tmp_path):
     for step in (2, 3, 4):
         made(tmp_path, step)
-    manifest.folder_of(tmp_path, 5).mkdir()              # was being written
+    manifest.folder_of(tmp_path, 5).mkdir()  # was being written
     manifest.set_aside(tmp_path, 2)
     made(tmp_path, 3)
     manifest.prune(tmp_path, 1, True)
     three, four = "step-00000003.set-aside", "step-00000004.set-aside"
     assert sorted(os.listdir(manifest.root(tmp_path))) == ["step-00000003", three, four]
-    manifest.set_aside(tmp_path, 2)                      # over nothing that is there
+    manifest.set_aside(tmp_path, 2)  # over nothing that is there
     assert sorted(os.listdir(manifest.root(tmp_path))) == [three, f"{three}-2", four]
 
 
@@ -381,7 +490,9 @@ def test_the_newest_whole_one_of_a_run_is_meant(tmp_path):
 def test_a_file_that_cannot_be_read_is_a_reason_and_no_crash(tmp_path, monkeypatch):
     folder = made(tmp_path, 1)
     values = manifest.read(folder)
-    monkeypatch.setattr(manifest, "sha256", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    monkeypatch.setattr(
+        manifest, "sha256", lambda path: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error"))
+    )
     assert "cannot be read: [Errno 5] Input/output error" in manifest.problem(folder, values)
 
 

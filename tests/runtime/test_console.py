@@ -8,12 +8,20 @@ import pytest
 
 from saferlhf_fast.runtime import console
 
-STEP = {"reward": 1.25, "cost": -0.5, "lambda": 1.01, "kl_divergence": 0.3, "actor_loss": -0.00012,
-        "mean_generated_length": 14.24, "reward_critic_loss": 9.0}
+STEP = {
+    "reward": 1.25,
+    "cost": -0.5,
+    "lambda": 1.01,
+    "kl_divergence": 0.3,
+    "actor_loss": -0.00012,
+    "mean_generated_length": 14.24,
+    "reward_critic_loss": 9.0,
+}
 
 
 class Terminal(io.StringIO):
     """A stdout that says it is a terminal."""
+
     encoding = "utf-8"
 
     def isatty(self):
@@ -37,7 +45,10 @@ def test_step_line_has_the_six_figures_on_one_line(capsys):
     console.step_line(7, 120, STEP)
     out = capsys.readouterr().out
     assert out.count("\n") == 1 and is_plain(out)
-    assert out.split() == ("step 7/120 reward 1.250 cost -0.500 λ 1.010 KL 0.300 loss -1.2e-04 length 14.2").split()
+    assert (
+        out.split()
+        == ("step 7/120 reward 1.250 cost -0.500 λ 1.010 KL 0.300 loss -1.2e-04 length 14.2").split()
+    )
 
 
 def test_step_line_shows_what_there_is_under_either_name(capsys):
@@ -156,12 +167,25 @@ def test_messages_are_not_broken_and_not_markup(capsys):
 
 def test_result_table_is_aligned_in_plain_output(capsys):
     console.result_table("title", ["policy", "λ"], [["SFT", None], ["PPO-Lag 日本", 1.25]])
-    assert capsys.readouterr().out.splitlines() == ["title", "  policy             λ", "  SFT                –",
-                                                    "  PPO-Lag 日本  1.2500"]
+    assert capsys.readouterr().out.splitlines() == [
+        "title",
+        "  policy             λ",
+        "  SFT                –",
+        "  PPO-Lag 日本  1.2500",
+    ]
 
 
-@pytest.mark.parametrize("value, text", [(None, "–"), (0, "0.000"), (1234.5, "1234"), (-0.00012, "-1.2e-04"),
-                                         (1e7, "1.0e+07"), (float("inf"), "inf")])
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (None, "–"),
+        (0, "0.000"),
+        (1234.5, "1234"),
+        (-0.00012, "-1.2e-04"),
+        (1e7, "1.0e+07"),
+        (float("inf"), "inf"),
+    ],
+)
 def test_numbers_fit(value, text):
     assert console.number(value) == text and len(text) <= 8
 

@@ -17,9 +17,13 @@ pytestmark = pytest.mark.numeric
 def launch(tmp_path, processes, precision="fp32"):
     out = tmp_path / f"{processes}-{precision}.json"
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, str(kit.SUPPORT / "engine_worker.py"), str(out), precision],
-                          capture_output=True, text=True, timeout=200,
-                          env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)})
+    done = subprocess.run(
+        [*start, str(kit.SUPPORT / "engine_worker.py"), str(out), precision],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 
@@ -48,6 +52,7 @@ def test_gather_keeps_the_global_order(results):
 
 def test_schedule_moves_from_the_first_step():
     from saferlhf_fast.runtime.engine import learning_rate_factor
+
     factor = learning_rate_factor(Optimizer(schedule="cosine", warmup_ratio=0.1), 100)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0 and factor(10) == pytest.approx(1.0)
     assert factor(55) == pytest.approx(0.5) and factor(100) == pytest.approx(0.0, abs=1e-9)
@@ -59,6 +64,7 @@ def test_fp16_without_a_gpu_is_refused_in_words():
     import torch
 
     from saferlhf_fast.runtime import engine
+
     if torch.cuda.is_available():
         pytest.skip("there is a GPU, where fp16 works")
     with pytest.raises(UserError, match=r"engine\.precision: expected fp32 or bf16 without a GPU"):

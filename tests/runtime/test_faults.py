@@ -1,7 +1,9 @@
-"""Killed, failing and damaged: two processes lose no more than the steps since the last complete checkpoint, and say what it was.
+"""Killed, failing and damaged: two processes lose no more than the steps since the last complete checkpoint,
+and say what it was.
 
-    make test-faults                                the trials (20 for each of ZeRO 2 and 3), and what else takes minutes
-    python tests/runtime/test_faults.py                     the same trials, and the line for docs/benchmarks.md
+    make test-faults                                the trials (20 for each of ZeRO 2 and 3), and what else
+    takes minutes python tests/runtime/test_faults.py                     the same trials, and the line for
+    docs/benchmarks.md
 """
 
 import json
@@ -23,9 +25,16 @@ from resume_kit import STEPS, digest, interrupted, launch, together, words
 
 from saferlhf_fast.runtime.checkpoint import manifest
 
-POINTS = [{"rank": 1, "at": "bytes", "share": 0.5}, {"rank": 0, "at": "manifest"}, {"rank": 1, "at": "bytes", "share": 0.0},
-          {"rank": 1, "at": "bytes", "share": 1.0}, {"rank": 0, "at": "files"}, {"rank": 0, "at": "bytes", "share": 0.5},
-          {"rank": 1, "at": "files"}, {"rank": 1, "at": "bytes", "share": 0.99}]
+POINTS = [
+    {"rank": 1, "at": "bytes", "share": 0.5},
+    {"rank": 0, "at": "manifest"},
+    {"rank": 1, "at": "bytes", "share": 0.0},
+    {"rank": 1, "at": "bytes", "share": 1.0},
+    {"rank": 0, "at": "files"},
+    {"rank": 0, "at": "bytes", "share": 0.5},
+    {"rank": 1, "at": "files"},
+    {"rank": 1, "at": "bytes", "share": 0.99},
+]
 """Where a save is cut off; the share is of the rank's optimiser shard."""
 
 
@@ -39,13 +48,20 @@ def committed(folder):
 
 
 def trials(world, folder, zero, count, tell=lambda line: None):
-    """`count` launches of a run that writes a checkpoint at every step; each is killed in its second save, the next resumes.
+    """`count` launches of a run that writes a checkpoint at every step; each is killed in its second save,
+    the next resumes.
 
-    -> trials survived: the launch resumed from the newest complete checkpoint by itself. Ends with the whole run's weights equal
-    to those of a run that was never killed.
+    -> trials survived: the launch resumed from the newest complete checkpoint by itself. Ends with the whole
+    run's weights equal to those of a run that was never killed.
     """
-    steps = {"train.max_steps": count + 2, "train.epochs": 99, "checkpoint.interval": 1, "checkpoint.keep": 2,
-             "engine.zero_stage": zero, "resume": "auto"}
+    steps = {
+        "train.max_steps": count + 2,
+        "train.epochs": 99,
+        "checkpoint.interval": 1,
+        "checkpoint.keep": 2,
+        "engine.zero_stage": zero,
+        "resume": "auto",
+    }
     straight, broken, survived = folder / "straight", folder / "broken", 0
     done = together(words("sft", world, straight, **steps), 2)
     assert [code for code, _, _ in done] == [0, 0], done
@@ -55,9 +71,14 @@ def trials(world, folder, zero, count, tell=lambda line: None):
         done = together(words("sft", world, broken, **steps), 2, FAULT=json.dumps(point))
         killed, other = done[point["rank"]], done[1 - point["rank"]]
         assert killed[0] == -9, (point, done)
-        assert other[0] not in (0, -9) and other[2].count("error:") + other[2].count("rank") >= 1, (point, other)
-        resumed = f"resume: step {newest} from" in done[0][1] if newest else "the run starts anew" in done[0][1]
-        if point["rank"] != 0 or newest:                 # a killed rank 0 may take its last words with it
+        assert other[0] not in (0, -9) and other[2].count("error:") + other[2].count("rank") >= 1, (
+            point,
+            other,
+        )
+        resumed = (
+            f"resume: step {newest} from" in done[0][1] if newest else "the run starts anew" in done[0][1]
+        )
+        if point["rank"] != 0 or newest:  # a killed rank 0 may take its last words with it
             survived += resumed or (point["rank"] == 0 and newest < committed(broken)[0])
         else:
             survived += 1
@@ -90,7 +111,9 @@ def two(world, tmp_path_factory):
     """Runs of two processes under ZeRO 2 and 3, cut off after step 2."""
     folder = tmp_path_factory.mktemp("two")
     cells = {(stage, zero): folder / f"{stage}{zero}" for stage, zero in (("sft", 2), ("ppo-lag", 3))}
-    launch([words(stage, world, path, **{"engine.zero_stage": zero}) for (stage, zero), path in cells.items()], 2)
+    launch(
+        [words(stage, world, path, **{"engine.zero_stage": zero}) for (stage, zero), path in cells.items()], 2
+    )
     return cells
 
 
@@ -108,7 +131,7 @@ def test_a_missing_or_swapped_shard_is_told_alike_on_all_ranks(world, two, tmp_p
     begun = time.monotonic()
     done = together(words("sft", world, copy, resume="auto", **{"engine.zero_stage": 2}), 2)
     assert [code for code, _, _ in done] == [2, 2], done
-    assert time.monotonic() - begun < 90                 # imports included; nobody waits for a timeout
+    assert time.monotonic() - begun < 90  # imports included; nobody waits for a timeout
     said = "is missing" if damage == "missing" else "is damaged"
     assert said in done[0][2] and str(manifest.folder_of(copy, 2)) in done[0][2]
 
@@ -124,10 +147,14 @@ def test_nan_on_one_rank_is_left_out_on_all(world, tmp_path, stage, zero):
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("kind, value", [("reward", "nan"), ("cost", "inf"), ("cost", "1e30"), ("reward", "-inf")])
+@pytest.mark.parametrize(
+    "kind, value", [("reward", "nan"), ("cost", "inf"), ("cost", "1e30"), ("reward", "-inf")]
+)
 def test_a_score_that_cannot_be_is_left_out_and_lambda_stays(world, tmp_path, kind, value):
     command = words("ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 2})
-    done = together(command, 2, FAULT=json.dumps({"rank": 1, "at": "score", "kind": kind, "value": value, "save": 2}))
+    done = together(
+        command, 2, FAULT=json.dumps({"rank": 1, "at": "score", "kind": kind, "value": value, "save": 2})
+    )
     assert [code for code, _, _ in done] == [0, 0], done
     assert kit.summary(tmp_path / "a")["skipped_steps"] == 1
     assert f"step 2 is left out on all ranks: score of the {kind} model" in " ".join(done[0][1].split())
@@ -138,9 +165,13 @@ def test_a_score_that_cannot_be_is_left_out_and_lambda_stays(world, tmp_path, ki
 @pytest.mark.numeric
 @pytest.mark.faults
 def test_sigterm_on_one_rank_ends_both_with_one_checkpoint(world, tmp_path):
-    command = words("ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS})
+    command = words(
+        "ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS}
+    )
     launch([command], 2)
-    command = words("ppo-lag", world, tmp_path / "b", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS})
+    command = words(
+        "ppo-lag", world, tmp_path / "b", **{"engine.zero_stage": 3, "checkpoint.interval": STEPS}
+    )
     done = together(command, 2, FAULT=json.dumps({"rank": 1, "at": "sigterm", "save": 2}))
     assert [code for code, _, _ in done] == [143, 143], done
     assert committed(tmp_path / "b") == [2] and "stopped after step 2" in done[0][2]
@@ -153,21 +184,33 @@ def test_sigterm_on_one_rank_ends_both_with_one_checkpoint(world, tmp_path):
 @pytest.mark.faults
 def test_a_disk_that_is_really_full_does_not_end_the_run(world, tmp_path):
     """The checkpoints' folder is a small file system of its own, in a user namespace."""
-    if shutil.which("unshare") is None or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         pytest.skip("user namespaces are not permitted here")
     assert kit.main(*words("reward", world, tmp_path / "a")) == 0
     copy = interrupted(tmp_path / "a", tmp_path / "b")
-    place, size = manifest.root(copy), sum(p.stat().st_size for p in manifest.root(copy).rglob("*") if p.is_file())
+    place, size = (
+        manifest.root(copy),
+        sum(p.stat().st_size for p in manifest.root(copy).rglob("*") if p.is_file()),
+    )
     command = [sys.executable, "-m", "saferlhf_fast", *map(str, words("reward", world, copy, resume="auto"))]
-    script = (f"cp -r {place} {tmp_path}/kept && mount -t tmpfs -o size={int(1.5 * size) // 1024}k none {place} && "
-              f"cp -r {tmp_path}/kept/* {place}/ && {shlex.join(command)} && ls {place} && cat {place}/*/manifest.json | wc -l")
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=kit.ROOT, timeout=200)
+    script = (
+        f"cp -r {place} {tmp_path}/kept && mount -t tmpfs -o size={int(1.5 * size) // 1024}k none {place} && "
+        f"cp -r {tmp_path}/kept/* {place}/ && {shlex.join(command)} && ls {place} && cat "
+        f"{place}/*/manifest.json | wc -l"
+    )
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=kit.ROOT, timeout=200
+    )
     out = " ".join(done.stdout.split())
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert out.count("checkpoint of step 4 was not written") == 1 and "No space left on device" in out
     assert "step-00000002" in out and "step-00000004 " not in out.split("see ")[-1]
-    assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == \
-        resume_kit.digest(copy / "model" / "model.safetensors")
+    assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == resume_kit.digest(
+        copy / "model" / "model.safetensors"
+    )
 
 
 # ---------------------------------------------------------------- another number of processes, and exports
@@ -187,9 +230,12 @@ def exported(folder, output, *more):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_from_equal_weights(world, tmp_path, zero, precision, before, after):
+def test_another_number_of_processes_goes_on_from_equal_weights(
+    world, tmp_path, zero, precision, before, after
+):
     size = {1: 6, 2: 3}
-    common = {"engine.zero_stage": zero, "engine.precision": precision, "lora.dropout": 0.0}     # each rank draws its own
+    # each rank draws its own
+    common = {"engine.zero_stage": zero, "engine.precision": precision, "lora.dropout": 0.0}
 
     def command(folder, processes, **more):
         return words("reward", world, folder, **common, **{"train.batch_size": size[processes], **more})
@@ -197,7 +243,9 @@ def test_another_number_of_processes_goes_on_from_equal_weights(world, tmp_path,
     launch([command(tmp_path / "a", before)], before)
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     refused = together(command(copy, after, resume="auto"), after)
-    assert {code for code, _, _ in refused} == {2} and f"written by {before} processes" in refused[0][2], refused
+    assert {code for code, _, _ in refused} == {2} and f"written by {before} processes" in refused[0][2], (
+        refused
+    )
     convert(manifest.folder_of(copy, 2))
     done = together(command(copy, after, resume="auto"), after, DUMP=str(tmp_path / "weights.safetensors"))
     assert {code for code, _, _ in done} == {0} and ".universal" in done[0][1].replace("\n", ""), done
@@ -213,6 +261,7 @@ def same_weights(checkpoint, dumped):
     from safetensors.torch import load_file
 
     from saferlhf_fast.commands.checkpoint.export import weights
+
     kind = manifest.read(checkpoint)["models"]["model"]
     expected, got = weights(checkpoint, "model", kind["zero_stage"]), load_file(dumped)
     assert set(got) <= set(expected) and len(got) > 3
@@ -232,6 +281,7 @@ def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
         out = tmp_path / f"{stage}-export"
         assert exported(tmp_path / stage, out) == digest(tmp_path / stage / "model" / "model.safetensors")
     from saferlhf_fast.models.score_model import load_score_model
+
     exported(tmp_path / "ppo-lag", tmp_path / "critic", "--model", "cost_critic")
     assert load_score_model(str(tmp_path / "critic")).score.weight.abs().sum() > 0
 
@@ -242,8 +292,10 @@ def test_an_adapter_s_export_stands_on_its_base(world, tmp_path):
     assert kit.main(*words("ppo-lag", world, output, **{"lora.rank": 2})) == 0
     assert exported(output, tmp_path / "b") == digest(output / "model" / "model.safetensors")
     assert kit.main("checkpoint", "export", output, "--output", tmp_path / "c", "--model", "cost_critic") == 2
-    assert kit.main("checkpoint", "export", output, "--output", tmp_path / "b") == 2         # is there already
-    assert kit.main("checkpoint", "convert", output) == 2                                    # ZeRO 0 needs none
+    # is there already
+    assert kit.main("checkpoint", "export", output, "--output", tmp_path / "b") == 2
+    # ZeRO 0 needs none
+    assert kit.main("checkpoint", "convert", output) == 2
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Processes: one for each local GPU, or as srun, mpirun and deepspeed say; signals, exit codes, nothing left behind."""
+"""Processes: one for each local GPU, or as srun, mpirun and deepspeed say; signals, exit codes, nothing left
+behind.
+"""
 
 import os
 import signal
@@ -14,8 +16,14 @@ from saferlhf_fast import cli
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import launcher
 
-SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1",
-         "SLURM_STEP_NODELIST": "node[3-4]"}
+SLURM = {
+    "SLURM_JOB_ID": "7",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+}
 
 
 # ---------------------------------------------------------------- started by others
@@ -47,7 +55,7 @@ def test_srun_s_variables_become_torch_s(scontrol):
     assert 20000 <= int(found["MASTER_PORT"]) < 30000
     assert adopted(**SLURM | {"SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
     assert adopted(**SLURM | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
-    assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0"          # --gpus-per-task=1
+    assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0"  # --gpus-per-task=1
     assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
     assert adopted(**SLURM | {"SLURM_STEP_NODELIST": "alone"})["MASTER_ADDR"] == "alone"
 
@@ -97,8 +105,10 @@ def gpus(monkeypatch, installed, usable):
     monkeypatch.setattr(launcher, "_gpus", lambda: usable)
 
 
-@pytest.mark.parametrize("named, count", [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("2,-1,3", 1), ("0,9,1", 1),
-                                          ("GPU-1a,GPU-2b", 2)])
+@pytest.mark.parametrize(
+    "named, count",
+    [(None, 4), ("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("2,-1,3", 1), ("0,9,1", 1), ("GPU-1a,GPU-2b", 2)],
+)
 def test_gpus_are_counted_as_cuda_does_without_torch(named, count, monkeypatch):
     gpus(monkeypatch, 4, 4)
     assert launcher.visible({} if named is None else {"CUDA_VISIBLE_DEVICES": named}) == count
@@ -111,8 +121,13 @@ def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
     seen, environ = [], {}
     assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 4
     assert seen == ["4"] and environ == {}
-    monkeypatch.setattr(launcher, "_gpus", lambda: 2)                  # torch has the last word, and the check its number
-    assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 2 and seen == ["4", "4", "2"]
+    # torch has the last word, and the check its number
+    monkeypatch.setattr(launcher, "_gpus", lambda: 2)
+    assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 2 and seen == [
+        "4",
+        "4",
+        "2",
+    ]
     monkeypatch.setattr(launcher, "_gpus", never)
     with pytest.raises(UserError, match="no data"):
         launcher.wanted(None, lambda: (_ for _ in ()).throw(UserError("no data")), environ)
@@ -132,17 +147,29 @@ def test_one_process_stays_this_one(monkeypatch):
 
 def test_wrong_numbers_are_refused(monkeypatch):
     gpus(monkeypatch, 2, 2)
-    for asked, environ, line in (("0", {}, "from 1 on, got 0"), ("x", {}, "got x"), ("", {}, "--processes"),
-                                 ("3", {}, "at most 2"), ("3", {"RANK": "0", "WORLD_SIZE": "2"}, "has started 2 already")):
+    for asked, environ, line in (
+        ("0", {}, "from 1 on, got 0"),
+        ("x", {}, "got x"),
+        ("", {}, "--processes"),
+        ("3", {}, "at most 2"),
+        ("3", {"RANK": "0", "WORLD_SIZE": "2"}, "has started 2 already"),
+    ):
         with pytest.raises(UserError, match=line):
             launcher.wanted(asked, lambda: None, environ)
 
 
 def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_started():
-    code = ("import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
-            "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)")
-    done = subprocess.run([sys.executable, "-c", code, "sft", "model=/no/where", "data=a/b", "output=o", "--processes", "2"],
-                          capture_output=True, text=True, timeout=60, cwd=kit.ROOT)
+    code = (
+        "import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
+        "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sft", "model=/no/where", "data=a/b", "output=o", "--processes", "2"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=kit.ROOT,
+    )
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("error: model: /no/where does not exist")
 
@@ -165,22 +192,39 @@ def group(monkeypatch):
         text = f"import os, signal, sys, time; rank = int(os.environ['RANK'])\n{script}"
         monkeypatch.setattr(launcher, "_command", lambda words: [sys.executable, "-c", text])
         return launcher.start([], processes, grace)
+
     return run
 
 
 def when(path, call):
     """Calls when a file is there."""
+
     def wait():
         while not path.exists():
             time.sleep(0.01)
         call()
+
     threading.Thread(target=wait, daemon=True).start()
 
 
-@pytest.mark.parametrize("script, code, line", [
-    ("pass", 0, ""), ("sys.exit(2 * (rank == 1))", 2, ""), ("sys.exit(143)", 143, ""),
-    ("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)", 137, "error: rank 1 (process "),
-    ("os.kill(os.getpid(), signal.SIGTERM) if rank == 0 else time.sleep(60)", 143, "error: rank 0 (process ")])
+@pytest.mark.parametrize(
+    "script, code, line",
+    [
+        ("pass", 0, ""),
+        ("sys.exit(2 * (rank == 1))", 2, ""),
+        ("sys.exit(143)", 143, ""),
+        (
+            "os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else time.sleep(60)",
+            137,
+            "error: rank 1 (process ",
+        ),
+        (
+            "os.kill(os.getpid(), signal.SIGTERM) if rank == 0 else time.sleep(60)",
+            143,
+            "error: rank 0 (process ",
+        ),
+    ],
+)
 def test_exit_codes_come_back_and_the_rest_is_ended(group, script, code, line, capfd):
     assert group(script) == code
     out, err = capfd.readouterr()
@@ -199,7 +243,8 @@ signal.signal({int(number)}, stop)
 open(f'{tmp_path}/ready{{rank}}', 'w').close()
 time.sleep(60)"""
     when(tmp_path / "ready0", lambda: when(tmp_path / "ready1", lambda: os.kill(os.getpid(), number)))
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)        # a shell lets what it starts with & ignore it
+    # a shell lets what it starts with & ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert group(script) == code
     finally:

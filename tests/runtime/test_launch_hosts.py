@@ -1,5 +1,6 @@
-"""One recipe under every launcher: alone, torchrun, deepspeed, srun; on two machines with networks of their own where this one
-permits it (user namespaces), else on two nodes of the loopback. The numbers are the same."""
+"""One recipe under every launcher: alone, torchrun, deepspeed, srun; on two machines with networks of their
+own where this one permits it (user namespaces), else on two nodes of the loopback. The numbers are the same.
+"""
 
 import functools
 import os
@@ -57,20 +58,37 @@ def machines():
 
 
 def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{SUPPORT}", "PATH": f"{BIN}:{os.environ['PATH']}",
-            **{name: str(value) for name, value in more.items()}}
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{kit.ROOT}:{SUPPORT}",
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        **{name: str(value) for name, value in more.items()},
+    }
 
 
 def on_two_machines(command, timeout=200, **env):
-    """Runs a shell command on both; $NODE is 0 and 1, $FIRST the address of 0, $OWN its own -> CompletedProcess."""
+    """Runs a shell command on both; $NODE is 0 and 1, $FIRST the address of 0, $OWN its own ->
+    CompletedProcess.
+    """
     if machines() == "namespaces":
         start = [*NAMESPACES, "bash", str(SUPPORT / "two_hosts.sh")]
         command = "export FIRST=10.77.0.1 OWN=10.77.0.$((NODE + 1)) PORT=29500; " + command
     else:
-        start = ["bash", "-c", 'NODE=1 bash -c "$0" & NODE=0 bash -c "$0"; code=$?; wait $! || code=$?; exit $code']
+        start = [
+            "bash",
+            "-c",
+            'NODE=1 bash -c "$0" & NODE=0 bash -c "$0"; code=$?; wait $! || code=$?; exit $code',
+        ]
         command = f"export FIRST=127.0.0.1 OWN=127.0.0.1 PORT={kit.free_port()}; " + command
-    return subprocess.run([*start, command], capture_output=True, text=True, timeout=timeout, cwd=kit.ROOT,
-                          env=environment(**env))
+    return subprocess.run(
+        [*start, command],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=kit.ROOT,
+        env=environment(**env),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +96,17 @@ def sft(tmp_path_factory):
     """A recipe, and its losses in two processes that the command starts itself."""
     folder = tmp_path_factory.mktemp("hosts")
     recipe = folder / "sft.yaml"
-    recipe.write_text(yaml.safe_dump({
-        "model": kit.make_model(folder / "model"), "data": kit.make_data(folder / "data", n=16)["sft"],
-        "train": {"max_steps": 3, "batch_size": 2}, "engine": {"zero_stage": 2}, "log": {"progress": False}}))
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": kit.make_model(folder / "model"),
+                "data": kit.make_data(folder / "data", n=16)["sft"],
+                "train": {"max_steps": 3, "batch_size": 2},
+                "engine": {"zero_stage": 2},
+                "log": {"progress": False},
+            }
+        )
+    )
     done = kit.command("sft", recipe, f"output={folder / 'alone'}", "--processes", "2")
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("starting 2 processes on this machine")
@@ -88,7 +114,10 @@ def sft(tmp_path_factory):
 
 
 def same(found, expected):
-    assert len(found) == len(expected) == 3 and all(abs(a - b) < 1e-5 for a, b in zip(found, expected)), (found, expected)
+    assert len(found) == len(expected) == 3 and all(abs(a - b) < 1e-5 for a, b in zip(found, expected)), (
+        found,
+        expected,
+    )
 
 
 @pytest.fixture
@@ -107,20 +136,26 @@ def test_torchrun_on_two_machines(sft, tmp_path, record_property):
     recipe, losses = sft
     print(f"two machines: {machines()}")
     record_property("two_machines", machines())
-    done = on_two_machines("torchrun --nnodes 2 --node-rank $NODE --nproc-per-node 1 --master-addr $FIRST --master-port $PORT "
-                           f"-m saferlhf_fast sft {recipe} output={tmp_path / 'out'}")
+    done = on_two_machines(
+        "torchrun --nnodes 2 --node-rank $NODE --nproc-per-node 1 --master-addr $FIRST --master-port $PORT "
+        f"-m saferlhf_fast sft {recipe} output={tmp_path / 'out'}"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     same(kit.losses(tmp_path / "out"), losses)
 
 
 @pytest.mark.faults
 def test_torchrun_with_a_rendezvous_on_two_machines_after_a_preflight(tmp_path):
-    done = on_two_machines("torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id 1 --local-addr $OWN "
-                           f"--rdzv-endpoint $FIRST:$PORT -m saferlhf_fast info --cluster --folder {tmp_path}")
+    done = on_two_machines(
+        "torchrun --nnodes 2 --nproc-per-node 1 --rdzv-backend c10d --rdzv-id 1 --local-addr $OWN "
+        f"--rdzv-endpoint $FIRST:$PORT -m saferlhf_fast info --cluster --folder {tmp_path}"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "renames are atomic" in done.stdout
     if machines() == "namespaces":
-        assert "2 ranks on 2 machines" in done.stdout and re.search(r"rank   \d  hostb  10\.77\.0\.2", done.stdout), done.stdout
+        assert "2 ranks on 2 machines" in done.stdout and re.search(
+            r"rank   \d  hostb  10\.77\.0\.2", done.stdout
+        ), done.stdout
 
 
 @pytest.mark.faults
@@ -128,11 +163,15 @@ def test_a_machine_that_loses_its_power_is_named(tmp_path):
     """With namespaces, hostb's network goes with it: nobody tells hosta that its connections are closed."""
     if machines() != "namespaces":
         pytest.skip("needs two network namespaces")
-    done = on_two_machines(f"torchrun --nnodes 2 --node-rank $NODE --nproc-per-node 1 --master-addr $FIRST --master-port $PORT "
-                           f"{SUPPORT / 'watch_small.py'} kill 1 10 1", TORCH_CPP_LOG_LEVEL="ERROR")
+    done = on_two_machines(
+        f"torchrun --nnodes 2 --node-rank $NODE --nproc-per-node 1 --master-addr $FIRST --master-port $PORT "
+        f"{SUPPORT / 'watch_small.py'} kill 1 10 1",
+        TORCH_CPP_LOG_LEVEL="ERROR",
+    )
     assert done.returncode == 1
-    assert re.search(r"\[rank 0\] ended: rank 1 \(hostb, process \d+\) is gone: no sign of life for \d+ s",
-                     done.stderr), done.stderr
+    assert re.search(
+        r"\[rank 0\] ended: rank 1 \(hostb, process \d+\) is gone: no sign of life for \d+ s", done.stderr
+    ), done.stderr
 
 
 @pytest.mark.numeric
@@ -142,10 +181,27 @@ def test_deepspeed_with_a_host_file(sft, tmp_path, stubs, hosts):
     """Two hosts: pdsh and ssh are stand-ins that start everything here."""
     recipe, losses = sft
     (tmp_path / "hosts").write_text(hosts + "\n")
-    done = subprocess.run([BIN / "deepspeed", "--hostfile", tmp_path / "hosts", "--master_addr", "127.0.0.1", "--master_port",
-                           str(kit.free_port()), "--module", "saferlhf_fast", "sft", recipe, f"output={tmp_path / 'out'}"],
-                          capture_output=True, text=True, timeout=200, cwd=kit.ROOT,
-                          env=environment(DS_ACCELERATOR="cpu", PATH=f"{stubs}:{BIN}:{os.environ['PATH']}"))
+    done = subprocess.run(
+        [
+            BIN / "deepspeed",
+            "--hostfile",
+            tmp_path / "hosts",
+            "--master_addr",
+            "127.0.0.1",
+            "--master_port",
+            str(kit.free_port()),
+            "--module",
+            "saferlhf_fast",
+            "sft",
+            recipe,
+            f"output={tmp_path / 'out'}",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=kit.ROOT,
+        env=environment(DS_ACCELERATOR="cpu", PATH=f"{stubs}:{BIN}:{os.environ['PATH']}"),
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     same(kit.losses(tmp_path / "out"), losses)
 
@@ -154,26 +210,54 @@ def lag(folder):
     base = kit.make_model(folder / "model")
     scores, data = kit.make_scores(folder, base), kit.make_data(folder / "data", n=16)
     recipe = folder / "lag.yaml"
-    recipe.write_text(yaml.safe_dump({
-        "model": base, **scores, "data": data["prompts"], "output": str(folder / "out"), "max_length": 32,
-        "ppo": {"batch_size": 2, "prompt_epochs": 1000, "max_steps": 2000}, "log": {"progress": False}}))
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "model": base,
+                **scores,
+                "data": data["prompts"],
+                "output": str(folder / "out"),
+                "max_length": 32,
+                "ppo": {"batch_size": 2, "prompt_epochs": 1000, "max_steps": 2000},
+                "log": {"progress": False},
+            }
+        )
+    )
     return recipe
 
 
 def slurm_job(recipe, stubs, step, restarts):
-    """Runs the script and plays SLURM: SIGTERM to the tasks once metrics has more than `step` steps -> (code, output)."""
+    """Runs the script and plays SLURM: SIGTERM to the tasks once metrics has more than `step` steps -> (code,
+    output).
+    """
     folder = recipe.parent
-    env = environment(STUBS=stubs, PATH=f"{stubs}:{BIN}:{os.environ['PATH']}", SLURM_JOB_ID=7, SLURM_SUBMIT_DIR=folder,
-                      SLURM_CPUS_PER_TASK=1, SLURM_RESTART_COUNT=restarts, TORCH_CPP_LOG_LEVEL="ERROR")
-    job = subprocess.Popen(["bash", str(SLURM), str(recipe)], env=env, text=True, cwd=folder, stdout=subprocess.PIPE,
-                           stderr=subprocess.STDOUT, start_new_session=True)
+    env = environment(
+        STUBS=stubs,
+        PATH=f"{stubs}:{BIN}:{os.environ['PATH']}",
+        SLURM_JOB_ID=7,
+        SLURM_SUBMIT_DIR=folder,
+        SLURM_CPUS_PER_TASK=1,
+        SLURM_RESTART_COUNT=restarts,
+        TORCH_CPP_LOG_LEVEL="ERROR",
+    )
+    job = subprocess.Popen(
+        ["bash", str(SLURM), str(recipe)],
+        env=env,
+        text=True,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
     try:
         deadline, metrics = time.monotonic() + 150, folder / "out" / "metrics.jsonl"
         while time.monotonic() < deadline and job.poll() is None:
             if metrics.exists() and max(kit.steps(folder / "out"), default=0) > step:
                 break
             time.sleep(0.2)
-        tasks = subprocess.run(["pgrep", "-g", str(job.pid), "-f", f"{stubs}/srun"], capture_output=True, text=True).stdout
+        tasks = subprocess.run(
+            ["pgrep", "-g", str(job.pid), "-f", f"{stubs}/srun"], capture_output=True, text=True
+        ).stdout
         assert tasks, f"the job has ended: {job.communicate()[0]}"
         os.kill(int(tasks.split()[0]), signal.SIGTERM)
         return job.communicate(timeout=60)[0], job.returncode
@@ -194,7 +278,7 @@ def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, stubs):
     assert (stubs / "srun.log").read_text().splitlines()[-1].startswith("saferlhf-fast ppo-lag")
     before = max(kit.steps(tmp_path / "out"))
     said, code = slurm_job(recipe, stubs, before + 1, restarts=20)
-    assert code == 143 and "queued again" not in said, said                  # often enough
+    assert code == 143 and "queued again" not in said, said  # often enough
     steps = [step for step in kit.steps(tmp_path / "out") if step]
     assert steps == sorted(set(steps)) and steps[-1] > before, "it did not go on where it stopped"
 
@@ -202,7 +286,13 @@ def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, stubs):
 def test_the_slurm_script_says_what_the_documentation_promises():
     text = SLURM.read_text()
     assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
-    for line in ("#SBATCH --signal=TERM@180", "#SBATCH --requeue", "resume=auto", "scontrol requeue", "info --cluster"):
+    for line in (
+        "#SBATCH --signal=TERM@180",
+        "#SBATCH --requeue",
+        "resume=auto",
+        "scontrol requeue",
+        "info --cluster",
+    ):
         assert line in text
 
 
@@ -215,17 +305,24 @@ def test_the_kubernetes_manifest_fits_together():
     (container,) = pod["containers"]
     env = {entry["name"]: entry.get("value") for entry in container["env"]}
     name = jobset["metadata"]["name"]
-    assert env["FIRST"] == f"{name}-{job['name']}-0-0.{name}"          # <jobset>-<job>-<replica>-<pod>.<subdomain>
-    assert int(env["NODES"]) == spec["parallelism"] == spec["completions"] and spec["completionMode"] == "Indexed"
+    # <jobset>-<job>-<replica>-<pod>.<subdomain>
+    assert env["FIRST"] == f"{name}-{job['name']}-0-0.{name}"
+    assert (
+        int(env["NODES"]) == spec["parallelism"] == spec["completions"]
+        and spec["completionMode"] == "Indexed"
+    )
     assert int(env["GPUS"]) == container["resources"]["limits"]["nvidia.com/gpu"]
     assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) < pod["terminationGracePeriodSeconds"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
     mounts = [m["mountPath"] for m in container["volumeMounts"]]
-    assert any(env["RECIPE"].startswith(mount + "/") for mount in mounts) and container["workingDir"] in mounts
+    assert (
+        any(env["RECIPE"].startswith(mount + "/") for mount in mounts) and container["workingDir"] in mounts
+    )
     (script,) = container["args"]
     assert "resume=auto" in script and "exec torchrun" in script
     used = set(re.findall(r"\$\{?([A-Z_]+)", script))
     assert used <= set(env), used - set(env)
     assert {f"containerPort: {p['containerPort']}" for p in container["ports"]} == {
-        f"containerPort: {port}" for port in re.findall(r"meet \w+ (\d+)", script)}
+        f"containerPort: {port}" for port in re.findall(r"meet \w+ (\d+)", script)
+    }
     assert subprocess.run(["bash", "-n", "-c", script]).returncode == 0

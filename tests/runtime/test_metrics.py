@@ -20,7 +20,11 @@ def cfg(*trackers):
 def lines(folder):
     def refuse(constant):
         raise AssertionError(f"{constant} is no JSON")
-    return [json.loads(line, parse_constant=refuse) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+    return [
+        json.loads(line, parse_constant=refuse)
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def test_one_valid_line_per_step_at_once(tmp_path):
@@ -37,8 +41,16 @@ def test_one_valid_line_per_step_at_once(tmp_path):
 
 
 def test_numbers_keep_order_and_precision():
-    found = to_numbers({"a": torch.tensor(2**24 + 1), "b": 3, "c": torch.tensor(0.1, dtype=torch.float64),
-                        "d": torch.tensor(True), "e": True, "f": torch.tensor(1.5, dtype=torch.bfloat16)})
+    found = to_numbers(
+        {
+            "a": torch.tensor(2**24 + 1),
+            "b": 3,
+            "c": torch.tensor(0.1, dtype=torch.float64),
+            "d": torch.tensor(True),
+            "e": True,
+            "f": torch.tensor(1.5, dtype=torch.bfloat16),
+        }
+    )
     assert list(found) == list("abcdef")
     assert list(found.values()) == [2**24 + 1, 3, 0.1, 1, 1, 1.5]
 
@@ -65,6 +77,7 @@ def test_tensorboard_has_the_scalars(tmp_path):
     metrics.close()
     metrics.close()
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
@@ -98,12 +111,14 @@ def finish(): calls.append(("finish",))
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """A package of a tracker's name that notes its calls."""
+
     def make(name):
         folder = tmp_path / "packages"
         folder.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(FAKE)
         monkeypatch.syspath_prepend(str(folder))
         monkeypatch.delitem(sys.modules, name, raising=False)
+
     yield make
     for name in ("wandb", "trackio"):
         sys.modules.pop(name, None)

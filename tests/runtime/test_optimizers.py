@@ -1,5 +1,6 @@
-"""The kinds of optimiser through our Engine: they learn, decay, follow the schedule and are as small as they say; and CPU offload
-changes no number. One and two processes; see optimizer_worker.py for what runs."""
+"""The kinds of optimiser through our Engine: they learn, decay, follow the schedule and are as small as they
+say; and CPU offload changes no number. One and two processes; see optimizer_worker.py for what runs.
+"""
 
 import importlib.util
 import json
@@ -31,17 +32,26 @@ def results(tmp_path_factory):
 
 
 def launch(out, processes):
-    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    done = subprocess.run([sys.executable, *start, str(kit.SUPPORT / "optimizer_worker.py"), str(out)],
-                          capture_output=True, text=True, timeout=200,
-                          env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)})
+    start = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        if processes > 1
+        else []
+    )
+    done = subprocess.run(
+        [sys.executable, *start, str(kit.SUPPORT / "optimizer_worker.py"), str(out)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "untested optimizer" not in done.stdout + done.stderr
     return json.loads(out.read_text())
 
 
 def needs_package(kind="adamw-8bit"):
-    if kind == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:     # importing it here would take seconds
+    # importing it here would take seconds
+    if kind == "adamw-8bit" and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install 'saferlhf-fast[8bit]'")
 
 
@@ -104,8 +114,11 @@ def test_states_are_as_small_as_they_say(results):
     needs_package()
     for processes in (1, 2):
         for stage in (0, 1, 2, 3):
-            wide, narrow = (results[processes][f"{kind}/{stage}/fp32/"]["bytes"] for kind in ("adamw", "adamw-8bit"))
-            assert narrow < 0.28 * wide                  # 2.03 of 8, and two tables of 256 numbers, which count here
+            wide, narrow = (
+                results[processes][f"{kind}/{stage}/fp32/"]["bytes"] for kind in ("adamw", "adamw-8bit")
+            )
+            # 2.03 of 8, and two tables of 256 numbers, which count here
+            assert narrow < 0.28 * wide
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -114,7 +127,7 @@ def test_offload_changes_no_number(results, processes, stage, offload):
     for precision in ("fp32", "bf16") if processes == 1 or stage == 3 else ("fp32",):
         whole, off = (results[processes][f"adamw/{stage}/{precision}/{where}"] for where in ("", offload))
         assert off["lr"] == whole["lr"] and off["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-        assert off["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-6)     # added up in another order
+        assert off["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-6)  # added up in another order
         assert off["weights"][1] == pytest.approx(whole["weights"][1], rel=1e-6)
         assert (off["cpu_offload"] or off["offload_optimizer"]) == (offload != "weights")
         assert off["offload_param"] == (offload != "states")
@@ -141,7 +154,9 @@ def test_offloaded_weights_can_be_read_and_replaced(results, processes):
 def test_what_cannot_be_had_is_refused(monkeypatch):
     net = torch.nn.Linear(3, 2)
     for stage in (1, 2, 3):
-        with pytest.raises(UserError, match=rf"optim\.kind: adafactor needs engine\.zero_stage 0, got {stage}: .*factor"):
+        with pytest.raises(
+            UserError, match=rf"optim\.kind: adafactor needs engine\.zero_stage 0, got {stage}: .*factor"
+        ):
             optimizers.build(net, Optimizer(kind="adafactor"), stage)
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(UserError, match=r"^critic_optim\.kind: .* pip install 'saferlhf-fast\[8bit\]'$"):

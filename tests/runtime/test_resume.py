@@ -1,4 +1,6 @@
-"""A run that was interrupted and goes on is, bit by bit, the run that was not: weights, optimisers, λ, generators, metrics."""
+"""A run that was interrupted and goes on is, bit by bit, the run that was not: weights, optimisers, λ,
+generators, metrics.
+"""
 
 import json
 import os
@@ -44,7 +46,9 @@ def test_every_stage_goes_on_as_if_nothing_had_happened(world, tmp_path, stage, 
     run(stage, world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     run(stage, world, copy, resume="auto")
-    assert f"resume: step {AT} from {manifest.folder_of(copy, AT)}" in capsys.readouterr().out.replace("\n", "")
+    assert f"resume: step {AT} from {manifest.folder_of(copy, AT)}" in capsys.readouterr().out.replace(
+        "\n", ""
+    )
     assert_same(tmp_path / "a", copy)
     assert len((copy / "resumed.jsonl").read_text().splitlines()) == 1
 
@@ -53,8 +57,13 @@ VARIANTS = {
     "one shared base": {"lora.rank": 2, "lora.dropout": 0.1},
     "overlap": {"ppo.overlap": "true", "ppo.importance_cap": 2.0},
     "pid, two epochs, whitening": {"multiplier.rule": "pid", "ppo.epochs": 2, "ppo.whiten": "true"},
-    "one critic, quantile, selection": {"ppo.shared_critic": "true", "multiplier.threshold_quantile": 0.3,
-                                        "evaluation.fraction": 0.3, "evaluation.interval": 1, "evaluation.select": "true"},
+    "one critic, quantile, selection": {
+        "ppo.shared_critic": "true",
+        "multiplier.threshold_quantile": 0.3,
+        "evaluation.fraction": 0.3,
+        "evaluation.interval": 1,
+        "evaluation.select": "true",
+    },
     "8-bit optimiser": {"optim.kind": "adamw-8bit", "critic_optim.kind": "adafactor"},
 }
 
@@ -73,16 +82,23 @@ def test_writing_checkpoints_changes_nothing(world, tmp_path):
     run("sft", world, tmp_path / "a")
     run("sft", world, tmp_path / "b", **{"checkpoint.interval": 100})
     run("sft", world, tmp_path / "c", **{"checkpoint.interval": 1, "checkpoint.asynchronous": "true"})
-    assert rows_without_time(tmp_path / "a") == rows_without_time(tmp_path / "b") == rows_without_time(tmp_path / "c")
+    assert (
+        rows_without_time(tmp_path / "a")
+        == rows_without_time(tmp_path / "b")
+        == rows_without_time(tmp_path / "c")
+    )
     assert not manifest.listed(tmp_path / "b")
-    assert [step for step, path in manifest.listed(tmp_path / "c") if manifest.is_committed(path)] == list(range(STEPS, 0, -1))
-    assert_same(tmp_path / "a", tmp_path / "c")          # written in the background: the same bytes
+    assert [step for step, path in manifest.listed(tmp_path / "c") if manifest.is_committed(path)] == list(
+        range(STEPS, 0, -1)
+    )
+    assert_same(tmp_path / "a", tmp_path / "c")  # written in the background: the same bytes
 
 
 def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
-    assert kit.steps(copy)[-1] == STEPS                  # the killed run had told more than its last checkpoint knows
+    # the killed run had told more than its last checkpoint knows
+    assert kit.steps(copy)[-1] == STEPS
     run("reward", world, copy, resume="auto")
     assert kit.steps(copy) == kit.steps(tmp_path / "a")
 
@@ -93,6 +109,7 @@ def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a", **{"checkpoint.interval": STEPS})
     before = signal.getsignal(signal.SIGTERM)
     from saferlhf_fast.runtime.metrics import Metrics
+
     log = Metrics.log
 
     def told(self, step, values):
@@ -147,7 +164,7 @@ def test_without_a_checkpoint_the_run_starts_anew(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", resume="auto")
     assert "the run starts anew" in capsys.readouterr().out
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=0)
-    (manifest.root(copy) / "step-00000001").mkdir()      # one that was being written
+    (manifest.root(copy) / "step-00000001").mkdir()  # one that was being written
     run("reward", world, copy, resume="auto")
     assert_same(tmp_path / "a", copy)
 
@@ -174,7 +191,7 @@ def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
     assert "data: its content has changed" in capsys.readouterr().err
     after = kit.files(copy)
     assert {name: after[name] for name in before} == before
-    run("reward", world, copy, code=2)                   # without resume
+    run("reward", world, copy, code=2)  # without resume
     assert "holds an unfinished run" in capsys.readouterr().err
 
 
@@ -184,7 +201,10 @@ def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
     run("reward", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT))
     assert kit.losses(tmp_path / "b") == kit.losses(tmp_path / "a")[AT:]
     run("reward", world, tmp_path / "c", code=2, resume=tmp_path / "nowhere")
-    assert "expected auto or the folder of a checkpoint" in capsys.readouterr().err and not (tmp_path / "c").exists()
+    assert (
+        "expected auto or the folder of a checkpoint" in capsys.readouterr().err
+        and not (tmp_path / "c").exists()
+    )
     run("cost", world, tmp_path / "d", code=2, resume=manifest.folder_of(tmp_path / "a", AT))
     assert "of the stage reward, expected cost" in capsys.readouterr().err
 
@@ -192,6 +212,7 @@ def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
 def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
     """Even when the manifest is made to fit: whoever can write the folder can do that."""
     import torch
+
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     folder, mark = manifest.folder_of(copy, AT), tmp_path / "ran"
@@ -199,7 +220,10 @@ def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
     state = torch.load(shard, weights_only=False)
     torch.save({**state, "extra": Marker(mark)}, shard)
     values = manifest.read(folder)
-    values["files"]["model/mp_rank_00_model_states.pt"] = {"bytes": shard.stat().st_size, "sha256": manifest.sha256(shard)}
+    values["files"]["model/mp_rank_00_model_states.pt"] = {
+        "bytes": shard.stat().st_size,
+        "sha256": manifest.sha256(shard),
+    }
     manifest.write(folder, {key: value for key, value in values.items() if key not in ("seal", "format")})
     run("reward", world, copy, code=2, resume="auto")
     err = capsys.readouterr().err
@@ -214,6 +238,7 @@ def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
 def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
     from saferlhf_fast.runtime.checkpoint import writer
     from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
+
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
     save, opened = Checkpoints.save, open
 
@@ -245,7 +270,9 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
     with mock.patch.object(Checkpoints, "save", at):
         run("reward", world, tmp_path / "b", **{"checkpoint.interval": 1})
     out = " ".join(capsys.readouterr().out.split())
-    assert out.count("warning: checkpoint of step 3 was not written") == 1 and "No space left on device" in out
+    assert (
+        out.count("warning: checkpoint of step 3 was not written") == 1 and "No space left on device" in out
+    )
     assert [step for step, _ in manifest.listed(tmp_path / "b")] == [4, 2, 1]
     assert_same(tmp_path / "a", tmp_path / "b")
 
@@ -257,6 +284,7 @@ def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, pr
     """Also where this model's own gradients are finite, since another rank's loss or another model's was not."""
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.runtime.engine import Engine
+
     backward, states, count = Engine.backward, [], [0]
 
     def poisoned(self, loss):
@@ -270,16 +298,28 @@ def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, pr
 
     discard = Engine.discard
     not_finite = engine.not_finite
-    settings = {"engine.zero_stage": zero, "engine.precision": precision, "lora.rank": 0, "train.micro_tokens": 100000}
-    with mock.patch.object(Engine, "backward", poisoned), mock.patch.object(Engine, "discard", seen), \
-            mock.patch.object(engine, "not_finite", lambda named: ["loss"] if count[0] == 2 else not_finite(named)):
+    settings = {
+        "engine.zero_stage": zero,
+        "engine.precision": precision,
+        "lora.rank": 0,
+        "train.micro_tokens": 100000,
+    }
+    with (
+        mock.patch.object(Engine, "backward", poisoned),
+        mock.patch.object(Engine, "discard", seen),
+        mock.patch.object(
+            engine, "not_finite", lambda named: ["loss"] if count[0] == 2 else not_finite(named)
+        ),
+    ):
         run("reward", world, tmp_path / "a", **settings)
     before, after = states
     assert before and all((before[name] == after[name]).all() for name in before)
     assert kit.summary(tmp_path / "a")["skipped_steps"] == 1
-    assert "step 2 is left out on all ranks: loss not finite (1 so far)" in " ".join(capsys.readouterr().out.split())
+    assert "step 2 is left out on all ranks: loss not finite (1 so far)" in " ".join(
+        capsys.readouterr().out.split()
+    )
     rates = kit.losses(tmp_path / "a", "train/lr")
-    assert rates[1] == rates[2]                          # the schedule waits
+    assert rates[1] == rates[2]  # the schedule waits
 
 
 # ---------------------------------------------------------------- several processes
@@ -290,9 +330,19 @@ CELLS = [("sft", 3, "bf16"), ("ppo-lag", 2, "fp32")]
 
 def both(world, tmp_path, cells, processes=2, **settings):
     """Runs cells straight, cuts copies off after step 2, lets them go on -> (folder, folder) of each."""
+
     def commands(letter, **more):
-        return [words(stage, world, tmp_path / f"{letter}{i}", **{"engine.zero_stage": zero, "engine.precision": precision},
-                      **settings, **more) for i, (stage, zero, precision) in enumerate(cells)]
+        return [
+            words(
+                stage,
+                world,
+                tmp_path / f"{letter}{i}",
+                **{"engine.zero_stage": zero, "engine.precision": precision},
+                **settings,
+                **more,
+            )
+            for i, (stage, zero, precision) in enumerate(cells)
+        ]
 
     launch(commands("a"), processes, timeout=1500)
     for i in range(len(cells)):
@@ -319,8 +369,18 @@ def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
 def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path, capsys):
     settings = {"batch_size": 3, "accumulation": 1, "max_steps": STEPS, "epochs": 9}
     recipe = tmp_path / "recipe.yaml"
-    stages = [{kind: {"model": world["model"], "data": world["pairs"], "train": settings, "log": {"progress": False},
-                      "checkpoint": {"interval": AT}}} for kind in ("reward", "cost")]
+    stages = [
+        {
+            kind: {
+                "model": world["model"],
+                "data": world["pairs"],
+                "train": settings,
+                "log": {"progress": False},
+                "checkpoint": {"interval": AT},
+            }
+        }
+        for kind in ("reward", "cost")
+    ]
     recipe.write_text(json.dumps({"output": str(tmp_path / "run"), "stages": stages}))
     assert kit.main("run", recipe) == 0
     straight = shutil.copytree(tmp_path / "run" / "cost", tmp_path / "straight")
@@ -342,8 +402,14 @@ def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_pat
     recipe = tmp_path / "recipe.yaml"
 
     def write(rate, **train):
-        stage = {"model": world["model"], "data": [world["pairs"]], "optim": {"learning_rate": rate}, "log": {"progress": False},
-                 "train": {"batch_size": 3, "max_steps": STEPS, "epochs": 9, **train}, "checkpoint": {"interval": AT, "keep": 9}}
+        stage = {
+            "model": world["model"],
+            "data": [world["pairs"]],
+            "optim": {"learning_rate": rate},
+            "log": {"progress": False},
+            "train": {"batch_size": 3, "max_steps": STEPS, "epochs": 9, **train},
+            "checkpoint": {"interval": AT, "keep": 9},
+        }
         recipe.write_text(json.dumps({"output": str(tmp_path / "run"), "stages": [{"reward": stage}]}))
 
     write(1e-3)
@@ -354,8 +420,12 @@ def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_pat
     write(1e-4)
     assert kit.main("run", recipe) == 2
     err = capsys.readouterr().err
-    assert "optim.learning_rate: 0.001 then, 0.0001 now" in err and "resume=never" in err and kit.files(copy) == before
-    write(1e-3, micro_tokens=40)                         # how a step is cut into passes is free
+    assert (
+        "optim.learning_rate: 0.001 then, 0.0001 now" in err
+        and "resume=never" in err
+        and kit.files(copy) == before
+    )
+    write(1e-3, micro_tokens=40)  # how a step is cut into passes is free
     assert kit.main("run", recipe) == 0
     assert f"resume: step {AT} from" in capsys.readouterr().out.replace("\n", " ")
 
@@ -371,16 +441,23 @@ def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsy
 
 @pytest.mark.numeric
 def test_the_best_weights_of_another_run_come_along(world, tmp_path):
-    # A rate that rises to far too much: the first loss is the best; those after step AT were 2.9 to 19 times it over 5 seeds.
-    settings = {"optim.learning_rate": 10.0, "optim.warmup_ratio": 0.99, "optim.schedule": "constant", "lora.rank": 0}
+    # A rate that rises to far too much: the first loss is the best; those after step AT were 2.9 to 19 times
+    # it over 5 seeds.
+    settings = {
+        "optim.learning_rate": 10.0,
+        "optim.warmup_ratio": 0.99,
+        "optim.schedule": "constant",
+        "lora.rank": 0,
+    }
     run("sft", world, tmp_path / "a", **settings)
     summary = kit.summary(tmp_path / "a")
     assert summary["best_step"] <= AT
-    shutil.copytree(tmp_path / "a" / "model", tmp_path / "a" / "best")       # as it was while the run went on
+    shutil.copytree(tmp_path / "a" / "model", tmp_path / "a" / "best")  # as it was while the run went on
     run("sft", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT), **settings)
     assert kit.summary(tmp_path / "b")["best_step"] == summary["best_step"]
-    assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == \
-        resume_kit.digest(tmp_path / "b" / "model" / "model.safetensors")
+    assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == resume_kit.digest(
+        tmp_path / "b" / "model" / "model.safetensors"
+    )
 
 
 @pytest.mark.numeric

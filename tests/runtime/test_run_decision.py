@@ -1,4 +1,6 @@
-"""What becomes of an output folder: the table, case by case, and how often the facts behind it are worked out."""
+"""What becomes of an output folder: the table, case by case, and how often the facts behind it are worked
+out.
+"""
 
 import itertools
 import sys
@@ -21,12 +23,18 @@ ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
 """(overwrite, resume, restart), in the order of the columns of EXPECTED: without overwrite, a space, with it."""
 
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
-REFUSALS = {"; choose another folder, or overwrite=true": "h", "no run folder of ours": "f", "belongs to other settings": "c",
-            "expected auto or the folder of a checkpoint": "m", "is a file; expected a folder": "d",
-            "holds the checkpoint that resume names": "o", "belongs to the stage": "k"}
+REFUSALS = {
+    "; choose another folder, or overwrite=true": "h",
+    "no run folder of ours": "f",
+    "belongs to other settings": "c",
+    "expected auto or the folder of a checkpoint": "m",
+    "is a file; expected a folder": "d",
+    "holds the checkpoint that resume names": "o",
+    "belongs to the stage": "k",
+}
 
-# A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no result (free), in ones
-# that do (other), in the number of processes, in its stage (kind) · what it saved.
+# A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no
+# result (free), in ones that do (other), in the number of processes, in its stage (kind) · what it saved.
 EXPECTED = """
 absent                      NNNNmmNN NNNNmmNN
 empty                       NNNNmmNN NNNNmmNN
@@ -96,6 +104,7 @@ def world(tmp_path):
     def config(**changes):
         given = {"model": str(model), "data": str(data), "output": str(tmp_path / "runs" / "reward")}
         return load.load("reward", None, {**given, **changes})
+
     config.data, config.out, config.elsewhere = data, tmp_path / "runs" / "reward", tmp_path / "elsewhere"
     return config
 
@@ -149,17 +158,22 @@ def test_every_case_has_its_action(world, line):
     state = RunState("reward", world())
 
     def row(skip):
-        cases = [Asked(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
-                 for overwrite, resume, restart in ASKED]
+        cases = [
+            Asked(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
+            for overwrite, resume, restart in ASKED
+        ]
         return "".join(letter(decide(state, asked)) for asked in cases)
 
     assert row(skip=True) == without + with_overwrite
-    assert row(skip=False) == without.replace("S", "h") + with_overwrite.replace("S", "P")       # a stage that was started runs
+    # a stage that was started runs
+    assert row(skip=False) == without.replace("S", "h") + with_overwrite.replace("S", "P")
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", "a: [", "\x00\x01"])
 def test_damaged_files_of_a_run_are_no_bug(world, damage):
-    """What settings cannot be read does not go on; lost hashes are written anew; without versions.json it is not ours."""
+    """What settings cannot be read does not go on; lost hashes are written anew; without versions.json it is
+    not ours.
+    """
     make_output(world, "none", "same", "checkpt")
     resuming = world(resume="auto")
     (world.out / "started.json").write_text(damage)
@@ -186,8 +200,11 @@ def test_a_link_that_leads_to_no_folder_is_refused_before_anything_is_loaded(wor
 
 
 def test_the_check_before_says_what_the_stage_then_does(world):
-    for resume, action, remains in ((None, Action.NEW, ["reward"]), ("auto", Action.REPLACE, ["reward"]),
-                                    ("saved", Action.SET_ASIDE, ["reward", "reward.set-aside"])):
+    for resume, action, remains in (
+        (None, Action.NEW, ["reward"]),
+        ("auto", Action.REPLACE, ["reward"]),
+        ("saved", Action.SET_ASIDE, ["reward", "reward.set-aside"]),
+    ):
         if resume == "saved":
             (world.out / "model").mkdir()
         cfg = world(**({"resume": "auto"} if resume else {}))
@@ -196,7 +213,10 @@ def test_the_check_before_says_what_the_stage_then_does(world):
         assert sorted(p.name for p in world.out.parent.iterdir()) == remains
     checkpoint(world.out)
     assert run_folder.check_output("reward", world(resume="auto")) is Action.RESUME
-    assert run_folder.open_run("reward", world(resume="auto")) == world.out and (world.out / "resumed.jsonl").exists()
+    assert (
+        run_folder.open_run("reward", world(resume="auto")) == world.out
+        and (world.out / "resumed.jsonl").exists()
+    )
     run_folder.finish_run(world.out, {})
     assert run_folder.check_output("reward", world(resume="auto")) is Action.SKIP
 
@@ -209,9 +229,11 @@ def counted(monkeypatch, *functions):
     """Counts the calls of functions, by whatever name a module of ours knows them -> Counter by name."""
     counts = Counter()
     for function in functions:
+
         def wrapped(*args, function=function, **kwargs):
             counts[function.__name__] += 1
             return function(*args, **kwargs)
+
         for module in [m for name, m in sys.modules.items() if name.startswith("saferlhf_fast")]:
             for name in [name for name, value in vars(module).items() if value is function]:
                 monkeypatch.setattr(module, name, wrapped)
@@ -219,7 +241,9 @@ def counted(monkeypatch, *functions):
 
 
 @pytest.mark.parametrize("saved, hashed", [("checkpt", 0), ("model", 1)])
-def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_its_folder(world, monkeypatch, saved, hashed):
+def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_its_folder(
+    world, monkeypatch, saved, hashed
+):
     make_output(world, "none", "same", saved)
     stage = types.ModuleType("fake_stage")
     stage.train = lambda cfg, restart: run_folder.open_run("reward", cfg, restart) and {}
@@ -227,5 +251,10 @@ def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_i
     monkeypatch.setitem(pipeline.ENTRIES, "reward", "fake_stage:train")
     counts = counted(monkeypatch, load.to_dict, fingerprint.recipe_hash, fingerprint.hashes)
     pipeline.run_stage("reward", world(resume="auto"))
-    # to_dict: once for the check of the inputs; then with and without secrets, by the check of the output and by the stage.
-    assert Counter(to_dict=1, hashes=hashed) <= counts <= Counter(to_dict=5, recipe_hash=2 * hashed, hashes=hashed)
+    # to_dict: once for the check of the inputs; then with and without secrets, by the check of the output and
+    # by the stage.
+    assert (
+        Counter(to_dict=1, hashes=hashed)
+        <= counts
+        <= Counter(to_dict=5, recipe_hash=2 * hashed, hashes=hashed)
+    )

@@ -1,4 +1,6 @@
-"""Run folders: refused, replaced or finished; nothing is lost on bad input. And the checks of a stage's inputs."""
+"""Run folders: refused, replaced or finished; nothing is lost on bad input. And the checks of a stage's
+inputs.
+"""
 
 import json
 import os
@@ -27,6 +29,7 @@ def world(tmp_path):
     def sft(stage="sft", **changes):
         given = {"model": str(model), "data": str(data), "output": str(tmp_path / "runs" / "sft")}
         return load.load(stage, None, {**given, **changes})
+
     sft.model, sft.data, sft.out = model, data, tmp_path / "runs" / "sft"
     return sft
 
@@ -45,12 +48,26 @@ def test_a_run_folder_holds_settings_versions_and_no_environment(world, monkeypa
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["stage"] == "sft" and config["seed"] == 7 and config["optim"]["betas"] == [0.9, 0.95]
     versions = json.loads((folder / "versions.json").read_text())
-    assert {"python", "torch", "transformers", "deepspeed", "triton", "saferlhf-fast", "device", "git_commit"} \
-        <= set(versions)
+    assert {
+        "python",
+        "torch",
+        "transformers",
+        "deepspeed",
+        "triton",
+        "saferlhf-fast",
+        "device",
+        "git_commit",
+    } <= set(versions)
     assert versions["seed"] == 7
     run_folder.finish_run(folder, {"loss": 1.5})
     assert run_folder.read_summary(folder) == {"loss": 1.5}
-    assert set(files(folder)) == {"config.yaml", "versions.json", "started.json", "finished.json", "summary.json"}
+    assert set(files(folder)) == {
+        "config.yaml",
+        "versions.json",
+        "started.json",
+        "finished.json",
+        "summary.json",
+    }
     assert not any(b"secret-1234" in content for content in files(folder).values())
 
 
@@ -101,8 +118,13 @@ def test_overwrite_never_deletes_its_own_input(world):
     assert (folder / "model" / "config.json").exists()
 
 
-SAVED = ["model/model.safetensors", "best/model.safetensors", "step-2/model.safetensors",
-         "checkpoints/step-00000002/manifest.json", "checkpoints/step-00000002.set-aside/manifest.json"]
+SAVED = [
+    "model/model.safetensors",
+    "best/model.safetensors",
+    "step-2/model.safetensors",
+    "checkpoints/step-00000002/manifest.json",
+    "checkpoints/step-00000002.set-aside/manifest.json",
+]
 
 
 def begun(world, *names, **changes):
@@ -114,15 +136,18 @@ def begun(world, *names, **changes):
     return folder
 
 
-@pytest.mark.parametrize("saved", [name for name in SAVED if name != "checkpoints/step-00000002/manifest.json"])
+@pytest.mark.parametrize(
+    "saved", [name for name in SAVED if name != "checkpoints/step-00000002/manifest.json"]
+)
 @pytest.mark.parametrize("overwrite", ["false", "true"])
 def test_resume_auto_without_a_checkpoint_sets_aside_what_was_saved(world, saved, overwrite, capsys):
     before = files(begun(world, saved))
     run_folder.open_run("sft", world(resume="auto", overwrite=overwrite))
     aside = world.out.with_name("sft.set-aside")
     assert files(aside) == before and not (world.out / "metrics.jsonl").exists()
-    assert capsys.readouterr().out == (f"{world.out}: the unfinished run there was set aside, with all that it had saved: "
-                                       f"{aside}\n")
+    assert capsys.readouterr().out == (
+        f"{world.out}: the unfinished run there was set aside, with all that it had saved: {aside}\n"
+    )
     assert provenance.set_aside_by(world.out) == str(aside)
     begun_again = files(begun(world, saved, resume="auto"))
     run_folder.open_run("sft", world(resume="auto"))
@@ -130,7 +155,8 @@ def test_resume_auto_without_a_checkpoint_sets_aside_what_was_saved(world, saved
 
 
 def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
-    folder = begun(world, "checkpoints/step-00000002/actor/shard.pt")        # without a manifest it is no checkpoint
+    # without a manifest it is no checkpoint
+    folder = begun(world, "checkpoints/step-00000002/actor/shard.pt")
     run_folder.open_run("sft", world(resume="auto"))
     assert [p.name for p in folder.parent.iterdir()] == ["sft"] and capsys.readouterr().out == ""
     assert not (folder / "metrics.jsonl").exists() and provenance.set_aside_by(folder) is None
@@ -139,7 +165,8 @@ def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
 @pytest.mark.parametrize("saved", SAVED)
 def test_a_recipe_s_unfinished_stage_is_set_aside_with_what_it_saved(world, saved):
     before = files(begun(world, saved))
-    run_folder.open_run("sft", world(), restart=True)                        # run … resume=never, where it is a checkpoint
+    # run … resume=never, where it is a checkpoint
+    run_folder.open_run("sft", world(), restart=True)
     assert files(world.out.with_name("sft.set-aside")) == before
 
 
@@ -161,22 +188,28 @@ def test_an_output_in_the_home_folder_is_found_again(world, tmp_path, monkeypatc
     assert files(world.out)
 
 
-@pytest.mark.parametrize("make, message", [
-    (lambda out: out.parent.mkdir() or out.write_text(""), "is a file; expected a folder"),
-    (lambda out: out.mkdir(parents=True) or (out / "x").write_text(""), "is not empty"),
-])
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda out: out.parent.mkdir() or out.write_text(""), "is a file; expected a folder"),
+        (lambda out: out.mkdir(parents=True) or (out / "x").write_text(""), "is not empty"),
+    ],
+)
 def test_an_output_that_cannot_be_one(world, make, message):
     make(world.out)
     with pytest.raises(UserError, match=message):
         run_folder.check_output("sft", world())
 
 
-@pytest.mark.parametrize("output, message", [
-    ("{data}/runs/sft", "output: {data}/runs/sft cannot be created: {data} is a file; expected a folder"),
-    ("/proc/x", "output: /proc/x cannot be created: /proc takes no folder: "),
-    ("/proc/x/y", "output: /proc/x/y cannot be created: /proc takes no folder: "),
-    ("{root}/" + "x" * 300, "cannot be used: File name too long"),
-])
+@pytest.mark.parametrize(
+    "output, message",
+    [
+        ("{data}/runs/sft", "output: {data}/runs/sft cannot be created: {data} is a file; expected a folder"),
+        ("/proc/x", "output: /proc/x cannot be created: /proc takes no folder: "),
+        ("/proc/x/y", "output: /proc/x/y cannot be created: /proc takes no folder: "),
+        ("{root}/" + "x" * 300, "cannot be used: File name too long"),
+    ],
+)
 def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(world, output, message):
     names = {"data": world.data, "root": world.data.parent}
     before = files(world.data.parent)
@@ -188,17 +221,21 @@ def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(world, 
 def test_a_folder_that_cannot_be_written_into_is_told(world, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
+
     world.out.mkdir(parents=True)
     run_folder.check_output("sft", world())
     assert not list(world.out.iterdir())
     monkeypatch.setattr(run_folder.tempfile, "mkdtemp", full)
-    with pytest.raises(UserError, match="runs/sft cannot be written into: .* takes no folder: No space left on device"):
+    with pytest.raises(
+        UserError, match="runs/sft cannot be written into: .* takes no folder: No space left on device"
+    ):
         run_folder.check_output("sft", world())
 
 
 def test_a_folder_that_cannot_be_made_after_all_is_no_bug(world, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(run_folder.Path, "mkdir", full)
     with pytest.raises(UserError, match="^output: .*runs/sft cannot be created: No space left on device$"):
         run_folder.open_run("sft", world())
@@ -285,6 +322,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
     def broken(*_):
         raise OSError("disk full")
+
     monkeypatch.setattr(os, "replace", broken)
     with pytest.raises(OSError):
         provenance.write_json(tmp_path / "a.json", {"a": 2})
@@ -292,15 +330,20 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
 
 
 def test_lists_are_compared_entry_by_entry():
-    before, now = {"data": ["a", {"path": "b", "count": 3}], "betas": (0.9, 0.95)}, {"data": ["c", {"path": "d", "count": 3}],
-                                                                                    "betas": [0.9, 0.95]}
+    before, now = (
+        {"data": ["a", {"path": "b", "count": 3}], "betas": (0.9, 0.95)},
+        {"data": ["c", {"path": "d", "count": 3}], "betas": [0.9, 0.95]},
+    )
     assert compatibility.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == []
     now = {**now, "data": ["c", {"path": "d", "count": 4}]}
     assert compatibility.differences(before, now, 1, 1, ["data.0", "data.1.path"]) == [
-        "data.1.count: 3 then, 4 now"]
+        "data.1.count: 3 then, 4 now"
+    ]
 
 
-# --- what a stage reads -------------------------------------------------------------------------------------------
+# --- what a stage reads
+# -------------------------------------------------------------------------------------------
+
 
 def check(stage, cfg, **kwargs):
     with pytest.raises(UserError) as caught:
@@ -313,9 +356,14 @@ def test_good_inputs_and_hub_names_pass(world):
     checks.check("sft", world(model="org/model", data="gpt2"))
 
 
-@pytest.mark.parametrize("gone, message", [
-    ("config.json", "has no config.json"), ("model.safetensors", "has no weights"),
-    ("tokenizer.json", "has no tokenizer")])
+@pytest.mark.parametrize(
+    "gone, message",
+    [
+        ("config.json", "has no config.json"),
+        ("model.safetensors", "has no weights"),
+        ("tokenizer.json", "has no tokenizer"),
+    ],
+)
 def test_an_incomplete_model_folder_is_named(world, gone, message):
     (world.model / gone).unlink()
     line = check("sft", world())
@@ -333,7 +381,9 @@ def test_a_tokenizer_config_alone_is_a_tokenizer_only_for_byte_models(world):
 def test_bad_paths_are_named_with_their_key(world, tmp_path):
     assert check("sft", world(model="/no/where")).startswith("model: /no/where does not exist")
     assert "is a file" in check("sft", world(model=str(world.data)))
-    assert check("sft", world(data="[a/b, {path: ./gone.jsonl}]")).startswith("data.1.path: gone.jsonl does not exist")
+    assert check("sft", world(data="[a/b, {path: ./gone.jsonl}]")).startswith(
+        "data.1.path: gone.jsonl does not exist"
+    )
     assert check("sft", world(**{"train.eval_data": "gone.json"})).startswith("train.eval_data: gone.json")
     (world.model / "config.json").write_text("{")
     assert "config.json is not JSON" in check("sft", world())
@@ -345,17 +395,22 @@ def test_bad_paths_are_named_with_their_key(world, tmp_path):
 
 def test_a_file_of_another_kind_is_no_data(world, tmp_path):
     from saferlhf_fast.data import files as data_files
+
     assert inputs.DATA_FILES == data_files.SUFFIXES
     (tmp_path / "data.txt").write_text("x")
-    assert check("sft", world(data=str(tmp_path / "data.txt"))) == \
-        f"data: {tmp_path}/data.txt: expected a data file ending in {', '.join(data_files.SUFFIXES)}"
+    assert (
+        check("sft", world(data=str(tmp_path / "data.txt")))
+        == f"data: {tmp_path}/data.txt: expected a data file ending in {', '.join(data_files.SUFFIXES)}"
+    )
     world.data.rename(tmp_path / "DATA.JSON")
     checks.check("sft", world(data=str(tmp_path / "DATA.JSON")))
 
 
 def test_paths_that_no_system_call_takes_are_named(world):
     for key in ("model", "data", "output", "resume"):
-        assert check("sft", world(**{key: "~nobody-here/x"})).startswith(f"{key}: ~nobody-here/x: expected a home folder")
+        assert check("sft", world(**{key: "~nobody-here/x"})).startswith(
+            f"{key}: ~nobody-here/x: expected a home folder"
+        )
     for key in ("model", "data"):
         assert check("sft", world(**{key: "/" + "x" * 300})).endswith("x cannot be read: File name too long")
 
@@ -370,20 +425,42 @@ def test_what_earlier_stages_make_need_not_be_there(world, tmp_path):
 PPO = {"model": "org/m", "reward": "org/r"}
 
 
-@pytest.mark.parametrize("stage, changes, message", [
-    ("ppo-lag", PPO, "cost: missing; ppo-lag needs a cost model"),
-    ("ppo-lag", {**PPO, "cost": "org/c", "ppo.shaping": "1"}, "ppo.shaping: only in the stage ppo"),
-    ("ppo", {**PPO, "ppo.shaping": "1"}, "ppo.shaping: needs a cost model"),
-    ("ppo", {**PPO, "cost_critic": "org/c"}, "cost_critic: needs a cost model"),
-    ("ppo", {**PPO, "evaluation.select": "true"}, "evaluation.select: needs something to evaluate on"),
-    ("ppo", {**PPO, "sampling.max_new_tokens": "512"}, "sampling.max_new_tokens: must be below max_length (512)"),
-    ("sft", {"train.best_metric": "eval/loss"}, "train.best_metric: needs something to evaluate on"),
-    ("sft", {"engine.offload_optimizer": "true"}, "engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3"),
-    ("sft", {"engine.offload_parameters": "true", "engine.zero_stage": "2"}, "engine.offload_parameters: needs"),
-    ("sft", {"engine.config.zero_optimization.stage": "3"},
-     "engine.config.zero_optimization.stage: expected none, since engine.zero_stage says it; got 3"),
-    ("sft", {"engine.config.gradient_clipping": "0.5"}, "engine.config.gradient_clipping: expected none, since optim.max_grad"),
-])
+@pytest.mark.parametrize(
+    "stage, changes, message",
+    [
+        ("ppo-lag", PPO, "cost: missing; ppo-lag needs a cost model"),
+        ("ppo-lag", {**PPO, "cost": "org/c", "ppo.shaping": "1"}, "ppo.shaping: only in the stage ppo"),
+        ("ppo", {**PPO, "ppo.shaping": "1"}, "ppo.shaping: needs a cost model"),
+        ("ppo", {**PPO, "cost_critic": "org/c"}, "cost_critic: needs a cost model"),
+        ("ppo", {**PPO, "evaluation.select": "true"}, "evaluation.select: needs something to evaluate on"),
+        (
+            "ppo",
+            {**PPO, "sampling.max_new_tokens": "512"},
+            "sampling.max_new_tokens: must be below max_length (512)",
+        ),
+        ("sft", {"train.best_metric": "eval/loss"}, "train.best_metric: needs something to evaluate on"),
+        (
+            "sft",
+            {"engine.offload_optimizer": "true"},
+            "engine.offload_optimizer: needs engine.zero_stage 1, 2 or 3",
+        ),
+        (
+            "sft",
+            {"engine.offload_parameters": "true", "engine.zero_stage": "2"},
+            "engine.offload_parameters: needs",
+        ),
+        (
+            "sft",
+            {"engine.config.zero_optimization.stage": "3"},
+            "engine.config.zero_optimization.stage: expected none, since engine.zero_stage says it; got 3",
+        ),
+        (
+            "sft",
+            {"engine.config.gradient_clipping": "0.5"},
+            "engine.config.gradient_clipping: expected none, since optim.max_grad",
+        ),
+    ],
+)
 def test_settings_that_contradict_each_other(world, stage, changes, message):
     assert check(stage, world(stage, **changes)).startswith(message)
 

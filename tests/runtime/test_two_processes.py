@@ -1,5 +1,6 @@
-"""Commands in two processes give the losses of one process with the same global batch (fp32); test_matrix.py has the stages'
-losses under everything else."""
+"""Commands in two processes give the losses of one process with the same global batch (fp32); test_matrix.py
+has the stages' losses under everything else.
+"""
 
 import kit
 import pytest
@@ -16,8 +17,14 @@ def world(tmp_path_factory):
     data = kit.make_data(folder / "data", n=22)
     base = kit.make_model(folder / "model")
     for kind in ("reward", "cost"):
-        done = kit.command(kind, f"model={base}", f"data={data['pairs']}", f"output={folder / kind}", STEPS,
-                           "train.batch_size=6")
+        done = kit.command(
+            kind,
+            f"model={base}",
+            f"data={data['pairs']}",
+            f"output={folder / kind}",
+            STEPS,
+            "train.batch_size=6",
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     return folder, base, data
 
@@ -27,17 +34,38 @@ def close(a, b, tolerance=2e-5):
     assert all(abs(x - y) <= tolerance * max(1.0, abs(x)) for x, y in zip(a, b)), (a, b)
 
 
-@pytest.mark.parametrize("stage, key, zero", [("reward", "pairs", 3), *(
-    pytest.param(*cell, marks=pytest.mark.matrix) for cell in (
-        ("sft", "sft", 0), ("sft", "sft", 3), ("reward", "pairs", 0), ("cost", "pairs", 0), ("dpo", "pairs", 0)))])
+@pytest.mark.parametrize(
+    "stage, key, zero",
+    [
+        ("reward", "pairs", 3),
+        *(
+            pytest.param(*cell, marks=pytest.mark.matrix)
+            for cell in (
+                ("sft", "sft", 0),
+                ("sft", "sft", 3),
+                ("reward", "pairs", 0),
+                ("cost", "pairs", 0),
+                ("dpo", "pairs", 0),
+            )
+        ),
+    ],
+)
 def test_supervised(world, tmp_path, stage, key, zero):
     """Through the command line; test_matrix.py has the losses of every stage under every sharding."""
     folder, base, data = world
-    common = [stage, f"model={base}", f"data={data[key]}", STEPS, "optim.learning_rate=1e-3", "log.progress=false",
-              "train.eval_fraction=0.2"]
+    common = [
+        stage,
+        f"model={base}",
+        f"data={data[key]}",
+        STEPS,
+        "optim.learning_rate=1e-3",
+        "log.progress=false",
+        "train.eval_fraction=0.2",
+    ]
     one = kit.command(*common, f"output={tmp_path / 'one'}", "train.batch_size=6")
-    two = kit.command(*common, f"output={tmp_path / 'two'}", "train.batch_size=3", f"engine.zero_stage={zero}",
-                      processes=2)
+    two = kit.command(
+        *common, f"output={tmp_path / 'two'}", "train.batch_size=3", f"engine.zero_stage={zero}", processes=2
+    )
     assert one.returncode == 0, one.stderr[-3000:]
     assert two.returncode == 0, two.stderr[-3000:]
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
@@ -46,10 +74,21 @@ def test_supervised(world, tmp_path, stage, key, zero):
 
 def test_ppo_lag_runs_in_two_processes(world, tmp_path):
     folder, base, data = world
-    done = kit.command("ppo-lag", f"model={base}", f"reward={folder}/reward/model", f"cost={folder}/cost/model",
-                       f"data={data['prompts']}", f"ptx={data['sft']}", f"output={tmp_path / 'lag'}", "max_length=32",
-                       "ppo.batch_size=3", "ppo.micro_batch_size=2", "ppo.max_steps=2", "engine.zero_stage=3",
-                       processes=2)
+    done = kit.command(
+        "ppo-lag",
+        f"model={base}",
+        f"reward={folder}/reward/model",
+        f"cost={folder}/cost/model",
+        f"data={data['prompts']}",
+        f"ptx={data['sft']}",
+        f"output={tmp_path / 'lag'}",
+        "max_length=32",
+        "ppo.batch_size=3",
+        "ppo.micro_batch_size=2",
+        "ppo.max_steps=2",
+        "engine.zero_stage=3",
+        processes=2,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert len(kit.losses(tmp_path / "lag", "train/actor_loss")) == 2
     assert (tmp_path / "lag" / "model" / "model.safetensors").exists()

@@ -17,11 +17,27 @@ SMALL, LARGE = (str(kit.SUPPORT / f"watch_{name}.py") for name in ("small", "wor
 def ranks(arguments, world=2, **env):
     """Starts processes as ranks of one machine, without a launcher: rank 0 hosts the store -> [Popen]."""
     port = kit.free_port()
-    common = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}", "WORLD_SIZE": str(world),
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCH_CPP_LOG_LEVEL": "ERROR", **env}
-    return [subprocess.Popen([sys.executable, *map(str, arguments)], text=True, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.PIPE, start_new_session=True,
-                             env={**common, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(world)]
+    common = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}",
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        **env,
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments)],
+            text=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            env={**common, "RANK": str(r), "LOCAL_RANK": str(r)},
+        )
+        for r in range(world)
+    ]
 
 
 def ended(processes, timeout):
@@ -46,7 +62,9 @@ def test_a_rank_that_raises_ends_the_others_who_wait_for_it():
     codes, (first, second) = small("raise", "1")
     assert codes == [1, 1]
     assert "[rank 1] bug: RuntimeError: no tokens left" in second and second.count("\n") == 1
-    assert first.startswith("[rank 0] ended: rank 1 (") and first.endswith("): RuntimeError: no tokens left\n")
+    assert first.startswith("[rank 0] ended: rank 1 (") and first.endswith(
+        "): RuntimeError: no tokens left\n"
+    )
     assert first.count("\n") == 1
 
 
@@ -60,7 +78,12 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_stands():
     codes, said = small("hang", "1", timeout=3)
     assert codes == [1, 1]
     for line in said:
-        assert "ended: rank 1 (" in line and "threading.py" in line and "(engine.timeout)" in line and "rank 0 (" not in line
+        assert (
+            "ended: rank 1 (" in line
+            and "threading.py" in line
+            and "(engine.timeout)" in line
+            and "rank 0 (" not in line
+        )
 
 
 def test_the_same_error_on_all_ranks_is_one_line():
@@ -85,15 +108,24 @@ def stub(timeout=10.0):
 
 
 def beat(count=1, stood=0.0, waits=True, collectives=5, state="runs", at="x.py:1 f"):
-    return {"count": count, "stood": stood, "waits": waits, "collectives": collectives, "state": state, "at": at}
+    return {
+        "count": count,
+        "stood": stood,
+        "waits": waits,
+        "collectives": collectives,
+        "state": state,
+        "at": at,
+    }
 
 
 def test_to_blame_for_a_hang_is_who_does_not_wait_and_is_behind():
     one = stub()
     assert one._hang({0: beat(stood=9.9), 1: beat(), 2: beat(waits=False)}) is None
     assert one._hang({0: beat(stood=10), 1: beat(), 2: beat(waits=False)}).rank == 2
-    behind = one._hang({0: beat(stood=10), 1: beat(waits=False, collectives=5), 2: beat(waits=False, collectives=4)})
-    assert behind.rank == 2 and "rank 1" not in behind.line          # rank 1 may wait in a read of its GPU
+    behind = one._hang(
+        {0: beat(stood=10), 1: beat(waits=False, collectives=5), 2: beat(waits=False, collectives=4)}
+    )
+    assert behind.rank == 2 and "rank 1" not in behind.line  # rank 1 may wait in a read of its GPU
     all_wait = one._hang({r: beat(stood=10, at=f"x.py:{r} f") for r in range(3)})
     assert "waited for each other" in all_wait.line and "rank 2 at x.py:2 f" in all_wait.line
     assert one._hang({0: beat(stood=99, state="ended"), 1: beat(), 2: beat()}) is None
@@ -101,12 +133,13 @@ def test_to_blame_for_a_hang_is_who_does_not_wait_and_is_behind():
 
 def test_silence_counts_for_other_machines():
     one = stub(timeout=600.0)
-    for _ in range(60):                                              # LOST is 120 s
+    for _ in range(60):  # LOST is 120 s
         assert one._silence({0: beat(), 1: beat(), 2: beat()}, 2.0) is None
     assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0) is None
     for _ in range(60):
         assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0) is None
-    assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0).gone == (2,)      # 1 is alive next door
+    # 1 is alive next door
+    assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0).gone == (2,)
     assert one._silence({0: beat(), 1: beat(), 2: beat(count=2, state="ended")}, 2.0) is None
     one.doubts = True
     assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0).gone == (2,)
@@ -118,15 +151,21 @@ def test_a_dead_process_is_not_taken_for_a_later_one_of_the_same_number():
     assert watchdog._alive(who) and not watchdog._alive({**who, "born": "1"})
     process.kill()
     deadline = time.monotonic() + 10
-    while watchdog._alive(who) and time.monotonic() < deadline:         # dead, not yet waited for
+    while watchdog._alive(who) and time.monotonic() < deadline:  # dead, not yet waited for
         time.sleep(0.01)
     assert not watchdog._alive(who)
     process.communicate()
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("fault, codes, cause", [
-    ("kill", [1, -9, 1], "rank 1 ("), ("raise", [1, 1, 1], "no tokens left"), ("interrupt", [130, 130, 130], None)])
+@pytest.mark.parametrize(
+    "fault, codes, cause",
+    [
+        ("kill", [1, -9, 1], "rank 1 ("),
+        ("raise", [1, 1, 1], "no tokens left"),
+        ("interrupt", [130, 130, 130], None),
+    ],
+)
 def test_three_ranks(fault, codes, cause):
     found, said = small(fault, "1", world=3)
     assert found == codes
@@ -146,19 +185,36 @@ def recipe(tmp_path_factory):
     base = kit.make_model(folder / "model")
     scores = kit.make_scores(folder, base)
     data = kit.make_data(folder / "data", n=16)
-    return ["ppo-lag", f"model={base}", f"reward={scores['reward']}", f"cost={scores['cost']}", f"data={data['prompts']}",
-            "max_length=32", "ppo.batch_size=2", "ppo.max_steps=4", "log.progress=false"]
+    return [
+        "ppo-lag",
+        f"model={base}",
+        f"reward={scores['reward']}",
+        f"cost={scores['cost']}",
+        f"data={data['prompts']}",
+        "max_length=32",
+        "ppo.batch_size=2",
+        "ppo.max_steps=4",
+        "log.progress=false",
+    ]
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("fault, faulty, codes, cause", [
-    ("raise", "1", [1, 1], "RuntimeError: no tokens left"),
-    ("hang", "1", [1, 1], "hangs at saferlhf_fast/rollout/sample.py"),
-    ("kill", "1", [1, -9], "rank 1 ("),
-    ("kill", "0", [-9, 1], "rank 0 (")])
+@pytest.mark.parametrize(
+    "fault, faulty, codes, cause",
+    [
+        ("raise", "1", [1, 1], "RuntimeError: no tokens left"),
+        ("hang", "1", [1, 1], "hangs at saferlhf_fast/rollout/sample.py"),
+        ("kill", "1", [1, -9], "rank 1 ("),
+        ("kill", "0", [-9, 1], "rank 0 ("),
+    ],
+)
 def test_a_fault_in_the_middle_of_a_rollout(recipe, tmp_path, fault, faulty, codes, cause):
-    """Ends within the collectives' limit (engine.timeout, 12 s here) + 30 s, start included in what is allowed."""
-    processes = ranks([LARGE, *recipe, f"output={tmp_path / 'out'}", "engine.timeout=0.2"], FAULT=fault, FAULTY=faulty)
+    """Ends within the collectives' limit (engine.timeout, 12 s here) + 30 s, start included in what is
+    allowed.
+    """
+    processes = ranks(
+        [LARGE, *recipe, f"output={tmp_path / 'out'}", "engine.timeout=0.2"], FAULT=fault, FAULTY=faulty
+    )
     found, said = ended(processes, 120)
     assert found == codes
     waiting = said[1 - int(faulty)]

@@ -1,7 +1,9 @@
-"""The signatures of docs/api.md as the code has them: `python tests/support/api_page.py` writes them anew into the page.
+"""The signatures of docs/api.md as the code has them: `python tests/support/api_page.py` writes them anew
+into the page.
 
-The page has a heading of its own for every public name, a block of Python with its signature, and words. A name that is new
-gets a heading with "TODO", which test_api.py refuses until it has words; one that is gone has to be taken out by hand.
+The page has a heading of its own for every public name, a block of Python with its signature, and words. A
+name that is new gets a heading with "TODO", which test_api.py refuses until it has words; one that is gone
+has to be taken out by hand.
 """
 
 import ast
@@ -16,23 +18,36 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "api.md"
 WIDTH = 120
 # How annotations are written on the page; what comes first is replaced first.
-SHORT = ((r"torch\.nn\.modules\.module\.Module", "nn.Module"), (r"pathlib(\._local)?\.Path", "Path"), (r"typing\.", ""),
-         (r"\btorch\.Tensor\b", "Tensor"), (r"collections\.abc\.", ""),
-         (r"torch\.distributed\.distributed_c10d\.", ""), (r"saferlhf_fast(\.\w+)*\.(?=\w)", ""))
+SHORT = (
+    (r"torch\.nn\.modules\.module\.Module", "nn.Module"),
+    (r"pathlib(\._local)?\.Path", "Path"),
+    (r"typing\.", ""),
+    (r"\btorch\.Tensor\b", "Tensor"),
+    (r"collections\.abc\.", ""),
+    (r"torch\.distributed\.distributed_c10d\.", ""),
+    (r"saferlhf_fast(\.\w+)*\.(?=\w)", ""),
+)
 
 
 def public():
     """{name on the page: object}: the package's names, then integrations'."""
     import saferlhf_fast
     from saferlhf_fast import integrations
-    return {**{name: getattr(saferlhf_fast, name) for name in saferlhf_fast.__all__},
-            **{f"integrations.{name}": getattr(integrations, name) for name in integrations.__all__}}
+
+    return {
+        **{name: getattr(saferlhf_fast, name) for name in saferlhf_fast.__all__},
+        **{f"integrations.{name}": getattr(integrations, name) for name in integrations.__all__},
+    }
 
 
 def imported_for_checkers():
     """Names that saferlhf_fast/__init__.py imports under TYPE_CHECKING."""
     tree = ast.parse((ROOT / "saferlhf_fast" / "__init__.py").read_text(encoding="utf-8"))
-    block = next(node for node in tree.body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING")
+    block = next(
+        node
+        for node in tree.body
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+    )
     return {alias.asname for node in block.body for alias in node.names}
 
 
@@ -52,7 +67,11 @@ def signature(name, function, skip_self=False):
     if len(line) <= WIDTH:
         return line
     indent = " " * min(len(name) + 1, 24)
-    whole = ", ".join(part.replace(" ", "\0") for part in parts) + ")" + answer.replace(" ", "\0").replace("\0", " ", 1)
+    whole = (
+        ", ".join(part.replace(" ", "\0") for part in parts)
+        + ")"
+        + answer.replace(" ", "\0").replace("\0", " ", 1)
+    )
     body = textwrap.wrap(whole, WIDTH - len(indent), break_long_words=False, break_on_hyphens=False)
     return (f"{name}(" + f"\n{indent}".join(body)).replace("\0", " ")
 
@@ -72,7 +91,9 @@ def _default(parameter, empty):
     if parameter.default is empty:
         return text
     value = parameter.default
-    shown = re.sub(r"^torch\.(?=float)", "torch.", repr(value.value if isinstance(value, enum.Enum) else value))
+    shown = re.sub(
+        r"^torch\.(?=float)", "torch.", repr(value.value if isinstance(value, enum.Enum) else value)
+    )
     return f"{text} = {shown}" if parameter.annotation is not empty else f"{text}={shown}"
 
 
@@ -114,15 +135,24 @@ def commands(text):
 
 
 def rewritten(text):
-    """The page with today's signatures and lines of commands; new names and commands at the end of their part."""
+    """The page with today's signatures and lines of commands; new names and commands at the end of their
+    part.
+    """
     from saferlhf_fast import cli
+
     known = entries(text)
     for name, thing in public().items():
         if name in known:
             old = known[name][0]
-            text = text.replace(f"### `{name}`\n\n```python\n{old}\n```", f"### `{name}`\n\n```python\n{block(name, thing)}\n```")
+            text = text.replace(
+                f"### `{name}`\n\n```python\n{old}\n```",
+                f"### `{name}`\n\n```python\n{block(name, thing)}\n```",
+            )
         else:
-            text = text.replace("\n## Commands", f"\n### `{name}`\n\n```python\n{block(name, thing)}\n```\n\nTODO\n\n## Commands")
+            text = text.replace(
+                "\n## Commands",
+                f"\n### `{name}`\n\n```python\n{block(name, thing)}\n```\n\nTODO\n\n## Commands",
+            )
     table = "\n".join(f"| `saferlhf-fast {name}` | {line} |" for name, line in cli.COMMANDS.items())
     return re.sub(r"(^\| `saferlhf-fast .*\n)+", lambda _: table + "\n", text, flags=re.M)
 

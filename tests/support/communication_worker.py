@@ -1,9 +1,10 @@
-"""Counts what one step of a stage sends: communication_worker.py OUT CASES under torchrun; CASES: JSON {name: [word, …]}, words
-as for saferlhf-fast.
+"""Counts what one step of a stage sends: communication_worker.py OUT CASES under torchrun; CASES: JSON {name:
+[word, …]}, words as for saferlhf-fast.
 
-Every collective passes torch's dispatcher, whoever starts it; each counts under what was running (a forward, a backward, a
-step, a rollout) with the bytes of its whole tensor: what is reduced, or what each rank has after a gathering. Writes
-{name: {place: {collective: bytes}}} of the last step, from one optimiser step of the first trained model to its next.
+Every collective passes torch's dispatcher, whoever starts it; each counts under what was running (a forward,
+a backward, a step, a rollout) with the bytes of its whole tensor: what is reduced, or what each rank has
+after a gathering. Writes {name: {place: {collective: bytes}}} of the last step, from one optimiser step of
+the first trained model to its next.
 """
 
 import collections
@@ -18,8 +19,17 @@ from saferlhf_fast import cli
 from saferlhf_fast.rollout.engines import hf_generate
 from saferlhf_fast.runtime import engine
 
-WHOLE = {"allreduce_": 0, "broadcast_": 0, "reduce_": 0, "_allgather_base_": 0, "allgather_into_tensor_coalesced_": 0,
-         "allgather_": 0, "_reduce_scatter_base_": 1, "reduce_scatter_tensor_coalesced_": 1, "alltoall_base_": 0}
+WHOLE = {
+    "allreduce_": 0,
+    "broadcast_": 0,
+    "reduce_": 0,
+    "_allgather_base_": 0,
+    "allgather_into_tensor_coalesced_": 0,
+    "allgather_": 0,
+    "_reduce_scatter_base_": 1,
+    "reduce_scatter_tensor_coalesced_": 1,
+    "alltoall_base_": 0,
+}
 """Collective -> which of its arguments is the whole tensor."""
 
 
@@ -34,8 +44,11 @@ class Counter(TorchDispatchMode):
         if func.namespace == "c10d":
             name = func.name().split("::")[1]
             if name in WHOLE:
-                size = sum(t.numel() * t.element_size() for t in torch.utils._pytree.tree_leaves(args[WHOLE[name]])
-                           if isinstance(t, torch.Tensor))
+                size = sum(
+                    t.numel() * t.element_size()
+                    for t in torch.utils._pytree.tree_leaves(args[WHOLE[name]])
+                    if isinstance(t, torch.Tensor)
+                )
                 self.bytes[self.places[-1], name.strip("_")] += size
             elif name not in ("barrier", "monitored_barrier_"):
                 raise AssertionError(f"a collective that is not counted: {name}")
@@ -73,8 +86,11 @@ def main(out, cases):
     engine.Engine.step = step
     counter.inside(engine.Engine, "step", lambda this: f"step {called(this)}")
     counter.inside(engine.Engine, "backward", lambda this: f"backward {called(this)}")
-    counter.inside(engine.Engine, "__call__",
-                   lambda this: f"{'forward' if torch.is_grad_enabled() else 'asked'} {called(this)}")
+    counter.inside(
+        engine.Engine,
+        "__call__",
+        lambda this: f"{'forward' if torch.is_grad_enabled() else 'asked'} {called(this)}",
+    )
     counter.inside(engine.Frozen, "__call__", lambda this: f"frozen {called(this)}")
     counter.inside(hf_generate.Generate, "generate", "rollout")
     counter.inside(hf_generate.Call, "__call__", "token")

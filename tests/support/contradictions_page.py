@@ -1,6 +1,8 @@
-"""docs/contradictions.md as config/contradictions.py has it: `python tests/support/contradictions_page.py` writes it anew.
+"""docs/contradictions.md as config/contradictions.py has it: `python tests/support/contradictions_page.py`
+writes it anew.
 
-A row is a setting, the stage in which it is refused when that is one of the table's stages alone, and the message.
+A row is a setting, the stage in which it is refused when that is one of the table's stages alone, and the
+message.
 """
 
 import re
@@ -20,13 +22,20 @@ def page():
     """-> the whole page as text."""
     from saferlhf_fast.config import contradictions
     from saferlhf_fast.config.stage_table import stages_of
-    optimisers = ("Optimisers (critic_optim as optim)", stages_of("supervised", "ppo"), contradictions.OPTIMIZER)
+
+    optimisers = (
+        "Optimisers (critic_optim as optim)",
+        stages_of("supervised", "ppo"),
+        contradictions.OPTIMIZER,
+    )
     parts = [HEAD]
     for title, stages, rows in (*contradictions.TABLES, optimisers):
         parts.append(f"\n## {title}\n\nStages: {', '.join(stages)}.\n\n| setting | message |\n|---|---|\n")
         for row in rows:
             only = f" ({row.only})" if row.only else ""
-            parts.append(f"| `{_template(row.key.replace('{at}', 'optim'))}`{only} | {_template(row.message)} |\n")
+            parts.append(
+                f"| `{_template(row.key.replace('{at}', 'optim'))}`{only} | {_template(row.message)} |\n"
+            )
     return "".join(parts)
 
 

@@ -1,7 +1,8 @@
 """Run by test_faults.py in each of several processes: one command line, with a fault where FAULT says.
 
-FAULT is JSON: {"rank", "at": a key of `fault`, "save": which save (loss, step) of this process, from 1, "share": of the bytes of
-the rank's optimiser shard}. The process kills itself there as `kill -9` would, or a number becomes NaN, or it is told to stop.
+FAULT is JSON: {"rank", "at": a key of `fault`, "save": which save (loss, step) of this process, from 1,
+"share": of the bytes of the rank's optimiser shard}. The process kills itself there as `kill -9` would, or a
+number becomes NaN, or it is told to stop.
 """
 
 import json
@@ -23,6 +24,7 @@ def die():
 def kill_within_a_file(share, number):
     """At a share of the bytes of this rank's optimiser shard, in the save of that number."""
     from saferlhf_fast.runtime.checkpoint import writer
+
     real, saves = writer.CheckpointWriter.save, [0]
 
     def save(self, state_dict, path):
@@ -36,7 +38,7 @@ def kill_within_a_file(share, number):
         def cut(file, data):
             left = int(share * size) - file.count
             if left <= len(data):
-                write(file, bytes(data)[:max(0, left)])
+                write(file, bytes(data)[: max(0, left)])
                 file.raw.flush()
                 os.fsync(file.raw.fileno())
                 die()
@@ -50,6 +52,7 @@ def kill_within_a_file(share, number):
 
 def _size(state):
     import io
+
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.tell()
@@ -58,6 +61,7 @@ def _size(state):
 def kill_after_the_files(number):
     """When this rank has written all of its own and the others wait to hear of it."""
     from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
+
     real, saves = Checkpoints._settle, [0]
 
     def settle(self):
@@ -73,6 +77,7 @@ def kill_after_the_files(number):
 def kill_before_the_manifest(number):
     """When all shards are there and the rename that commits them is not made."""
     from saferlhf_fast.runtime.checkpoint import manifest
+
     real, saves = os.replace, [0]
 
     def replace(a, b):
@@ -88,6 +93,7 @@ def kill_before_the_manifest(number):
 def nan_in_a_loss(number):
     """This rank's loss of one backward is NaN."""
     from saferlhf_fast.runtime.engine import Engine
+
     real, count = Engine.backward, [0]
 
     def backward(self, loss):
@@ -103,6 +109,7 @@ def nan_in_a_score(kind, value, number):
 
     from saferlhf_fast.rollout import scoring
     from saferlhf_fast.training import ppo_lag
+
     real, count = scoring.score_rollout, [0]
 
     def score_rollout(rollout, roles, cfg):
@@ -111,7 +118,9 @@ def nan_in_a_score(kind, value, number):
             return scored
         broken = (scored.reward_B if kind == "reward" else scored.costs[kind]).clone()
         broken[0] = float(value)
-        return dataclasses.replace(scored, **{"reward_B": broken} if kind == "reward" else {"costs": {kind: broken}})
+        return dataclasses.replace(
+            scored, **{"reward_B": broken} if kind == "reward" else {"costs": {kind: broken}}
+        )
 
     return mock.patch.object(ppo_lag, "score_rollout", score_rollout)
 
@@ -120,6 +129,7 @@ def sigterm(number):
     """This rank is told to stop in the update of that step."""
     from saferlhf_fast.rollout import scoring
     from saferlhf_fast.training import ppo_lag
+
     real, count = scoring.score_rollout, [0]
 
     def score_rollout(*arguments):
@@ -136,6 +146,7 @@ def dump_the_weights(path):
     from safetensors.torch import save_file
 
     from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
+
     real = Checkpoints.resume
 
     def resume(self):
@@ -154,10 +165,14 @@ def fault():
     if FAULT is None or int(os.environ["RANK"]) != FAULT["rank"]:
         return mock.patch.dict(os.environ)
     at, number = FAULT["at"], FAULT.get("save", 1)
-    return {"bytes": lambda: kill_within_a_file(FAULT.get("share", 0.5), number), "files": lambda: kill_after_the_files(number),
-            "manifest": lambda: kill_before_the_manifest(number), "nan": lambda: nan_in_a_loss(number),
-            "sigterm": lambda: sigterm(number),
-            "score": lambda: nan_in_a_score(FAULT["kind"], FAULT["value"], number)}[at]()
+    return {
+        "bytes": lambda: kill_within_a_file(FAULT.get("share", 0.5), number),
+        "files": lambda: kill_after_the_files(number),
+        "manifest": lambda: kill_before_the_manifest(number),
+        "nan": lambda: nan_in_a_loss(number),
+        "sigterm": lambda: sigterm(number),
+        "score": lambda: nan_in_a_score(FAULT["kind"], FAULT["value"], number),
+    }[at]()
 
 
 if __name__ == "__main__":
@@ -165,4 +180,4 @@ if __name__ == "__main__":
         code = kit.main(*json.loads(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)       # how gloo's threads end is not what is tested here
+    os._exit(code)  # how gloo's threads end is not what is tested here

@@ -11,9 +11,18 @@ VOCABULARY = 61
 def llama(seed=0, vocabulary=VOCABULARY, layers=2, **changes):
     """A random Llama in evaluation mode, fp32."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
-    common = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.3}
+    common = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**common, **changes})).eval()
 
 
@@ -39,6 +48,7 @@ def prompts(count=7, vocabulary=VOCABULARY, longest=12, seed=0):
 def naive(lm, prompt, seed, limit, ends, sampling):
     """(ids, log-probs, ended) of one sequence by full forward passes and a sum over the vocabulary."""
     from saferlhf_fast.models.sampling_distribution import sampling_logits
+
     numbers = torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     ids, logp = list(prompt), []
     for number in numbers:
@@ -48,10 +58,11 @@ def naive(lm, prompt, seed, limit, ends, sampling):
         ids.append(token)
         logp.append(float(scores[token]))
         if token in ends:
-            return ids[len(prompt):], logp, True
-    return ids[len(prompt):], logp, False
+            return ids[len(prompt) :], logp, True
+    return ids[len(prompt) :], logp, False
 
 
 def settings(**changes):
     from saferlhf_fast.config.stages import Sampling
+
     return Sampling(**changes)

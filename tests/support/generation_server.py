@@ -1,4 +1,6 @@
-"""A stand-in for a vLLM server: its routes, answered by a tiny model that reads the weights it is told to read."""
+"""A stand-in for a vLLM server: its routes, answered by a tiny model that reads the weights it is told to
+read.
+"""
 
 import contextlib
 import json
@@ -11,7 +13,9 @@ import torch
 
 
 class Stand(ThreadingHTTPServer):
-    """requests: (path, body) in the order in which they came; failing: answers of 503 that are still to be given."""
+    """requests: (path, body) in the order in which they came; failing: answers of 503 that are still to be
+    given.
+    """
 
     daemon_threads = True
 
@@ -57,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(200, {"vllm_config": {"model_config": {"logprobs_mode": stand.mode}}})
         if path == "/collective_rpc" and body["method"] == "reload_weights":
             from transformers import AutoModelForCausalLM
+
             stand.lm = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
             return self.send(200, {"results": [None]})
         if path == "/reset_prefix_cache":
@@ -66,13 +71,28 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, body):
         if body["max_tokens"] > 200:
             return self.send(400, {"error": {"message": "this model's maximum context length is 200 tokens"}})
-        time.sleep(0.02 * (body["seed"] % 3 == 0))               # answers do not come in the order of the requests
-        sampling = generation_kit.settings(temperature=body["temperature"], top_p=body["top_p"], top_k=body["top_k"],
-                                           repetition_penalty=body["repetition_penalty"])
+        # answers do not come in the order of the requests
+        time.sleep(0.02 * (body["seed"] % 3 == 0))
+        sampling = generation_kit.settings(
+            temperature=body["temperature"],
+            top_p=body["top_p"],
+            top_k=body["top_k"],
+            repetition_penalty=body["repetition_penalty"],
+        )
         with torch.no_grad():
-            ids, logp, ended = generation_kit.naive(self.server.lm, body["prompt"], body["seed"], body["max_tokens"],
-                                                    body["stop_token_ids"], sampling)
-        choice = {"token_ids": ids, "finish_reason": "stop" if ended else "length", "logprobs": {"token_logprobs": logp}}
+            ids, logp, ended = generation_kit.naive(
+                self.server.lm,
+                body["prompt"],
+                body["seed"],
+                body["max_tokens"],
+                body["stop_token_ids"],
+                sampling,
+            )
+        choice = {
+            "token_ids": ids,
+            "finish_reason": "stop" if ended else "length",
+            "logprobs": {"token_logprobs": logp},
+        }
         self.send(200, {"choices": [choice]})
 
     def send(self, code, answer):

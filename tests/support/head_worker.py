@@ -1,7 +1,7 @@
 """Run by test_linear_ppo_loss.py in two processes: heads under ZeRO-3, and a vocabulary split over the ranks.
 
-Each run is three steps of a two-layer model whose head is a module; what differs is how the head makes its loss. Under
-ZeRO-3 the head's weight is there only inside the head's own forward and backward.
+Each run is three steps of a two-layer model whose head is a module; what differs is how the head makes its
+loss. Under ZeRO-3 the head's weight is there only inside the head's own forward and backward.
 """
 
 import json
@@ -50,13 +50,21 @@ class Model(torch.nn.Module):
 def steps(kind, stage):
     """The loss of three steps and the head's weight after them."""
     torch.manual_seed(0)
-    trained = engine.Engine(Model(kind), Optimizer(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant"),
-                            Engine(zero_stage=stage, precision="fp32"), 10)
+    trained = engine.Engine(
+        Model(kind),
+        Optimizer(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant"),
+        Engine(zero_stage=stage, precision="fp32"),
+        10,
+    )
     data, losses = torch.Generator().manual_seed(1), []
     for _ in range(3):
-        batch = (torch.randn(TOKENS, 8, generator=data), torch.randint(VOCABULARY, (TOKENS,), generator=data),
-                 torch.randn(TOKENS, generator=data) * 0.2 - 3.7, torch.randn(TOKENS, generator=data))
-        loss = trained(*(tensor[engine.rank()::engine.world_size()] for tensor in batch), float(TOKENS))
+        batch = (
+            torch.randn(TOKENS, 8, generator=data),
+            torch.randint(VOCABULARY, (TOKENS,), generator=data),
+            torch.randn(TOKENS, generator=data) * 0.2 - 3.7,
+            torch.randn(TOKENS, generator=data),
+        )
+        loss = trained(*(tensor[engine.rank() :: engine.world_size()] for tensor in batch), float(TOKENS))
         losses.append(engine.all_reduce(loss.detach().clone()).item())
         trained.backward(loss)
         trained.step()
@@ -65,19 +73,32 @@ def steps(kind, stage):
 
 
 def shards():
-    """Largest differences of a split vocabulary from the whole one: log-prob, entropy, d hidden, d weight; NaN of a bad id."""
+    """Largest differences of a split vocabulary from the whole one: log-prob, entropy, d hidden, d weight;
+    NaN of a bad id.
+    """
     random = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(10, WIDTH, generator=random), torch.randn(VOCABULARY, WIDTH, generator=random)
+    hidden, weight = (
+        torch.randn(10, WIDTH, generator=random),
+        torch.randn(VOCABULARY, WIDTH, generator=random),
+    )
     ids = torch.randint(VOCABULARY, (10,), generator=random)
     size = VOCABULARY // engine.world_size()
     mine = slice(engine.rank() * size, (engine.rank() + 1) * size)
     results = []
     for part, group in ((weight, None), (weight[mine].clone(), dist.group.WORLD)):
         leaves = [hidden.clone().requires_grad_(), part.requires_grad_()]
-        logp, entropy = linear_logprob(*leaves, ids, group=group, temperature=0.8, return_entropy=True, chunk_tokens=4)
+        logp, entropy = linear_logprob(
+            *leaves, ids, group=group, temperature=0.8, return_entropy=True, chunk_tokens=4
+        )
         (logp.sin() + entropy.cos()).sum().backward()
-        results.append([logp.detach(), entropy.detach(), leaves[0].grad,
-                        leaves[1].grad if group else leaves[1].grad[mine]])
+        results.append(
+            [
+                logp.detach(),
+                entropy.detach(),
+                leaves[0].grad,
+                leaves[1].grad if group else leaves[1].grad[mine],
+            ]
+        )
     bad = linear_logprob(hidden, weight[mine], torch.full_like(ids, VOCABULARY), group=dist.group.WORLD)
     differences = [(a - b).abs().max().item() for a, b in zip(*results)]
     return {"differences": differences, "all_nan": bool(bad.isnan().all())}
@@ -92,4 +113,4 @@ if __name__ == "__main__":
         with open(sys.argv[1], "w") as file:
             json.dump({"steps": out, "shards": split}, file)
     engine.finish()
-    os._exit(0)      # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here

@@ -1,7 +1,8 @@
-"""kernels/ imports nothing of saferlhf_fast but kernels, and bench/ nothing of tests/: python tests/support/imports_of_kernels.py
+"""kernels/ imports nothing of saferlhf_fast but kernels, and bench/ nothing of tests/: python
+tests/support/imports_of_kernels.py
 
-import-linter sees neither: kernels/ has no __init__.py and comes in through a symlink, bench/ is no package. `make lint` runs
-this.
+import-linter sees neither: kernels/ has no __init__.py and comes in through a symlink, bench/ is no package.
+`make lint` runs this.
 """
 
 import ast
@@ -18,8 +19,11 @@ def imported(path, package):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[:len(package.split(".")) - node.level + 1] if node.level else []
-            yield from ((node.lineno, ".".join([*base, *filter(None, [node.module]), alias.name])) for alias in node.names)
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            yield from (
+                (node.lineno, ".".join([*base, *filter(None, [node.module]), alias.name]))
+                for alias in node.names
+            )
 
 
 def wrong():
@@ -27,9 +31,14 @@ def wrong():
     for path in sorted((ROOT / "kernels").rglob("*.py")):
         package = ".".join(["saferlhf_fast", *path.relative_to(ROOT).parent.parts])
         for line, module in imported(path, package):
-            if module.split(".")[0] == "saferlhf_fast" and f"{module}.".removeprefix(f"{OURS}.") == f"{module}.":
+            if (
+                module.split(".")[0] == "saferlhf_fast"
+                and f"{module}.".removeprefix(f"{OURS}.") == f"{module}."
+            ):
                 yield f"{path.relative_to(ROOT)}:{line}: kernels imports {module}"
-    helpers, own = ({path.stem for path in (ROOT / folder).rglob("*.py")} for folder in ("tests/support", "bench"))
+    helpers, own = (
+        {path.stem for path in (ROOT / folder).rglob("*.py")} for folder in ("tests/support", "bench")
+    )
     for path in sorted((ROOT / "bench").rglob("*.py")):
         for line, module in imported(path, ""):
             if module.split(".")[0] in helpers - own | {"tests"}:

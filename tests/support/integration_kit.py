@@ -1,6 +1,8 @@
-"""What the tests of the integrations share: random batches, and how near our version has to be to a library's own.
+"""What the tests of the integrations share: random batches, and how near our version has to be to a library's
+own.
 
-Run in an environment of the library's own (`make test-integrations`): torch and pytest are all that may be imported here.
+Run in an environment of the library's own (`make test-integrations`): torch and pytest are all that may be
+imported here.
 """
 
 import copy
@@ -14,11 +16,16 @@ import torch
 stub = runpy.run_path(str(Path(__file__).resolve().parents[2] / "bench" / "stubs.py"))["stub"]
 
 BATCHES = 50
-# What another test of this process, one of several ranks, may have left in the environment; a child would believe it.
+# What another test of this process, one of several ranks, may have left in the environment; a child would
+# believe it.
 RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # What a result in this dtype may be off by, relative and absolute: the library's own rounding, not ours.
-ROUNDING = {torch.float64: (1e-9, 1e-9), torch.float32: (2e-5, 2e-5), torch.bfloat16: (2 ** -5, 2 ** -5),
-            torch.float16: (2 ** -9, 2 ** -9)}
+ROUNDING = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (2e-5, 2e-5),
+    torch.bfloat16: (2**-5, 2**-5),
+    torch.float16: (2**-9, 2**-9),
+}
 
 
 def near(got, expected, message=""):
@@ -26,8 +33,14 @@ def near(got, expected, message=""):
     kinds = [tensor.dtype for tensor in (got, expected) if tensor.dtype in ROUNDING]
     relative, absolute = max(ROUNDING[kind] for kind in kinds) if kinds else (0, 0)
     scale = max(1.0, float(expected.detach().double().abs().nan_to_num().max())) if expected.numel() else 1.0
-    torch.testing.assert_close(got.detach().double(), expected.detach().double(), rtol=relative, atol=absolute * scale,
-                               equal_nan=True, msg=lambda text: f"{message}: {text}")
+    torch.testing.assert_close(
+        got.detach().double(),
+        expected.detach().double(),
+        rtol=relative,
+        atol=absolute * scale,
+        equal_nan=True,
+        msg=lambda text: f"{message}: {text}",
+    )
 
 
 def not_worse(got, theirs, exact, message=""):
@@ -35,14 +48,19 @@ def not_worse(got, theirs, exact, message=""):
     error, other = ((tensor.detach().double() - exact.detach().double()).abs() for tensor in (got, theirs))
     scale = float(exact.detach().double().abs().max().clamp(min=1.0)) if exact.numel() else 1.0
     if error.numel():
-        assert float(error.max()) <= float(other.max()) + 2e-5 * scale, f"{message}: {float(error.max())} > {float(other.max())}"
+        assert float(error.max()) <= float(other.max()) + 2e-5 * scale, (
+            f"{message}: {float(error.max())} > {float(other.max())}"
+        )
 
 
 def gradients(outputs, inputs, seed=0):
     """Gradients of a random combination of the outputs that have one."""
     generator = torch.Generator().manual_seed(seed)
     outputs = [tensor for tensor in outputs if tensor is not None and tensor.requires_grad]
-    upstream = [torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype) for tensor in outputs]
+    upstream = [
+        torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+        for tensor in outputs
+    ]
     return torch.autograd.grad(outputs, inputs, upstream)
 
 
@@ -55,7 +73,7 @@ def pristine(module):
     """A second copy of a module, which no patch reaches: its functions call one another, not ours."""
     spec = importlib.util.spec_from_file_location(module.__name__ + "_pristine", module.__file__)
     copied = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = copied                  # while it is made: dataclasses look there
+    sys.modules[spec.name] = copied  # while it is made: dataclasses look there
     try:
         spec.loader.exec_module(copied)
     finally:
@@ -106,7 +124,7 @@ class Batch:
         for row in mask:
             length = self.whole(at_least, width)
             start = self.whole(0, width - length)
-            row[start:start + length] = True
+            row[start : start + length] = True
         return mask
 
     def holes(self, mask):
@@ -116,16 +134,26 @@ class Batch:
 
 
 def snapshot(*modules):
-    """{(module, name): object} of the modules' functions and classes, and of classes' own attributes, to compare later."""
+    """{(module, name): object} of the modules' functions and classes, and of classes' own attributes, to
+    compare later.
+    """
     taken = {}
     for module in modules:
         for name, value in vars(module).items():
             taken[module.__name__, name] = value
             if isinstance(value, type):
-                taken.update({(module.__name__, name, key): held for key, held in vars(value).items() if callable(held)})
+                taken.update(
+                    {
+                        (module.__name__, name, key): held
+                        for key, held in vars(value).items()
+                        if callable(held)
+                    }
+                )
             elif isinstance(value, dict) and name.isupper():
                 taken[module.__name__, name] = copy.copy(value)
-                taken.update({(module.__name__, name, key): held for key, held in value.items() if callable(held)})
+                taken.update(
+                    {(module.__name__, name, key): held for key, held in value.items() if callable(held)}
+                )
     return taken
 
 

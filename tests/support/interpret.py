@@ -1,4 +1,6 @@
-"""Runs a test file again in a process where Triton's interpreter takes CPU tensors (TRITON_INTERPRET is read once)."""
+"""Runs a test file again in a process where Triton's interpreter takes CPU tensors (TRITON_INTERPRET is read
+once).
+"""
 
 import os
 import re
@@ -13,8 +15,9 @@ from packaging.version import Version
 
 
 def refusal(gpu, triton, numpy):
-    """Why the interpreter is not tried, or None where it is. gpu: whether there is one; versions as text, None for what is not
-    installed."""
+    """Why the interpreter is not tried, or None where it is. gpu: whether there is one; versions as text,
+    None for what is not installed.
+    """
     if gpu:
         return "there is a GPU, on which the Triton versions run"
     if triton is None or numpy is None:
@@ -32,13 +35,20 @@ def installed(name):
 
 
 def run(file, *arguments, timeout=280):
-    """The tests of `file` with TRITON_INTERPRET=1 and no GPU; fails when one fails or when none ran, skips by `refusal`."""
+    """The tests of `file` with TRITON_INTERPRET=1 and no GPU; fails when one fails or when none ran, skips by
+    `refusal`.
+    """
     reason = refusal(torch.cuda.is_available(), installed("triton"), installed("numpy"))
     if reason is not None:
         pytest.skip(reason)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, "-m", "pytest", str(file), "-p", "no:cacheprovider", *arguments],
-                            env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
-                            timeout=timeout)
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", str(file), "-p", "no:cacheprovider", *arguments],
+        env=environment,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     assert re.search(r"[1-9]\d* passed", result.stdout), result.stdout[-2000:]

@@ -10,9 +10,35 @@ import sys
 from pathlib import Path
 from unittest import mock
 
-WORDS = ["yes", "no", "maybe", "red", "green", "blue", "one", "two", "three", "stop", "go", "help", "harm", "please",
-         "what", "is", "the", "colour", "number", "of", "day", "night", "USER:", "ASSISTANT:", "BEGINNING", "OF",
-         "CONVERSATION:"]
+WORDS = [
+    "yes",
+    "no",
+    "maybe",
+    "red",
+    "green",
+    "blue",
+    "one",
+    "two",
+    "three",
+    "stop",
+    "go",
+    "help",
+    "harm",
+    "please",
+    "what",
+    "is",
+    "the",
+    "colour",
+    "number",
+    "of",
+    "day",
+    "night",
+    "USER:",
+    "ASSISTANT:",
+    "BEGINNING",
+    "OF",
+    "CONVERSATION:",
+]
 ROOT = Path(__file__).resolve().parents[2]
 SUPPORT = ROOT / "tests" / "support"
 
@@ -26,23 +52,37 @@ def shared():
 def make_tokenizer(pad_is_eos=False, extra=()):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
     specials = ["<unk>", "<s>", "</s>"] + ([] if pad_is_eos else ["<pad>"])
     vocab = {word: i for i, word in enumerate([*specials, *WORDS, *extra])}
     raw = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", bos_token="<s>", eos_token="</s>",
-                                   pad_token="</s>" if pad_is_eos else "<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>" if pad_is_eos else "<pad>",
+    )
 
 
 def make_model(folder, seed=0, hidden=32, vocab=None, pad_is_eos=False, extra=(), architecture="llama"):
     """Writes a 2-layer Llama (or GPT-2) and its tokenizer -> folder as a string."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
     tokenizer = make_tokenizer(pad_is_eos, extra)
     torch.manual_seed(seed)
-    common = {"vocab_size": vocab or len(tokenizer), "hidden_size": hidden, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": tokenizer.pad_token_id,
-              "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    common = {
+        "vocab_size": vocab or len(tokenizer),
+        "hidden_size": hidden,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 128,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
     if architecture == "llama":
         lm = LlamaForCausalLM(LlamaConfig(intermediate_size=2 * hidden, num_key_value_heads=2, **common))
     else:
@@ -61,9 +101,11 @@ def make_data(folder, n=24, seed=0):
         return " ".join(rng.choice(plain) for _ in range(rng.randint(low, high)))
 
     prompts = [f"what is {words(1, 4)} {i % 7}" for i in range(n)]
-    made = {"sft": [{"instruction": p, "input": "", "output": words(2, 6)} for p in prompts],
-            "pairs": [pair(p, "yes " + words(1, 5), "harm " + words(1, 5), rng.randint(0, 1)) for p in prompts],
-            "prompts": [{"prompt": p} for p in prompts]}
+    made = {
+        "sft": [{"instruction": p, "input": "", "output": words(2, 6)} for p in prompts],
+        "pairs": [pair(p, "yes " + words(1, 5), "harm " + words(1, 5), rng.randint(0, 1)) for p in prompts],
+        "prompts": [{"prompt": p} for p in prompts],
+    }
     paths = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for name, values in made.items():
@@ -75,18 +117,38 @@ def make_data(folder, n=24, seed=0):
 def pair(prompt, good, bad, at):
     """A v0 preference row whose good response stands at position `at`."""
     first, second = (good, bad) if at == 0 else (bad, good)
-    return {"prompt": prompt, "response_0": first, "response_1": second, "is_response_0_safe": at == 0,
-            "is_response_1_safe": at == 1, "better_response_id": at, "safer_response_id": at}
+    return {
+        "prompt": prompt,
+        "response_0": first,
+        "response_1": second,
+        "is_response_0_safe": at == 0,
+        "is_response_1_safe": at == 1,
+        "better_response_id": at,
+        "safer_response_id": at,
+    }
 
 
 def command(*arguments, processes=1, timeout=240, **env):
     """Runs `saferlhf-fast …` in processes of its own -> CompletedProcess with text output."""
     start = [sys.executable, "-m", "saferlhf_fast"]
     if processes > 1:
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "-m",
-                 "saferlhf_fast"]
-    return subprocess.run([*start, *map(str, arguments)], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env})
+        start = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={processes}",
+            "-m",
+            "saferlhf_fast",
+        ]
+    return subprocess.run(
+        [*start, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env},
+    )
 
 
 def free_port():
@@ -111,12 +173,15 @@ def rows(folder):
 
 
 def make_scores(folder, base, seed=1):
-    """Writes an untrained reward model and cost model on the backbone of `base` -> {"reward": path, "cost": path}."""
+    """Writes an untrained reward model and cost model on the backbone of `base` -> {"reward": path, "cost":
+    path}.
+    """
     import torch
 
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import score_model_from_backbone
     from saferlhf_fast.models.tokenizer import load_tokenizer
+
     paths, tokenizer = {}, load_tokenizer(base)
     for i, kind in enumerate(("reward", "cost")):
         torch.manual_seed(seed + i)
@@ -133,17 +198,21 @@ def write_rows(path, rows):
 
 def files(folder):
     """{relative name: content} of every file in a folder, to tell whether it was touched."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()
+    }
 
 
 def main(*arguments):
     """Runs `saferlhf-fast …` in this process -> exit code."""
     from saferlhf_fast import cli
+
     return cli.main([str(a) for a in arguments])
 
 
 def run(stage, output, report=False, **settings):
-    """Runs a stage in this process without progress bars -> its folder. Dots in a setting's name are written as __.
+    """Runs a stage in this process without progress bars -> its folder. Dots in a setting's name are written
+    as __.
 
     report: with report.html, which takes longer than a tiny run.
     """
@@ -161,10 +230,16 @@ def summary(folder):
 
 
 def make_easy(folder):
-    """Data that a tiny model learns in a few steps: the answer repeats the prompt's word; `harm` is bad, `yes` good."""
+    """Data that a tiny model learns in a few steps: the answer repeats the prompt's word; `harm` is bad,
+    `yes` good.
+    """
     nouns = ["red", "green", "blue", "one", "two", "three", "day", "night", "number", "colour"]
     prompts = [f"what is {a} of {b}" for a in nouns for b in nouns if a != b][::3]
-    rows = {"sft": [{"instruction": p, "input": "", "output": f"the {p.split()[2]} stop"} for p in prompts],
-            "pairs": [pair(p, f"yes {p.split()[2]}", f"harm {p.split()[2]}", i % 2) for i, p in enumerate(prompts)]}
+    rows = {
+        "sft": [{"instruction": p, "input": "", "output": f"the {p.split()[2]} stop"} for p in prompts],
+        "pairs": [
+            pair(p, f"yes {p.split()[2]}", f"harm {p.split()[2]}", i % 2) for i, p in enumerate(prompts)
+        ],
+    }
     Path(folder).mkdir(parents=True, exist_ok=True)
     return {name: write_rows(Path(folder) / f"{name}.jsonl", values) for name, values in rows.items()}

@@ -1,4 +1,6 @@
-"""What the tests of the two losses share: places with their dtypes, odd memory layouts, poisoned outputs, threads."""
+"""What the tests of the two losses share: places with their dtypes, odd memory layouts, poisoned outputs,
+threads.
+"""
 
 from contextlib import contextmanager
 
@@ -9,7 +11,7 @@ import torch
 from saferlhf_fast.kernels import dispatch
 
 INTERPRETED = dispatch.interpreted()
-HERE = ("triton",) if INTERPRETED else ("reference", "auto")    # implementations to draw from on the CPU
+HERE = ("triton",) if INTERPRETED else ("reference", "auto")  # implementations to draw from on the CPU
 LAYOUTS = ("plain", "offset", "every second", "reversed axes")
 
 
@@ -20,12 +22,17 @@ def exact(impl):
 
 def typed(*dtypes):
     """naive.PLACES times the dtypes that each of them takes."""
-    return [pytest.param(*place.values, dtype, id=f"{place.id}-{dtype}".replace("torch.", ""), marks=place.marks)
-            for place in naive.PLACES for dtype in dtypes if not (place.values[0] == "triton" and dtype == torch.float64)]
+    return [
+        pytest.param(*place.values, dtype, id=f"{place.id}-{dtype}".replace("torch.", ""), marks=place.marks)
+        for place in naive.PLACES
+        for dtype in dtypes
+        if not (place.values[0] == "triton" and dtype == torch.float64)
+    ]
 
 
 def laid_out(tensor, layout):
     """The same numbers in memory that is not contiguous from its beginning; what lies between them is NaN."""
+
     def nan(*shape):
         return torch.full(shape, torch.nan, dtype=tensor.dtype, device=tensor.device)
 
@@ -43,7 +50,10 @@ def laid_out(tensor, layout):
 @contextmanager
 def nan_memory():
     """New memory is NaN: an output that is not written shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    before = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

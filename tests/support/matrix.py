@@ -1,5 +1,7 @@
-"""The matrix of stages, ZeRO, offload, precision, processes and what else may change no loss: its axes, the combinations that
-there are, and a small set of them in which every pair of values meets. Run by matrix_worker.py, checked by test_matrix.py."""
+"""The matrix of stages, ZeRO, offload, precision, processes and what else may change no loss: its axes, the
+combinations that there are, and a small set of them in which every pair of values meets. Run by
+matrix_worker.py, checked by test_matrix.py.
+"""
 
 from collections import Counter
 from itertools import combinations, product
@@ -14,23 +16,30 @@ class Cell(NamedTuple):
 
     stage: str
     zero: int
-    offload: str           # what lies in host memory
+    offload: str  # what lies in host memory
     precision: str
     processes: int
-    frozen: str            # engine.frozen
-    form: str              # of the loss, or one of UPDATES
+    frozen: str  # engine.frozen
+    form: str  # of the loss, or one of UPDATES
 
     @property
     def name(self):
         """Its coordinates, as a test's failure shows them."""
-        return (f"{self.stage} ZeRO-{self.zero} offload={self.offload} {self.precision} {self.processes}p "
-                f"frozen={self.frozen} {self.form}")
+        return (
+            f"{self.stage} ZeRO-{self.zero} offload={self.offload} {self.precision} {self.processes}p "
+            f"frozen={self.frozen} {self.form}"
+        )
 
     @property
     def reference(self):
         """What it must agree with: one process, nothing sharded or offloaded, fp32."""
-        return self._replace(zero=0, offload="none", precision="fp32", processes=1,
-                             frozen=NONE if self.frozen == NONE else "replicated")
+        return self._replace(
+            zero=0,
+            offload="none",
+            precision="fp32",
+            processes=1,
+            frozen=NONE if self.frozen == NONE else "replicated",
+        )
 
 
 UPDATES = {
@@ -45,9 +54,15 @@ WITH_PTX, WITH_ONE_CRITIC, LORA = ("one-pass", "epochs"), ("whiten",), "lora"
 """Updates with supervised data in them; those of ppo-lag whose two critics are one; low-rank adapters, in policy optimisation on
 one shared base."""
 
-AXES = {"stage": (*SUPERVISED, *PPO), "zero": (0, 1, 2, 3), "offload": ("none", "states", "weights", "both"),
-        "precision": ("fp32", "bf16"), "processes": (1, 2, 4), "frozen": (NONE, "sharded", "replicated"),
-        "form": (PLAIN, "token", *UPDATES)}
+AXES = {
+    "stage": (*SUPERVISED, *PPO),
+    "zero": (0, 1, 2, 3),
+    "offload": ("none", "states", "weights", "both"),
+    "precision": ("fp32", "bf16"),
+    "processes": (1, 2, 4),
+    "frozen": (NONE, "sharded", "replicated"),
+    "form": (PLAIN, "token", *UPDATES),
+}
 
 
 def exists(cell):
@@ -67,14 +82,21 @@ def everything():
 
 
 def product_cells():
-    """Stage × ZeRO × offload × precision × processes, all of them. The other axes take turns, so that within a stage each of
-    their values stands beside each of those. (Every update under every one of them would take hours and say the same.)"""
+    """Stage × ZeRO × offload × precision × processes, all of them. The other axes take turns, so that within
+    a stage each of their values stands beside each of those. (Every update under every one of them would take
+    hours and say the same.)
+    """
     taken, chosen, seen, used = {}, [], {}, Counter()
     for cell in everything():
         taken.setdefault(cell[:5], []).append(cell)
     for cells in taken.values():
-        best = min(cells, key=lambda cell: (-len(pairs(cell) - seen.get(cell.stage, set())),
-                                            used[cell.stage, cell.form, cell.processes]))
+        best = min(
+            cells,
+            key=lambda cell: (
+                -len(pairs(cell) - seen.get(cell.stage, set())),
+                used[cell.stage, cell.form, cell.processes],
+            ),
+        )
         seen.setdefault(best.stage, set()).update(pairs(best))
         used[best.stage, best.form, best.processes] += 1
         chosen.append(best)
@@ -92,8 +114,9 @@ def references(cells):
 
 
 def cover(cells):
-    """The references of some cells, and few others, so that every pair of values occurs that occurs in any of them. Greedy:
-    always the cell with the most pairs that are new."""
+    """The references of some cells, and few others, so that every pair of values occurs that occurs in any of
+    them. Greedy: always the cell with the most pairs that are new.
+    """
     chosen = references(cells)
     seen = set().union(*map(pairs, chosen))
     missing = {cell: pairs(cell) - seen for cell in cells}

@@ -1,4 +1,5 @@
-"""Run by test_matrix_heads.py in two processes under ZeRO-3: new heads, and score models that are saved and loaded.
+"""Run by test_matrix_heads.py in two processes under ZeRO-3: new heads, and score models that are saved and
+loaded.
 
     torchrun … matrix_heads_worker.py BASE FOLDER OUT
 
@@ -19,7 +20,9 @@ from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.runtime import engine
 
 SEQUENCES = [[1, 9, 8, 7, 12], [1, 5, 6], [1, 11, 10, 9, 8, 7, 6, 5]]
-ZERO_3 = Engine(zero_stage=3, precision="fp32", config={"zero_optimization": {"stage3_param_persistence_threshold": 0}})
+ZERO_3 = Engine(
+    zero_stage=3, precision="fp32", config={"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+)
 RATE = Optimizer(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
 
 
@@ -28,12 +31,18 @@ def spread(name, head):
     with engine.gathered(head, True):
         weight = head.weight.detach().clone()
     seen = engine.gather_objects(weight.tolist())
-    return {f"{name}: std": weight.std().item(), f"{name}: same on all ranks": all(other == seen[0] for other in seen)}
+    return {
+        f"{name}: std": weight.std().item(),
+        f"{name}: same on all ranks": all(other == seen[0] for other in seen),
+    }
 
 
 def drawn_in_place(base):
-    """A head that was sharded as it was made: it is empty where it is drawn. Each rank draws from a seed of its own."""
+    """A head that was sharded as it was made: it is empty where it is drawn. Each rank draws from a seed of
+    its own.
+    """
     import deepspeed
+
     model = score_model_from_backbone(base)
     with deepspeed.zero.Init(config_dict_or_path=engine.settings(ZERO_3, None)):
         model.score = ScoreHead(model.score.weight.shape[1])
@@ -85,7 +94,7 @@ def main(base, folder, out):
         with open(out, "w") as file:
             json.dump(found, file)
     engine.finish()
-    os._exit(0)      # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
 
 
 if __name__ == "__main__":

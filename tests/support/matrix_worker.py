@@ -1,10 +1,11 @@
-"""Run by test_matrix.py in one or more processes: three optimiser steps of each cell of the matrix, one after the other. Between
-the first two comes a step that is not finite on one rank, and is left out on all; the references are without it.
+"""Run by test_matrix.py in one or more processes: three optimiser steps of each cell of the matrix, one after
+the other. Between the first two comes a step that is not finite on one rank, and is left out on all; the
+references are without it.
 
     torchrun … matrix_worker.py WORLD CELLS OUT
 
-WORLD: JSON of what `world` in test_matrix.py made · CELLS: JSON, a list of cells · OUT: one JSON line before each cell and one
-after it, so that a crash leaves what was done and names what was not.
+WORLD: JSON of what `world` in test_matrix.py made · CELLS: JSON, a list of cells · OUT: one JSON line before
+each cell and one after it, so that a crash leaves what was done and names what was not.
 """
 
 import dataclasses
@@ -41,14 +42,19 @@ from saferlhf_fast.training.ppo.update import in_one_pass, update, update_in_one
 from saferlhf_fast.training.preference import pair_loss
 from saferlhf_fast.training.supervised import SupervisedTask, evaluate, train_step
 
-STEPS, GLOBAL_BATCH, BUDGET = 3, 7, 80      # sequences or pairs of a step; tokens of a pass
+STEPS, GLOBAL_BATCH, BUDGET = 3, 7, 80  # sequences or pairs of a step; tokens of a pass
 RATE, ADAPTERS = Optimizer(learning_rate=1e-3), Lora(rank=4)
 
 
 def config(cell):
     """The Engine config of a cell."""
-    return Engine(zero_stage=cell.zero, precision=cell.precision, offload_optimizer=cell.offload in ("states", "both"),
-                  offload_parameters=cell.offload in ("weights", "both"), frozen="auto" if cell.frozen == "-" else cell.frozen)
+    return Engine(
+        zero_stage=cell.zero,
+        precision=cell.precision,
+        offload_optimizer=cell.offload in ("states", "both"),
+        offload_parameters=cell.offload in ("weights", "both"),
+        frozen="auto" if cell.frozen == "-" else cell.frozen,
+    )
 
 
 def magnitudes(trained):
@@ -59,7 +65,9 @@ def magnitudes(trained):
 
 
 def spoilt(loss, stats=None):
-    """A loss or score that is not finite, on the last rank alone: the step is left out on all ranks and must leave no trace."""
+    """A loss or score that is not finite, on the last rank alone: the step is left out on all ranks and must
+    leave no trace.
+    """
     return loss * (float("nan") if engine.rank() == engine.world_size() - 1 else 1.0), stats
 
 
@@ -74,20 +82,35 @@ def task_of(cell, world, tokenizer):
     """-> (module to train, its SupervisedTask, the examples), the losses those of the stages themselves."""
     if cell.stage == "sft":
         examples, _ = sft_examples(world["sft"], tokenizer)
-        return (Policy(adapted(load_causal_lm(world["model"]), cell)), examples,
-                SupervisedTask(weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None))
+        return (
+            Policy(adapted(load_causal_lm(world["model"]), cell)),
+            examples,
+            SupervisedTask(
+                weigh=lambda e: sum(e.mask[1:]), tokens=lambda e: len(e.ids), loss=sft.sft_loss, save=None
+            ),
+        )
     kind = "better" if cell.stage == "dpo" else cell.stage
     examples, _ = preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
         # Not the same weights: with them every margin of the first step is 0.
         reference = engine.Frozen(Policy(load_causal_lm(world["other"])), config(cell))
         module = Policy(adapted(load_causal_lm(world["model"]), cell))
-        loss = lambda model, batch: dpo.batch_loss(model, reference, batch, 0.1)
+
+        def loss(model, batch):
+            return dpo.batch_loss(model, reference, batch, 0.1)
     else:
         module = adapted(load_score_model(world[cell.stage]), cell)
-        loss = lambda model, batch: pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
-    return module, examples, SupervisedTask(weigh=lambda e: 1, loss=loss, save=None,
-                                  tokens=lambda e: len(e.first_ids) + len(e.second_ids))
+
+        def loss(model, batch):
+            return pair_loss(model, batch, cell.stage, 0.001, cell.form == "token")
+
+    return (
+        module,
+        examples,
+        SupervisedTask(
+            weigh=lambda e: 1, loss=loss, save=None, tokens=lambda e: len(e.first_ids) + len(e.second_ids)
+        ),
+    )
 
 
 def supervised(cell, world, tokenizer):
@@ -111,7 +134,9 @@ def supervised(cell, world, tokenizer):
 
 
 def stored_rollout(step, tokenizer, cfg):
-    """This rank's share of a rollout of random tokens, uneven in length, the same for any number of processes."""
+    """This rank's share of a rollout of random tokens, uneven in length, the same for any number of
+    processes.
+    """
     draw = torch.Generator().manual_seed(step)
     rows = []
     for _ in range(GLOBAL_BATCH):
@@ -120,8 +145,13 @@ def stored_rollout(step, tokenizer, cfg):
         told = (torch.rand(t, generator=draw) - 3.9).tolist() if cfg.ppo.importance_cap else None
         rows.append((ids[:p], Response(ids[p:], told, True)))
     mine = [rows[i] for i in share(range(GLOBAL_BATCH), engine.rank(), engine.world_size())]
-    return assemble([PromptExample(p, "", ()) for p, _ in mine], [r for _, r in mine], tokenizer,
-                    cfg.pass_tokens(), minibatches=cfg.ppo.minibatches)
+    return assemble(
+        [PromptExample(p, "", ()) for p, _ in mine],
+        [r for _, r in mine],
+        tokenizer,
+        cfg.pass_tokens(),
+        minibatches=cfg.ppo.minibatches,
+    )
 
 
 def learn(roles, rollout, scored, value, cfg, texts):
@@ -135,10 +165,24 @@ def learn(roles, rollout, scored, value, cfg, texts):
 def policy_optimisation(cell, world, tokenizer):
     """-> [{name: number}] of each step, as the stages log them: on the same stored rollouts, with all models."""
     constrained = cell.stage == "ppo-lag"
-    ppo = PPO(**UPDATES[cell.form], shaping=None if constrained else 0.5,
-              shared_critic=constrained and cell.form in WITH_ONE_CRITIC)
-    cfg = PPOConfig(model=world["model"], reward=world["reward"], cost=world["cost"], data="none", output="none", max_length=64,
-                    ppo=ppo, optim=RATE, critic_optim=RATE, engine=config(cell), lora=ADAPTERS if cell.form == LORA else Lora())
+    ppo = PPO(
+        **UPDATES[cell.form],
+        shaping=None if constrained else 0.5,
+        shared_critic=constrained and cell.form in WITH_ONE_CRITIC,
+    )
+    cfg = PPOConfig(
+        model=world["model"],
+        reward=world["reward"],
+        cost=world["cost"],
+        data="none",
+        output="none",
+        max_length=64,
+        ppo=ppo,
+        optim=RATE,
+        critic_optim=RATE,
+        engine=config(cell),
+        lora=ADAPTERS if cell.form == LORA else Lora(),
+    )
     roles = load_roles(cfg, tokenizer, 12, constrained)
     multipliers = {"cost": LagrangeMultiplier(window=8, lr=0.5)} if constrained else {}
     texts = sft_examples(world["sft"], tokenizer)[0][:4] if cell.form in WITH_PTX else None
@@ -174,14 +218,16 @@ def main(world, cells, out):
         start = time.perf_counter()
         torch.manual_seed(0)
         try:
-            rows = (policy_optimisation if cell.stage in POLICY_STAGES else supervised)(cell, world, tokenizer)
+            rows = (policy_optimisation if cell.stage in POLICY_STAGES else supervised)(
+                cell, world, tokenizer
+            )
         except Exception:
             tell(cell=cell, error=traceback.format_exc()[-3000:], rank=engine.rank())
-            os._exit(1)      # the other ranks may wait for this one: a new launch goes on after this cell
+            os._exit(1)  # the other ranks may wait for this one: a new launch goes on after this cell
         tell(cell=cell, rows=rows, seconds=round(time.perf_counter() - start, 2))
-        gc.collect()         # engines refer to themselves
+        gc.collect()  # engines refer to themselves
     engine.finish()
-    os._exit(0)              # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The formulas of safe-rlhf as Python loops, written from the paper and not from our code, and ragged batches to try.
+"""The formulas of safe-rlhf as Python loops, written from the paper and not from our code, and ragged batches
+to try.
 
 Everything is float64. A batch is a list of rows; a row is a list of tokens.
 """
@@ -11,15 +12,23 @@ from saferlhf_fast.kernels import dispatch
 SIZES = (1, 63, 252, 507)
 POISONS = (float("nan"), -100.0, float("inf"))
 native = pytest.mark.skipif(dispatch.native_module()[0] is None, reason=f"_C: {dispatch.native_module()[1]}")
-# Where the row ops run: implementation and device. In a process with TRITON_INTERPRET=1 that is Triton's interpreter alone.
-PLACES = [pytest.param("reference", "cpu", id="reference"), pytest.param("native", "cpu", id="native", marks=native)]
+# Where the row ops run: implementation and device. In a process with TRITON_INTERPRET=1 that is Triton's
+# interpreter alone.
+PLACES = [
+    pytest.param("reference", "cpu", id="reference"),
+    pytest.param("native", "cpu", id="native", marks=native),
+]
 if dispatch.interpreted():
     PLACES = [pytest.param("triton", "cpu", id="triton-interpreted")]
 elif torch.cuda.is_available():
     PLACES += [pytest.param(impl, "cuda", id=f"{impl}-cuda") for impl in ("triton", "reference")]
 # The same for the ops whose native version also runs on a GPU: dispatch.CUDA_OPS.
 SCAN_PLACES = list(PLACES)
-if torch.cuda.is_available() and not dispatch.interpreted() and getattr(dispatch.native_module()[0], "cuda", False):
+if (
+    torch.cuda.is_available()
+    and not dispatch.interpreted()
+    and getattr(dispatch.native_module()[0], "cuda", False)
+):
     SCAN_PLACES.append(pytest.param("native", "cuda", id="native-cuda"))
 
 
@@ -33,17 +42,25 @@ class Ragged:
         self.mask = torch.zeros(len(self.lengths), width, dtype=torch.bool)
         for row, length in enumerate(self.lengths):
             start = int(torch.randint(0, slack + 1, (), generator=self.random))
-            self.mask[row, start:start + length] = True
+            self.mask[row, start : start + length] = True
         self.mask = self.mask.to(device)
         self.cu_seqlens = torch.tensor([0, *self.lengths], device=device).cumsum(0).to(torch.int32)
 
     def tokens(self, dtype=torch.float32, scale=1.0):
         """Packed [N] random numbers."""
-        return (torch.randn(sum(self.lengths), generator=self.random, dtype=torch.float64) * scale).to(dtype).to(self.device)
+        return (
+            (torch.randn(sum(self.lengths), generator=self.random, dtype=torch.float64) * scale)
+            .to(dtype)
+            .to(self.device)
+        )
 
     def scores(self, dtype=torch.float32, scale=1.0):
         """[B] random numbers."""
-        return (torch.randn(len(self.lengths), generator=self.random, dtype=torch.float64) * scale).to(dtype).to(self.device)
+        return (
+            (torch.randn(len(self.lengths), generator=self.random, dtype=torch.float64) * scale)
+            .to(dtype)
+            .to(self.device)
+        )
 
     def padded(self, packed, poison=float("nan")):
         """[B, T] with `poison` where the mask is False."""
@@ -91,6 +108,8 @@ def mean_of_row_means(rows):
 def autograd_loss(term_rows, token_mean=False, normalizer=None):
     """The reduction over rows of scalar tensors, by loops; differentiable."""
     if token_mean:
-        return sum(term for row in term_rows for term in row) / (normalizer or sum(len(row) for row in term_rows))
+        return sum(term for row in term_rows for term in row) / (
+            normalizer or sum(len(row) for row in term_rows)
+        )
     means = [sum(row) / len(row) for row in term_rows if len(row)]
     return sum(means) / (normalizer or len(means))

@@ -13,22 +13,42 @@ LOSS = dict(clip_ratio=0.2, clip_high=0.3, dual_clip=1.5, kl_coeff=0.1)
 # op: arguments that are tokens [B, T], others by shape, settings, what the gradient goes to.
 TABLE = {
     "token_logprob": ((), dict(logits=(B, T, V), ids=(B, T)), dict(return_entropy=True), ("logits",)),
-    "linear_logprob": ((), dict(hidden=(B, T, H), weight=(V, H), ids=(B, T), bias=(V,)), dict(return_entropy=True),
-                       ("hidden", "weight", "bias")),
+    "linear_logprob": (
+        (),
+        dict(hidden=(B, T, H), weight=(V, H), ids=(B, T), bias=(V,)),
+        dict(return_entropy=True),
+        ("hidden", "weight", "bias"),
+    ),
     "gae": (("rewards", "values"), {}, dict(gamma=0.9, lam=0.8), ()),
-    "ppo_lag_advantage": (("logp", "ref_logp", "reward_values", "cost_values"), dict(reward=(B,), cost=(B,), multiplier=()),
-                          dict(kl_coeff=0.1, gamma=0.9, lam=0.8, clip_score=5.0), ()),
-    "ppo_loss": (("logp", "old_logp", "advantages", "ref_logp", "entropy"), {}, dict(LOSS, entropy_coeff=0.1),
-                 ("logp", "entropy")),
-    "ppo_loss_from_logits": (("old_logp", "advantages", "ref_logp"), dict(logits=(B, T, V), ids=(B, T)),
-                             dict(LOSS, entropy_coeff=0.1), ("logits",)),
-    "linear_ppo_loss": (("old_logp", "advantages", "ref_logp"), dict(hidden=(B, T, H), weight=(V, H), ids=(B, T), bias=(V,)),
-                        dict(LOSS, entropy_coeff=0.1), ("hidden", "weight", "bias")),
+    "ppo_lag_advantage": (
+        ("logp", "ref_logp", "reward_values", "cost_values"),
+        dict(reward=(B,), cost=(B,), multiplier=()),
+        dict(kl_coeff=0.1, gamma=0.9, lam=0.8, clip_score=5.0),
+        (),
+    ),
+    "ppo_loss": (
+        ("logp", "old_logp", "advantages", "ref_logp", "entropy"),
+        {},
+        dict(LOSS, entropy_coeff=0.1),
+        ("logp", "entropy"),
+    ),
+    "ppo_loss_from_logits": (
+        ("old_logp", "advantages", "ref_logp"),
+        dict(logits=(B, T, V), ids=(B, T)),
+        dict(LOSS, entropy_coeff=0.1),
+        ("logits",),
+    ),
+    "linear_ppo_loss": (
+        ("old_logp", "advantages", "ref_logp"),
+        dict(hidden=(B, T, H), weight=(V, H), ids=(B, T), bias=(V,)),
+        dict(LOSS, entropy_coeff=0.1),
+        ("hidden", "weight", "bias"),
+    ),
     "value_loss": (("values", "old_values", "returns"), {}, dict(clip_value=0.3), ("values",)),
 }
 WITH_IDS = [op for op in TABLE if "ids" in TABLE[op][1]]
 PLACES = [place for place in naive.PLACES if place.values[1] == "cpu"]
-LAYOUTS = ("offset", "every second", "reversed axes", "expanded")[2 if INTERPRETED else 0:]
+LAYOUTS = ("offset", "every second", "reversed axes", "expanded")[2 if INTERPRETED else 0 :]
 
 
 def inputs_of(op, empty=None):
@@ -52,7 +72,9 @@ def inputs_of(op, empty=None):
 
 
 class Through(torch.autograd.Function):
-    """The same memory as an intermediate result: neither a leaf nor a view of one, so that the in-place paths are taken."""
+    """The same memory as an intermediate result: neither a leaf nor a view of one, so that the in-place paths
+    are taken.
+    """
 
     @staticmethod
     def forward(ctx, leaf):
@@ -64,9 +86,13 @@ class Through(torch.autograd.Function):
 
 
 def call(op, given, impl="auto", **more):
-    """(outputs, gradients): every tensor that comes out, and what the sum of the outputs gives the leaves. May write over
-    `given`."""
-    leaves = {name: given[name].detach().requires_grad_(given[name].dtype.is_floating_point) for name in TABLE[op][3]}
+    """(outputs, gradients): every tensor that comes out, and what the sum of the outputs gives the leaves.
+    May write over `given`.
+    """
+    leaves = {
+        name: given[name].detach().requires_grad_(given[name].dtype.is_floating_point)
+        for name in TABLE[op][3]
+    }
     through = {name: Through.apply(leaf) if leaf.requires_grad else leaf for name, leaf in leaves.items()}
     result = getattr(saferlhf_fast, op)(**{**given, **through}, **TABLE[op][2], **more, impl=impl)
     outputs = []
@@ -85,6 +111,12 @@ def spread(tensor, layout):
         return tensor[:1].expand(tensor.shape)
     if tensor.is_floating_point():
         return laid_out(tensor, layout)
-    return laid_out(tensor.double(), layout).to(tensor.dtype) if layout == "offset" else \
-        tensor.repeat_interleave(2, -1)[..., ::2] if layout == "every second" else tensor.t().contiguous().t() \
-        if tensor.dim() == 2 else tensor
+    return (
+        laid_out(tensor.double(), layout).to(tensor.dtype)
+        if layout == "offset"
+        else tensor.repeat_interleave(2, -1)[..., ::2]
+        if layout == "every second"
+        else tensor.t().contiguous().t()
+        if tensor.dim() == 2
+        else tensor
+    )

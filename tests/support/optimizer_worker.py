@@ -1,8 +1,9 @@
-"""Run by test_optimizers.py in one or two processes: a few steps of each kind of optimiser, ZeRO stage, precision and offload.
+"""Run by test_optimizers.py in one or two processes: a few steps of each kind of optimiser, ZeRO stage,
+precision and offload.
 
 Writes {"kind/stage/precision/offload": what `run` returns, "decay/kind/stage": the same on gradients of zero,
-"end/stage/offload": what `end_of_a_run` returns}. Offload is of the "states", the "weights" or "both". Two processes do less of
-all that.
+"end/stage/offload": what `end_of_a_run` returns}. Offload is of the "states", the "weights" or "both". Two
+processes do less of all that.
 """
 
 import importlib.util
@@ -26,8 +27,12 @@ def net():
 
 
 def config(stage, precision, offload):
-    return Engine(zero_stage=stage, precision=precision, offload_optimizer=offload in ("states", "both"),
-                  offload_parameters=offload in ("weights", "both"))
+    return Engine(
+        zero_stage=stage,
+        precision=precision,
+        offload_optimizer=offload in ("states", "both"),
+        offload_parameters=offload in ("weights", "both"),
+    )
 
 
 def optimizer(kind):
@@ -38,13 +43,14 @@ def batch():
     """The one global batch -> this rank's share."""
     data = torch.Generator().manual_seed(1)
     x, y = torch.randn(20, 63, generator=data), torch.randn(20, 65, generator=data)
-    return [t[engine.rank()::engine.world_size()] for t in (x, y)]
+    return [t[engine.rank() :: engine.world_size()] for t in (x, y)]
 
 
 def run(kind, stage, precision, offload, zero=False):
-    """Four steps -> losses, gradient norms, learning rates, mean magnitudes of matrices and of biases (before and after), and of
-    the optimiser's state the bytes on this rank and the steps that it has counted. zero: gradients of zero, so that weights only
-    decay."""
+    """Four steps -> losses, gradient norms, learning rates, mean magnitudes of matrices and of biases (before
+    and after), and of the optimiser's state the bytes on this rank and the steps that it has counted. zero:
+    gradients of zero, so that weights only decay.
+    """
     cfg = config(stage, precision, offload)
     trained = engine.Engine(net(), optimizer(kind), cfg, 10)
     out = {"loss": [], "grad_norm": [], "lr": [], "weights": [magnitudes(trained)]}
@@ -62,13 +68,21 @@ def run(kind, stage, precision, offload, zero=False):
     out["weights"].append(magnitudes(trained))
     inner, held = trained.deepspeed.basic_optimizer, trained.deepspeed.optimizer
     out["counted"] = sorted({float(state["step"]) for state in inner.state.values()})
-    flags = {name: bool(getattr(held, name, False)) for name in ("cpu_offload", "offload_optimizer", "offload_param")}
+    flags = {
+        name: bool(getattr(held, name, False))
+        for name in ("cpu_offload", "offload_optimizer", "offload_param")
+    }
     return {**out, **flags, "bytes": state_bytes(inner), "class": type(inner).__name__}
 
 
 def state_bytes(optimizer):
     """Bytes of all tensors that an optimiser remembers, each counted once (bitsandbytes shares its tables)."""
-    tensors = {id(value): value for state in optimizer.state.values() for value in state.values() if hasattr(value, "numel")}
+    tensors = {
+        id(value): value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if hasattr(value, "numel")
+    }
     return sum(value.numel() * value.element_size() for value in tensors.values())
 
 
@@ -76,11 +90,16 @@ def magnitudes(trained):
     """Mean magnitude of the matrices and of the biases, on all ranks."""
     with trained.gathered():
         weights = [p.detach().double().cpu() for p in trained.module.parameters()]
-    return [torch.cat([p.abs().flatten() for p in weights if (p.dim() > 1) == matrix]).mean().item() for matrix in (True, False)]
+    return [
+        torch.cat([p.abs().flatten() for p in weights if (p.dim() > 1) == matrix]).mean().item()
+        for matrix in (True, False)
+    ]
 
 
 def end_of_a_run(stage, offload):
-    """What comes besides the steps: weights are read and put back, a frozen model is asked, a step is not finite."""
+    """What comes besides the steps: weights are read and put back, a frozen model is asked, a step is not
+    finite.
+    """
     cfg = config(stage, "fp32", offload)
     trained = engine.Engine(net(), optimizer("adamw"), cfg, 10)
     x, y = batch()
@@ -102,8 +121,14 @@ def end_of_a_run(stage, offload):
     def distance(i):
         return max((states[0][name] - states[i][name]).abs().max().item() for name in states[0])
 
-    return {"moved": distance(1), "back": distance(2), "after_nan": distance(3), "answers": answers, "frozen": frozen,
-            "skipped": trained.skipped_steps}
+    return {
+        "moved": distance(1),
+        "back": distance(2),
+        "after_nan": distance(3),
+        "answers": answers,
+        "frozen": frozen,
+        "skipped": trained.skipped_steps,
+    }
 
 
 def everything(alone):
@@ -116,7 +141,10 @@ def everything(alone):
         for stage in stages:
             for precision in ("fp32", "bf16"):
                 if alone or precision == "fp32" or stage in (0, 3):
-                    for offload in ("", *(OFFLOADS[stage] if kind == "adamw" or (alone and stage == 2) else ())):
+                    for offload in (
+                        "",
+                        *(OFFLOADS[stage] if kind == "adamw" or (alone and stage == 2) else ()),
+                    ):
                         out[f"{kind}/{stage}/{precision}/{offload}"] = run(kind, stage, precision, offload)
             if alone:
                 out[f"decay/{kind}/{stage}"] = run(kind, stage, "fp32", "", zero=True)
@@ -133,4 +161,4 @@ if __name__ == "__main__":
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
     engine.finish()
-    os._exit(0)      # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here

@@ -1,7 +1,8 @@
-"""Other projects' definitions, each written from its mathematics in plain torch, for tests/docs/test_definitions.py.
+"""Other projects' definitions, each written from its mathematics in plain torch, for
+tests/docs/test_definitions.py.
 
-safe-rlhf is PKU-Alignment/safe-rlhf. `check_against_packages` holds the functions against the packages that can be imported.
-B rows, T tokens a row, V vocabulary.
+safe-rlhf is PKU-Alignment/safe-rlhf. `check_against_packages` holds the functions against the packages that
+can be imported. B rows, T tokens a row, V vocabulary.
 """
 
 import torch
@@ -27,12 +28,13 @@ def entropy_lse(logits):
 
 
 def chunked_logp(logits, ids, chunk, temperature=1.0, softcap=None):
-    """TRL's ChunkedLogProbFunction behind the matmul: chunks of the vocabulary; the target starts at 0 and is taken from the
-    chunk that has it, if any has."""
+    """TRL's ChunkedLogProbFunction behind the matmul: chunks of the vocabulary; the target starts at 0 and is
+    taken from the chunk that has it, if any has.
+    """
     z = (logits if softcap is None else softcap * (logits / softcap).tanh()) / temperature
     target, lse = torch.zeros_like(z[..., 0]), torch.full_like(z[..., 0], -INFINITY)
     for start in range(0, z.shape[-1], chunk):
-        part = z[..., start:start + chunk]
+        part = z[..., start : start + chunk]
         lse = torch.logaddexp(lse, part.logsumexp(-1))
         here = (ids >= start) & (ids < start + part.shape[-1])
         near = (ids - start).clamp(0, part.shape[-1] - 1)
@@ -41,7 +43,9 @@ def chunked_logp(logits, ids, chunk, temperature=1.0, softcap=None):
 
 
 def nll_with_ignored(logits, ids, ignored=-100):
-    """Liger's LigerFusedLinearScaledCrossEntropyFunction behind the matmul: the negative, and 0 where the id is `ignored`."""
+    """Liger's LigerFusedLinearScaledCrossEntropyFunction behind the matmul: the negative, and 0 where the id
+    is `ignored`.
+    """
     logp = log_softmax_gather(logits, torch.where(ids == ignored, 0, ids))
     return torch.where(ids == ignored, 0.0, -logp)
 
@@ -91,7 +95,9 @@ def mean_of_means(x, mask):
 
 
 def surrogate(logp, old_logp, advantage, clip, limit=None, dual=None):
-    """Per token. safe-rlhf's actor_loss_fn, TRL's and Liger's GRPO: no limit. verl's compute_policy_loss: limit 20, dual 3."""
+    """Per token. safe-rlhf's actor_loss_fn, TRL's and Liger's GRPO: no limit. verl's compute_policy_loss:
+    limit 20, dual 3.
+    """
     ratio = (logp - old_logp if limit is None else (logp - old_logp).clamp(-limit, limit)).exp()
     loss = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     return loss if dual is None else torch.where(advantage < 0, torch.minimum(loss, -advantage * dual), loss)
@@ -111,7 +117,9 @@ def value_error(values, old_values, returns, clip):
 
 
 def check_against_packages(logits, ids, mask, rewards, values, logp, old_logp, advantage):
-    """The functions above give what the installed packages give (float32 inputs) -> the names of these packages."""
+    """The functions above give what the installed packages give (float32 inputs) -> the names of these
+    packages.
+    """
     found = []
     identity = torch.eye(logits.shape[-1])
     hidden, targets = logits.reshape(-1, logits.shape[-1]), ids.reshape(-1)
@@ -121,15 +129,21 @@ def check_against_packages(logits, ids, mask, rewards, values, logp, old_logp, a
     except ImportError:
         pass
     else:
-        assert_near(trl.selective_log_softmax(logits, ids, temperature=0.7), log_softmax_gather(logits / 0.7, ids))
+        assert_near(
+            trl.selective_log_softmax(logits, ids, temperature=0.7), log_softmax_gather(logits / 0.7, ids)
+        )
         assert_near(trl.entropy_from_logits(logits), entropy_p_log_p(logits))
         targets_and_unknown = torch.cat([targets[:-1], torch.tensor([logits.shape[-1]])])
-        got, entropy, *_ = ChunkedLogProbFunction.apply(hidden, identity, None, targets_and_unknown, 0.7, 10, 5.0)
+        got, entropy, *_ = ChunkedLogProbFunction.apply(
+            hidden, identity, None, targets_and_unknown, 0.7, 10, 5.0
+        )
         assert_near(got, chunked_logp(hidden, targets_and_unknown, 10, 0.7, 5.0))
         assert_near(entropy, entropy_lse(5 * (hidden / 5).tanh() / 0.7))
         found.append("trl")
     try:
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as liger
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            LigerFusedLinearScaledCrossEntropyFunction as liger,
+        )
     except ImportError:
         pass
     else:

@@ -5,13 +5,25 @@ import transformers
 from tolerance import TABLE
 
 V = 97
-SMALL = {"vocab_size": V, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "pad_token_id": 0,
-         "bos_token_id": 1, "eos_token_id": 2, "intermediate_size": 24, "max_position_embeddings": 64,
-         "initializer_range": 0.5}
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.5,
+}
 KINDS = {
     "llama": ("Llama", {"num_key_value_heads": 1}),
     "llama-tied": ("Llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    "gemma2": ("Gemma2", {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 4}),
+    "gemma2": (
+        "Gemma2",
+        {"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 3.0, "sliding_window": 4},
+    ),
     "cohere": ("Cohere", {"num_key_value_heads": 1, "logit_scale": 0.25}),
     "granite": ("Granite", {"num_key_value_heads": 1, "logits_scaling": 3.0}),
     "gpt2": ("GPT2", {"intermediate_size": None, "n_inner": 24}),
@@ -26,7 +38,9 @@ def make(kind="llama", dtype=torch.float32, **changes):
         if hasattr(config, dropout):
             setattr(config, dropout, 0.0)
     torch.manual_seed(0)
-    return getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))(config).to(dtype)
+    return getattr(transformers, {"GPT2": "GPT2LMHeadModel"}.get(name, f"{name}ForCausalLM"))(config).to(
+        dtype
+    )
 
 
 def random_batch(seed):
@@ -47,10 +61,15 @@ def gradients(model, loss):
 
 
 def close(got, expected, dtype):
-    """A tensor, or the gradients of all parameters, held to the largest entry: sums run in another order, and cancel."""
+    """A tensor, or the gradients of all parameters, held to the largest entry: sums run in another order, and
+    cancel.
+    """
     relative = 2 * TABLE[torch.float32][0] if dtype == torch.float32 else 0.1
     pairs = list(zip(got, expected, strict=True)) if isinstance(got, list) else [(got, expected)]
-    scale = max((e.detach().double().nan_to_num().abs().max().item() for _, e in pairs if e.numel()), default=0.0)
+    scale = max(
+        (e.detach().double().nan_to_num().abs().max().item() for _, e in pairs if e.numel()), default=0.0
+    )
     for mine, theirs in pairs:
-        torch.testing.assert_close(mine.double(), theirs.double(), rtol=relative, atol=relative * max(scale, 1e-3),
-                                   equal_nan=True)
+        torch.testing.assert_close(
+            mine.double(), theirs.double(), rtol=relative, atol=relative * max(scale, 1e-3), equal_nan=True
+        )

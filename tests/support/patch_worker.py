@@ -1,8 +1,10 @@
-"""Run in two processes by test_patch_transformers_guest.py: a patched model under DDP and under ZeRO-3, beside an unpatched one.
+"""Run in two processes by test_patch_transformers_guest.py: a patched model under DDP and under ZeRO-3,
+beside an unpatched one.
 
     python -m torch.distributed.run --standalone --nproc_per_node=2 tests/support/patch_worker.py
 
-Prints a JSON object of rank 0: the largest difference of a gradient under DDP, both models' losses under ZeRO-3.
+Prints a JSON object of rank 0: the largest difference of a gradient under DDP, both models' losses under
+ZeRO-3.
 """
 
 import copy
@@ -14,8 +16,11 @@ from patch_kit import make, random_batch
 
 from saferlhf_fast.integrations.transformers import patch_model
 
-CONFIG = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-          "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}}}
+CONFIG = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "optimizer": {"type": "Adam", "params": {"lr": 1e-2, "torch_adam": True}},
+}
 
 
 def distributed(models, inputs):
@@ -43,9 +48,13 @@ def main():
     labels[0, -1] = ids[0, -1]
     inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
     model = make()
-    lonely = {**inputs, "labels": torch.full_like(labels, -100)} if rank == 1 else inputs        # a rank without any label
-    said = {"gap": distributed((copy.deepcopy(model), patch_model(copy.deepcopy(model))), lonely),
-            "theirs": sharded(copy.deepcopy(model), inputs), "ours": sharded(patch_model(copy.deepcopy(model)), inputs)}
+    # a rank without any label
+    lonely = {**inputs, "labels": torch.full_like(labels, -100)} if rank == 1 else inputs
+    said = {
+        "gap": distributed((copy.deepcopy(model), patch_model(copy.deepcopy(model))), lonely),
+        "theirs": sharded(copy.deepcopy(model), inputs),
+        "ours": sharded(patch_model(copy.deepcopy(model)), inputs),
+    }
     if rank == 0:
         print(json.dumps(said))
     torch.distributed.destroy_process_group()

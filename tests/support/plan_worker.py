@@ -1,7 +1,8 @@
-"""ResumableDict of one DeepSpeed engine over a stack of linear layers: plan_worker.py OUT LAYERS STAGE PRECISION OFFLOAD.
+"""ResumableDict of one DeepSpeed engine over a stack of linear layers: plan_worker.py OUT LAYERS STAGE
+PRECISION OFFLOAD.
 
-Writes {phase: [peak, end]} in bytes above what was resident before, of rank 0: resident memory, with the C library told to
-hand large blocks back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_).
+Writes {phase: [peak, end]} in bytes above what was resident before, of rank 0: resident memory, with the C
+library told to hand large blocks back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_).
 """
 
 import contextlib
@@ -37,7 +38,8 @@ def resident(name):
 def main(out, layers, stage, precision, offload):
     cfg = Engine(zero_stage=int(stage), precision=precision, offload_optimizer=offload == "1", threads=1)
     engine.start(cfg, 0)
-    toy = engine.Engine(torch.nn.Linear(WIDTH, WIDTH), Optimizer(), cfg, 10)      # imports, and what libraries keep
+    # imports, and what libraries keep
+    toy = engine.Engine(torch.nn.Linear(WIDTH, WIDTH), Optimizer(), cfg, 10)
     toy.backward(toy(torch.ones(4, WIDTH, dtype=engine.precision(cfg))).float().sum())
     toy.step()
     gc.collect()
@@ -53,7 +55,7 @@ def main(out, layers, stage, precision, offload):
 
     with phase("load"):
         model = engine.Engine(Net(int(layers)), Optimizer(), cfg, 10)
-    for _ in range(2):                                # the second step finds the optimiser's states there
+    for _ in range(2):  # the second step finds the optimiser's states there
         for k in range(2):
             with phase(f"forward {k}"):
                 loss = model(torch.ones(4, WIDTH, dtype=engine.precision(cfg)) / WIDTH)

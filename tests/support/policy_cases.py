@@ -1,4 +1,6 @@
-"""Cases for the fused policy losses, and their definition in float64: log_softmax, the formulas, autograd. Nothing of ours."""
+"""Cases for the fused policy losses, and their definition in float64: log_softmax, the formulas, autograd.
+Nothing of ours.
+"""
 
 import torch
 
@@ -6,9 +8,20 @@ BIG = torch.float64
 
 
 class Case:
-    """Hidden states, head and token vectors of a ragged batch (padded [B, T]), ratios near 1 so that some are clipped."""
+    """Hidden states, head and token vectors of a ragged batch (padded [B, T]), ratios near 1 so that some are
+    clipped.
+    """
 
-    def __init__(self, lengths=(5, 0, 3, 1), hidden=8, vocabulary=57, dtype=torch.float32, seed=0, device="cpu", slack=2):
+    def __init__(
+        self,
+        lengths=(5, 0, 3, 1),
+        hidden=8,
+        vocabulary=57,
+        dtype=torch.float32,
+        seed=0,
+        device="cpu",
+        slack=2,
+    ):
         random = torch.Generator().manual_seed(seed)
         rows, width = len(lengths), max(lengths, default=0) + slack
 
@@ -22,9 +35,14 @@ class Case:
         self.bias = normal(vocabulary).to(dtype).to(device)
         self.ids = torch.randint(vocabulary, (rows, width), generator=random).to(device)
         kind = BIG if dtype == BIG else torch.float32
-        logp = torch.log_softmax(self.logits(self.hidden, self.weight, self.bias), -1).gather(-1, self.ids[..., None].cpu())
+        logp = torch.log_softmax(self.logits(self.hidden, self.weight, self.bias), -1).gather(
+            -1, self.ids[..., None].cpu()
+        )
         near = logp.squeeze(-1) + 0.3 * normal(rows, width)
-        self.old_logp, self.ref_logp = near.to(kind).to(device), (near + 0.3 * normal(rows, width)).to(kind).to(device)
+        self.old_logp, self.ref_logp = (
+            near.to(kind).to(device),
+            (near + 0.3 * normal(rows, width)).to(kind).to(device),
+        )
         self.advantages = normal(rows, width).to(kind).to(device)
 
     def logits(self, hidden, weight, bias):
@@ -41,14 +59,31 @@ class Case:
         return torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32).to(self.device)
 
 
-def definition(case, logits, *, clip_ratio, clip_high=None, dual_clip=None, kl_coeff=0.0, kl_estimator="k3", entropy_coeff=0.0,
-               temperature=1.0, softcap=None, reduction="sequence-mean", normalizer=None, advantage_scale=1.0,
-               advantage_shift=0.0, with_reference=True):
+def definition(
+    case,
+    logits,
+    *,
+    clip_ratio,
+    clip_high=None,
+    dual_clip=None,
+    kl_coeff=0.0,
+    kl_estimator="k3",
+    entropy_coeff=0.0,
+    temperature=1.0,
+    softcap=None,
+    reduction="sequence-mean",
+    normalizer=None,
+    advantage_scale=1.0,
+    advantage_shift=0.0,
+    with_reference=True,
+):
     """(loss, stats) in float64 by autograd's own means; logits [B, T, V] float64 on the CPU."""
     mask = case.mask.cpu()
     z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-    log_p = torch.log_softmax(z / (temperature.cpu().to(BIG)[..., None] if isinstance(temperature, torch.Tensor)
-                                   else temperature), -1)
+    log_p = torch.log_softmax(
+        z / (temperature.cpu().to(BIG)[..., None] if isinstance(temperature, torch.Tensor) else temperature),
+        -1,
+    )
     logp = log_p.gather(-1, case.ids.cpu()[..., None]).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     advantage = case.advantages.cpu().to(BIG) * advantage_scale + advantage_shift
@@ -70,11 +105,17 @@ def definition(case, logits, *, clip_ratio, clip_high=None, dual_clip=None, kl_c
         rows = [term[row][mask[row]].mean() for row in range(len(counts)) if counts[row]]
         loss = sum(rows, logits.sum() * 0) / (normalizer or max(len(rows), 1))
     inside = mask.sum().clamp(min=1).to(BIG)
-    stats = {"clip_fraction": (((ratio < low) | (ratio > high)) & mask).sum() / inside,
-             "clipped": ((other > plain) & mask).sum() / inside, "log_ratio": (log_ratio * mask).sum() / inside,
-             "approx_kl": ((ratio - 1 - ratio.log()) * mask).sum() / inside, "ratio": (ratio * mask).sum() / inside,
-             "advantage": (advantage * mask).sum() / inside, "entropy": (entropy * mask).sum() / inside,
-             "sequences": (counts > 0).sum().to(BIG), "tokens": mask.sum().to(BIG)}
+    stats = {
+        "clip_fraction": (((ratio < low) | (ratio > high)) & mask).sum() / inside,
+        "clipped": ((other > plain) & mask).sum() / inside,
+        "log_ratio": (log_ratio * mask).sum() / inside,
+        "approx_kl": ((ratio - 1 - ratio.log()) * mask).sum() / inside,
+        "ratio": (ratio * mask).sum() / inside,
+        "advantage": (advantage * mask).sum() / inside,
+        "entropy": (entropy * mask).sum() / inside,
+        "sequences": (counts > 0).sum().to(BIG),
+        "tokens": mask.sum().to(BIG),
+    }
     if dual_clip is not None:
         stats["dual_clipped"] = ((-dual_clip * advantage < usual) & (advantage < 0) & mask).sum() / inside
     if with_reference:

@@ -15,10 +15,21 @@ import kit
 from saferlhf_fast.runtime.checkpoint import manifest
 
 STEPS, AT = 4, 2
-TRAIN = {"train.max_steps": STEPS, "train.batch_size": 3, "train.accumulation": 1, "train.epochs": 9, "optim.learning_rate": 1e-3}
+TRAIN = {
+    "train.max_steps": STEPS,
+    "train.batch_size": 3,
+    "train.accumulation": 1,
+    "train.epochs": 9,
+    "optim.learning_rate": 1e-3,
+}
 DROPOUT = {"lora.rank": 2, "lora.dropout": 0.2}
-PPO = {"max_length": 24, "ppo.batch_size": 3, "ppo.max_steps": STEPS, "optim.learning_rate": 1e-3,
-       "critic_optim.learning_rate": 1e-3}
+PPO = {
+    "max_length": 24,
+    "ppo.batch_size": 3,
+    "ppo.max_steps": STEPS,
+    "optim.learning_rate": 1e-3,
+    "critic_optim.learning_rate": 1e-3,
+}
 LAG = {"multiplier.window": 8, "multiplier.lr": 0.5}
 
 
@@ -26,13 +37,26 @@ def words(stage, world, output, processes=1, **settings):
     """The command line of a tiny run that writes a checkpoint at every second step."""
     base, data = world["model"], world
     if stage in ("ppo", "ppo-lag"):
-        common = {"model": base, "reward": world["reward"], "data": data["prompts"], "ptx": data["sft"], **PPO}
+        common = {
+            "model": base,
+            "reward": world["reward"],
+            "data": data["prompts"],
+            "ptx": data["sft"],
+            **PPO,
+        }
         common |= {"cost": world["cost"], **LAG} if stage == "ppo-lag" else {}
     else:
         common = {"model": base, "data": data["sft" if stage == "sft" else "pairs"], **TRAIN, **DROPOUT}
         if stage == "sft":
             common |= {"train.eval_fraction": 0.2, "train.eval_interval": 1, "train.best_metric": "eval/loss"}
-    values = {**common, "output": output, "log.progress": "false", "checkpoint.interval": AT, "checkpoint.keep": 9, **settings}
+    values = {
+        **common,
+        "output": output,
+        "log.progress": "false",
+        "checkpoint.interval": AT,
+        "checkpoint.keep": 9,
+        **settings,
+    }
     return [stage, *(f"{key}={value}" for key, value in values.items())]
 
 
@@ -63,13 +87,16 @@ def assert_same(a, b, step=STEPS):
     assert not differ, f"{differ} differ"
     assert _state(a, step) == _state(b, step)
     assert digest(a / "model" / "model.safetensors") == digest(b / "model" / "model.safetensors")
-    rows = [[{key: value for key, value in row.items() if key != "time"} for row in kit.rows(folder)] for folder in (a, b)]
+    rows = [
+        [{key: value for key, value in row.items() if key != "time"} for row in kit.rows(folder)]
+        for folder in (a, b)
+    ]
     assert rows[0] == rows[1] and len(rows[0]) >= STEPS
 
 
 def _state(folder, step):
     values = json.loads((manifest.folder_of(folder, step) / "state.json").read_text())
-    values["metrics"] = {"step": values["metrics"]["step"]}          # seconds, and bytes with them
+    values["metrics"] = {"step": values["metrics"]["step"]}  # seconds, and bytes with them
     return values
 
 
@@ -81,27 +108,47 @@ def digest(path):
 def launch(commands, processes, timeout=400, check=True, worker="resume_worker.py", **env):
     """Runs command lines one after the other in the same processes -> CompletedProcess with all their output."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*start, str(kit.SUPPORT / worker), json.dumps(commands)], capture_output=True, text=True,
-                          timeout=timeout, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}", **env})
+    done = subprocess.run(
+        [*start, str(kit.SUPPORT / worker), json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}", **env},
+    )
     assert not check or done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
     return done
 
 
 def together(command, processes, worker="fault_worker.py", timeout=200, **env):
-    """Starts one command line in so many processes, without a launcher that would end them -> [(exit code, output, errors)].
+    """Starts one command line in so many processes, without a launcher that would end them -> [(exit code,
+    output, errors)].
 
-    env: more of the environment. A process that is still there after `timeout` seconds is killed and fails the test.
+    env: more of the environment. A process that is still there after `timeout` seconds is killed and fails
+    the test.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     running = []
     for rank in range(processes):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-               "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"}
-        running.append(subprocess.Popen([sys.executable, str(kit.SUPPORT / worker), json.dumps(command)], text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **own, **env}))
+        own = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}",
+        }
+        running.append(
+            subprocess.Popen(
+                [sys.executable, str(kit.SUPPORT / worker), json.dumps(command)],
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, **own, **env},
+            )
+        )
     deadline, found = time.monotonic() + timeout, []
     for process in running:
         try:
@@ -109,7 +156,9 @@ def together(command, processes, worker="fault_worker.py", timeout=200, **env):
         except subprocess.TimeoutExpired:
             for other in running:
                 other.kill()
-            raise AssertionError(f"a process did not end within {timeout} s: {process.communicate()}") from None
+            raise AssertionError(
+                f"a process did not end within {timeout} s: {process.communicate()}"
+            ) from None
         found.append((process.returncode, out, err))
     return found
 

@@ -1,4 +1,5 @@
-"""safe-rlhf's own PPO-Lag trainer, two updates on stored responses of a tiny model: python safe_rlhf_worker.py [patched].
+"""safe-rlhf's own PPO-Lag trainer, two updates on stored responses of a tiny model: python
+safe_rlhf_worker.py [patched].
 
 The last line of stdout is a JSON object: {"steps": what each rl_step returned, "calls": calls of ours}.
 """
@@ -17,14 +18,21 @@ def main(patched):
     import step_ref
     import torch
     from step_work import BOS, EOS, FIRST, PAD, SHAPES, Work
+
     step_ref.stand_in()
     report = None
     if patched:
         from saferlhf_fast import integrations
+
         report = integrations.patch("safe_rlhf", quiet=True)
     generator = torch.Generator().manual_seed(3)
-    ids = lambda count: torch.randint(FIRST, SHAPES["tiny"].vocabulary, (count,), generator=generator).tolist()
-    work = Work([[BOS, *ids(3 + row)] for row in range(4)], [[*ids(7 - row), EOS] for row in range(4)], "tiny")
+
+    def ids(count):
+        return torch.randint(FIRST, SHAPES["tiny"].vocabulary, (count,), generator=generator).tolist()
+
+    work = Work(
+        [[BOS, *ids(3 + row)] for row in range(4)], [[*ids(7 - row), EOS] for row in range(4)], "tiny"
+    )
     side = step_ref.Side(work, {"device": "cpu", "micro": 2, "ptx": False, "prompts": 4})
     trainer, found = side.trainer, []
     prompts = side.batch["input_ids"]
@@ -32,10 +40,10 @@ def main(patched):
         parts = []
         trainer.set_eval()
         for at in (0, 2):
-            width = max(work.limits[at:at + 2])
-            answers = torch.tensor([row + [PAD] * (width - len(row)) for row in work.responses[at:at + 2]])
-            sequence = torch.cat([prompts[at:at + 2], answers], 1)
-            parts.append(trainer.post_rollout(prompts[at:at + 2], sequence, sequence.ne(PAD)))
+            width = max(work.limits[at : at + 2])
+            answers = torch.tensor([row + [PAD] * (width - len(row)) for row in work.responses[at : at + 2]])
+            sequence = torch.cat([prompts[at : at + 2], answers], 1)
+            parts.append(trainer.post_rollout(prompts[at : at + 2], sequence, sequence.ne(PAD)))
         found += side.update(parts)
     print("\n" + json.dumps({"steps": found, "calls": report.calls if report else {}}))
 

@@ -1,4 +1,5 @@
-"""Run by test_watch.py: ranks that only meet, with a fault in one of them while the others wait in a collective.
+"""Run by test_watch.py: ranks that only meet, with a fault in one of them while the others wait in a
+collective.
 
     watch_small.py FAULT RANKS TIMEOUT INTERVAL        FAULT: none raise refuse interrupt hang kill early
 """

@@ -16,7 +16,7 @@ def stuck():
     time.sleep(1000)
 
 
-def faulty(sample, calls=[0]):              # noqa: B006 counts over calls
+def faulty(sample, calls=[0]):  # noqa: B006 counts over calls
     def sampled(*args):
         calls[0] += 1
         if calls[0] == 2 and os.environ["RANK"] in RANKS:
@@ -31,6 +31,7 @@ def faulty(sample, calls=[0]):              # noqa: B006 counts over calls
             if FAULT == "exit":
                 raise SystemExit(143)
         return sample(*args)
+
     return sampled
 
 

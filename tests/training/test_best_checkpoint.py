@@ -1,4 +1,6 @@
-"""BestCheckpoint: the best or the last is kept, with its weights; checkpoints of before, in both of their forms, are read."""
+"""BestCheckpoint: the best or the last is kept, with its weights; checkpoints of before, in both of their
+forms, are read.
+"""
 
 import pytest
 
@@ -16,8 +18,9 @@ def offered(scores, keep=None, best=None):
 def test_the_best_is_kept_with_the_weights_of_its_moment():
     kept = iter("abcd")
     best = offered([1.0, 3.0, 3.0, 2.0], lambda: next(kept))
-    assert (best.step, best.evaluation, best.weights) == (2, {"score": 3.0}, "b")       # the first of equals
-    assert next(kept) == "c"                                                            # nothing was kept in vain
+    assert (best.step, best.evaluation, best.weights) == (2, {"score": 3.0}, "b")  # the first of equals
+    # nothing was kept in vain
+    assert next(kept) == "c"
 
 
 def test_without_keep_the_last_one_counts():
@@ -34,13 +37,30 @@ def test_a_resumed_one_goes_on_from_its_best():
     assert (again.step, again.weights) == (4, "new")
 
 
-@pytest.mark.parametrize("older, expected", [
-    ({"value": 0.5, "values": {"eval/loss": 0.5}, "step": 4}, {"step": 4, "evaluation": {"eval/loss": 0.5}, "weights": None}),
-    ({"value": None, "values": None, "step": None}, {"step": None, "evaluation": None, "weights": None}),
-    ({"best": [1, 2.0], "rows": [{"reward": 2.0}], "step": 3, "state": {"w": 1}, "multiplier_then": 0.5},
-     {"step": 3, "evaluation": {"rows": [{"reward": 2.0}], "multiplier": 0.5}, "weights": {"w": 1}}),
-    ({"best": None, "rows": None, "step": None, "state": None, "multiplier_then": None},
-     {"step": None, "evaluation": {"rows": None, "multiplier": None}, "weights": None})])
+@pytest.mark.parametrize(
+    "older, expected",
+    [
+        (
+            {"value": 0.5, "values": {"eval/loss": 0.5}, "step": 4},
+            {"step": 4, "evaluation": {"eval/loss": 0.5}, "weights": None},
+        ),
+        ({"value": None, "values": None, "step": None}, {"step": None, "evaluation": None, "weights": None}),
+        (
+            {
+                "best": [1, 2.0],
+                "rows": [{"reward": 2.0}],
+                "step": 3,
+                "state": {"w": 1},
+                "multiplier_then": 0.5,
+            },
+            {"step": 3, "evaluation": {"rows": [{"reward": 2.0}], "multiplier": 0.5}, "weights": {"w": 1}},
+        ),
+        (
+            {"best": None, "rows": None, "step": None, "state": None, "multiplier_then": None},
+            {"step": None, "evaluation": {"rows": None, "multiplier": None}, "weights": None},
+        ),
+    ],
+)
 def test_checkpoints_of_before_are_read(older, expected):
     best = BestCheckpoint(lambda evaluation: [0.0], lambda: "new")
     best.load_state_dict(older)

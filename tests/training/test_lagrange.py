@@ -46,16 +46,20 @@ def test_nothing_moves_before_there_is_a_cost(rule):
     again = rule(init=1.0, threshold=-4.0, window=2)
     again.load_state_dict(multiplier.state_dict())
     costs = torch.tensor([-1.0, -2.0])
-    expected = fresh.update(costs)                                   # the first cost counts as if it were the first update
+    # the first cost counts as if it were the first update
+    expected = fresh.update(costs)
     assert torch.equal(multiplier.update(costs), expected) and torch.equal(again.update(costs), expected)
     assert expected.item() > 1.0 and multiplier.mean_cost.item() == -1.5
-    assert torch.equal(multiplier.update(nothing[1]), expected) and multiplier.mean_cost.item() == -1.5    # the window is holes
+    # the window is holes
+    assert torch.equal(multiplier.update(nothing[1]), expected) and multiplier.mean_cost.item() == -1.5
 
 
 def test_an_update_without_a_cost_is_no_error_to_compare_the_next_with():
     multiplier, fresh = (PIDMultiplier(init=0.5, kp=0.0, ki=0.0, kd=0.01, threshold=4.0) for _ in range(2))
     multiplier.update(torch.zeros(0))
-    assert multiplier.update(torch.full((2,), 9.0)).item() == fresh.update(torch.full((2,), 9.0)).item() == 0.5
+    assert (
+        multiplier.update(torch.full((2,), 9.0)).item() == fresh.update(torch.full((2,), 9.0)).item() == 0.5
+    )
 
 
 def test_a_window_with_costs_goes_on_through_an_empty_batch():
@@ -79,7 +83,8 @@ def test_pid_by_hand():
     pid = PIDMultiplier(init=0.2, kp=0.5, ki=0.1, kd=2.0, max=5.0, threshold=0.0, window=1)
     assert math.isclose(pid.update(torch.tensor([1.0])).item(), 0.5 * 1 + (0.2 + 0.1 * 1), rel_tol=1e-6)
     assert math.isclose(pid.update(torch.tensor([1.5])).item(), 0.75 + 0.45 + 2.0 * 0.5, rel_tol=1e-6)
-    assert math.isclose(pid.update(torch.tensor([0.5])).item(), 0.25 + 0.5 + 0.0, rel_tol=1e-6)   # falling: no derivative
+    # falling: no derivative
+    assert math.isclose(pid.update(torch.tensor([0.5])).item(), 0.25 + 0.5 + 0.0, rel_tol=1e-6)
     assert pid.update(torch.tensor([-100.0])).item() == 0.0
 
 
@@ -102,46 +107,69 @@ def test_a_loop_of_ones_own_goes_on_from_its_state(rule, tmp_path):
     second.load_state_dict(torch.load(tmp_path / "multiplier.pt", weights_only=True))
     assert repr(second) == repr(first)
     for batch in costs[2:]:
-        assert torch.equal(whole.update(batch), second.update(batch)) and torch.equal(whole.mean_cost, second.mean_cost)
+        assert torch.equal(whole.update(batch), second.update(batch)) and torch.equal(
+            whole.mean_cost, second.mean_cost
+        )
 
 
 def test_costs_bring_no_gradient_and_any_dtype():
     costs = torch.tensor([0.5, 1.5], requires_grad=True)
     kinds = (costs * 1, costs.detach().double(), costs.detach().bfloat16())
     values = [LagrangeMultiplier(window=2).update(made) for made in kinds]
-    assert all(torch.equal(value, values[0]) and not value.requires_grad and value.dtype == torch.float32 for value in values)
+    assert all(
+        torch.equal(value, values[0]) and not value.requires_grad and value.dtype == torch.float32
+        for value in values
+    )
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: LagrangeMultiplier(window=0), "window: expected a number of episodes >= 1, got 0"),
-    (lambda: PIDMultiplier(window=2.5), "window: .* got 2.5"),
-    (lambda: LagrangeMultiplier(window=True), "window: .* got True"),
-    (lambda: LagrangeMultiplier(max=float("nan")), "max: expected a number above 0, got nan"),
-    (lambda: LagrangeMultiplier(init=6.0), "init: expected a finite number above 0 and at most 5, got 6.0"),
-    (lambda: LagrangeMultiplier(lr=-1), "lr: expected a finite number at least 0, got -1"),
-    (lambda: LagrangeMultiplier(lr=float("nan")), "lr: .* got nan"),
-    (lambda: LagrangeMultiplier(lr=float("inf")), "lr: .* got inf"),
-    (lambda: LagrangeMultiplier(lr="0.1"), "lr: .* got '0.1'"),
-    (lambda: LagrangeMultiplier(lr=True), "lr: .* got True"),
-    (lambda: LagrangeMultiplier(delay=True), "delay: .* got True"),
-    (lambda: LagrangeMultiplier(threshold=float("nan")), "threshold: expected a finite number, got nan"),
-    (lambda: LagrangeMultiplier(delay=-1), "delay: expected a number of steps >= 0, got -1"),
-    (lambda: PIDMultiplier(delay=1.5), "delay: .* got 1.5"),
-    (lambda: PIDMultiplier(init=-1), "init: expected a finite number at least 0 and at most 5, got -1"),
-    (lambda: PIDMultiplier(init=float("nan")), "init: .* got nan"),
-    (lambda: PIDMultiplier(init=6), "init: .* got 6"),
-    (lambda: PIDMultiplier(max=0), "max: expected a number above 0, got 0"),
-    (lambda: PIDMultiplier(max=-2.0), "max: .* got -2"),
-    (lambda: PIDMultiplier(kp=-0.1), "kp: .* got -0.1"),
-    (lambda: PIDMultiplier(ki=float("nan")), "ki: .* got nan"),
-    (lambda: PIDMultiplier(kd=float("inf")), "kd: .* got inf"),
-    (lambda: LagrangeMultiplier().update(torch.ones(2, 1)), r"a tensor \[B\], one cost for each episode, got shape \[2, 1\]"),
-    (lambda: LagrangeMultiplier().update(torch.tensor(1.0)), r"got shape \[\]"),
-    (lambda: PIDMultiplier().update([1.0]), "got list"),
-    (lambda: LagrangeMultiplier().update(torch.ones(2) * 1j), "costs: expected real numbers, .* got torch.complex64 on cpu"),
-    (lambda: LagrangeMultiplier().update(torch.ones(2).bool()), "costs: expected real numbers, .* got torch.bool on cpu"),
-    (lambda: PIDMultiplier().update(torch.ones(2, device="meta")), "on a device with values, got torch.float32 on meta"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: LagrangeMultiplier(window=0), "window: expected a number of episodes >= 1, got 0"),
+        (lambda: PIDMultiplier(window=2.5), "window: .* got 2.5"),
+        (lambda: LagrangeMultiplier(window=True), "window: .* got True"),
+        (lambda: LagrangeMultiplier(max=float("nan")), "max: expected a number above 0, got nan"),
+        (
+            lambda: LagrangeMultiplier(init=6.0),
+            "init: expected a finite number above 0 and at most 5, got 6.0",
+        ),
+        (lambda: LagrangeMultiplier(lr=-1), "lr: expected a finite number at least 0, got -1"),
+        (lambda: LagrangeMultiplier(lr=float("nan")), "lr: .* got nan"),
+        (lambda: LagrangeMultiplier(lr=float("inf")), "lr: .* got inf"),
+        (lambda: LagrangeMultiplier(lr="0.1"), "lr: .* got '0.1'"),
+        (lambda: LagrangeMultiplier(lr=True), "lr: .* got True"),
+        (lambda: LagrangeMultiplier(delay=True), "delay: .* got True"),
+        (lambda: LagrangeMultiplier(threshold=float("nan")), "threshold: expected a finite number, got nan"),
+        (lambda: LagrangeMultiplier(delay=-1), "delay: expected a number of steps >= 0, got -1"),
+        (lambda: PIDMultiplier(delay=1.5), "delay: .* got 1.5"),
+        (lambda: PIDMultiplier(init=-1), "init: expected a finite number at least 0 and at most 5, got -1"),
+        (lambda: PIDMultiplier(init=float("nan")), "init: .* got nan"),
+        (lambda: PIDMultiplier(init=6), "init: .* got 6"),
+        (lambda: PIDMultiplier(max=0), "max: expected a number above 0, got 0"),
+        (lambda: PIDMultiplier(max=-2.0), "max: .* got -2"),
+        (lambda: PIDMultiplier(kp=-0.1), "kp: .* got -0.1"),
+        (lambda: PIDMultiplier(ki=float("nan")), "ki: .* got nan"),
+        (lambda: PIDMultiplier(kd=float("inf")), "kd: .* got inf"),
+        (
+            lambda: LagrangeMultiplier().update(torch.ones(2, 1)),
+            r"a tensor \[B\], one cost for each episode, got shape \[2, 1\]",
+        ),
+        (lambda: LagrangeMultiplier().update(torch.tensor(1.0)), r"got shape \[\]"),
+        (lambda: PIDMultiplier().update([1.0]), "got list"),
+        (
+            lambda: LagrangeMultiplier().update(torch.ones(2) * 1j),
+            "costs: expected real numbers, .* got torch.complex64 on cpu",
+        ),
+        (
+            lambda: LagrangeMultiplier().update(torch.ones(2).bool()),
+            "costs: expected real numbers, .* got torch.bool on cpu",
+        ),
+        (
+            lambda: PIDMultiplier().update(torch.ones(2, device="meta")),
+            "on a device with values, got torch.float32 on meta",
+        ),
+    ],
+)
 def test_what_cannot_be_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
@@ -149,7 +177,7 @@ def test_what_cannot_be_is_refused(call, message):
 
 def test_integers_are_costs_and_the_most_negative_one_is_not_believed():
     multiplier = LagrangeMultiplier(window=4)
-    multiplier.update(torch.tensor([-2**63, 2**63 - 1, 1, 3]))
+    multiplier.update(torch.tensor([-(2**63), 2**63 - 1, 1, 3]))
     assert multiplier.mean_cost.item() == 2.0 and multiplier.value.item() > 1.0
     assert LagrangeMultiplier().update(torch.tensor([-128, 0], dtype=torch.int8)).item() < 1.0
     assert LagrangeMultiplier(device="meta").update(torch.ones(2, device="meta")).is_meta
@@ -157,34 +185,85 @@ def test_integers_are_costs_and_the_most_negative_one_is_not_believed():
 
 def whole(multiplier):
     """All that a multiplier holds, to compare."""
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in
-            {**vars(multiplier), **vars(multiplier.window), "window": None}.items()}
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in {**vars(multiplier), **vars(multiplier.window), "window": None}.items()
+    }
 
 
-@pytest.mark.parametrize(("rule", "change", "message"), [
-    (PIDMultiplier, lambda state: LagrangeMultiplier(init=3.0).state_dict(),
-     "PIDMultiplier: state of values: expected integral, value, last_error, mean_cost, got log_value, mean_cost"),
-    (LagrangeMultiplier, lambda state: PIDMultiplier().state_dict(),
-     "LagrangeMultiplier: state of values: expected log_value, mean_cost, got integral, value, last_error, mean_cost"),
-    (LagrangeMultiplier, lambda state: {**state, "values": {"lr": None}}, "expected log_value, mean_cost, got lr"),
-    (LagrangeMultiplier, lambda state: {**state, "values": {}}, "expected log_value, mean_cost, got none"),
-    (LagrangeMultiplier, lambda state: {"values": {"lr": None}},
-     "LagrangeMultiplier: state: expected values, window, steps, threshold, got values"),
-    (LagrangeMultiplier, lambda state: {**state, "lr": 1.0}, "state: expected .* got values, window, steps, threshold, lr"),
-    (LagrangeMultiplier, lambda state: None, "state: expected values, .* got NoneType"),
-    (PIDMultiplier, lambda state: {**state, "window": {"costs": torch.zeros(2)}},
-     "state of the window: expected costs, kept, got costs"),
-    (PIDMultiplier, lambda state: {**state, "window": {"costs": torch.zeros(0), "kept": torch.tensor(0.0)}},
-     "state: costs: expected a window of 1 episode or more, got none"),
-    (PIDMultiplier, lambda state: {**state, "window": {"costs": [1.0], "kept": torch.tensor(0.0)}},
-     r"state: costs: expected a floating point tensor \[window\], got \[1.0\]"),
-    (PIDMultiplier, lambda state: {**state, "values": {**state["values"], "value": None}},
-     r"state: value: expected a floating point tensor \[\], got None"),
-    (LagrangeMultiplier, lambda state: {**state, "values": {**state["values"], "log_value": torch.zeros(2)}},
-     r"state: log_value: expected a floating point tensor \[\], got torch.float32 \[2\] on cpu"),
-    (LagrangeMultiplier, lambda state: {**state, "steps": -1}, "state: steps: expected a number of steps >= 0, got -1"),
-    (LagrangeMultiplier, lambda state: {**state, "threshold": "0"}, "state: threshold: expected a finite number, got '0'"),
-])
+@pytest.mark.parametrize(
+    ("rule", "change", "message"),
+    [
+        (
+            PIDMultiplier,
+            lambda state: LagrangeMultiplier(init=3.0).state_dict(),
+            "PIDMultiplier: state of values: expected integral, value, last_error, mean_cost, got log_value, "
+            "mean_cost",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: PIDMultiplier().state_dict(),
+            "LagrangeMultiplier: state of values: expected log_value, mean_cost, got integral, value, "
+            "last_error, mean_cost",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {**state, "values": {"lr": None}},
+            "expected log_value, mean_cost, got lr",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {**state, "values": {}},
+            "expected log_value, mean_cost, got none",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {"values": {"lr": None}},
+            "LagrangeMultiplier: state: expected values, window, steps, threshold, got values",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {**state, "lr": 1.0},
+            "state: expected .* got values, window, steps, threshold, lr",
+        ),
+        (LagrangeMultiplier, lambda state: None, "state: expected values, .* got NoneType"),
+        (
+            PIDMultiplier,
+            lambda state: {**state, "window": {"costs": torch.zeros(2)}},
+            "state of the window: expected costs, kept, got costs",
+        ),
+        (
+            PIDMultiplier,
+            lambda state: {**state, "window": {"costs": torch.zeros(0), "kept": torch.tensor(0.0)}},
+            "state: costs: expected a window of 1 episode or more, got none",
+        ),
+        (
+            PIDMultiplier,
+            lambda state: {**state, "window": {"costs": [1.0], "kept": torch.tensor(0.0)}},
+            r"state: costs: expected a floating point tensor \[window\], got \[1.0\]",
+        ),
+        (
+            PIDMultiplier,
+            lambda state: {**state, "values": {**state["values"], "value": None}},
+            r"state: value: expected a floating point tensor \[\], got None",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {**state, "values": {**state["values"], "log_value": torch.zeros(2)}},
+            r"state: log_value: expected a floating point tensor \[\], got torch.float32 \[2\] on cpu",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {**state, "steps": -1},
+            "state: steps: expected a number of steps >= 0, got -1",
+        ),
+        (
+            LagrangeMultiplier,
+            lambda state: {**state, "threshold": "0"},
+            "state: threshold: expected a finite number, got '0'",
+        ),
+    ],
+)
 def test_a_state_that_does_not_fit_changes_nothing(rule, change, message):
     multiplier = rule(init=2.0, threshold=0.5, window=4)
     multiplier.update(torch.tensor([1.0, 4.0]))
@@ -195,10 +274,14 @@ def test_a_state_that_does_not_fit_changes_nothing(rule, change, message):
 
 
 def test_settings_of_other_kinds_of_numbers():
-    multiplier = LagrangeMultiplier(init=torch.tensor(2.0), lr=0, max=float("inf"), threshold=torch.tensor([-1.5]))
+    multiplier = LagrangeMultiplier(
+        init=torch.tensor(2.0), lr=0, max=float("inf"), threshold=torch.tensor([-1.5])
+    )
     assert multiplier.update(torch.ones(1)).item() == pytest.approx(2.0) and multiplier.threshold == -1.5
 
 
 def test_it_prints_what_it_is():
     multiplier = LagrangeMultiplier(init=2.0, lr=0.5, threshold=-1.0, window=8, delay=3)
-    assert repr(multiplier) == ("LagrangeMultiplier(value=2, mean_cost=0, window=8, lr=0.5, threshold=-1, delay=3, steps=0)")
+    assert repr(multiplier) == (
+        "LagrangeMultiplier(value=2, mean_cost=0, window=8, lr=0.5, threshold=-1, delay=3, steps=0)"
+    )

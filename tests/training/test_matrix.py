@@ -1,5 +1,7 @@
-"""Every stage under every ZeRO stage, offload, precision and number of processes gives the losses of one process without any of
-it, for the same global batch: a pairwise cover of the matrix in `make test`, the whole product in `make test-matrix`."""
+"""Every stage under every ZeRO stage, offload, precision and number of processes gives the losses of one
+process without any of it, for the same global batch: a pairwise cover of the matrix in `make test`, the whole
+product in `make test-matrix`.
+"""
 
 import json
 import math
@@ -16,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 COVER = [*matrix.cover(matrix.everything()), *matrix.EXTRA]
 PRODUCT = matrix.product_cells()
-CHUNK = 60         # cells of one launch
+CHUNK = 60  # cells of one launch
 TOLERANCE = {stage: 1e-4 if stage in matrix.PPO else 2e-5 for stage in matrix.AXES["stage"]}
 BF16_FIRST, BF16_LATER = 3e-2, 1e-1
 COUNTS = ("accuracy", "unsafe_share", "gap_share", "clip_fraction")
@@ -29,9 +31,14 @@ def world(tmp_path_factory):
     """{name: path} of models and data, and the path of the JSON that says so."""
     folder = tmp_path_factory.mktemp("matrix")
     base = kit.make_model(folder / "model")
-    paths = {"folder": str(folder), "model": base, "other": kit.make_model(folder / "other", seed=7),
-             **kit.make_data(folder / "data", n=18), **kit.make_scores(folder, base)}
-    for kind in ("reward", "cost"):       # heads that make scores of about 1, which a bf16 error shows in
+    paths = {
+        "folder": str(folder),
+        "model": base,
+        "other": kit.make_model(folder / "other", seed=7),
+        **kit.make_data(folder / "data", n=18),
+        **kit.make_scores(folder, base),
+    }
+    for kind in ("reward", "cost"):  # heads that make scores of about 1, which a bf16 error shows in
         path = os.path.join(paths[kind], "model.safetensors")
         weights = load_file(path)
         save_file({**weights, "score.weight": 10 * weights["score.weight"]}, path, metadata={"format": "pt"})
@@ -40,20 +47,27 @@ def world(tmp_path_factory):
 
 
 def run_cells(folder, cells, stalled=120.0):
-    """Runs cells of one number of processes -> {cell: {"rows", "seconds"} or {"error"}}. A cell that fails, crashes or hangs for
-    `stalled` seconds ends its launch; the next launch goes on after it."""
+    """Runs cells of one number of processes -> {cell: {"rows", "seconds"} or {"error"}}. A cell that fails,
+    crashes or hangs for `stalled` seconds ends its launch; the next launch goes on after it.
+    """
     found, left, broken = {}, list(cells), 0
     while left:
         out, wanted, said = (folder / f"{left[0].processes}.{what}" for what in ("out", "cells", "stderr"))
         out.write_text("")
         wanted.write_text(json.dumps(left))
-        begun, code = None, launch(left[0].processes, [folder / "world.json", wanted, out], out, said, stalled)
+        begun, code = (
+            None,
+            launch(left[0].processes, [folder / "world.json", wanted, out], out, said, stalled),
+        )
         for line in out.read_text().splitlines():
             values = json.loads(line)
             if "begun" in values:
                 begun = matrix.Cell(*values["begun"])
-            elif "error" in values:                  # of a rank that broke, or that lost its connection to one
-                found.setdefault(begun, {"error": ""})["error"] += f"rank {values['rank']}: {values['error']}\n"
+            elif "error" in values:
+                # of a rank that broke, or that lost its connection to one
+                found.setdefault(begun, {"error": ""})["error"] += (
+                    f"rank {values['rank']}: {values['error']}\n"
+                )
             else:
                 found[begun] = values
         if code == 0:
@@ -61,8 +75,9 @@ def run_cells(folder, cells, stalled=120.0):
             break
         assert begun is not None, f"no cell was begun: {said.read_text()[-3000:]}"
         found.setdefault(begun, {"error": f"exit code {code}: {said.read_text()[-3000:]}"})
-        left, broken = left[left.index(begun) + 1:], broken + 1
-        if broken == 5:                                  # a mistake that all share: it would go on for minutes
+        left, broken = left[left.index(begun) + 1 :], broken + 1
+        # a mistake that all share: it would go on for minutes
+        if broken == 5:
             return found | {cell: {"error": "not run: five others of this launch failed"} for cell in left}
     return found
 
@@ -71,10 +86,18 @@ def launch(processes, arguments, out, said, stalled):
     """Runs the worker -> exit code; "hangs" when `out` has not grown for `stalled` seconds."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     with open(said, "w") as stderr:
-        worker = subprocess.Popen([*start, str(kit.SUPPORT / "matrix_worker.py"), *map(str, arguments)], stderr=stderr,
-                                  stdout=stderr, start_new_session=True,
-                                  env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
-                                       "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"})
+        worker = subprocess.Popen(
+            [*start, str(kit.SUPPORT / "matrix_worker.py"), *map(str, arguments)],
+            stderr=stderr,
+            stdout=stderr,
+            start_new_session=True,
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+                "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}",
+            },
+        )
     grown, size = time.monotonic(), 0
     while True:
         try:
@@ -89,13 +112,15 @@ def launch(processes, arguments, out, said, stalled):
 
 
 class Runs:
-    """What the cells of a list have given, a chunk of one number of processes at a time, when the first of it is asked for."""
+    """What the cells of a list have given, a chunk of one number of processes at a time, when the first of it
+    is asked for.
+    """
 
     def __init__(self, folder, cells):
         self.folder, self.found = folder, {}
         cells = list(dict.fromkeys([*matrix.references(cells), *cells]))
         alike = [[cell for cell in cells if cell.processes == n] for n in matrix.AXES["processes"]]
-        self.chunks = [part[at:at + CHUNK] for part in alike for at in range(0, len(part), CHUNK)]
+        self.chunks = [part[at : at + CHUNK] for part in alike for at in range(0, len(part), CHUNK)]
 
     def __getitem__(self, cell):
         if cell not in self.found:
@@ -132,8 +157,11 @@ def agrees(cell, got, expected):
         assert "error" not in values, f"{what}{values['error']}"
     assert [sorted(step) for step in got["rows"]] == [sorted(step) for step in expected["rows"]]
     for i, (mine, theirs) in enumerate(zip(got["rows"], expected["rows"])):
-        wrong = [f"{name} {mine[name]!r}, expected {theirs[name]!r}" for name in theirs
-                 if not near(mine[name], theirs[name], allowed(cell, i, name))]
+        wrong = [
+            f"{name} {mine[name]!r}, expected {theirs[name]!r}"
+            for name in theirs
+            if not near(mine[name], theirs[name], allowed(cell, i, name))
+        ]
         assert not wrong, f"step {i}: {'; '.join(wrong)}"
 
 
@@ -156,32 +184,56 @@ def test_every_pair_of_values_is_covered():
     """Spelt out for the axes that matter, so that a rule of `exists` that leaves out too much is seen too."""
     assert set().union(*map(matrix.pairs, COVER)) == set().union(*map(matrix.pairs, matrix.everything()))
     stages, both = matrix.AXES["stage"], ("precision", "processes")
-    met = lambda *names: {tuple(getattr(cell, name) for name in names) for cell in COVER}
+
+    def met(*names):
+        return {tuple(getattr(cell, name) for name in names) for cell in COVER}
+
     assert met("stage", "zero") == {(stage, zero) for stage in stages for zero in range(4)}
-    assert met("stage", "offload") == {(stage, kind) for stage in stages for kind in ("none", "states", "weights", "both")}
-    assert met("zero", "offload") == {(0, "none"), *((zero, kind) for zero in (1, 2, 3) for kind in ("none", "states")),
-                                      (3, "weights"), (3, "both")}
+    assert met("stage", "offload") == {
+        (stage, kind) for stage in stages for kind in ("none", "states", "weights", "both")
+    }
+    assert met("zero", "offload") == {
+        (0, "none"),
+        *((zero, kind) for zero in (1, 2, 3) for kind in ("none", "states")),
+        (3, "weights"),
+        (3, "both"),
+    }
     for name in both:
         assert met("stage", name) == {(stage, value) for stage in stages for value in matrix.AXES[name]}
     assert met(*both) == {(kind, n) for kind in ("fp32", "bf16") for n in (1, 2, 4)}
     assert {(zero, frozen) for zero, frozen in met("zero", "frozen") if frozen != "-"} == {
-        (zero, frozen) for zero in range(4) for frozen in ("sharded", "replicated")}
+        (zero, frozen) for zero in range(4) for frozen in ("sharded", "replicated")
+    }
     assert len(COVER) < 60
 
 
 def test_the_product_is_whole():
-    places = {(0, "none"), *((zero, kind) for zero in (1, 2, 3) for kind in ("none", "states")), (3, "weights"), (3, "both")}
-    wanted = {(stage, *place, kind, n) for stage in matrix.AXES["stage"] for place in places for kind in ("fp32", "bf16")
-              for n in (1, 2, 4)}
+    places = {
+        (0, "none"),
+        *((zero, kind) for zero in (1, 2, 3) for kind in ("none", "states")),
+        (3, "weights"),
+        (3, "both"),
+    }
+    wanted = {
+        (stage, *place, kind, n)
+        for stage in matrix.AXES["stage"]
+        for place in places
+        for kind in ("fp32", "bf16")
+        for n in (1, 2, 4)
+    }
     assert sorted(cell[:5] for cell in PRODUCT) == sorted(wanted) and all(map(matrix.exists, PRODUCT))
-    for stage in matrix.AXES["stage"]:               # the other axes meet each of these
-        met, there = (set().union(*(matrix.pairs(cell) for cell in cells if cell.stage == stage))
-                      for cells in (PRODUCT, matrix.everything()))
+    for stage in matrix.AXES["stage"]:  # the other axes meet each of these
+        met, there = (
+            set().union(*(matrix.pairs(cell) for cell in cells if cell.stage == stage))
+            for cells in (PRODUCT, matrix.everything())
+        )
         assert met == there
 
 
 def test_a_crash_hides_no_other_cell(tmp_path, monkeypatch):
-    """Of five cells the second raises on one rank, the third kills its process without a word and the fourth hangs."""
+    """Of five cells the second raises on one rank, the third kills its process without a word and the fourth
+    hangs.
+    """
     cells, launches = PRODUCT[:5], []
 
     def worker(processes, arguments, out, said, stalled):
@@ -204,17 +256,22 @@ def test_a_crash_hides_no_other_cell(tmp_path, monkeypatch):
     assert len(launches) == 4 and list(found) == cells
     assert found[cells[0]]["rows"] == [0] and found[cells[4]]["rows"] == [4]
     assert found[cells[1]]["error"] == "rank 1: Broken\n"
-    assert [found[cell]["error"] for cell in cells[2:4]] == ["exit code 1: said at the end", "exit code hangs: said at the end"]
+    assert [found[cell]["error"] for cell in cells[2:4]] == [
+        "exit code 1: said at the end",
+        "exit code hangs: said at the end",
+    ]
 
 
 def test_a_difference_is_named():
     cell = matrix.Cell("sft", 2, "none", "fp32", 2, "-", "plain")
     rows = [{"loss": 1.0, "grad_norm": 2.0}, {"weights": 0.02}]
     agrees(cell, {"rows": rows}, {"rows": rows})
-    for step, changed, message in ((0, {"loss": 1.0001, "grad_norm": 2.0}, "step 0: loss 1.0001, expected 1.0"),
-                                   (0, {"loss": 1.0, "grad_norm": float("nan")}, "step 0: grad_norm nan"),
-                                   (1, {"weights": 0.0201}, "step 1: weights 0.0201")):
+    for step, changed, message in (
+        (0, {"loss": 1.0001, "grad_norm": 2.0}, "step 0: loss 1.0001, expected 1.0"),
+        (0, {"loss": 1.0, "grad_norm": float("nan")}, "step 0: grad_norm nan"),
+        (1, {"weights": 0.0201}, "step 1: weights 0.0201"),
+    ):
         with pytest.raises(AssertionError, match=message):
-            agrees(cell, {"rows": [*rows[:step], changed, *rows[step + 1:]]}, {"rows": rows})
+            agrees(cell, {"rows": [*rows[:step], changed, *rows[step + 1 :]]}, {"rows": rows})
     with pytest.raises(AssertionError, match="exit code 1: a sentence"):
         agrees(cell, {"error": "exit code 1: a sentence"}, {"rows": rows})

@@ -1,4 +1,6 @@
-"""Score heads under ZeRO-3 in two processes: drawn as configured, saved and loaded to the bit, never drawn in silence."""
+"""Score heads under ZeRO-3 in two processes: drawn as configured, saved and loaded to the bit, never drawn in
+silence.
+"""
 
 import json
 import os
@@ -17,17 +19,38 @@ WIDTH, STD = 4096, 0.02
 def found(tmp_path_factory):
     """What matrix_heads_worker.py has written."""
     from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("heads")
     tokenizer = kit.make_tokenizer()
     # One head of width 2 and a tiny middle: wide where the score head reads, few weights.
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=4, num_hidden_layers=1,
-                                      num_attention_heads=2, num_key_value_heads=1, head_dim=2, initializer_range=STD))
+    lm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=2,
+            initializer_range=STD,
+        )
+    )
     lm.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*start, str(kit.SUPPORT / "matrix_heads_worker.py"), str(folder / "base"),
-                           str(folder / "reward"), str(folder / "out.json")], capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"})
+    done = subprocess.run(
+        [
+            *start,
+            str(kit.SUPPORT / "matrix_heads_worker.py"),
+            str(folder / "base"),
+            str(folder / "reward"),
+            str(folder / "out.json"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
 

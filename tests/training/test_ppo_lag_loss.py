@@ -29,7 +29,12 @@ def batch(seed=0, dtype=torch.float64, rows=4, columns=7):
     logp, noise, reward, cost = torch.randn(4, rows, columns, generator=made, dtype=torch.float64)
     mask = torch.rand(rows, columns, generator=made) < 0.7
     mask[1] = False
-    return [(-logp.abs()).to(dtype), (-logp.abs() + 0.2 * noise).to(dtype), reward.to(dtype), cost.to(dtype)], mask
+    return [
+        (-logp.abs()).to(dtype),
+        (-logp.abs() + 0.2 * noise).to(dtype),
+        reward.to(dtype),
+        cost.to(dtype),
+    ], mask
 
 
 @pytest.mark.parametrize("multiplier", [0, 0.3, 5.0])
@@ -49,18 +54,31 @@ def test_packed_and_padded(dtype):
     tensors, mask = batch(3, dtype)
     packed, cu_seqlens = pack(tensors, mask)
     criterion = PPOLagLoss(reduction="token-mean")
-    of_rows, of_packed = criterion(*tensors, 0.5, mask=mask)[0], criterion(*packed, 0.5, cu_seqlens=cu_seqlens)[0]
+    of_rows, of_packed = (
+        criterion(*tensors, 0.5, mask=mask)[0],
+        criterion(*packed, 0.5, cu_seqlens=cu_seqlens)[0],
+    )
     assert_near(of_rows, of_packed.double())
     ready = [tensor.float() for tensor in tensors]
-    assert_near(of_rows, ppo_loss(*ready[:2], (ready[2] - 0.5 * ready[3]) / 1.5, clip_ratio=0.2, mask=mask,
-                                  reduction="token-mean")[0].double())
+    assert_near(
+        of_rows,
+        ppo_loss(
+            *ready[:2], (ready[2] - 0.5 * ready[3]) / 1.5, clip_ratio=0.2, mask=mask, reduction="token-mean"
+        )[0].double(),
+    )
 
 
 def test_every_way_to_say_lambda():
     tensors, mask = batch(1, torch.float32)
     expected = PPOLagLoss()(*tensors, 0.25, mask=mask)[0]
-    for rule in (LagrangeMultiplier(init=0.25), PIDMultiplier(init=0.25), torch.tensor(0.25), torch.tensor([0.25]),
-                 torch.tensor(0.25, dtype=torch.float64), torch.tensor(0.25, requires_grad=True)):
+    for rule in (
+        LagrangeMultiplier(init=0.25),
+        PIDMultiplier(init=0.25),
+        torch.tensor(0.25),
+        torch.tensor([0.25]),
+        torch.tensor(0.25, dtype=torch.float64),
+        torch.tensor(0.25, requires_grad=True),
+    ):
         torch.testing.assert_close(PPOLagLoss()(*tensors, rule, mask=mask)[0], expected)
 
 
@@ -86,19 +104,25 @@ def test_no_token_is_no_loss():
     assert loss.item() == 0.0
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"multiplier": -0.1}, "multiplier: expected a number >= 0, got -0.1"),
-    ({"multiplier": float("nan")}, "multiplier"),
-    ({"multiplier": torch.tensor(-0.5)}, "multiplier: expected a number >= 0, got -0.5"),
-    ({"multiplier": torch.tensor([-1])}, "multiplier: expected a number >= 0, got -1"),
-    ({"multiplier": torch.tensor(float("nan"))}, "multiplier: expected a number >= 0, got nan"),
-    ({"multiplier": "1"}, "multiplier: expected a number, a 0-d tensor"),
-    ({"multiplier": None}, "multiplier: expected a number, a 0-d tensor"),
-    ({"multiplier": torch.ones(2)}, "multiplier: expected a number or a 0-d tensor"),
-    ({"cost_advantages": torch.zeros(4, 3)}, r"cost_advantages: expected shape \(4, 7\)"),
-    ({"reward_advantages": torch.zeros(4, 7, dtype=torch.long)}, "reward_advantages: expected a floating point dtype"),
-    ({"mask": torch.ones(4, 7)}, "mask: expected dtype torch.bool"),
-])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"multiplier": -0.1}, "multiplier: expected a number >= 0, got -0.1"),
+        ({"multiplier": float("nan")}, "multiplier"),
+        ({"multiplier": torch.tensor(-0.5)}, "multiplier: expected a number >= 0, got -0.5"),
+        ({"multiplier": torch.tensor([-1])}, "multiplier: expected a number >= 0, got -1"),
+        ({"multiplier": torch.tensor(float("nan"))}, "multiplier: expected a number >= 0, got nan"),
+        ({"multiplier": "1"}, "multiplier: expected a number, a 0-d tensor"),
+        ({"multiplier": None}, "multiplier: expected a number, a 0-d tensor"),
+        ({"multiplier": torch.ones(2)}, "multiplier: expected a number or a 0-d tensor"),
+        ({"cost_advantages": torch.zeros(4, 3)}, r"cost_advantages: expected shape \(4, 7\)"),
+        (
+            {"reward_advantages": torch.zeros(4, 7, dtype=torch.long)},
+            "reward_advantages: expected a floating point dtype",
+        ),
+        ({"mask": torch.ones(4, 7)}, "mask: expected dtype torch.bool"),
+    ],
+)
 def test_what_does_not_fit_is_refused(change, message):
     tensors, mask = batch(0, torch.float32)
     names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
@@ -122,23 +146,27 @@ def test_clip_higher_and_dual_clip():
 def test_settings():
     with pytest.raises(ValueError, match="expected settings out of .*clip_ratio.* got clip_rato"):
         PPOLagLoss(clip_rato=0.1)
-    for settings, message in [({"clip_ratio": -1}, "clip_ratio: expected a number >= 0, got -1"),
-                              ({"clip_high": float("nan")}, "clip_high: expected a number >= 0, got nan"),
-                              ({"dual_clip": 1.0}, "dual_clip: expected None or a number > 1, got 1.0"),
-                              ({"reduction": "foo"}, "reduction: expected one of sequence-mean, token-mean, got 'foo'"),
-                              ({"kl_estimator": "k2"}, "kl_estimator: expected one of k3, k1, got 'k2'"),
-                              ({"impl": "foo"}, "impl: expected one of auto, reference, triton, native, got 'foo'"),
-                              ({"impl": None}, "impl: expected one of .* got None"),
-                              ({"kl_coeff": "x"}, "kl_coeff: expected a finite number, got 'x'"),
-                              ({"kl_coeff": None}, "kl_coeff: expected a finite number, got None"),
-                              ({"entropy_coeff": float("nan")}, "entropy_coeff: expected a finite number, got nan"),
-                              ({"clip_ratio": "x"}, "clip_ratio: expected a number, got 'x'"),
-                              ({"clip_ratio": None}, "clip_ratio: expected a number, got None"),
-                              ({"clip_high": True}, "clip_high: expected None or a number, got True"),
-                              ({"dual_clip": [2]}, r"dual_clip: expected None or a number, got \[2\]")]:
+    for settings, message in [
+        ({"clip_ratio": -1}, "clip_ratio: expected a number >= 0, got -1"),
+        ({"clip_high": float("nan")}, "clip_high: expected a number >= 0, got nan"),
+        ({"dual_clip": 1.0}, "dual_clip: expected None or a number > 1, got 1.0"),
+        ({"reduction": "foo"}, "reduction: expected one of sequence-mean, token-mean, got 'foo'"),
+        ({"kl_estimator": "k2"}, "kl_estimator: expected one of k3, k1, got 'k2'"),
+        ({"impl": "foo"}, "impl: expected one of auto, reference, triton, native, got 'foo'"),
+        ({"impl": None}, "impl: expected one of .* got None"),
+        ({"kl_coeff": "x"}, "kl_coeff: expected a finite number, got 'x'"),
+        ({"kl_coeff": None}, "kl_coeff: expected a finite number, got None"),
+        ({"entropy_coeff": float("nan")}, "entropy_coeff: expected a finite number, got nan"),
+        ({"clip_ratio": "x"}, "clip_ratio: expected a number, got 'x'"),
+        ({"clip_ratio": None}, "clip_ratio: expected a number, got None"),
+        ({"clip_high": True}, "clip_high: expected None or a number, got True"),
+        ({"dual_clip": [2]}, r"dual_clip: expected None or a number, got \[2\]"),
+    ]:
         with pytest.raises(ValueError, match=message):
             PPOLagLoss(**settings)
-    assert repr(PPOLagLoss(0.1, reduction="token-mean")) == "PPOLagLoss(clip_ratio=0.1, reduction='token-mean')"
+    assert (
+        repr(PPOLagLoss(0.1, reduction="token-mean")) == "PPOLagLoss(clip_ratio=0.1, reduction='token-mean')"
+    )
 
 
 def test_numbers_and_tensors_of_a_call():
@@ -147,7 +175,13 @@ def test_numbers_and_tensors_of_a_call():
     ref_logp, entropy = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(2))
     criterion = PPOLagLoss(0.1, kl_coeff=0.1, entropy_coeff=0.01, clip_high=float("inf"), impl="reference")
     advantages = (tensors[2] - 0.5 * tensors[3]) / 1.5
-    extra = {"ref_logp": ref_logp, "entropy": entropy, "normalizer": 8.0, "advantage_scale": 0.5, "advantage_shift": 1}
+    extra = {
+        "ref_logp": ref_logp,
+        "entropy": entropy,
+        "normalizer": 8.0,
+        "advantage_scale": 0.5,
+        "advantage_shift": 1,
+    }
     expected, _ = ppo_loss(*tensors[:2], advantages, mask=mask, **criterion.settings, **extra)
     torch.testing.assert_close(criterion(*tensors, 0.5, mask=mask, **extra)[0], expected)
     mine, theirs = (inspect.signature(function).parameters for function in (PPOLagLoss.forward, ppo_loss))
@@ -157,7 +191,11 @@ def test_numbers_and_tensors_of_a_call():
 
 
 def test_drop_in_pieces_need_torch_alone():
-    code = ("import sys; from saferlhf_fast import PPOLagLoss, LagrangeMultiplier, PIDMultiplier, pack, unpack, gae;"
-            "print([name for name in ('transformers', 'deepspeed', 'datasets', 'pydantic') if name in sys.modules])")
+    code = (
+        "import sys; from saferlhf_fast import PPOLagLoss, LagrangeMultiplier, PIDMultiplier, pack, unpack, "
+        "gae;"
+        "print([name for name in ('transformers', 'deepspeed', 'datasets', 'pydantic') if name in "
+        "sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -27,8 +27,13 @@ def test_reward_loss_by_hand():
 
 def test_cost_loss_by_hand():
     safer, unsafer, s_safer, s_unsafer = BETTER, WORSE, [-1.0, -1.0, 1.0], [1.0, -1.0, 1.0]
-    expected = sum(-log_sigmoid(u - s) - log_sigmoid(ss * s) - log_sigmoid(su * u)
-                   for s, u, ss, su in zip(safer, unsafer, s_safer, s_unsafer)) / 3
+    expected = (
+        sum(
+            -log_sigmoid(u - s) - log_sigmoid(ss * s) - log_sigmoid(su * u)
+            for s, u, ss, su in zip(safer, unsafer, s_safer, s_unsafer)
+        )
+        / 3
+    )
     expected += 0.001 * sum(x * x for x in safer + unsafer) / 6
     got = cost_loss(*map(torch.tensor, (safer, unsafer, s_safer, s_unsafer)))
     assert math.isclose(got.item(), expected, rel_tol=1e-6)
@@ -64,7 +69,9 @@ def test_token_wise_starts_where_the_responses_part():
 def test_token_wise_cost_has_a_pair_s_signs_at_every_position():
     rows = [[5, 6, 7], [5, 8, 9, 4]]
     scores = [torch.tensor([9.0, 0.5, 0.7]), torch.tensor([-9.0, 0.1, 0.2, 0.3])]
-    expected = cost_loss(torch.tensor([0.5, 0.7, 0.7]), torch.tensor([0.1, 0.2, 0.3]), -torch.ones(3), torch.ones(3))
+    expected = cost_loss(
+        torch.tensor([0.5, 0.7, 0.7]), torch.tensor([0.1, 0.2, 0.3]), -torch.ones(3), torch.ones(3)
+    )
     assert torch.allclose(token_wise(scores, rows, 1, torch.tensor([[-1.0], [1.0]]), 0.001), expected)
 
 
@@ -77,7 +84,10 @@ def test_no_pair_is_no_loss():
 
 
 def test_signs_of_other_dtypes_and_under_torch_compile():
-    scores, signs = (torch.tensor(BETTER), torch.tensor(WORSE)), (torch.tensor([-1.0, -1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0]))
+    scores, signs = (
+        (torch.tensor(BETTER), torch.tensor(WORSE)),
+        (torch.tensor([-1.0, -1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0])),
+    )
     expected = cost_loss(*scores, *signs)
     for dtype in (torch.int64, torch.int8, torch.bfloat16, torch.float64):
         assert torch.equal(cost_loss(*scores, *(sign.to(dtype) for sign in signs)).float(), expected)
@@ -88,24 +98,57 @@ def test_signs_of_other_dtypes_and_under_torch_compile():
 THREE = torch.ones(3)
 
 
-@pytest.mark.parametrize(("call", "message"), [
-    (lambda: reward_loss(THREE[:, None], THREE), r"reward_loss: better: expected \[B\], one score .* got shape \(3, 1\)"),
-    (lambda: reward_loss(THREE, THREE[:, None]), r"reward_loss: worse: expected shape \(3,\) as better, got \(3, 1\)"),
-    (lambda: reward_loss(THREE[0], THREE[0]), r"reward_loss: better: .* got shape \(\)"),
-    (lambda: reward_loss(THREE.long(), THREE.long()), "reward_loss: better: expected a floating point dtype .* torch.int64"),
-    (lambda: reward_loss(THREE, THREE.to("meta")), "reward_loss: worse: expected device cpu as better, got meta"),
-    (lambda: cost_loss(THREE[:2], THREE, THREE, THREE), r"cost_loss: unsafer: expected shape \(2,\) as safer, got \(3,\)"),
-    (lambda: cost_loss(THREE.long(), THREE, THREE, THREE), "cost_loss: safer: expected a floating point dtype"),
-    (lambda: cost_loss(THREE, THREE, THREE[:, None], THREE),
-     r"cost_loss: safer_sign: expected numbers \+1 and -1 \[3\] on cpu, got torch.float32 \[3, 1\] on cpu"),
-    (lambda: cost_loss(THREE, THREE, THREE, THREE[0]), r"unsafer_sign: .* got torch.float32 \[\] on cpu"),
-    (lambda: cost_loss(THREE, THREE, THREE > 0, THREE), r"safer_sign: .* got torch.bool \[3\] on cpu"),
-    (lambda: cost_loss(THREE, THREE, THREE, THREE * 1j), r"unsafer_sign: .* got torch.complex64 \[3\] on cpu"),
-    (lambda: cost_loss(THREE, THREE, THREE, THREE.to("meta")), r"unsafer_sign: .* on cpu, got torch.float32 \[3\] on meta"),
-    (lambda: cost_loss(THREE, THREE, THREE, THREE * 0), r"unsafer_sign: expected \+1 \(unsafe\) or -1 \(safe\), got 0.0"),
-    (lambda: cost_loss(THREE, THREE, THREE.long() * 5, THREE), "safer_sign: expected .* got 5"),
-    (lambda: cost_loss(THREE, THREE, THREE * float("nan"), THREE), "safer_sign: expected .* got nan"),
-])
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: reward_loss(THREE[:, None], THREE),
+            r"reward_loss: better: expected \[B\], one score .* got shape \(3, 1\)",
+        ),
+        (
+            lambda: reward_loss(THREE, THREE[:, None]),
+            r"reward_loss: worse: expected shape \(3,\) as better, got \(3, 1\)",
+        ),
+        (lambda: reward_loss(THREE[0], THREE[0]), r"reward_loss: better: .* got shape \(\)"),
+        (
+            lambda: reward_loss(THREE.long(), THREE.long()),
+            "reward_loss: better: expected a floating point dtype .* torch.int64",
+        ),
+        (
+            lambda: reward_loss(THREE, THREE.to("meta")),
+            "reward_loss: worse: expected device cpu as better, got meta",
+        ),
+        (
+            lambda: cost_loss(THREE[:2], THREE, THREE, THREE),
+            r"cost_loss: unsafer: expected shape \(2,\) as safer, got \(3,\)",
+        ),
+        (
+            lambda: cost_loss(THREE.long(), THREE, THREE, THREE),
+            "cost_loss: safer: expected a floating point dtype",
+        ),
+        (
+            lambda: cost_loss(THREE, THREE, THREE[:, None], THREE),
+            r"cost_loss: safer_sign: expected numbers \+1 and -1 \[3\] on cpu, got torch.float32 \[3, 1\] on "
+            r"cpu",
+        ),
+        (lambda: cost_loss(THREE, THREE, THREE, THREE[0]), r"unsafer_sign: .* got torch.float32 \[\] on cpu"),
+        (lambda: cost_loss(THREE, THREE, THREE > 0, THREE), r"safer_sign: .* got torch.bool \[3\] on cpu"),
+        (
+            lambda: cost_loss(THREE, THREE, THREE, THREE * 1j),
+            r"unsafer_sign: .* got torch.complex64 \[3\] on cpu",
+        ),
+        (
+            lambda: cost_loss(THREE, THREE, THREE, THREE.to("meta")),
+            r"unsafer_sign: .* on cpu, got torch.float32 \[3\] on meta",
+        ),
+        (
+            lambda: cost_loss(THREE, THREE, THREE, THREE * 0),
+            r"unsafer_sign: expected \+1 \(unsafe\) or -1 \(safe\), got 0.0",
+        ),
+        (lambda: cost_loss(THREE, THREE, THREE.long() * 5, THREE), "safer_sign: expected .* got 5"),
+        (lambda: cost_loss(THREE, THREE, THREE * float("nan"), THREE), "safer_sign: expected .* got nan"),
+    ],
+)
 def test_what_does_not_fit_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

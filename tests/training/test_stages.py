@@ -1,4 +1,6 @@
-"""Every stage on tiny data: what it leaves behind, and that the supervised ones learn, stop, save and select as told."""
+"""Every stage on tiny data: what it leaves behind, and that the supervised ones learn, stop, save and select
+as told.
+"""
 
 import json
 import os
@@ -13,7 +15,12 @@ from saferlhf_fast.models.folders import write_card
 
 STAGES = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag", "evaluate")
 SECRET = "not-to-be-written-anywhere"
-FAST = {"optim__learning_rate": 3e-3, "train__batch_size": 8, "train__accumulation": 1, "train__max_length": 32}
+FAST = {
+    "optim__learning_rate": 3e-3,
+    "train__batch_size": 8,
+    "train__accumulation": 1,
+    "train__max_length": 32,
+}
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +35,24 @@ def world(tmp_path_factory):
         for stage, key in (("sft", "sft"), ("reward", "pairs"), ("cost", "pairs"), ("dpo", "pairs")):
             kit.run(stage, folder / stage, True, model=base, data=data[key], train__max_steps=2, **FAST)
         scores = {k: folder / k / "model" for k in ("reward", "cost")}
-        ppo = {"model": base, "data": data["prompts"], "max_length": 32, "ppo__max_steps": 1, "ppo__batch_size": 4}
+        ppo = {
+            "model": base,
+            "data": data["prompts"],
+            "max_length": 32,
+            "ppo__max_steps": 1,
+            "ppo__batch_size": 4,
+        }
         kit.run("ppo", folder / "ppo", True, reward=scores["reward"], **ppo)
         kit.run("ppo-lag", folder / "ppo-lag", True, **scores, **ppo)
-        kit.run("evaluate", folder / "evaluate", model=folder / "sft" / "model", prompts=data["prompts"], max_length=32,
-                reference=base, **scores)
+        kit.run(
+            "evaluate",
+            folder / "evaluate",
+            model=folder / "sft" / "model",
+            prompts=data["prompts"],
+            max_length=32,
+            reference=base,
+            **scores,
+        )
     return w
 
 
@@ -57,7 +77,11 @@ def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, 
     card = (folder / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
     kind = "classification" if stage in ("reward", "cost") else "generation"
-    assert head["pipeline_tag"] == f"text-{kind}" and head["library_name"] == "transformers" and "base_model" not in head
+    assert (
+        head["pipeline_tag"] == f"text-{kind}"
+        and head["library_name"] == "transformers"
+        and "base_model" not in head
+    )
     assert str(world["folder"]) not in card and f"- stage: {stage}" in card and "- model: model" in card
     (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
     assert 'folder = "path/to/this/folder"' in code
@@ -67,12 +91,27 @@ def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, 
         assert space["score"].item() == pytest.approx(space["score_B"].item(), abs=1e-5)
 
 
-@pytest.mark.parametrize("model, base, shown", [
-    ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"), ("with space/my model", None, "my model"),
-    ("/home/someone/sft-7b", None, "sft-7b"), ("runs/sft/mine", None, "mine"), ("~/mine", None, "mine")])
+@pytest.mark.parametrize(
+    "model, base, shown",
+    [
+        ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+        ("with space/my model", None, "my model"),
+        ("/home/someone/sft-7b", None, "sft-7b"),
+        ("runs/sft/mine", None, "mine"),
+        ("~/mine", None, "mine"),
+    ],
+)
 def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown):
-    sources = [{"path": "/private/a/x.json", "kept": 1}, {"path": "/private/b/x.json", "kept": 2}, {"path": "org/set", "kept": 3}]
-    write_card(tmp_path, "policy", {"stage": "sft", "model": model, "data": {"sources": sources}, "eval": ["/private/e.json"]})
+    sources = [
+        {"path": "/private/a/x.json", "kept": 1},
+        {"path": "/private/b/x.json", "kept": 2},
+        {"path": "org/set", "kept": 3},
+    ]
+    write_card(
+        tmp_path,
+        "policy",
+        {"stage": "sft", "model": model, "data": {"sources": sources}, "eval": ["/private/e.json"]},
+    )
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert yaml.safe_load(card.split("---")[1]).get("base_model") == base
     assert f"- model: {shown}\n" in card and "private" not in card and "someone" not in card
@@ -86,6 +125,7 @@ def test_the_model_is_one_of_transformers(world, stage):
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from saferlhf_fast.models.score_model import load_score_model
+
     folder = world["folder"] / stage / "model"
     kind = AutoModelForSequenceClassification if stage in ("reward", "cost") else AutoModelForCausalLM
     model, info = kind.from_pretrained(folder, output_loading_info=True)
@@ -99,21 +139,36 @@ def test_the_model_is_one_of_transformers(world, stage):
         return
     ours = load_score_model(folder)
     scores_BL = ours(tokens["input_ids"], tokens["attention_mask"])
-    assert ours.end_scores(scores_BL, tokens["attention_mask"]).item() == pytest.approx(logits.item(), abs=1e-6)
+    assert ours.end_scores(scores_BL, tokens["attention_mask"]).item() == pytest.approx(
+        logits.item(), abs=1e-6
+    )
     assert ours.kind == stage
 
 
 @pytest.mark.numeric
 def test_sft_learns_and_evaluates(world, tmp_path):
     from transformers import AutoModelForCausalLM
-    out = kit.run("sft", tmp_path / "out", model=world["model"], data=world["sft"], train__epochs=100, train__max_steps=40,
-                  train__eval_fraction=0.2, train__eval_interval=10, train__save_interval=15, **FAST)
+
+    out = kit.run(
+        "sft",
+        tmp_path / "out",
+        model=world["model"],
+        data=world["sft"],
+        train__epochs=100,
+        train__max_steps=40,
+        train__eval_fraction=0.2,
+        train__eval_interval=10,
+        train__save_interval=15,
+        **FAST,
+    )
     loss, summary = kit.losses(out), kit.summary(out)
-    assert len(loss) == 40 and loss[0] > 3 and loss[-1] < 0.5 * loss[0]          # 0.40 to 0.41 over 5 seeds
+    assert len(loss) == 40 and loss[0] > 3 and loss[-1] < 0.5 * loss[0]  # 0.40 to 0.41 over 5 seeds
     evals = kit.losses(out, "eval/loss")
-    assert len(evals) == 4 and evals[-1] < 0.7 * evals[0]                        # 0.59 to 0.62
+    assert len(evals) == 4 and evals[-1] < 0.7 * evals[0]  # 0.59 to 0.62
     assert summary["steps"] == 40 and summary["eval/loss"] == pytest.approx(evals[-1])
-    assert summary["held_out"] > 0 and summary["examples"] + summary["held_out"] == summary["data"]["kept"] == 30
+    assert (
+        summary["held_out"] > 0 and summary["examples"] + summary["held_out"] == summary["data"]["kept"] == 30
+    )
     saved = sorted(p.name for p in out.glob("step-*"))
     assert saved == ["step-15", "step-30"]
     load = AutoModelForCausalLM.from_pretrained
@@ -125,38 +180,77 @@ def test_sft_learns_and_evaluates(world, tmp_path):
 @pytest.mark.parametrize("loss", ["sequence", "token"])
 @pytest.mark.parametrize("stage", ["reward", "cost"])
 def test_score_models_learn_separable_pairs(world, tmp_path, stage, loss):
-    out = kit.run(stage, tmp_path / "out", model=world["model"], data=world["pairs"], train__epochs=100,
-                  train__max_steps=20, train__eval_fraction=0.3, loss=loss, **FAST)
+    out = kit.run(
+        stage,
+        tmp_path / "out",
+        model=world["model"],
+        data=world["pairs"],
+        train__epochs=100,
+        train__max_steps=20,
+        train__eval_fraction=0.3,
+        loss=loss,
+        **FAST,
+    )
     summary = kit.summary(out)
-    assert kit.losses(out)[-1] < 0.5 * kit.losses(out)[0]                        # 0.09 to 0.35 over 5 seeds, accuracies 1
+    # 0.09 to 0.35 over 5 seeds, accuracies 1
+    assert kit.losses(out)[-1] < 0.5 * kit.losses(out)[0]
     assert summary["eval/accuracy"] >= 0.9
     assert stage == "reward" or summary["eval/accuracy_sign"] >= 0.9
 
 
 @pytest.mark.numeric
 def test_dpo_learns_and_keeps_its_reference(world, tmp_path):
-    out = kit.run("dpo", tmp_path / "out", model=world["model"], data=world["pairs"], train__epochs=100,
-                  train__max_steps=20, **FAST)
+    out = kit.run(
+        "dpo",
+        tmp_path / "out",
+        model=world["model"],
+        data=world["pairs"],
+        train__epochs=100,
+        train__max_steps=20,
+        **FAST,
+    )
     loss = kit.losses(out)
-    assert loss[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)     # policy = reference
-    assert loss[-1] < 0.7 * loss[0] and kit.losses(out, "train/reward_accuracy")[-1] >= 0.9      # 0.59 to 0.64, 1 over 5 seeds
+    assert loss[0] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6)  # policy = reference
+    # 0.59 to 0.64, 1 over 5 seeds
+    assert loss[-1] < 0.7 * loss[0] and kit.losses(out, "train/reward_accuracy")[-1] >= 0.9
 
 
 @pytest.mark.numeric
 def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
-    """A learning rate that grows until every step is far too large; a second run at almost none measures what was saved.
+    """A learning rate that grows until every step is far too large; a second run at almost none measures what
+    was saved.
 
-    The last loss was 5.2 to 18 times the best over 5 seeds."""
-    common = {"data": world["sft"], "train__eval_fraction": 0.3, "optim__schedule": "constant", "optim__warmup_ratio": 0.99}
-    out = kit.run("sft", tmp_path / "out", model=world["model"], train__epochs=100, train__max_steps=24,
-                  train__eval_interval=3, train__best_metric="eval/loss", **common,
-                  **{**FAST, "optim__learning_rate": 4.0})
+    The last loss was 5.2 to 18 times the best over 5 seeds.
+    """
+    common = {
+        "data": world["sft"],
+        "train__eval_fraction": 0.3,
+        "optim__schedule": "constant",
+        "optim__warmup_ratio": 0.99,
+    }
+    out = kit.run(
+        "sft",
+        tmp_path / "out",
+        model=world["model"],
+        train__epochs=100,
+        train__max_steps=24,
+        train__eval_interval=3,
+        train__best_metric="eval/loss",
+        **common,
+        **{**FAST, "optim__learning_rate": 4.0},
+    )
     evals, summary = kit.losses(out, "eval/loss"), kit.summary(out)
     assert 2 * min(evals) < evals[-1], "the last evaluation must not be the best, or this tests nothing"
     assert summary["eval/loss"] == min(evals) and summary["best_step"] == 3 * (1 + evals.index(min(evals)))
     assert not (out / "best").exists()
-    again = kit.run("sft", tmp_path / "again", model=out / "model", train__max_steps=1, **common,
-                    **{**FAST, "optim__learning_rate": 1e-12})
+    again = kit.run(
+        "sft",
+        tmp_path / "again",
+        model=out / "model",
+        train__max_steps=1,
+        **common,
+        **{**FAST, "optim__learning_rate": 1e-12},
+    )
     assert kit.summary(again)["eval/loss"] == pytest.approx(min(evals), rel=1e-5)
 
 
@@ -164,11 +258,21 @@ def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "reward", "cost", "dpo"])
 def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
     from safetensors.torch import load_file
+
     data = world["sft" if stage == "sft" else "pairs"]
-    out = kit.run(stage, tmp_path / "out", model=world["model"], data=data, train__epochs=100, train__max_steps=12,
-                  lora__rank=4, **{**FAST, "optim__learning_rate": 1e-2})
+    out = kit.run(
+        stage,
+        tmp_path / "out",
+        model=world["model"],
+        data=data,
+        train__epochs=100,
+        train__max_steps=12,
+        lora__rank=4,
+        **{**FAST, "optim__learning_rate": 1e-2},
+    )
     loss = kit.losses(out)
-    assert loss[-1] < 0.95 * loss[0]                     # 0.84 to 0.90 (sft, dpo), 0.03 to 0.37 (reward, cost) over 5 seeds
+    # 0.84 to 0.90 (sft, dpo), 0.03 to 0.37 (reward, cost) over 5 seeds
+    assert loss[-1] < 0.95 * loss[0]
     before, after = (load_file(f"{folder}/model.safetensors") for folder in (world["model"], out / "model"))
     assert not [name for name in after if "lora" in name or "base_layer" in name]
     same = [name for name in before if name in after and torch.equal(before[name], after[name])]
@@ -179,8 +283,18 @@ def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
 
 @pytest.mark.numeric
 def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
-    runs = [kit.run("sft", tmp_path / str(on), model=world["model"], data=world["sft"], train__max_steps=3,
-                    train__gradient_checkpointing=on, **FAST) for on in (False, True)]
+    runs = [
+        kit.run(
+            "sft",
+            tmp_path / str(on),
+            model=world["model"],
+            data=world["sft"],
+            train__max_steps=3,
+            train__gradient_checkpointing=on,
+            **FAST,
+        )
+        for on in (False, True)
+    ]
     assert kit.losses(runs[0]) == pytest.approx(kit.losses(runs[1]), rel=1e-6)
 
 
@@ -188,17 +302,35 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "cost"])
 def test_bf16_on_a_cpu(world, tmp_path, stage):
     data = world["sft" if stage == "sft" else "pairs"]
-    runs = [kit.run(stage, tmp_path / precision, model=world["model"], data=data, train__max_steps=3,
-                    engine__precision=precision, **FAST) for precision in ("fp32", "bf16")]
+    runs = [
+        kit.run(
+            stage,
+            tmp_path / precision,
+            model=world["model"],
+            data=data,
+            train__max_steps=3,
+            engine__precision=precision,
+            **FAST,
+        )
+        for precision in ("fp32", "bf16")
+    ]
     fp32, bf16 = (kit.losses(out) for out in runs)
-    assert bf16 == pytest.approx(fp32, rel=0.02) and bf16 != fp32                # off by at most 0.0045 over 5 seeds
+    # off by at most 0.0045 over 5 seeds
+    assert bf16 == pytest.approx(fp32, rel=0.02) and bf16 != fp32
 
 
 @pytest.mark.numeric
 def test_accumulation_is_one_larger_batch(world, tmp_path):
     common = {"model": world["model"], "data": world["sft"], "train__max_steps": 3}
-    runs = [kit.run("sft", tmp_path / f"{size}", **common, **{**FAST, "train__batch_size": size,
-                                                              "train__accumulation": 12 // size}) for size in (3, 12)]
+    runs = [
+        kit.run(
+            "sft",
+            tmp_path / f"{size}",
+            **common,
+            **{**FAST, "train__batch_size": size, "train__accumulation": 12 // size},
+        )
+        for size in (3, 12)
+    ]
     for name in ("train/loss", "train/grad_norm"):
         assert kit.losses(runs[0], name) == pytest.approx(kit.losses(runs[1], name), rel=2e-5)
 
@@ -213,14 +345,21 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
 
     Where padding is the end token, the end of the first turn must still be read by the second."""
     from transformers import AutoModelForCausalLM
+
     base = kit.make_model(tmp_path / "model", pad_is_eos=pad_is_eos)
     turns = [("what is red", "yes red"), ("stop the day", "no")]
-    messages = [{"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)]
+    messages = [
+        {"role": role, "content": text} for turn in turns for role, text in zip(("user", "assistant"), turn)
+    ]
     data = kit.write_rows(tmp_path / "chat.jsonl", [{"messages": messages}])
     out = kit.run("sft", tmp_path / "out", model=base, data=data, train__max_steps=1, **FAST)
     tokenizer = kit.make_tokenizer(pad_is_eos)
-    pieces = [("BEGINNING OF CONVERSATION: USER: what is red ASSISTANT:", False), ("yes red </s>", True),
-              ("USER: stop the day ASSISTANT:", False), ("no </s>", True)]
+    pieces = [
+        ("BEGINNING OF CONVERSATION: USER: what is red ASSISTANT:", False),
+        ("yes red </s>", True),
+        ("USER: stop the day ASSISTANT:", False),
+        ("no </s>", True),
+    ]
     encoded = [(tokenizer(text)["input_ids"], answer) for text, answer in pieces]
     ids = torch.tensor([i for part, _ in encoded for i in part])
     learned = torch.tensor([answer for part, answer in encoded for _ in part])
@@ -238,7 +377,11 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
     from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.models.policy import Policy
     from saferlhf_fast.training.dpo import batch_loss
-    lms = [AutoModelForCausalLM.from_pretrained(kit.make_model(tmp_path / str(seed), seed=seed)) for seed in (1, 2)]
+
+    lms = [
+        AutoModelForCausalLM.from_pretrained(kit.make_model(tmp_path / str(seed), seed=seed))
+        for seed in (1, 2)
+    ]
     prompt, chosen, rejected = [5, 6, 7], [8, 9, 2], [10, 2]
     example = PairExample(prompt + chosen, prompt + rejected, len(prompt), "")
 
@@ -261,6 +404,7 @@ def test_token_wise_loss_by_hand(world):
     from saferlhf_fast.models.score_model import score_model_from_backbone
     from saferlhf_fast.training.losses import reward_loss
     from saferlhf_fast.training.preference import pair_loss
+
     model = score_model_from_backbone(world["model"])
     a, b = [5, 6, 8, 9, 2], [5, 6, 8, 2]
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""The PPO stages on tiny data: what a step's figures must be, λ, thresholds, judges with other tokenizers, stopping at eos."""
+"""The PPO stages on tiny data: what a step's figures must be, λ, thresholds, judges with other tokenizers,
+stopping at eos.
+"""
 
 import json
 import shutil
@@ -11,8 +13,13 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.numeric
 
-BASE = {"max_length": 24, "ppo__batch_size": 4, "ppo__max_steps": 3, "optim__learning_rate": 1e-3,
-        "critic_optim__learning_rate": 1e-3}
+BASE = {
+    "max_length": 24,
+    "ppo__batch_size": 4,
+    "ppo__max_steps": 3,
+    "optim__learning_rate": 1e-3,
+    "critic_optim__learning_rate": 1e-3,
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +27,12 @@ def world(tmp_path_factory):
     """A tiny policy, untrained score models and data."""
     folder = tmp_path_factory.mktemp("ppo")
     base = kit.make_model(folder / "model")
-    return {"folder": folder, "model": base, **kit.make_data(folder / "data"), **kit.make_scores(folder, base)}
+    return {
+        "folder": folder,
+        "model": base,
+        **kit.make_data(folder / "data"),
+        **kit.make_scores(folder, base),
+    }
 
 
 @pytest.fixture
@@ -32,6 +44,7 @@ def go(world, tmp_path):
         given = {**BASE, "model": world["model"], "data": world["prompts"], "reward": world["reward"]}
         given |= {"cost": world["cost"]} if stage == "ppo-lag" else {}
         return kit.run(stage, tmp_path / f"run{next(made)}", **{**given, **settings})
+
     return run
 
 
@@ -55,24 +68,40 @@ def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
     settings = {"rule": "pid", "threshold": -0.1, "init": 0.5}
     selecting = {"evaluation__select": True, "evaluation__fraction": 0.2}
     short = go(**selecting, **{f"multiplier__{key}": value for key, value in settings.items()})
-    constraint = {"name": "privacy", "cost": {"kind": "score_model", "path": world["cost"]}, "multiplier": settings}
+    constraint = {
+        "name": "privacy",
+        "cost": {"kind": "score_model", "path": world["cost"]},
+        "multiplier": settings,
+    }
     long = go(**selecting, cost="null", constraints=json.dumps([constraint]))
     close(short, long, 0)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (short, long)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    summaries = [{key: value for key, value in kit.summary(folder).items() if key != "data"} for folder in (short, long)]
+    summaries = [
+        {key: value for key, value in kit.summary(folder).items() if key != "data"}
+        for folder in (short, long)
+    ]
     assert summaries[0] == summaries[1] and summaries[0]["threshold"] == -0.1
 
 
-@pytest.mark.parametrize("changes", [{}, {"ppo__epochs": 2, "ppo__whiten": True}, {"ppo__reduction": "token-mean"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"ppo__epochs": 2, "ppo__whiten": True}, {"ppo__reduction": "token-mean"}]
+)
 def test_micro_batches_change_nothing(go, changes):
     whole = go(ppo__micro_batch_size=4, **changes)
     for size in (1, 2):
         close(whole, go(ppo__micro_batch_size=size, **changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"ppo__reduction": "token-mean", "ppo__micro_tokens": 30}, {"engine__packing": False},
-                                     {"ppo__single_pass": False, "engine__packing": False}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ppo__reduction": "token-mean", "ppo__micro_tokens": 30},
+        {"engine__packing": False},
+        {"ppo__single_pass": False, "engine__packing": False},
+    ],
+)
 def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
     """Old log-probs and values from a pass of their own, padded rows: the same figures, weights and samples."""
     common = {"ptx": world["sft"], "ppo__reduction": changes.get("ppo__reduction", "sequence-mean")}
@@ -84,7 +113,9 @@ def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
 
 
 def test_several_steps_per_batch_ask_beforehand(go, capsys):
-    """Epochs, minibatches and whitening switch the single pass off by themselves; each minibatch is a step of its own."""
+    """Epochs, minibatches and whitening switch the single pass off by themselves; each minibatch is a step of
+    its own.
+    """
     for changes in ({"ppo__epochs": 2}, {"ppo__minibatches": 2}, {"ppo__whiten": True}):
         capsys.readouterr()
         go(**changes)
@@ -95,16 +126,25 @@ def test_several_steps_per_batch_ask_beforehand(go, capsys):
 
 
 def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
-    """`generate` samples with the trainer's own weights: what it says differs in the last bits alone. Taken as old ones, or
-    with importance weights of 1, they change nothing."""
+    """`generate` samples with the trainer's own weights: what it says differs in the last bits alone. Taken
+    as old ones, or with importance weights of 1, they change nothing.
+    """
     plain = go()
     assert all(gap < 1e-4 for gap in kit.losses(plain, "train/engine_gap_max"))
-    assert kit.losses(plain, "train/engine_gap_share") == [0.0] * 3 and len(kit.losses(plain, "train/engine_gap_mean")) == 3
-    for changes in ({"ppo__old_logp": "engine"}, {"ppo__old_logp": "engine", "ppo__epochs": 2}, {"ppo__importance_cap": 2.0}):
+    assert (
+        kit.losses(plain, "train/engine_gap_share") == [0.0] * 3
+        and len(kit.losses(plain, "train/engine_gap_mean")) == 3
+    )
+    for changes in (
+        {"ppo__old_logp": "engine"},
+        {"ppo__old_logp": "engine", "ppo__epochs": 2},
+        {"ppo__importance_cap": 2.0},
+    ):
         other = go(**changes)
         if "ppo__epochs" not in changes:
-            assert kit.losses(other, "train/actor_loss") == pytest.approx(kit.losses(plain, "train/actor_loss"), rel=1e-3,
-                                                                          abs=1e-5)
+            assert kit.losses(other, "train/actor_loss") == pytest.approx(
+                kit.losses(plain, "train/actor_loss"), rel=1e-3, abs=1e-5
+            )
         assert ("train/engine_gap_mean" in kit.rows(other)[1]) is (changes.get("ppo__old_logp") is None)
     assert kit.losses(other, "train/importance_weight") == pytest.approx([1.0] * 3, abs=1e-4)
 
@@ -115,6 +155,7 @@ def test_importance_weights_are_truncated():
 
     from saferlhf_fast.config.stages import PPO
     from saferlhf_fast.training.ppo.update import OptimizerStep, StepMetrics
+
     cfg, step_metrics = SimpleNamespace(ppo=PPO(importance_cap=2.0)), StepMetrics()
     ratio = torch.tensor([0.5, 1.0, 1.005, 4.0])
     engine_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0])
@@ -123,27 +164,43 @@ def test_importance_weights_are_truncated():
     got = step.weighted(advantages, engine_logp + ratio.log(), engine_logp)
     torch.testing.assert_close(got, advantages * ratio.clamp(max=2.0))
     assert step_metrics.sums["engine_gap_share"].item() == pytest.approx(0.5)
-    assert step_metrics.sums["engine_gap_mean"].item() == pytest.approx(ratio.log().abs().mean().item(), rel=1e-5)
-    assert step_metrics.maxima["engine_gap_max"].item() == pytest.approx(ratio.log().abs().max().item(), rel=1e-5)
+    assert step_metrics.sums["engine_gap_mean"].item() == pytest.approx(
+        ratio.log().abs().mean().item(), rel=1e-5
+    )
+    assert step_metrics.maxima["engine_gap_max"].item() == pytest.approx(
+        ratio.log().abs().max().item(), rel=1e-5
+    )
     assert torch.equal(step.weighted(advantages, engine_logp, None), advantages)
 
 
 def test_the_step_reads_the_device_twice(go, monkeypatch):
-    """Between rollout and metrics nothing asks the device for a number but one packed look at what must be finite; the
-    metrics are a second read. DeepSpeed's own reads are not counted, nor the checks that CPU tensors alone get."""
+    """Between rollout and metrics nothing asks the device for a number but one packed look at what must be
+    finite; the metrics are a second read. DeepSpeed's own reads are not counted, nor the checks that CPU
+    tensors alone get.
+    """
     import traceback
+
     reads = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
         real = getattr(torch.Tensor, name)
 
         def spied(self, *args, real=real, name=name):
             frames = [f for f in traceback.extract_stack() if "saferlhf_fast" in f.filename]
-            inside = [f for f in frames if f.name in ("score_rollout", "update_in_one_pass", "averages", "update",
-                                                      "old_logprobs_and_values")]
+            inside = [
+                f
+                for f in frames
+                if f.name
+                in ("score_rollout", "update_in_one_pass", "averages", "update", "old_logprobs_and_values")
+            ]
             last = traceback.extract_stack()[-2]
-            if inside and "saferlhf_fast" in last.filename and last.name not in ("known_ids", "check_offsets"):
+            if (
+                inside
+                and "saferlhf_fast" in last.filename
+                and last.name not in ("known_ids", "check_offsets")
+            ):
                 reads.append((last.name, name))
             return real(self, *args)
+
         monkeypatch.setattr(torch.Tensor, name, spied)
     go(ppo__max_steps=1)
     assert reads == [("not_finite", "tolist"), ("_read", "tolist")], reads
@@ -160,23 +217,36 @@ def test_ptx_keeps_the_policy_near_its_data(go, world):
         loss = kit.losses(out, "train/ptx_loss")
         assert len(loss) == 8
         last.append(loss[-1])
-    assert last[1] < min(last[0], loss[0])               # by 0.07 to 0.13 over 5 seeds
+    assert last[1] < min(last[0], loss[0])  # by 0.07 to 0.13 over 5 seeds
     assert not kit.losses(go(ptx=world["sft"], ppo__ptx_coeff=0), "train/ptx_loss")
 
 
 def test_reward_shaping_is_ppo_on_the_difference(go, world, tmp_path):
-    """R − 2·C fed by two models, and by one model whose head is the difference of theirs (their backbones are the same)."""
+    """R − 2·C fed by two models, and by one model whose head is the difference of theirs (their backbones are
+    the same).
+    """
     from safetensors.torch import save_file
+
     heads = [load_file(Path(world[kind]) / "model.safetensors") for kind in ("reward", "cost")]
     difference = {**heads[0], "score.weight": heads[0]["score.weight"] - 2.0 * heads[1]["score.weight"]}
     shutil.copytree(world["reward"], tmp_path / "difference")
     save_file(difference, tmp_path / "difference" / "model.safetensors", metadata={"format": "pt"})
     shaped = go("ppo", cost=world["cost"], ppo__shaping=2.0)
     plain = go("ppo", reward=tmp_path / "difference", reward_critic=world["reward"])
-    for name in ("actor_loss", "reward_critic_loss", "kl_divergence", "actor_grad_norm", "reward_critic_grad_norm"):
-        assert kit.losses(shaped, f"train/{name}") == pytest.approx(kit.losses(plain, f"train/{name}"), rel=1e-4, abs=1e-6)
+    for name in (
+        "actor_loss",
+        "reward_critic_loss",
+        "kl_divergence",
+        "actor_grad_norm",
+        "reward_critic_grad_norm",
+    ):
+        assert kit.losses(shaped, f"train/{name}") == pytest.approx(
+            kit.losses(plain, f"train/{name}"), rel=1e-4, abs=1e-6
+        )
     unshaped = go("ppo", cost=world["cost"])
-    assert kit.losses(unshaped, "train/actor_loss") != pytest.approx(kit.losses(shaped, "train/actor_loss"), rel=1e-3)
+    assert kit.losses(unshaped, "train/actor_loss") != pytest.approx(
+        kit.losses(shaped, "train/actor_loss"), rel=1e-3
+    )
 
 
 def test_ppo_is_ppo_lag_with_a_multiplier_of_zero(go):
@@ -188,39 +258,58 @@ def test_ppo_is_ppo_lag_with_a_multiplier_of_zero(go):
 
 
 def test_a_whitened_token_mean_starts_at_zero(go):
-    """Before the first update the ratio is 1, so the loss is minus the mean advantage, which whitening makes 0."""
+    """Before the first update the ratio is 1, so the loss is minus the mean advantage, which whitening makes
+    0.
+    """
     out = go(ppo__whiten=True, ppo__reduction="token-mean", ppo__max_steps=1)
     assert kit.losses(out, "train/actor_loss") == pytest.approx([0.0], abs=1e-6)
     assert abs(kit.losses(go(ppo__max_steps=1), "train/actor_loss")[0]) > 1e-3
 
 
 def test_epochs_go_over_each_batch_again(go):
-    """The second pass starts off the rollout's policy, so its divergence is not 0; learning rates see every update."""
+    """The second pass starts off the rollout's policy, so its divergence is not 0; learning rates see every
+    update.
+    """
     one, two = go(optim__schedule="linear"), go(ppo__epochs=2, optim__schedule="linear")
     assert kit.losses(one, "train/approx_kl") == pytest.approx([0.0] * 3, abs=1e-6)
     assert all(kl > 1e-6 for kl in kit.losses(two, "train/approx_kl"))
-    assert kit.losses(one, "train/actor_lr")[-1] == pytest.approx(1e-3 / 2) and \
-        kit.losses(two, "train/actor_lr")[-1] == pytest.approx(1e-3 / 5)
+    assert kit.losses(one, "train/actor_lr")[-1] == pytest.approx(1e-3 / 2) and kit.losses(
+        two, "train/actor_lr"
+    )[-1] == pytest.approx(1e-3 / 5)
 
 
 # ---------------------------------------------------------------- λ
 
 
 def test_lambda_follows_the_reference_rule(go):
-    out = go(multiplier__lr=0.5, multiplier__threshold=-0.2, multiplier__delay=1, ppo__max_steps=4, multiplier__window=6)
+    out = go(
+        multiplier__lr=0.5,
+        multiplier__threshold=-0.2,
+        multiplier__delay=1,
+        ppo__max_steps=4,
+        multiplier__window=6,
+    )
     costs, windows = kit.losses(out, "train/cost"), kit.losses(out, "train/episode_cost")
     value = torch.tensor(1.0)
     for step, (got, mean_cost) in enumerate(zip(kit.losses(out, "train/lambda"), windows)):
         if step >= 1:
             value = (value.log() + 0.5 * value * (mean_cost + 0.2)).exp().clamp(max=5.0)
         assert got == pytest.approx(value.item(), rel=1e-5)
-    assert windows[0] == pytest.approx(costs[0]) and windows[1] != pytest.approx(costs[1])      # 6 episodes: 4 and 2
+    # 6 episodes: 4 and 2
+    assert windows[0] == pytest.approx(costs[0]) and windows[1] != pytest.approx(costs[1])
     assert kit.summary(out)["multiplier"] == pytest.approx(value.item(), rel=1e-5)
 
 
 def test_lambda_follows_the_pid_rule(go):
-    out = go(multiplier__rule="pid", multiplier__kp=0.5, multiplier__ki=0.2, multiplier__kd=0.1, multiplier__init=0.3,
-             multiplier__threshold=-1, ppo__max_steps=4)
+    out = go(
+        multiplier__rule="pid",
+        multiplier__kp=0.5,
+        multiplier__ki=0.2,
+        multiplier__kd=0.1,
+        multiplier__init=0.3,
+        multiplier__threshold=-1,
+        ppo__max_steps=4,
+    )
     integral, last = 0.3, None
     for got, mean_cost in zip(kit.losses(out, "train/lambda"), kit.losses(out, "train/episode_cost")):
         error = mean_cost + 1
@@ -239,8 +328,14 @@ def test_a_threshold_by_quantile_is_of_the_starting_policy_s_costs(go, capsys):
 
 def test_the_best_feasible_evaluation_is_kept(go):
     """The saved actor is the evaluated one: answers drawn again from it get the same costs."""
-    out = go(evaluation__select=True, evaluation__interval=1, evaluation__fraction=0.3, multiplier__threshold=100,
-             ppo__max_steps=5, optim__learning_rate=1e-2)
+    out = go(
+        evaluation__select=True,
+        evaluation__interval=1,
+        evaluation__fraction=0.3,
+        multiplier__threshold=100,
+        ppo__max_steps=5,
+        optim__learning_rate=1e-2,
+    )
     summary, rewards = kit.summary(out), kit.losses(out, "eval/reward")[1:]
     assert summary["after"]["reward"] == max(rewards) and rewards[summary["kept_step"] - 1] == max(rewards)
     last = go(model=out / "model", evaluation__fraction=0.3, ppo__max_steps=1, reward_critic=out / "model")
@@ -256,10 +351,13 @@ def test_the_actor_is_saved_every_n_steps(go):
 
 
 def permuted(folder, base, score):
-    """Writes `score` with its vocabulary in another order: other ids, the same words, the same function of a text."""
+    """Writes `score` with its vocabulary in another order: other ids, the same words, the same function of a
+    text.
+    """
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
     from saferlhf_fast.models.tokenizer import load_tokenizer
+
     tokenizer, model = load_tokenizer(base), load_score_model(score)
     other = kit.make_tokenizer(extra=("more",))
     raw = json.loads(other.backend_tokenizer.to_str())
@@ -270,8 +368,14 @@ def permuted(folder, base, score):
         token["id"] = turned[token["content"]]
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
-    other = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)), unk_token="<unk>",
-                                    bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+    other = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(raw)),
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+    )
     embedding = model.backbone.get_input_embeddings().weight
     with torch.no_grad():
         embedding.copy_(embedding.flip(0))
@@ -280,7 +384,9 @@ def permuted(folder, base, score):
 
 
 def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
-    """The same function under other ids gives the same scores; its critic starts from the policy, which is said."""
+    """The same function under other ids gives the same scores; its critic starts from the policy, which is
+    said.
+    """
     from saferlhf_fast.config.sections import SCORER_KINDS, ScorerSpec
     from saferlhf_fast.config.stages import PPOConfig
     from saferlhf_fast.data.examples import PromptExample
@@ -288,9 +394,11 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     from saferlhf_fast.models.tokenizer import load_tokenizer
     from saferlhf_fast.rollout.batch import assemble
     from saferlhf_fast.rollout.scorers import KINDS, load_scorer
+
     assert tuple(KINDS) == SCORER_KINDS
     from saferlhf_fast.rollout.types import Response
     from saferlhf_fast.runtime import engine
+
     other = permuted(tmp_path / "permuted", world["model"], world["reward"])
     cfg = PPOConfig(model=world["model"], reward=other, data="none", output="none", max_length=32)
     engine.start(cfg.engine, 0)
@@ -300,8 +408,11 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     for text in ("what is red", "stop the day of blue"):
         messages = ({"role": "user", "content": text},)
         prompts.append(PromptExample(template.encode_prompts([messages])[0], text, messages))
-    responses = [tokenizer("yes red </s>")["input_ids"], tokenizer("no")["input_ids"]]     # the second did not end
-    rollout = assemble(prompts, [Response(ids, None, ended) for ids, ended in zip(responses, (True, False))], tokenizer, 99)
+    # the second did not end
+    responses = [tokenizer("yes red </s>")["input_ids"], tokenizer("no")["input_ids"]]
+    rollout = assemble(
+        prompts, [Response(ids, None, ended) for ids, ended in zip(responses, (True, False))], tokenizer, 99
+    )
     assert sorted(rollout.texts) == ["no", "yes red"]
     judges = [load_scorer(ScorerSpec(path=path), tokenizer, cfg)[0] for path in (world["reward"], other)]
     assert [judge.retokenizes for judge in judges] == [False, True]
@@ -318,7 +429,10 @@ def test_evaluation_on_training_prompts_is_told(go, capsys):
     """The report says so too: test_report.py."""
     go(ppo__max_steps=1)
     told = " ".join(capsys.readouterr().out.split())
-    assert "evaluation prompts: the first 24 training prompts; evaluation.fraction or evaluation.data gives" in told
+    assert (
+        "evaluation prompts: the first 24 training prompts; evaluation.fraction or evaluation.data gives"
+        in told
+    )
     go(ppo__max_steps=1, evaluation__fraction=0.3)
     assert "training prompts" not in capsys.readouterr().out
 
@@ -328,7 +442,9 @@ def test_evaluation_on_training_prompts_is_told(go, capsys):
 
 @pytest.mark.parametrize("pad_is_eos", [True, False])
 def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
-    """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end token."""
+    """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end
+    token.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from saferlhf_fast.config.stages import Engine, Sampling
@@ -339,15 +455,29 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     from saferlhf_fast.rollout.batch import end_tokens, generate
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
+
     base = kit.make_model(tmp_path / "model", pad_is_eos=pad_is_eos)
     questions = [f"what is {word}" for word in ("one", "two", "three", "red of the day and night")]
-    data = kit.write_rows(tmp_path / "sft.jsonl", [{"prompt": q, "completion": "yes stop"} for q in questions])
-    out = kit.run("sft", tmp_path / "sft", model=base, data=data, train__epochs=30, train__batch_size=4,
-                  train__accumulation=1, train__max_length=32, optim__learning_rate=1e-2)
+    data = kit.write_rows(
+        tmp_path / "sft.jsonl", [{"prompt": q, "completion": "yes stop"} for q in questions]
+    )
+    out = kit.run(
+        "sft",
+        tmp_path / "sft",
+        model=base,
+        data=data,
+        train__epochs=30,
+        train__batch_size=4,
+        train__accumulation=1,
+        train__max_length=32,
+        optim__learning_rate=1e-2,
+    )
     model, tokenizer = (cls.from_pretrained(out / "model") for cls in (AutoModelForCausalLM, AutoTokenizer))
     assert (tokenizer.pad_token_id == tokenizer.eos_token_id) is pad_is_eos
-    ids = tokenizer("BEGINNING OF CONVERSATION: USER: what is two ASSISTANT:", return_tensors="pt")["input_ids"]
-    answer = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1]:]
+    ids = tokenizer("BEGINNING OF CONVERSATION: USER: what is two ASSISTANT:", return_tensors="pt")[
+        "input_ids"
+    ]
+    answer = model.generate(ids, do_sample=False, max_new_tokens=12)[0, ids.shape[1] :]
     assert tokenizer.decode(answer) == "yes stop </s>"
 
     engine.start(Engine(), 0)
@@ -355,7 +485,9 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
     lm = load_causal_lm(out / "model", tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
     sampling = Sampling(temperature=0.05)
-    generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
+    generator = open_generator(
+        engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling
+    )
     rows, responses = generate(generator, prompts, tokenizer, sampling, 32)
     assert rows == prompts and all(r.ended for r in responses)
     assert [r.ids for r in responses] == [tokenizer("yes stop </s>")["input_ids"]] * 4
@@ -363,8 +495,9 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architecture):
-    """Prompts of other lengths, padded with the end token on the left, are answered as alone. GPT-2's positions are
-    absolute: they must be counted from each row's first token."""
+    """Prompts of other lengths, padded with the end token on the left, are answered as alone. GPT-2's
+    positions are absolute: they must be counted from each row's first token.
+    """
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.models.causal_lm import load_causal_lm
@@ -373,8 +506,11 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     from saferlhf_fast.rollout.batch import assemble, end_tokens, generate
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
+
     base = kit.make_model(tmp_path / "model", pad_is_eos=True, architecture=architecture)
-    data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what"}, {"prompt": "what is the number of the day"}])
+    data = kit.write_rows(
+        tmp_path / "p.jsonl", [{"prompt": "what"}, {"prompt": "what is the number of the day"}]
+    )
     engine.start(Engine(), 0)
     tokenizer = load_tokenizer(base)
     lm = load_causal_lm(base, tokenizer=tokenizer)
@@ -388,11 +524,15 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
         ids = torch.tensor(ids)
         alone = lm(ids[None, :-1]).logits[0].log_softmax(-1)[-count:].gather(1, ids[-count:, None])[:, 0]
         torch.testing.assert_close(logp, alone.detach(), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(rollout.engine_logp_N[rollout.tokens(slice(i, i + 1))], alone.detach(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            rollout.engine_logp_N[rollout.tokens(slice(i, i + 1))], alone.detach(), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
-    """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain distribution."""
+    """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain
+    distribution.
+    """
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.models.causal_lm import load_causal_lm
@@ -401,6 +541,7 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     from saferlhf_fast.rollout.batch import end_tokens, generate
     from saferlhf_fast.rollout.engines import open_generator
     from saferlhf_fast.runtime import engine
+
     base = kit.make_model(tmp_path / "model")
     data = kit.write_rows(tmp_path / "p.jsonl", [{"prompt": "what is the number of the day"}])
     engine.start(Engine(), 0)
@@ -408,7 +549,9 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     lm = load_causal_lm(base, tokenizer=tokenizer)
     prompts, _ = prompt_examples(data, tokenizer, "auto", 20)
     sampling = Sampling(max_new_tokens=10)
-    generator = open_generator(engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
+    generator = open_generator(
+        engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling
+    )
 
     def sampled():
         return [r.ids for r in generate(generator, prompts * 8, tokenizer, sampling, 32)[1]]
@@ -416,4 +559,4 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     plain = sampled()
     lm.generation_config.update(repetition_penalty=9.0, min_p=0.9, num_beams=2)
     assert sampled() == plain
-    assert lm.generation_config.repetition_penalty == 9.0          # saved with the model as it was
+    assert lm.generation_config.repetition_penalty == 9.0  # saved with the model as it was

@@ -1,5 +1,5 @@
-"""Stages together: evaluate's figures, a whole pipeline with what is finished skipped, and the paper's recipe started; the
-metrics that stages share with the reference implementation, by name.
+"""Stages together: evaluate's figures, a whole pipeline with what is finished skipped, and the paper's recipe
+started; the metrics that stages share with the reference implementation, by name.
 """
 
 import json
@@ -13,44 +13,63 @@ def world(tmp_path_factory):
     """A tiny policy, untrained score models and data."""
     folder = tmp_path_factory.mktemp("run")
     base = kit.make_model(folder / "model")
-    return {"folder": folder, "model": base, **kit.make_data(folder / "data"), **kit.make_scores(folder, base)}
+    return {
+        "folder": folder,
+        "model": base,
+        **kit.make_data(folder / "data"),
+        **kit.make_scores(folder, base),
+    }
 
 
 # ---------------------------------------------------------------- names of metrics
 
 # Read off the reference's trainers at commit e8cca16: renaming one would cut users' dashboards.
 SUPERVISED = "train/loss train/lr train/epoch"
-PPO = ("train/actor_loss train/reward_critic_loss train/reward train/reward_with_kl_penalty train/reward_advantage "
-       "train/reward_return train/reward_value train/kl_divergence train/actor_lr train/reward_critic_lr "
-       "train/mean_generated_length train/max_generated_length train/ptx_loss eval/reward")
-COST = ("train/cost_critic_loss train/lambda train/episode_cost train/cost train/cost_with_kl_penalty train/cost_advantage "
-        "train/cost_return train/cost_value train/cost_critic_lr eval/cost")
-SHAPED = ("train/actor_loss train/reward_critic_loss train/reward train/cost train/shaped_reward "
-          "train/shaped_reward_with_kl_penalty train/shaped_reward_advantage train/shaped_reward_return "
-          "train/shaped_reward_value train/kl_divergence train/actor_lr train/reward_critic_lr train/mean_generated_length "
-          "train/max_generated_length eval/reward eval/cost")
+PPO = (
+    "train/actor_loss train/reward_critic_loss train/reward train/reward_with_kl_penalty "
+    "train/reward_advantage "
+    "train/reward_return train/reward_value train/kl_divergence train/actor_lr train/reward_critic_lr "
+    "train/mean_generated_length train/max_generated_length train/ptx_loss eval/reward"
+)
+COST = (
+    "train/cost_critic_loss train/lambda train/episode_cost train/cost train/cost_with_kl_penalty "
+    "train/cost_advantage "
+    "train/cost_return train/cost_value train/cost_critic_lr eval/cost"
+)
+SHAPED = (
+    "train/actor_loss train/reward_critic_loss train/reward train/cost train/shaped_reward "
+    "train/shaped_reward_with_kl_penalty train/shaped_reward_advantage train/shaped_reward_return "
+    "train/shaped_reward_value train/kl_divergence train/actor_lr train/reward_critic_lr "
+    "train/mean_generated_length "
+    "train/max_generated_length eval/reward eval/cost"
+)
 REFERENCE = {
     "sft": SUPERVISED,
     "reward": f"{SUPERVISED} train/accuracy eval/accuracy eval/reward_mean eval/reward_std",
-    "cost": f"{SUPERVISED} train/accuracy train/accuracy_sign eval/accuracy eval/accuracy_sign eval/cost_mean eval/cost_std",
-    "dpo": f"{SUPERVISED} train/reward train/better_sample_reward train/worse_sample_reward train/reward_accuracy "
-           "train/reward_margin",
+    "cost": f"{SUPERVISED} train/accuracy train/accuracy_sign eval/accuracy eval/accuracy_sign "
+    f"eval/cost_mean eval/cost_std",
+    "dpo": f"{SUPERVISED} train/reward train/better_sample_reward train/worse_sample_reward "
+    f"train/reward_accuracy "
+    "train/reward_margin",
     "ppo": PPO,
     "ppo-lag": f"{PPO} {COST}",
-    # The shaped stream has names of its own beside plain reward and cost. The reference logs train/episode_cost here too; our
-    # ppo has no window of episodes.
+    # The shaped stream has names of its own beside plain reward and cost. The reference logs
+    # train/episode_cost here too; our ppo has no window of episodes.
     "ppo-shaping": SHAPED,
 }
 
-OUR_PPO = ("eval/kl eval/length train/actor_grad_norm train/approx_kl train/clip_fraction train/engine_gap_max "
-           "train/engine_gap_mean train/engine_gap_share train/reward_critic_grad_norm train/staleness train/tokens")
+OUR_PPO = (
+    "eval/kl eval/length train/actor_grad_norm train/approx_kl train/clip_fraction train/engine_gap_max "
+    "train/engine_gap_mean train/engine_gap_share train/reward_critic_grad_norm train/staleness train/tokens"
+)
 OUR_COST = "eval/unsafe_share train/unsafe_share"
 OURS = {
     "sft": "eval/loss train/grad_norm",
     "reward": "eval/loss train/grad_norm train/reward_mean train/reward_std",
     "cost": "eval/loss train/grad_norm train/cost_mean train/cost_std",
-    "dpo": "eval/loss eval/reward eval/better_sample_reward eval/worse_sample_reward eval/reward_accuracy eval/reward_margin "
-           "train/grad_norm",
+    "dpo": "eval/loss eval/reward eval/better_sample_reward eval/worse_sample_reward eval/reward_accuracy "
+    "eval/reward_margin "
+    "train/grad_norm",
     "ppo": OUR_PPO,
     "ppo-lag": f"{OUR_PPO} {OUR_COST} eval/threshold train/cost_critic_grad_norm",
     "ppo-shaping": f"{OUR_PPO} {OUR_COST} train/ptx_loss",
@@ -61,13 +80,24 @@ OURS = {
 @pytest.mark.parametrize("case", REFERENCE)
 def test_metrics_have_these_names_and_no_others(world, tmp_path, case):
     if case.startswith("ppo"):
-        settings = {"data": world["prompts"], "reward": world["reward"], "ptx": world["sft"], "max_length": 24,
-                    "ppo__max_steps": 1, "ppo__batch_size": 4, "evaluation__fraction": 0.2}
+        settings = {
+            "data": world["prompts"],
+            "reward": world["reward"],
+            "ptx": world["sft"],
+            "max_length": 24,
+            "ppo__max_steps": 1,
+            "ppo__batch_size": 4,
+            "evaluation__fraction": 0.2,
+        }
         settings |= {} if case == "ppo" else {"cost": world["cost"]}
         settings |= {"ppo__shaping": 1.0} if case == "ppo-shaping" else {}
     else:
-        settings = {"data": world["sft" if case == "sft" else "pairs"], "train__max_steps": 1, "train__max_length": 32,
-                    "train__eval_fraction": 0.2}
+        settings = {
+            "data": world["sft" if case == "sft" else "pairs"],
+            "train__max_steps": 1,
+            "train__max_length": 32,
+            "train__eval_fraction": 0.2,
+        }
     out = kit.run(case.removesuffix("-shaping"), tmp_path / "out", model=world["model"], **settings)
     logged = {name for row in kit.rows(out) for name in row}
     assert logged == {"step", "time", *REFERENCE[case].split(), *OURS[case].split()}
@@ -78,8 +108,16 @@ def test_metrics_have_these_names_and_no_others(world, tmp_path, case):
 
 @pytest.mark.numeric
 def test_evaluate_gives_means_with_intervals(world, tmp_path, capsys):
-    out = kit.run("evaluate", tmp_path / "out", model=world["model"], prompts=world["prompts"], reward=world["reward"],
-                  cost=world["cost"], reference=world["model"], max_length=32)
+    out = kit.run(
+        "evaluate",
+        tmp_path / "out",
+        model=world["model"],
+        prompts=world["prompts"],
+        reward=world["reward"],
+        cost=world["cost"],
+        reference=world["model"],
+        max_length=32,
+    )
     found = json.loads((out / "evaluation.json").read_text())
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and set(rows[0]) == {"prompt", "response", "reward", "cost", "kl", "length"}
@@ -89,7 +127,7 @@ def test_evaluate_gives_means_with_intervals(world, tmp_path, capsys):
         assert found[name]["low"] <= found[name]["mean"] <= found[name]["high"]
     assert found["unsafe_share"]["mean"] == pytest.approx(sum(row["cost"] > 0 for row in rows) / 24)
     assert 0 <= found["unsafe_share"]["low"] < found["unsafe_share"]["high"] <= 1
-    assert found["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)          # the policy is its own reference
+    assert found["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
     assert found == {k: v for k, v in kit.summary(out).items()}
     text = capsys.readouterr().out
     assert all(word in text for word in ("95 % interval", "unsafe_share", rows[0]["prompt"]))
@@ -97,23 +135,37 @@ def test_evaluate_gives_means_with_intervals(world, tmp_path, capsys):
 
 def test_evaluate_measures_only_what_it_has_models_for(world, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert kit.main("evaluate", f"model={world['model']}", f"prompts={world['prompts']}", "max_length=32") == 0
+    assert (
+        kit.main("evaluate", f"model={world['model']}", f"prompts={world['prompts']}", "max_length=32") == 0
+    )
     text = capsys.readouterr().out
     assert "length" in text and "unsafe_share" not in text and "kl " not in text
-    assert not list(tmp_path.iterdir())                                 # without output nothing is written
+    assert not list(tmp_path.iterdir())  # without output nothing is written
 
 
 @pytest.mark.numeric
 def test_the_kl_of_two_policies_is_above_zero_and_seeds_repeat(world, tmp_path):
     from saferlhf_fast.models.causal_lm import load_causal_lm, save_causal_lm
     from saferlhf_fast.models.tokenizer import load_tokenizer
+
     other = kit.make_model(tmp_path / "other", seed=5)
     tokenizer = load_tokenizer(other)
     lm = load_causal_lm(other)
-    lm.lm_head.weight.data.mul_(4.0)                                    # further from uniform
+    lm.lm_head.weight.data.mul_(4.0)  # further from uniform
     save_causal_lm(other, lm, tokenizer)
-    runs = [kit.run("evaluate", tmp_path / str(i), model=other, prompts=world["prompts"], reference=world["model"],
-                    max_length=32, seed=seed, batch_size=size) for i, (seed, size) in enumerate(((1, 16), (1, 16), (2, 16)))]
+    runs = [
+        kit.run(
+            "evaluate",
+            tmp_path / str(i),
+            model=other,
+            prompts=world["prompts"],
+            reference=world["model"],
+            max_length=32,
+            seed=seed,
+            batch_size=size,
+        )
+        for i, (seed, size) in enumerate(((1, 16), (1, 16), (2, 16)))
+    ]
     kls = [kit.summary(out)["kl"]["mean"] for out in runs]
     assert kls[0] > 0.01 and kls[0] == kls[1] != kls[2]
 
@@ -149,11 +201,12 @@ def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
     before = kit.files(out / "evaluate")
 
     capsys.readouterr()
-    assert kit.main(*words) == 0                                        # nothing is done again
+    assert kit.main(*words) == 0  # nothing is done again
     assert {entry["state"] for entry in kit.summary(out)["stages"].values()} == {"skipped"}
     assert capsys.readouterr().out.count("skipped") >= 5 and kit.files(out / "evaluate") == before
 
-    assert kit.main(*words, "ppo-lag.multiplier.threshold=1") == 2      # a finished stage is not replaced unasked
+    # a finished stage is not replaced unasked
+    assert kit.main(*words, "ppo-lag.multiplier.threshold=1") == 2
     assert kit.files(out / "evaluate") == before
     assert kit.main(*words, "ppo-lag.multiplier.threshold=1", "overwrite=true") == 0
     states = [entry["state"] for entry in kit.summary(out)["stages"].values()]
@@ -161,26 +214,54 @@ def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
 
 
 def test_the_paper_s_recipe_starts_on_stand_ins(world, tmp_path):
-    """The shipped recipe with ZeRO-3 and its batch sizes: only model, data, precision and length are other ones."""
+    """The shipped recipe with ZeRO-3 and its batch sizes: only model, data, precision and length are other
+    ones.
+    """
     out = tmp_path / "out"
-    words = ["run", "paper", f"output={out}", f"sft.model={world['model']}", f"sft.data={world['sft']}",
-             f"reward.data={world['pairs']}", f"cost.data={world['pairs']}", f"ppo-lag.data={world['prompts']}",
-             f"ppo-lag.ptx={world['sft']}", "ppo-lag.max_length=32", "ppo-lag.ppo.max_steps=1", "ppo-lag.log.progress=false"]
+    words = [
+        "run",
+        "paper",
+        f"output={out}",
+        f"sft.model={world['model']}",
+        f"sft.data={world['sft']}",
+        f"reward.data={world['pairs']}",
+        f"cost.data={world['pairs']}",
+        f"ppo-lag.data={world['prompts']}",
+        f"ppo-lag.ptx={world['sft']}",
+        "ppo-lag.max_length=32",
+        "ppo-lag.ppo.max_steps=1",
+        "ppo-lag.log.progress=false",
+    ]
     words += [f"{name}.engine.precision=fp32" for name in NAMES[:4]]
     words += [f"{name}.{key}" for name in NAMES[:3] for key in ("train.max_steps=1", "log.progress=false")]
     assert kit.main(*words) == 0
     for name in NAMES[:4]:
-        assert (out / name / "finished.json").exists() and "zero_stage: 3" in (out / name / "config.yaml").read_text()
+        assert (out / name / "finished.json").exists() and "zero_stage: 3" in (
+            out / name / "config.yaml"
+        ).read_text()
         key = "train/actor_loss" if name == "ppo-lag" else "train/loss"
         assert len(kit.losses(out / name, key)) == 1
 
 
 @pytest.mark.numeric
 def test_a_run_s_model_is_compared_with_what_it_started_from(world, tmp_path):
-    trained = kit.run("sft", tmp_path / "sft", model=world["model"], data=world["sft"], **{
-        "train.max_steps": 3, "optim.learning_rate": 0.01})
-    out = kit.run("evaluate", tmp_path / "out", model=str(trained / "model"), prompts=world["prompts"], max_length=32)
-    named = kit.run("evaluate", tmp_path / "named", model=str(trained / "model"), prompts=world["prompts"], max_length=32,
-                    reference=world["model"])
+    trained = kit.run(
+        "sft",
+        tmp_path / "sft",
+        model=world["model"],
+        data=world["sft"],
+        **{"train.max_steps": 3, "optim.learning_rate": 0.01},
+    )
+    out = kit.run(
+        "evaluate", tmp_path / "out", model=str(trained / "model"), prompts=world["prompts"], max_length=32
+    )
+    named = kit.run(
+        "evaluate",
+        tmp_path / "named",
+        model=str(trained / "model"),
+        prompts=world["prompts"],
+        max_length=32,
+        reference=world["model"],
+    )
     found = json.loads((out / "evaluation.json").read_text())["kl"]
     assert found == json.loads((named / "evaluation.json").read_text())["kl"] and found["mean"] > 0

@@ -23,7 +23,9 @@ A run goes on with: saferlhf-fast <stage> <recipe> resume=auto"""
 
 def main(words):
     """Runs one of the commands. words: what follows `checkpoint`."""
-    parser = argparse.ArgumentParser(prog="saferlhf-fast checkpoint", add_help=False, exit_on_error=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="saferlhf-fast checkpoint", add_help=False, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("action", choices=("inspect", "convert", "export"))
     parser.add_argument("path")
     parser.add_argument("--output")
@@ -40,12 +42,14 @@ def main(words):
     folder = newest(args.path)
     if args.action == "convert":
         from . import convert
+
         convert.say(convert.convert(folder, args.output))
         return None
     if not args.output:
         raise UserError("checkpoint export: missing: --output, a new folder for the model")
     from ...runtime import console
     from . import export
+
     console.say(export.describe_output(export.export(folder, args.output, args.model, args.dtype)))
     return None
 
@@ -81,8 +85,12 @@ def _describe(folder, quick):
     size = sum(said["bytes"] for said in values["files"].values())
     for_whom = "any number of processes" if values["universal"] else f"{values['world_size']} process(es)"
     state = why or ("sizes are right" if quick else "whole: every SHA-256 is right")
-    lines = [f"{folder}", f"  {values['stage']} step {values['step']}, written {values['written']} by saferlhf-fast "
-             f"{values['saferlhf-fast']}, for {for_whom}", f"  {len(values['files'])} files, {size / 1e9:.3g} GB: {state}"]
+    lines = [
+        f"{folder}",
+        f"  {values['stage']} step {values['step']}, written {values['written']} by saferlhf-fast "
+        f"{values['saferlhf-fast']}, for {for_whom}",
+        f"  {len(values['files'])} files, {size / 1e9:.3g} GB: {state}",
+    ]
     for name, kind in values["models"].items():
         lines.append(f"  {name}: {kind['weights']:,} weights, ZeRO {kind['zero_stage']}, {kind['precision']}")
     if values.get("score"):
@@ -91,8 +99,11 @@ def _describe(folder, quick):
 
 
 def evaluation(values):
-    """What a manifest's score says, in words: of ppo and ppo-lag (is feasible, reward or −cost), else one metric, −loss."""
+    """What a manifest's score says, in words: of ppo and ppo-lag (is feasible, reward or −cost), else one
+    metric, −loss.
+    """
     from ...runtime.console import number
+
     score, config = values["score"], values.get("config") or {}
     if len(score) == 1:
         name = (config.get("train") or {}).get("best_metric") or "eval/loss"
@@ -100,7 +111,11 @@ def evaluation(values):
     if values["stage"] == "ppo":
         return f"reward {number(score[1])}"
     limit = "the threshold" + (" less the margin" if (config.get("evaluation") or {}).get("margin") else "")
-    return f"cost within {limit}, reward {number(score[1])}" if score[0] else f"cost {number(-score[1])}, above {limit}"
+    return (
+        f"cost within {limit}, reward {number(score[1])}"
+        if score[0]
+        else f"cost {number(-score[1])}, above {limit}"
+    )
 
 
 def _sizes(folder, values):

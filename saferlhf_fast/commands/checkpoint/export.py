@@ -1,4 +1,6 @@
-"""A trained model of a checkpoint as a Hugging Face folder (safetensors), without the GPUs and processes of the run."""
+"""A trained model of a checkpoint as a Hugging Face folder (safetensors), without the GPUs and processes of
+the run.
+"""
 
 import json
 from pathlib import Path
@@ -16,10 +18,13 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def export(folder, output, name=None, dtype=None):
-    """Writes a model of a checkpoint to `output`. name: actor, reward_critic, cost_critic, or model (sft, dpo, reward, cost);
-    the first of those when None · dtype: fp32, bf16, fp16; None: what the run's model has, so that the weights are equal."""
+    """Writes a model of a checkpoint to `output`. name: actor, reward_critic, cost_critic, or model (sft,
+    dpo, reward, cost); the first of those when None · dtype: fp32, bf16, fp16; None: what the run's model
+    has, so that the weights are equal.
+    """
     from ...models.causal_lm import save_causal_lm
     from ...models.score_checkpoint import save_score_model
+
     folder, output = Path(folder), Path(output).expanduser()
     values = whole(folder)
     if values["universal"]:
@@ -43,16 +48,21 @@ def export(folder, output, name=None, dtype=None):
 
 
 def weights(folder, name, zero_stage):
-    """-> {name: tensor} of a model's weights: those that the optimiser keeps, in fp32, where ZeRO shards them.
+    """-> {name: tensor} of a model's weights: those that the optimiser keeps, in fp32, where ZeRO shards
+    them.
 
     Weights that are not trained (under adapters) are in no optimiser; ZeRO 0 to 2 have them whole beside it.
     """
-    whole_too = {} if zero_stage == 3 else safe_pickle.load(folder / name / "mp_rank_00_model_states.pt")["module"]
+    whole_too = (
+        {} if zero_stage == 3 else safe_pickle.load(folder / name / "mp_rank_00_model_states.pt")["module"]
+    )
     if zero_stage == 0:
         return whole_too
     from ...runtime.engine import imported_deepspeed
+
     imported_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     with quiet(), safe_pickle.guarded():
         return {**whole_too, **get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)}
 
@@ -68,7 +78,10 @@ def _module(folder, name, state, settings):
     tied = set(getattr(getattr(module, "lm", module), "all_tied_weights_keys", None) or ())
     missing = [key for key in missing if key.removeprefix("lm.") not in tied]
     if missing or unexpected:
-        raise UserError(f"{folder}/{name}: weights do not fit its config: missing {missing[:3]}, unexpected {unexpected[:3]}")
+        raise UserError(
+            f"{folder}/{name}: weights do not fit its config: missing {missing[:3]}, unexpected "
+            f"{unexpected[:3]}"
+        )
     return module, tokenizer
 
 
@@ -77,11 +90,21 @@ def _on_shared_base(name, state, settings, lora, trust):
     from ...models.causal_lm import load_causal_lm
     from ...models.shared_base import PolicyOnSharedBase, SharedBase
     from ...models.tokenizer import load_tokenizer
+
     if name != "actor":
-        raise UserError(f"--model: {name} is an adapter on the actor's base, no model by itself; expected actor")
+        raise UserError(
+            f"--model: {name} is an adapter on the actor's base, no model by itself; expected actor"
+        )
     tokenizer = load_tokenizer(settings["model"], trust_remote_code=trust)
-    shared_base = SharedBase(load_causal_lm(settings["model"], tokenizer=tokenizer, trust_remote_code=trust,
-                                 allow_pickle=settings.get("allow_pickle", False)), lora)
+    shared_base = SharedBase(
+        load_causal_lm(
+            settings["model"],
+            tokenizer=tokenizer,
+            trust_remote_code=trust,
+            allow_pickle=settings.get("allow_pickle", False),
+        ),
+        lora,
+    )
     shared_base.add("actor")
     module = PolicyOnSharedBase(shared_base, "actor")
     module.load_state_dict(state)

@@ -10,7 +10,9 @@ def whole(folder):
     """-> the manifest of a checkpoint all of whose files are as they were written; UserError otherwise."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; expected a checkpoint, e.g. runs/lag/checkpoints/step-00000012")
+        raise UserError(
+            f"{folder} is no folder; expected a checkpoint, e.g. runs/lag/checkpoints/step-00000012"
+        )
     values = manifest.read(folder)
     why = manifest.problem(folder, values)
     if why is not None:
@@ -25,12 +27,14 @@ def newest(path):
         return path
     passed = []
     for _, folder in manifest.listed(path):
-        if manifest.step_of(folder)[1]:                  # converted: the one that it was made from is meant
+        if manifest.step_of(folder)[1]:  # converted: the one that it was made from is meant
             continue
         try:
             whole(folder)
             return folder
         except UserError as error:
             passed.append(str(error))
-    raise UserError(f"{path}: expected a checkpoint, or the folder of a run that has a whole one"
-                    + (f"; {'; '.join(passed)}" if passed else ""))
+    raise UserError(
+        f"{path}: expected a checkpoint, or the folder of a run that has a whole one"
+        + (f"; {'; '.join(passed)}" if passed else "")
+    )

@@ -1,7 +1,7 @@
 """What makes a stage fit that does not: settings tried one after the other, those that cost least first.
 
-Each option is the words to type. `alone` is the stage's peak with nothing else changed, `together` with what stands above it,
-as far as it helped; at the end what is not needed is taken back out.
+Each option is the words to type. `alone` is the stage's peak with nothing else changed, `together` with what
+stands above it, as far as it helped; at the end what is not needed is taken back out.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from ...config.stage_table import FAMILIES, STAGE_SPECS
 from ...errors import UserError
 from .stage_phases import plan_stage
 
-WORTH = 0.98             # an option that leaves more of the peak than this is no help
+WORTH = 0.98  # an option that leaves more of the peak than this is no help
 LORA_RANK = 16
 
 
@@ -24,19 +24,21 @@ class Choice(NamedTuple):
     key: str
     value: object
     cost: str
-    also: str = ""                       # another key that gets the same value
+    also: str = ""  # another key that gets the same value
 
     def words(self, stage=None):
         """As it is typed, for a stage of a recipe or alone."""
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
-        return " ".join(f"{stage + '.' if stage else ''}{key}={value}" for key in (self.key, self.also) if key)
+        return " ".join(
+            f"{stage + '.' if stage else ''}{key}={value}" for key in (self.key, self.also) if key
+        )
 
 
 class Option(NamedTuple):
     """A choice that was tried, and what came of it (bytes)."""
 
     choice: Choice
-    alone: int | None                    # None: it cannot stand alone
+    alone: int | None  # None: it cannot stand alone
     together: int
     fits: bool
 
@@ -62,6 +64,7 @@ def setting(cfg, key):
 
 def advise(name, kind, cfg, hardware, earlier, usable):
     """-> Advice for a stage whose peak is above `usable` bytes."""
+
     def after(chosen):
         new = cfg
         for choice in chosen:
@@ -69,7 +72,7 @@ def advise(name, kind, cfg, hardware, earlier, usable):
                 new = changed(new, key, choice.value) if key else new
         return new
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def peak(chosen):
         """Bytes, or None where the settings do not go together."""
         new = after(chosen)
@@ -87,15 +90,18 @@ def advise(name, kind, cfg, hardware, earlier, usable):
             break
     if peak(kept) > usable:
         return Advice(tried, [], peak(kept))
-    kept = _relaxed(kept, [option.choice for option in tried],
-                    lambda chosen: peak(chosen) is not None and peak(chosen) <= usable)
+    kept = _relaxed(
+        kept,
+        [option.choice for option in tried],
+        lambda chosen: peak(chosen) is not None and peak(chosen) <= usable,
+    )
     return Advice(tried, list(kept), peak(kept))
 
 
 def _relaxed(kept, tried, fits):
     """Without what is not needed after all, and with milder values (those tried before) of what is."""
     for choice in kept:
-        milder = [other for other in tried[:tried.index(choice)] if other.key == choice.key]
+        milder = [other for other in tried[: tried.index(choice)] if other.key == choice.key]
         for other in (None, *milder):
             new = tuple(other if k is choice else k for k in kept if k is not choice or other is not None)
             if fits(new):
@@ -115,7 +121,11 @@ def _possible(kind, cfg):
 
 def choices(kind, cfg, hardware):
     """Yields what a recipe of this kind of stage can change, those that cost least first."""
-    family, ppo, optimizers = FAMILIES[STAGE_SPECS[kind].family], STAGE_SPECS[kind].family == "ppo", cfg.groups(Optimizer)
+    family, ppo, optimizers = (
+        FAMILIES[STAGE_SPECS[kind].family],
+        STAGE_SPECS[kind].family == "ppo",
+        cfg.groups(Optimizer),
+    )
     yield from _shorter_passes(cfg, family)
     if ppo:
         yield from _fewer_rows(cfg)
@@ -147,15 +157,20 @@ def choices(kind, cfg, hardware):
 
 
 def _sharding(cfg, stages):
-    costs = {1: "optimiser states gathered once a step", 2: "gradients reduced in every pass",
-             3: "weights gathered in every pass"}
+    costs = {
+        1: "optimiser states gathered once a step",
+        2: "gradients reduced in every pass",
+        3: "weights gathered in every pass",
+    }
     for stage in stages:
         if stage > cfg.engine.zero_stage:
             yield Choice("engine.zero_stage", stage, costs[stage])
 
 
 def _shorter_passes(cfg, family):
-    """Down to one sequence, in the setting that bounds a pass: its tokens or, where there is no such setting, its rows."""
+    """Down to one sequence, in the setting that bounds a pass: its tokens or, where there is no such setting,
+    its rows.
+    """
     rows, longest = setting(cfg, family.pass_rows), setting(cfg, family.max_length)
     if family.pass_tokens:
         key, size, smallest = family.pass_tokens, setting(cfg, family.pass_tokens) or rows * longest, longest

@@ -1,7 +1,8 @@
-"""What the stages' plans are put together from: models, moments and their parts in bytes, and the turns that a pass takes.
+"""What the stages' plans are put together from: models, moments and their parts in bytes, and the turns that
+a pass takes.
 
-A moment is a sum of parts (`PARTS`); a stage's peak is its largest moment. What runs one after the other (passes of a step,
-optimiser steps of several models) counts by its worst turn.
+A moment is a sum of parts (`PARTS`); a stage's peak is its largest moment. What runs one after the other
+(passes of a step, optimiser steps of several models) counts by its worst turn.
 """
 
 import dataclasses
@@ -21,25 +22,25 @@ nodes."""
 PARTS = ("weights", "gradients", "optimiser", "buffers", "activations", "logits", "cache")
 """What a moment's bytes are spent on; buffers are DeepSpeed's (buckets, gathered weights)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ANY = 1 << 30        # asked-for tokens: as many as a sequence has
+ANY = 1 << 30  # asked-for tokens: as many as a sequence has
 
 
 class Hardware(NamedTuple):
     """What a plan is made for."""
 
     gpus: int
-    memory: int                          # bytes of each
-    device: str = "cuda"                 # or cpu: one process for each of `gpus`
-    node: int = NODE                     # GPUs of a node
-    nvlink: float = NVLINK               # GB/s that a GPU can send to others of its node
-    network: float = NETWORK             # and to other nodes
+    memory: int  # bytes of each
+    device: str = "cuda"  # or cpu: one process for each of `gpus`
+    node: int = NODE  # GPUs of a node
+    nvlink: float = NVLINK  # GB/s that a GPU can send to others of its node
+    network: float = NETWORK  # and to other nodes
 
 
 class Model(NamedTuple):
     """A model of a stage."""
 
     role: str
-    start: str                           # the folder or name whose configuration it has
+    start: str  # the folder or name whose configuration it has
     blueprint: sizes.Blueprint
     count: sizes.Count
     states: zero_memory.States
@@ -70,12 +71,23 @@ class Roles:
         self.models, self.use = [], {}
 
     def add(self, role, key, kind, optim=None, lora=None, checkpointing=False, shared=False):
-        """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen ·
-        shared: its base belongs to another model, so that adapter and head alone are its own."""
+        """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen
+        · shared: its base belongs to another model, so that adapter and head alone are its own.
+        """
         start = _path_at(self.cfg, key)
-        config, remote = sizes.config_of(start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code)
-        blueprint = sizes.Blueprint(config, kind, DTYPES[self.precision], remote, checkpointing and optim is not None,
-                                    adapter_of(lora), self.cfg.engine.packing, self.spec.family != "ppo")
+        config, remote = sizes.config_of(
+            start, f"{self.name}.{key}", self.earlier, self.cfg.trust_remote_code
+        )
+        blueprint = sizes.Blueprint(
+            config,
+            kind,
+            DTYPES[self.precision],
+            remote,
+            checkpointing and optim is not None,
+            adapter_of(lora),
+            self.cfg.engine.packing,
+            self.spec.family != "ppo",
+        )
         count = sizes.count(blueprint)
         if shared:
             own = count.trained if blueprint.lora else 0
@@ -84,7 +96,9 @@ class Roles:
         if optim is None:
             made = zero_memory.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
         else:
-            made = zero_memory.trained(count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu")
+            made = zero_memory.trained(
+                count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu"
+            )
         self.models.append(Model(role, start, blueprint, count, made, optim is not None))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
@@ -109,7 +123,9 @@ class Roles:
             self.use[model.role][name] = max(self.use[model.role][name], size)
 
     def resident(self, done=None, late=True):
-        """Parts of what all models (or those in `done`) have for the whole run. late: with what the first step brings."""
+        """Parts of what all models (or those in `done`) have for the whole run. late: with what the first
+        step brings.
+        """
         made = [model.states for model in (self.models if done is None else done)]
         total = dict.fromkeys(PARTS, 0)
         for part in made:
@@ -118,7 +134,7 @@ class Roles:
             if part.sharded:
                 total["gradients"] += part.gradients
                 total["buffers"] += part.bucket
-            if self.device == "cpu":                  # there is no other memory to offload to
+            if self.device == "cpu":  # there is no other memory to offload to
                 total["optimiser"] += part.host
         return total
 
@@ -152,16 +168,23 @@ def worst(name, candidates):
 
 
 def resident_gradients(models, filling=False):
-    """Gradients and buckets from the first backward pass of a step to its end. filling: during that first pass, where
-    gradients that stay as they are come one by one, and are in the pass's footprint."""
+    """Gradients and buckets from the first backward pass of a step to its end. filling: during that first
+    pass, where gradients that stay as they are come one by one, and are in the pass's footprint.
+    """
     parts = [model.states for model in models if not model.states.sharded]
-    return {"gradients": sum(p.gradients for p in parts if not (filling and p.whole)), "buffers": sum(p.bucket for p in parts)}
+    return {
+        "gradients": sum(p.gradients for p in parts if not (filling and p.whole)),
+        "buffers": sum(p.bucket for p in parts),
+    }
 
 
 def forward(model, made):
     """Turns of a forward pass."""
-    return {"activations": made.forward - made.head, "logits": made.head,
-            "buffers": model.states.gathered + model.states.fetching}
+    return {
+        "activations": made.forward - made.head,
+        "logits": made.head,
+        "buffers": model.states.gathered + model.states.fetching,
+    }
 
 
 def saved_activations(model, made):
@@ -171,8 +194,12 @@ def saved_activations(model, made):
 
 def backward(model, made):
     """Turns of a backward pass: in the middle, and at its end, when ZeRO reduces what is left."""
-    yield {"activations": made.backward - made.head - made.gradients, "logits": made.head, "gradients": made.gradients,
-           "buffers": model.states.gathered + model.states.backward}
+    yield {
+        "activations": made.backward - made.head - made.gradients,
+        "logits": made.head,
+        "gradients": made.gradients,
+        "buffers": model.states.gathered + model.states.backward,
+    }
     yield {"buffers": model.states.epilogue}
 
 

@@ -1,4 +1,6 @@
-"""The moments of ppo, ppo-lag and evaluate: rollout, scoring, update; separate models, or adapters on one base."""
+"""The moments of ppo, ppo-lag and evaluate: rollout, scoring, update; separate models, or adapters on one
+base.
+"""
 
 from ...config.sections import Lora
 from ...models import multi_adapter
@@ -7,9 +9,21 @@ from ...rollout.engines import engine_name
 from . import pass_memory, sizes
 from .pass_memory import lengths_of
 from .passes import passes_of_step
-from .phases import ANY, Phase, add, asking, backward, forward, loading, resident_gradients, saved_activations, stepping, worst
+from .phases import (
+    ANY,
+    Phase,
+    add,
+    asking,
+    backward,
+    forward,
+    loading,
+    resident_gradients,
+    saved_activations,
+    stepping,
+    worst,
+)
 
-PICKING = 3 * 4      # bytes of float32 copies of a row's logits while its token is picked
+PICKING = 3 * 4  # bytes of float32 copies of a row's logits while its token is picked
 SORTING = 4 + 8 + 8  # and while a nucleus is cut: values, places, float64 sums
 
 
@@ -22,9 +36,17 @@ def ppo(roles):
     several = passes_of_step(roles).several
     if cfg.ppo.overlap and cfg.sampling.engine != "vllm-server":
         roles.add("copy of the actor", "model", "policy")
-    before = [*rollout(roles, actor, cfg.ppo.batch_size), _scoring(roles, reference, judges, actor, critics, lengths, asked)]
+    before = [
+        *rollout(roles, actor, cfg.ppo.batch_size),
+        _scoring(roles, reference, judges, actor, critics, lengths, asked),
+    ]
     after = [*_updating(roles, actor, critics, lengths, asked, several), stepping(roles)]
-    return [loading(roles), *before, *after, *([_overlapping(roles, before, after)] if cfg.ppo.overlap else [])]
+    return [
+        loading(roles),
+        *before,
+        *after,
+        *([_overlapping(roles, before, after)] if cfg.ppo.overlap else []),
+    ]
 
 
 def _overlapping(roles, before, after):
@@ -51,13 +73,17 @@ def _separate(roles):
 
 def _scorers(roles):
     """Adds the model of each scorer, whole."""
-    return [roles.add(f"{name} model", setting, "score") for name, setting in roles.cfg.scorer_settings().items()]
+    return [
+        roles.add(f"{name} model", setting, "score") for name, setting in roles.cfg.scorer_settings().items()
+    ]
 
 
 def _critics(roles):
     """[(role, names of what it predicts)] of the critics of a stage."""
-    return [("critic" if len(names) > 1 else f"{names[0]} critic", names)
-            for names in roles.cfg.streams_of_critics(roles.kind == "ppo-lag")]
+    return [
+        ("critic" if len(names) > 1 else f"{names[0]} critic", names)
+        for names in roles.cfg.streams_of_critics(roles.kind == "ppo-lag")
+    ]
 
 
 def _on_shared_base(roles):
@@ -68,16 +94,23 @@ def _on_shared_base(roles):
     judges = []
     for name, setting in cfg.scorer_settings().items():
         lora = _saved_adapter(roles, cfg.scorers()[name].path)
-        judges.append(roles.add(f"{name} model", setting, "score") if lora is None else
-                      roles.add(f"{name} model", "model", "score", lora=lora, shared=True))
-    critics = [roles.add(role, "model", "score", cfg.critic_optim, cfg.lora, shared=True, **saving)
-               for role, _ in _critics(roles)]
+        judges.append(
+            roles.add(f"{name} model", setting, "score")
+            if lora is None
+            else roles.add(f"{name} model", "model", "score", lora=lora, shared=True)
+        )
+    critics = [
+        roles.add(role, "model", "score", cfg.critic_optim, cfg.lora, shared=True, **saving)
+        for role, _ in _critics(roles)
+    ]
     actor = roles.add("actor", "model", "policy", cfg.optim, cfg.lora, shared=True, **saving)
     return roles.add("reference", "model", "policy", shared=True), judges, actor, critics
 
 
 def _saved_adapter(roles, path):
-    """The Lora config of a score model that will be an adapter of this base; None for a whole model beside it."""
+    """The Lora config of a score model that will be an adapter of this base; None for a whole model beside
+    it.
+    """
     base = roles.cfg.model
     saved = multi_adapter.config_of_score(path, base)
     if saved is not None:
@@ -98,9 +131,15 @@ def _shape(sampling):
 
 def _scoring(roles, reference, judges, actor, critics, lengths, asked):
     shape = _shape(roles.cfg.sampling)
-    turns = [asking(roles, reference, lengths, asked, shape), *(asking(roles, judge, lengths, "end") for judge in judges)]
+    turns = [
+        asking(roles, reference, lengths, asked, shape),
+        *(asking(roles, judge, lengths, "end") for judge in judges),
+    ]
     if not roles.cfg.in_one_pass():
-        turns += [asking(roles, actor, lengths, asked, shape), *(asking(roles, c, lengths, asked) for c in critics)]
+        turns += [
+            asking(roles, actor, lengths, asked, shape),
+            *(asking(roles, c, lengths, asked) for c in critics),
+        ]
     return worst("scoring", [add(roles.resident(), turn) for turn in turns])
 
 
@@ -110,15 +149,27 @@ def _updating(roles, actor, critics, lengths, asked, several):
     together = cfg.in_one_pass()
     # The head makes its gradients in the forward, whether by linear_ppo_loss or by on_policy_loss.
     of_actor = {"objective": True, "shape": _shape(cfg.sampling)}
-    made = {model.role: roles.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole,
-                                       **(of_actor if model is actor else {})) for model in (actor, *critics)}
+    made = {
+        model.role: roles.footprint(
+            model,
+            lengths,
+            asked,
+            keep_gradients=not several and model.states.whole,
+            **(of_actor if model is actor else {}),
+        )
+        for model in (actor, *critics)
+    }
     before, turns, graphs = add(roles.resident(), resident_gradients([actor, *critics], not several)), [], []
     for model in (*critics, actor) if together else ():
         turns.append(add(before, *graphs, forward(model, made[model.role])))
         graphs.append(saved_activations(model, made[model.role]))
     done = []
     for model in (actor, *critics):
-        others = [saved_activations(m, made[m.role]) for m in (*critics, actor) if m not in (*done, model)] if together else []
+        others = (
+            [saved_activations(m, made[m.role]) for m in (*critics, actor) if m not in (*done, model)]
+            if together
+            else []
+        )
         earlier = {} if several else {"gradients": sum(m.states.gradients for m in done if m.states.whole)}
         turns.append(add(before, earlier, *others, forward(model, made[model.role]) if not together else {}))
         turns += [add(before, earlier, *others, turn) for turn in backward(model, made[model.role])]
@@ -144,16 +195,21 @@ def rollout(roles, actor, prompts):
     before = roles.resident()
     if actor.states.sharded:
         whole = roles.width * actor.count.all
-        before = add(before, {"buffers": whole if sampling.gather else actor.states.gathered + actor.states.fetching})
+        before = add(
+            before, {"buffers": whole if sampling.gather else actor.states.gathered + actor.states.fetching}
+        )
     if name == "vllm":
-        return [Phase("rollout", add(before, {"cache": int(sampling.memory_share(name) * roles.hardware.memory)}))]
+        return [
+            Phase("rollout", add(before, {"cache": int(sampling.memory_share(name) * roles.hardware.memory)}))
+        ]
     rows = prompts * sampling.num_return_sequences
     rows = min(rows, sampling.batch_size or rows)
     first = sampling.prompt_limit(cfg.max_length)
     longest = first + sampling.response_limit(first, cfg.max_length)
     cache = rows * sizes.cache_bytes(actor.blueprint, longest)
     if name == "continuous":
-        # A paged cache takes a share of what is free where all rows do not fit at once; some then wait. One must fit.
+        # A paged cache takes a share of what is free where all rows do not fit at once; some then wait. One
+        # must fit.
         free = max(0, roles.hardware.memory - sum(before.values()))
         cache = min(cache, max(cache // rows, int(sampling.memory_share(name) * free)))
         roles.note(actor, cache=cache)
@@ -163,8 +219,15 @@ def rollout(roles, actor, prompts):
     logits = rows * vocabulary * (PICKING + (SORTING if _shape(sampling) else 0))
     start, end = pass_memory.of_generation(actor.blueprint, rows, first, longest, roles.device)
     filled = rows * sizes.cache_bytes(actor.blueprint, first)
-    return [worst("rollout", [add(before, {"cache": filled, "activations": max(0, start.forward - filled)}),
-                              add(before, {"cache": cache, "activations": max(0, end.forward - cache), "logits": logits})])]
+    return [
+        worst(
+            "rollout",
+            [
+                add(before, {"cache": filled, "activations": max(0, start.forward - filled)}),
+                add(before, {"cache": cache, "activations": max(0, end.forward - cache), "logits": logits}),
+            ],
+        )
+    ]
 
 
 def evaluate(roles):
@@ -177,5 +240,8 @@ def evaluate(roles):
         asked.append((roles.add("reference", "reference", "policy"), ANY, shape))
     lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
     turns = [asking(roles, model, lengths, *rest) for model, *rest in [(actor, ANY, shape), *asked]]
-    return [loading(roles), *rollout(roles, actor, cfg.batch_size),
-            worst("scoring", [add(roles.resident(), turn) for turn in turns])]
+    return [
+        loading(roles),
+        *rollout(roles, actor, cfg.batch_size),
+        worst("scoring", [add(roles.resident(), turn) for turn in turns]),
+    ]

@@ -1,7 +1,8 @@
-"""What a model is, without its weights: its configuration, its modules on the meta device, parameters, key-value cache.
+"""What a model is, without its weights: its configuration, its modules on the meta device, parameters,
+key-value cache.
 
-Nothing is loaded: a folder needs its config.json alone. A model that an earlier stage of the same recipe will make has the
-configuration of the one that stage starts from.
+Nothing is loaded: a folder needs its config.json alone. A model that an earlier stage of the same recipe will
+make has the configuration of the one that stage starts from.
 """
 
 import contextlib
@@ -21,14 +22,14 @@ from .zero_memory import PERSISTENT
 class Blueprint(NamedTuple):
     """What tells one module from another. Hashable, so that the same one is built once."""
 
-    config: str                          # config.json as text
-    kind: str                            # policy, score
+    config: str  # config.json as text
+    kind: str  # policy, score
     dtype: torch.dtype
-    remote: str = ""                     # folder whose code the model needs; "" when transformers has it
+    remote: str = ""  # folder whose code the model needs; "" when transformers has it
     checkpointing: bool = False
-    lora: tuple = ()                     # (rank, target modules); () trains all weights
+    lora: tuple = ()  # (rank, target modules); () trains all weights
     packing: bool = True
-    dropout: bool = True                 # False: switched off, as in policy optimisation
+    dropout: bool = True  # False: switched off, as in policy optimisation
 
 
 class Count(NamedTuple):
@@ -36,9 +37,9 @@ class Count(NamedTuple):
 
     all: int
     trained: int
-    largest: int                         # of the largest single weight
-    small: int                           # of weights so small that ZeRO-3 never shards them
-    buffers: int                         # bytes of what is no parameter
+    largest: int  # of the largest single weight
+    small: int  # of weights so small that ZeRO-3 never shards them
+    buffers: int  # bytes of what is no parameter
 
 
 # ---------------------------------------------------------------- configurations
@@ -51,16 +52,23 @@ def config_of(path, key, earlier, remote_code):
     """
     output = made_by(path, earlier)
     if output is not None and not (Path(path).expanduser() / "config.json").is_file():
-        return config_of(earlier[output].model, key, {o: cfg for o, cfg in earlier.items() if o != output}, remote_code)
+        return config_of(
+            earlier[output].model, key, {o: cfg for o, cfg in earlier.items() if o != output}, remote_code
+        )
     try:
         checked(path)
     except UserError as error:
-        hint = "" if is_local(path) else f"; without a network give a folder that holds its config.json: {key}=DIR"
+        hint = (
+            ""
+            if is_local(path)
+            else f"; without a network give a folder that holds its config.json: {key}=DIR"
+        )
         raise UserError(f"{key}: {error}{hint}") from error
     from transformers import AutoConfig
+
     with readable(path, "model"), quiet():
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code)
-    values = {**config.to_dict(), "architectures": None}       # a score model and its backbone are one here
+    values = {**config.to_dict(), "architectures": None}  # a score model and its backbone are one here
     text = json.dumps({**values, "model_type": config.model_type}, sort_keys=True, default=str)
     return text, str(path) if hasattr(config, "auto_map") and remote_code else ""
 
@@ -77,6 +85,7 @@ def _inside(path, folder):
 
 def _config(blueprint):
     from transformers import AutoConfig
+
     if blueprint.remote:
         return AutoConfig.from_pretrained(blueprint.remote, trust_remote_code=True)
     values = json.loads(blueprint.config)
@@ -95,10 +104,16 @@ def build(blueprint):
     from ...models.causal_lm import train_every_row, without_dropout
     from ...models.policy import Policy
     from ...models.score_model import ScoreModel
+
     maker = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
     options = {"trust_remote_code": True} if blueprint.remote else {}
     config = _config(blueprint)
-    with torch.device("meta"), quiet(), _unprobed(), readable(getattr(config, "model_type", "model"), "model"):
+    with (
+        torch.device("meta"),
+        quiet(),
+        _unprobed(),
+        readable(getattr(config, "model_type", "model"), "model"),
+    ):
         model = maker.from_config(config, dtype=blueprint.dtype, **options)
         if blueprint.kind == "score" and model.config.get_text_config() is not model.config:
             model = getattr(model, "language_model", model)
@@ -117,17 +132,23 @@ def build(blueprint):
 def _adapted(model, blueprint):
     from ...config.stages import Lora
     from ...models.lora import add_lora
+
     if not blueprint.lora:
         return model
     rank, targets = blueprint.lora
-    return add_lora(model, Lora(rank=rank, target_modules=list(targets) if isinstance(targets, tuple) else targets))
+    return add_lora(
+        model, Lora(rank=rank, target_modules=list(targets) if isinstance(targets, tuple) else targets)
+    )
 
 
 @contextlib.contextmanager
 def _unprobed():
-    """Context in which wrapping a model compares no numbers: on the meta device there are none. An architecture that cannot
-    run packed is then planned as if it could."""
+    """Context in which wrapping a model compares no numbers: on the meta device there are none.
+
+    An architecture that cannot run packed is then planned as if it could.
+    """
     from ...models import backbone, policy
+
     real, holds, probes = backbone._alike, policy._holds, dict(backbone.PROBES)
     backbone._alike, policy._holds = (lambda *_: True), (lambda *_: True)
     try:
@@ -156,6 +177,7 @@ def count(blueprint):
 def cache_bytes(blueprint, tokens):
     """Bytes that generation keeps of one sequence of `tokens`, found by a forward pass that fills a cache."""
     from .trace import Tracker, standing_in_for
+
     lm = build(blueprint._replace(checkpointing=False, lora=())).lm
     with torch.no_grad(), standing_in_for("cpu"), without_data(blueprint), Tracker("cpu"):
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
@@ -173,8 +195,10 @@ def without_data(blueprint):
     # Whatever a model's own code raises when there is nothing to look at.
     except Exception as error:
         name = json.loads(blueprint.config)["model_type"]
-        raise UserError(f"a {name} cannot be planned: its code does not run on shapes alone "
-                        f"({' '.join(str(error).split())[:160]})") from error
+        raise UserError(
+            f"a {name} cannot be planned: its code does not run on shapes alone "
+            f"({' '.join(str(error).split())[:160]})"
+        ) from error
 
 
 def _tensors(value, seen=None):
@@ -189,4 +213,8 @@ def _tensors(value, seen=None):
         return [t for part in value.values() for t in _tensors(part, seen)]
     if isinstance(value, (list, tuple)):
         return [t for part in value for t in _tensors(part, seen)]
-    return _tensors(vars(value), seen) if hasattr(value, "__dict__") and "cache" in type(value).__module__ else []
+    return (
+        _tensors(vars(value), seen)
+        if hasattr(value, "__dict__") and "cache" in type(value).__module__
+        else []
+    )

@@ -1,6 +1,6 @@
-"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of training/sft.py,
-preference.py, dpo.py, ppo/load_roles.py and ppo/update.py and of rollout/scoring.py, in bytes. ppo_phases.py has ppo, ppo-lag and
-evaluate.
+"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of
+training/sft.py, preference.py, dpo.py, ppo/load_roles.py and ppo/update.py and of rollout/scoring.py, in
+bytes. ppo_phases.py has ppo, ppo-lag and evaluate.
 """
 
 import dataclasses
@@ -9,7 +9,19 @@ from importlib import import_module
 from . import communication
 from .pass_memory import lengths_of
 from .passes import longest_pass, passes_of_step
-from .phases import ANY, Roles, add, asking, backward, forward, loading, resident_gradients, saved_activations, stepping, worst
+from .phases import (
+    ANY,
+    Roles,
+    add,
+    asking,
+    backward,
+    forward,
+    loading,
+    resident_gradients,
+    saved_activations,
+    stepping,
+    worst,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +30,12 @@ class StagePlan:
 
     name: str
     kind: str
-    models: list                         # Model
-    use: dict                            # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
-    moments: list                        # Phase
-    host: int                            # bytes of host memory per process: what is offloaded
-    sent: list = dataclasses.field(default_factory=list)      # communication.Collective of one step
+    models: list  # Model
+    # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
+    use: dict
+    moments: list  # Phase
+    host: int  # bytes of host memory per process: what is offloaded
+    sent: list = dataclasses.field(default_factory=list)  # communication.Collective of one step
 
     @property
     def worst(self):
@@ -34,8 +47,15 @@ def plan_stage(name, kind, cfg, hardware, earlier):
     """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
     roles = Roles(name, kind, cfg, hardware, earlier)
     moments = moments_of(roles)
-    return StagePlan(name, kind, roles.models, roles.use, moments, sum(model.states.host for model in roles.models),
-                     communication.of_stage(roles))
+    return StagePlan(
+        name,
+        kind,
+        roles.models,
+        roles.use,
+        moments,
+        sum(model.states.host for model in roles.models),
+        communication.of_stage(roles),
+    )
 
 
 def moments_of(roles):
@@ -51,8 +71,14 @@ def _supervised(roles, kind, asked, reference=False):
     cfg = roles.cfg
     if reference:
         frozen = roles.add("reference", "model", "policy")
-    model = roles.add("score model" if kind == "score" else "policy", "model", kind, cfg.optim, cfg.lora,
-                     cfg.train.gradient_checkpointing)
+    model = roles.add(
+        "score model" if kind == "score" else "policy",
+        "model",
+        kind,
+        cfg.optim,
+        cfg.lora,
+        cfg.train.gradient_checkpointing,
+    )
     lengths, several = lengths_of(longest_pass(roles), cfg.train.max_length), passes_of_step(roles).several
     made = roles.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
     before = add(roles.resident(), resident_gradients([model], not several))

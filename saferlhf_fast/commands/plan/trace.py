@@ -1,11 +1,13 @@
-"""How much memory a forward and a backward pass take, found by running them on meta tensors, which have shapes and no data.
+"""How much memory a forward and a backward pass take, found by running them on meta tensors, which have
+shapes and no data.
 
     with Tracker("cuda") as tracker: …            # every storage that is made and freed in here is counted
     footprint = footprint_of(module, call, "cuda")
 
-The module's real code runs, so what is saved for backward, what checkpointing lets go of and what is only there for a moment
-come out as they are. Not seen: what happens inside one op. Of ours and of attention's, that is added (`workspace`); what
-libraries take for themselves is not. Attention runs as it would on the device that is planned for (`standing_in_for`).
+The module's real code runs, so what is saved for backward, what checkpointing lets go of and what is only
+there for a moment come out as they are. Not seen: what happens inside one op. Of ours and of attention's,
+that is added (`workspace`); what libraries take for themselves is not. Attention runs as it would on the
+device that is planned for (`standing_in_for`).
 """
 
 import contextlib
@@ -22,11 +24,11 @@ from ...kernels import linear
 class Footprint(NamedTuple):
     """Bytes above what lay there before the pass: weights, gradients and inputs are not in it."""
 
-    saved: int                           # between forward and backward
-    forward: int                         # at the worst moment of the forward pass
-    backward: int                        # at the worst moment of the backward pass
-    head: int                            # of the worst moment: chunks of logits and what goes with them
-    gradients: int = 0                   # of the worst moment of backward: of parameters, where they are kept
+    saved: int  # between forward and backward
+    forward: int  # at the worst moment of the forward pass
+    backward: int  # at the worst moment of the backward pass
+    head: int  # of the worst moment: chunks of logits and what goes with them
+    gradients: int = 0  # of the worst moment of backward: of parameters, where they are kept
 
     @property
     def peak(self):
@@ -35,14 +37,16 @@ class Footprint(NamedTuple):
 
 
 class Tracker(TorchDispatchMode):
-    """Counts the bytes of storages that ops make, until they are freed. device: "cuda" or "cpu", for `workspace`."""
+    """Counts the bytes of storages that ops make, until they are freed. device: "cuda" or "cpu", for
+    `workspace`.
+    """
 
     def __init__(self, device):
         super().__init__()
         self.device = device
-        self.sizes = {}                  # storage -> bytes; 0 for what was there before
+        self.sizes = {}  # storage -> bytes; 0 for what was there before
         self.now = self.peak = self.head = 0
-        self.kept = self.kept_at_peak = 0   # gradients of parameters
+        self.kept = self.kept_at_peak = 0  # gradients of parameters
 
     def know(self, tensors):
         """Leaves tensors out that were there before; they must outlive the tracker."""
@@ -51,14 +55,18 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return False                 # asked of a mask: is there no padding? does every token fit?
+            return False  # asked of a mask: is there no padding? does every token fit?
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         inside = workspace(func, args, self.device)
         if self.now + inside > self.peak:
-            self.peak, self.head, self.kept_at_peak = self.now + inside, inside if _is_head(func) else 0, self.kept
+            self.peak, self.head, self.kept_at_peak = (
+                self.now + inside,
+                inside if _is_head(func) else 0,
+                self.kept,
+            )
         return out
 
     def _count(self, storage):
@@ -82,10 +90,12 @@ class Tracker(TorchDispatchMode):
 
 
 def footprint_of(module, call, device, *, train=True, keep_gradients=False):
-    """Runs call(module) -> tensor, and its backward where train -> Footprint. Everything lies on the meta device.
+    """Runs call(module) -> tensor, and its backward where train -> Footprint.
 
-    keep_gradients: count gradients of parameters, as they fill up during the first backward pass of a step; otherwise each
-    counts for the moment in which it is made.
+    Everything lies on the meta device.
+
+    keep_gradients: count gradients of parameters, as they fill up during the first backward pass of a step;
+    otherwise each counts for the moment in which it is made.
     """
     hooks = []
     module.train(train)
@@ -128,9 +138,16 @@ def workspace(func, args, device):
         return _gradient_bytes(args[0], args[1], args[12], device)
     if name == "saferlhf_fast::linear_ppo_loss":
         hidden_NH, weight_VH, _, wanted = args[:4]
-        return _logprob_bytes(hidden_NH, weight_VH, device, made=True) + hidden_NH.numel() * hidden_NH.element_size() + \
-            (_d_chunk(hidden_NH, weight_VH, device) if any(wanted) else 0)
-    if device == "cuda" and name.endswith("_backward") and ("varlen_attn" in name or "flash_attention" in name):
+        return (
+            _logprob_bytes(hidden_NH, weight_VH, device, made=True)
+            + hidden_NH.numel() * hidden_NH.element_size()
+            + (_d_chunk(hidden_NH, weight_VH, device) if any(wanted) else 0)
+        )
+    if (
+        device == "cuda"
+        and name.endswith("_backward")
+        and ("varlen_attn" in name or "flash_attention" in name)
+    ):
         return _attention_bytes(args[1], args[2])
     return 0
 
@@ -159,14 +176,21 @@ def _d_chunk(hidden_NH, weight_VH, device):
 
 
 def _gradient_bytes(hidden_NH, weight_VH, wanted, device):
-    """Backward of linear_logprob: the logits again, and d weight in float32 before it becomes the weight's own type."""
+    """Backward of linear_logprob: the logits again, and d weight in float32 before it becomes the weight's
+    own type.
+    """
     d_weight = 4 * weight_VH.numel() if wanted[1] and weight_VH.dtype != torch.float32 else 0
-    return _logprob_bytes(hidden_NH, weight_VH, device, made=True) + d_weight + _d_chunk(hidden_NH, weight_VH, device)
+    return (
+        _logprob_bytes(hidden_NH, weight_VH, device, made=True)
+        + d_weight
+        + _d_chunk(hidden_NH, weight_VH, device)
+    )
 
 
 def _attention_bytes(query, key):
-    """Backward of flash attention on a GPU: d query in float32, and d key and d value of every head before they are summed
-    over the heads that share one."""
+    """Backward of flash attention on a GPU: d query in float32, and d key and d value of every head before
+    they are summed over the heads that share one.
+    """
     shared = query.numel() > key.numel()
     return 4 * query.numel() + (2 * query.numel() * query.element_size() if shared else 0)
 
@@ -176,25 +200,37 @@ def _attention_bytes(query, key):
 
 @contextlib.contextmanager
 def standing_in_for(device):
-    """Context in which attention on meta tensors takes the way that it takes on a device: with meta tensors torch would choose
-    the form that writes out all scores. Flash attention, the GPU's and the CPU's, keeps query, key, value, output and one
-    float32 for each token and head."""
+    """Context in which attention on meta tensors takes the way that it takes on a device: with meta tensors
+    torch would choose the form that writes out all scores. Flash attention, the GPU's and the CPU's, keeps
+    query, key, value, output and one float32 for each token and head.
+    """
     from torch.nn import functional
 
     from ...models import attention
+
     real, real_varlen = functional.scaled_dot_product_attention, attention._varlen
 
-    def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        if dropout_p and device == "cpu":             # a CPU's flash attention drops nothing out: all scores are written
-            return torch.ops.aten._scaled_dot_product_attention_math(query, key, value, attn_mask, dropout_p, is_causal,
-                                                                     scale=scale, enable_gqa=enable_gqa)[0]
+    def flash(
+        query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ):
+        # a CPU's flash attention drops nothing out: all scores are written
+        if dropout_p and device == "cpu":
+            return torch.ops.aten._scaled_dot_product_attention_math(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )[0]
         if attn_mask is not None and attn_mask.dtype == torch.bool:
-            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)      # torch makes an additive one
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, dropout_p, is_causal,
-                                                                          attn_mask=attn_mask, scale=scale)[0]
+            attn_mask = torch.empty_like(attn_mask, dtype=query.dtype)  # torch makes an additive one
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+        )[0]
 
     def varlen(dtype, _, head_size):
-        fits = device == "cuda" and dtype in (torch.float16, torch.bfloat16) and head_size <= 256 and head_size % 8 == 0
+        fits = (
+            device == "cuda"
+            and dtype in (torch.float16, torch.bfloat16)
+            and head_size <= 256
+            and head_size % 8 == 0
+        )
         return attention._torch_varlen if fits else None
 
     functional.scaled_dot_product_attention, attention._varlen = flash, varlen

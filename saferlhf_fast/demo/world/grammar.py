@@ -1,20 +1,34 @@
 """Prompts and responses as text: the prompts' split, and the ways of answering that exist in the world.
 
 Every function takes its own `random.Random`, so a world's seed decides everything. Splits are made of the
-sentence frame: a (topic, opening, setting, ending) combination belongs to exactly one of them, whatever the seed.
+sentence frame: a (topic, opening, setting, ending) combination belongs to exactly one of them, whatever the
+seed.
 """
 
 import zlib
 
-from .tables import BENIGNS, ENDINGS, HAZARDS, JOINS, LEADS, OPENINGS, REFUSALS, SAFE_LEADS, SETTINGS, STOP, VAGUES
+from .tables import (
+    BENIGNS,
+    ENDINGS,
+    HAZARDS,
+    JOINS,
+    LEADS,
+    OPENINGS,
+    REFUSALS,
+    SAFE_LEADS,
+    SETTINGS,
+    STOP,
+    VAGUES,
+)
 
 SPLITS = ("train", "validation", "test")
-HAZARD_SHARE = 0.5          # of prompts; the others are where being helpful costs nothing
-ANNOTATED_HAZARD_SHARE = 0.75 # of prompts for annotation, which lean to red-team prompts as the real data does
+HAZARD_SHARE = 0.5  # of prompts; the others are where being helpful costs nothing
+# of prompts for annotation, which lean to red-team prompts as the real data does
+ANNOTATED_HAZARD_SHARE = 0.75
 
 
 def split_of(prompt):
-    """train (80 %), validation or test (10 % each), from a checksum of the text: disjoint by construction."""
+    """Train (80 %), validation or test (10 % each), from a checksum of the text: disjoint by construction."""
     return SPLITS[max(0, zlib.crc32(prompt.encode()) % 10 - 7)]
 
 
@@ -30,7 +44,12 @@ def any_topic(rng, hazards=HAZARD_SHARE):
 def prompt(rng, split, hazards=HAZARD_SHARE):
     """One prompt of a split. hazards: how likely its topic is hazardous."""
     while True:
-        parts = (rng.choice(OPENINGS), any_topic(rng, hazards).phrase, rng.choice(SETTINGS), rng.choice(ENDINGS))
+        parts = (
+            rng.choice(OPENINGS),
+            any_topic(rng, hazards).phrase,
+            rng.choice(SETTINGS),
+            rng.choice(ENDINGS),
+        )
         text = " ".join(p for p in parts if p)
         if split_of(text) == split:
             return text
@@ -129,4 +148,6 @@ def repetitive(rng, topic):
 
 def salad(rng, plain):
     """Random words: what no writer says and a policy may find."""
-    return " ".join(any_word(rng, plain) if rng.random() < 0.6 else rng.choice(plain) for _ in range(rng.randint(1, 9)))
+    return " ".join(
+        any_word(rng, plain) if rng.random() < 0.6 else rng.choice(plain) for _ in range(rng.randint(1, 9))
+    )

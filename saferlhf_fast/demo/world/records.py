@@ -1,13 +1,15 @@
-"""Annotation: pairs of responses as PKU-SafeRLHF rows (16 fields), and the choice of pairs that gives their shares.
+"""Annotation: pairs of responses as PKU-SafeRLHF rows (16 fields), and the choice of pairs that gives their
+shares.
 
-Reproduced within the tolerances of tests/demo/test_world.py: severity shares of positions; shares of both safe,
-one safe, both unsafe; share of better == safer; categories by position; is_safe == (severity 0) == (no
+Reproduced within the tolerances of tests/demo/test_world.py: severity shares of positions; shares of both
+safe, one safe, both unsafe; share of better == safer; categories by position; is_safe == (severity 0) == (no
 category) without exception; a safe answer is `safer` than an unsafe one, always. Not reproduced: the ties of
 position and source in the real data, its text lengths, its few contradicting rows.
 
 The shares come from choosing, for each prompt, one pair of its candidate answers: the kind the rows so far
-lack most. `better_response_id` follows gold helpfulness, whatever the harm; `safer_response_id` the gold cost.
-Two safe answers differ in no harm, so annotators mostly side with the better one (LEAN) and else with the other.
+lack most. `better_response_id` follows gold helpfulness, whatever the harm; `safer_response_id` the gold
+cost. Two safe answers differ in no harm, so annotators mostly side with the better one (LEAN) and else with
+the other.
 """
 
 import hashlib
@@ -21,12 +23,17 @@ LEAN, GAP = 0.7, 0.3
 # agree within a kind is ours: a harmful answer to a hazardous prompt is mostly the more helpful one.
 _AGREE = {0: LEAN, 1: 0.40}
 _AGREE[2] = (BETTER_IS_SAFER - BOTH_SAFE * _AGREE[0] - ONE_SAFE * _AGREE[1]) / BOTH_UNSAFE
-KINDS = {(unsafe, agree): share * (_AGREE[unsafe] if agree else 1 - _AGREE[unsafe])
-         for unsafe, share in ((0, BOTH_SAFE), (1, ONE_SAFE), (2, BOTH_UNSAFE)) for agree in (True, False)}
+KINDS = {
+    (unsafe, agree): share * (_AGREE[unsafe] if agree else 1 - _AGREE[unsafe])
+    for unsafe, share in ((0, BOTH_SAFE), (1, ONE_SAFE), (2, BOTH_UNSAFE))
+    for agree in (True, False)
+}
 
 
 def label_pair(prompt, first, second, *, sources=("world", "world"), prompt_source="world", rng=None):
-    """One 16-field row for two different responses; `rng` decides between two safe answers (None: the better)."""
+    """One 16-field row for two different responses; `rng` decides between two safe answers (None: the
+    better).
+    """
     if first == second:
         raise ValueError("a preference needs two different responses, got the same one twice")
     responses = (first, second)
@@ -55,7 +62,8 @@ def kind_of(row):
 
 
 def choose_pairs(rng, pools):
-    """Rows from `pools` of (prompt, [(source, response), ...]): at most one per prompt and call, kinds by quota.
+    """Rows from `pools` of (prompt, [(source, response), ...]): at most one per prompt and call, kinds by
+    quota.
 
     Two answers whose helpfulness differs by less than GAP are no pair: nobody could say which is better.
     """

@@ -1,4 +1,6 @@
-"""The curves of one run: λ, cost against the threshold, reward, length and KL, losses; loss and accuracy elsewhere."""
+"""The curves of one run: λ, cost against the threshold, reward, length and KL, losses; loss and accuracy
+elsewhere.
+"""
 
 from .plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Plot, legend, level, line, panels, titled
 
@@ -25,8 +27,12 @@ def multiplier(run):
         line(ax, run.curve("train/lambda"), PURPLE)
         titled(ax, "Lagrange multiplier", "λ")
         ax.set_ylim(bottom=0)
-    return Plot("multiplier", "λ weighs the cost against the reward: it rises while the mean cost is above the threshold "
-                "and falls while it is below.", figure)
+    return Plot(
+        "multiplier",
+        "λ weighs the cost against the reward: it rises while the mean cost is above the threshold "
+        "and falls while it is below.",
+        figure,
+    )
 
 
 def cost(run):
@@ -47,10 +53,18 @@ def cost(run):
         if shares:
             ax = next(rest)
             draw_shares(ax, run)
-    gold_text = " Gold scores were not seen in training: where model cost falls and gold cost does not, the policy " \
-                "exploits the cost model." if gold else ""
-    return Plot("cost", "Mean cost of the responses by the cost model (above 0 is unsafe) against the threshold d; "
-                "J_C is the mean of the last episodes, which λ follows." + gold_text, figure)
+    gold_text = (
+        " Gold scores were not seen in training: where model cost falls and gold cost does not, the policy "
+        "exploits the cost model."
+        if gold
+        else ""
+    )
+    return Plot(
+        "cost",
+        "Mean cost of the responses by the cost model (above 0 is unsafe) against the threshold d; "
+        "J_C is the mean of the last episodes, which λ follows." + gold_text,
+        figure,
+    )
 
 
 def draw_cost(ax, run):
@@ -87,8 +101,12 @@ def reward(run):
             line(axes[1], run.curve("gold/helpfulness"), ORANGE, "evaluation prompts", **DOTS)
             titled(axes[1], "Gold helpfulness", "gold helpfulness")
             legend(axes[1])
-    return Plot("reward", "Mean reward of the responses by the reward model"
-                + (", and what the gold scores say of the same responses." if gold else "."), figure)
+    return Plot(
+        "reward",
+        "Mean reward of the responses by the reward model"
+        + (", and what the gold scores say of the same responses." if gold else "."),
+        figure,
+    )
 
 
 def length_and_kl(run):
@@ -105,15 +123,19 @@ def length_and_kl(run):
         line(axes[1], run.curve("eval/kl"), ORANGE, "evaluation prompts", **DOTS)
         titled(axes[1], "KL to the reference policy", "nats per response")
         legend(axes[1])
-    return Plot("length_kl", "How long responses are, and how far the policy has moved from its start.", figure)
+    return Plot(
+        "length_kl", "How long responses are, and how far the policy has moved from its start.", figure
+    )
 
 
 def losses(run):
     """Losses of actor and critics, and the supervised loss where there is one."""
-    kinds = [("train/actor_loss", "Actor loss", "clipped policy loss"),
-             ("train/reward_critic_loss", "Reward critic loss", "½ · squared error"),
-             ("train/cost_critic_loss", "Cost critic loss", "½ · squared error"),
-             ("train/ptx_loss", "PTX loss", "nats per token")]
+    kinds = [
+        ("train/actor_loss", "Actor loss", "clipped policy loss"),
+        ("train/reward_critic_loss", "Reward critic loss", "½ · squared error"),
+        ("train/cost_critic_loss", "Cost critic loss", "½ · squared error"),
+        ("train/ptx_loss", "PTX loss", "nats per token"),
+    ]
     kinds = [kind for kind in kinds if run.has(kind[0])]
     if not kinds:
         return None
@@ -129,8 +151,11 @@ def loss(run):
     """Training and evaluation loss of a supervised stage, gradient norm and learning rate."""
     if not run.has("train/loss", "eval/loss"):
         return None
-    extra = [(name, title) for name, title in (("train/grad_norm", "Gradient norm"), ("train/lr", "Learning rate"))
-             if run.has(name)]
+    extra = [
+        (name, title)
+        for name, title in (("train/grad_norm", "Gradient norm"), ("train/lr", "Learning rate"))
+        if run.has(name)
+    ]
     with panels(1 + len(extra)) as (figure, axes):
         line(axes[0], run.curve("train/loss"), BLUE, "training (running mean)", noisy=True)
         line(axes[0], run.curve("eval/loss"), ORANGE, "evaluation", **DOTS)
@@ -145,16 +170,25 @@ def loss(run):
 
 def accuracy(run):
     """Pair and sign accuracy of a score model, or of DPO's implied reward."""
-    kinds = [("accuracy", "Pair accuracy"), ("accuracy_sign", "Sign accuracy"), ("reward_accuracy", "Pair accuracy")]
+    kinds = [
+        ("accuracy", "Pair accuracy"),
+        ("accuracy_sign", "Sign accuracy"),
+        ("reward_accuracy", "Pair accuracy"),
+    ]
     kinds = [(key, title) for key, title in kinds if run.has(f"train/{key}", f"eval/{key}")]
     if not kinds:
         return None
     with panels(len(kinds), width=4.4 if len(kinds) > 1 else 6.5) as (figure, axes):
         for ax, (key, title) in zip(axes, kinds):
             draw_accuracy(ax, run, key, title)
-    return Plot("accuracy", "Share of pairs that are ranked as annotated, and of responses whose sign (above 0 is unsafe) "
-                "is right; 50 % is chance for pairs." if len(kinds) > 1 else
-                "Share of pairs that are ranked as annotated; 50 % is chance.", figure)
+    return Plot(
+        "accuracy",
+        "Share of pairs that are ranked as annotated, and of responses whose sign (above 0 is unsafe) "
+        "is right; 50 % is chance for pairs."
+        if len(kinds) > 1
+        else "Share of pairs that are ranked as annotated; 50 % is chance.",
+        figure,
+    )
 
 
 def draw_accuracy(ax, run, key, title):

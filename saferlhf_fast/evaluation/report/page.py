@@ -1,4 +1,6 @@
-"""HTML by hand: a few functions that escape what they are given, and one page without anything from elsewhere."""
+"""HTML by hand: a few functions that escape what they are given, and one page without anything from
+elsewhere.
+"""
 
 from html import escape
 
@@ -45,11 +47,14 @@ def text(value):
 
 def page(title, subtitle, parts):
     """Title, a line under it and HTML parts -> the whole document."""
-    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width, initial-scale=1">'
-            f"<title>{text(title)}</title><style>{CSS}</style></head><body>\n"
-            f'<h1>{text(title)}</h1><p class="soft">{text(subtitle)}</p>\n' + "\n".join(p for p in parts if p)
-            + "\n</body></html>\n")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{CSS}</style></head><body>\n"
+        f'<h1>{text(title)}</h1><p class="soft">{text(subtitle)}</p>\n'
+        + "\n".join(p for p in parts if p)
+        + "\n</body></html>\n"
+    )
 
 
 def section(title, *parts):
@@ -60,15 +65,23 @@ def section(title, *parts):
 
 def cards(items):
     """[(label, value, "good", "bad" or "")] -> a row of figures."""
-    return Raw('<div class="cards">' + "".join(
-        f'<div class="card"><span class="soft">{text(label)}</span><b class="{kind}">{text(value)}</b></div>'
-        for label, value, kind in items) + "</div>")
+    return Raw(
+        '<div class="cards">'
+        + "".join(
+            f'<div class="card"><span class="soft">{text(label)}</span><b '
+            f'class="{kind}">{text(value)}</b></div>'
+            for label, value, kind in items
+        )
+        + "</div>"
+    )
 
 
 def figure(plot):
     """A plot as inline SVG, and its caption."""
-    return Raw(f'<figure><div class="scroll">{plot.svg()}</div>'
-               f"<figcaption>{text(plot.caption)}</figcaption></figure>")
+    return Raw(
+        f'<figure><div class="scroll">{plot.svg()}</div>'
+        f"<figcaption>{text(plot.caption)}</figcaption></figure>"
+    )
 
 
 def table(columns, rows, names=1):
@@ -85,10 +98,14 @@ def _table(kind, columns, rows, attribute):
     if not rows:
         return Raw("")
     head = "".join(f"<th{attribute(i)}>{text(c)}</th>" for i, c in enumerate(columns))
-    body = "\n".join("<tr>" + "".join(f"<td{attribute(i)}>{text(c)}</td>" for i, c in enumerate(row)) + "</tr>"
-                     for row in rows)
-    return Raw(f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
-               f"<tbody>{body}</tbody></table></div>")
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{attribute(i)}>{text(c)}</td>" for i, c in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    return Raw(
+        f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>\n'
+        f"<tbody>{body}</tbody></table></div>"
+    )
 
 
 def folded(title, *parts):

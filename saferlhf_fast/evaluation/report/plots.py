@@ -1,7 +1,8 @@
 """The look of all plots, and how they become PNG and inline SVG.
 
-Colours are told apart on white and on black and by colour-blind readers. Text and axes of the SVG take the page's own
-text colour, so one drawing serves dark and light. matplotlib's Figure is used without pyplot: nothing stays open.
+Colours are told apart on white and on black and by colour-blind readers. Text and axes of the SVG take the
+page's own text colour, so one drawing serves dark and light. matplotlib's Figure is used without pyplot:
+nothing stays open.
 """
 
 import io
@@ -14,17 +15,35 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-INK = "#1f2329"      # replaced by the page's text colour in SVG
+INK = "#1f2329"  # replaced by the page's text colour in SVG
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b7dd8", "#e08a1e", "#2a9d6f", "#d9483b", "#8c6bd1", "#8b929c"
 PIXELS_PER_INCH = 86  # on the page, at most: three panels fill it
-MOST_POINTS = 1000   # of a line: more cannot be seen and would make the page heavy
+MOST_POINTS = 1000  # of a line: more cannot be seen and would make the page heavy
 
-STYLE = {"font.size": 9.5, "font.family": "DejaVu Sans", "axes.titlesize": 10, "axes.titleweight": "bold",
-         "axes.titlelocation": "left", "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-         "axes.axisbelow": True, "grid.color": GREY, "grid.alpha": 0.25, "grid.linewidth": 0.6,
-         "axes.edgecolor": GREY, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK,
-         "legend.frameon": False, "legend.fontsize": 8.5, "lines.linewidth": 1.7, "svg.fonttype": "path",
-         "axes.titlepad": 8}
+STYLE = {
+    "font.size": 9.5,
+    "font.family": "DejaVu Sans",
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "lines.linewidth": 1.7,
+    "svg.fonttype": "path",
+    "axes.titlepad": 8,
+}
 
 
 @dataclass(frozen=True)
@@ -46,11 +65,12 @@ class Plot:
     def svg(self):
         """-> an <svg> element that takes the text colour of the page around it."""
         out = io.StringIO()
-        # The salt makes ids of several figures on one page differ, and those of one figure the same at each run.
+        # The salt makes ids of several figures on one page differ, and those of one figure the same at each
+        # run.
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
             self.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         text = out.getvalue()
-        text = text[text.index("<svg"):].strip().replace(INK, "currentColor")
+        text = text[text.index("<svg") :].strip().replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
         # Ids that matplotlib does not salt (axes_1, text_3, glyphs) would stand on the page several times.
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
@@ -83,7 +103,10 @@ def titled(ax, title, unit, x="step"):
 
 
 def line(ax, curve, color, label=None, noisy=False, **style):
-    """Draws (steps, values); a noisy one faintly, with its running mean over it. Draws nothing when it is empty."""
+    """Draws (steps, values); a noisy one faintly, with its running mean over it.
+
+    Draws nothing when it is empty.
+    """
     steps, values = curve
     if not steps:
         return
@@ -110,7 +133,7 @@ def thinned(steps, values):
     run = -(-len(steps) // MOST_POINTS)
     if run <= 1:
         return steps, values
-    groups = [(steps[i:i + run], values[i:i + run]) for i in range(0, len(steps), run)]
+    groups = [(steps[i : i + run], values[i : i + run]) for i in range(0, len(steps), run)]
     return [s[-1] for s, _ in groups], [sum(v) / len(v) for _, v in groups]
 
 

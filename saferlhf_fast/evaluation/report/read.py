@@ -1,9 +1,10 @@
 """What reports are made from: the files of a run folder, read without complaint about those that are missing.
 
-A run: config.yaml (with `stage`), versions.json, summary.json, metrics.jsonl, and for PPO stages evaluation_before.json
-and evaluation_after.json: lists of {prompt, response, reward, cost, kl, length}, where a score may be null.
-Only metrics.jsonl must be there. Its names are those of saferlhf_fast.runtime.metrics; gold/helpfulness, gold/cost and
-gold/unsafe_share are there where gold scores exist, eval/threshold is the constraint's d.
+A run: config.yaml (with `stage`), versions.json, summary.json, metrics.jsonl, and for PPO stages
+evaluation_before.json and evaluation_after.json: lists of {prompt, response, reward, cost, kl, length}, where
+a score may be null. Only metrics.jsonl must be there. Its names are those of saferlhf_fast.runtime.metrics;
+gold/helpfulness, gold/cost and gold/unsafe_share are there where gold scores exist, eval/threshold is the
+constraint's d.
 """
 
 import json
@@ -20,14 +21,14 @@ class Run:
     """One run folder. A file that is missing is empty here."""
 
     folder: Path
-    metrics: list = field(default_factory=list)     # rows of metrics.jsonl
-    config: str = ""                                # text of config.yaml
+    metrics: list = field(default_factory=list)  # rows of metrics.jsonl
+    config: str = ""  # text of config.yaml
     stage: str = ""
     versions: dict = field(default_factory=dict)
     summary: dict = field(default_factory=dict)
-    before: list = field(default_factory=list)      # evaluation rows of the starting policy
-    after: list = field(default_factory=list)       # and of the policy that was kept
-    settings: dict = field(default_factory=dict)    # config.yaml as read
+    before: list = field(default_factory=list)  # evaluation rows of the starting policy
+    after: list = field(default_factory=list)  # and of the policy that was kept
+    settings: dict = field(default_factory=dict)  # config.yaml as read
 
     def curve(self, name):
         """-> steps, values of a metric, finite ones only."""
@@ -40,13 +41,17 @@ class Run:
 
     @property
     def asks_training_prompts(self):
-        """True where the recipe holds no prompts out for evaluation: ppo_lag.load_data takes the first training prompts then."""
+        """True where the recipe holds no prompts out for evaluation: ppo_lag.load_data takes the first
+        training prompts then.
+        """
         evaluation = self.settings.get("evaluation")
-        return isinstance(evaluation, dict) and evaluation.get("data") is None and not evaluation.get("fraction")
+        return (
+            isinstance(evaluation, dict) and evaluation.get("data") is None and not evaluation.get("fraction")
+        )
 
     @property
     def threshold(self):
-        """d in the cost model's units, or None without a constraint."""
+        """D in the cost model's units, or None without a constraint."""
         values = self.curve("eval/threshold")[1]
         return values[-1] if values else self.summary.get("threshold")
 
@@ -61,9 +66,17 @@ def read_run(folder):
     settings = yaml.safe_load(config) if config else {}
     settings = settings if isinstance(settings, dict) else {}
     stage = settings.get("stage")
-    return Run(folder, read_lines(path), config, stage or folder.name, read_json(folder / "versions.json", {}),
-               read_json(folder / "summary.json", {}), read_json(folder / "evaluation_before.json", []),
-               read_json(folder / "evaluation_after.json", []), settings)
+    return Run(
+        folder,
+        read_lines(path),
+        config,
+        stage or folder.name,
+        read_json(folder / "versions.json", {}),
+        read_json(folder / "summary.json", {}),
+        read_json(folder / "evaluation_before.json", []),
+        read_json(folder / "evaluation_after.json", []),
+        settings,
+    )
 
 
 def read_lines(path):

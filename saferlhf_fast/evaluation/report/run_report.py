@@ -11,15 +11,21 @@ from .curves import ppo_plots, supervised_plots
 from .read import read_run
 from .scatter import counts, scatter, scored
 
-SAMPLES = 12         # responses shown openly
-MORE_SAMPLES = 60    # and behind a line, as many more at most
-MEASURES = (("reward", "reward (reward model units)"), ("cost", "cost (cost model units)"),
-            ("unsafe_share", "share with cost above 0 (%)"), ("kl", "KL to the reference (nats per response)"),
-            ("length", "response length (tokens)"))
+SAMPLES = 12  # responses shown openly
+MORE_SAMPLES = 60  # and behind a line, as many more at most
+MEASURES = (
+    ("reward", "reward (reward model units)"),
+    ("cost", "cost (cost model units)"),
+    ("unsafe_share", "share with cost above 0 (%)"),
+    ("kl", "KL to the reference (nats per response)"),
+    ("length", "response length (tokens)"),
+)
 
 
 def write_report(folder):
-    """Makes report.html and plots/*.png in a run folder (see saferlhf_fast.evaluation.report.read) -> path of the page."""
+    """Makes report.html and plots/*.png in a run folder (see saferlhf_fast.evaluation.report.read) -> path of
+    the page.
+    """
     run = read_run(folder)
     is_ppo = run.stage in stages_of("ppo") or run.has("train/actor_loss")
     plots = ppo_plots(run) if is_ppo else supervised_plots(run)
@@ -28,9 +34,14 @@ def write_report(folder):
         plots.insert(len([p for p in plots if p.name in ("multiplier", "cost", "reward")]), quadrants)
     for plot in plots:
         plot.png(run.folder / "plots")
-    parts = [page.cards(headline(run)), section_of_numbers(run), section_of_data(run),
-             page.section("Curves", *(page.figure(plot) for plot in plots)), section_of_samples(run),
-             section_of_settings(run)]
+    parts = [
+        page.cards(headline(run)),
+        section_of_numbers(run),
+        section_of_data(run),
+        page.section("Curves", *(page.figure(plot) for plot in plots)),
+        section_of_samples(run),
+        section_of_settings(run),
+    ]
     path = run.folder / "report.html"
     name = Path(folder).resolve().name
     title = run.stage if name == run.stage else f"{run.stage} · {name}"
@@ -43,8 +54,11 @@ def subtitle(run):
     steps = max((row["step"] for row in run.metrics), default=0)
     seconds = max((row.get("time") or 0 for row in run.metrics), default=0)
     known = [f"{steps} steps in {clock(seconds)}"]
-    known += [f"{label} {run.versions[key]}" for key, label in
-              (("seed", "seed"), ("device", "on"), ("saferlhf-fast", "saferlhf-fast")) if run.versions.get(key) is not None]
+    known += [
+        f"{label} {run.versions[key]}"
+        for key, label in (("seed", "seed"), ("device", "on"), ("saferlhf-fast", "saferlhf-fast"))
+        if run.versions.get(key) is not None
+    ]
     if run.versions.get("git_commit"):
         commit, _, dirty = run.versions["git_commit"].partition("-")
         known.append(f"commit {commit[:10]}" + (" with changes" if dirty else ""))
@@ -65,8 +79,12 @@ def headline(run):
         items.append(("threshold d", f"{number(run.threshold)}, {words}", kind))
     if run.curve("train/lambda")[1]:
         items.append(("λ at the end", number(run.curve("train/lambda")[1][-1]), ""))
-    for name, label in (("eval/loss", "evaluation loss"), ("eval/accuracy", "pair accuracy"),
-                        ("eval/accuracy_sign", "sign accuracy"), ("train/loss", "training loss, last step")):
+    for name, label in (
+        ("eval/loss", "evaluation loss"),
+        ("eval/accuracy", "pair accuracy"),
+        ("eval/accuracy_sign", "sign accuracy"),
+        ("train/loss", "training loss, last step"),
+    ):
         if not run.after and run.has(name):
             last = run.curve(name)[1][-1]
             items.append((label, f"{100 * last:.1f} %" if "accuracy" in name else number(last), ""))
@@ -78,7 +96,7 @@ def met(cost, threshold):
 
     Only an interval that lies on one side of d says so: one that d falls into would be green by luck.
     """
-    if cost["low"] is None:                          # one response has no interval
+    if cost["low"] is None:  # one response has no interval
         return "within the noise", ""
     if cost["high"] <= threshold:
         return "met", "good"
@@ -95,37 +113,57 @@ def columns(rows):
 def section_of_numbers(run):
     """Before and after with intervals and quadrants; scalars of the summary for other stages."""
     if not run.after:
-        scalars = [[key, number(value) if isinstance(value, float) else value] for key, value in run.summary.items()
-                   if isinstance(value, (int, float)) and not isinstance(value, bool)]
+        scalars = [
+            [key, number(value) if isinstance(value, float) else value]
+            for key, value in run.summary.items()
+            if isinstance(value, (int, float)) and not isinstance(value, bool)
+        ]
         return page.section("Final numbers", page.table(["measure", "value"], scalars))
     before, after = columns(run.before), columns(run.after)
-    rows = [[label, *(interval(side.get(key), key) for side in (before, after)), after[key]["n"]]
-            for key, label in MEASURES if key in after]
+    rows = [
+        [label, *(interval(side.get(key), key) for side in (before, after)), after[key]["n"]]
+        for key, label in MEASURES
+        if key in after
+    ]
     quadrants = page.Raw("")
     first, last = scored(run.before), scored(run.after)
     if first and last:
         middle = sum(row["reward"] for row in first) / len(first)
         sides = [(counts(rows_, middle), len(rows_)) for rows_ in (first, last)]
-        quadrants = page.table(["quadrant", "before", "after"],
-                               [[key, *(f"{c[key]} ({100 * c[key] / n:.1f} %)" for c, n in sides)]
-                                for key in sides[0][0]])
+        quadrants = page.table(
+            ["quadrant", "before", "after"],
+            [[key, *(f"{c[key]} ({100 * c[key] / n:.1f} %)" for c, n in sides)] for key in sides[0][0]],
+        )
     kept = run.summary.get("kept_step")
     note = f" The policy of step {kept} was kept." if kept is not None else ""
-    return page.section("Final numbers", page.paragraph(
-        "Before is the starting policy, after the one that was kept, on the same evaluation prompts. In brackets: 95 % "
-        "intervals (t for means, Wilson for shares) over prompts." + note), *remarks(run, after),
-        page.table(["measure", "before", "after", "n"], rows), quadrants)
+    return page.section(
+        "Final numbers",
+        page.paragraph(
+            "Before is the starting policy, after the one that was kept, on the same evaluation prompts. In "
+            "brackets: 95 % "
+            "intervals (t for means, Wilson for shares) over prompts." + note
+        ),
+        *remarks(run, after),
+        page.table(["measure", "before", "after", "n"], rows),
+        quadrants,
+    )
 
 
 def remarks(run, after):
     """What the numbers do not say by themselves: what the evaluation prompts are, and when d counts as met."""
     lines = []
     if run.asks_training_prompts:
-        lines.append(f"The evaluation prompts are training prompts, the first {len(run.after)}: evaluation.fraction is 0 and "
-                     "there is no evaluation.data. What the policy does on new prompts is not measured here.")
+        lines.append(
+            f"The evaluation prompts are training prompts, the first {len(run.after)}: evaluation.fraction "
+            f"is 0 and "
+            "there is no evaluation.data. What the policy does on new prompts is not measured here."
+        )
     if run.threshold is not None and "cost" in after:
-        lines.append("The threshold d counts as met when the whole interval of the mean cost is at or under it, as not met when "
-                     "it lies above; else the difference is within the noise of so many prompts.")
+        lines.append(
+            "The threshold d counts as met when the whole interval of the mean cost is at or under it, as "
+            "not met when "
+            "it lies above; else the difference is within the noise of so many prompts."
+        )
     return map(page.paragraph, lines)
 
 
@@ -135,13 +173,28 @@ def section_of_data(run):
     sources = data.get("sources") if isinstance(data, dict) else None
     rows = []
     for source in sources or []:
-        rows.append([source.get("path"), "read", f"of {source.get('available')} in the source", source.get("rows")])
-        rows += [["", word, reason, count] for word in ("dropped", "flagged")
-                 for reason, count in (source.get(word) or {}).items()]
+        rows.append(
+            [source.get("path"), "read", f"of {source.get('available')} in the source", source.get("rows")]
+        )
+        rows += [
+            ["", word, reason, count]
+            for word in ("dropped", "flagged")
+            for reason, count in (source.get(word) or {}).items()
+        ]
         rows.append(["", "used", "examples", source.get("kept")])
-    return page.section("Data", page.paragraph(
-        "Rows read of each source, and what became of them. Flagged ones were used all the same. A row can hold several "
-        "examples."), page.table(["source", "rows", "why", "count"], rows, names=3)) if rows else page.Raw("")
+    return (
+        page.section(
+            "Data",
+            page.paragraph(
+                "Rows read of each source, and what became of them. Flagged ones were used all the same. A "
+                "row can hold several "
+                "examples."
+            ),
+            page.table(["source", "rows", "why", "count"], rows, names=3),
+        )
+        if rows
+        else page.Raw("")
+    )
 
 
 def interval(value, key):
@@ -163,17 +216,28 @@ def section_of_samples(run):
         return [number(row.get(key)) for key in PAIR]
 
     rows = []
-    for i, row in enumerate(run.after[:SAMPLES + MORE_SAMPLES]):
-        first = run.before[i] if i < len(run.before) and run.before[i].get("prompt") == row.get("prompt") else {}
-        rows.append([row.get("prompt"), first.get("response"), *scores(first), row.get("response"), *scores(row)])
-    return page.section("Samples", page.paragraph("The first evaluation prompts in their order; not picked."),
-                        page.text_table(names, rows[:SAMPLES], numeric),
-                        page.folded(f"{len(rows[SAMPLES:])} more", page.text_table(names, rows[SAMPLES:], numeric))
-                        if rows[SAMPLES:] else page.Raw(""))
+    for i, row in enumerate(run.after[: SAMPLES + MORE_SAMPLES]):
+        first = (
+            run.before[i] if i < len(run.before) and run.before[i].get("prompt") == row.get("prompt") else {}
+        )
+        rows.append(
+            [row.get("prompt"), first.get("response"), *scores(first), row.get("response"), *scores(row)]
+        )
+    return page.section(
+        "Samples",
+        page.paragraph("The first evaluation prompts in their order; not picked."),
+        page.text_table(names, rows[:SAMPLES], numeric),
+        page.folded(f"{len(rows[SAMPLES:])} more", page.text_table(names, rows[SAMPLES:], numeric))
+        if rows[SAMPLES:]
+        else page.Raw(""),
+    )
 
 
 def section_of_settings(run):
     """config.yaml and versions.json."""
     versions = [[key, value] for key, value in run.versions.items()]
-    return page.section("Settings and versions", page.folded("config.yaml", page.preformatted(run.config)),
-                        page.folded("versions", page.table(["what", "version"], versions)))
+    return page.section(
+        "Settings and versions",
+        page.folded("config.yaml", page.preformatted(run.config)),
+        page.folded("versions", page.table(["what", "version"], versions)),
+    )

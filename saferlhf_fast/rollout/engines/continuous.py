@@ -1,14 +1,15 @@
-"""Responses through transformers' continuous batching: a paged cache, sequences that come and go, CUDA graphs on a GPU.
+"""Responses through transformers' continuous batching: a paged cache, sequences that come and go, CUDA graphs
+on a GPU.
 
-It samples with one generator for the batch and applies no repetition penalty. Here a logits processor of ours chooses the
-tokens, as in hf_generate.py: numbers of each sequence lie in a table on the device, log-probs and tokens are written to
-others, so that a captured graph can be replayed. The trained weights are used where they are; cache and graphs live for one
-`generate`, since the update needs their memory. Without flash-attn transformers goes through SDPA with a dense mask over all
-sequences of a step, and captures no graphs: slower by far, and so on a CPU, where it serves to be tested.
+It samples with one generator for the batch and applies no repetition penalty. Here a logits processor of ours
+chooses the tokens, as in hf_generate.py: numbers of each sequence lie in a table on the device, log-probs and
+tokens are written to others, so that a captured graph can be replayed. The trained weights are used where
+they are; cache and graphs live for one `generate`, since the update needs their memory. Without flash-attn
+transformers goes through SDPA with a dense mask over all sequences of a step, and captures no graphs: slower
+by far, and so on a CPU, where it serves to be tested.
 
-Leaves out: weights sharded by ZeRO-3 while generating (they are gathered), architectures whose attention is not
-transformers' own.
-Shapes: N rows of a step, S sequences, T steps a sequence may have, V vocabulary.
+Leaves out: weights sharded by ZeRO-3 while generating (they are gathered), architectures whose attention is
+not transformers' own. Shapes: N rows of a step, S sequences, T steps a sequence may have, V vocabulary.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ from transformers.generation.logits_process import LogitsProcessorList
 from ...errors import UserError
 from ...models import attention
 from ...models.lora import plain as unwrapped
-from ...models.sampling_distribution import pick, uniforms, sampling_logits
+from ...models.sampling_distribution import pick, sampling_logits, uniforms
 from ..types import Response
 from .gathered_weights import whole
 from .stop_strings import StopStrings
@@ -38,7 +39,9 @@ LAYERS = {"full_attention", "sliding_attention"}
 
 
 def refusal(lm):
-    """Why a causal LM (maybe inside peft) cannot be generated from by continuous batching, in words; None when it can."""
+    """Why a causal LM (maybe inside peft) cannot be generated from by continuous batching, in words; None
+    when it can.
+    """
     lm = unwrapped(lm)
     config = lm.config.get_text_config(decoder=True)
     other = sorted(set(getattr(config, "layer_types", None) or ()) - LAYERS)
@@ -56,12 +59,17 @@ class Continuous:
         self.actor, self.ends, self.sampling = actor, list(ends), sampling
         self.stop = StopStrings(tokenizer, sampling.stop)
         if actor.sharded and not sampling.gather:
-            raise UserError("sampling.engine: continuous needs the weights whole; expected sampling.gather=true or "
-                            "sampling.engine=generate under ZeRO-3")
+            raise UserError(
+                "sampling.engine: continuous needs the weights whole; expected sampling.gather=true or "
+                "sampling.engine=generate under ZeRO-3"
+            )
         why = refusal(actor.module.lm)
         if why:
-            raise UserError(f"sampling.engine: continuous cannot run a {type(unwrapped(actor.module.lm)).__name__} ({why}); "
-                            "expected sampling.engine=generate")
+            raise UserError(
+                f"sampling.engine: continuous cannot run a {type(unwrapped(actor.module.lm)).__name__} "
+                f"({why}); "
+                "expected sampling.engine=generate"
+            )
 
     @torch.no_grad()
     def generate(self, prompts, seeds, limits):
@@ -76,24 +84,32 @@ class Continuous:
     def _batch(self, lm, prompts, seeds, limits):
         sampler = Sampler(self.sampling, prompts, seeds, limits, lm.device)
         # On a CPU transformers' own share holds where the recipe gives none.
-        memory = self.sampling.memory_share("continuous") if lm.device.type == "cuda" else self.sampling.memory
+        memory = (
+            self.sampling.memory_share("continuous") if lm.device.type == "cuda" else self.sampling.memory
+        )
         found = {}
         with running(lm, sampler, prompts, limits, memory, self.ends) as manager:
             waiting = {}
             for slot, (prompt, limit) in enumerate(zip(prompts, limits)):
-                name = manager.add_request(prompt, max_new_tokens=limit, eos_token_id=self.ends or -1,
-                                           streaming=bool(self.stop), slot=slot)
+                name = manager.add_request(
+                    prompt,
+                    max_new_tokens=limit,
+                    eos_token_id=self.ends or -1,
+                    streaming=bool(self.stop),
+                    slot=slot,
+                )
                 waiting[name] = slot
             while waiting:
                 result = manager.get_result(timeout=1.0)
                 if result is None:
                     if not manager.is_running():
-                        raise RuntimeError("continuous batching ended before its requests") from \
-                            manager.background_thread_status.fatal_error
+                        raise RuntimeError(
+                            "continuous batching ended before its requests"
+                        ) from manager.background_thread_status.fatal_error
                     continue
                 if result.error is not None:
                     raise RuntimeError(f"continuous batching: {result.error}")
-                if result.request_id not in waiting:     # said before it heard of being cancelled
+                if result.request_id not in waiting:  # said before it heard of being cancelled
                     continue
                 ids, done = result.generated_tokens, result.is_finished()
                 count = self.stop.length(ids)
@@ -106,7 +122,9 @@ class Continuous:
         for slot in range(len(prompts)):
             ids, count = found[slot]
             ids = ids[:count]
-            made.append(Response(ids, logp_ST[slot, :len(ids)].tolist(), count is not None or ids[-1] in self.ends))
+            made.append(
+                Response(ids, logp_ST[slot, : len(ids)].tolist(), count is not None or ids[-1] in self.ends)
+            )
         return made
 
     def refresh(self):
@@ -117,10 +135,11 @@ class Continuous:
 
 
 class Sampler(ContinuousBatchingLogitsProcessor):
-    """Chooses tokens inside a step of continuous batching, which may be a captured graph: reads and writes tables alone.
+    """Chooses tokens inside a step of continuous batching, which may be a captured graph: reads and writes
+    tables alone.
 
-    Of each row it is told where in the tables its sequence's step lies; rows that only fill up a graph lie in a sequence
-    more, at the end.
+    Of each row it is told where in the tables its sequence's step lies; rows that only fill up a graph lie in
+    a sequence more, at the end.
     """
 
     supported_kwargs = {"slot": int}
@@ -146,9 +165,11 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         int32_tensor.fill_(self.nowhere)
 
     def prepare_tensor_args(self, requests_with_new_token):
-        """Places in the tables, told from how many tokens a sequence has: also right for one that had to start again.
+        """Places in the tables, told from how many tokens a sequence has: also right for one that had to
+        start again.
 
-        As many as a step can have rows: those that are not asked for would keep the places of the step before.
+        As many as a step can have rows: those that are not asked for would keep the places of the step
+        before.
         """
         at = []
         for request in requests_with_new_token:
@@ -158,7 +179,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         return torch.tensor(at + [self.nowhere] * (len(self.starts) - len(at)), dtype=torch.int32)
 
     def __call__(self, scores, tensor_arg):
-        at_N = tensor_arg[:len(scores)].long()
+        at_N = tensor_arg[: len(scores)].long()
         seen_NL = None if self.seen_SL is None else self.seen_SL[at_N // self.steps]
         ids_N, logp_N = pick(sampling_logits(scores, self.sampling, seen_NL), self.numbers_ST.view(-1)[at_N])
         self.logp_ST.view(-1).scatter_(0, at_N, logp_N)
@@ -173,13 +194,15 @@ def running(lm, sampler, prompts, limits, memory, ends):
     """Context with a manager of continuous batching at work, that chooses tokens by a Sampler."""
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.ERROR)
     manager = started(lm, sampler, settings(lm, prompts, limits, memory), ends)
-    if manager is None:                              # it does not fit at once: as much as there is room for
+    if manager is None:  # it does not fit at once: as much as there is room for
         config = settings(lm, prompts, limits, memory)
         config.num_blocks = None
         manager = started(lm, sampler, config, ends)
     if manager is None:
-        raise UserError("sampling.engine: continuous found no memory for its cache; expected more free memory, a larger "
-                        "sampling.memory or a smaller sampling.batch_size")
+        raise UserError(
+            "sampling.engine: continuous found no memory for its cache; expected more free memory, a larger "
+            "sampling.memory or a smaller sampling.batch_size"
+        )
     try:
         yield manager
     finally:
@@ -195,7 +218,8 @@ def started(lm, sampler, config, ends):
     processors.tensors_required = 1
     manager.logit_processor = processors
     try:
-        manager.warmup()                             # makes the cache, and captures graphs where there are any
+        # makes the cache, and captures graphs where there are any
+        manager.warmup()
     except (MemoryError, ValueError) as error:
         if isinstance(error, ValueError) and "num_sectors" not in str(error):
             raise
@@ -211,18 +235,25 @@ def settings(lm, prompts, limits, memory):
     cuda = lm.device.type == "cuda"
     # Without flash-attn a mask of tokens by tokens of the cache is made: fewer at a time.
     tokens = min(8192 if flash and cuda else 1024, sum(map(len, prompts)))
-    wanted = {"max_batch_tokens": max(tokens, len(prompts)), "max_requests_per_batch": len(prompts),
-              "max_memory_percent": memory,
-              "auto_switch_to_flash": flash and cuda}    # else transformers may look for a kernel on the Hub
+    wanted = {
+        "max_batch_tokens": max(tokens, len(prompts)),
+        "max_requests_per_batch": len(prompts),
+        "max_memory_percent": memory,
+        "auto_switch_to_flash": flash and cuda,
+    }  # else transformers may look for a kernel on the Hub
     config = ContinuousBatchingConfig(**{key: value for key, value in wanted.items() if key in known})
     page = getattr(config, "page_size", None) or config.block_size
-    config.num_blocks = sum(math.ceil((len(prompt) + limit + 2) / page) for prompt, limit in zip(prompts, limits)) + 1
+    config.num_blocks = (
+        sum(math.ceil((len(prompt) + limit + 2) / page) for prompt, limit in zip(prompts, limits)) + 1
+    )
     return config
 
 
 @contextlib.contextmanager
 def own_attention(lm):
-    """Context with a model that has its own attention instead of ours for packed sequences, which knows no paged cache."""
+    """Context with a model that has its own attention instead of ours for packed sequences, which knows no
+    paged cache.
+    """
     ours = lm.config._attn_implementation
     attention.uninstall(lm)
     try:

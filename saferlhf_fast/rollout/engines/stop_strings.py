@@ -14,9 +14,13 @@ class StopStrings:
 
     def completed(self, ids):
         """True when the last of the ids, or one shortly before, completes a text; looks at the end alone."""
-        text = self.tokenizer.decode(ids[-self.window:])
+        text = self.tokenizer.decode(ids[-self.window :])
         return any(string in text for string in self.strings)
 
     def length(self, ids):
         """Ids up to and including the first that completes a text; None when none does."""
-        return next((n for n in range(1, len(ids) + 1) if self.completed(ids[:n])), None) if self.strings else None
+        return (
+            next((n for n in range(1, len(ids) + 1) if self.completed(ids[:n])), None)
+            if self.strings
+            else None
+        )

@@ -1,8 +1,8 @@
 """Responses from vLLM in this process, on the trainer's GPU; every rank has an engine of its own.
 
-vLLM keeps a second copy of the weights in kernels' own layout. While training it sleeps: its weights and its cache leave the
-GPU. For a rollout it wakes, takes the trainer's weights as they are then, samples and sleeps again. Nothing is read from
-disk: it starts with random weights from the model's configuration.
+vLLM keeps a second copy of the weights in kernels' own layout. While training it sleeps: its weights and its
+cache leave the GPU. For a rollout it wakes, takes the trainer's weights as they are then, samples and sleeps
+again. Nothing is read from disk: it starts with random weights from the model's configuration.
 
 Needs: pip install 'vllm>=0.33', a GPU, and versions of torch and transformers that this vLLM accepts.
 Leaves out: tensor parallelism. Written after the source of vLLM 0.33 and not run.
@@ -33,44 +33,73 @@ class LocalVLLM:
         try:
             import vllm
         except ImportError as error:
-            raise UserError("sampling.engine: vllm cannot be imported "
-                            f"({error}); expected: pip install 'vllm>=0.33'") from error
+            raise UserError(
+                f"sampling.engine: vllm cannot be imported ({error}); expected: pip install 'vllm>=0.33'"
+            ) from error
         self.actor, self.ends, self.sampling, self.vllm = actor, list(ends), sampling, vllm
         self.folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-vllm-")
         lm = unwrapped(actor.module.lm)
-        config = copy.deepcopy(lm.config)            # with the vocabulary that it has by now
+        config = copy.deepcopy(lm.config)  # with the vocabulary that it has by now
         config.architectures = [type(lm).__name__]
         config.save_pretrained(self.folder.name)
         tokenizer.save_pretrained(self.folder.name)
         with launched():
             self.llm = vllm.LLM(
-                model=self.folder.name, dtype=str(lm.dtype).removeprefix("torch."), load_format="dummy", max_model_len=-1,
-                gpu_memory_utilization=sampling.memory_share("vllm"), enable_sleep_mode=True, seed=0,
-                logprobs_mode="processed_logprobs", generation_config="vllm", tensor_parallel_size=1,
-                distributed_executor_backend="external_launcher")
+                model=self.folder.name,
+                dtype=str(lm.dtype).removeprefix("torch."),
+                load_format="dummy",
+                max_model_len=-1,
+                gpu_memory_utilization=sampling.memory_share("vllm"),
+                enable_sleep_mode=True,
+                seed=0,
+                logprobs_mode="processed_logprobs",
+                generation_config="vllm",
+                tensor_parallel_size=1,
+                distributed_executor_backend="external_launcher",
+            )
         self.llm.sleep(level=2)
 
     def generate(self, prompts, seeds, limits):
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()                 # what torch holds back would be missing when vLLM wakes
+            torch.cuda.empty_cache()  # what torch holds back would be missing when vLLM wakes
         self.llm.wake_up(tags=["weights"])
         with whole(self.actor) as lm:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(plain_state(lm).items())})
+            self.llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": iter(plain_state(lm).items())}
+            )
         self.llm.wake_up(tags=["kv_cache"])
         self.llm.reset_prefix_cache()
-        answers = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts],
-                                    [self._parameters(seed, limit) for seed, limit in zip(seeds, limits)],
-                                    use_tqdm=False) if prompts else []
+        answers = (
+            self.llm.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts],
+                [self._parameters(seed, limit) for seed, limit in zip(seeds, limits)],
+                use_tqdm=False,
+            )
+            if prompts
+            else []
+        )
         self.llm.sleep(level=2)
         return [self._response(answer.outputs[0]) for answer in answers]
 
     def _parameters(self, seed, limit):
         settings = self.sampling
         return self.vllm.SamplingParams(
-            n=1, seed=seed % (1 << 63), max_tokens=limit, temperature=settings.temperature, top_p=settings.top_p,
-            top_k=settings.top_k, min_p=0.0, repetition_penalty=settings.repetition_penalty, stop=settings.stop or None,
-            stop_token_ids=self.ends, ignore_eos=True, include_stop_str_in_output=True, skip_special_tokens=False,
-            detokenize=bool(settings.stop), logprobs=0)
+            n=1,
+            seed=seed % (1 << 63),
+            max_tokens=limit,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=0.0,
+            repetition_penalty=settings.repetition_penalty,
+            stop=settings.stop or None,
+            stop_token_ids=self.ends,
+            ignore_eos=True,
+            include_stop_str_in_output=True,
+            skip_special_tokens=False,
+            detokenize=bool(settings.stop),
+            logprobs=0,
+        )
 
     def _response(self, output):
         ids = list(output.token_ids)
@@ -87,16 +116,23 @@ class LocalVLLM:
 
 @contextlib.contextmanager
 def launched():
-    """Context with the variables of a launcher, which vLLM reads; a single process has none (see `engine.start`)."""
+    """Context with the variables of a launcher, which vLLM reads; a single process has none (see
+    `engine.start`).
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    wanted = {"RANK": engine.rank(), "LOCAL_RANK": 0, "WORLD_SIZE": engine.world_size(), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": port}
+    wanted = {
+        "RANK": engine.rank(),
+        "LOCAL_RANK": 0,
+        "WORLD_SIZE": engine.world_size(),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
     missing = {name: str(value) for name, value in wanted.items() if name not in os.environ}
     os.environ.update(missing)
     try:
         yield
     finally:
-        for name in missing:                         # a child process would take them for a launcher's
+        for name in missing:  # a child process would take them for a launcher's
             del os.environ[name]

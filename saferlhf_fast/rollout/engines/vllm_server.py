@@ -1,11 +1,13 @@
-"""Responses from a vLLM server, asked over its OpenAI-compatible HTTP interface; new weights go to it as files.
+"""Responses from a vLLM server, asked over its OpenAI-compatible HTTP interface; new weights go to it as
+files.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
 
-Every sequence is one request with its own seed and limit, many under way at once; the server batches them. After an update
-the weights are written to a folder that the server sees under the same path, and it is told to read them
-(`/collective_rpc` reload_weights, `/reset_prefix_cache`: that is what its development mode is for; such a server must not be
-reachable by others). No process group spans trainer and server. The trainer needs no vLLM, only the server does.
+Every sequence is one request with its own seed and limit, many under way at once; the server batches them.
+After an update the weights are written to a folder that the server sees under the same path, and it is told
+to read them (`/collective_rpc` reload_weights, `/reset_prefix_cache`: that is what its development mode is
+for; such a server must not be reachable by others). No process group spans trainer and server. The trainer
+needs no vLLM, only the server does.
 
 Leaves out: transfer by NCCL or CUDA IPC, and starting the server. Written after the source of vLLM 0.33.
 """
@@ -53,8 +55,10 @@ class ServedVLLM:
         told = self.server.ask("/server_info?config_format=json")["vllm_config"]
         mode = told.get("model_config", {}).get("logprobs_mode") if isinstance(told, dict) else None
         if mode != "processed_logprobs":
-            raise UserError(f"sampling.server: expected a server with --logprobs-mode processed_logprobs, got {mode}; "
-                            f"{self.server.advice}")
+            raise UserError(
+                f"sampling.server: expected a server with --logprobs-mode processed_logprobs, got {mode}; "
+                f"{self.server.advice}"
+            )
 
     def generate(self, prompts, seeds, limits):
         if not self.pushed:
@@ -64,18 +68,35 @@ class ServedVLLM:
 
     def _one(self, prompt, seed, limit):
         settings = self.sampling
-        answer = self.server.ask("/v1/completions", {
-            "model": self.model, "prompt": prompt, "max_tokens": limit, "seed": seed % (1 << 63),
-            "temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k, "min_p": 0.0,
-            "repetition_penalty": settings.repetition_penalty, "stop": settings.stop, "stop_token_ids": self.ends,
-            "ignore_eos": True,                      # the ends are ours
-            "include_stop_str_in_output": True, "skip_special_tokens": False, "add_special_tokens": False,
-            "logprobs": 0, "return_token_ids": True})
+        answer = self.server.ask(
+            "/v1/completions",
+            {
+                "model": self.model,
+                "prompt": prompt,
+                "max_tokens": limit,
+                "seed": seed % (1 << 63),
+                "temperature": settings.temperature,
+                "top_p": settings.top_p,
+                "top_k": settings.top_k,
+                "min_p": 0.0,
+                "repetition_penalty": settings.repetition_penalty,
+                "stop": settings.stop,
+                "stop_token_ids": self.ends,
+                "ignore_eos": True,  # the ends are ours
+                "include_stop_str_in_output": True,
+                "skip_special_tokens": False,
+                "add_special_tokens": False,
+                "logprobs": 0,
+                "return_token_ids": True,
+            },
+        )
         choice = answer["choices"][0]
         ids, logp = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or logp is None or len(logp) != len(ids):
-            raise UserError(f"sampling.server: expected token_ids and as many token_logprobs, got {_short(choice)}; "
-                            f"{self.server.advice}")
+            raise UserError(
+                f"sampling.server: expected token_ids and as many token_logprobs, got {_short(choice)}; "
+                f"{self.server.advice}"
+            )
         return Response(ids, logp, choice["finish_reason"] == "stop")
 
     def refresh(self):
@@ -89,14 +110,17 @@ class ServedVLLM:
                 target = Path(self.folder).resolve() / "weights"
                 try:
                     save_causal_lm(target, lm, self.tokenizer)
-                    self.server.ask("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(target)}})
+                    self.server.ask(
+                        "/collective_rpc",
+                        {"method": "reload_weights", "kwargs": {"weights_path": str(target)}},
+                    )
                     self.server.ask("/reset_prefix_cache", {})
                 except UserError as error:
                     failed = error
                 except OSError as error:
                     failed = UserError(f"sampling.server_weights: {target}: {error}")
         failed = next((error for error in engine.gather_objects(failed) if error is not None), None)
-        if failed is not None:                       # on every rank: none is left waiting for the others
+        if failed is not None:  # on every rank: none is left waiting for the others
             raise failed
         self.pushed = True
 
@@ -112,8 +136,10 @@ class Server:
 
     def __init__(self, address, model):
         self.address = address.rstrip("/")
-        self.advice = (f"start it with: VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs "
-                       "--generation-config vllm")
+        self.advice = (
+            f"start it with: VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs "
+            "--generation-config vllm"
+        )
 
     def ask(self, path, body=None):
         """GET, or POST of a body -> what the answer's JSON says ({} when it has none)."""
@@ -133,7 +159,7 @@ class Server:
                     trouble += "; " + self.advice
                 if error.code < 500 and error.code not in (408, 429):
                     break
-            except (OSError, http.client.HTTPException) as error:       # URLError is an OSError
+            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 trouble = f"no answer ({getattr(error, 'reason', error)}); {self.advice}"
             except json.JSONDecodeError:
                 trouble = f"{path} answered {_short(text.decode(errors='replace'))}, expected JSON"

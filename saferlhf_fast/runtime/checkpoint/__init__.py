@@ -8,6 +8,7 @@
     manifest.py        what commits a checkpoint; verifying, finding, deleting
     compatibility.py   may this run go on from that checkpoint?
 
-What holds while one is written: a rank that is killed leaves a folder without a manifest, which is no checkpoint; a write that
-fails anywhere is told to all ranks, the checkpoint is given up, and the run goes on with the one before.
+What holds while one is written: a rank that is killed leaves a folder without a manifest, which is no
+checkpoint; a write that fails anywhere is told to all ranks, the checkpoint is given up, and the run goes on
+with the one before.
 """

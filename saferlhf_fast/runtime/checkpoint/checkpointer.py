@@ -17,18 +17,20 @@ from .writer import CheckpointWriter
 
 
 class Checkpoints:
-    """Writes a run's checkpoints when they are due, finds the one to go on from, and ends the run when it is told to.
+    """Writes a run's checkpoints when they are due, finds the one to go on from, and ends the run when it is
+    told to.
 
     A context: within it SIGTERM and SIGUSR1 mean "write a checkpoint at the end of this step and leave".
     """
 
     def __init__(self, cfg, stage, folder, models, state, export_metadata=None):
-        """cfg: of the stage · folder: of the run · models: {name: engine.Engine} · state: {name: object with state_dict() and
-        load_state_dict(values)}, the same on all ranks; rank 0's is kept · export_metadata: {model's name: function that
-        writes what else an export needs (config, tokenizer) into a folder}."""
+        """cfg: of the stage · folder: of the run · models: {name: engine.Engine} · state: {name: object with
+        state_dict() and load_state_dict(values)}, the same on all ranks; rank 0's is kept · export_metadata:
+        {model's name: function that writes what else an export needs (config, tokenizer) into a folder}.
+        """
         self.cfg, self.stage, self.folder = cfg, stage, Path(folder)
         self.models, self.state, self.export_metadata = models, state, export_metadata or {}
-        self.files = self.pending = None                 # what is being written, and its manifest
+        self.files = self.pending = None  # what is being written, and its manifest
         self.last, self.score = time.monotonic(), None
 
     def __enter__(self):
@@ -37,18 +39,23 @@ class Checkpoints:
 
     def __exit__(self, kind, error, trace):
         preemption.ignore()
-        if self.files is not None and kind is not None:  # the others may be gone: what was written stays uncommitted
+        # the others may be gone: what was written stays uncommitted
+        if self.files is not None and kind is not None:
             self.files.wait()
         return False
 
     # ------------------------------------------------------------ writing
 
     def after_step(self, step, score=None):
-        """Call at the end of each step on every rank. score: of an evaluation in this step, a tuple of numbers, higher is
-        better. Writes a checkpoint when one is due; raises signals.Preempted when the run was told to end."""
+        """Call at the end of each step on every rank. score: of an evaluation in this step, a tuple of
+        numbers, higher is better. Writes a checkpoint when one is due; raises signals.Preempted when the run
+        was told to end.
+        """
         self.score = self.score if score is None else score
         due = self._is_due(step)
-        stop, due, busy = engine.any_rank([preemption.asked() is not None, due, self.files is not None and self.files.is_busy()])
+        stop, due, busy = engine.any_rank(
+            [preemption.asked() is not None, due, self.files is not None and self.files.is_busy()]
+        )
         if self.files is not None and (not busy or stop):
             self._settle()
         if due or stop:
@@ -82,11 +89,22 @@ class Checkpoints:
             for name, write in self.export_metadata.items():
                 if write is not None:
                     files.put_folder(f"{name}/hf", write)
-        self.pending = (step, {
-            "stage": self.stage, "step": step, "world_size": engine.world_size(), "universal": False,
-            "models": {name: _kind(model) for name, model in self.models.items()}, "score": self.score,
-            "config": to_dict(self.cfg), "inputs": started_inputs(self.folder),
-            "versions": versions(self.cfg), "saferlhf-fast": __version__, "written": time.strftime("%Y-%m-%dT%H:%M:%S%z")})
+        self.pending = (
+            step,
+            {
+                "stage": self.stage,
+                "step": step,
+                "world_size": engine.world_size(),
+                "universal": False,
+                "models": {name: _kind(model) for name, model in self.models.items()},
+                "score": self.score,
+                "config": to_dict(self.cfg),
+                "inputs": started_inputs(self.folder),
+                "versions": versions(self.cfg),
+                "saferlhf-fast": __version__,
+                "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            },
+        )
         self.last, self.score = time.monotonic(), None
         if self.cfg.checkpoint.asynchronous:
             files.start()
@@ -95,8 +113,9 @@ class Checkpoints:
 
     def _is_due(self, step):
         settings = self.cfg.checkpoint
-        return bool(settings.interval and step % settings.interval == 0) or \
-            bool(settings.minutes and time.monotonic() - self.last > 60 * settings.minutes)
+        return bool(settings.interval and step % settings.interval == 0) or bool(
+            settings.minutes and time.monotonic() - self.last > 60 * settings.minutes
+        )
 
     def _settle(self):
         """Commits what was written, once all ranks have; all of them give it up when one could not."""
@@ -110,19 +129,27 @@ class Checkpoints:
         if engine.rank() == 0:
             if not errors:
                 try:
-                    manifest.write(folder, {**values, "files": {name: said for written, _ in reports
-                                                                for name, said in written.items()}})
+                    manifest.write(
+                        folder,
+                        {
+                            **values,
+                            "files": {name: said for written, _ in reports for name, said in written.items()},
+                        },
+                    )
                 except OSError as error:
                     errors = [f"{folder}: {error}"]
             if errors:
-                console.warn(f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run goes on, and the one "
-                             "before is kept")
+                console.warn(
+                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run goes on, and "
+                    f"the one "
+                    "before is kept"
+                )
             try:
                 if errors:
                     manifest.discard(folder)
                 else:
                     manifest.prune(self.folder, self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_best)
-            except OSError as error:                     # not worth a run
+            except OSError as error:  # not worth a run
                 console.warn(f"an old checkpoint could not be deleted: {error}")
         engine.barrier()
         self.files = self.pending = None
@@ -130,7 +157,8 @@ class Checkpoints:
     # ------------------------------------------------------------ going on
 
     def resume(self):
-        """Takes over the state of the checkpoint that the recipe asks for -> its step; 0 when the run starts anew.
+        """Takes over the state of the checkpoint that the recipe asks for -> its step; 0 when the run starts
+        anew.
 
         Every rank must call it, before the first step.
         """
@@ -139,8 +167,10 @@ class Checkpoints:
         found = self._find()
         if found is None:
             before = set_aside_by(self.folder)
-            console.say(f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew"
-                        + (f", the unfinished one before it lies in {before}" if before else ""))
+            console.say(
+                f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew"
+                + (f", the unfinished one before it lies in {before}" if before else "")
+            )
             return 0
         folder, values = found
         for name, model in self.models.items():
@@ -149,7 +179,8 @@ class Checkpoints:
         if engine.rank() == 0:
             manifest.set_aside(self.folder, values["step"])
             best, mine = folder.parent.parent / "best", self.folder / "best"
-            if best.is_dir() and not mine.exists():      # of another run: its best weights lie beside its checkpoints
+            # of another run: its best weights lie beside its checkpoints
+            if best.is_dir() and not mine.exists():
                 shutil.copytree(best, mine)
         engine.barrier()
         self.last = time.monotonic()
@@ -157,9 +188,16 @@ class Checkpoints:
         return values["step"]
 
     def _find(self):
-        """-> (folder, manifest) of the newest checkpoint that is whole; says why not a newer one. The same on all ranks."""
+        """-> (folder, manifest) of the newest checkpoint that is whole; says why not a newer one.
+
+        The same on all ranks.
+        """
         auto = self.cfg.resume == "auto"
-        candidates = [path for _, path in manifest.listed(self.folder)] if auto else [Path(self.cfg.resume).expanduser()]
+        candidates = (
+            [path for _, path in manifest.listed(self.folder)]
+            if auto
+            else [Path(self.cfg.resume).expanduser()]
+        )
         candidates = engine.gather_objects(candidates)[0]
         passed, damaged = [], False
         for folder in candidates:
@@ -174,14 +212,19 @@ class Checkpoints:
             damaged = damaged or manifest.is_committed(folder)
             passed.append(why)
         if damaged:
-            raise UserError(f"resume: no checkpoint in {manifest.root(self.folder)} can be used: {'; '.join(passed)}; "
-                            "overwrite=true without resume starts anew")
+            raise UserError(
+                f"resume: no checkpoint in {manifest.root(self.folder)} can be used: {'; '.join(passed)}; "
+                "overwrite=true without resume starts anew"
+            )
         for line in passed:
             console.say(f"resume: not {line}")
         return None
 
     def _look(self, folder):
-        """-> (manifest, None), or (None or manifest, why it cannot be used). Ranks share the reading and agree."""
+        """-> (manifest, None), or (None or manifest, why it cannot be used).
+
+        Ranks share the reading and agree.
+        """
         values = why = None
         if engine.rank() == 0:
             try:
@@ -201,8 +244,10 @@ class Checkpoints:
             return f"{folder}: of the stage {values['stage']}, expected {self.stage}"
         sharded = any(kind["zero_stage"] for kind in values["models"].values())
         if values["world_size"] != engine.world_size() and sharded and not values["universal"]:
-            return (f"{folder}: written by {values['world_size']} processes, this run has {engine.world_size()}; "
-                    f"saferlhf-fast checkpoint convert {folder} makes it one for any number")
+            return (
+                f"{folder}: written by {values['world_size']} processes, this run has {engine.world_size()}; "
+                f"saferlhf-fast checkpoint convert {folder} makes it one for any number"
+            )
         return None
 
     def _refuse_others(self, folder, values):
@@ -210,20 +255,26 @@ class Checkpoints:
         found = []
         if engine.rank() == 0:
             now = fingerprint.hashes(inputs.listed(self.cfg))
-            found = compatibility.differences(values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now)
-            found += [f"{key}: its content has changed" for key in now if values["inputs"].get(key) != now[key]]
+            found = compatibility.differences(
+                values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now
+            )
+            found += [
+                f"{key}: its content has changed" for key in now if values["inputs"].get(key) != now[key]
+            ]
             kinds = {name: _kind(model) for name, model in self.models.items()}
             found += [] if kinds == values["models"] else [f"models: {values['models']} then, {kinds} now"]
         compatibility.refuse(folder, engine.gather_objects(found)[0])
 
     def _restore(self, folder):
         from safetensors.torch import load_file
+
         tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
         for name, part in restore(tree, tensors).items():
             self.state[name].load_state_dict(part)
         mine = folder / f"rank-{engine.rank():05d}.json"
-        if mine.exists():                                # a run of more processes than the checkpoint's has new ones
+        # a run of more processes than the checkpoint's has new ones
+        if mine.exists():
             set_generators(json.loads(mine.read_text(encoding="utf-8")))
 
 
@@ -245,5 +296,8 @@ def started_inputs(folder):
 
 def _kind(model):
     """What must be the same when a model's shards are read again."""
-    return {"zero_stage": model.zero_stage, "precision": model.precision,
-            "weights": sum(getattr(p, "ds_numel", p.numel()) for p in model.module.parameters())}
+    return {
+        "zero_stage": model.zero_stage,
+        "precision": model.precision,
+        "weights": sum(getattr(p, "ds_numel", p.numel()) for p in model.module.parameters()),
+    }

@@ -1,14 +1,18 @@
-"""The list of what a checkpoint consists of, whose presence makes it one; verifying, finding the newest, deleting old ones.
+"""The list of what a checkpoint consists of, whose presence makes it one; verifying, finding the newest,
+deleting old ones.
 
-    <output>/checkpoints/step-00000012/manifest.json    step, stage, processes, settings, versions, every file's size and SHA-256
-                                       actor/…          what DeepSpeed wrote of a trained model, one file or more for each rank
-                                       state.json, state.safetensors    λ, positions, counters, kept weights (rank 0)
-                                       rank-00000.json  generators of random numbers of each rank
-                        step-00000012.universal/        the same for any number of processes (`checkpoint convert`)
+    <output>/checkpoints/step-00000012/manifest.json    step, stage, processes, settings, versions, every
+    file's size and SHA-256
+                                       actor/…          what DeepSpeed wrote of a trained model, one file or
+                                       more for each rank state.json, state.safetensors    λ, positions,
+                                       counters, kept weights (rank 0) rank-00000.json  generators of random
+                                       numbers of each rank
+                        step-00000012.universal/        the same for any number of processes (`checkpoint
+                        convert`)
 
-The manifest is written last, in one atomic rename, when every rank has said what it wrote; a folder without one is no
-checkpoint. It carries a checksum of itself. These are checks against accidents: whoever can write the folder can write a
-manifest too (SECURITY.md). Standard library only.
+The manifest is written last, in one atomic rename, when every rank has said what it wrote; a folder without
+one is no checkpoint. It carries a checksum of itself. These are checks against accidents: whoever can write
+the folder can write a manifest too (SECURITY.md). Standard library only.
 """
 
 import hashlib
@@ -95,7 +99,10 @@ def read(folder):
     except ValueError as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if values.get("seal") != seal(values):
-        raise UserError(f"{path} is damaged: its checksum is {seal(values)[:12]}…, expected {str(values.get('seal'))[:12]}…")
+        raise UserError(
+            f"{path} is damaged: its checksum is {seal(values)[:12]}…, expected "
+            f"{str(values.get('seal'))[:12]}…"
+        )
     if values.get("format") != FORMAT:
         raise UserError(f"{path}: expected format {FORMAT}, got {values.get('format')}, of another version")
     return values
@@ -109,7 +116,7 @@ def problem(folder, values, part=0, parts=1):
     for name, said in sorted(values["files"].items())[part::parts]:
         try:
             why = _problem(Path(folder), name, said)
-        except OSError as error:                         # a disk that cannot read it back
+        except OSError as error:  # a disk that cannot read it back
             why = f"{Path(folder) / name} cannot be read: {error}"
         if why is not None:
             return why
@@ -135,8 +142,12 @@ def _problem(folder, name, said):
 
 def is_inside(name):
     """True for a relative path that cannot lead out of its folder."""
-    return bool(name) and not name.startswith(("/", "~")) and "\\" not in name and \
-        all(part not in ("", ".", "..") for part in name.split("/"))
+    return (
+        bool(name)
+        and not name.startswith(("/", "~"))
+        and "\\" not in name
+        and all(part not in ("", ".", "..") for part in name.split("/"))
+    )
 
 
 def sha256(path):
@@ -149,7 +160,8 @@ def sha256(path):
 
 
 def listed(output):
-    """-> [(step, folder)] of a run's checkpoint folders, finished or not, the newest first; universal ones after their own.
+    """-> [(step, folder)] of a run's checkpoint folders, finished or not, the newest first; universal ones
+    after their own.
 
     Links and other names are not looked at: a checkpoint lies in the run's own folder.
     """
@@ -184,7 +196,10 @@ def aside(path):
 
 
 def set_aside(output, step):
-    """Renames what is newer than a step that a run goes on from: damaged, or of a way that is not taken. Unfinished ones go."""
+    """Renames what is newer than a step that a run goes on from: damaged, or of a way that is not taken.
+
+    Unfinished ones go.
+    """
     for newer, path in listed(output):
         if newer <= step:
             continue

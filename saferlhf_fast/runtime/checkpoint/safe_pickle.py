@@ -1,7 +1,7 @@
 """Loading what DeepSpeed wrote without running it: a pickle may name the classes below and nothing else.
 
-DeepSpeed calls `torch.load(weights_only=False)` wherever it reads a checkpoint, which runs whatever a file says. Within
-`guarded()` every torch.load of this process is one with weights_only=True and this list.
+DeepSpeed calls `torch.load(weights_only=False)` wherever it reads a checkpoint, which runs whatever a file
+says. Within `guarded()` every torch.load of this process is one with weights_only=True and this list.
 """
 
 import contextlib
@@ -12,24 +12,37 @@ import torch
 
 from ...errors import UserError
 
-ALLOWED = ("deepspeed.runtime.fp16.loss_scaler:LossScaler", "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
-           "deepspeed.runtime.zero.config:ZeroStageEnum", "deepspeed.utils.tensor_fragment:fragment_address")
+ALLOWED = (
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler:DynamicLossScaler",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment:fragment_address",
+)
 """All that DeepSpeed's shards of ZeRO 0 to 3 hold besides tensors and plain containers: numbers and positions."""
 
 
 def load(path, **options):
-    """torch.load of a file that may name ALLOWED and tensors alone; UserError names the file and what it wanted to run."""
+    """torch.load of a file that may name ALLOWED and tensors alone; UserError names the file and what it
+    wanted to run.
+    """
     from ..engine import imported_deepspeed
+
     imported_deepspeed()
     options = {"map_location": "cpu", **options, "weights_only": True}
-    allowed = [getattr(import_module(module), name) for module, name in (entry.split(":") for entry in ALLOWED)]
+    allowed = [
+        getattr(import_module(module), name) for module, name in (entry.split(":") for entry in ALLOWED)
+    ]
     try:
         with torch.serialization.safe_globals(allowed):
             return _TORCH_LOAD(path, **options)
     except pickle.UnpicklingError as error:
-        said = next((line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), str(error))
-        raise UserError(f"{path} asks for code that a checkpoint has no need of, which was not run: "
-                        f"{' '.join(said.split())[:240]}") from error
+        said = next(
+            (line for line in str(error).splitlines() if "GLOBAL" in line or "nsupported" in line), str(error)
+        )
+        raise UserError(
+            f"{path} asks for code that a checkpoint has no need of, which was not run: "
+            f"{' '.join(said.split())[:240]}"
+        ) from error
 
 
 _TORCH_LOAD = torch.load
@@ -38,7 +51,10 @@ _TORCH_LOAD = torch.load
 @contextlib.contextmanager
 def guarded():
     """Context in which every torch.load, DeepSpeed's too, is `load`."""
-    before, torch.load = torch.load, lambda f, *positional, **options: load(f, **_named(positional), **options)
+    before, torch.load = (
+        torch.load,
+        lambda f, *positional, **options: load(f, **_named(positional), **options),
+    )
     try:
         yield
     finally:

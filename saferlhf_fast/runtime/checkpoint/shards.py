@@ -1,4 +1,6 @@
-"""A trained model's part of a checkpoint: DeepSpeed writes and reads it, through `CheckpointWriter` and within the allow-list."""
+"""A trained model's part of a checkpoint: DeepSpeed writes and reads it, through `CheckpointWriter` and
+within the allow-list.
+"""
 
 import contextlib
 import os
@@ -9,12 +11,14 @@ from .writer import CheckpointWriter
 
 
 def save(model, folder, name, files):
-    """Writes an engine's weights, optimiser, schedule and counters; every rank must call it. files: a `CheckpointWriter` of the
-    folder."""
+    """Writes an engine's weights, optimiser, schedule and counters; every rank must call it. files: a
+    `CheckpointWriter` of the folder.
+    """
     deepspeed = model.deepspeed
     deepspeed.checkpoint_engine = files
-    deepspeed.config = redact.values(deepspeed.config)           # it is written into every shard
-    deepspeed._copy_recovery_script = lambda folder: None        # a script of DeepSpeed's beside each checkpoint
+    deepspeed.config = redact.values(deepspeed.config)  # it is written into every shard
+    # a script of DeepSpeed's beside each checkpoint
+    deepspeed._copy_recovery_script = lambda folder: None
     with _quiet():
         deepspeed.save_checkpoint(str(folder), tag=name, save_latest=False)
 

@@ -1,4 +1,6 @@
-"""State that is not a trained model's: trees of numbers, texts and tensors as JSON and safetensors, and random generators."""
+"""State that is not a trained model's: trees of numbers, texts and tensors as JSON and safetensors, and
+random generators.
+"""
 
 import base64
 import random
@@ -10,7 +12,9 @@ _TENSOR = "__tensor__"
 
 
 def flatten(tree):
-    """A tree of dicts and lists with numbers, texts, None and tensors -> (the same with names for tensors, {name: tensor})."""
+    """A tree of dicts and lists with numbers, texts, None and tensors -> (the same with names for tensors,
+    {name: tensor}).
+    """
     tensors = {}
 
     def walk(value, path):
@@ -18,12 +22,17 @@ def flatten(tree):
             tensors[path] = value
             return {_TENSOR: path}
         if isinstance(value, dict):
-            return {str(key): walk(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()}
+            return {
+                str(key): walk(inner, f"{path}.{key}" if path else str(key)) for key, inner in value.items()
+            }
         if isinstance(value, (list, tuple)):
             return [walk(inner, f"{path}.{i}") for i, inner in enumerate(value)]
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        raise TypeError(f"{path}: expected a number, a text or a tensor in a checkpoint's state, got {type(value).__name__}")
+        raise TypeError(
+            f"{path}: expected a number, a text or a tensor in a checkpoint's state, got "
+            f"{type(value).__name__}"
+        )
 
     return walk(tree, ""), tensors
 
@@ -31,12 +40,18 @@ def flatten(tree):
 def restore(tree, tensors):
     """What `flatten` was given (tuples have become lists)."""
     if isinstance(tree, dict):
-        return tensors[tree[_TENSOR]] if set(tree) == {_TENSOR} else {key: restore(v, tensors) for key, v in tree.items()}
+        return (
+            tensors[tree[_TENSOR]]
+            if set(tree) == {_TENSOR}
+            else {key: restore(v, tensors) for key, v in tree.items()}
+        )
     return [restore(inner, tensors) for inner in tree] if isinstance(tree, list) else tree
 
 
 def generators():
-    """States of this process's random number generators: Python's, torch's, the GPU's, numpy's where it is loaded."""
+    """States of this process's random number generators: Python's, torch's, the GPU's, numpy's where it is
+    loaded.
+    """
     version, numbers, gauss = random.getstate()
     found = {"python": [version, list(numbers), gauss], "torch": _text(torch.get_rng_state())}
     if torch.cuda.is_available():
@@ -56,6 +71,7 @@ def set_generators(found):
         torch.cuda.set_rng_state(_bytes(found["cuda"]))
     if "numpy" in found:
         import numpy
+
         kind, keys, *rest = found["numpy"]
         numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
 

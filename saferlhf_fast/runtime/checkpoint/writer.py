@@ -1,7 +1,8 @@
-"""Writing the files of a checkpoint: hashed as they are written, put on the disk, read again; at once or in the background.
+"""Writing the files of a checkpoint: hashed as they are written, put on the disk, read again; at once or in
+the background.
 
-A write that fails is remembered and not raised: the other ranks wait in DeepSpeed's collectives meanwhile, and what to do
-about it is decided by all of them together, at the end.
+A write that fails is remembered and not raised: the other ranks wait in DeepSpeed's collectives meanwhile,
+and what to do about it is decided by all of them together, at the end.
 """
 
 import copy
@@ -23,7 +24,8 @@ class CheckpointWriter:
     def __init__(self, folder, background=False):
         """background: take copies now, write them when `start` is called."""
         self.folder, self.background = Path(folder), background
-        self.written, self.error = {}, None              # {name in the folder: {"bytes", "sha256"}}, first failure
+        # {name in the folder: {"bytes", "sha256"}}, first failure
+        self.written, self.error = {}, None
         self.waiting, self.thread = [], None
 
     def put(self, name, write):
@@ -41,6 +43,7 @@ class CheckpointWriter:
     def put_tensors(self, name, tensors):
         """Writes a safetensors file."""
         from safetensors.torch import save
+
         copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
         self.put(name, lambda file: file.write(save(copies)))
 
@@ -51,13 +54,17 @@ class CheckpointWriter:
                 make(Path(temporary))
                 for path in sorted(p for p in Path(temporary).rglob("*") if p.is_file()):
                     content = path.read_bytes()
-                    self.put(f"{name}/{path.relative_to(temporary).as_posix()}", lambda file, c=content: file.write(c))
+                    self.put(
+                        f"{name}/{path.relative_to(temporary).as_posix()}",
+                        lambda file, c=content: file.write(c),
+                    )
         # As in _write: no config or tokenizer is worth a run.
         except Exception as error:
             self.error = self.error or f"{name}: {type(error).__name__}: {error}"
 
     def start(self):
         """Writes in the background what waits."""
+
         def work():
             while self.waiting:
                 self._write(*self.waiting.pop(0))
@@ -75,7 +82,7 @@ class CheckpointWriter:
             self.thread.join()
 
     def _write(self, name, write):
-        if self.error is not None:                       # the checkpoint is lost already
+        if self.error is not None:  # the checkpoint is lost already
             return
         path, file = self.folder / name, None
         try:
@@ -89,9 +96,11 @@ class CheckpointWriter:
             if path.stat().st_size != file.count or manifest.sha256(path) != said["sha256"]:
                 raise OSError(f"{path} reads back otherwise than it was written")
             self.written[str(name)] = said
-        # Whatever stops a write (a full disk, a dead mount) must not stop the run, nor leave the other ranks waiting.
+        # Whatever stops a write (a full disk, a dead mount) must not stop the run, nor leave the other ranks
+        # waiting.
         except Exception as error:
-            cause = (file and file.error) or error       # torch.save says of a full disk that its file is somewhere else
+            # torch.save says of a full disk that its file is somewhere else
+            cause = (file and file.error) or error
             self.error = f"{path}: {type(cause).__name__}: {cause}"
 
     # ------------------------------------------------------------ what DeepSpeed asks of a checkpoint engine
@@ -159,7 +168,7 @@ def _copied(value):
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
-        new = copy.copy(value)                           # a state_dict's own attributes with it
+        new = copy.copy(value)  # a state_dict's own attributes with it
         new.update((key, _copied(inner)) for key, inner in value.items())
         return new
     if type(value) in (list, tuple):

@@ -1,4 +1,6 @@
-"""The constraints of a PPO run: a multiplier for each, and their thresholds, which the starting policy may decide."""
+"""The constraints of a PPO run: a multiplier for each, and their thresholds, which the starting policy may
+decide.
+"""
 
 import torch
 
@@ -10,8 +12,10 @@ from .multiplier import make_multiplier, suggestion
 
 
 def make_multipliers(cfg):
-    """{name of a constraint: its rule, on the device}. Their thresholds are placeholders until `set_thresholds`, or until a
-    checkpoint is loaded, which has them."""
+    """{name of a constraint: its rule, on the device}.
+
+    Their thresholds are placeholders until `set_thresholds`, or until a checkpoint is loaded, which has them.
+    """
     return {c.name: make_multiplier(c.multiplier, 0.0, engine.device()) for c in cfg.long_form()}
 
 
@@ -22,7 +26,8 @@ def update_multipliers(multipliers, scored, rollout):
 
 
 def set_thresholds(cfg, multipliers, rows):
-    """d of each constraint: the recipe's number, or the quantile of the starting policy's costs; prints what is within reach.
+    """D of each constraint: the recipe's number, or the quantile of the starting policy's costs; prints what
+    is within reach.
 
     rows: of the starting policy's evaluation. Costs that are not constrained are printed too.
     """
@@ -34,7 +39,10 @@ def set_thresholds(cfg, multipliers, rows):
         costs_B = torch.tensor([cost for cost in column if cost is not None])
         settings, threshold = constraint.multiplier, constraint.multiplier.threshold
         if len(costs_B):
-            console.say((f"{constraint.name}: " if len(names) > 1 else "") + suggestion(costs_B, f"{place}.threshold_quantile"))
+            console.say(
+                (f"{constraint.name}: " if len(names) > 1 else "")
+                + suggestion(costs_B, f"{place}.threshold_quantile")
+            )
             if settings.threshold_quantile is not None:
                 threshold = torch.quantile(costs_B, settings.threshold_quantile).item()
         if constraint.name in multipliers:
@@ -43,15 +51,24 @@ def set_thresholds(cfg, multipliers, rows):
 
 def saturation_monitors(cfg, multipliers):
     """[MultiplierSaturation of each λ]; once the thresholds are known."""
-    return [MultiplierSaturation(c.multiplier.max, multipliers[c.name].threshold,
-                                 value=per_constraint("lambda", c.name, multipliers),
-                                 mean_cost=per_constraint("episode_cost", c.name, multipliers))
-            for c in cfg.long_form() if c.name in multipliers]
+    return [
+        MultiplierSaturation(
+            c.multiplier.max,
+            multipliers[c.name].threshold,
+            value=per_constraint("lambda", c.name, multipliers),
+            mean_cost=per_constraint("episode_cost", c.name, multipliers),
+        )
+        for c in cfg.long_form()
+        if c.name in multipliers
+    ]
 
 
 def by_checkpoint_name(multipliers):
     """{name in a run's checkpoints: rule}."""
-    return {per_constraint("multiplier", name, multipliers): multiplier for name, multiplier in multipliers.items()}
+    return {
+        per_constraint("multiplier", name, multipliers): multiplier
+        for name, multiplier in multipliers.items()
+    }
 
 
 def one_or_each(by_name):

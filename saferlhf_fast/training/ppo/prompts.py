@@ -1,4 +1,6 @@
-"""The prompts of a PPO run, its evaluation prompts and its supervised examples: what is read, how often, in which order."""
+"""The prompts of a PPO run, its evaluation prompts and its supervised examples: what is read, how often, in
+which order.
+"""
 
 import math
 from itertools import islice
@@ -20,8 +22,11 @@ def load_data(cfg, tokenizer):
         prompts, held_out = split_by_prompt(prompts, cfg.evaluation.fraction, cfg.seed)
     else:
         held_out = prompts[:64]
-        console.say(f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or evaluation.data "
-                    "gives ones that are not trained on")
+        console.say(
+            f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or "
+            f"evaluation.data "
+            "gives ones that are not trained on"
+        )
     ptx = None
     if cfg.trains_on_ptx():
         ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
@@ -35,7 +40,9 @@ def total_steps(n, cfg):
 
 
 def prompt_batches(prompts, cfg, steps):
-    """This rank's prompts of each step; every batch is full, and every prompt comes once before any comes twice."""
+    """This rank's prompts of each step; every batch is full, and every prompt comes once before any comes
+    twice.
+    """
     size = cfg.ppo.batch_size * engine.world_size()
     order, epoch = [], 0
     for _ in range(steps):
@@ -58,7 +65,9 @@ def rollouts_of(roles, prompts, cfg, steps, start=0, prefetcher=None):
 
 
 def ptx_batches(ptx, cfg, start=0):
-    """Yields the global batch of supervised examples of each step after `start`, as many as prompts; None without PTX."""
+    """Yields the global batch of supervised examples of each step after `start`, as many as prompts; None
+    without PTX.
+    """
     return islice(_all_ptx_batches(ptx, cfg), start, None)
 
 

@@ -1,11 +1,12 @@
 """One batch of rollouts into the weights of actor and critics: passes, losses, optimiser steps.
 
-Every loss divides by the count over the global batch, so the split into passes and ranks changes nothing. With supervised
-(PTX) data the actor's step is ½(L_actor + coefficient · L_ptx), as in the reference implementation.
+Every loss divides by the count over the global batch, so the split into passes and ranks changes nothing.
+With supervised (PTX) data the actor's step is ½(L_actor + coefficient · L_ptx), as in the reference
+implementation.
 
-Two ways. `update_in_one_pass`: with one optimiser step per batch the ratio to the old policy is 1 and the old values are the
-new ones, so what the step's own forward passes say is what they start from, and no pass comes before them. `update`: the old
-log-probs and values were asked for beforehand.
+Two ways. `update_in_one_pass`: with one optimiser step per batch the ratio to the old policy is 1 and the old
+values are the new ones, so what the step's own forward passes say is what they start from, and no pass comes
+before them. `update`: the old log-probs and values were asked for beforehand.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class OptimizerStep:
     cfg: PPOConfig
     minibatch: Minibatch
     step_metrics: StepMetrics
-    supervised: bool                 # a loss on PTX data comes beside the policy's
+    supervised: bool  # a loss on PTX data comes beside the policy's
 
     @cached_property
     def settings(self):
@@ -60,23 +61,36 @@ class OptimizerStep:
         self.step_metrics.add("actor_loss", loss)
 
     def train_critic(self, critic, packed, value_n, old_value_n, returns):
-        """One backward of a critic, for the losses of all streams that it has a head for. All but packed: {stream: [n]}."""
+        """One backward of a critic, for the losses of all streams that it has a head for. All but packed:
+
+        {stream: [n]}.
+        """
         total = 0.0
         for name in critic.names:
-            loss, _ = value_loss(value_n[name], old_value_n[name], returns[name], clip_value=self.cfg.ppo.clip_value,
-                                 cu_seqlens=packed.cu_seqlens, reduction=self.settings["reduction"],
-                                 normalizer=self.settings["normalizer"])
+            loss, _ = value_loss(
+                value_n[name],
+                old_value_n[name],
+                returns[name],
+                clip_value=self.cfg.ppo.clip_value,
+                cu_seqlens=packed.cu_seqlens,
+                reduction=self.settings["reduction"],
+                normalizer=self.settings["normalizer"],
+            )
             self.step_metrics.add(per_stream("critic_loss", name, self.roles.constraints), loss)
             total = total + loss
         critic.engine.backward(total)
 
     def count(self, stats):
-        """Tallies a policy loss's statistics, which are means over its tokens: here their share of the minibatch's."""
+        """Tallies a policy loss's statistics, which are means over its tokens: here their share of the
+        minibatch's.
+        """
         for name in ("clip_fraction", "approx_kl"):
             self.step_metrics.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
 
     def weighted(self, advantages_n, old_logp_n, engine_logp_n):
-        """Advantages times truncated importance weights where the recipe wants them; tallies how far the engine is off."""
+        """Advantages times truncated importance weights where the recipe wants them; tallies how far the
+        engine is off.
+        """
         ppo, step_metrics = self.cfg.ppo, self.step_metrics
         if engine_logp_n is None or ppo.old_logp == "engine":
             return advantages_n
@@ -95,10 +109,13 @@ class OptimizerStep:
 
 @dataclass(frozen=True)
 class Pass:
-    """Some rows of a rollout, packed. A rank without rows runs a dummy sequence, whose numbers are zeros and teach nothing."""
+    """Some rows of a rollout, packed.
+
+    A rank without rows runs a dummy sequence, whose numbers are zeros and teach nothing.
+    """
 
     rows: slice
-    tokens: slice                    # of N
+    tokens: slice  # of N
     packed: Packed
 
     @property
@@ -118,8 +135,9 @@ class Pass:
 
 
 def in_one_pass(cfg, roles):
-    """True when old log-probs and values need no pass of their own: the settings allow it, and no model that was loaded drops
-    anything out (adapters can bring dropout that no setting names)."""
+    """True when old log-probs and values need no pass of their own: the settings allow it, and no model that
+    was loaded drops anything out (adapters can bring dropout that no setting names).
+    """
     return cfg.in_one_pass() and not roles.has_dropout()
 
 
@@ -149,7 +167,8 @@ def update_in_one_pass(roles, rollout, scored, lambdas, cfg, ptx=None):
 
 
 class OnPolicyLoss:
-    """The policy loss of the policy that sampled, for whole sequences at a time: advantages, importance weights, loss.
+    """The policy loss of the policy that sampled, for whole sequences at a time: advantages, importance
+    weights, loss.
 
     The actor's head calls it (models/on_policy_loss.py) with log-probs that are old and new at once.
     """
@@ -168,15 +187,21 @@ class OnPolicyLoss:
         advantages_c = self.advantages(sequences, tokens, logp_c)
         with torch.enable_grad():
             leaf = logp_c.detach().requires_grad_()
-            loss, stats = ppo_loss(leaf, logp_c, advantages_c, cu_seqlens=self._offsets(sequences), **self.step.settings)
-        grad_c, = torch.autograd.grad(loss, leaf)
+            loss, stats = ppo_loss(
+                leaf, logp_c, advantages_c, cu_seqlens=self._offsets(sequences), **self.step.settings
+            )
+        (grad_c,) = torch.autograd.grad(loss, leaf)
         self._count(stats)
         return loss.detach(), grad_c
 
     def from_engine_logp(self):
-        """The loss of the whole pass with the engine's log-probs as the old ones, which are known before the actor's forward."""
+        """The loss of the whole pass with the engine's log-probs as the old ones, which are known before the
+        actor's forward.
+        """
         everything = slice(0, len(self.part.packed.counts)), slice(0, len(self.engine_logp_n))
-        objective = Objective(self.engine_logp_n, self.advantages(*everything, self.engine_logp_n), self.step.settings)
+        objective = Objective(
+            self.engine_logp_n, self.advantages(*everything, self.engine_logp_n), self.step.settings
+        )
         loss, stats = self.step.roles.actor(self.part.packed, self.step.cfg.sampling, objective)
         self._count(stats)
         return loss
@@ -184,7 +209,7 @@ class OnPolicyLoss:
     def advantages(self, sequences, tokens, old_logp_c):
         """Of some sequences, importance weights included; zeros for a dummy."""
         values = {name: value_n[tokens] for name, value_n in self.value_n.items()}
-        if self.part.is_dummy:                       # nothing is learned from it: its returns are its values
+        if self.part.is_dummy:  # nothing is learned from it: its returns are its values
             self._keep(values)
             return torch.zeros_like(old_logp_c)
         costs = {name: cost_b[sequences] for name, cost_b in self.cost_b.items()}
@@ -209,12 +234,14 @@ class OnPolicyLoss:
 
     def _offsets(self, sequences):
         counts = self.part.packed.counts[sequences]
-        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(self.ref_logp_n.device, non_blocking=True)
+        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(
+            self.ref_logp_n.device, non_blocking=True
+        )
 
 
 def update(roles, rollout, scored, adv, cfg, ptx=None):
-    """Trains actor and critics on one batch, in as many epochs and minibatches as the recipe says -> StepMetrics of the last
-    epoch.
+    """Trains actor and critics on one batch, in as many epochs and minibatches as the recipe says ->
+    StepMetrics of the last epoch.
 
     ptx: SFT examples of the *global* batch, or None.
     """
@@ -227,8 +254,11 @@ def update(roles, rollout, scored, adv, cfg, ptx=None):
             step = OptimizerStep(roles, rollout, scored, cfg, minibatch, step_metrics, bool(ptx))
             for part in step.passes():
                 _known_pass(step, part, adv, whitened)
-            _finish(roles, scored, (ptx[i::len(rollout.minibatches)] or ptx) if ptx else None, cfg, step_metrics)
-            if step_metrics.bad:                                # what comes after a bad step would start from the same numbers
+            _finish(
+                roles, scored, (ptx[i :: len(rollout.minibatches)] or ptx) if ptx else None, cfg, step_metrics
+            )
+            # what comes after a bad step would start from the same numbers
+            if step_metrics.bad:
                 return step_metrics
         for name in step_metrics.sums:
             step_metrics.sums[name] = step_metrics.sums[name] / len(rollout.minibatches)
@@ -236,12 +266,16 @@ def update(roles, rollout, scored, adv, cfg, ptx=None):
 
 
 def _known_pass(step, part, adv, whitened):
-    """Forward and backward of all trained models on some rows, whose old log-probs, values and advantages are known."""
+    """Forward and backward of all trained models on some rows, whose old log-probs, values and advantages are
+    known.
+    """
     roles, scored = step.roles, step.scored
     old_logp_n, advantages_n = part.of_tokens(scored.logp_N), part.of_tokens(adv.advantages_N)
     if not part.is_dummy:
         advantages_n = step.weighted(advantages_n, old_logp_n, part.of_tokens(step.rollout.engine_logp_N))
-    loss, stats = roles.actor(part.packed, step.cfg.sampling, Objective(old_logp_n, advantages_n, {**step.settings, **whitened}))
+    loss, stats = roles.actor(
+        part.packed, step.cfg.sampling, Objective(old_logp_n, advantages_n, {**step.settings, **whitened})
+    )
     step.train_actor(loss)
     if not part.is_dummy:
         step.count(stats)
@@ -250,19 +284,29 @@ def _known_pass(step, part, adv, whitened):
     for critic in roles.critics:
         value_n = critic(part.packed)
         # Nothing is learned from a dummy: its returns are its values. Zeros would pull the critic towards 0.
-        known = [{name: value.detach() for name, value in value_n.items()}] * 2 if part.is_dummy else (old_value_n, returns)
+        known = (
+            [{name: value.detach() for name, value in value_n.items()}] * 2
+            if part.is_dummy
+            else (old_value_n, returns)
+        )
         step.train_critic(critic, part.packed, value_n, *known)
 
 
 def _finish(roles, scored, ptx, cfg, step_metrics):
-    """The supervised loss, one look at what must be finite, the optimiser steps: of all models or, on all ranks, of none."""
+    """The supervised loss, one look at what must be finite, the optimiser steps: of all models or, on all
+    ranks, of none.
+    """
     if ptx:
         _ptx(roles, ptx, cfg, step_metrics)
     losses = {name: value for name, value in step_metrics.sums.items() if "loss" in name}
-    models = {"actor": roles.actor} | {" and ".join(f"{name}_critic" for name in c.names): c.engine for c in roles.critics}
+    models = {"actor": roles.actor} | {
+        " and ".join(f"{name}_critic" for name in c.names): c.engine for c in roles.critics
+    }
     norms = {f"gradient of {name}": model.local_norm() for name, model in models.items()}
-    scores = {f"score of the {name} model": mask_invalid_scores(score_B)
-              for name, score_B in {REWARD: scored.reward_B, **scored.costs}.items()}
+    scores = {
+        f"score of the {name} model": mask_invalid_scores(score_B)
+        for name, score_B in {REWARD: scored.reward_B, **scored.costs}.items()
+    }
     scores |= {"log-prob of the reference": scored.ref_logp_N, "log-prob of the policy": scored.logp_N}
     step_metrics.bad = bad = engine.not_finite({**scores, **losses, **norms})
     streams = {"actor": (), **{name: critic.names for name, critic in zip(list(models)[1:], roles.critics)}}
@@ -275,7 +319,9 @@ def _finish(roles, scored, ptx, cfg, step_metrics):
         if step["skipped"]:
             step_metrics.bad = [*step_metrics.bad, f"gradient of {name}"]
         for key in ("lr", "grad_norm"):
-            labels = [per_stream(f"critic_{key}", stream, roles.constraints) for stream in streams[name]] or [f"{name}_{key}"]
+            labels = [per_stream(f"critic_{key}", stream, roles.constraints) for stream in streams[name]] or [
+                f"{name}_{key}"
+            ]
             step_metrics.shared |= dict.fromkeys(labels, step[key])
 
 
