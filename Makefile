@@ -24,8 +24,10 @@ demo: setup      ## the whole loop on the embedded world, one seed: under 5 minu
 proof: setup     ## the same on three seeds
 	$(BIN)/saferlhf-fast demo --seeds 0 1 2
 
-lint: setup      ## ruff, then the contract of pyproject.toml on which room may import which, and the same for kernels/ and bench/
+lint: setup      ## ruff (rules and form), mypy, then which room may import which by pyproject.toml, and the same for kernels/ and bench/
 	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tests/support/imports_of_kernels.py
 
