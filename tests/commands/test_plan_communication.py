@@ -2,10 +2,9 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import kit
 import pytest
 
@@ -52,24 +51,8 @@ SMALL = 20_000  # bytes a step of norms, metrics and agreements between ranks
 def launch(folder, cases):
     """Runs cases in two processes -> {name: {place: {collective: bytes, "times": calls}}}."""
     (folder / "cases.json").write_text(json.dumps(cases))
-    start = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(kit.SUPPORT / "communication_worker.py"),
-        str(folder / "out.json"),
-        str(folder / "cases.json"),
-    ]
-    done = subprocess.run(
-        start,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        cwd=kit.ROOT,
-        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"},
-    )
+    program = [kit.SUPPORT / "communication_worker.py", folder / "out.json", folder / "cases.json"]
+    done = forked.run(program, processes=2, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
 

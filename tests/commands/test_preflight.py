@@ -157,7 +157,7 @@ def test_a_rename_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
 
 
 def test_two_processes_pass_on_one_machine(tmp_path):
-    done = kit.command("info", "--cluster", "--processes", "2", "--folder", tmp_path)
+    done = kit.command("info", "--cluster", "--processes", "2", "--folder", tmp_path, fresh=True)
     assert done.returncode == 0, done.stderr
     assert "starting 2 processes" in done.stdout and "2 ranks on 1 machine" in done.stdout
     assert re.search(r"1 MiB +[\d.]+ ms +[\d.]+ GB/s +bus +[\d.]+ GB/s", done.stdout)

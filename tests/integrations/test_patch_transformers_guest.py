@@ -9,7 +9,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
 import sys
 import warnings
 
@@ -18,6 +17,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+import forked  # noqa: E402
 from kit import ROOT  # noqa: E402
 from patch_kit import KINDS, SMALL, V, close, gradients, make, random_batch  # noqa: E402
 
@@ -374,21 +374,7 @@ def test_transformers_trainer_sees_the_same_losses(tmp_path):
 @pytest.mark.numeric
 @pytest.mark.slow
 def test_two_processes_under_ddp_and_zero_3():
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc_per_node=2",
-            str(ROOT / "tests/support/patch_worker.py"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-    )
+    done = forked.run([ROOT / "tests/support/patch_worker.py"], processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     said = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"gap"')))
     assert (

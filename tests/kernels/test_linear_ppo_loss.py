@@ -4,9 +4,8 @@ torch.library.
 
 import importlib.util
 import json
-import subprocess
-import sys
 
+import forked
 import interpret
 import kit
 import naive
@@ -380,19 +379,7 @@ def two_processes(tmp_path_factory):
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
     out = tmp_path_factory.mktemp("head") / "out.json"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*start, str(kit.SUPPORT / "head_worker.py"), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={
-            **kit.os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(kit.ROOT),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
-    )
+    done = forked.run([kit.SUPPORT / "head_worker.py", out], processes=2, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

@@ -4,9 +4,8 @@ stop strings.
 
 import dataclasses
 import json
-import subprocess
-import sys
 
+import forked
 import generation_kit
 import kit
 import pytest
@@ -316,14 +315,7 @@ def test_zero_3_in_two_processes(tmp_path):
     weights.
     """
     out = tmp_path / "out.json"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*start, str(kit.SUPPORT / "generation_worker.py"), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"},
-    )
+    done = forked.run([kit.SUPPORT / "generation_worker.py", out], processes=2, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(out.read_text())
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [12, 3, 7, 2, 9]

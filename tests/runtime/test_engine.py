@@ -2,9 +2,8 @@
 
 import json
 import math
-import subprocess
-import sys
 
+import forked
 import kit
 import pytest
 
@@ -16,14 +15,7 @@ pytestmark = pytest.mark.numeric
 
 def launch(tmp_path, processes, precision="fp32"):
     out = tmp_path / f"{processes}-{precision}.json"
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*start, str(kit.SUPPORT / "engine_worker.py"), str(out), precision],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)},
-    )
+    done = forked.run([kit.SUPPORT / "engine_worker.py", out, precision], processes, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

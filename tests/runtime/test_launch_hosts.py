@@ -107,7 +107,7 @@ def sft(tmp_path_factory):
             }
         )
     )
-    done = kit.command("sft", recipe, f"output={folder / 'alone'}", "--processes", "2")
+    done = kit.command("sft", recipe, f"output={folder / 'alone'}", "--processes", "2", fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith("starting 2 processes on this machine")
     return recipe, kit.losses(folder / "alone")

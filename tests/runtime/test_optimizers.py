@@ -5,9 +5,9 @@ say; and CPU offload changes no number. One and two processes; see optimizer_wor
 import importlib.util
 import json
 import math
-import subprocess
 import sys
 
+import forked
 import kit
 import pytest
 import torch
@@ -32,18 +32,7 @@ def results(tmp_path_factory):
 
 
 def launch(out, processes):
-    start = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        if processes > 1
-        else []
-    )
-    done = subprocess.run(
-        [sys.executable, *start, str(kit.SUPPORT / "optimizer_worker.py"), str(out)],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**kit.os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(kit.ROOT)},
-    )
+    done = forked.run([kit.SUPPORT / "optimizer_worker.py", out], processes)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "untested optimizer" not in done.stdout + done.stderr
     return json.loads(out.read_text())

@@ -12,21 +12,11 @@ STEPS = "train.max_steps=3"
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny model, data, and reward and cost models trained for three steps in one process."""
+    """A tiny model, data, and reward and cost models on its backbone."""
     folder = tmp_path_factory.mktemp("two")
     data = kit.make_data(folder / "data", n=22)
     base = kit.make_model(folder / "model")
-    for kind in ("reward", "cost"):
-        done = kit.command(
-            kind,
-            f"model={base}",
-            f"data={data['pairs']}",
-            f"output={folder / kind}",
-            STEPS,
-            "train.batch_size=6",
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-    return folder, base, data
+    return base, data, kit.make_scores(folder, base)
 
 
 def close(a, b, tolerance=2e-5):
@@ -51,8 +41,8 @@ def close(a, b, tolerance=2e-5):
     ],
 )
 def test_supervised(world, tmp_path, stage, key, zero):
-    """Through the command line; test_matrix.py has the losses of every stage under every sharding."""
-    folder, base, data = world
+    """Through torchrun and the command line; test_matrix.py has every stage under every sharding."""
+    base, data, _ = world
     common = [
         stage,
         f"model={base}",
@@ -62,23 +52,27 @@ def test_supervised(world, tmp_path, stage, key, zero):
         "log.progress=false",
         "train.eval_fraction=0.2",
     ]
-    one = kit.command(*common, f"output={tmp_path / 'one'}", "train.batch_size=6")
+    assert kit.main(*common, f"output={tmp_path / 'one'}", "train.batch_size=6") == 0
     two = kit.command(
-        *common, f"output={tmp_path / 'two'}", "train.batch_size=3", f"engine.zero_stage={zero}", processes=2
+        *common,
+        f"output={tmp_path / 'two'}",
+        "train.batch_size=3",
+        f"engine.zero_stage={zero}",
+        processes=2,
+        fresh=True,
     )
-    assert one.returncode == 0, one.stderr[-3000:]
     assert two.returncode == 0, two.stderr[-3000:]
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
         close(kit.losses(tmp_path / "one", name), kit.losses(tmp_path / "two", name))
 
 
 def test_ppo_lag_runs_in_two_processes(world, tmp_path):
-    folder, base, data = world
+    base, data, scores = world
     done = kit.command(
         "ppo-lag",
         f"model={base}",
-        f"reward={folder}/reward/model",
-        f"cost={folder}/cost/model",
+        f"reward={scores['reward']}",
+        f"cost={scores['cost']}",
         f"data={data['prompts']}",
         f"ptx={data['sft']}",
         f"output={tmp_path / 'lag'}",

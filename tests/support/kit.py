@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import forked
+
 WORDS = [
     "yes",
     "no",
@@ -128,21 +130,18 @@ def pair(prompt, good, bad, at):
     }
 
 
-def command(*arguments, processes=1, timeout=240, **env):
-    """Runs `saferlhf-fast …` in processes of its own -> CompletedProcess with text output."""
-    start = [sys.executable, "-m", "saferlhf_fast"]
+def command(*arguments, processes=1, timeout=240, fresh=False, **env):
+    """Runs `saferlhf-fast …` in processes of its own -> CompletedProcess with text output.
+
+    fresh: in new interpreters, under torchrun where there are several, not in forked ones.
+    """
+    program = ["-m", "saferlhf_fast", *map(str, arguments)]
+    if not fresh:
+        return forked.run(program, processes, timeout, env)
     if processes > 1:
-        start = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={processes}",
-            "-m",
-            "saferlhf_fast",
-        ]
+        program = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *program]
     return subprocess.run(
-        [*start, *map(str, arguments)],
+        [sys.executable, *program],
         capture_output=True,
         text=True,
         timeout=timeout,

@@ -4,12 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-import socket
-import subprocess
-import sys
+import tempfile
 import time
 from pathlib import Path
 
+import forked
 import kit
 
 from saferlhf_fast.runtime.checkpoint import manifest
@@ -107,14 +106,7 @@ def digest(path):
 
 def launch(commands, processes, timeout=400, check=True, worker="resume_worker.py", **env):
     """Runs command lines one after the other in the same processes -> CompletedProcess with all their output."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*start, str(kit.SUPPORT / worker), json.dumps(commands)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}", **env},
-    )
+    done = forked.run([kit.SUPPORT / worker, json.dumps(commands)], processes, timeout, env)
     assert not check or done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
     return done
 
@@ -126,40 +118,17 @@ def together(command, processes, worker="fault_worker.py", timeout=200, **env):
     env: more of the environment. A process that is still there after `timeout` seconds is killed and fails
     the test.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    running = []
-    for rank in range(processes):
-        own = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}",
-        }
-        running.append(
-            subprocess.Popen(
-                [sys.executable, str(kit.SUPPORT / worker), json.dumps(command)],
-                text=True,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                env={**os.environ, **own, **env},
-            )
-        )
-    deadline, found = time.monotonic() + timeout, []
-    for process in running:
-        try:
-            out, err = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            for other in running:
-                other.kill()
-            raise AssertionError(
-                f"a process did not end within {timeout} s: {process.communicate()}"
-            ) from None
-        found.append((process.returncode, out, err))
+    deadline = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory(prefix="together-") as folder:
+        texts = [[Path(folder) / f"{name}{rank}" for name in ("out", "err")] for rank in range(processes)]
+        arguments = [kit.SUPPORT / worker, json.dumps(command)]
+        ranks = [
+            forked.Program(arguments, 1, *files, variables | env)
+            for files, variables in zip(texts, forked.launcher_variables(processes))
+        ]
+        codes = [rank.wait(max(1.0, deadline - time.monotonic())) for rank in ranks]
+        found = [(code, *(path.read_text() for path in files)) for code, files in zip(codes, texts)]
+    assert None not in codes, f"a process did not end within {timeout} s: {found}"
     return found
 
 

@@ -6,11 +6,10 @@ product in `make test-matrix`.
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 
+import forked
 import kit
 import matrix
 import pytest
@@ -84,31 +83,18 @@ def run_cells(folder, cells, stalled=120.0):
 
 def launch(processes, arguments, out, said, stalled):
     """Runs the worker -> exit code; "hangs" when `out` has not grown for `stalled` seconds."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    with open(said, "w") as stderr:
-        worker = subprocess.Popen(
-            [*start, str(kit.SUPPORT / "matrix_worker.py"), *map(str, arguments)],
-            stderr=stderr,
-            stdout=stderr,
-            start_new_session=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": "1",
-                "PYTHONWARNINGS": "ignore",
-                "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}",
-            },
-        )
+    environment = {"PYTHONWARNINGS": "ignore"}
+    worker = forked.Program(
+        [kit.SUPPORT / "matrix_worker.py", *arguments], processes, said, said, environment
+    )
     grown, size = time.monotonic(), 0
-    while True:
-        try:
-            return worker.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            if out.stat().st_size != size:
-                grown, size = time.monotonic(), out.stat().st_size
-            if time.monotonic() - grown > stalled:
-                os.killpg(worker.pid, signal.SIGKILL)
-                worker.wait()
-                return "hangs"
+    while (code := worker.poll(1.0)) is None:
+        if out.stat().st_size != size:
+            grown, size = time.monotonic(), out.stat().st_size
+        if time.monotonic() - grown > stalled:
+            worker.kill()
+            return "hangs"
+    return code
 
 
 class Runs:

@@ -3,10 +3,8 @@ silence.
 """
 
 import json
-import os
-import subprocess
-import sys
 
+import forked
 import kit
 import pytest
 
@@ -37,20 +35,8 @@ def found(tmp_path_factory):
     )
     lm.save_pretrained(folder / "base")
     tokenizer.save_pretrained(folder / "base")
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [
-            *start,
-            str(kit.SUPPORT / "matrix_heads_worker.py"),
-            str(folder / "base"),
-            str(folder / "reward"),
-            str(folder / "out.json"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{kit.ROOT}:{kit.SUPPORT}"},
-    )
+    paths = [folder / name for name in ("base", "reward", "out.json")]
+    done = forked.run([kit.SUPPORT / "matrix_heads_worker.py", *paths], processes=2, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "out.json").read_text())
 

@@ -1,0 +1,157 @@
+"""Programs in processes of their own, forked from one that has imported torch, DeepSpeed and transformers.
+
+A fresh interpreter spends six seconds of a core on these imports, a forked one none; a test file that starts
+ten processes would wait a minute for nothing else. What is about a fresh interpreter (which module is imported
+when, how a launcher starts ranks) starts a fresh one: `kit.command(fresh=True)`.
+"""
+
+import atexit
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import random
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SUPPORT = Path(__file__).resolve().parent
+ROOT = SUPPORT.parents[1]
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["forked_imports"])
+
+
+def run(arguments, processes=1, timeout=240, env=None, cwd=ROOT):
+    """Runs `python ARGUMENTS` in `processes` ranks -> CompletedProcess, its texts those of all ranks.
+
+    arguments: ("-m", module, ...) or (path of a script, ...). Raises subprocess.TimeoutExpired after `timeout`
+    seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="forked-") as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        program = Program(arguments, processes, out, err, env, cwd)
+        code = program.wait(timeout)
+        texts = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
+    if code is None:
+        raise subprocess.TimeoutExpired(program.arguments, timeout, *texts)
+    return subprocess.CompletedProcess(program.arguments, code, *texts)
+
+
+class Program:
+    """A program that runs in ranks; out, err: files that its texts are appended to."""
+
+    def __init__(self, arguments, processes, out, err, env=None, cwd=ROOT):
+        self.arguments = [str(argument) for argument in arguments]
+        environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER}
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{SUPPORT}", **(env or {})}
+        self.ranks = [
+            _context.Process(
+                target=_run_rank,
+                args=(self.arguments, environment | variables, str(cwd), str(out), str(err)),
+            )
+            for variables in launcher_variables(processes)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def poll(self, seconds=0.0):
+        """The exit code, or None while it runs; waits for at most `seconds`.
+
+        As under torchrun, the first rank that fails ends the others and gives the exit code.
+        """
+        running = [rank.sentinel for rank in self.ranks if rank.exitcode is None]
+        if running:
+            multiprocessing.connection.wait(running, timeout=seconds)
+        codes = [rank.exitcode for rank in self.ranks]
+        failed = [code for code in codes if code]
+        if not failed and None in codes:
+            return None
+        self.kill()
+        return failed[0] if failed else 0
+
+    def wait(self, timeout):
+        """The exit code, or None after `timeout` seconds, when it is killed."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            code = self.poll(1.0)
+            if code is not None:
+                return code
+        self.kill()
+        return None
+
+    def kill(self):
+        """Ends the ranks that still run, with what they have started."""
+        for rank in self.ranks:
+            if rank.exitcode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.pid, signal.SIGKILL)
+                rank.kill()
+            rank.join()
+
+
+def launcher_variables(processes):
+    """What a launcher tells each rank; nothing to a program that runs in one process without a launcher."""
+    if processes == 1:
+        return [{}]
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = (processes, processes, "127.0.0.1", port)
+    return [dict(zip(LAUNCHER, map(str, (rank, rank, *shared)))) for rank in range(processes)]
+
+
+def _run_rank(arguments, environment, folder, out, err):
+    os.setsid()  # a group of its own: what it starts ends with it
+    for descriptor, path in ((1, out), (2, err)):
+        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, descriptor)
+        os.close(file)
+    sys.stdin = open(os.devnull)
+    sys.stdout, sys.stderr = (open(fd, "w", closefd=False, buffering=1) for fd in (1, 2))
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(folder)
+    _seed_anew()
+    code = 1
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            sys.path.insert(0, str(Path(arguments[0]).parent))
+            runpy.run_path(arguments[0], run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = _exit_code(error)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _exit_code(error):
+    """What the interpreter makes of `sys.exit(...)`."""
+    if error.code is None or isinstance(error.code, int):
+        return error.code or 0
+    print(error.code, file=sys.stderr)
+    return 1
+
+
+def _seed_anew():
+    """Two processes with one generator would choose the same names and ports."""
+    import numpy
+    import torch
+
+    random.seed()
+    numpy.random.seed()
+    torch.seed()
