@@ -52,7 +52,7 @@ def check(stage: str, cfg: Any, produced: Collection[str | Path] = (), prefix: s
             path = Path(value).expanduser()
             check_model(at, path, cfg.allow_pickle) if kind == "model" else check_data(at, path)
         except OSError as e:
-            # a name that is too long, a folder without permission
+            # A name that is too long, a folder without permission.
             raise UserError(f"{at}: {value} cannot be read: {e.strerror or e}") from e
 
 

@@ -70,10 +70,10 @@ def _set_elsewhere(key: str, setting: str) -> Row:
 
 
 def _unknown_to_deepspeed(cfg: StageConfig) -> dict[str, str] | None:
-    wrong = deepspeed_keys.unknown(cfg.engine.config) if cfg.engine.config else None
-    if not wrong:
+    unknown = deepspeed_keys.unknown(cfg.engine.config) if cfg.engine.config else None
+    if not unknown:
         return None
-    key, guess = wrong
+    key, guess = unknown
     return {"key": key, "name": key.rsplit(".", 1)[-1], "hint": f"; did you mean {guess}?" if guess else ""}
 
 

@@ -55,10 +55,10 @@ def load(command: str, recipe: str | Path | None = None, overrides: Mapping[str,
     raw = read_recipe(recipe) if recipe else OmegaConf.create({})
     if "stages" in raw:
         raise UserError(f"{recipe}: has several stages; start it with: saferlhf-fast run {recipe}")
-    known = leaves(SETTINGS[command])
-    apply(raw, overrides, known, recipe)
+    leaf_of = leaves(SETTINGS[command])
+    apply(raw, overrides, leaf_of, recipe)
     values = resolve(raw, recipe)
-    if "root" not in known:
+    if "root" not in leaf_of:
         values.pop("root", None)
     stage = values.pop("stage", command)  # the config.yaml of a run folder can be used as a recipe
     if stage != command:
@@ -192,8 +192,8 @@ def where(recipe: str | Path | None, overrides: Collection[str]) -> Callable[[st
     """
 
     def origin(key: str) -> str:
-        given = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
-        return "command line" if given or not recipe else str(recipe)
+        overridden = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
+        return "command line" if overridden or not recipe else str(recipe)
 
     return origin
 
@@ -228,8 +228,8 @@ def build(
     ]
     unknown = _unknown(cls, values)
     if unknown:
-        known = list(leaves(cls)) + [name for name, *_ in own_fields(cls)]
-        guess = nearest(unknown, known)
+        keys = list(leaves(cls)) + [name for name, *_ in own_fields(cls)]
+        guess = nearest(unknown, keys)
         fail(
             unknown,
             f"unknown key; did you mean {prefix}{guess}?"

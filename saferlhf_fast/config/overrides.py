@@ -7,14 +7,14 @@ from ..errors import UserError
 
 
 def split_words(command: str, words: Sequence[str]) -> tuple[str | None, dict[str, str | list[str]]]:
-    """Splits the words behind a command into a recipe and the settings that override it.
+    """Splits the words after a command into a recipe and the settings that override it.
 
     Settings are `key=value`, `--key=value` or `--key value`. The flag of a true-or-false setting needs no
     value; the flag of a list takes all words up to the next flag, pair or recipe.
 
     Args:
         command: A key of schema.SETTINGS.
-        words: What follows the command.
+        words: All words after the command.
 
     Returns:
         (recipe or None, {key: value}); the values are texts that `load.parse` reads.

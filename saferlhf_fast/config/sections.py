@@ -212,7 +212,7 @@ class Sampling:
     """Share of a GPU's memory that continuous may take for its cache (of what is free; 0.8 when not given)
     and vllm for its weights and cache (of all; 0.4 when not given)."""
     server: str = "http://127.0.0.1:8000"
-    """Address of the server that vllm-server asks."""
+    """Address of the server that vllm-server uses."""
     server_weights: str | None = None
     """Folder, also on the server, through which it gets new weights; a temporary one when not given."""
 
@@ -301,8 +301,7 @@ class PPO:
     """Optimiser steps into which each batch of rollouts is divided."""
     single_pass: bool = True
     """With one optimiser step per batch, train in the forward pass that gives the old log-probs and values,
-    instead of asking for them beforehand: less time, but actor and critics keep their activations at the same
-    time."""
+    instead of computing these before: faster, but actor and critics keep their activations together."""
     shared_critic: bool = False
     """One critic with heads for reward and cost, not two critics: one forward and backward pass less."""
     old_logp: Literal["trainer", "engine"] = "trainer"

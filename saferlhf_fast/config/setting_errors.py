@@ -55,7 +55,7 @@ def _plain_values(value: Any, path: KeyPath = ()) -> Iterator[tuple[KeyPath, Any
 
 
 def most_precise(cls: type, values: Mapping[str, Any], errors: Iterable[Error]) -> tuple[str, str]:
-    """Returns (dotted key, sentence) of the error that says most: pydantic has one per branch of a union.
+    """Returns (dotted key, sentence) of the most precise error; pydantic reports one per branch of a union.
 
     Args:
         cls: The settings class that the values were checked against.

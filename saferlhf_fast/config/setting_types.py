@@ -18,7 +18,7 @@ Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 OpenFraction = Annotated[float, Field(gt=0, lt=1)]
 
 if TYPE_CHECKING:
-    # The keywords are the same. Type checkers let dataclasses.fields and asdict take this one's classes only.
+    # Type checkers accept only classes of this decorator in dataclasses.fields and asdict.
     from dataclasses import dataclass as settings_class
 else:
     settings_class = functools.partial(
@@ -83,7 +83,7 @@ def scorer_spec(scorer: Scorer | None) -> ScorerSpec | None:
     return ScorerSpec(path=scorer) if isinstance(scorer, str) else scorer
 
 
-# Settings that several stages have, each documented once.
+# Settings that several stages have: their documentation is here, once.
 PreferenceData = Annotated[
     Data, Field(description="Preference data: a path, a Hub name, or a list of sources.")
 ]

@@ -96,8 +96,8 @@ TAXONOMIES = {
 }
 """Name of a taxonomy -> its categories."""
 
-# One row for each of PKU, in its order: BeaverTails by the beginnings of names; OpenAI; MLCommons;
-# do-not-answer by number from 1. "" is no counterpart.
+# One row for each category of PKU, in its order. The columns are BeaverTails (beginnings of names), OpenAI,
+# MLCommons and do-not-answer (numbers from 1). "" means that there is no counterpart.
 _TABLE = (
     ("terrorism", "illicit/violent", "S1 S9", "7"),
     ("hate_speech", "harassment", "", "3"),

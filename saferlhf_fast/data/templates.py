@@ -35,7 +35,7 @@ class Template:
     """Encodes conversations for one tokenizer.
 
     Attributes:
-        name: The template's name, "auto" replaced by the one that it stands for.
+        name: The template's name; where "auto" was given, the one that was chosen.
         stop_ids: The tokens that end a response; generation must stop at any of them.
         tag_length: How many tokens at the end of a prompt are the assistant tag.
     """
