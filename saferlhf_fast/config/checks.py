@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from saferlhf_fast.config import contradictions
-from saferlhf_fast.config.inputs import check_data, check_home, check_model, lies_in, listed
+from saferlhf_fast.config.inputs import check_data, check_home, check_model, is_inside, listed
 from saferlhf_fast.config.paths import is_local
 from saferlhf_fast.config.schema import show
 from saferlhf_fast.config.sections import Logging, Optimizer
@@ -47,7 +47,7 @@ def check(stage: str, cfg: Any, produced: Collection[str | Path] = (), prefix: s
             raise UserError(f"{at}: expected a {kind} path or a Hub name, got {show(value)}")
         check_home(value, at)
         try:
-            if not is_local(value) or any(lies_in(value, folder) for folder in produced):
+            if not is_local(value) or any(is_inside(value, folder) for folder in produced):
                 continue
             path = Path(value).expanduser()
             check_model(at, path, cfg.allow_pickle) if kind == "model" else check_data(at, path)

@@ -153,7 +153,7 @@ def check_data(key: str, path: Path) -> None:
         raise UserError(f"{key}: {path} is empty; expected records")
 
 
-def lies_in(value: str | Path, folder: str | Path) -> bool:
+def is_inside(value: str | Path, folder: str | Path) -> bool:
     """Tells whether a path is a folder or is inside of it; neither has to exist."""
     path, parent = (Path(os.path.abspath(Path(item).expanduser())) for item in (value, folder))
     return path == parent or parent in path.parents
