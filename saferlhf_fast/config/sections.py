@@ -193,7 +193,7 @@ class Sampling:
     top_k: NonNegativeInt = 0
     """Sample from this many most likely tokens; 0 is all of them (tokens)."""
     repetition_penalty: Positive = 1.0
-    """Logits of earlier tokens are divided (below 0: multiplied) by this; 1 changes nothing."""
+    """Logits of tokens in prompt or response so far are divided (below 0: multiplied) by this; 1 is off."""
     num_return_sequences: PositiveInt = 1
     """Responses sampled for each prompt."""
     stop: list[str] = field(default_factory=list)
@@ -214,7 +214,7 @@ class Sampling:
     server: str = "http://127.0.0.1:8000"
     """Address of the server that vllm-server uses."""
     server_weights: str | None = None
-    """Folder, also on the server, through which it gets new weights; a temporary one when not given."""
+    """Folder through which the server gets new weights, by the same path; temporary when not given."""
 
     def prompt_limit(self, max_length: int) -> int:
         """Returns the longest prompt (tokens).
