@@ -37,7 +37,7 @@ def load(path: str | Path, **options: Any) -> Any:
     Raises:
         UserError: The file names other code, which was not run; the message says which file and what code.
     """
-    from ..engine import imported_deepspeed
+    from ..deepspeed_library import imported_deepspeed
 
     imported_deepspeed()
     options = {"map_location": "cpu", **options, "weights_only": True}
