@@ -36,7 +36,7 @@ class Preempted(SystemExit):
         self.step, self.checkpoint, self.name = step, checkpoint, signal.Signals(number).name
 
     def __str__(self) -> str:
-        return f"{self.name}: stopped after step {self.step}; resume=auto goes on from {self.checkpoint}"
+        return f"{self.name}: stopped after step {self.step}; resume=auto continues from {self.checkpoint}"
 
 
 def listen() -> None:

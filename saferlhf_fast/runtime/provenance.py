@@ -39,18 +39,18 @@ def versions(cfg: object = None) -> dict[str, Any]:
     Args:
         cfg: A config, whose seed is added.
     """
-    found: dict[str, str | None] = {
+    packages: dict[str, str | None] = {
         "saferlhf-fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
+            packages[name] = None
     return {
-        **found,
+        **packages,
         "device": _device(),
         "processes": process_count(),
         "seed": getattr(cfg, "seed", None),

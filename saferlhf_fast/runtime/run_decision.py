@@ -143,9 +143,9 @@ def _would_delete_its_checkpoint(state: "RunState", asked: Asked) -> bool:
 
 def _may_start_again(state: "RunState", asked: Asked) -> bool:
     """Whether the folder holds an unfinished run that a new one may replace without `overwrite`."""
-    if state.content != "run" or state.ending == "whole":
+    if state.content != "run" or state.ending == "finished":
         return False
-    by_recipe = asked.restart and state.ending == "none" and state.same_stage
+    by_recipe = asked.restart and state.ending == "unfinished" and state.same_stage
     return by_recipe or (asked.resume == "auto" and state.same_settings)
 
 
@@ -212,7 +212,7 @@ ROWS = (
         "{key}: {state.folder} is not empty; choose another folder, or overwrite=true",
     ),
     Row(
-        lambda state, asked: _needs_overwrite(state, asked) and state.ending != "none",
+        lambda state, asked: _needs_overwrite(state, asked) and state.ending != "unfinished",
         Action.REFUSE,
         "{key}: {state.folder} holds a finished run; choose another folder, or overwrite=true",
     ),

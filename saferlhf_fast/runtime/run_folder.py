@@ -175,7 +175,7 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
         if action is Action.SET_ASIDE:
             aside = _set_aside(state.folder)
         elif action is Action.REPLACE:
-            kind = "finished" if state.ending == "whole" else "unfinished" if state.has_saved else None
+            kind = "finished" if state.ending == "finished" else "unfinished" if state.has_saved else None
             old = _move_away(state.folder)
             if kind is not None:
                 print(f"{state.folder}: the {kind} run there is replaced", flush=True)

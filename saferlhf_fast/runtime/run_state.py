@@ -123,14 +123,14 @@ class RunState:
         return "foreign" if any(self.folder.iterdir()) else "empty"
 
     @cached_property
-    def ending(self) -> Literal["none", "damaged", "whole"]:
+    def ending(self) -> Literal["unfinished", "damaged", "finished"]:
         """How the folder's run ended.
 
-        "none": it is unfinished. "damaged": its finished.json cannot be read. "whole": it is finished.
+        "damaged" means that its finished.json cannot be read.
         """
         if self.finished:
-            return "whole"
-        return "damaged" if (self.folder / "finished.json").exists() else "none"
+            return "finished"
+        return "damaged" if (self.folder / "finished.json").exists() else "unfinished"
 
     @cached_property
     def started(self) -> dict[str, Any]:
@@ -234,7 +234,7 @@ class RunState:
         Args:
             resume: None, "auto" or the folder of a checkpoint, as in the settings.
         """
-        if resume is None or not self.is_ours or self.ending != "none":
+        if resume is None or not self.is_ours or self.ending != "unfinished":
             return False
         if resume == "auto":
             return self.has_checkpoint

@@ -39,7 +39,7 @@ SUSPECT = 20.0  # the same, when a collective has already failed
 GRACE_SECONDS = 2.0
 
 _watchdog: "Watchdog | None" = None
-_begun = 0
+_begun = 0  # watchdogs that this process has started
 
 
 def begin(timeout: float, interval: float = INTERVAL) -> None:
@@ -233,7 +233,7 @@ class Watchdog:
         behind = [r for r in behind if running[r]["collectives"] == least]
         places = few(f"{name_ranks(self.who, [r])} hangs at {running[r]['at']}" for r in behind)
         return self.post(
-            Fault(behind[0], f"{places}; a rank has not come on for {longest:.0f} s (engine.timeout)")
+            Fault(behind[0], f"{places}; a rank has made no progress for {longest:.0f} s (engine.timeout)")
         )
 
     def _beat(self, passed: float) -> None:

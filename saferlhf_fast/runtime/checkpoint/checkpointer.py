@@ -194,8 +194,8 @@ class Checkpoints:
                     errors = [f"{folder}: {error}"]
             if errors:
                 console.warn(
-                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run goes on, and "
-                    "the one before is kept"
+                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run continues, "
+                    "and the previous one is kept"
                 )
             try:
                 if errors:
@@ -227,7 +227,7 @@ class Checkpoints:
             before = set_aside_by(self.folder)
             console.say(
                 f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew"
-                + (f", the unfinished one before it lies in {before}" if before else "")
+                + (f", the unfinished run before it is in {before}" if before else "")
             )
             return 0
         folder, values = newest

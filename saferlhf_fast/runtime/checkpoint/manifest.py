@@ -249,7 +249,7 @@ def prune(output: str | Path, keep: int, keep_best: bool) -> None:
     """
     finished = [(step, path) for step, path in listed(output) if is_committed(path)]
     steps = list(dict.fromkeys(step for step, _ in finished))
-    kept = set(steps[:keep])
+    steps_to_keep = set(steps[:keep])
     if keep_best:
         scores = {}
         for step, path in finished:
@@ -260,7 +260,7 @@ def prune(output: str | Path, keep: int, keep_best: bool) -> None:
             if score is not None:
                 scores[step] = tuple(score)
         if scores:
-            kept.add(max(scores, key=lambda step: (scores[step], step)))
+            steps_to_keep.add(max(scores, key=lambda step: (scores[step], step)))
     for step, path in listed(output):
-        if step not in kept and (is_committed(path) or (steps and step < steps[0])):
+        if step not in steps_to_keep and (is_committed(path) or (steps and step < steps[0])):
             discard(path)
