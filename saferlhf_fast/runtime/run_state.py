@@ -187,6 +187,8 @@ class RunState:
         The stages reward and cost have the same settings.
         """
         stage = self.started.get("stage")
+        if stage is None:  # started.json cannot be read
+            return False
         recipe = (
             self.recipe
             if stage == self.stage
