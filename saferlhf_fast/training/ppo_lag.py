@@ -190,7 +190,7 @@ def _train(cfg: "PPOConfig", stage: str, observe: Observer | None, restart: bool
     guard, prefetcher = NonFiniteGuard(min(cfg.engine.max_skips, steps)), RolloutPrefetcher()
     evaluations = ResumableDict(before=None)
     # the names are those in checkpoints
-    state = {"skips": guard, "known": evaluations, "keep": selection, "metrics": metrics}
+    state: dict[str, Any] = {"skips": guard, "known": evaluations, "keep": selection, "metrics": metrics}
     state |= {"ahead": prefetcher, **by_checkpoint_name(multipliers)}
     writers = export_metadata_writers(roles, tokenizer)
     with (

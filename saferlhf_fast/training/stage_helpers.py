@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
     from ..config.sections import Data
     from ..config.stages import DPOConfig, PreferenceConfig, SFTConfig
+    from ..data.examples import PairExample, SFTExample
 
-Example = TypeVar("Example")
+Example = TypeVar("Example", "SFTExample", "PairExample")
 
 
 def refuse_long(
@@ -61,7 +62,7 @@ def save_policy(
 ) -> None:
     """Writes the causal language model of an engine to a folder; every rank must call it.
 
-    LoRA weights are merged, for which the model is gathered whole on each device.
+    LoRA weights are merged, for which each device gathers the full model.
 
     Args:
         policy: The engine of a Policy.

@@ -37,7 +37,7 @@ Sums = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class SupervisedTask:
-    """What a supervised stage is made of.
+    """The parts in which supervised stages differ.
 
     Attributes:
         weigh: Example -> its weight in the mean: 1 for a pair, its trained tokens for a text.
@@ -101,7 +101,7 @@ def train_supervised(
     best, guard = best_of(train.best_metric, task, folder), NonFiniteGuard(min(cfg.engine.max_skips, steps))
     latest, spikes = ResumableDict(last={}, loss=float("nan")), LossSpikeMonitor(("loss",))
     # the names are those in checkpoints
-    state = {"best": best, "skips": guard, "known": latest, "metrics": metrics}
+    state: dict[str, Any] = {"best": best, "skips": guard, "known": latest, "metrics": metrics}
     with (
         Checkpoints(
             cfg, label, folder, {"model": model}, state, {"model": task.write_export_metadata}
@@ -246,11 +246,11 @@ def best_of(metric: str | None, task: SupervisedTask, folder: str | Path) -> Bes
     Without a metric it keeps none.
     """
 
-    def keep() -> None:
+    def save_best() -> None:
         # on disk alone: a checkpoint of the run names the step, not the weights
         task.save(Path(folder) / "best")
 
-    return BestCheckpoint(lambda values: score_of(values, metric), None if metric is None else keep)
+    return BestCheckpoint(lambda values: score_of(values, metric), None if metric is None else save_best)
 
 
 def settle(
@@ -285,7 +285,7 @@ def settle(
     return {**best.evaluation, "best_step": best.step}
 
 
-def score_of(values: Mapping[str, float], metric: str | None) -> list[float]:
+def score_of(values: Mapping[str, float], metric: str | None) -> tuple[float, ...]:
     """An evaluation's score by a metric, higher is better, as BestCheckpoint and checkpoints take it.
 
     Raises:
@@ -293,7 +293,7 @@ def score_of(values: Mapping[str, float], metric: str | None) -> list[float]:
     """
     if metric is None or metric not in values:
         raise UserError(f"train.best_metric: expected one of {', '.join(sorted(values))}, got {metric}")
-    return [-values[metric] if "loss" in metric else values[metric]]
+    return (-values[metric] if "loss" in metric else values[metric],)
 
 
 def save_batch(batch: Sequence[Any], folder: str | Path, step: int) -> Path:

@@ -72,4 +72,7 @@ def advantages(
         cu_seqlens=cu_seqlens,
         whiten=ppo.whiten,
     )
-    return Advantages(combined, {REWARD: reward_returns} | ({name: cost_returns} if name else {}), stats)
+    returns = {REWARD: reward_returns}
+    if name is not None and cost_returns is not None:
+        returns[name] = cost_returns
+    return Advantages(combined, returns, stats)

@@ -46,7 +46,8 @@ class AfterStep:
         self.guard.note(step, bad, lambda: save_batch(self.cfg, step, rollout, scored))
         if step % log.interval == 0 or is_last:
             self.metrics.log(step, {f"train/{name}": value for name, value in values.items()})
-        self.bar.advance(tokens=values["tokens"], line=console.step_line(step, self.steps, values))
+        console.step_line(step, self.steps, values)
+        self.bar.advance(tokens=int(values["tokens"]))
         if step % log.sample_interval == 0:
             console.sample_table(sample_rows(rollout, scored, log.samples))
         for monitor in self.monitors:

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...errors import UserError
 from ...models import backbone, multi_adapter
@@ -23,6 +23,7 @@ from ...rollout.types import per_stream
 from ...runtime import console, engine
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...config.sections import ScorerSpec
@@ -79,7 +80,7 @@ def separate_roles(
 def load_critic(
     cfg: "PPOConfig",
     streams: tuple[str, ...],
-    scorer: ScoreModelScorer,
+    scorer: "Callable[..., torch.Tensor]",
     score: "ScoreModel | None",
     tokenizer: "PreTrainedTokenizerBase",
     steps: int,
@@ -119,7 +120,7 @@ def load_critic(
                 "expected a model with the same one"
             )
         score = with_new_head(path)
-    elif score is None or scorer.retokenizes:
+    elif score is None or (isinstance(scorer, ScoreModelScorer) and scorer.retokenizes):
         why = "no score model" if score is None else "another tokenizer than the actor's"
         console.say(
             f"{streams[0]}: {why}, so the critic starts from {cfg.model} with a new head; {setting} names "
@@ -152,7 +153,7 @@ def roles_on_shared_base(
     specs = cfg.scorers()
     saved = {name: multi_adapter.of_score(spec.path, cfg.model) for name, spec in specs.items()}
 
-    def scorer(name: str, spec: "ScorerSpec") -> ScoreModelScorer:
+    def scorer(name: str, spec: "ScorerSpec") -> "Callable[..., torch.Tensor]":
         adapter = saved[name]
         if adapter is None:
             return load_scorer(spec, tokenizer, cfg)[0]
@@ -198,7 +199,7 @@ def engines_of(roles: Roles) -> dict[str, engine.Engine]:
 
 def export_metadata_writers(
     roles: Roles, tokenizer: "PreTrainedTokenizerBase"
-) -> dict[str, Callable[[Path], Any]]:
+) -> dict[str, Callable[[Path], None]]:
     """For each trained model, a function that writes config and tokenizer into a folder, for exports."""
     return {
         name: export_metadata_writer(model.module, tokenizer) for name, model in engines_of(roles).items()

@@ -121,6 +121,7 @@ class PPOLagLoss(nn.Module):
                 f"got {type(multiplier).__name__}"
             )
         multiplier_value = checks.scalar(value, logp, "PPOLagLoss: multiplier")
+        assert multiplier_value is not None, "only None becomes None"
         if not isinstance(value, torch.Tensor):
             checks.not_negative("PPOLagLoss", "multiplier", value)
         elif value.device.type == "cpu" and not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""What one optimiser step of PPO is made of: its passes, their losses, and the step of all trained models.
+"""One optimiser step of PPO: its passes, their losses, and the step of all trained models.
 
 Every loss divides by a count over the global batch, so the cut into passes and ranks changes nothing. With
 supervised (PTX) data the actor's step minimises ½ · (L_actor + ptx_coeff · L_ptx), as in the reference
@@ -99,7 +99,7 @@ class OptimizerStep:
             old_value_n: V_old by stream, [n]: the values that the advantages were computed from.
             returns: ret by stream, [n].
         """
-        total: torch.Tensor | float = 0.0
+        losses = []
         for name in critic.names:
             loss, _ = value_loss(
                 value_n[name],
@@ -111,8 +111,8 @@ class OptimizerStep:
                 normalizer=self.settings["normalizer"],
             )
             self.step_metrics.add(per_stream("critic_loss", name, self.roles.constraints), loss)
-            total = total + loss
-        critic.engine.backward(total)
+            losses.append(loss)
+        critic.engine.backward(sum(losses[1:], start=losses[0]))
 
     def count(self, stats: Mapping[str, torch.Tensor]) -> None:
         """Tallies the statistics of a policy loss, which are means over the tokens of a pass."""
@@ -161,7 +161,7 @@ def step_all_models(
 
     Args:
         roles: Actor and critics, with the gradients of all passes.
-        scored: What the models said of the rollout; numbers in it must be finite too.
+        scored: Scores and log-probs of the rollout, which must be finite too.
         ptx: SFT examples of the global batch, or None.
         cfg: Settings of the stage.
         step_metrics: Losses of the step. Gets learning rates, gradient norms and `bad`.

@@ -56,11 +56,11 @@ class PolicySelection:
         )
         self.last_offer: tuple[int, tuple[int, float]] | None = None  # step, score
 
-    def score(self, step: int) -> list[float] | None:
+    def score(self, step: int) -> tuple[float, ...] | None:
         """Score of the evaluation in this step, higher is better; None when there was none."""
         if self.last_offer is None or self.last_offer[0] != step:
             return None
-        return list(self.last_offer[1])
+        return self.last_offer[1]
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint; rank 0 has the kept weights."""

@@ -98,7 +98,7 @@ class OnPolicyLoss:
         value_n: Mapping[str, torch.Tensor],
         lambdas: Mapping[str, torch.Tensor],
     ) -> None:
-        """Takes the pass's share of what the models said.
+        """Takes this pass's share of scores, log-probs and values.
 
         Args:
             step: The optimiser step.
