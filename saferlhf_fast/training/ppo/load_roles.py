@@ -120,7 +120,7 @@ def load_critic(
                 "expected a model with the same one"
             )
         score = with_new_head(path)
-    elif score is None or (isinstance(scorer, ScoreModelScorer) and scorer.retokenizes):
+    elif score is None or getattr(scorer, "retokenizes", False):
         why = "no score model" if score is None else "another tokenizer than the actor's"
         console.say(
             f"{streams[0]}: {why}, so the critic starts from {cfg.model} with a new head; {setting} names "

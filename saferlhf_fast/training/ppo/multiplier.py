@@ -1,9 +1,9 @@
 """The Lagrange multiplier λ of the constraint J_C ≤ d: how much the cost counts against the reward.
 
 λ weighs the cost advantage in (A_r − λ·A_c)/(1 + λ). It rises while J_C, the mean cost of the last `window`
-episodes of all ranks (episode_costs.py), is above the threshold d, and falls while J_C is below. Both rules
-store λ on the device as a 0-d tensor, so that no step waits for the host. They need torch alone. In a loop of
-your own, before the actor's update of each step::
+episodes of all ranks (episode_costs.py), is above the threshold d, and falls while J_C is below. λ is a 0-d
+tensor on the device, so no step waits for the host. The file needs torch alone. In a loop of your own, before
+the actor's update of each step::
 
     multiplier = LagrangeMultiplier(init=1.0, lr=0.1, max=5.0, threshold=0.0, device=cost_B.device)
     multiplier.update(cost_B)                # with several ranks: the costs of all, gathered, on each rank
@@ -69,11 +69,8 @@ class LagrangeMultiplier:
         max = _number("max", max, above=0.0, finite=False)
         self.log_value = torch.tensor(_number("init", init, above=0.0, most=max), device=device).log()
         self.log_max = torch.tensor(max, device=device).log()
-        self.lr, self.threshold, self.delay = (
-            _number("lr", lr, least=0.0),
-            _number("threshold", threshold),
-            _steps(delay),
-        )
+        self.lr = _number("lr", lr, least=0.0)
+        self.threshold, self.delay = _number("threshold", threshold), _steps(delay)
         self.window = CostWindow(window, device)
         self.steps = 0
         self.mean_cost = torch.zeros((), device=device)
@@ -174,9 +171,9 @@ class PIDMultiplier:
         self.integral = torch.tensor(_number("init", init, least=0.0, most=self.max), device=device)
         self.value = self.integral.clone()
         self.last_error: torch.Tensor | None = None
-        self.kp, self.ki, self.kd = (
-            _number(name, gain, least=0.0) for name, gain in (("kp", kp), ("ki", ki), ("kd", kd))
-        )
+        self.kp = _number("kp", kp, least=0.0)
+        self.ki = _number("ki", ki, least=0.0)
+        self.kd = _number("kd", kd, least=0.0)
         self.threshold, self.delay = _number("threshold", threshold), _steps(delay)
         self.window = CostWindow(window, device)
         self.steps = 0
@@ -202,10 +199,8 @@ class PIDMultiplier:
             change = (error - last).clamp(min=0).nan_to_num()  # NaN: there is no earlier error
             integral = (self.integral + self.ki * error).clamp(0.0, self.max)
             value = (self.kp * error + integral + self.kd * change).clamp(0.0, self.max)
-            self.integral, self.value = (
-                torch.where(known, integral, self.integral),
-                torch.where(known, value, self.value),
-            )
+            self.integral = torch.where(known, integral, self.integral)
+            self.value = torch.where(known, value, self.value)
             self.last_error = torch.where(known, error, last)
         self.steps += 1
         return self.value
