@@ -8,7 +8,7 @@
     report.calls                                     # {"trl.trainer.utils:selective_log_softmax": 96, …}
     integrations.patch("transformers", model)        # one model: model(input_ids, labels=…) without logits
 
-A function is replaced only where ours is faster, smaller or more correct and means the same;
+A function is replaced only where our implementation is faster, smaller or more correct and means the same;
 docs/integrations.md has the measured table. A process that a library starts itself (a Ray worker) has to be
 patched too.
 """
@@ -26,7 +26,7 @@ LIBRARIES = ("trl", "verl", "openrlhf", "safe_rlhf", "align_anything", "transfor
 
 
 def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = False) -> Report:
-    """Replaces a library's functions by ours, in every module that has imported them, and in its registries.
+    """Replaces a library's functions, in every module that has imported them and in the library's registries.
 
     Patching twice is harmless: the second call also replaces what has been imported since, and its context
     does not undo the first call.
@@ -34,7 +34,7 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
     Args:
         name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything" or "transformers".
         model: for "transformers" alone: the instance of a Hugging Face causal LM to patch.
-        force: also patches a version or a signature that ours was never compared with.
+        force: also patches a version or a signature that our implementation was never compared with.
         quiet: prints nothing.
 
     Returns:

@@ -1,6 +1,6 @@
 """OpenRLHF 0.11: log-probs, entropies, GAE, the policy and value losses, the log-exp pair loss.
 
-For a temperature other than 1 its log-prob divides the logits in place; ours leaves them unchanged.
+For a temperature other than 1 its log-prob divides the logits in place; our op leaves them unchanged.
 """
 
 from typing import Any
@@ -68,7 +68,7 @@ def policy_loss_forward(original: LibraryFunction) -> LibraryFunction:
                 self, log_probs, old_log_probs, advantages, action_mask, rollout_log_probs, *counts
             )
         loss, stats = result
-        # OpenRLHF's KL metric takes the log-ratio as it is; ours is clamped to ±20 as the ratio is.
+        # OpenRLHF's KL metric takes the log-ratio as it is; our op clamps it to ±20, as the ratio.
         mask = None if action_mask is None else shared.flags(action_mask)
         assert mask is not None, "our policy loss takes no weights as a mask"
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""What an integration consists of: the functions that ours replace, those that stay, and the reasons."""
+"""What an integration consists of: the functions to replace, those that stay, and the reasons."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,13 +14,13 @@ class Replace:
 
     Attributes:
         target: "module:name" or "module:Class.name".
-        make: takes the library's function and returns ours, which calls the library's function for the cases
-            that we do not handle.
+        make: takes the library's function and returns our implementation, which calls the library's function
+            in the cases that it does not handle itself.
         parameters: its parameters and defaults, as `sites.parameters` writes them; a function with others is
             refused.
         why: what is better, in one line.
         entries: registries that hold the function too, as pairs of "module:DICT" and key.
-        digests: `sites.digest` of the sources that ours was compared with, where a library has no version;
+        digests: `sites.digest` of the sources that we compared it with, where a library has no version;
             empty where its version identifies them.
         signature_of: the attribute of the object that has the parameters, where the object is no function.
         optional: its module may fail to import.
@@ -51,7 +51,7 @@ class Library:
     Attributes:
         name: what `patch` calls it.
         distribution: the name that pip knows; None for a checkout without versions.
-        versions: beginnings of the versions that ours was compared with.
+        versions: beginnings of the versions that we compared our functions with.
         replace: the functions that are replaced.
         leave: (function, reason) of those that stay.
     """

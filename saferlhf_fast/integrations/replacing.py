@@ -13,7 +13,7 @@ from .report import Refused, Report
 
 
 class Replaced(NamedTuple):
-    """One function while it is replaced: the library's, ours, and the places where ours was bound."""
+    """One replaced function: the library's, our implementation, and the places where that was bound."""
 
     original: Any
     replacement: Any
@@ -30,7 +30,7 @@ def patch(library: Library, force: bool) -> Report:
 
     Args:
         library: its table.
-        force: also for a version or a source that ours was never compared with.
+        force: also for a version or a source that our implementation was never compared with.
 
     Returns:
         What was replaced and what was left.
@@ -98,7 +98,7 @@ def unpatch(name: str, only: dict[str, Replaced] | None = None) -> list[str]:
 
 def _restore(replaced: Replaced) -> list[str]:
     restored = []
-    # Modules that were imported while ours was bound in the defining module have ours by name.
+    # Modules imported while our function was bound in the defining module have it by name.
     late = [site for site in sites.bindings(replaced.replacement) if site not in replaced.places]
     for site in [*replaced.places, *late]:
         if site.value is replaced.replacement:
@@ -154,7 +154,7 @@ def _missing(entry: Replace, library: Library) -> str | None:
 
 
 def _look_up(entry: Replace, library: Library, force: bool) -> Any:
-    """The library's function, with the parameters and the source that ours was compared with.
+    """The library's function, once its parameters and its source are those that we know.
 
     None where the function does not exist and `force` accepts that.
     """
@@ -184,7 +184,7 @@ def _look_up(entry: Replace, library: Library, force: bool) -> Any:
         )
     if entry.digests and sites.digest(function) not in entry.digests:
         raise Refused(
-            f"{library.name}: {dotted} is not the source that ours was compared with (digest "
+            f"{library.name}: {dotted} is not the source that our function was compared with (digest "
             f"{sites.digest(function)}, expected {' or '.join(entry.digests)}); nothing was replaced. "
             f"patch({library.name!r}, force=True) replaces them anyway"
         )
@@ -197,7 +197,7 @@ def _replacement(entry: Replace, original: Any) -> Any:
 
 
 def _bind(replaced: Replaced, entry: Replace) -> None:
-    """Binds ours wherever the library's is bound: where it is defined, in registries, in other modules."""
+    """Binds our function where it is defined, in registries, and in the modules that imported it."""
     holder, name = sites.resolve(entry.target)
     bound = [sites.Site(holder, name, entry.target.replace(":", "."))]
     for where, key in entry.entries:

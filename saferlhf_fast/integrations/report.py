@@ -9,7 +9,7 @@ from . import sites
 
 
 class Refused(ValueError):
-    """The library's version, or a function's parameters or source, was never compared with ours."""
+    """The library's version, or a function's parameters or source, was never compared with our functions."""
 
 
 @dataclass

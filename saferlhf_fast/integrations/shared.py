@@ -62,7 +62,7 @@ def one_id_each(logits: torch.Tensor, ids: torch.Tensor) -> bool:
 
 
 def known_ids(expected: str, ids: torch.Tensor, vocabulary: int) -> None:
-    """Refuses ids outside the vocabulary in the caller's words, where our ops would refuse them in theirs.
+    """Refuses ids outside the vocabulary as our ops do, with a message in the caller's words.
 
     Args:
         expected: beginning of the message, such as "labels: expected".

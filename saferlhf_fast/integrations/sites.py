@@ -106,7 +106,7 @@ def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function inside the wrapper of torch.compile or torch.compiler.disable; any other one unchanged.
 
     These wrappers carry attributes by which torch.compile finds the function inside. If our function had a
-    copy of them, compiled callers would go to the function inside and bypass ours.
+    copy of them, compiled callers would go to the function inside and bypass our implementation.
     """
     while hasattr(function, "_torchdynamo_orig_callable"):
         function = function._torchdynamo_orig_callable

@@ -27,7 +27,7 @@ from .patchable import patch_state
 from .report import Refused, Report
 from .without_logits import STATE, PatchState, forward_like, token_logprobs
 
-OURS = ("forward", "token_logprobs", STATE)  # the attributes that a patched instance has beyond its class's
+PATCHED = ("forward", "token_logprobs", STATE)  # attributes that the patch sets on the instance
 VERSIONS = ("5.",)
 
 
@@ -81,10 +81,10 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     if is_open(head):
         head.__class__ = state.head_class
     forward = vars(inner).get("forward")
-    is_ours = isinstance(forward, types.MethodType) and forward.__func__ is state.forward
-    if is_ours and forward.__self__ is inner:  # a copy's forward may be bound to its original
+    is_patched = isinstance(forward, types.MethodType) and forward.__func__ is state.forward
+    if is_patched and forward.__self__ is inner:  # a copy's forward may be bound to its original
         del inner.forward
-    for name in OURS[1:]:
+    for name in PATCHED[1:]:
         delattr(inner, name)
     return model
 
@@ -146,7 +146,7 @@ def unpatch_places(model: nn.Module) -> list[str]:
     """`unpatch_model` for `integrations.unpatch`: the places that were restored."""
     inner = _inner(model)
     places = (
-        [f"{type(inner).__name__}.{name} of this instance" for name in OURS[:2]]
+        [f"{type(inner).__name__}.{name} of this instance" for name in PATCHED[:2]]
         if STATE in vars(inner)
         else []
     )
@@ -194,7 +194,7 @@ def _patch(model: Any, force: bool, on_call: Callable[[], None] | None) -> None:
     version = _transformers().__version__
     if not version.startswith(VERSIONS) and not force:
         raise Refused(
-            f"transformers {version}: expected 5.x, the versions that ours was compared with; "
+            f"transformers {version}: expected 5.x, the versions that our loss was compared with; "
             "force=True patches anyway"
         )
     state: PatchState = patch_state(model)

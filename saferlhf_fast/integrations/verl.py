@@ -324,9 +324,9 @@ LIBRARY = Library(
     leave=(
         (
             "verl.utils.kernel.linear_cross_entropy:linear_cross_entropy",
-            "a Triton kernel of verl that runs on a GPU alone: not measured against ours",
+            "a Triton kernel of verl that runs on a GPU alone: not measured against our op",
         ),
-        (f"{CORE}:agg_loss", "elementwise work that other losses call; ours is inside the losses"),
+        (f"{CORE}:agg_loss", "elementwise work that other losses call; our losses do it themselves"),
         (f"{CORE}:kl_penalty", "elementwise; k3 is clamped to ±10 there"),
         (f"{FUNCTIONAL}:masked_mean", "a mean; nothing to gain"),
     ),

@@ -131,7 +131,7 @@ def _needs_logits(model: Any, state: PatchState, given: Mapping[str, Any]) -> st
 
 
 def other_loss(model: Any) -> str | None:
-    """Why the model's settings give another loss than ours; None when they give the same."""
+    """Why the model's settings give another loss than `output_with_loss`; None when they do not."""
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     if model.loss_function is not ForCausalLMLoss:
