@@ -359,7 +359,7 @@ def page():
             f"{found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}, "
             f"`OMP_NUM_THREADS={found['threads']} {found['command']}`.",
             "",
-            "| function | shape | theirs | ours | faster | theirs, memory | ours, memory | smaller |",
+            "| function | shape | original | patched | faster | memory, original | memory, patched | smaller |",
             "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
         for row in found["rows"]:
