@@ -3,8 +3,8 @@ measurement.
 
 Every side runs in a process of its own, one after the other, on the same machine, with the same random
 models, the same prompts and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF
-rows). What a side is and is not stands in its file: step_ours.py (ours, and `unfused`: our padded form in
-plain torch), step_ref.py (the reference implementation's trainer), step_trl.py (the nearest that TRL has).
+rows). What a side is and is not stands in its file: step_saferlhf_fast.py (ours, and `unfused`: our padded form in
+plain torch), step_safe_rlhf.py (the reference implementation's trainer), step_trl.py (the nearest that TRL has).
 The sides' log-probs, scores, values and critic losses on stored responses are compared before any ratio is
 made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up (the
 reference's is its check and a short rollout; the steps of `--growth` are too long to need one).
@@ -30,6 +30,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import step_rows  # noqa: E402
+import step_side  # noqa: E402
 import step_work  # noqa: E402
 
 SIDES = ("ours", *step_rows.OTHERS)
@@ -156,7 +157,7 @@ def parser():
 def importable(side):
     """None, or why a side cannot run."""
     if side in ("ref", "trl"):
-        return importlib.import_module(f"step_{side}").importable()
+        return importlib.import_module(step_side.MODULES[side]).importable()
     return None
 
 

@@ -16,7 +16,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SIDES = ("ours", "unfused", "ref", "trl")
+# The names of sides are stored in result files; a side's file is named after the project that it measures.
+MODULES = {
+    "ours": "step_saferlhf_fast",
+    "unfused": "step_saferlhf_fast",
+    "ref": "step_safe_rlhf",
+    "trl": "step_trl",
+}
 
 
 def peak(device):
@@ -40,12 +46,12 @@ def measure(side, work, recipe):
     if recipe["threads"]:
         torch.set_num_threads(recipe["threads"])
     start = time.perf_counter()
-    made = importlib.import_module("step_ours" if side == "unfused" else f"step_{side}").Side(work, recipe)
+    trainer = importlib.import_module(MODULES[side]).Side(work, recipe)
     built = time.perf_counter() - start
-    checked = made.check() if recipe["check"] else {}
+    checked = trainer.check() if recipe["check"] else {}
     if recipe["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    steps = [made.step() for _ in range(recipe["warmup"] + recipe["repeat"])]
+    steps = [trainer.step() for _ in range(recipe["warmup"] + recipe["repeat"])]
     return {
         "steps": steps[recipe["warmup"] :],
         "check": checked,
@@ -66,9 +72,9 @@ def main(side, path, recipe):
     import step_work
 
     if side == "ref":
-        import step_ref
+        import step_safe_rlhf
 
-        step_ref.stand_in()
+        step_safe_rlhf.stand_in()
     result = measure(side, step_work.load_work(path), recipe)
     sys.stdout.flush()
     print("\n" + json.dumps(result), flush=True)

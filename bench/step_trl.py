@@ -19,7 +19,7 @@ import tempfile
 
 import step_work
 import torch
-from step_ref import Ends, now
+from step_safe_rlhf import Ends, now
 from step_words import one_word_an_id
 
 

@@ -12,7 +12,7 @@ import dataclasses
 
 import step_work
 import torch
-from step_ref import now
+from step_safe_rlhf import now
 from step_words import one_word_an_id
 
 # what `loop` calls, by its names in rollout/sample.py and training/ppo_lag.py: whose time it is
