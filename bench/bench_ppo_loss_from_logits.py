@@ -51,8 +51,8 @@ def forward_and_backward(measure, device, shape, version, op, upstream=None):
     function = versions.call(
         {"eager": eager.ppo_from_logits, TWO_OPS: two_ops, "ours": ours}, KIND, version, device
     )
-    mine = version in versions.ours(OP, device)
-    inplace = versions.trait(KIND, version, "inplace", mine)
+    is_ours = version in versions.ours(OP, device)
+    inplace = versions.trait(KIND, version, "inplace", is_ours)
     source = clean._base if versions.trait(KIND, version, "spare_row", False) else clean
     logits = source.detach().requires_grad_() * 1
     factor = None if upstream is None else torch.tensor(upstream, device=device)
@@ -76,7 +76,7 @@ def forward_and_backward(measure, device, shape, version, op, upstream=None):
         restore()
     _, gradient = step()
     measure.check(clean.dtype, (gradient[rows], exact.logits_gradient(clean, ids, lse, derivative, rows)))
-    if mine:
+    if is_ours:
         assert gradient.data_ptr() == logits.data_ptr(), (
             "the gradient is not in the logits' memory: another path would be timed"
         )

@@ -48,19 +48,19 @@ The reference is found by `import safe_rlhf` (it needs optree), TRL by `import t
 
 
 def parser():
-    made = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         prog="bench/bench_step.py",
         description=__doc__.split("\n\n")[0],
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
+    result.add_argument(
         "--json",
         metavar="FILE",
         help="write the rows, a list of {name, ours, other, ratio = other / ours, unit, "
         "device, commit, …}; auto: bench/results/step-<device>-<date>.json",
     )
-    made.add_argument(
+    result.add_argument(
         "--model",
         choices=sorted(step_work.SHAPES),
         default=None,
@@ -68,13 +68,13 @@ def parser():
         "0.5b on "
         "CUDA; 8b-lora: ours alone, adapters on one shared base, against 80 GB; tiny, tiny-lora: for tests",
     )
-    made.add_argument(
+    result.add_argument(
         "--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)"
     )
-    made.add_argument(
+    result.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one"
     )
-    made.add_argument(
+    result.add_argument(
         "--only",
         nargs="+",
         metavar="SIDE",
@@ -83,33 +83,33 @@ def parser():
         help=f"the sides to run beside ours: {', '.join(step_rows.OTHERS)} (default: all that import)",
     )
     for name in ("ref", "trl"):
-        made.add_argument(
+        result.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
             default=True,
             help=f"run {name} where it imports",
         )
-    made.add_argument(
+    result.add_argument(
         "--growth",
         action="store_true",
         help="our side at 4 and 16 times the prompts too: tokens/s, peak memory",
     )
-    made.add_argument(
+    result.add_argument(
         "--processes", action="store_true", help="our side in two CPU processes (gloo) of one thread each too"
     )
-    made.add_argument(
+    result.add_argument(
         "--ptx", action="store_true", help="with the supervised loss on as many examples as prompts (not trl)"
     )
-    made.add_argument(
+    result.add_argument(
         "--repeat", type=int, default=2, metavar="N", help="measured steps after the warm-up (default: 2)"
     )
-    made.add_argument(
+    result.add_argument(
         "--quick", action="store_true", help="8 prompts and one step: shows that it runs, measures nothing"
     )
-    made.add_argument(
+    result.add_argument(
         "--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)"
     )
-    made.add_argument(
+    result.add_argument(
         "--micro",
         type=int,
         default=16,
@@ -117,7 +117,7 @@ def parser():
         help="rows of a padded micro-batch of ref and trl "
         "(default: 16, as in the reference's script); ours fill passes by tokens",
     )
-    made.add_argument(
+    result.add_argument(
         "--micro-tokens",
         type=int,
         default=None,
@@ -125,33 +125,33 @@ def parser():
         help="ppo.micro_tokens of ours and unfused "
         "(default: 1024 for cpu-small, 2048 for 8b-lora, else the recipe's)",
     )
-    made.add_argument(
+    result.add_argument(
         "--seed",
         type=int,
         default=8,
         help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
         "whose 32 responses come nearest to 2,100 tokens)",
     )
-    made.add_argument(
+    result.add_argument(
         "--data",
         metavar="FILE",
         help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} in the folder SAFERLHF_DATA)",
     )
-    made.add_argument(
+    result.add_argument(
         "--lengths",
         choices=("words", "tokens"),
         default="words",
         help="words: 4 tokens for 3 words; tokens: as --tokenizer counts",
     )
-    made.add_argument(
+    result.add_argument(
         "--tokenizer",
         metavar="FOLDER",
         help=f"with --lengths tokens (default: {step_work.TOKENIZER} in SAFERLHF_DATA)",
     )
-    made.add_argument(
+    result.add_argument(
         "--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)"
     )
-    return made
+    return result
 
 
 def importable(side):
@@ -225,11 +225,11 @@ class Bench:
             return f"failed: {side} took over {o.timeout} s"
         lines = [line for line in out.splitlines() if line.startswith("{")]
         if process.returncode or not lines:
-            told = [line for line in errors.splitlines() if line.strip()] or [
+            messages = [line for line in errors.splitlines() if line.strip()] or [
                 f"exit code {process.returncode}"
             ]
-            print("\n".join(told[-15:]), file=sys.stderr)
-            return f"failed: {told[-1][:200]}"
+            print("\n".join(messages[-15:]), file=sys.stderr)
+            return f"failed: {messages[-1][:200]}"
         return json.loads(lines[-1])
 
     def environment(self, side, recipe):
@@ -258,8 +258,8 @@ def measure(options):
             return [step_rows.in_80_gb(ours)]
         for side in step_rows.OTHERS:
             wanted = side in options.only and getattr(options, side, True)
-            found = bench.run(side, warmup=int(side != "ref")) if wanted else "not run: not asked for"
-            rows += step_rows.against(side, ours, compared(ours, found, tolerance))
+            other = bench.run(side, warmup=int(side != "ref")) if wanted else "not run: not asked for"
+            rows += step_rows.against(side, ours, compared(ours, other, tolerance))
         if options.growth:
             for factor in GROWTH:
                 rows += step_rows.grown(
@@ -321,7 +321,7 @@ def main(arguments):
         sys.path.append(str(peers))
     try:
         common = shared(options, arguments)
-        rows = [found | common for found in measure(options)]
+        rows = [row | common for row in measure(options)]
     except step_work.Lacking as lacking:
         print(lacking, file=sys.stderr)
         return 2
@@ -339,7 +339,7 @@ def main(arguments):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"\nwrote {path}")
-    return 1 if any(found["note"].startswith("failed") for found in rows) else 0
+    return 1 if any(row["note"].startswith("failed") for row in rows) else 0
 
 
 if __name__ == "__main__":

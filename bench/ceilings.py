@@ -90,12 +90,12 @@ def measure(device):
     """{"copy_gb_s", "read_gb_s", "float32_tflop_s" and, on CUDA, "bfloat16_tflop_s"}. A copy counts read and
     write.
     """
-    found = _bandwidths(device)
+    rates = _bandwidths(device)
     sizes = (64,) if shapes.TINY else (4096, 8192) if device == "cuda" else (1024, 2048)
-    found["float32_tflop_s"] = _product(device, torch.float32, sizes)
+    rates["float32_tflop_s"] = _product(device, torch.float32, sizes)
     if device == "cuda":
-        found["bfloat16_tflop_s"] = _product(device, torch.bfloat16, sizes)
-    return found
+        rates["bfloat16_tflop_s"] = _product(device, torch.bfloat16, sizes)
+    return rates
 
 
 def better(first, second):

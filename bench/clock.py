@@ -45,16 +45,16 @@ def on_device(step, ready, rounds, again=True):
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    found = {"seconds": statistics.median(times), "best": min(times)}
-    if again and found["seconds"] < 1e-3:
+    figures = {"seconds": statistics.median(times), "best": min(times)}
+    if again and figures["seconds"] < 1e-3:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(100):
             step()
         torch.cuda.synchronize()
-        found["call"] = (time.perf_counter() - begin) / 100
+        figures["call"] = (time.perf_counter() - begin) / 100
     ready()
-    return found | launches(step)
+    return figures | launches(step)
 
 
 def launches(step):

@@ -62,7 +62,7 @@ def ratios(results, times=False):
 
     times: also {"one second": the time itself}, which says as much of the machine's load as of our code.
     """
-    timed, found = rows(results), {}
+    timed, table = rows(results), {}
     for (op, shape, version), row in timed.items():
         if version not in OURS:
             continue
@@ -70,14 +70,14 @@ def ratios(results, times=False):
             timed.get((op, shape, "eager")),
             ceilings.floor(row, results["machine_info"].get("ceilings")),
         )
-        found[op, shape, version] = {}
+        table[op, shape, version] = {}
         if eager:
-            found[op, shape, version]["eager"] = row["best"] / eager["best"]
+            table[op, shape, version]["eager"] = row["best"] / eager["best"]
         if floor:
-            found[op, shape, version]["the floor"] = row["best"] / floor
+            table[op, shape, version]["the floor"] = row["best"] / floor
         if times:
-            found[op, shape, version]["one second"] = row["best"]
-    return found
+            table[op, shape, version]["one second"] = row["best"]
+    return table
 
 
 def regressions(stored, fresh, limit=WORSE):
@@ -145,15 +145,15 @@ def settled(stored, fresh, measured, named, limit=WORSE, tries=1, times=False):
     name. A disturbed machine makes a ratio worse for a while, our code for good: the better of the
     measurements counts.
     """
-    found = ratios(fresh, times)
-    worse, gone = regressions(stored, found, limit)
+    fresh_ratios = ratios(fresh, times)
+    worse, gone = regressions(stored, fresh_ratios, limit)
     while worse and tries:
         print(f"{len(worse)} ratio(s) worse than in {named}: measuring those once more", flush=True)
         again = measured(["--ours", *tests_of(worse, fresh)])
-        found = better(found, ratios(again, times)) if again else found
-        worse, gone = regressions(stored, found, limit)
+        fresh_ratios = better(fresh_ratios, ratios(again, times)) if again else fresh_ratios
+        worse, gone = regressions(stored, fresh_ratios, limit)
         tries -= 1
-    return found, worse, gone
+    return fresh_ratios, worse, gone
 
 
 def report(worse, gone):

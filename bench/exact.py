@@ -18,8 +18,8 @@ def error(got, expected):
     """The largest error as a share of the largest right value; infinity where that is not a number."""
     expected = expected.detach().double()
     scale = expected.abs().max().clamp(min=1e-300)
-    found = float((got.detach().double() - expected).abs().max() / scale)
-    return found if found == found else float("inf")  # max() and comparisons pass over NaN
+    largest = float((got.detach().double() - expected).abs().max() / scale)
+    return largest if largest == largest else float("inf")  # max() and comparisons pass over NaN
 
 
 def rows_of(count, device):
@@ -30,7 +30,7 @@ def rows_of(count, device):
 
 def logprob(logits_NV, ids_N, chunk=512):
     """(logp_N, lse_N) in float64."""
-    lse_N = torch.cat([part.double().logsumexp(-1) for part in logits_NV.split(chunk)])
+    lse_N = torch.cat([chunk_logits.double().logsumexp(-1) for chunk_logits in logits_NV.split(chunk)])
     return logits_NV.gather(-1, ids_N[:, None]).squeeze(-1).double() - lse_N, lse_N
 
 
@@ -54,11 +54,11 @@ def entropy_rows(logits_NV, rows):
 def linear_logprob(hidden_NH, weight_VH, ids_N, chunk=512):
     """(logp_N, lse_N) in float64 of hidden @ weight.T."""
     weight_HV = weight_VH.double().T
-    parts = [
+    chunks = [
         logprob(part.double() @ weight_HV, ids)
         for part, ids in zip(hidden_NH.split(chunk), ids_N.split(chunk))
     ]
-    return tuple(torch.cat(column) for column in zip(*parts))
+    return tuple(torch.cat(column) for column in zip(*chunks))
 
 
 def _through_softmax(logits_RV, ids_R, lse_R, g_R):

@@ -314,12 +314,12 @@ def heading(window, given):
     commit = given.commit
     if not commit:
         try:
-            told = subprocess.run(
+            described = subprocess.run(
                 ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
             ).stdout
         except OSError:  # a bare machine
-            told = ""
-        commit = told.strip() or "not known: give --commit"
+            described = ""
+        commit = described.strip() or "not known: give --commit"
     command = os.environ.get("BENCH_COMMAND") or " ".join(["python", "bench/gpu_window.py", *sys.argv[1:]])
     window.emit(
         "run",

@@ -245,17 +245,19 @@ def sides(name):
 
 def step(call, function, leaves):
     """Forward, and backward where something learns -> outputs and gradients."""
-    made = call(function)
+    result = call(function)
     outputs = [
-        part
-        for part in (made if isinstance(made, (tuple, list)) else (made,))
-        if isinstance(part, torch.Tensor)
+        output
+        for output in (result if isinstance(result, (tuple, list)) else (result,))
+        if isinstance(output, torch.Tensor)
     ]
-    learning = [part for part in outputs if part.requires_grad]
+    learning = [output for output in outputs if output.requires_grad]
     gradients = (
-        torch.autograd.grad(learning, leaves, [torch.ones_like(part) for part in learning]) if leaves else ()
+        torch.autograd.grad(learning, leaves, [torch.ones_like(output) for output in learning])
+        if leaves
+        else ()
     )
-    return *(part.detach() for part in outputs), *gradients
+    return *(output.detach() for output in outputs), *gradients
 
 
 def measure(call, leaves, functions):
@@ -282,9 +284,9 @@ def measure(call, leaves, functions):
 def rows(name):
     """One row a case, printed as it is known."""
     for target, shape, call, leaves, functions in sides(name):
-        found = measure(call, leaves, functions)
+        measured = measure(call, leaves, functions)
         row = {"function": target, "shape": shape}
-        for side, (seconds, peak) in found.items():
+        for side, (seconds, peak) in measured.items():
             row |= {f"{side}_ms": seconds * 1e3, f"{side}_mib": None if peak is None else peak / 2**20}
         print(
             f"{target.partition(':')[2]:38} {shape:48} {row['theirs_ms']:9.3f} -> {row['ours_ms']:8.3f} ms  "
@@ -352,17 +354,17 @@ def page():
         )
         if path is None:
             continue
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
         lines += [
-            f"### {name} {found['version']}",
+            f"### {name} {results['version']}",
             "",
-            f"{found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}, "
-            f"`OMP_NUM_THREADS={found['threads']} {found['command']}`.",
+            f"{results['device']}, torch {results['torch']}, {results['date']}, commit {results['commit']}, "
+            f"`OMP_NUM_THREADS={results['threads']} {results['command']}`.",
             "",
             "| function | shape | original | patched | faster | memory, original | memory, patched | smaller |",
             "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
-        for row in found["rows"]:
+        for row in results["rows"]:
             cells = [
                 f"`{row['function'].partition(':')[2]}`",
                 row["shape"],

@@ -25,7 +25,7 @@ def _tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in _tensors(part)]
+        return [tensor for item in value for tensor in _tensors(item)]
     return []
 
 

@@ -65,22 +65,22 @@ def names(kind):
 
 def load(kind, name, device):
     """The peer's call, or Missing."""
-    found = PEERS[kind][name]
+    entry = PEERS[kind][name]
     try:
-        call = found.load()
+        call = entry.load()
     except ModuleNotFoundError as error:
         try:
-            metadata.version(found.wheel)
+            metadata.version(entry.wheel)
         except metadata.PackageNotFoundError:
-            raise Missing(f"{found.wheel} is not installed") from error
-        raise Missing(f"{found.wheel} {metadata.version(found.wheel)} does not import: {error}") from error
+            raise Missing(f"{entry.wheel} is not installed") from error
+        raise Missing(f"{entry.wheel} {metadata.version(entry.wheel)} does not import: {error}") from error
     except Exception as error:  # whatever else a foreign import may do
         raise Missing(
-            f"{found.wheel} does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{entry.wheel} does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    if device not in found.where:
+    if device not in entry.where:
         raise Missing(
-            f"{found.wheel} {metadata.version(found.wheel)} imports, but this part needs a GPU (Triton only)"
+            f"{entry.wheel} {metadata.version(entry.wheel)} imports, but this part needs a GPU (Triton only)"
         )
     return call
 

@@ -239,15 +239,15 @@ def main(words):
         print(__doc__)
         return
     write = "--write" in words
-    made = tables(tuple(word for word in words if word != "--write") or tuple(VARIANTS))
+    new_tables = tables(tuple(word for word in words if word != "--write") or tuple(VARIANTS))
     if not write:
-        print("\n".join(f"### {heading}\n\n{table}\n" for heading, table in made.items()))
+        print("\n".join(f"### {heading}\n\n{table}\n" for heading, table in new_tables.items()))
         return
     path = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
     text = path.read_text(encoding="utf-8")
-    for heading, table in made.items():
-        before, rest = text.split(f"<!-- {heading} -->\n", 1)
-        text = f"{before}<!-- {heading} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    for heading, table in new_tables.items():
+        before, after = text.split(f"<!-- {heading} -->\n", 1)
+        text = f"{before}<!-- {heading} -->\n{table}\n<!-- end -->{after.split('<!-- end -->', 1)[1]}"
     path.write_text(text, encoding="utf-8")
 
 

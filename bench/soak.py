@@ -125,9 +125,9 @@ def report(out, memory, seconds, args):
     def part(number):
         inside = rows[number * quarter : (number + 1) * quarter]
         before = rows[number * quarter - 1]["time"]
-        held = [size for at, size in memory if before <= at - offset <= inside[-1]["time"]]
-        return sum(row["train/tokens"] for row in inside) / (inside[-1]["time"] - before), sum(held) / max(
-            1, len(held)
+        sizes = [size for at, size in memory if before <= at - offset <= inside[-1]["time"]]
+        return sum(row["train/tokens"] for row in inside) / (inside[-1]["time"] - before), sum(sizes) / max(
+            1, len(sizes)
         ) / 2**30
 
     offset = seconds - rows[-1]["time"]  # the metrics' clock starts when the models are there

@@ -60,11 +60,11 @@ def against(name, ours, other):
     if isinstance(other, str) or isinstance(ours, str):
         note = other if isinstance(other, str) else f"ours: {ours}"
         return [row(f"{part}/{name}", None, None, unit, note) for part, unit in PROMISED.items()]
-    found = [
+    times = [
         row(f"{part}/{name}", seconds(ours, part), seconds(other, part), "s", NOTES[name]) for part in PARTS
     ]
     return [
-        *found,
+        *times,
         row(f"tokens per second/{name}", rate(ours), rate(other), "tokens/s", NOTES[name]),
         row(f"memory/{name}", gib(ours["peak"]), gib(other["peak"]), "GiB", NOTES[name]),
     ]
@@ -90,9 +90,9 @@ def divided(one, two, count):
     """
     if isinstance(two, str) or isinstance(one, str):
         return [row(f"processes/{count}", None, None, "tokens/s", two if isinstance(two, str) else one)]
-    found = row(f"processes/{count}", rate(two), count * rate(one), "tokens/s")
+    result = row(f"processes/{count}", rate(two), count * rate(one), "tokens/s")
     return [
-        found
+        result
         | {
             "note": f"efficiency {rate(two) / (count * rate(one)):.0%} of {count} times one process of one "
             f"thread"
@@ -117,28 +117,28 @@ def gib(count):
     return None if count is None else count / (1 << 30)
 
 
-def target(found, device, model):
+def target(entry, device, model):
     """-> (least ratio, aim) for a row, or None."""
     return next(
         (
             limits
             for (name, where, models), limits in TARGETS.items()
-            if name == found["name"] and where == device and model in models
+            if name == entry["name"] and where == device and model in models
         ),
         None,
     )
 
 
-def verdict(found, device, model):
+def verdict(entry, device, model):
     """-> "met", "missed" or "not measured", with the target; "" where there is none."""
-    limits = target(found, device, model)
+    limits = target(entry, device, model)
     if limits is None:
         return ""
     least, aim = limits
-    said = f"≥ {least:g}" + (f", aim {aim:g}" if aim else "")
-    if found["ratio"] is None:
-        return f"{said}: not measured"
-    return f"{said}: {'met' if found['ratio'] >= least else 'missed'}"
+    wanted = f"≥ {least:g}" + (f", aim {aim:g}" if aim else "")
+    if entry["ratio"] is None:
+        return f"{wanted}: not measured"
+    return f"{wanted}: {'met' if entry['ratio'] >= least else 'missed'}"
 
 
 def disagreements(ours, other, tolerance):
@@ -160,12 +160,12 @@ def number(value, unit):
 def table(rows, device, model):
     """Lines of Markdown."""
     lines = ["| row | ours | other | other ÷ ours | target |", "|---|---:|---:|---:|---|"]
-    for found in rows:
-        ratio = "not measured" if found["ratio"] is None else f"{found['ratio']:.2f}"
-        verdicts = "; ".join(filter(None, (verdict(found, device, model), found["note"])))
+    for entry in rows:
+        ratio = "not measured" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
+        verdicts = "; ".join(filter(None, (verdict(entry, device, model), entry["note"])))
         lines.append(
-            f"| {found['name']} | {number(found['ours'], found['unit'])} | "
-            f"{number(found['other'], found['unit'])} | "
+            f"| {entry['name']} | {number(entry['ours'], entry['unit'])} | "
+            f"{number(entry['other'], entry['unit'])} | "
             f"{ratio} | {verdicts} |"
         )
     return lines

@@ -288,21 +288,28 @@ class Side:
         """One round of its `train()` -> {rollout, score, update: seconds, tokens}."""
         self.seconds, self.row = {}, 0
         self.trainer.set_eval()
-        parts = self.trainer.split_rl_micro_batches(self.batch)
-        self.update(parts)
-        mask = torch.cat([part["attention_mask"][:, part["prompt"].shape[1] :].sum(-1) for part in parts])
+        microbatches = self.trainer.split_rl_micro_batches(self.batch)
+        self.update(microbatches)
+        mask = torch.cat(
+            [
+                microbatch["attention_mask"][:, microbatch["prompt"].shape[1] :].sum(-1)
+                for microbatch in microbatches
+            ]
+        )
         return {**self.seconds, "tokens": int(mask.sum())}
 
-    def update(self, parts):
-        supervised_parts = self.trainer.split_ptx_micro_batches(self.ptx) if self.ptx else [None] * len(parts)
+    def update(self, microbatches):
+        ptx_microbatches = (
+            self.trainer.split_ptx_micro_batches(self.ptx) if self.ptx else [None] * len(microbatches)
+        )
         self.trainer.set_train()
-        found = []
-        for part, extra in zip(parts, supervised_parts):
-            found.append(self.timed("update", self.trainer.rl_step, part))
-            if extra is not None:
-                self.timed("update", self.trainer.ptx_step, extra)
+        losses = []
+        for microbatch, ptx_microbatch in zip(microbatches, ptx_microbatches):
+            losses.append(self.timed("update", self.trainer.rl_step, microbatch))
+            if ptx_microbatch is not None:
+                self.timed("update", self.trainer.ptx_step, ptx_microbatch)
             self.trainer.global_step += 1
-        return found
+        return losses
 
     def check(self):
         """Scores and updates once on the stored responses -> sums that other sides can be compared with.
@@ -312,7 +319,7 @@ class Side:
         self.trainer.set_eval()
         self.row = 0
         self.trainer.rollout({name: tensor[:2] for name, tensor in self.batch.items()})
-        self.seconds, parts, micro = {}, [], self.trainer.args.per_device_train_batch_size
+        self.seconds, microbatches, micro = {}, [], self.trainer.args.per_device_train_batch_size
         self.trainer.set_eval()
         width = max(self.work.limits)
         responses = torch.tensor(
@@ -323,29 +330,29 @@ class Side:
             rows = slice(at, at + micro)
             used = max(self.work.limits[rows])
             sequence = torch.cat([prompts[rows], responses[rows, :used]], 1)
-            parts.append(
+            microbatches.append(
                 self.trainer.post_rollout(prompts[rows], sequence, sequence.ne(PAD) & sequence.ne(UNK))
             )
         start = prompts.shape[1] - 1
 
         def total(name):
             return sum(
-                (part[name] * part["attention_mask"][:, 1:])[:, start:].double().sum().item()
-                for part in parts
+                (microbatch[name] * microbatch["attention_mask"][:, 1:])[:, start:].double().sum().item()
+                for microbatch in microbatches
             )
 
-        found = {
+        sums = {
             "logp": total("log_probs"),
             "ref_logp": total("ref_log_probs"),
             "reward_values": total("reward_values"),
-            "reward": sum(part["reward"].sum().item() for part in parts),
-            "cost": sum(part["cost"].sum().item() for part in parts),
+            "reward": sum(microbatch["reward"].sum().item() for microbatch in microbatches),
+            "cost": sum(microbatch["cost"].sum().item() for microbatch in microbatches),
             "cost_values": total("cost_values"),
         }
-        losses = self.update(parts)
+        losses = self.update(microbatches)
         for name in ("reward_critic_loss", "cost_critic_loss"):
-            found[name] = sum(part[f"train/{name}"] for part in losses) / len(losses)
-        return found
+            sums[name] = sum(loss[f"train/{name}"] for loss in losses) / len(losses)
+        return sums
 
 
 def alone():

@@ -101,11 +101,11 @@ def make_roles(work, cfg, steps):
     for room in (scorers, load_roles):
         room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
-    made = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
+    roles = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
     # an end that no sample is: a random policy must not end where no other side does
     never = [work.shape.vocabulary]
-    generator = open_generator(made.actor, tokenizer, never, cfg.sampling)
-    return dataclasses.replace(made, ends=never, generator=Limited(generator, work))
+    generator = open_generator(roles.actor, tokenizer, never, cfg.sampling)
+    return dataclasses.replace(roles, ends=never, generator=Limited(generator, work))
 
 
 class Side:
@@ -192,24 +192,24 @@ class Side:
             self.cfg.pass_tokens(),
         )
         scored = scoring.score_rollout(rollout, self.roles, self.cfg)
-        asked = scoring.old_logprobs_and_values(rollout, self.roles, self.cfg)
+        old = scoring.old_logprobs_and_values(rollout, self.roles, self.cfg)
 
         def total(tensor):
             return tensor.double().sum().item()
 
-        found = {
-            "logp": total(asked["logp_N"]),
+        sums = {
+            "logp": total(old["logp_N"]),
             "ref_logp": total(scored.ref_logp_N),
             "reward": total(scored.reward_B),
-            "reward_values": total(asked["values"]["reward"]),
+            "reward_values": total(old["values"]["reward"]),
             "cost": total(scored.costs["cost"]),
-            "cost_values": total(asked["values"]["cost"]),
+            "cost_values": total(old["values"]["cost"]),
         }
         assert in_one_pass(self.cfg, self.roles), "the default recipe trains in the pass that scores"
         lambdas = {name: multiplier.value for name, multiplier in self.multipliers.items()}
         step_metrics = update_in_one_pass(self.roles, rollout, scored, lambdas, self.cfg)
         self.roles.generator.refresh()
-        return found | {
+        return sums | {
             f"{name}_critic_loss": total(step_metrics.sums[f"{name}_critic_loss"])
             for name in ("reward", "cost")
         }

@@ -143,9 +143,11 @@ class Side:
                 side.start = now(side.device)
 
             def on_step_end(self, *args, **more):
-                whole = now(side.device) - side.start
+                step_seconds = now(side.device) - side.start
                 split = dict(side.seconds)
-                side.steps.append({**split, "update": whole - sum(split.values()), "tokens": side.tokens})
+                side.steps.append(
+                    {**split, "update": step_seconds - sum(split.values()), "tokens": side.tokens}
+                )
 
         trainer.add_callback(Clock())
 

@@ -119,8 +119,11 @@ class Work:
         """Share of real tokens in padded micro-batches of `micro` rows."""
         rows = list(zip(map(len, self.prompts), self.limits))
         real = sum(map(sum, rows))
-        parts = [rows[at : at + micro] for at in range(0, len(rows), micro)]
-        return real / sum(len(part) * (max(p for p, _ in part) + max(r for _, r in part)) for part in parts)
+        microbatches = [rows[at : at + micro] for at in range(0, len(rows), micro)]
+        return real / sum(
+            len(microbatch) * (max(p for p, _ in microbatch) + max(r for _, r in microbatch))
+            for microbatch in microbatches
+        )
 
 
 def under_data(name):
@@ -142,11 +145,11 @@ def read_rows(path=None):
     with opened as file:
         records = [json.loads(line) for line in file if line.strip()]
     names = [("safe_response", "unsafe_response"), ("response_0", "response_1")]
-    found = next((pair for pair in names if records and pair[0] in records[0]), None)
-    if found is None:
-        got = sorted(records[0]) if records else "none"
-        raise Lacking(f"{path.name}: expected records with a prompt and two responses, got {got}")
-    return [(record["prompt"], *(record[name] for name in found)) for record in records]
+    columns = next((pair for pair in names if records and pair[0] in records[0]), None)
+    if columns is None:
+        fields = sorted(records[0]) if records else "none"
+        raise Lacking(f"{path.name}: expected records with a prompt and two responses, got {fields}")
+    return [(record["prompt"], *(record[name] for name in columns)) for record in records]
 
 
 def word_lengths(prompt, response):

@@ -27,10 +27,10 @@ class _Stubs:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
-        made = types.ModuleType(spec.name)
-        made.__getattr__ = lambda name: getattr(_Anything("", (), {}), name)
-        made.__version__ = "2.8.3"
-        return made
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = lambda name: getattr(_Anything("", (), {}), name)
+        module.__version__ = "2.8.3"
+        return module
 
     def exec_module(self, module):
         pass

@@ -123,10 +123,10 @@ def target_lines(rows, machine):
 
 def missing_lines(notes):
     """One line per version and reason, with the ops it is about."""
-    found = {}
+    ops_of = {}
     for note in notes:
-        found.setdefault((note["version"], note["reason"]), set()).add(note["op"])
-    if not found:
+        ops_of.setdefault((note["version"], note["reason"]), set()).add(note["op"])
+    if not ops_of:
         return []
     return [
         "",
@@ -136,7 +136,7 @@ def missing_lines(notes):
         "|---|---|---|",
         *(
             f"| {version} | {', '.join(sorted(ops))} | {reason} |"
-            for (version, reason), ops in sorted(found.items())
+            for (version, reason), ops in sorted(ops_of.items())
         ),
     ]
 

@@ -127,13 +127,13 @@ def value(target, rows, ceilings, floor):
     here = [
         row for row in rows if (row["op"], row["shape"]) == (target.op, target.shape) and row.get("seconds")
     ]
-    mine = next((row for row in here if row.get("auto")), None)
+    ours = next((row for row in here if row.get("auto")), None)
     others = [row for row in here if row["version"] in target.against]
-    if mine is None or (target.against and not others):
+    if ours is None or (target.against and not others):
         return None
     try:
         return _VALUES[target.what](
-            mine, min(others, key=lambda row: row["seconds"], default=None), floor(mine, ceilings), ceilings
+            ours, min(others, key=lambda row: row["seconds"], default=None), floor(ours, ceilings), ceilings
         )
     except (KeyError, TypeError, ZeroDivisionError):
         return None

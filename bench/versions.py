@@ -27,7 +27,7 @@ def cases(op, kind, table, others=("eager",), backward=False):
     """parametrize(device, shape, version): each shape with ours and eager torch, the full shapes with every
     peer of `kind`.
     """
-    found = []
+    triples = []
     for device in shapes.devices():
         for shape in table[device]:
             run = [*others, *ours(op, device)]
@@ -37,13 +37,13 @@ def cases(op, kind, table, others=("eager",), backward=False):
                     for name in peers.names(kind)
                     if not (backward and peers.PEERS[kind][name].forward_only)
                 ]
-            found += [(device, shape, version) for version in run]
+            triples += [(device, shape, version) for version in run]
     return pytest.mark.parametrize(
         "device, shape, version",
-        found,
+        triples,
         ids=[
             "-".join((device, shapes.name(shape), version.replace(" ", "_")))
-            for device, shape, version in found
+            for device, shape, version in triples
         ],
     )
 
@@ -61,5 +61,5 @@ def call(own, kind, version, device):
 
 def trait(kind, version, name, default):
     """A field of a peer (means, inplace, spare_row), or `default` for what is no peer."""
-    found = peers.PEERS.get(kind, {}).get(version)
-    return default if found is None else getattr(found, name)
+    peer = peers.PEERS.get(kind, {}).get(version)
+    return default if peer is None else getattr(peer, name)

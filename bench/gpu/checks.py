@@ -186,11 +186,13 @@ def implementations(op):
 def compare(window, case, impl):
     """One row: the largest error of any result, against the reference in float64."""
     before = rehearsal.launches()
-    got = case.call(None, impl)
+    outputs = case.call(None, impl)
     if rehearsal.launches() > before:
         raise NotRun("compiled for sm_90, and not launched")
     right = case.call(torch.float64, "reference")
-    errors = [exact.error(mine, expected) / exact.LIMIT[mine.dtype] for mine, expected in zip(got, right)]
+    errors = [
+        exact.error(output, expected) / exact.LIMIT[output.dtype] for output, expected in zip(outputs, right)
+    ]
     result = "right" if max(errors) <= 1 else f"wrong: {max(errors):.1f} x the limit"
     window.emit("check", op=case.op, what=case.name, impl=impl, result=result)
 

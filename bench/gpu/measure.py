@@ -75,9 +75,9 @@ class Measure:
             else max(5, min(30, int(self.seconds / max(took, 1e-6))))
         )
         if device == "cuda":
-            found = clock.on_device(step, ready, rounds, again=before is None)
+            figures = clock.on_device(step, ready, rounds, again=before is None)
         else:
-            found = on_host(step, ready, rounds)
+            figures = on_host(step, ready, rounds)
         self.window.emit(
             "row",
             what=self.what,
@@ -93,7 +93,7 @@ class Measure:
             error=self.error,
             wrong=self.wrong,
             peak=peak,
-            **found,
+            **figures,
         )
 
 

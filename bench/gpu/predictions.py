@@ -49,7 +49,7 @@ def of(row):
 
 def ratio(row):
     """Measured over the middle of the prediction, or None where there is none."""
-    found = of(row)
-    if found is None or not row.get(found[0]):
+    prediction = of(row)
+    if prediction is None or not row.get(prediction[0]):
         return None
-    return row[found[0]] / ((found[1] + found[2]) / 2)
+    return row[prediction[0]] / ((prediction[1] + prediction[2]) / 2)

@@ -172,11 +172,11 @@ def report_tests(window, child, code):
     said until then.
     """
     lines = (window.out / "tests.log").read_text(errors="replace").splitlines()
-    found = outcomes(lines)
-    failed = {test: why for test, (outcome, why) in found.items() if outcome in ("FAILED", "ERROR")}
+    ended = outcomes(lines)
+    failed = {test: why for test, (outcome, why) in ended.items() if outcome in ("FAILED", "ERROR")}
     summary = next(
         (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error).* in ", line)),
-        f"{sum(outcome == 'PASSED' for outcome, _ in found.values())} passed, {len(failed)} failed",
+        f"{sum(outcome == 'PASSED' for outcome, _ in ended.values())} passed, {len(failed)} failed",
     )
     late = " (ended when the time was up; see tests.log)" if code is None else ""
     window.emit("figure", what="tests on the device", value=summary.strip("= ") + late)
@@ -188,12 +188,12 @@ def outcomes(lines):
     """{test: (outcome, why)} from pytest's lines: those of each test as it ends, with or without xdist, and
     those at the end.
     """
-    found = {}
+    results = {}
     for line in lines:
         ended = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+\.py::.+?)(?: - (.*))?$", line)
         if ended:
-            found[ended[2]] = (ended[1], ended[3])
-    return found
+            results[ended[2]] = (ended[1], ended[3])
+    return results
 
 
 # ---- hardware counters

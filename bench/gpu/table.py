@@ -49,10 +49,10 @@ def heading(rows):
 
 
 def predicted(row):
-    found = predictions.of(row)
-    if found is None:
+    prediction = predictions.of(row)
+    if prediction is None:
         return ""
-    field, low, high = found
+    field, low, high = prediction
     what = "a call: " if field == "call" else ""
     return f"{what}{duration(low)} - {duration(high)}"
 
