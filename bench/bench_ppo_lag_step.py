@@ -1,6 +1,6 @@
 """One PPO-Lag step on a small random Llama, and its parts: rollout, scoring, advantages, update.
 
-The model has stand-in weights; what is timed is the trainer: 32 prompts of 24 tokens, 48 new tokens each.
+The weights are random, since only the trainer is timed: 32 prompts of 24 tokens, 48 new tokens each.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 32, 24, 48, 4096
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """Roles, config, prompts and one rollout with its scores."""
+    """Returns roles, config, prompts and one rollout with its scores."""
     import plan_memory
     from transformers import LlamaConfig, LlamaForCausalLM
 

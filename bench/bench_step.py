@@ -1,17 +1,19 @@
-"""A whole PPO-Lag step against others': `python bench/bench_step.py --growth --processes --json auto` is the
-measurement.
+"""Measures a whole PPO-Lag step, and compares it with other trainers.
 
-Every side runs in a process of its own, one after the other, on the same machine, with the same random
+The measurement is `python bench/bench_step.py --growth --processes --json auto`.
+
+Each side (a trainer) runs in its own process, one after the other, on the same machine, with the same random
 models, the same prompts and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF
-rows). What a side is and is not stands in its file: step_saferlhf_fast.py (ours, and `unfused`: our padded form in
-plain torch), step_safe_rlhf.py (the reference implementation's trainer), step_trl.py (the nearest that TRL has).
-The sides' log-probs, scores, values and critic losses on stored responses are compared before any ratio is
-made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up (the
-reference's is its check and a short rollout; the steps of `--growth` are too long to need one).
+rows). Each side's file says what it runs and what it leaves out: step_saferlhf_fast.py (the sides `ours`, and
+`unfused`: the padded form in plain torch), step_safe_rlhf.py (the side `ref`: the reference implementation's
+trainer), step_trl.py (the side `trl`: the closest trainer of TRL). Before any ratio is computed, the sides'
+log-probs, scores, values and critic losses on stored responses are compared: a side that computes something
+else has no speed. Times are medians over `--repeat` steps after a warm-up (the warm-up of `ref` is its check
+and a short rollout; the steps of `--growth` are too long to need one).
 
 On a CPU the peak is a process's peak resident memory (VmHWM), Python, libraries and models included; on CUDA
-it is torch's `max_memory_allocated`. Compare ratios of one run; a machine that does other work at the time is
-not measured.
+it is torch's `max_memory_allocated`. Compare ratios of one run. Do not measure while other work runs on the
+machine.
 """
 
 import argparse
@@ -35,16 +37,16 @@ import step_work  # noqa: E402
 
 SIDES = ("ours", *step_rows.OTHERS)
 GROWTH = (4, 16)
-# of the check's sums, relative: bf16 rounds each log-prob to 3 digits
+# relative, for the check's sums; bf16 rounds each log-prob to 3 digits
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 EXAMPLES = """examples:
-  python bench/bench_step.py                                 ours, unfused, and ref and trl where they import
+  python bench/bench_step.py                                 ours, unfused, and ref and trl if they import
   python bench/bench_step.py --only unfused --quick          8 prompts, one step: does it run?
   PYTHONPATH=../safe-rlhf python bench/bench_step.py --only ref --json rows.json
   python bench/bench_step.py --device cuda --model 1.5b --json auto
 
-The reference is found by `import safe_rlhf` (it needs optree), TRL by `import trl`; build/peers is looked into as well
-(bench/README.md). Without them their rows say "not run"."""
+The reference is found by `import safe_rlhf` (it needs optree), TRL by `import trl`; build/peers is also
+searched (bench/README.md). Without them their rows say "not run"."""
 
 
 def parser():
@@ -65,14 +67,14 @@ def parser():
         choices=sorted(step_work.SHAPES),
         default=None,
         help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), "
-        "0.5b on "
-        "CUDA; 8b-lora: ours alone, adapters on one shared base, against 80 GB; tiny, tiny-lora: for tests",
+        "0.5b on CUDA; 8b-lora: only ours, adapters on one shared base, compared with 80 GB; tiny, "
+        "tiny-lora: for tests",
     )
     result.add_argument(
-        "--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)"
+        "--prompts", type=int, default=32, help="prompts per step, one response each (default: 32)"
     )
     result.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one"
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is a GPU"
     )
     result.add_argument(
         "--only",
@@ -80,31 +82,33 @@ def parser():
         metavar="SIDE",
         choices=SIDES,
         default=SIDES,
-        help=f"the sides to run beside ours: {', '.join(step_rows.OTHERS)} (default: all that import)",
+        help=f"the sides to compare with ours: {', '.join(step_rows.OTHERS)} (default: all that import)",
     )
     for name in ("ref", "trl"):
         result.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help=f"run {name} where it imports",
+            help=f"run {name} if it imports",
         )
     result.add_argument(
         "--growth",
         action="store_true",
-        help="our side at 4 and 16 times the prompts too: tokens/s, peak memory",
+        help="also run ours with 4 and 16 times the prompts: tokens/s, peak memory",
     )
     result.add_argument(
-        "--processes", action="store_true", help="our side in two CPU processes (gloo) of one thread each too"
+        "--processes",
+        action="store_true",
+        help="also run ours in two CPU processes (gloo) with one thread each",
     )
     result.add_argument(
-        "--ptx", action="store_true", help="with the supervised loss on as many examples as prompts (not trl)"
+        "--ptx", action="store_true", help="add the supervised loss on as many examples as prompts (not trl)"
     )
     result.add_argument(
         "--repeat", type=int, default=2, metavar="N", help="measured steps after the warm-up (default: 2)"
     )
     result.add_argument(
-        "--quick", action="store_true", help="8 prompts and one step: shows that it runs, measures nothing"
+        "--quick", action="store_true", help="8 prompts and one step: checks that it runs, measures nothing"
     )
     result.add_argument(
         "--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)"
@@ -115,7 +119,7 @@ def parser():
         default=16,
         metavar="ROWS",
         help="rows of a padded micro-batch of ref and trl "
-        "(default: 16, as in the reference's script); ours fill passes by tokens",
+        "(default: 16, as in the reference's script); ours fills passes by tokens",
     )
     result.add_argument(
         "--micro-tokens",
@@ -129,8 +133,8 @@ def parser():
         "--seed",
         type=int,
         default=8,
-        help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
-        "whose 32 responses come nearest to 2,100 tokens)",
+        help="seed of the rows that give the lengths (default: 8, the one of 0 to 11 "
+        "whose 32 responses are closest to 2,100 tokens)",
     )
     result.add_argument(
         "--data",
@@ -149,38 +153,36 @@ def parser():
         help=f"with --lengths tokens (default: {step_work.TOKENIZER} in SAFERLHF_DATA)",
     )
     result.add_argument(
-        "--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)"
+        "--timeout", type=int, default=1800, metavar="SECONDS", help="limit for one side (default: 1800)"
     )
     return result
 
 
 def importable(side):
-    """None, or why a side cannot run."""
+    """Returns None, or the reason why a side cannot run."""
     if side in ("ref", "trl"):
         return importlib.import_module(step_side.MODULES[side]).importable()
     return None
 
 
 class Bench:
-    """Runs sides in processes of their own. results: {key: what step_side printed, or the reason for which it
-    did not}.
-    """
+    """Runs each side in its own process."""
 
     def __init__(self, options, folder):
         self.options, self.folder = options, Path(folder)
 
     def work(self, factor=1):
-        """The path of the work at `factor` times the prompts."""
+        """Returns the path of the work at `factor` times the prompts."""
         path = self.folder / f"work-{factor}.json"
         if not path.exists():
             step_work.write_work(make_work(self.options, factor), path)
         return path
 
     def run(self, side, factor=1, processes=1, threads=None, check=True, warmup=1, repeat=None):
-        """-> the result of a side, or a sentence that begins with "not run" or "failed".
+        """Returns what step_side.py printed for a side, or a sentence that begins with "not run" or "failed".
 
-        factor: times the prompts · check: compare its numbers · warmup: steps that are not counted · repeat:
-        steps that are.
+        factor: times the prompts; check: compare its numbers; warmup: steps that are not counted; repeat:
+        steps that are counted.
         """
         o = self.options
         reason = importable(side)
@@ -208,7 +210,7 @@ class Bench:
             f", {processes} processes" if processes > 1 else ""
         )
         print(f"… {side}{more}", file=sys.stderr, flush=True)
-        # a process group of its own: torch.distributed.run's children must end with it
+        # a new process group, so that torch.distributed.run's children end with it
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -240,7 +242,7 @@ class Bench:
 
 
 def compared(ours, other, tolerance):
-    """other, or why it is not compared: its numbers are not ours."""
+    """Returns `other`, or the reason why it is not compared: its numbers are not those of `ours`."""
     if isinstance(ours, str) or isinstance(other, str):
         return other
     apart = step_rows.disagreements(ours, other, tolerance)
@@ -248,7 +250,7 @@ def compared(ours, other, tolerance):
 
 
 def measure(options):
-    """-> rows, without what all of them share."""
+    """Returns the rows, without the fields that all of them share."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
         ours = bench.run("ours")
@@ -285,7 +287,7 @@ def make_work(options, factor=1):
 
 
 def shared(options, arguments):
-    """What every row says of the run."""
+    """Returns the fields that describe the run, the same in every row."""
     from ceilings import device_name
     from conftest import commit
 

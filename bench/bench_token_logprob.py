@@ -1,4 +1,4 @@
-"""token_logprob: forward, forward with entropy, forward + backward; eager torch, ours, peers.
+"""token_logprob: forward, forward with entropy, forward + backward; eager torch, this library, peers.
 
 Floor: the forward reads the logits once; forward + backward reads them twice and writes the gradient once.
 """
@@ -93,7 +93,7 @@ def test_forward_and_backward(measure, device, shape, version):
 
     rows = exact.rows_of(len(ids), device)
     logp, lse = exact.of_logits(shape, device)
-    if inplace:  # a kernel that is tuned at its first call spoils what it writes in place
+    if inplace:  # autotuning at the first call spoils data that is written in place
         step()
         restore()
     got_logp, gradient = step()

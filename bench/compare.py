@@ -1,15 +1,16 @@
-"""Compares a fresh run with the stored results of the same device: `make bench-compare`. Exit 1 names each
-regression.
+"""Compares a new run with the stored results of the same device: `make bench-compare`.
 
-What is compared are ratios within a run, so a slower or busier machine alone is no regression: our fastest
-round against eager torch's fastest round, and against the floor where the floor is near (stored ratio under
-20). A ratio that is more than 10 % worse than the stored one is measured once more, with its eager row; the
-better of the two measurements counts.
+Exit code 1 means a regression; each one is named.
+
+Ratios within a run are compared, so a slower or busier machine alone is no regression: this library's fastest
+round over eager torch's fastest round, and over the floor if it is near the floor (stored ratio under 20). If
+a ratio is more than 10 % worse than the stored one, it is measured once more, together with its eager row;
+the better of the two measurements counts.
 
 python bench/compare.py                      measures and compares with the newest stored file of this device
 python bench/compare.py STORED FRESH         compares two results files, measures nothing
 saferlhf-fast bench --compare STORED         the same on a user's machine, with a table
-(saferlhf_fast/commands/bench.py)
+                                             (saferlhf_fast/commands/bench.py)
 """
 
 import json
@@ -32,7 +33,7 @@ WORSE, NEAR = 1.10, 20.0
 
 
 class Regression(NamedTuple):
-    """One ratio (time over `against`: smaller is better) that got worse."""
+    """One ratio (time over `against`: smaller is better) that became worse."""
 
     key: tuple[str, str, str]
     against: str
@@ -48,7 +49,7 @@ class Regression(NamedTuple):
 
 
 def rows(results):
-    """{(op, shape, version): extra_info} of the rows that have a time."""
+    """Returns {(op, shape, version): extra_info} of the rows that have a time."""
     return {
         (row["op"], row["shape"], row["version"]): row
         for row in (entry["extra_info"] for entry in results["benchmarks"])
@@ -57,10 +58,10 @@ def rows(results):
 
 
 def ratios(results, times=False):
-    """{(op, shape, version): {"eager": ratio, "the floor": ratio}} of our versions; a ratio that cannot be
-    made is left out.
+    """Returns {(op, shape, version): {"eager": ratio, "the floor": ratio}} of this library's versions.
 
-    times: also {"one second": the time itself}, which says as much of the machine's load as of our code.
+    A ratio that cannot be computed is left out. times: add {"one second": the time itself}, which depends as
+    much on the machine's load as on the code.
     """
     timed, table = rows(results), {}
     for (op, shape, version), row in timed.items():
@@ -81,8 +82,7 @@ def ratios(results, times=False):
 
 
 def regressions(stored, fresh, limit=WORSE):
-    """(list of Regression, list of keys that are stored and were not measured afresh), from two `ratios`
-    tables.
+    """Returns (list of Regression, list of stored keys that were not measured now) of two `ratios` tables.
 
     limit: the largest now / was that is no regression.
     """
@@ -103,7 +103,7 @@ def regressions(stored, fresh, limit=WORSE):
 
 
 def better(first, second):
-    """Two `ratios` tables as one, with the smaller of each ratio."""
+    """Merges two `ratios` tables, with the smaller of each ratio."""
     merged = {key: dict(value) for key, value in first.items()}
     for key, value in second.items():
         for against, ratio in value.items():
@@ -112,7 +112,7 @@ def better(first, second):
 
 
 def tests_of(worse, results):
-    """The pytest names of the rows that got worse and of their eager rows."""
+    """Returns the pytest names of the rows that became worse and of their eager rows."""
     wanted = {key for regression in worse for key in (regression.key, (*regression.key[:2], "eager"))}
     names = {
         (
@@ -126,7 +126,7 @@ def tests_of(worse, results):
 
 
 def newest(device, folder):
-    """The newest stored file of `device`, or None."""
+    """Returns the newest stored file of `device`, or None."""
     return max(folder.glob(f"{run.slug(device)}-????-??-??.json"), default=None)
 
 
@@ -138,12 +138,11 @@ def _measured(arguments):
 
 
 def settled(stored, fresh, measured, named, limit=WORSE, tries=1, times=False):
-    """(fresh ratios, list of Regression, list of gone keys) after what seems worse was measured up to `tries`
-    times more.
+    """Measures worse ratios up to `tries` more times; returns (new ratios, list of Regression, missing keys).
 
-    stored: a `ratios` table. fresh: results. measured(arguments) -> results or None. named: the stored file's
-    name. A disturbed machine makes a ratio worse for a while, our code for good: the better of the
-    measurements counts.
+    A disturbed machine makes a ratio worse for a while, a change of the code permanently: the better of the
+    measurements counts. stored: a `ratios` table. fresh: results. measured(arguments): results or None.
+    named: the stored file's name.
     """
     fresh_ratios = ratios(fresh, times)
     worse, gone = regressions(stored, fresh_ratios, limit)
@@ -157,7 +156,7 @@ def settled(stored, fresh, measured, named, limit=WORSE, tries=1, times=False):
 
 
 def report(worse, gone):
-    """Prints one line per finding; the exit code."""
+    """Prints one line per finding and returns the exit code."""
     for regression in worse:
         print(regression)
     for key in gone:

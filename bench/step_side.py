@@ -1,11 +1,10 @@
-"""One side of bench_step.py in a process of its own: `python bench/step_side.py SIDE WORK.json RECIPE`, for
-bench_step.py only.
+"""One side of bench_step.py in its own process: `python bench/step_side.py SIDE WORK.json RECIPE`.
 
-A process per side, because the peak is the process's: on a CPU its peak resident memory from start to end
-(VmHWM: Python, libraries and models included), on CUDA torch's `max_memory_allocated` over the measured
-steps, models included. The last line of stdout is a JSON object: seconds of each step by part, tokens, peak,
-the numbers of the check (score and update on stored responses). The first `warmup` steps are not counted;
-where that is 0, the check warms up.
+Only bench_step.py calls it. Each side has its own process, because the peak belongs to a process: on a CPU it
+is the peak resident memory from start to end (VmHWM: Python, libraries and models included), on CUDA torch's
+`max_memory_allocated` over the measured steps, models included. The last line of stdout is a JSON object: the
+seconds of each step by part, tokens, the peak, and the numbers of the check (score and update on stored
+responses). The first `warmup` steps are not counted; if `warmup` is 0, the check is the warm-up.
 """
 
 import importlib
@@ -26,7 +25,7 @@ MODULES = {
 
 
 def peak(device):
-    """Bytes: see above. None where the kernel does not say."""
+    """Returns the peak in bytes (see above), or None if the kernel does not report it."""
     if device == "cuda":
         import torch
 
@@ -40,7 +39,7 @@ def peak(device):
 
 
 def measure(side, work, recipe):
-    """-> what the parent reads. recipe: see bench_step.Bench.run."""
+    """Returns what bench_step.Bench.run reads, which also documents `recipe`."""
     import torch
 
     if recipe["threads"]:
