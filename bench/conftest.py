@@ -125,7 +125,7 @@ def not_measured(item, reason):
 def pytest_pyfunc_call(pyfuncitem):
     budget = pyfuncitem.config.getoption("--budget")
     if budget and time.monotonic() - pyfuncitem.config.started > budget:
-        not_measured(pyfuncitem, f"the time ({budget:.0f} s) was over")
+        not_measured(pyfuncitem, f"the time ({budget:.0f} s) was up")
     try:
         return (yield)
     except peers.Missing as missing:
