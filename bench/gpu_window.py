@@ -173,10 +173,7 @@ def end(child):
 
 
 def answers():
-    """Whether the device still works in this process.
-
-    After an access to an invalid address, every call is an error.
-    """
+    """Whether this process can still use the device; after an access to an invalid address it cannot."""
     torch = sys.modules.get("torch")
     try:
         if torch is not None and torch.cuda.is_initialized():
@@ -199,10 +196,7 @@ def ended(path):
 
 
 def take_over(window):
-    """Replaces this process, even if it hangs or is broken, by a new one.
-
-    The new process continues after the finished sections.
-    """
+    """Replaces this process, even if it hangs, by one that continues after the finished sections."""
     window.emit("tried", what=[*window.before, *window.tried])
     for child in window.children:
         end(child)

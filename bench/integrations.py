@@ -224,10 +224,7 @@ CASES = {
 
 
 def sides(name):
-    """Yields (function, shape, call, leaves, {"theirs": function, "ours": function}) of each case.
-
-    leaves: the tensors that get a gradient.
-    """
+    """Yields (function, shape, call, leaves, {"theirs": function, "ours": function}) of each case."""
     if name == "transformers":
         torch.manual_seed(0)
         yield from transformers_sides()
