@@ -116,8 +116,8 @@ class CMakeBuild(build_ext):
     def copy_extensions_to_source(self):
         """Copies the module, or the note with the reason, to the source folder for editable installs.
 
-        The results of an earlier build are deleted first: new Python files would call an old module with wrong
-        arguments.
+        The results of an earlier build are deleted first: new Python files would call an old module with
+        wrong arguments.
         """
         home = ROOT / "saferlhf_fast"
         for path in [*home.glob("_C.*"), home / NOTE]:
