@@ -1,8 +1,9 @@
 """The CMake step and the package list; everything else is in pyproject.toml.
 
-The native module is optional: when it cannot be built (no compiler, say) the installation goes on, warns, and
-leaves the reason in saferlhf_fast/_C_failed.txt, which `saferlhf-fast info` shows. SAFERLHF_PURE=1 leaves it
-out: one wheel for every platform (py3-none-any), which `make dist` puts beside the one for this platform.
+The native module is optional. If it cannot be built (for example without a compiler), the installation
+continues with a warning and writes the reason to saferlhf_fast/_C_failed.txt, which `saferlhf-fast info`
+shows. SAFERLHF_PURE=1 builds a wheel without it for every platform (py3-none-any); `make dist` builds this
+wheel and one for the present platform.
 """
 
 import os
@@ -34,16 +35,16 @@ BENCH_PARTS = {
     "targets",
     "versions",
 }
-NOTE = "_C_failed.txt"  # why there is no native module; read by kernels/dispatch.py
+NOTE = "_C_failed.txt"  # the reason why there is no native module; kernels/dispatch.py reads it
 
 
 def tool(name):
-    """cmake or ninja: the one beside this Python first, since an unactivated environment is not on PATH."""
+    """Returns the path of cmake or ninja, preferably next to this Python, which may not be on PATH."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
 def build_native(target: Path):
-    """Builds _C and puts it at `target`. Raises RuntimeError with one line that says why not."""
+    """Builds _C and copies it to `target`. Raises RuntimeError with the reason in one line."""
     try:
         import pybind11
     except ImportError as error:
@@ -61,7 +62,7 @@ def build_native(target: Path):
     try:
         run_cmake(cmake, settings, target)
     except RuntimeError as error:
-        # Perhaps only nvcc is at fault. The module tells the reason itself (`_C.cuda_note`).
+        # Perhaps only nvcc fails. The module then has the reason (`_C.cuda_note`).
         reason = re.sub(r"[^\w .,:/()=-]", " ", str(error))[:200]
         run_cmake(cmake, [*settings, f"-DSAFERLHF_WITHOUT_CUDA=the build with it failed: {reason}"], target)
 
@@ -81,14 +82,14 @@ def run_cmake(cmake, settings, target):
         if len(built) != 1:
             raise RuntimeError(f"expected one built module, got {[path.name for path in built]}")
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, never one written over: a process may have the old one mapped.
+        # Write a new file instead of overwriting the old one, which a process may have mapped.
         partial = target.with_name(target.name + ".new")
         shutil.copyfile(built[0], partial)
         os.replace(partial, target)
 
 
 def first_error(output):
-    """The first lines of a build's output that say what went wrong, as one line."""
+    """Returns the first lines of a build's output that contain the error, as one line."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
     for at, line in enumerate(lines):
         if "error" in line.lower():
@@ -97,7 +98,7 @@ def first_error(output):
 
 
 class CMakeBuild(build_ext):
-    """setuptools' hook for building extensions: there is no other way in than to derive from it."""
+    """setuptools' hook for building extensions; it has no other interface than inheritance."""
 
     def build_extension(self, ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -113,11 +114,10 @@ class CMakeBuild(build_ext):
             )
 
     def copy_extensions_to_source(self):
-        """Editable installs: setuptools builds beside the sources and then copies; the note has to come
-        along.
+        """Copies the module, or the note with the reason, to the source folder for editable installs.
 
-        What an earlier build left goes first: an old module under new Python files would be called with wrong
-        arguments.
+        The results of an earlier build are deleted first: new Python files would call an old module with
+        wrong arguments.
         """
         home = ROOT / "saferlhf_fast"
         for path in [*home.glob("_C.*"), home / NOTE]:
@@ -131,23 +131,23 @@ class CMakeBuild(build_ext):
 
 
 class ShippedModules(build_py):
-    """Wheels carry the benches of the ops and what they import; the rest of bench/ needs a checkout."""
+    """Wheels contain the benches of the ops and what they import; the rest of bench/ needs a checkout."""
 
     def find_package_modules(self, package, package_dir):
-        found = super().find_package_modules(package, package_dir)
+        modules = super().find_package_modules(package, package_dir)
         if package != "saferlhf_fast.bench":
-            return found
+            return modules
         ops = {
             f"bench_{path.parent.name}" for path in (ROOT / "saferlhf_fast" / "kernels").glob("*/__init__.py")
         }
-        return [module for module in found if module[1] in ops | BENCH_PARTS]
+        return [module for module in modules if module[1] in ops | BENCH_PARTS]
 
 
 pure = os.environ.get("SAFERLHF_PURE", "0") == "1"
 
 setup(
-    # Namespace packages: kernels/ has no __init__.py, so that no package of that name shadows Hugging Face's;
-    # it comes in through the symlink saferlhf_fast/kernels, and bench/ through saferlhf_fast/bench for
+    # Namespace packages: kernels/ has no __init__.py, so that no package of that name shadows Hugging Face's.
+    # It is included through the symlink saferlhf_fast/kernels, and bench/ through saferlhf_fast/bench for
     # `saferlhf-fast bench`.
     packages=find_namespace_packages(
         include=["saferlhf_fast*"], exclude=["*__pycache__*", "saferlhf_fast.bench.*"]

@@ -1,7 +1,7 @@
-"""gae: a Python loop over T as in safe-rlhf, verl and TRL; ours; the chunked lower-triangular product;
-torchrl's convolution.
+"""gae: a Python loop over T (safe-rlhf, verl, TRL), this library, the chunked product, torchrl's convolution.
 
-Floor: two inputs read, two outputs written, and the mask.
+The chunked product is one with a lower-triangular matrix. Floor: two inputs are read, two outputs written,
+and the mask is read.
 """
 
 import eager

@@ -1,8 +1,7 @@
-"""linear_logprob: forward (no gradient asked for) and forward + backward with a random upstream gradient per
-token.
+"""linear_logprob: forward without gradient, and forward + backward with a random upstream gradient per token.
 
-Floor: one matrix product of 2 N H V operations forward, four of them forward + backward (the logits are made
-again), or the bytes of hidden, weight and their gradients, if those take longer.
+Floor: one matrix product of 2 N H V operations forward, and four of them forward + backward (the logits are
+computed again); or the bytes of hidden, weight and their gradients, if those take longer.
 """
 
 import eager

@@ -1,10 +1,10 @@
-"""linear_ppo_loss forward + backward: eager torch (logits materialised), ours, peers, and the three bare
-matrix products.
+"""linear_ppo_loss forward + backward: eager torch (all logits), this library, peers, bare products.
 
-Floor: three matrix products (logits, d hidden, d weight). "bare products" are those three with nothing
-between them, logits and all, on the same data. Losses that are the mean of a cross-entropy do less than ours:
-no old log-probs, no clip; they are here because they have the same products. Those with one advantage per
-sequence get one for the whole batch. Each is checked against the gradient of what it computes.
+Floor: three matrix products (logits, the gradients of hidden and weight). "bare products" are these three
+without anything between them, on the same data, with all logits in memory. Losses that are the mean of a
+cross-entropy do less: no old log-probs, no clip; they are included because they have the same products.
+Losses with one advantage per sequence get one for the whole batch. Each is checked against the gradient of
+its own formula.
 """
 
 import eager
@@ -33,7 +33,7 @@ def ours(impl):
 
 
 def bare(hidden, weight):
-    """logits, then d hidden and d weight as if the logits were their own gradient."""
+    """Computes logits, then the gradients of hidden and weight as if the logits were their own gradient."""
     logits = hidden @ weight.T
     return logits @ weight, logits.T @ hidden
 

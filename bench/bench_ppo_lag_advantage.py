@@ -1,8 +1,9 @@
-"""ppo_lag_advantage: safe-rlhf's way (shaping, two Python loops over T, combination); ours; the same in
-chunked products.
+"""ppo_lag_advantage: safe-rlhf's way, this library, and chunked products.
 
-Floor: four inputs of tokens read, three outputs written, and the mask. Ours also makes the whitening
-statistics.
+safe-rlhf's way is shaping, two Python loops over T, and the combination.
+
+Floor: four inputs of tokens are read, three outputs written, and the mask is read. This library also computes
+the whitening statistics.
 """
 
 import eager

@@ -1,6 +1,6 @@
 """One PPO-Lag step on a small random Llama, and its parts: rollout, scoring, advantages, update.
 
-The model has stand-in weights; what is timed is the trainer: 32 prompts of 24 tokens, 48 new tokens each.
+The weights are random, since only the trainer is timed: 32 prompts of 24 tokens, 48 new tokens each.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ PROMPTS, PROMPT_LENGTH, NEW_TOKENS, VOCABULARY = 32, 24, 48, 4096
 
 @pytest.fixture(scope="module")
 def step(tmp_path_factory):
-    """Roles, config, prompts and one rollout with its scores."""
+    """Returns roles, config, prompts and one rollout with its scores."""
     import plan_memory
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -67,14 +67,16 @@ def step(tmp_path_factory):
     ]
     from types import SimpleNamespace
 
-    made = SimpleNamespace(
+    state = SimpleNamespace(
         roles=roles, cfg=cfg, prompts=prompts, multipliers={"cost": torch.tensor(1.0, device=engine.device())}
     )
-    made.rollout = sample(roles, prompts, cfg, 0)
-    made.scored = score_rollout(made.rollout, roles, cfg)
-    made.asked = dataclasses.replace(made.scored, **old_logprobs_and_values(made.rollout, roles, cfg))
-    made.adv = advantages(made.rollout.cu_seqlens, made.asked, made.multipliers, cfg.ppo)
-    return made
+    state.rollout = sample(roles, prompts, cfg, 0)
+    state.scored = score_rollout(state.rollout, roles, cfg)
+    state.with_old_logprobs = dataclasses.replace(
+        state.scored, **old_logprobs_and_values(state.rollout, roles, cfg)
+    )
+    state.adv = advantages(state.rollout.cu_seqlens, state.with_old_logprobs, state.multipliers, cfg.ppo)
+    return state
 
 
 PARTS = (
@@ -106,8 +108,8 @@ def test_step(step, benchmark, part):
         "rollout": lambda: sample(roles, step.prompts, cfg, 0),
         "score_rollout": lambda: score_rollout(rollout, roles, cfg),
         "old_logprobs_and_values": lambda: old_logprobs_and_values(rollout, roles, cfg),
-        "advantages": lambda: advantages(rollout.cu_seqlens, step.asked, multipliers, cfg.ppo),
-        "update": lambda: update(roles, rollout, step.asked, step.adv, cfg),
+        "advantages": lambda: advantages(rollout.cu_seqlens, step.with_old_logprobs, multipliers, cfg.ppo),
+        "update": lambda: update(roles, rollout, step.with_old_logprobs, step.adv, cfg),
         "update_in_one_pass": lambda: update_in_one_pass(roles, rollout, step.scored, multipliers, cfg),
         "whole": whole,
     }[part]

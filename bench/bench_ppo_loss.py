@@ -1,6 +1,6 @@
-"""ppo_loss forward + backward: the formula in eager torch under autograd, torch.compile of it, ours.
+"""ppo_loss forward + backward: the formula in eager torch with autograd, torch.compile of it, this library.
 
-Floor: three inputs of tokens read, the gradient written, and the mask.
+Floor: three inputs of tokens are read, the gradient is written, and the mask is read.
 """
 
 import eager

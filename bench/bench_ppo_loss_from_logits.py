@@ -1,12 +1,11 @@
-"""ppo_loss_from_logits forward + backward: eager torch, ours (the gradient goes into the logits' memory), our
-two separate ops, peers.
+"""ppo_loss_from_logits forward + backward: eager torch, this library, its two separate ops, peers.
 
-Floor: the logits are read once and their gradient is written once (2 passes); everyone else's data flow reads
-them twice (3 passes). The logits are an intermediate result, as those of a model are, for only such may be
-written over; what is written over is made anew outside the clock. The upstream gradient is 1, as it is where
-`normalizer` counts micro-batches and ranks; another one, which costs ours a pass more, has rows of its own.
-Liger's and fla's losses have one advantage per sequence: they get one for the whole batch, and are checked
-against that.
+This library writes the gradient into the logits' memory. Floor: the logits are read once and their gradient
+is written once (2 passes); all others read them twice (3 passes). The logits are an intermediate result, like
+those of a model, because only such a tensor may be overwritten; overwritten logits are created again outside
+the timed part. The upstream gradient is 1, as in a trainer where `normalizer` counts micro-batches and ranks.
+Another upstream gradient costs this library one more pass and has rows of its own. Liger's and fla's losses
+have one advantage per sequence: they get one for the whole batch, and are checked against that formula.
 """
 
 import eager
@@ -44,15 +43,15 @@ def two_ops(logits, batch):
 
 
 def forward_and_backward(measure, device, shape, version, op, upstream=None):
-    """upstream: None for 1, or the number that the loss is multiplied with."""
+    """Checks and times one version. upstream: None for 1, or the number that multiplies the loss."""
     clean, ids, _ = shapes.logits(shape, device)
     logp, lse = exact.of_logits(shape, device)
     batch = shapes.batch(ids, logp)
     function = versions.call(
         {"eager": eager.ppo_from_logits, TWO_OPS: two_ops, "ours": ours}, KIND, version, device
     )
-    mine = version in versions.ours(OP, device)
-    inplace = versions.trait(KIND, version, "inplace", mine)
+    is_ours = version in versions.ours(OP, device)
+    inplace = versions.trait(KIND, version, "inplace", is_ours)
     source = clean._base if versions.trait(KIND, version, "spare_row", False) else clean
     logits = source.detach().requires_grad_() * 1
     factor = None if upstream is None else torch.tensor(upstream, device=device)
@@ -71,12 +70,12 @@ def forward_and_backward(measure, device, shape, version, op, upstream=None):
     derivative = exact.derivative(batch, logp, versions.trait(KIND, version, "means", "same")) * (
         upstream or 1
     )
-    if inplace:  # a kernel that is tuned at its first call spoils what it writes in place
+    if inplace:  # autotuning at the first call spoils data that is written in place
         step()
         restore()
     _, gradient = step()
     measure.check(clean.dtype, (gradient[rows], exact.logits_gradient(clean, ids, lse, derivative, rows)))
-    if mine:
+    if is_ours:
         assert gradient.data_ptr() == logits.data_ptr(), (
             "the gradient is not in the logits' memory: another path would be timed"
         )

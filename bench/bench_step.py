@@ -1,17 +1,19 @@
-"""A whole PPO-Lag step against others': `python bench/bench_step.py --growth --processes --json auto` is the
-measurement.
+"""Measures a whole PPO-Lag step, and compares it with other trainers.
 
-Every side runs in a process of its own, one after the other, on the same machine, with the same random
+The measurement is `python bench/bench_step.py --growth --processes --json auto`.
+
+Each side (a trainer) runs in its own process, one after the other, on the same machine, with the same random
 models, the same prompts and the same number of response tokens (step_work.py: lengths of real PKU-SafeRLHF
-rows). What a side is and is not stands in its file: step_ours.py (ours, and `unfused`: our padded form in
-plain torch), step_ref.py (the reference implementation's trainer), step_trl.py (the nearest that TRL has).
-The sides' log-probs, scores, values and critic losses on stored responses are compared before any ratio is
-made: what computes something else has no speed. Times are medians over `--repeat` steps after a warm-up (the
-reference's is its check and a short rollout; the steps of `--growth` are too long to need one).
+rows). Each side's file says what it runs and what it leaves out: step_saferlhf_fast.py (the sides `ours`, and
+`unfused`: the padded form in plain torch), step_safe_rlhf.py (the side `ref`: the reference implementation's
+trainer), step_trl.py (the side `trl`: the closest trainer of TRL). Before any ratio is computed, the sides'
+log-probs, scores, values and critic losses on stored responses are compared: a side that computes something
+else has no speed. Times are medians over `--repeat` steps after a warm-up (the warm-up of `ref` is its check
+and a short rollout; the steps of `--growth` are too long to need one).
 
 On a CPU the peak is a process's peak resident memory (VmHWM), Python, libraries and models included; on CUDA
-it is torch's `max_memory_allocated`. Compare ratios of one run; a machine that does other work at the time is
-not measured.
+it is torch's `max_memory_allocated`. Compare ratios of one run. Do not measure while other work runs on the
+machine.
 """
 
 import argparse
@@ -30,93 +32,96 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 import step_rows  # noqa: E402
+import step_side  # noqa: E402
 import step_work  # noqa: E402
 
 SIDES = ("ours", *step_rows.OTHERS)
 GROWTH = (4, 16)
-# of the check's sums, relative: bf16 rounds each log-prob to 3 digits
+# relative, for the check's sums; bf16 rounds each log-prob to 3 digits
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 EXAMPLES = """examples:
-  python bench/bench_step.py                                 ours, unfused, and ref and trl where they import
+  python bench/bench_step.py                                 ours, unfused, and ref and trl if they import
   python bench/bench_step.py --only unfused --quick          8 prompts, one step: does it run?
   PYTHONPATH=../safe-rlhf python bench/bench_step.py --only ref --json rows.json
   python bench/bench_step.py --device cuda --model 1.5b --json auto
 
-The reference is found by `import safe_rlhf` (it needs optree), TRL by `import trl`; build/peers is looked into as well
-(bench/README.md). Without them their rows say "not run"."""
+The reference is found by `import safe_rlhf` (it needs optree), TRL by `import trl`; build/peers is also
+searched (bench/README.md). Without them their rows say "not run"."""
 
 
 def parser():
-    made = argparse.ArgumentParser(
+    result = argparse.ArgumentParser(
         prog="bench/bench_step.py",
         description=__doc__.split("\n\n")[0],
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
+    result.add_argument(
         "--json",
         metavar="FILE",
         help="write the rows, a list of {name, ours, other, ratio = other / ours, unit, "
         "device, commit, …}; auto: bench/results/step-<device>-<date>.json",
     )
-    made.add_argument(
+    result.add_argument(
         "--model",
         choices=sorted(step_work.SHAPES),
         default=None,
         help="shape of all six models; default: cpu-small on a CPU (4 layers, 256 wide, 32,000 ids, fp32), "
-        "0.5b on "
-        "CUDA; 8b-lora: ours alone, adapters on one shared base, against 80 GB; tiny, tiny-lora: for tests",
+        "0.5b on CUDA; 8b-lora: only ours, adapters on one shared base, compared with 80 GB; tiny, "
+        "tiny-lora: for tests",
     )
-    made.add_argument(
-        "--prompts", type=int, default=32, help="prompts of a step, one response each (default: 32)"
+    result.add_argument(
+        "--prompts", type=int, default=32, help="prompts per step, one response each (default: 32)"
     )
-    made.add_argument(
-        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA where there is one"
+    result.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: CUDA if there is a GPU"
     )
-    made.add_argument(
+    result.add_argument(
         "--only",
         nargs="+",
         metavar="SIDE",
         choices=SIDES,
         default=SIDES,
-        help=f"the sides to run beside ours: {', '.join(step_rows.OTHERS)} (default: all that import)",
+        help=f"the sides to compare with ours: {', '.join(step_rows.OTHERS)} (default: all that import)",
     )
     for name in ("ref", "trl"):
-        made.add_argument(
+        result.add_argument(
             f"--{name}",
             action=argparse.BooleanOptionalAction,
             default=True,
-            help=f"run {name} where it imports",
+            help=f"run {name} if it imports",
         )
-    made.add_argument(
+    result.add_argument(
         "--growth",
         action="store_true",
-        help="our side at 4 and 16 times the prompts too: tokens/s, peak memory",
+        help="also run ours with 4 and 16 times the prompts: tokens/s, peak memory",
     )
-    made.add_argument(
-        "--processes", action="store_true", help="our side in two CPU processes (gloo) of one thread each too"
+    result.add_argument(
+        "--processes",
+        action="store_true",
+        help="also run ours in two CPU processes (gloo) with one thread each",
     )
-    made.add_argument(
-        "--ptx", action="store_true", help="with the supervised loss on as many examples as prompts (not trl)"
+    result.add_argument(
+        "--ptx", action="store_true", help="add the supervised loss on as many examples as prompts (not trl)"
     )
-    made.add_argument(
+    result.add_argument(
         "--repeat", type=int, default=2, metavar="N", help="measured steps after the warm-up (default: 2)"
     )
-    made.add_argument(
-        "--quick", action="store_true", help="8 prompts and one step: shows that it runs, measures nothing"
+    result.add_argument(
+        "--quick", action="store_true", help="8 prompts and one step: checks that it runs, measures nothing"
     )
-    made.add_argument(
+    result.add_argument(
         "--threads", type=int, default=None, help="CPU threads of each side (default: torch's own choice)"
     )
-    made.add_argument(
+    result.add_argument(
         "--micro",
         type=int,
         default=16,
         metavar="ROWS",
         help="rows of a padded micro-batch of ref and trl "
-        "(default: 16, as in the reference's script); ours fill passes by tokens",
+        "(default: 16, as in the reference's script); ours fills passes by tokens",
     )
-    made.add_argument(
+    result.add_argument(
         "--micro-tokens",
         type=int,
         default=None,
@@ -124,62 +129,60 @@ def parser():
         help="ppo.micro_tokens of ours and unfused "
         "(default: 1024 for cpu-small, 2048 for 8b-lora, else the recipe's)",
     )
-    made.add_argument(
+    result.add_argument(
         "--seed",
         type=int,
         default=8,
-        help="of the rows that give the lengths (default: 8, of 0 to 11 the one "
-        "whose 32 responses come nearest to 2,100 tokens)",
+        help="seed of the rows that give the lengths (default: 8, the one of 0 to 11 "
+        "whose 32 responses are closest to 2,100 tokens)",
     )
-    made.add_argument(
+    result.add_argument(
         "--data",
         metavar="FILE",
         help=f"PKU-SafeRLHF rows (default: {step_work.ROWS} in the folder SAFERLHF_DATA)",
     )
-    made.add_argument(
+    result.add_argument(
         "--lengths",
         choices=("words", "tokens"),
         default="words",
         help="words: 4 tokens for 3 words; tokens: as --tokenizer counts",
     )
-    made.add_argument(
+    result.add_argument(
         "--tokenizer",
         metavar="FOLDER",
         help=f"with --lengths tokens (default: {step_work.TOKENIZER} in SAFERLHF_DATA)",
     )
-    made.add_argument(
-        "--timeout", type=int, default=1800, metavar="SECONDS", help="of one side (default: 1800)"
+    result.add_argument(
+        "--timeout", type=int, default=1800, metavar="SECONDS", help="limit for one side (default: 1800)"
     )
-    return made
+    return result
 
 
 def importable(side):
-    """None, or why a side cannot run."""
+    """Returns None, or the reason why a side cannot run."""
     if side in ("ref", "trl"):
-        return importlib.import_module(f"step_{side}").importable()
+        return importlib.import_module(step_side.MODULES[side]).importable()
     return None
 
 
 class Bench:
-    """Runs sides in processes of their own. results: {key: what step_side printed, or the reason for which it
-    did not}.
-    """
+    """Runs each side in its own process."""
 
     def __init__(self, options, folder):
         self.options, self.folder = options, Path(folder)
 
     def work(self, factor=1):
-        """The path of the work at `factor` times the prompts."""
+        """Returns the path of the work at `factor` times the prompts."""
         path = self.folder / f"work-{factor}.json"
         if not path.exists():
             step_work.write_work(make_work(self.options, factor), path)
         return path
 
     def run(self, side, factor=1, processes=1, threads=None, check=True, warmup=1, repeat=None):
-        """-> the result of a side, or a sentence that begins with "not run" or "failed".
+        """Returns what step_side.py printed for a side, or a sentence that begins with "not run" or "failed".
 
-        factor: times the prompts · check: compare its numbers · warmup: steps that are not counted · repeat:
-        steps that are.
+        factor: times the prompts; check: compare its numbers; warmup: steps that are not counted; repeat:
+        steps that are counted.
         """
         o = self.options
         reason = importable(side)
@@ -207,7 +210,7 @@ class Bench:
             f", {processes} processes" if processes > 1 else ""
         )
         print(f"… {side}{more}", file=sys.stderr, flush=True)
-        # a process group of its own: torch.distributed.run's children must end with it
+        # a new process group, so that torch.distributed.run's children end with it
         process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
@@ -224,11 +227,11 @@ class Bench:
             return f"failed: {side} took over {o.timeout} s"
         lines = [line for line in out.splitlines() if line.startswith("{")]
         if process.returncode or not lines:
-            told = [line for line in errors.splitlines() if line.strip()] or [
+            messages = [line for line in errors.splitlines() if line.strip()] or [
                 f"exit code {process.returncode}"
             ]
-            print("\n".join(told[-15:]), file=sys.stderr)
-            return f"failed: {told[-1][:200]}"
+            print("\n".join(messages[-15:]), file=sys.stderr)
+            return f"failed: {messages[-1][:200]}"
         return json.loads(lines[-1])
 
     def environment(self, side, recipe):
@@ -239,7 +242,7 @@ class Bench:
 
 
 def compared(ours, other, tolerance):
-    """other, or why it is not compared: its numbers are not ours."""
+    """Returns `other`, or the reason why it is not compared: its numbers are not those of `ours`."""
     if isinstance(ours, str) or isinstance(other, str):
         return other
     apart = step_rows.disagreements(ours, other, tolerance)
@@ -247,7 +250,7 @@ def compared(ours, other, tolerance):
 
 
 def measure(options):
-    """-> rows, without what all of them share."""
+    """Returns the rows, without the fields that all of them share."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
         ours = bench.run("ours")
@@ -257,8 +260,8 @@ def measure(options):
             return [step_rows.in_80_gb(ours)]
         for side in step_rows.OTHERS:
             wanted = side in options.only and getattr(options, side, True)
-            found = bench.run(side, warmup=int(side != "ref")) if wanted else "not run: not asked for"
-            rows += step_rows.against(side, ours, compared(ours, found, tolerance))
+            other = bench.run(side, warmup=int(side != "ref")) if wanted else "not run: not asked for"
+            rows += step_rows.against(side, ours, compared(ours, other, tolerance))
         if options.growth:
             for factor in GROWTH:
                 rows += step_rows.grown(
@@ -284,7 +287,7 @@ def make_work(options, factor=1):
 
 
 def shared(options, arguments):
-    """What every row says of the run."""
+    """Returns the fields that describe the run, the same in every row."""
     from ceilings import device_name
     from conftest import commit
 
@@ -320,7 +323,7 @@ def main(arguments):
         sys.path.append(str(peers))
     try:
         common = shared(options, arguments)
-        rows = [found | common for found in measure(options)]
+        rows = [row | common for row in measure(options)]
     except step_work.Lacking as lacking:
         print(lacking, file=sys.stderr)
         return 2
@@ -338,7 +341,7 @@ def main(arguments):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(f"\nwrote {path}")
-    return 1 if any(found["note"].startswith("failed") for found in rows) else 0
+    return 1 if any(row["note"].startswith("failed") for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""token_logprob: forward, forward with entropy, forward + backward; eager torch, ours, peers.
+"""token_logprob: forward, forward with entropy, forward + backward; eager torch, this library, peers.
 
 Floor: the forward reads the logits once; forward + backward reads them twice and writes the gradient once.
 """
@@ -29,14 +29,14 @@ def forward(measure, device, shape, version, kind, own, op):
     rows = exact.rows_of(len(ids), device)
     right = exact.of_logits(shape, device)[0]
     with torch.no_grad():
-        got = function(given, ids)
+        outputs = function(given, ids)
         pairs = (
-            [(got, right)]
+            [(outputs, right)]
             if kind == "logprob"
-            else [(got[0], right), (got[1][rows], exact.entropy_rows(logits, rows))]
+            else [(outputs[0], right), (outputs[1][rows], exact.entropy_rows(logits, rows))]
         )
         measure.check(logits.dtype, *pairs)
-        del got
+        del outputs
         measure(
             lambda: function(given, ids),
             op=op,
@@ -93,14 +93,16 @@ def test_forward_and_backward(measure, device, shape, version):
 
     rows = exact.rows_of(len(ids), device)
     logp, lse = exact.of_logits(shape, device)
-    if inplace:  # a kernel that is tuned at its first call spoils what it writes in place
+    if inplace:  # autotuning at the first call spoils data that is written in place
         step()
         restore()
-    got, gradient = step()
+    got_logp, gradient = step()
     measure.check(
-        clean.dtype, (got, logp), (gradient[rows], exact.logits_gradient(clean, ids, lse, upstream, rows))
+        clean.dtype,
+        (got_logp, logp),
+        (gradient[rows], exact.logits_gradient(clean, ids, lse, upstream, rows)),
     )
-    del got, gradient
+    del got_logp, gradient
     measure(
         step,
         op="token_logprob forward + backward",

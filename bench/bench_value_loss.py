@@ -1,6 +1,6 @@
-"""value_loss of both critics, forward + backward: the formula in eager torch, torch.compile of it, ours.
+"""value_loss of both critics, forward + backward: eager torch, torch.compile of it, this library.
 
-Floor: three inputs of tokens read and the gradient written, for each critic, and the mask.
+Floor: for each critic three inputs of tokens are read and the gradient is written; the mask is read.
 """
 
 import eager

@@ -1,10 +1,10 @@
-"""What this machine can do at best: copy and read bandwidth, matrix product rates on random data; and floors
-made from them.
+"""The ceilings of this machine, and floors computed from them.
 
-Measured in the run that uses them, twice (at its start and its end), the better of both counts. A floor is
-the bytes that must move over the bandwidth, or the operations that must be done over the product rate,
-whichever is longer: no implementation of the same data flow can beat it while its data lie in memory. Caches
-can.
+Ceilings are the copy and read bandwidth and the rates of matrix products on random data. They are measured in
+the run that uses them, twice (at its start and its end); the better value counts. A floor is the longer of
+two times: the bytes that must move over the bandwidth, and the necessary operations over the product rate. No
+implementation with the same data flow can be faster than the floor while its data are in memory; with data in
+caches it can be.
 """
 
 import time
@@ -17,7 +17,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_name():
-    """The device that is measured, as results files name it; a CPU's number of threads is a part of it."""
+    """Returns the name of the device for results files; a CPU's name includes its number of threads."""
     if DEVICE == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -34,7 +34,7 @@ def synchronize(device):
 
 
 def best(function, device, rounds):
-    """Seconds of the fastest of `rounds` calls, after two that warm up."""
+    """Returns the seconds of the fastest of `rounds` calls, after two warm-up calls."""
     times = []
     for _ in range(rounds + 2):
         synchronize(device)
@@ -46,7 +46,7 @@ def best(function, device, rounds):
 
 
 def cache_bytes(device):
-    """The last-level cache as the machine names it, 0 where it does not say."""
+    """Returns the bytes of the last-level cache, or 0 if the machine does not report it."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).L2_cache_size
     try:
@@ -57,8 +57,9 @@ def cache_bytes(device):
 
 
 def past_the_caches(device):
-    """Bytes of a buffer that does not fit: 1.1 x the last-level cache, within 64 MiB and 1 GiB; 2 GiB on a
-    GPU.
+    """Returns the bytes of a buffer that does not fit into the caches.
+
+    It is 1.1 x the last-level cache, between 64 MiB and 1 GiB; 2 GiB on a GPU.
     """
     if shapes.TINY:
         return 1 << 20
@@ -87,25 +88,24 @@ def _product(device, dtype, sizes):
 
 
 def measure(device):
-    """{"copy_gb_s", "read_gb_s", "float32_tflop_s" and, on CUDA, "bfloat16_tflop_s"}. A copy counts read and
-    write.
-    """
-    found = _bandwidths(device)
+    """Returns copy_gb_s (reads and writes), read_gb_s, float32_tflop_s and, on CUDA, bfloat16_tflop_s."""
+    rates = _bandwidths(device)
     sizes = (64,) if shapes.TINY else (4096, 8192) if device == "cuda" else (1024, 2048)
-    found["float32_tflop_s"] = _product(device, torch.float32, sizes)
+    rates["float32_tflop_s"] = _product(device, torch.float32, sizes)
     if device == "cuda":
-        found["bfloat16_tflop_s"] = _product(device, torch.bfloat16, sizes)
-    return found
+        rates["bfloat16_tflop_s"] = _product(device, torch.bfloat16, sizes)
+    return rates
 
 
 def better(first, second):
-    """The higher of each of two measurements."""
+    """Returns the higher value of each figure of two measurements."""
     return {name: max(first[name], second[name]) for name in first}
 
 
 def floor(row, ceilings):
-    """Seconds below which the row's work cannot end, or None. row: a result's extra_info (reads, writes,
-    flops, dtype).
+    """Returns the least seconds of a row's work, or None.
+
+    row: a result's extra_info (reads, writes, flops, dtype).
     """
     reads, writes = row.get("reads", 0), row.get("writes", 0)
     if not ceilings or not (reads or writes or row.get("flops")):

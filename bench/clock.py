@@ -1,5 +1,6 @@
-"""The clock: caches are overwritten before a round, a GPU has finished before its events are read, launches
-are counted.
+"""The clock: caches are overwritten before a round, and a GPU has finished before its events are read.
+
+It also counts launches.
 """
 
 import statistics
@@ -8,14 +9,17 @@ import time
 import ceilings
 import torch
 
-SMALL = 8 << 20  # bytes: below it a CPU's row ops are measured in its caches, where a trainer has them
-_buffers = {}  # by device: what a flush reads
+SMALL = (
+    8 << 20
+)  # bytes; smaller row ops are measured inside a CPU's caches, because a trainer has such data there too
+_buffers = {}  # the buffer that a flush reads, by device
 
 
 def flush(device, moved):
-    """A function that puts other data into the caches before a round that moves so many bytes.
+    """Returns a function that puts other data into the caches before a round that moves `moved` bytes.
 
-    It reads and does not write: lines that still have to be written back would slow what comes next.
+    It reads and does not write: modified cache lines would have to be written back, which would slow the
+    round.
     """
     if device == "cpu" and moved < SMALL:
         return lambda: None
@@ -30,37 +34,35 @@ def _buffer(device):
 
 
 def on_device(step, ready, rounds, again=True):
-    """{"seconds", "best"} of a step on a GPU by events, {"call"} (what Python needs for a call) of a short
-    one, {"launches"}.
+    """Returns the figures of a step on a GPU: "seconds" and "best" by events, and "launches".
 
-    again: whether the step may be called twice without `ready` in between.
+    A short step also has "call", the time that Python needs for a call. again: whether the step may be called
+    twice without `ready` in between.
     """
     times = []
     for _ in range(rounds):
         ready()
-        _buffer("cuda").sum()  # the device still reads it while Python launches
+        _buffer("cuda").sum()  # the device reads this buffer while Python launches the step
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         step()
         end.record()
         end.synchronize()
         times.append(start.elapsed_time(end) / 1e3)
-    found = {"seconds": statistics.median(times), "best": min(times)}
-    if again and found["seconds"] < 1e-3:
+    figures = {"seconds": statistics.median(times), "best": min(times)}
+    if again and figures["seconds"] < 1e-3:
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(100):
             step()
         torch.cuda.synchronize()
-        found["call"] = (time.perf_counter() - begin) / 100
+        figures["call"] = (time.perf_counter() - begin) / 100
     ready()
-    return found | launches(step)
+    return figures | launches(step)
 
 
 def launches(step):
-    """{"launches": kernels and copies that one call puts on the device}, or {} where the profiler cannot see
-    them.
-    """
+    """Returns {"launches": kernels and copies of one call}, or {} if the profiler cannot see them."""
     from torch.profiler import ProfilerActivity, profile
 
     try:
@@ -68,6 +70,6 @@ def launches(step):
             step()
             torch.cuda.synchronize()
         count = sum(event.device_type == torch.autograd.DeviceType.CUDA for event in seen.events())
-    except Exception:  # no profiling on this machine, or no profiler: a figure less, not a bench less
+    except Exception:  # no profiler, or no permission: only this figure is missing
         return {}
     return {"launches": count} if count else {}

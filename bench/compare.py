@@ -1,15 +1,16 @@
-"""Compares a fresh run with the stored results of the same device: `make bench-compare`. Exit 1 names each
-regression.
+"""Compares a new run with the stored results of the same device: `make bench-compare`.
 
-What is compared are ratios within a run, so a slower or busier machine alone is no regression: our fastest
-round against eager torch's fastest round, and against the floor where the floor is near (stored ratio under
-20). A ratio that is more than 10 % worse than the stored one is measured once more, with its eager row; the
-better of the two measurements counts.
+Exit code 1 means a regression; each one is named.
+
+Ratios within a run are compared, so a slower or busier machine alone is no regression: this library's fastest
+round over eager torch's fastest round, and over the floor if it is near the floor (stored ratio under 20). If
+a ratio is more than 10 % worse than the stored one, it is measured once more, together with its eager row;
+the better of the two measurements counts.
 
 python bench/compare.py                      measures and compares with the newest stored file of this device
 python bench/compare.py STORED FRESH         compares two results files, measures nothing
 saferlhf-fast bench --compare STORED         the same on a user's machine, with a table
-(saferlhf_fast/commands/bench.py)
+                                             (saferlhf_fast/commands/bench.py)
 """
 
 import json
@@ -32,7 +33,7 @@ WORSE, NEAR = 1.10, 20.0
 
 
 class Regression(NamedTuple):
-    """One ratio (time over `against`: smaller is better) that got worse."""
+    """One ratio (time over `against`: smaller is better) that became worse."""
 
     key: tuple[str, str, str]
     against: str
@@ -48,7 +49,7 @@ class Regression(NamedTuple):
 
 
 def rows(results):
-    """{(op, shape, version): extra_info} of the rows that have a time."""
+    """Returns {(op, shape, version): extra_info} of the rows that have a time."""
     return {
         (row["op"], row["shape"], row["version"]): row
         for row in (entry["extra_info"] for entry in results["benchmarks"])
@@ -57,12 +58,12 @@ def rows(results):
 
 
 def ratios(results, times=False):
-    """{(op, shape, version): {"eager": ratio, "the floor": ratio}} of our versions; a ratio that cannot be
-    made is left out.
+    """Returns {(op, shape, version): {"eager": ratio, "the floor": ratio}} of this library's versions.
 
-    times: also {"one second": the time itself}, which says as much of the machine's load as of our code.
+    A ratio that cannot be computed is left out. times: add {"one second": the time itself}, which depends as
+    much on the machine's load as on the code.
     """
-    timed, found = rows(results), {}
+    timed, table = rows(results), {}
     for (op, shape, version), row in timed.items():
         if version not in OURS:
             continue
@@ -70,19 +71,18 @@ def ratios(results, times=False):
             timed.get((op, shape, "eager")),
             ceilings.floor(row, results["machine_info"].get("ceilings")),
         )
-        found[op, shape, version] = {}
+        table[op, shape, version] = {}
         if eager:
-            found[op, shape, version]["eager"] = row["best"] / eager["best"]
+            table[op, shape, version]["eager"] = row["best"] / eager["best"]
         if floor:
-            found[op, shape, version]["the floor"] = row["best"] / floor
+            table[op, shape, version]["the floor"] = row["best"] / floor
         if times:
-            found[op, shape, version]["one second"] = row["best"]
-    return found
+            table[op, shape, version]["one second"] = row["best"]
+    return table
 
 
 def regressions(stored, fresh, limit=WORSE):
-    """(list of Regression, list of keys that are stored and were not measured afresh), from two `ratios`
-    tables.
+    """Returns (list of Regression, list of stored keys that were not measured now) of two `ratios` tables.
 
     limit: the largest now / was that is no regression.
     """
@@ -103,7 +103,7 @@ def regressions(stored, fresh, limit=WORSE):
 
 
 def better(first, second):
-    """Two `ratios` tables as one, with the smaller of each ratio."""
+    """Merges two `ratios` tables, with the smaller of each ratio."""
     merged = {key: dict(value) for key, value in first.items()}
     for key, value in second.items():
         for against, ratio in value.items():
@@ -112,7 +112,7 @@ def better(first, second):
 
 
 def tests_of(worse, results):
-    """The pytest names of the rows that got worse and of their eager rows."""
+    """Returns the pytest names of the rows that became worse and of their eager rows."""
     wanted = {key for regression in worse for key in (regression.key, (*regression.key[:2], "eager"))}
     names = {
         (
@@ -126,7 +126,7 @@ def tests_of(worse, results):
 
 
 def newest(device, folder):
-    """The newest stored file of `device`, or None."""
+    """Returns the newest stored file of `device`, or None."""
     return max(folder.glob(f"{run.slug(device)}-????-??-??.json"), default=None)
 
 
@@ -138,26 +138,25 @@ def _measured(arguments):
 
 
 def settled(stored, fresh, measured, named, limit=WORSE, tries=1, times=False):
-    """(fresh ratios, list of Regression, list of gone keys) after what seems worse was measured up to `tries`
-    times more.
+    """Measures worse ratios up to `tries` more times; returns (new ratios, list of Regression, missing keys).
 
-    stored: a `ratios` table. fresh: results. measured(arguments) -> results or None. named: the stored file's
-    name. A disturbed machine makes a ratio worse for a while, our code for good: the better of the
-    measurements counts.
+    A disturbed machine makes a ratio worse for a while, a change of the code permanently: the better of the
+    measurements counts. stored: a `ratios` table. fresh: results. measured(arguments): results or None.
+    named: the stored file's name.
     """
-    found = ratios(fresh, times)
-    worse, gone = regressions(stored, found, limit)
+    fresh_ratios = ratios(fresh, times)
+    worse, gone = regressions(stored, fresh_ratios, limit)
     while worse and tries:
         print(f"{len(worse)} ratio(s) worse than in {named}: measuring those once more", flush=True)
         again = measured(["--ours", *tests_of(worse, fresh)])
-        found = better(found, ratios(again, times)) if again else found
-        worse, gone = regressions(stored, found, limit)
+        fresh_ratios = better(fresh_ratios, ratios(again, times)) if again else fresh_ratios
+        worse, gone = regressions(stored, fresh_ratios, limit)
         tries -= 1
-    return found, worse, gone
+    return fresh_ratios, worse, gone
 
 
 def report(worse, gone):
-    """Prints one line per finding; the exit code."""
+    """Prints one line per finding and returns the exit code."""
     for regression in worse:
         print(regression)
     for key in gone:

@@ -1,10 +1,9 @@
-"""How speed is measured here: results are right before the clock starts, and the device has finished before
-it is read.
+"""How speed is measured: check results first, and read the clock only when the device has finished.
 
-`measure` checks and times one function and notes what table.py, targets.py and compare.py need. On a GPU
-times are those of the device (events), after the caches were overwritten; the pytest-benchmark figures beside
-them are those of the host, waiting. A peer that cannot be imported, gives wrong results or fails is skipped
-with its reason; a version of ours fails the run.
+`measure` checks and times one function and stores what table.py, targets.py and compare.py need. On a GPU,
+times are those of the device (events), after the caches were overwritten; the pytest-benchmark figures next
+to them are those of the waiting host. A peer that cannot be imported, gives wrong results or fails is skipped
+with its reason. If a version of this library fails, the run fails.
 """
 
 import datetime
@@ -19,7 +18,7 @@ import pytest
 import torch
 
 HERE = Path(__file__).resolve().parent
-# else the folder above is saferlhf_fast/ of an installed wheel
+# if false, the folder above is saferlhf_fast/ of an installed wheel
 CHECKOUT = (HERE.parent / "setup.py").is_file()
 sys.path.insert(0, str(HERE))
 if CHECKOUT and (HERE.parent / "build" / "peers").is_dir():
@@ -35,19 +34,22 @@ import shapes  # noqa: E402
 from saferlhf_fast.version import __version__  # noqa: E402
 
 DEVICE = ceilings.DEVICE
-FOREIGN = ("eager", "bare products")  # versions that are neither ours nor in peers.py
+FOREIGN = ("eager", "bare products")  # versions that are neither this library's nor in peers.py
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--budget", type=float, default=None, help="seconds after which the rest is noted as not measured"
+        "--budget",
+        type=float,
+        default=None,
+        help="seconds after which the remaining rows are reported as not measured",
     )
-    parser.addoption("--ours", action="store_true", help="our versions and eager torch only")
+    parser.addoption("--ours", action="store_true", help="only the versions of this library and eager torch")
 
 
 def pytest_collect_file(file_path, parent):
-    """bench_*.py are the tests of this folder."""
-    named = parent.session.isinitpath(file_path)  # pytest itself takes a file that is given by name
+    """Collects bench_*.py as the tests of this folder."""
+    named = parent.session.isinitpath(file_path)  # pytest itself collects a file that is given by name
     patterns = parent.config.getini("python_files")
     if named or any(file_path.match(pattern) for pattern in patterns):
         return None
@@ -56,9 +58,10 @@ def pytest_collect_file(file_path, parent):
 
 
 def pytest_generate_tests(metafunc):
-    """BENCH_TURNS=n measures every row n times, all rows once before any a second time: a neighbour that
-    keeps the machine busy for some seconds then disturbs one turn of a row, not the row. The fastest turn is
-    kept.
+    """Measures every row n times with BENCH_TURNS=n: all rows once before any row a second time.
+
+    Other work that keeps the machine busy for some seconds then disturbs one turn of a row, not the row. The
+    fastest turn is used.
     """
     turns = int(os.environ.get("BENCH_TURNS", "1"))
     if turns > 1 and "version" in metafunc.fixturenames:
@@ -71,16 +74,16 @@ def version_of(item):
 
 
 def foreign(item):
-    """True for a version that is not ours."""
+    """True for a version that is not this library's."""
     version = version_of(item)
     return version in FOREIGN or any(version in kind for kind in peers.PEERS.values())
 
 
 def pytest_collection_modifyitems(config, items):
-    """What the targets speak of first: a peer that breaks the device, or the end of the time, must not cost
-    it.
+    """Sorts the rows: those that the targets need come first.
 
-    Ours, eager and the bare products on full shapes; then peers; ours on the other shapes; torch.compile.
+    So a peer that breaks the device, or the end of the time, does not cost them. The order is: this library,
+    eager and the bare products on full shapes; then peers; this library on the other shapes; torch.compile.
     """
 
     def third(item):
@@ -137,7 +140,7 @@ def pytest_pyfunc_call(pyfuncitem):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A line on stderr for each row that is done, where BENCH_PROGRESS=1 asks for it."""
+    """Prints a line on stderr for each finished row if BENCH_PROGRESS=1 is set."""
     report = yield
     if os.environ.get("BENCH_PROGRESS") == "1" and (call.when == "call" or report.failed):
         item.config.ended += 1
@@ -158,8 +161,9 @@ def commit():
 
 
 def pytest_benchmark_generate_machine_info(config):
-    """In place of pytest-benchmark's: its list of CPU flags takes a second to find, and a host's name says
-    nothing of speed.
+    """Replaces pytest-benchmark's machine info.
+
+    Its list of CPU flags takes a second to find, and the host's name says nothing about speed.
     """
     return {
         "system": platform.system(),
@@ -179,12 +183,13 @@ def pytest_benchmark_generate_machine_info(config):
 
 
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Adds the ceilings (taken at the start and again here) and what was not measured; drops the list of
-    every round.
+    """Adds the ceilings (measured at the start and again here) and what was not measured.
+
+    It drops the list of all rounds.
     """
-    if not shapes.QUICK:  # whose shapes lie in the caches: there is no floor under them
-        found = ceilings.measure(DEVICE)
-        output_json["machine_info"]["ceilings"] = ceilings.better(config.ceilings or found, found)
+    if not shapes.QUICK:  # its shapes fit into the caches, so they have no floor
+        at_end = ceilings.measure(DEVICE)
+        output_json["machine_info"]["ceilings"] = ceilings.better(config.ceilings or at_end, at_end)
     output_json["benchmarks"] = list(fastest_turns(output_json["benchmarks"]))
     output_json["not_measured"] = config.not_measured
     for entry in output_json["benchmarks"]:
@@ -192,7 +197,7 @@ def pytest_benchmark_update_json(config, benchmarks, output_json):
 
 
 def fastest_turns(entries):
-    """One entry for each row: the fastest of its turns, with the names of all of them in extra_info["turns"]."""
+    """Yields one entry for each row: the fastest of its turns; extra_info["turns"] names all of them."""
     rows = {}
     for entry in entries:
         row = entry["extra_info"]
@@ -207,15 +212,13 @@ def fastest_turns(entries):
 
 
 class Measure:
-    """The fixture: checks a result, then times, then asks for memory. Everything lands in extra_info."""
+    """The fixture: checks a result, times it, and measures its memory. Everything is stored in extra_info."""
 
     def __init__(self, benchmark, config):
         self.benchmark, self.config, self.error = benchmark, config, None
 
     def check(self, dtype, *pairs):
-        """Raises AssertionError when a (got, expected) pair is further apart than exact.LIMIT allows for
-        `dtype`.
-        """
+        """Raises AssertionError if a (got, expected) pair differs by more than exact.LIMIT of `dtype`."""
         self.error = max(exact.error(got, expected) for got, expected in pairs)
         assert self.error <= exact.LIMIT[dtype], f"wrong: off by {self.error:.1e} of the largest value"
 
@@ -236,12 +239,13 @@ class Measure:
         auto=False,
         seconds=2.0,
     ):
-        """Times `step()` (which returns its outputs). reads, writes: bytes that must move; before: runs ahead
-        of each call, outside the clock. seconds: how long to go on; at least 5 rounds, at most 200, 3 where
-        one takes over a second.
+        """Times `step()`, which returns its outputs.
+
+        reads, writes: bytes that must move. before: called ahead of each call, outside the timed part.
+        seconds: how long to measure; at least 5 rounds, at most 200, and 3 if a round takes over a second.
         """
         assert self.error is not None, "the result is checked before it is timed"
-        # On a GPU the events count, not these rounds.
+        # On a GPU the figures come from events, not from these rounds.
         seconds = min(seconds, 0.3 if device == "cuda" else 0.15 if shapes.QUICK else seconds)
         flush = clock.flush(device, reads + writes)
 
@@ -256,7 +260,7 @@ class Measure:
             ceilings.synchronize(device)
             return result
 
-        def first_order_only():
+        def one_round():
             start = time.perf_counter()
             ready()
             waited()
@@ -267,7 +271,7 @@ class Measure:
         peak = memory.above(waited, inputs, device)  # the second call: the check was the first
         took = time.perf_counter() - start
         slow = took > 1
-        rounds = 3 if slow else max(5, min(200, int(seconds / min(first_order_only(), took))))
+        rounds = 3 if slow else max(5, min(200, int(seconds / min(one_round(), took))))
         self.benchmark.group = f"{op} {shape}"
         self.benchmark.extra_info.update(
             op=op,

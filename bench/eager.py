@@ -1,9 +1,8 @@
-"""What other libraries write in plain torch, one function per op: the "eager" rows, and what torch.compile is
-given.
+"""The plain torch code of other libraries, one function per op.
 
-Formulas only: no chunking to save memory, no fused kernel. The loops over T are those of safe-rlhf, verl and
-TRL; the chunked scan is the lower-triangular product that THUDM/slime uses, written from the formula A_t =
-sum_s>=t a^(s-t) delta_s.
+These are the "eager" rows, and the input of torch.compile. They contain only the formulas: no chunking to
+save memory, no fused kernel. The loops over T are those of safe-rlhf, verl and TRL; the chunked scan is the
+lower-triangular product that THUDM/slime uses, written from the formula A_t = sum_s>=t a^(s-t) delta_s.
 """
 
 import torch
@@ -65,7 +64,7 @@ def gae_loop(rewards, values, mask):
 
 
 def gae_chunked(rewards, values, mask, chunk=128):
-    """One product with a [chunk, chunk] lower-triangular matrix of powers, then a carry from chunk to chunk."""
+    """Computes GAE by one lower-triangular product per chunk, and a carry between chunks."""
     rewards, values = torch.where(mask, rewards, 0), torch.where(mask, values, 0)
     count, width = rewards.shape
     following = torch.nn.functional.pad(values[:, 1:], (0, 1))
@@ -93,7 +92,7 @@ def _combined(reward, cost, multiplier):
 
 
 def advantage_loop(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, mask):
-    """safe-rlhf's way: shaping, a Python loop over T per stream, the combination."""
+    """Computes advantages as safe-rlhf does: shaping, a Python loop over T per stream, combination."""
     return _combined(
         gae_loop(_shaped(logp, ref_logp, reward, -1, mask), reward_values, mask),
         gae_loop(_shaped(logp, ref_logp, cost, 1, mask), cost_values, mask),
@@ -102,7 +101,7 @@ def advantage_loop(logp, ref_logp, reward, cost, reward_values, cost_values, mul
 
 
 def advantage_chunked(logp, ref_logp, reward, cost, reward_values, cost_values, multiplier, mask):
-    """The best form in torch alone: both streams stacked through one chunked product."""
+    """Computes the same with both streams stacked in one chunked product: the fastest form in plain torch."""
     shaped = torch.cat([_shaped(logp, ref_logp, reward, -1, mask), _shaped(logp, ref_logp, cost, 1, mask)])
     advantages, returns = gae_chunked(
         shaped, torch.cat([reward_values, cost_values]), torch.cat([mask, mask])

@@ -1,7 +1,7 @@
-"""The right answers in float64, for all tokens (log-probs) and for a sample of rows and columns (gradients).
+"""The expected results in float64: log-probs of all tokens, and gradients of a sample of rows and columns.
 
-Gradients are checked on the first and last rows of d logits or d hidden and on 64 rows of d weight, targets
-among them; a row of d weight sums over every token, so no token goes unseen.
+Gradients are checked on the first and last rows of d logits or d hidden and on 64 rows of d weight, among
+them rows of targets. A row of d weight is a sum over all tokens, so every token is checked.
 """
 
 from functools import lru_cache
@@ -10,27 +10,27 @@ import shapes
 import torch
 
 SAMPLE = 16
-# largest error allowed, as a share of the largest right value
+# largest allowed error, as a share of the largest expected value
 LIMIT = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2, torch.float64: 1e-9}
 
 
 def error(got, expected):
-    """The largest error as a share of the largest right value; infinity where that is not a number."""
+    """Returns the largest error as a share of the largest expected value; infinity if it is NaN."""
     expected = expected.detach().double()
     scale = expected.abs().max().clamp(min=1e-300)
-    found = float((got.detach().double() - expected).abs().max() / scale)
-    return found if found == found else float("inf")  # max() and comparisons pass over NaN
+    largest = float((got.detach().double() - expected).abs().max() / scale)
+    return largest if largest == largest else float("inf")  # max() and comparisons ignore NaN
 
 
 def rows_of(count, device):
-    """Indices of the rows that are looked at."""
+    """Returns the indices of the checked rows."""
     take = min(SAMPLE, count)
     return torch.cat([torch.arange(take, device=device), torch.arange(count - take, count, device=device)])
 
 
 def logprob(logits_NV, ids_N, chunk=512):
     """(logp_N, lse_N) in float64."""
-    lse_N = torch.cat([part.double().logsumexp(-1) for part in logits_NV.split(chunk)])
+    lse_N = torch.cat([chunk_logits.double().logsumexp(-1) for chunk_logits in logits_NV.split(chunk)])
     return logits_NV.gather(-1, ids_N[:, None]).squeeze(-1).double() - lse_N, lse_N
 
 
@@ -54,11 +54,11 @@ def entropy_rows(logits_NV, rows):
 def linear_logprob(hidden_NH, weight_VH, ids_N, chunk=512):
     """(logp_N, lse_N) in float64 of hidden @ weight.T."""
     weight_HV = weight_VH.double().T
-    parts = [
+    chunks = [
         logprob(part.double() @ weight_HV, ids)
         for part, ids in zip(hidden_NH.split(chunk), ids_N.split(chunk))
     ]
-    return tuple(torch.cat(column) for column in zip(*parts))
+    return tuple(torch.cat(column) for column in zip(*chunks))
 
 
 def _through_softmax(logits_RV, ids_R, lse_R, g_R):
@@ -67,12 +67,12 @@ def _through_softmax(logits_RV, ids_R, lse_R, g_R):
 
 
 def logits_gradient(logits_NV, ids_N, lse_N, g_N, rows):
-    """d logits of `rows`, where g_N is the loss's derivative by each token's log-prob."""
+    """Returns d logits of `rows`; g_N is the loss's derivative by each token's log-prob."""
     return _through_softmax(logits_NV[rows].double(), ids_N[rows], lse_N[rows], g_N.double()[rows])
 
 
 def linear_gradients(hidden_NH, weight_VH, ids_N, lse_N, g_N, rows, columns):
-    """(d hidden of `rows`, d weight of the vocabulary rows `columns`)."""
+    """Returns (d hidden of `rows`, d weight of the vocabulary rows `columns`)."""
     g_N, hidden = g_N.double(), hidden_NH.double()
     weight = weight_VH.double()
     d_hidden = _through_softmax(hidden[rows] @ weight.T, ids_N[rows], lse_N[rows], g_N[rows]) @ weight
@@ -82,7 +82,7 @@ def linear_gradients(hidden_NH, weight_VH, ids_N, lse_N, g_N, rows, columns):
 
 
 def columns_of(ids_N, vocabulary):
-    """Vocabulary rows that are looked at: targets of tokens, and others."""
+    """Returns the checked vocabulary rows: targets of tokens, and others."""
     take = min(32, vocabulary)
     return torch.cat(
         [ids_N[:take], torch.arange(vocabulary - take, vocabulary, device=ids_N.device)]
@@ -90,11 +90,10 @@ def columns_of(ids_N, vocabulary):
 
 
 def derivative(batch, logp_N, means="same"):
-    """d loss / d logp of the clipped loss (the mean over tokens). means: what the version under test
-    computes:
+    """Returns d loss / d logp of the clipped loss (the mean over tokens).
 
-    "same"; "grpo", one advantage (the first) for all tokens; "first step", that with ratios of 1;
-    "cross-entropy", the mean of -logp.
+    means: what the version under test computes: "same"; "grpo", one advantage (the first) for all tokens;
+    "first step", that with ratios of 1; "cross-entropy", the mean of -logp.
     """
     count = logp_N.shape[0]
     if means == "cross-entropy":

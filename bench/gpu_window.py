@@ -1,18 +1,19 @@
-"""What a GPU says in its first minutes: one process, one command of at most seven minutes on a bare machine.
+"""Measures a GPU in one command of at most seven minutes on a bare machine.
 
-    bash bench/gpu.sh OUT                                the first command: everything below, in 420 s
-    bash bench/gpu.sh OUT again                          the second one, in 190 s: what failed or surprised,
-    once more python bench/gpu_window.py --table OUT/rows.jsonl    the table of a file of rows
+    bash bench/gpu.sh OUT                                the first command: everything below, in 420 s bash
+    bench/gpu.sh OUT again                          the second one, in 190 s: repeats failures and surprises
+    python bench/gpu_window.py --table OUT/rows.jsonl    prints the table of a file of rows
 
-No network, no DeepSpeed, and nothing is written but OUT and build/. Each section has its seconds and its own
-try: one that raises, runs out of time or hangs costs its own rows alone; a kernel that breaks the device's
-context, after which no call in this process can work, costs one row and the start of a new process. A row is
-a line of OUT/rows.jsonl as soon as it is known, so a machine that is taken away leaves what was measured. A
-row whose op was wrong stands there, marked. The predictions of gpu/predictions.py stand beside the figures.
-The table comes last and is short enough for a reader who is given the end of the output alone.
+It needs no network and no DeepSpeed, and writes only to OUT and build/. Each section has its own time limit
+and its own try: a section that raises, runs out of time or hangs loses only its own rows. A kernel that
+breaks the device's context, after which no call in this process can work, loses one row, and a new process
+continues. A row is written to OUT/rows.jsonl as soon as it is known, so nothing is lost if the machine is
+taken away. A row whose op was wrong is written and marked. The predictions of gpu/predictions.py are printed
+next to the figures. The table comes last and is short enough to be read from the end of the output.
 
 Without a GPU, `--rehearse interpreter` runs every section on tiny shapes with Triton's interpreter, and
-`--rehearse compiler` (where that cannot run) compiles each Triton kernel for an H200 and launches none.
+`--rehearse compiler` (if the interpreter cannot run) compiles each Triton kernel for an H200 and launches
+none.
 """
 
 import argparse
@@ -33,12 +34,15 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 from gpu.outcomes import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe  # noqa: E402
 
 RESERVE = 15  # seconds at the end for the table
-GRACE = 10  # seconds that a section may go on after it was told to end
-START = 12  # seconds that a new process needs before it measures
+GRACE = 10  # seconds that a section may continue after the signal to end
+START = 12  # seconds that a new process needs before it can measure
 
 
 class Window:
-    """Where rows go and how much time there is. clock() -> seconds since the command began."""
+    """Where rows are written, and how much time is left.
+
+    clock() returns the seconds since the command began.
+    """
 
     def __init__(self, out, seconds, rehearsal="", clock=None, started=None):
         resumed = started is not None
@@ -46,12 +50,12 @@ class Window:
         self.out, self.seconds, self.rehearsal = Path(out), seconds, rehearsal
         self.clock = clock or (lambda: time.time() - started)
         self.started, self.section, self.deadline, self.children = started, "start", float(seconds), []
-        # what alone is measured, or None for everything; the build that was started
+        # the only rows to measure, or None for all; the process that builds _C
         self.wanted, self.build = None, None
         self.out.mkdir(parents=True, exist_ok=True)
         self.path = self.out / "rows.jsonl"
-        self.again = None  # the command of a process that takes over
-        self.tried = []  # [section, what] of each attempt that is over
+        self.again = None  # the command of a process that continues after this one
+        self.tried = []  # [section, what] of each finished attempt
         self.before = (
             [tried for row in rows_of(self.path) if row["kind"] == "tried" for tried in row["what"]]
             if resumed
@@ -59,7 +63,7 @@ class Window:
         )
 
     def emit(self, kind, **row):
-        """Writes one row at once."""
+        """Writes one row immediately."""
         line = json.dumps(
             {"kind": kind, "section": self.section, "at": round(self.clock(), 1), **row}, default=str
         )
@@ -69,12 +73,13 @@ class Window:
             os.fsync(file.fileno())
 
     def wants(self, what):
-        """Whether this row is to be measured."""
+        """Whether this row has to be measured."""
         return self.wanted is None or what in self.wanted
 
     def over(self, what):
-        """Whether this section's attempt at it was over when this process took over; of several of one name,
-        each counts once.
+        """Whether an earlier process finished this attempt of this section.
+
+        Of several attempts with one name, each counts once.
         """
         if [self.section, what] not in self.before:
             return False
@@ -84,8 +89,9 @@ class Window:
 
     @contextlib.contextmanager
     def uninterrupted(self, least=0):
-        """No alarm inside: an import that is broken off cannot be made twice. The section then has `least`
-        seconds.
+        """Disables the alarm, because an interrupted import cannot be repeated.
+
+        The section then has `least` seconds.
         """
         alarm(0)
         until, self.deadline = self.deadline, float(self.seconds)
@@ -96,14 +102,14 @@ class Window:
             alarm(max(self.deadline - self.clock(), 0.05))
 
     def left(self):
-        """Seconds of the section that are left; OutOfTime where there are none."""
+        """Returns the remaining seconds of the section; raises OutOfTime if there are none."""
         left = self.deadline - self.clock()
         if left <= 0:
             raise OutOfTime(f"the section's time was up at {self.deadline:.0f} s")
         return left
 
     def attempt(self, what, function, *arguments):
-        """Calls the function in a try of its own; what it raises is a row, what there is no time for too."""
+        """Calls the function in its own try; an exception, or a lack of time, becomes a row."""
         if self.over(what):
             return None
         try:
@@ -122,19 +128,22 @@ class Window:
             self.emit("not run", what=what, reason=str(reason))
         except Exception as error:
             self.tried.append([self.section, what])
-            if type(error).__name__ == "Missing":  # of peers.py, which this file does not import
+            if type(error).__name__ == "Missing":  # an exception of peers.py, which this file does not import
                 self.emit("not run", what=what, reason=str(error))
                 return None
             self.emit("failure", what=what, error=describe(error), traceback=traceback.format_exc()[-2000:])
             if not answers():
                 raise Dead(describe(error)) from error
-            if self.clock() >= self.deadline:  # the alarm, in whatever a library made of it
+            if (
+                self.clock() >= self.deadline
+            ):  # the alarm rang, and a library may have turned it into another exception
                 raise OutOfTime(f"the section's time was up at {self.deadline:.0f} s") from error
         return None
 
     def start(self, command, log, **options):
-        """A child process in a group of its own, whose output goes to a file in OUT; it ends with the window
-        at the latest.
+        """Starts a child process in a new process group; its output goes to a file in OUT.
+
+        It ends with the window at the latest.
         """
         with open(self.out / log, "ab") as file:
             child = subprocess.Popen(
@@ -144,7 +153,7 @@ class Window:
         return child
 
     def wait(self, child):
-        """Its exit code, or None when the section's time was up first: then it is killed."""
+        """Returns the exit code, or None if the section's time was over first: then the child is killed."""
         while child.poll() is None:
             if self.deadline - self.clock() <= 1:
                 end(child)
@@ -154,7 +163,7 @@ class Window:
 
 
 def end(child):
-    """Kills a child and all that it started."""
+    """Kills a child and all processes that it started."""
     if child.poll() is None:
         try:
             os.killpg(child.pid, signal.SIGKILL)
@@ -164,9 +173,7 @@ def end(child):
 
 
 def answers():
-    """Whether the device still works in this process: after an address that was none, every call there is an
-    error.
-    """
+    """Whether this process can still use the device; after an access to an invalid address it cannot."""
     torch = sys.modules.get("torch")
     try:
         if torch is not None and torch.cuda.is_initialized():
@@ -179,27 +186,27 @@ def answers():
 
 
 def rows_of(path):
-    """The rows that were written."""
+    """Returns the written rows."""
     return [json.loads(line) for line in Path(path).read_text().splitlines()] if Path(path).exists() else []
 
 
 def ended(path):
-    """The sections that a file of rows says have ended."""
+    """Returns the finished sections of a file of rows."""
     return {row["section"] for row in rows_of(path) if row["kind"] == "section"}
 
 
 def take_over(window):
-    """Replaces this process, whatever hangs or is broken in it, by one that goes on after what is over."""
+    """Replaces this process, even if it hangs, by one that continues after the finished sections."""
     window.emit("tried", what=[*window.before, *window.tried])
     for child in window.children:
         end(child)
     sys.stdout.flush()
-    os.closerange(3, 4096)  # with them goes the device's memory
+    os.closerange(3, 4096)  # this also frees the device's memory
     os.execv(window.again[0], window.again)
 
 
 def alarm(seconds):
-    """OutOfTime in the main thread after so many seconds; 0 takes that back."""
+    """Raises OutOfTime in the main thread after so many seconds; 0 cancels the alarm."""
 
     def ring(*_):
         raise OutOfTime("the section was interrupted when its time was up")
@@ -209,8 +216,9 @@ def alarm(seconds):
 
 
 def watch(window):
-    """A thread that ends a section which does not hear the alarm, a kernel that never returns say: the
-    process starts anew.
+    """Starts a thread that ends a section which ignores the alarm, for example a kernel that never returns.
+
+    A new process then continues.
     """
 
     def look():
@@ -235,8 +243,9 @@ def watch(window):
 
 
 def run(window, sections, only=()):
-    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far ->
-    whether all were begun: one that raises Stop is the last.
+    """Runs sections, a list of (name, seconds, function(window)), each until the sum of the seconds so far.
+
+    Returns whether all sections were started: a section that raises Stop is the last one.
     """
     done, until = ended(window.path), 0.0
     for name, seconds, function in sections:
@@ -285,12 +294,12 @@ def options(arguments):
     )
     parser.add_argument("out", nargs="?", help="folder for rows.jsonl, table.md and the logs")
     parser.add_argument("--again", action="store_true", help="the second, shorter command")
-    parser.add_argument("--seconds", type=float, help="the whole time (default: 420, with --again 190)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="these sections alone")
+    parser.add_argument("--seconds", type=float, help="the total time (default: 420, with --again 190)")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="only these sections")
     parser.add_argument(
         "--commit",
         default=os.environ.get("BENCH_COMMIT"),
-        help="noted beside the figures where there is no git",
+        help="the commit to note with the figures if there is no git",
     )
     parser.add_argument(
         "--rehearse", choices=("interpreter", "compiler"), default="", help="without a GPU, on tiny shapes"
@@ -298,7 +307,7 @@ def options(arguments):
     parser.add_argument(
         "--table", metavar="ROWS", help="prints the table of a file of rows, and runs nothing"
     )
-    # when a run that goes on after a hang began
+    # when the run began that this process continues
     parser.add_argument("--started", type=float, help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if not given.table and not given.out:
@@ -310,16 +319,16 @@ def options(arguments):
 
 
 def heading(window, given):
-    """The first row: where and what this is."""
+    """Writes the first row, which describes the run."""
     commit = given.commit
     if not commit:
         try:
-            told = subprocess.run(
+            described = subprocess.run(
                 ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
             ).stdout
         except OSError:  # a bare machine
-            told = ""
-        commit = told.strip() or "not known: give --commit"
+            described = ""
+        commit = described.strip() or "not known: give --commit"
     command = os.environ.get("BENCH_COMMAND") or " ".join(["python", "bench/gpu_window.py", *sys.argv[1:]])
     window.emit(
         "run",
@@ -333,7 +342,7 @@ def heading(window, given):
 
 def main(arguments=None, sections=None):
     given = options(arguments)
-    if given.rehearse:  # before anything reads what it sets
+    if given.rehearse:  # before anything reads these environment variables
         from gpu import rehearsal
 
         rehearsal.prepare(given.rehearse)
@@ -352,7 +361,7 @@ def main(arguments=None, sections=None):
         sections = all_sections.again() if given.again else all_sections.first()
     try:
         all_begun = run(window, sections, given.only)
-    except OutOfTime:  # an alarm that rang while a section's end was written down
+    except OutOfTime:  # the alarm rang while the end of a section was written
         all_begun = False
     finally:
         for child in window.children:
@@ -365,14 +374,17 @@ def main(arguments=None, sections=None):
 
 
 def table_of(path):
-    """The table of a file of rows. It is imported last: the build must start before torch is imported."""
+    """Returns the table of a file of rows.
+
+    The import comes last, because the build must start before torch is imported.
+    """
     from gpu import table
 
     return table.text(table.read(path))
 
 
 def keep(window):
-    """Leaves the rows where the second command finds them; no matter if that cannot be written."""
+    """Stores the rows for the second command; a failure to write them does not matter."""
     try:
         KEPT.mkdir(parents=True, exist_ok=True)
         (KEPT / "rows.jsonl").write_bytes(window.path.read_bytes())

@@ -1,13 +1,13 @@
-"""A library's own functions against ours in their place: time and peak memory, forward and backward, in one
-process.
+"""Compares a library's own functions with their replacements: time and peak memory, forward and backward.
 
-    .venv-trl/bin/python bench/integrations.py trl      measures, writes
-    bench/results/integrations-trl-<device>-<date>.json python bench/integrations.py --page
-    the table of docs/integrations.md from the newest files, to stdout
+    .venv-trl/bin/python bench/integrations.py trl
+        measures, and writes bench/results/integrations-trl-<device>-<date>.json
+    python bench/integrations.py --page
+        prints the table of docs/integrations.md from the newest files
 
-Run each in the environment that `make test-integrations` makes, with PYTHONPATH set to the checkout. Theirs
-and ours take turns, so that a slower minute of the machine slows both. Ratios are theirs / ours: above 1 ours
-is faster, or smaller.
+Run each library in the environment that `make test-integrations` creates, with PYTHONPATH set to the
+checkout. Original ("theirs") and replacement ("ours") take turns in one process, so that a slower minute of
+the machine slows both. Ratios are theirs / ours: above 1, the replacement is faster, or needs less memory.
 """
 
 import datetime
@@ -47,7 +47,7 @@ def head(kind, count=ROWS * WIDTH):
 
 
 def tokens(count, rows=32, width=512):
-    """[rows, width] numbers and a mask whose rows end somewhere in their second half."""
+    """Returns `count` tensors [rows, width] and a mask whose rows end somewhere in their second half."""
     lengths = torch.randint(width // 2, width + 1, (rows, 1))
     return *(torch.randn(rows, width) for _ in range(count)), torch.arange(width)[None] < lengths
 
@@ -61,7 +61,7 @@ def of_logits(name, kind, *options, rows=(ROWS, WIDTH), with_ids=True):
 
 
 def of_tokens(name, count, call, learns=True):
-    """call(f, tensors, mask) -> outputs; the first tensor learns."""
+    """call(f, tensors, mask) returns the outputs; the first tensor gets a gradient."""
 
     def make():
         *tensors, mask = tokens(count)
@@ -184,7 +184,7 @@ def safe_rlhf_cases():
 
 
 def transformers_sides():
-    """One Llama of two layers: its class's own forward with labels, and the patched instance's."""
+    """Yields cases of a Llama of two layers: its class's forward with labels, and the patched one."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from saferlhf_fast import integrations
@@ -224,7 +224,7 @@ CASES = {
 
 
 def sides(name):
-    """(function, shape, call, what learns, {"theirs": function, "ours": function}) of each case."""
+    """Yields (function, shape, call, leaves, {"theirs": function, "ours": function}) of each case."""
     if name == "transformers":
         torch.manual_seed(0)
         yield from transformers_sides()
@@ -244,22 +244,24 @@ def sides(name):
 
 
 def step(call, function, leaves):
-    """Forward, and backward where something learns -> outputs and gradients."""
-    made = call(function)
+    """Runs forward, and backward if there are leaves; returns outputs and gradients."""
+    result = call(function)
     outputs = [
-        part
-        for part in (made if isinstance(made, (tuple, list)) else (made,))
-        if isinstance(part, torch.Tensor)
+        output
+        for output in (result if isinstance(result, (tuple, list)) else (result,))
+        if isinstance(output, torch.Tensor)
     ]
-    learning = [part for part in outputs if part.requires_grad]
+    learning = [output for output in outputs if output.requires_grad]
     gradients = (
-        torch.autograd.grad(learning, leaves, [torch.ones_like(part) for part in learning]) if leaves else ()
+        torch.autograd.grad(learning, leaves, [torch.ones_like(output) for output in learning])
+        if leaves
+        else ()
     )
-    return *(part.detach() for part in outputs), *gradients
+    return *(output.detach() for output in outputs), *gradients
 
 
 def measure(call, leaves, functions):
-    """{name: (median seconds, peak bytes above inputs and outputs)}; the functions take turns."""
+    """Returns {name: (median seconds, peak bytes above inputs and outputs)}; the functions take turns."""
     times = {name: [] for name in functions}
     for function in functions.values():
         step(call, function, leaves)
@@ -280,11 +282,11 @@ def measure(call, leaves, functions):
 
 
 def rows(name):
-    """One row a case, printed as it is known."""
+    """Yields one row per case, and prints it at once."""
     for target, shape, call, leaves, functions in sides(name):
-        found = measure(call, leaves, functions)
+        measured = measure(call, leaves, functions)
         row = {"function": target, "shape": shape}
-        for side, (seconds, peak) in found.items():
+        for side, (seconds, peak) in measured.items():
             row |= {f"{side}_ms": seconds * 1e3, f"{side}_mib": None if peak is None else peak / 2**20}
         print(
             f"{target.partition(':')[2]:38} {shape:48} {row['theirs_ms']:9.3f} -> {row['ours_ms']:8.3f} ms  "
@@ -297,7 +299,7 @@ def rows(name):
 
 
 def version(name):
-    """As pip knows it, or the package says."""
+    """Returns the version that pip knows, or the package's own."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -342,7 +344,7 @@ def main(arguments):
 
 
 def page():
-    """The measured table in Markdown, one part for each library's newest file."""
+    """Returns the measured tables in Markdown, one per library, from its newest file."""
     lines = []
     for name in CASES:
         path = max(
@@ -352,17 +354,18 @@ def page():
         )
         if path is None:
             continue
-        found = json.loads(path.read_text())
+        results = json.loads(path.read_text())
         lines += [
-            f"### {name} {found['version']}",
+            f"### {name} {results['version']}",
             "",
-            f"{found['device']}, torch {found['torch']}, {found['date']}, commit {found['commit']}, "
-            f"`OMP_NUM_THREADS={found['threads']} {found['command']}`.",
+            f"{results['device']}, torch {results['torch']}, {results['date']}, commit {results['commit']}, "
+            f"`OMP_NUM_THREADS={results['threads']} {results['command']}`.",
             "",
-            "| function | shape | theirs | ours | faster | theirs, memory | ours, memory | smaller |",
+            "| function | shape | original | patched | faster "
+            "| memory, original | memory, patched | smaller |",
             "|---|---|---:|---:|---:|---:|---:|---:|",
         ]
-        for row in found["rows"]:
+        for row in results["rows"]:
             cells = [
                 f"`{row['function'].partition(':')[2]}`",
                 row["shape"],
@@ -387,7 +390,7 @@ def _mib(value):
 
 
 def _ratio(theirs, ours, floor=0.0):
-    """theirs / ours; nothing where both are below what can be told apart."""
+    """Returns theirs / ours, or "–" if both are below the resolution."""
     if theirs is None or ours is None or max(theirs, ours) < 2 * floor:
         return "–"
     return f"{theirs / max(ours, floor or 1e-9):.2f}x" if ours >= floor else f"> {theirs / floor:.0f}x"

@@ -1,10 +1,11 @@
 """Peak memory of one call above its inputs and outputs.
 
-CUDA: the allocator's peak (torch.cuda.max_memory_allocated) above what was allocated before. CPU: the
-process's peak resident memory (VmHWM, reset through /proc/self/clear_refs) above what was resident before, so
-scratch that native code or a library takes for itself counts too, a page as soon as it is touched. Outputs
-are subtracted by their size unless they lie in an input. It is taken after warm-up: what a library keeps from
-call to call (packing buffers of a matrix product, say) is not in it.
+On CUDA it is the allocator's peak (torch.cuda.max_memory_allocated) above the allocated memory before the
+call. On a CPU it is the process's peak resident memory (VmHWM, reset through /proc/self/clear_refs) above the
+resident memory before the call. So scratch memory of native code or a library counts too, from the moment a
+page is touched. The size of outputs is subtracted, except for outputs in the memory of an input. The peak is
+measured after warm-up: memory that a library keeps from call to call (packing buffers of a matrix product,
+for example) does not count.
 """
 
 import ctypes
@@ -25,12 +26,12 @@ def _tensors(value):
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, (tuple, list)):
-        return [tensor for part in value for tensor in _tensors(part)]
+        return [tensor for item in value for tensor in _tensors(item)]
     return []
 
 
 def _new_bytes(result, inputs):
-    """Bytes of the storages in `result` that are not the inputs' own."""
+    """Returns the bytes of the storages in `result` that are not the inputs' own."""
 
     def storage(tensor):
         return tensor.untyped_storage()
@@ -41,8 +42,9 @@ def _new_bytes(result, inputs):
 
 
 def above(step, inputs, device):
-    """Peak extra bytes of `step()`, or None where it cannot be known. step returns its outputs, gradients
-    among them.
+    """Returns the peak extra bytes of `step()`, or None if they cannot be known.
+
+    step: returns its outputs, gradients included.
     """
     gc.collect()
     if device == "cuda":
@@ -54,7 +56,7 @@ def above(step, inputs, device):
         peak = torch.cuda.max_memory_allocated()
     else:
         try:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed earlier must not hide what is taken now
+            ctypes.CDLL(None).malloc_trim(0)  # memory that was freed earlier must not hide new allocations
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")
             before = _status("VmRSS")

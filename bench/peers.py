@@ -1,15 +1,19 @@
-"""Other projects' versions of the ops, found by import: name, where it runs, and a call with one signature
-per kind.
+"""Other projects' versions of the ops, found by import.
 
-Kinds and signatures (N tokens, H hidden, V vocabulary; `batch` is shapes.Batch):
-    logprob(logits_NV, ids_N) -> logp_N                    logprob_entropy(logits_NV, ids_N) -> logp_N,
-    entropy_N ppo_from_logits(logits_NV, batch) -> loss              linear_logprob(hidden_NH, weight_VH,
-    ids_N) -> logp_N linear_ppo(hidden_NH, weight_VH, batch) -> loss        gae(rewards_BT, values_BT,
-    mask_BT) -> advantages, returns advantage(…) as eager.advantage_loop                   ppo_loss,
-    value_loss as in eager.py
-A peer that has no clipped loss of its own gets eager.clipped behind its log-probs, "+ loss" in its name.
-Nothing here is imported before it is asked for; what does not import, or needs a GPU, raises Missing with the
-reason.
+Each entry has a name, the devices where it runs, and a call. All calls of a kind have one signature (N
+tokens, H hidden, V vocabulary; `batch` is shapes.Batch):
+
+    logprob(logits_NV, ids_N)                       returns logp_N
+    logprob_entropy(logits_NV, ids_N)               returns logp_N, entropy_N
+    ppo_from_logits(logits_NV, batch)               returns loss
+    linear_logprob(hidden_NH, weight_VH, ids_N)     returns logp_N
+    linear_ppo(hidden_NH, weight_VH, batch)         returns loss
+    gae(rewards_BT, values_BT, mask_BT)             returns advantages, returns
+    advantage(…)                                    as eager.advantage_loop
+    ppo_loss, value_loss                            as in eager.py
+
+A peer without a clipped loss gets eager.clipped after its log-probs, and "+ loss" in its name. Nothing is
+imported before it is needed. A peer that does not import, or needs a GPU, raises Missing with the reason.
 """
 
 import functools
@@ -32,8 +36,10 @@ class Missing(Exception):
 
 
 class Peer(NamedTuple):
-    """load() -> the call. where: devices it runs on. means: see exact.derivative. forward_only: it has no
-    backward. inplace: it writes into its logits. spare_row: it takes logits [N + 1, V] and leaves out the
+    """An entry.
+
+    load: returns the call. where: devices on which it runs. means: see exact.derivative. forward_only: it has
+    no backward. inplace: it writes into its logits. spare_row: it takes logits [N + 1, V] and ignores the
     last row.
     """
 
@@ -64,23 +70,23 @@ def names(kind):
 
 
 def load(kind, name, device):
-    """The peer's call, or Missing."""
-    found = PEERS[kind][name]
+    """Returns the peer's call, or raises Missing."""
+    entry = PEERS[kind][name]
     try:
-        call = found.load()
+        call = entry.load()
     except ModuleNotFoundError as error:
         try:
-            metadata.version(found.wheel)
+            metadata.version(entry.wheel)
         except metadata.PackageNotFoundError:
-            raise Missing(f"{found.wheel} is not installed") from error
-        raise Missing(f"{found.wheel} {metadata.version(found.wheel)} does not import: {error}") from error
-    except Exception as error:  # whatever else a foreign import may do
+            raise Missing(f"{entry.wheel} is not installed") from error
+        raise Missing(f"{entry.wheel} {metadata.version(entry.wheel)} does not import: {error}") from error
+    except Exception as error:  # a foreign import may raise anything
         raise Missing(
-            f"{found.wheel} does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{entry.wheel} does not import: {type(error).__name__}: {str(error).splitlines()[0]}"
         ) from error
-    if device not in found.where:
+    if device not in entry.where:
         raise Missing(
-            f"{found.wheel} {metadata.version(found.wheel)} imports, but this part needs a GPU (Triton only)"
+            f"{entry.wheel} {metadata.version(entry.wheel)} imports, but this part needs a GPU (Triton only)"
         )
     return call
 
@@ -89,7 +95,7 @@ BOTH = ("cpu", "cuda")
 
 
 def _compiled(form):
-    torch._dynamo.reset()  # each shape is compiled for itself: no recompile limit, no dynamic sizes
+    torch._dynamo.reset()  # each shape is compiled separately: no recompile limit, no dynamic sizes
     return torch.compile(form, dynamic=False)
 
 
@@ -109,7 +115,7 @@ for _kind, _form in {"gae": eager.gae_chunked, "advantage": eager.advantage_chun
 
 
 # TRL
-# -----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @peer("logprob", "TRL selective_log_softmax", "trl", BOTH)
@@ -135,8 +141,8 @@ def _():
 @peer("linear_logprob", "TRL ChunkedLogProb", "trl", BOTH)
 def _():
     function = importlib.import_module("trl.kernels.chunked_logprob").ChunkedLogProbFunction
-    # bias, targets, temperature, columns of a tile (as its trainer sets them), softcap, scale, what else to
-    # return
+    # Arguments: bias, targets, temperature, columns of a tile (as TRL's trainer sets them), softcap, scale,
+    # further outputs.
     return lambda hidden, weight, ids: function.apply(hidden, weight, None, ids, 1.0, 32768, None, 1.0, ())[0]
 
 
@@ -147,7 +153,7 @@ def _():
 
 
 # Liger
-# ---------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @peer("logprob", "Liger fused_selective_log_softmax", "liger-kernel", forward_only=True, spare_row=True)
@@ -234,7 +240,8 @@ def _liger_mean(rows_in_chunk):
     )
 
 
-# its chunk is about N * H / V tokens by default; 16 times that is the fastest its maintainers publish
+# Liger's chunk has about N * H / V tokens by default; 16 times as many is the fastest that its maintainers
+# publish.
 peer("linear_ppo", "Liger linear cross entropy (mean)", "liger-kernel", means="cross-entropy")(
     lambda: _liger_mean(1)
 )
@@ -266,8 +273,8 @@ peer("linear_ppo", "torch linear_cross_entropy (mean), chunked", "torch", BOTH, 
 @peer("linear_logprob", "CCE", "cut-cross-entropy")
 def _():
     call = importlib.import_module("cut_cross_entropy").linear_cross_entropy
-    # no filter: with random data it would leave out every entry but the target's, and the gradient would be
-    # another one
+    # No filter: with random data it would drop every entry except the target's, and the gradient would be
+    # wrong.
     return lambda hidden, weight, ids: -call(hidden, weight, ids, reduction="none", filter_eps=None)
 
 
@@ -278,8 +285,9 @@ def _():
 
 
 def _without_init(package):
-    """Puts packages whose __init__ wants much that is not needed (Ray, for verl) into sys.modules without
-    running it.
+    """Puts a package into sys.modules without running its __init__.
+
+    verl's __init__ imports packages that are not needed here, such as Ray.
     """
     path = []
     for part in package.split("."):
@@ -331,7 +339,7 @@ def _():
 
 
 # torchrl
-# -------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------
 
 
 @peer("gae", "torchrl vec GAE", "torchrl", BOTH)

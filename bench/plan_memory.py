@@ -1,10 +1,10 @@
-"""Plans against real peaks on this CPU: python bench/plan_memory.py [case …] [--json FILE]
+"""Compares plans with real peaks on this CPU: python bench/plan_memory.py [case …] [--json FILE]
 
-Each case makes small random models and data whose sequences are as long as the recipe allows, runs a stage of
-two steps in a process of its own, and compares the resident memory at its worst (VmHWM, reset when the first
-step begins) less that of a process which has imported the same and made a toy engine with what the plan says.
-The C library is told to hand every large block back at once, so that resident is what is in use. Left out:
-GPUs, and memory while models are read from files.
+Each case creates small random models, and data whose sequences are as long as the recipe allows. It runs a
+stage of two steps in a new process and measures its peak resident memory (VmHWM, reset when the first step
+begins). From this it subtracts the resident memory of a process that has imported the same and built a toy
+engine, and compares the result with the plan. The C library returns every large block at once, so that
+resident memory is used memory. Left out: GPUs, and memory while models are read from files.
 """
 
 import argparse
@@ -73,14 +73,14 @@ CASES = {
     ),
     "ppo-lag checkpointing": ("ppo-lag", {**PPO, "gradient_checkpointing": True}),
 }
-"""Name -> stage and its settings; models and data are added."""
+"""{name: (stage, settings)}; models and data are added."""
 
 
 # ---------------------------------------------------------------- models and data
 
 
 def make(folder, shape=None):
-    """Writes a causal LM, two score models and data into a folder; random weights, one token for each word."""
+    """Writes a causal LM, two score models and data into a folder; random weights, one token per word."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,7 +100,7 @@ def make(folder, shape=None):
 
 
 def tokenizer_of(size):
-    """A tokenizer of `size` ids: four special tokens, then w4, w5, … by white space."""
+    """Returns a tokenizer with `size` ids: four special tokens, then w4, w5, …, split at white space."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -117,7 +117,7 @@ def _data(folder, longest):
     def words(count, seed):
         return " ".join(f"w{4 + (seed * 977 + i * 131) % 4000}" for i in range(count))
 
-    # the template, the prompt and two special tokens are the rest
+    # the template, the prompt and two special tokens take the other 24 tokens
     answer = longest - 24
     sft = [{"instruction": words(4, i), "output": words(answer, i)} for i in range(32)]
     pairs = [
@@ -140,7 +140,7 @@ def _data(folder, longest):
 
 
 def settings_of(case, folder):
-    """-> (stage, config) of a case over what `make` wrote."""
+    """Returns (stage, config) of a case with the models and data that `make` wrote."""
     from saferlhf_fast.config.load import build
 
     kind, values = CASES[case]
@@ -162,7 +162,7 @@ def settings_of(case, folder):
 
 
 def predicted(case, folder, gpus=1):
-    """-> StagePlan of a case on this CPU."""
+    """Returns the StagePlan of a case on this CPU."""
     from saferlhf_fast.commands.plan.phases import Hardware
     from saferlhf_fast.commands.plan.stage_phases import plan_stage
 
@@ -171,7 +171,7 @@ def predicted(case, folder, gpus=1):
 
 
 def measured(case, folder):
-    """-> bytes at the worst moment of training, in a process of its own."""
+    """Runs a case in a new process and returns its peak in bytes during training."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -218,7 +218,7 @@ def _child(folder, case):
     for _ in range(2):
         toy.backward(toy(torch.ones(2, 8, dtype=engine.precision(cfg.engine))).float().sum())
         toy.step()
-    (torch.ones(2048, 512) @ torch.ones(512, 2048)).sum()  # the buffers that a matrix product keeps
+    (torch.ones(2048, 512) @ torch.ones(512, 2048)).sum()  # allocates the buffers that a matrix product keeps
     del toy
     before, peak, real = _resident("VmRSS"), {}, console.track
 
@@ -229,7 +229,7 @@ def _child(folder, case):
     def end(self):
         peak["peak"] = _resident("VmHWM") - before
 
-    # This process ends with the case, so nothing is put back. No report is written: it is no part of
+    # The process ends with the case, so nothing is restored. No report is written, because it is not part of
     # training.
     console.track, console.Track.end, report.write_report = track, end, lambda *args, **kwargs: None
     run.run_stage(kind, cfg)
@@ -243,7 +243,7 @@ def _resident(name):
 
 
 def _reset():
-    """The worst moment counts from here on."""
+    """Resets the peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as file:
@@ -251,7 +251,7 @@ def _reset():
 
 
 def compare(cases, folder, shape=None):
-    """Yields a row for each case: case, moment, predicted and measured (MiB), ratio."""
+    """Yields a row for each case: case, phase of the peak, predicted and measured (MiB), ratio."""
     make(folder, shape)
     for case in cases:
         plan = predicted(case, folder)

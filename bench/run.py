@@ -1,9 +1,8 @@
-"""Runs the benches and writes bench/results/<device>-<date>.json and the Markdown table beside it: `make
-bench`.
+"""Runs the benches (`make bench`); writes bench/results/<device>-<date>.json and a Markdown table.
 
 python bench/run.py [--out FOLDER] [--rooms] [files of pytest] [options of pytest]
-    --out FOLDER   where the two files go (default: bench/results)
-    --rooms        prints each op and its test files, one op a line, and measures nothing
+    --out FOLDER   where the two files are written (default: bench/results)
+    --rooms        prints each op and its test files, one op per line, and measures nothing
 """
 
 import json
@@ -17,23 +16,24 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-# else ROOT is saferlhf_fast/ of an installed wheel and must stay off sys.path
+# if false, ROOT is saferlhf_fast/ of an installed wheel and must not be on sys.path
 CHECKOUT = (ROOT / "setup.py").is_file()
 
 
 def slug(device):
-    """A device's name as a part of a file name."""
+    """Returns a device's name in the form of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
 def measure(path, arguments, log=None):
-    """Runs pytest over the benches; the results lie at `path` afterwards if anything was measured. Returns
-    its exit code.
+    """Runs pytest over the benches, and returns its exit code.
 
-    arguments: bench files, by name or as pytest's own names of tests, and options; log: a file that takes
-    what pytest says. pytest runs in a folder and with a configuration of its own: what lies around a user's
-    folder must not change it, and nothing may put saferlhf_fast/ itself on sys.path, whose version.py would
-    stand in for others' of that name.
+    If anything was measured, `path` has the results. pytest runs in a folder and with a configuration of its
+    own: files around the user's folder must not change it, and nothing may put saferlhf_fast/ itself on
+    sys.path, because its version.py would replace other modules of that name.
+
+    arguments: bench files, by name or by pytest's names of tests, and options. log: a file for pytest's
+    output.
     """
     wanted = [argument for argument in arguments if "bench_" in argument and not argument.startswith("-")]
     options = [argument for argument in arguments if argument not in wanted]
@@ -77,8 +77,9 @@ def measure(path, arguments, log=None):
 
 
 def rooms():
-    """{op: its test files}: tests/kernels/test_<op>.py and tests/kernels/test_<op>_*.py, each given to the op
-    with the longest name.
+    """Returns {op: its test files}: tests/kernels/test_<op>.py and tests/kernels/test_<op>_*.py.
+
+    A file that fits several ops belongs to the op with the longest name.
     """
     from saferlhf_fast.kernels import dispatch
 
@@ -92,7 +93,10 @@ def rooms():
 
 
 def write(results, folder):
-    """The JSON and the table of loaded results, named after their device and date; returns the JSON's path."""
+    """Writes the JSON and the table of loaded results, and returns the JSON's path.
+
+    The files are named after device and date.
+    """
     import table
 
     machine = results["machine_info"]

@@ -1,10 +1,9 @@
-"""The tables of docs/scaling.md, from the plan: python bench/scaling.py [7B 13B 70B 70B+7B] [--write]
-(all sizes when none is named).
+"""Prints the tables of docs/scaling.md: python bench/scaling.py [7B 13B 70B 70B+7B] [--write]
 
-A step of ppo-lag with the defaults (16 prompts of each GPU, sequences of up to 512 tokens, half of it the
-prompt), checkpointing on, bf16, for Llama-2's shapes: memory, what is sent, and the least time that
-arithmetic, links and generation need. No weights, no GPU. The published figures that the times stand on are
-in PEAKS; nothing here is measured.
+Without names it prints all sizes. The tables are for a step of ppo-lag with the defaults (16 prompts per GPU,
+sequences of up to 512 tokens of which half is the prompt), checkpointing on, bf16, and Llama 2's shapes. They
+have the memory, what is sent, and the least time that arithmetic, links and generation need. No weights and
+no GPU are used. PEAKS has the published figures on which the times are based; nothing here is measured.
 """
 
 import json
@@ -24,7 +23,7 @@ COMMON = {"model_type": "llama", "vocab_size": 32000, "max_position_embeddings":
 SHAPES = {"7B": (4096, 11008, 32, 32, 32), "13B": (5120, 13824, 40, 40, 40), "70B": (8192, 28672, 80, 64, 8)}
 """hidden, intermediate, layers, heads, key-value heads of Llama 2."""
 VARIANTS = {"7B": ("7B", "7B"), "13B": ("13B", "13B"), "70B": ("70B", "70B"), "70B+7B": ("70B", "7B")}
-"""Name -> actor and reference, score models and critics."""
+"""{name: (size of actor and reference, size of score models and critics)}."""
 GPUS = (8, 64, 512)
 
 
@@ -41,7 +40,7 @@ GIB = 2**30
 
 
 def folder_of(root, name):
-    """A folder with the config.json of a size."""
+    """Writes a folder with the config.json of a size."""
     hidden, inner, layers, heads, kv = SHAPES[name]
     folder = Path(root) / name
     folder.mkdir(exist_ok=True)
@@ -61,8 +60,9 @@ def folder_of(root, name):
 
 
 def config_of(root, variant, stage):
-    """PPOConfig of a variant under a ZeRO stage. A 70B actor is not gathered whole for its rollouts: no GPU
-    could hold it.
+    """Returns the PPOConfig of a variant under a ZeRO stage.
+
+    The weights of a 70B actor are not gathered for its rollouts: they fit on no GPU.
     """
     actor, score = (folder_of(root, name) for name in VARIANTS[variant])
     gather = variant in ("7B", "13B") or stage < 3
@@ -82,17 +82,17 @@ def config_of(root, variant, stage):
 
 
 def plan_of(root, variant, gpus, stage, memory=80):
-    """-> StagePlan."""
+    """Returns the StagePlan."""
     return plan_stage("ppo-lag", "ppo-lag", config_of(root, variant, stage), Hardware(gpus, memory * GIB), {})
 
 
 def running(plan):
-    """Peak once the models are there."""
+    """Returns the peak after loading."""
     return max(moment.total for moment in plan.moments if moment.name != "loading")
 
 
 def loading(plan):
-    """Peak while models are handed to DeepSpeed."""
+    """Returns the peak while DeepSpeed takes the models."""
     return next(moment.total for moment in plan.moments if moment.name == "loading")
 
 
@@ -100,8 +100,10 @@ def loading(plan):
 
 
 def seconds_of(root, variant, stage, plan, gpus, peak):
-    """-> {"arithmetic", "links", "generation"}: least seconds of a step. Generation reads all weights and the
-    cache for each token; they arrive once before it, or for each token meanwhile.
+    """Returns {"arithmetic", "links", "generation"}: the least seconds of a step.
+
+    Generation reads all weights and the cache for each token. The weights arrive once before generation, or
+    again for each token while it runs.
     """
     cfg = config_of(root, variant, stage)
     tokens = cfg.ppo.batch_size * cfg.max_length
@@ -125,17 +127,17 @@ def seconds_of(root, variant, stage, plan, gpus, peak):
 
 
 def gib(size):
-    """Three digits at most."""
+    """Formats bytes as GiB with at most three digits."""
     return f"{size / GIB:.0f}" if size >= 10 * GIB else f"{size / GIB:.1f}"
 
 
 def gigabytes(size):
-    """GB as links count them."""
+    """Formats bytes as GB, the unit of links."""
     return f"{size / 1e9:,.0f}"
 
 
 def memory_table(plans, variants):
-    """Peaks per GPU under each ZeRO stage; those that fit an H100 in bold, an H200 alone in italics."""
+    """Returns the table of peaks per GPU under each ZeRO stage; bold fits an H100, italic only an H200."""
     lines = [
         "| actor | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 | loading (ZeRO-3) |",
         "|---|---:|---:|---:|---:|---:|---:|",
@@ -149,13 +151,16 @@ def memory_table(plans, variants):
 
 
 def marked(size):
-    """A size, bold where it fits 80 GiB, italic where it fits 141."""
+    """Formats a size, bold if it fits 80 GiB, italic if it fits 141."""
     h100, h200 = (usable(Hardware(1, PEAKS[name].memory * GIB)) for name in ("H100", "H200"))
     return f"**{gib(size)}**" if size <= h100 else f"*{gib(size)}*" if size <= h200 else gib(size)
 
 
 def sent_table(plans, variants):
-    """GB that each GPU sends in a step without its rollout, and in the rollout under ZeRO-3."""
+    """Returns the table of GB that each GPU sends.
+
+    It has the step without its rollout, and the rollout under ZeRO-3.
+    """
     lines = [
         "| actor | GPUs | ZeRO-0 | ZeRO-1 | ZeRO-2 | ZeRO-3 | its rollout | s on the links |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
@@ -176,7 +181,10 @@ def sent_table(plans, variants):
 
 
 def limit_table(root, plans, variants):
-    """For each GPU the first ZeRO stage that fits, the least times there, and what is longest."""
+    """Returns the table of the first ZeRO stage that fits on each GPU.
+
+    It also has the least times, and the largest of them.
+    """
     lines = [
         "| actor | GPUs | of | fits from | arithmetic s | links s | by one card a node | generation s | the "
         "limit |",
@@ -218,7 +226,7 @@ def limit_table(root, plans, variants):
 
 
 def tables(variants=tuple(VARIANTS)):
-    """-> {heading: table}."""
+    """Returns {heading: table}."""
     with tempfile.TemporaryDirectory() as root:
         plans = {
             (variant, gpus, stage): plan_of(root, variant, gpus, stage)
@@ -234,20 +242,20 @@ def tables(variants=tuple(VARIANTS)):
 
 
 def main(words):
-    """Prints the tables; with --write into docs/scaling.md, in place of what stands between its markers."""
+    """Prints the tables; with --write it replaces those between the markers of docs/scaling.md."""
     if "--help" in words:
         print(__doc__)
         return
     write = "--write" in words
-    made = tables(tuple(word for word in words if word != "--write") or tuple(VARIANTS))
+    new_tables = tables(tuple(word for word in words if word != "--write") or tuple(VARIANTS))
     if not write:
-        print("\n".join(f"### {heading}\n\n{table}\n" for heading, table in made.items()))
+        print("\n".join(f"### {heading}\n\n{table}\n" for heading, table in new_tables.items()))
         return
     path = Path(__file__).resolve().parents[1] / "docs" / "scaling.md"
     text = path.read_text(encoding="utf-8")
-    for heading, table in made.items():
-        before, rest = text.split(f"<!-- {heading} -->\n", 1)
-        text = f"{before}<!-- {heading} -->\n{table}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
+    for heading, table in new_tables.items():
+        before, after = text.split(f"<!-- {heading} -->\n", 1)
+        text = f"{before}<!-- {heading} -->\n{table}\n<!-- end -->{after.split('<!-- end -->', 1)[1]}"
     path.write_text(text, encoding="utf-8")
 
 

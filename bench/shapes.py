@@ -1,9 +1,10 @@
-"""The shapes that the benches run, per device, and their data: one place, so that figures of different files
-can be put side by side.
+"""The shapes of the benches for each device, and their data.
 
-Random data only: zeros or equal rows flatter the arithmetic and the caches. BENCH_TINY=1 takes shapes that
-end in milliseconds: they try the benches, they measure nothing. BENCH_QUICK=1 takes small ones that do
-measure (`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others with eager torch alone.
+They are in one place, so that figures of different files are comparable.
+Data are random: zeros or equal rows would make arithmetic and caches look too good. BENCH_TINY=1 uses shapes
+that take milliseconds, to test the benches without measuring anything. BENCH_QUICK=1 uses small shapes for a
+real measurement (`saferlhf-fast bench --quick`). "full" shapes run with every peer, the others only with
+eager torch.
 """
 
 import os
@@ -33,7 +34,7 @@ LINEAR = {
     "cuda": [(8192, 4096, 128_256, BF16), (8192, 4096, 32_000, BF16), (8192, 4096, 151_936, BF16)],
 }
 LINEAR_LOSS = {"cpu": [(4096, 512, 32_000, F32)], "cuda": LINEAR["cuda"]}
-# rows B, tokens a row T
+# rows B, tokens per row T
 ROWS = {"cpu": [(16, 768), (96, 32)], "cuda": [(4096, 2048), (256, 1024)]}
 FULL = {
     (1024, 32_000, F32),
@@ -53,7 +54,7 @@ if QUICK:
     ROWS = {"cpu": [(16, 256)], "cuda": [(256, 512)]}
     FULL = {shape for table in (LOGITS, LINEAR, ROWS) for shape in (*table["cpu"], *table["cuda"])}
 if TINY:
-    # Half precision is what a GPU's kernels are compiled for; on a CPU float32 is what is compared best.
+    # A GPU's kernels are compiled for half precision; on a CPU, float32 gives the best comparison.
     _KIND = getattr(torch, os.environ.get("BENCH_TINY_DTYPE", "float32"))
     LOGITS = {device: [(8, 515, _KIND)] for device in LOGITS}
     LINEAR = LINEAR_LOSS = {device: [(8, 64, 512, _KIND)] for device in LINEAR}
@@ -76,18 +77,16 @@ class Batch(NamedTuple):
 
 
 def devices():
-    """ "cpu" alone, or "cuda" alone where there is one: on such a machine the CPU's figures are not what is
-    asked for.
-    """
+    """Returns only "cuda" if there is a GPU, otherwise only "cpu"."""
     return ["cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 @lru_cache(maxsize=1)
 def logits(shape, device):
-    """(logits [N, V] inside a buffer with one row more, ids [N], upstream [N]); the upstream gradient is
-    random, never ones.
+    """Returns (logits [N, V] inside a buffer with one more row, ids [N], upstream [N]).
 
-    The row after the last is for peers that want logits [B, T + 1, V] of which they leave out the last.
+    The upstream gradient is random, never ones. The additional row is for peers that take logits [B, T + 1,
+    V] and ignore the last row.
     """
     tokens, vocabulary, dtype = shape
     generator = torch.Generator(device).manual_seed(0)
@@ -103,7 +102,10 @@ def logits(shape, device):
 
 @lru_cache(maxsize=1)
 def linear(shape, device):
-    """(hidden [N, H], weight [V, H], ids [N], upstream [N]); the logits have a standard deviation of 2."""
+    """Returns (hidden [N, H], weight [V, H], ids [N], upstream [N]).
+
+    The logits have a standard deviation of 2.
+    """
     tokens, width, vocabulary, dtype = shape
     generator = torch.Generator(device).manual_seed(0)
 
@@ -119,8 +121,9 @@ def linear(shape, device):
 
 
 def batch(ids_N, logp_N, rows=4):
-    """A Batch whose ratios lie inside 1 +- 0.1 or beyond exp(+-0.4): rounding in the logits cannot flip a
-    clip.
+    """Returns a Batch with ratios inside 1 +- 0.1 or beyond exp(+-0.4).
+
+    So rounding in the logits cannot change which tokens are clipped.
     """
     generator = torch.Generator(ids_N.device).manual_seed(1)
     inside, sign, far = (torch.rand(ids_N.shape, generator=generator, device=ids_N.device) for _ in range(3))
@@ -130,7 +133,7 @@ def batch(ids_N, logp_N, rows=4):
 
 
 def rows(shape, device):
-    """(mask [B, T] with rows of random length, a function that makes one more [B, T] of random numbers)."""
+    """Returns (mask [B, T] with rows of random length, a function that returns a new random [B, T])."""
     count, width = shape
     generator = torch.Generator(device).manual_seed(0)
     lengths = torch.randint(width // 2, width + 1, (count,), generator=generator, device=device)
@@ -139,5 +142,5 @@ def rows(shape, device):
 
 
 def name(shape):
-    """A shape as it stands in the tables."""
+    """Returns a shape as the tables write it."""
     return "x".join(str(part).removeprefix("torch.") for part in shape)

@@ -1,12 +1,11 @@
-"""How much a run holds: hundreds of PPO-Lag steps with checkpoints in two processes, whether they slow down
-or grow.
+"""Tests whether a long run of PPO-Lag with checkpoints becomes slower or larger.
 
     python bench/soak.py [--steps 300] [--processes 2] [--output FOLDER]
 
-A tiny Llama and random words, so that what is measured is the trainer: response tokens per second and the
-resident memory of all ranks in the second quarter of the run beside those in the last, and what was left out,
-warned of or not written. Prints one line for docs/benchmarks.md. Leaves out GPUs' memory, which `plan` and
-bench_step.py look at.
+It uses a tiny Llama and random words, so that the trainer is measured: response tokens per second and the
+resident memory of all ranks, in the second and in the last quarter of the run; and the steps that were
+skipped and the checkpoints that were written. It prints one line for docs/benchmarks.md. Left out: the memory
+of GPUs, which `plan` and bench_step.py cover.
 """
 
 import argparse
@@ -70,7 +69,7 @@ def main():
 
 
 def recipe(folder, out, steps):
-    """Makes models and data -> the command line."""
+    """Creates models and data and returns the command line."""
     import plan_memory
 
     plan_memory.make(folder, SHAPE)
@@ -90,7 +89,7 @@ def recipe(folder, out, steps):
 
 
 def watched(command, processes):
-    """Runs it -> (exit code, [(seconds, bytes of all ranks)], seconds)."""
+    """Runs the command; returns (exit code, [(seconds, bytes of all ranks)], seconds)."""
     start = [sys.executable, "-m", "saferlhf_fast", *command, "--processes", str(processes)]
     begun, samples = time.monotonic(), []
     run = subprocess.Popen(start, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -107,17 +106,17 @@ def watched(command, processes):
 
 
 def resident(pid):
-    """Bytes of resident memory of a process and all that it has started."""
+    """Returns the resident memory of a process and all its descendants in bytes."""
     total = 0
     with contextlib.suppress(psutil.NoSuchProcess):
         for process in (own := psutil.Process(pid), *own.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended
+            with contextlib.suppress(psutil.NoSuchProcess):  # the process has just ended
                 total += process.memory_info().rss
     return total
 
 
 def report(out, memory, seconds, args):
-    """-> what came of it."""
+    """Returns the result as text."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows = [row for row in rows if "train/tokens" in row]
     quarter = len(rows) // 4
@@ -125,12 +124,12 @@ def report(out, memory, seconds, args):
     def part(number):
         inside = rows[number * quarter : (number + 1) * quarter]
         before = rows[number * quarter - 1]["time"]
-        held = [size for at, size in memory if before <= at - offset <= inside[-1]["time"]]
-        return sum(row["train/tokens"] for row in inside) / (inside[-1]["time"] - before), sum(held) / max(
-            1, len(held)
+        sizes = [size for at, size in memory if before <= at - offset <= inside[-1]["time"]]
+        return sum(row["train/tokens"] for row in inside) / (inside[-1]["time"] - before), sum(sizes) / max(
+            1, len(sizes)
         ) / 2**30
 
-    offset = seconds - rows[-1]["time"]  # the metrics' clock starts when the models are there
+    offset = seconds - rows[-1]["time"]  # the metrics' clock starts after loading
     (speed, size), (speed_last, size_last) = part(1), part(3)
     summary = json.loads((out / "summary.json").read_text())
     saved = len(rows) // 10
@@ -140,11 +139,11 @@ def report(out, memory, seconds, args):
     )
     tokens = sum(row["train/tokens"] for row in rows)
     return (
-        f"load held: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, "
+        f"long run: {len(rows)} PPO-Lag steps, {tokens:,.0f} response tokens in {seconds:.0f} s, "
         f"{args.processes} "
         f"processes, ZeRO-2; {saved} checkpoints in the background ({kept} kept); last quarter against the "
         f"second: "
-        f"{speed_last:.0f} / {speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; steps left out: "
+        f"{speed_last:.0f} / {speed:.0f} tokens/s, {size_last:.2f} / {size:.2f} GiB; skipped steps: "
         f"{summary['skipped_steps']}\n"
         f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}, commit "
         f"{git.stdout.strip()}, "

@@ -1,8 +1,8 @@
 """Rows, targets and the table of bench_step.py.
 
 A row is {name, ours, other, ratio, unit, device, commit, date, command, work, note} with ratio = other ÷
-ours: above 1 we are faster or smaller (for tokens/s it is below). What was not run has None for its numbers
-and the reason in `note`.
+ours. Above 1, saferlhf-fast ("ours") is faster or smaller (for tokens/s: below 1). A side that did not run
+has None for its numbers and the reason in `note`.
 """
 
 import statistics
@@ -14,12 +14,11 @@ PARTS = {
     "score": ("score",),
     "update": ("update",),
 }
-PROMISED = {"score+update": "s", "step": "s", "memory": "GiB"}  # rows of a side that was not run
+PROMISED = {"score+update": "s", "step": "s", "memory": "GiB"}  # rows of a side that did not run
 NOTES = {"ref": "", "trl": "GRPO: no critics, no λ", "unfused": ""}
 OTHERS = tuple(NOTES)
 
-# (row, kind of device, models) -> the least ratio that is wanted, and what is aimed at. memory: 1 / the
-# largest share.
+# (row, kind of device, models): (the least ratio, the desired ratio). memory: 1 / the largest share.
 TARGETS = {
     ("score+update/ref", "cpu", ("cpu-small",)): (5.0, None),
     ("step/ref", "cpu", ("cpu-small",)): (2.0, 3.0),
@@ -31,7 +30,7 @@ TARGETS = {
 
 
 def seconds(result, part):
-    """Median over the measured steps of the time of a part (a name of PARTS)."""
+    """Returns the median over the measured steps of the time of a part (a name in PARTS)."""
     return statistics.median(sum(step[name] for name in PARTS[part]) for step in result["steps"])
 
 
@@ -40,7 +39,7 @@ def tokens(result):
 
 
 def rate(result):
-    """Response tokens per second of whole steps."""
+    """Returns the response tokens per second of whole steps."""
     return tokens(result) / seconds(result, "step")
 
 
@@ -56,22 +55,22 @@ def row(name, ours, other, unit, note=""):
 
 
 def against(name, ours, other):
-    """Rows of one other side. other: its result, or the reason for which there is none."""
+    """Returns the rows of one other side. other: its result, or the reason why there is none."""
     if isinstance(other, str) or isinstance(ours, str):
         note = other if isinstance(other, str) else f"ours: {ours}"
         return [row(f"{part}/{name}", None, None, unit, note) for part, unit in PROMISED.items()]
-    found = [
+    times = [
         row(f"{part}/{name}", seconds(ours, part), seconds(other, part), "s", NOTES[name]) for part in PARTS
     ]
     return [
-        *found,
+        *times,
         row(f"tokens per second/{name}", rate(ours), rate(other), "tokens/s", NOTES[name]),
         row(f"memory/{name}", gib(ours["peak"]), gib(other["peak"]), "GiB", NOTES[name]),
     ]
 
 
 def grown(factor, base, result):
-    """Rows of our side at `factor` times the prompts, against itself at one time."""
+    """Returns the rows of saferlhf-fast at `factor` times the prompts, compared with itself at one time."""
     if isinstance(result, str) or isinstance(base, str):
         note = result if isinstance(result, str) else base
         return [
@@ -85,14 +84,15 @@ def grown(factor, base, result):
 
 
 def divided(one, two, count):
-    """The row of `count` processes of one thread against as many times one such process: what is lost in
-    between.
+    """Returns the row of `count` one-thread processes.
+
+    It is compared with `count` times the rate of one such process.
     """
     if isinstance(two, str) or isinstance(one, str):
         return [row(f"processes/{count}", None, None, "tokens/s", two if isinstance(two, str) else one)]
-    found = row(f"processes/{count}", rate(two), count * rate(one), "tokens/s")
+    result = row(f"processes/{count}", rate(two), count * rate(one), "tokens/s")
     return [
-        found
+        result
         | {
             "note": f"efficiency {rate(two) / (count * rate(one)):.0%} of {count} times one process of one "
             f"thread"
@@ -101,7 +101,7 @@ def divided(one, two, count):
 
 
 def in_80_gb(ours):
-    """The row of a step that has to fit into 80 GB."""
+    """Returns the row of a step that must fit into 80 GB."""
     if isinstance(ours, str):
         return row("memory/80 GB", None, None, "GB", ours)
     return row(
@@ -117,32 +117,32 @@ def gib(count):
     return None if count is None else count / (1 << 30)
 
 
-def target(found, device, model):
-    """-> (least ratio, aim) for a row, or None."""
+def target(entry, device, model):
+    """Returns (least ratio, desired ratio) of a row, or None."""
     return next(
         (
             limits
             for (name, where, models), limits in TARGETS.items()
-            if name == found["name"] and where == device and model in models
+            if name == entry["name"] and where == device and model in models
         ),
         None,
     )
 
 
-def verdict(found, device, model):
-    """-> "met", "missed" or "not measured", with the target; "" where there is none."""
-    limits = target(found, device, model)
+def verdict(entry, device, model):
+    """Returns "met", "missed" or "not measured", with the target; "" if the row has no target."""
+    limits = target(entry, device, model)
     if limits is None:
         return ""
     least, aim = limits
-    said = f"≥ {least:g}" + (f", aim {aim:g}" if aim else "")
-    if found["ratio"] is None:
-        return f"{said}: not measured"
-    return f"{said}: {'met' if found['ratio'] >= least else 'missed'}"
+    wanted = f"≥ {least:g}" + (f", aim {aim:g}" if aim else "")
+    if entry["ratio"] is None:
+        return f"{wanted}: not measured"
+    return f"{wanted}: {'met' if entry['ratio'] >= least else 'missed'}"
 
 
 def disagreements(ours, other, tolerance):
-    """Names of the check's sums in which two sides differ by more than a relative tolerance."""
+    """Returns the names of the check's sums in which two sides differ by more than a relative tolerance."""
     shared = set(ours["check"]) & set(other["check"])
 
     def scale(name):
@@ -158,14 +158,14 @@ def number(value, unit):
 
 
 def table(rows, device, model):
-    """Lines of Markdown."""
-    lines = ["| row | ours | other | other ÷ ours | target |", "|---|---:|---:|---:|---|"]
-    for found in rows:
-        ratio = "not measured" if found["ratio"] is None else f"{found['ratio']:.2f}"
-        verdicts = "; ".join(filter(None, (verdict(found, device, model), found["note"])))
+    """Returns lines of Markdown."""
+    lines = ["| row | saferlhf-fast | other | other ÷ saferlhf-fast | target |", "|---|---:|---:|---:|---|"]
+    for entry in rows:
+        ratio = "not measured" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
+        verdicts = "; ".join(filter(None, (verdict(entry, device, model), entry["note"])))
         lines.append(
-            f"| {found['name']} | {number(found['ours'], found['unit'])} | "
-            f"{number(found['other'], found['unit'])} | "
+            f"| {entry['name']} | {number(entry['ours'], entry['unit'])} | "
+            f"{number(entry['other'], entry['unit'])} | "
             f"{ratio} | {verdicts} |"
         )
     return lines

@@ -1,11 +1,10 @@
-"""One side of bench_step.py in a process of its own: `python bench/step_side.py SIDE WORK.json RECIPE`, for
-bench_step.py only.
+"""One side of bench_step.py in its own process: `python bench/step_side.py SIDE WORK.json RECIPE`.
 
-A process per side, because the peak is the process's: on a CPU its peak resident memory from start to end
-(VmHWM: Python, libraries and models included), on CUDA torch's `max_memory_allocated` over the measured
-steps, models included. The last line of stdout is a JSON object: seconds of each step by part, tokens, peak,
-the numbers of the check (score and update on stored responses). The first `warmup` steps are not counted;
-where that is 0, the check warms up.
+Only bench_step.py calls it. Each side has its own process, because the peak belongs to a process: on a CPU it
+is the peak resident memory from start to end (VmHWM: Python, libraries and models included), on CUDA torch's
+`max_memory_allocated` over the measured steps, models included. The last line of stdout is a JSON object: the
+seconds of each step by part, tokens, the peak, and the numbers of the check (score and update on stored
+responses). The first `warmup` steps are not counted; if `warmup` is 0, the check is the warm-up.
 """
 
 import importlib
@@ -16,11 +15,17 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SIDES = ("ours", "unfused", "ref", "trl")
+# The names of sides are stored in result files; a side's file is named after the project that it measures.
+MODULES = {
+    "ours": "step_saferlhf_fast",
+    "unfused": "step_saferlhf_fast",
+    "ref": "step_safe_rlhf",
+    "trl": "step_trl",
+}
 
 
 def peak(device):
-    """Bytes: see above. None where the kernel does not say."""
+    """Returns the peak in bytes (see above), or None if the kernel does not report it."""
     if device == "cuda":
         import torch
 
@@ -34,18 +39,18 @@ def peak(device):
 
 
 def measure(side, work, recipe):
-    """-> what the parent reads. recipe: see bench_step.Bench.run."""
+    """Returns what bench_step.Bench.run reads, which also documents `recipe`."""
     import torch
 
     if recipe["threads"]:
         torch.set_num_threads(recipe["threads"])
     start = time.perf_counter()
-    made = importlib.import_module("step_ours" if side == "unfused" else f"step_{side}").Side(work, recipe)
+    trainer = importlib.import_module(MODULES[side]).Side(work, recipe)
     built = time.perf_counter() - start
-    checked = made.check() if recipe["check"] else {}
+    checked = trainer.check() if recipe["check"] else {}
     if recipe["device"] == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    steps = [made.step() for _ in range(recipe["warmup"] + recipe["repeat"])]
+    steps = [trainer.step() for _ in range(recipe["warmup"] + recipe["repeat"])]
     return {
         "steps": steps[recipe["warmup"] :],
         "check": checked,
@@ -66,9 +71,9 @@ def main(side, path, recipe):
     import step_work
 
     if side == "ref":
-        import step_ref
+        import step_safe_rlhf
 
-        step_ref.stand_in()
+        step_safe_rlhf.stand_in()
     result = measure(side, step_work.load_work(path), recipe)
     sys.stdout.flush()
     print("\n" + json.dumps(result), flush=True)

@@ -1,16 +1,17 @@
-"""TRL's side of bench_step.py: GRPOTrainer, the nearest that TRL 1.16 has (its PPO trainer was removed),
-driven by `train()`.
+"""The side of bench_step.py that runs TRL: GRPOTrainer, driven by its `train()`.
 
-What it lacks against a PPO-Lag step: the two critics (no value pass, no value loss: two of the three trained
-models), GAE, λ (the cost model is a second reward function with weight −1), and per-token advantages; with
-generations and updates in step it needs no pass for old log-probs either. What it has: the actor, a reference
-(beta 0.01), a reward and a cost model, its memory-saving chunked log-probs, padding, its Trainer around it
-(clipping, AdamW, callbacks). So its times are a lower bound of what a PPO-Lag step would take there, not a
-like-for-like comparison.
+It is the trainer of TRL 1.16 that is closest to PPO-Lag; TRL's PPO trainer was removed.
 
-Fitted to the same work: each prompt comes once (the sampler repeats prompts for groups; a group here is two
-neighbours, which changes no arithmetic), rows end at their own lengths, reward models read texts through a
-tokenizer of one word an id, so that token counts are the same. Nothing of TRL is changed.
+Compared with a PPO-Lag step it has no critics (no value pass and no value loss: two of the three trained
+models), no GAE, no λ (the cost model is a second reward function with weight −1), and no per-token
+advantages. It needs no pass for old log-probs, because generations and updates alternate. It has the actor, a
+reference (beta 0.01), a reward and a cost model, its memory-saving chunked log-probs, padding, and the
+Trainer around it (clipping, AdamW, callbacks). So its times are a lower bound of what a PPO-Lag step would
+take in TRL, not a like-for-like comparison.
+
+The work is the same as on the other sides: each prompt occurs once (the sampler repeats prompts for groups; a
+group here is two neighbours, which changes no arithmetic), rows end at their own lengths, and reward models
+read texts through a tokenizer with one word per id, so that token counts are equal. TRL is not changed.
 """
 
 import importlib.util
@@ -19,12 +20,12 @@ import tempfile
 
 import step_work
 import torch
-from step_ref import Ends, now
+from step_safe_rlhf import Ends, now
 from step_words import one_word_an_id
 
 
 def importable():
-    """None, or why this side is not run."""
+    """Returns None, or the reason why this side cannot run."""
     for name in ("trl", "accelerate", "datasets"):
         if importlib.util.find_spec(name) is None:
             return f"{name} is not importable"
@@ -32,22 +33,22 @@ def importable():
 
 
 def reward_model(shape, seed, device):
-    """transformers' sequence classifier with one label on our random backbone and head."""
+    """Returns transformers' sequence classifier with one label on the bench's random backbone and head."""
     from transformers import AutoModelForSequenceClassification
 
     config = shape.config()
     config.num_labels = 1
     with torch.device(device):
         model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
-    body, head = step_work.backbone(shape, seed, device)
-    model.model.load_state_dict(body.state_dict())
+    backbone, head = step_work.backbone(shape, seed, device)
+    model.model.load_state_dict(backbone.state_dict())
     with torch.no_grad():
         model.score.weight.copy_(head)
     return model.to(getattr(torch, shape.dtype))
 
 
 class Side:
-    """The measured side: `step()` -> seconds of rollout, score and update of one whole step."""
+    """The measured side: `step()` returns the seconds of rollout, score and update of one whole step."""
 
     def __init__(self, work, recipe):
         os.environ.setdefault("WANDB_MODE", "disabled")
@@ -67,7 +68,7 @@ class Side:
         self.folder = tempfile.TemporaryDirectory()
         path = os.path.join(self.folder.name, "policy")
         lm = step_work.causal_lm(shape, 0).to(getattr(torch, shape.dtype))
-        lm.save_pretrained(path)  # it reads the reference from a folder
+        lm.save_pretrained(path)  # GRPOTrainer reads the reference from a folder
         del lm
         args = GRPOConfig(
             output_dir=self.folder.name,
@@ -106,7 +107,7 @@ class Side:
         self.steps = []
 
     def _wrap(self, ends, processors, callback):
-        """Clocks around its generation and its scoring, and row lengths into `generate`."""
+        """Adds clocks around generation and scoring, and passes the row lengths to `generate`."""
         trainer, lm = self.trainer, self.trainer.model
         turn, scored, generate = (
             trainer._generate_single_turn,
@@ -143,18 +144,20 @@ class Side:
                 side.start = now(side.device)
 
             def on_step_end(self, *args, **more):
-                whole = now(side.device) - side.start
+                step_seconds = now(side.device) - side.start
                 split = dict(side.seconds)
-                side.steps.append({**split, "update": whole - sum(split.values()), "tokens": side.tokens})
+                side.steps.append(
+                    {**split, "update": step_seconds - sum(split.values()), "tokens": side.tokens}
+                )
 
         trainer.add_callback(Clock())
 
     def check(self):
-        """Nothing: its numbers are another objective's."""
+        """Returns nothing: the numbers belong to another objective."""
         return {}
 
     def step(self):
-        """The next of the steps that `train()` took."""
+        """Returns the next of the steps that `train()` made."""
         if not self.steps:
             self.trainer.train()
         return self.steps.pop(0)

@@ -1,12 +1,13 @@
-"""A tokenizer for random ids: id i is the word "wi", so that decoding and encoding give back the ids and no
-length changes.
+"""A tokenizer for random ids: id i is the word "wi".
+
+Decoding and encoding therefore give back the same ids, and no length changes.
 """
 
 from step_work import BOS, EOS, PAD, UNK
 
 
 def one_word_an_id(vocabulary):
-    """-> a transformers tokenizer with the special tokens of step_work."""
+    """Returns a transformers tokenizer with the special tokens of step_work."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit

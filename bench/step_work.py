@@ -1,13 +1,14 @@
-"""The work of bench_step.py, the same for every side: models from seeds, prompts and responses of real
-lengths, random ids.
+"""The work of bench_step.py, the same for every side.
 
-Lengths are those of rows of PKU-SafeRLHF (`--data`): a prompt in the reference's template, and one of its two
-answers. A length in words becomes tokens at 4 tokens for 3 words, about what a vocabulary of 32,000 needs for
-English; `--lengths tokens` counts with the tokenizer in `--tokenizer` instead (the 512 pieces of stories260k:
-3.5 tokens a word). Texts are not used otherwise: ids are random, weights are random, so what is measured is
-speed and memory, never quality.
+It has models from seeds, and prompts and responses with real lengths and random ids.
 
-What this leaves out: records shorter than a word, and how fast a data set is read.
+Lengths are those of rows of PKU-SafeRLHF (`--data`): a prompt in safe-rlhf's template, and one of its two
+responses. A length in words is converted at 4 tokens for 3 words, which is about what English needs with a
+vocabulary of 32,000. `--lengths tokens` counts with the tokenizer in `--tokenizer` instead (the 512 pieces of
+stories260k: 3.5 tokens per word). The texts have no other use: ids and weights are random, so speed and
+memory are measured, never quality.
+
+Left out: records shorter than a word, and the time to read a data set.
 """
 
 import gzip
@@ -21,23 +22,24 @@ from pathlib import Path
 ROWS = "data/preference/pku_saferlhf_safe_over_unsafe.jsonl.gz"
 TOKENIZER = "models/stories260k"
 
-# ids that no prompt and no response holds, but for the one EOS at a response's end
+# ids that occur in no prompt and no response, except for the one EOS at a response's end
 UNK, BOS, EOS, PAD = 0, 1, 2, 3
 FIRST = 4
-# "BEGINNING OF CONVERSATION: USER: … ASSISTANT:" in Llama's pieces, <s> included
+# length of "BEGINNING OF CONVERSATION: USER: … ASSISTANT:" in Llama's tokens, <s> included
 TEMPLATE_TOKENS = 18
 TEMPLATE = "BEGINNING OF CONVERSATION: USER: {} ASSISTANT:"
 TOKENS_PER_WORD = 4 / 3
 
 
 class Lacking(Exception):
-    """Something that the measurement needs is not there; the text says what."""
+    """Something that the measurement needs is missing; the text says what."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model: layers, widths, heads, vocabulary, and the dtype that it is measured in. family: a
-    transformers model_type.
+    """A model: layers, widths, heads, vocabulary, and the dtype in which it is measured.
+
+    family: a transformers model_type.
     """
 
     family: str
@@ -52,7 +54,7 @@ class Shape:
     head_dim: int = 0  # 0: hidden / heads
 
     def config(self):
-        """-> a transformers config; attention is SDPA, dropout is off (both the defaults of these families)."""
+        """Returns a transformers config with SDPA attention and no dropout (the defaults)."""
         import transformers
 
         kind = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[self.family]
@@ -82,8 +84,8 @@ SHAPES = {
     "8b-lora": Shape("llama", 32, 4096, 14336, 32, 8, 128256, "bfloat16"),
 }
 
-# of ours: most tokens of a pass where it is not the recipe's 16 x 512, and the rank of adapters on one shared
-# base
+# Settings of saferlhf-fast: the most tokens of a pass where it is not the recipe's 16 x 512, and the rank of
+# adapters on one shared base.
 MICRO_TOKENS = {"cpu-small": 1024, "8b-lora": 2048}
 RANKS = {"8b-lora": 16, "tiny-lora": 2}
 
@@ -112,25 +114,31 @@ class Work:
 
     @property
     def longest(self):
-        """Longest prompt + longest response: what a padded batch of all is wide."""
+        """Longest prompt + longest response: the width of a padded batch of all rows."""
         return max(map(len, self.prompts)) + max(self.limits)
 
     def useful(self, micro):
-        """Share of real tokens in padded micro-batches of `micro` rows."""
+        """Share of tokens that are not padding, in padded micro-batches of `micro` rows."""
         rows = list(zip(map(len, self.prompts), self.limits))
         real = sum(map(sum, rows))
-        parts = [rows[at : at + micro] for at in range(0, len(rows), micro)]
-        return real / sum(len(part) * (max(p for p, _ in part) + max(r for _, r in part)) for part in parts)
+        microbatches = [rows[at : at + micro] for at in range(0, len(rows), micro)]
+        return real / sum(
+            len(microbatch) * (max(p for p, _ in microbatch) + max(r for _, r in microbatch))
+            for microbatch in microbatches
+        )
 
 
 def under_data(name):
-    """-> the path of `name` in the folder that SAFERLHF_DATA names, or None where the variable is not set."""
+    """Returns the path of `name` in the folder SAFERLHF_DATA, or None if the variable is not set."""
     folder = os.environ.get("SAFERLHF_DATA")
     return Path(folder) / name if folder else None
 
 
 def read_rows(path=None):
-    """-> [(prompt, first answer, second answer)] of a PKU-SafeRLHF file; Lacking when it is not there."""
+    """Returns [(prompt, first response, second response)] of a PKU-SafeRLHF file.
+
+    It raises Lacking if the file is missing.
+    """
     path = Path(path) if path else under_data(ROWS)
     if path is None or not path.exists():
         raise Lacking(
@@ -142,15 +150,15 @@ def read_rows(path=None):
     with opened as file:
         records = [json.loads(line) for line in file if line.strip()]
     names = [("safe_response", "unsafe_response"), ("response_0", "response_1")]
-    found = next((pair for pair in names if records and pair[0] in records[0]), None)
-    if found is None:
-        got = sorted(records[0]) if records else "none"
-        raise Lacking(f"{path.name}: expected records with a prompt and two responses, got {got}")
-    return [(record["prompt"], *(record[name] for name in found)) for record in records]
+    columns = next((pair for pair in names if records and pair[0] in records[0]), None)
+    if columns is None:
+        fields = sorted(records[0]) if records else "none"
+        raise Lacking(f"{path.name}: expected records with a prompt and two responses, got {fields}")
+    return [(record["prompt"], *(record[name] for name in columns)) for record in records]
 
 
 def word_lengths(prompt, response):
-    """-> tokens of a prompt in its template, tokens of a response with its end token."""
+    """Returns the tokens of a prompt in its template and of a response with its end token."""
 
     def tokens(text):
         return max(1, math.ceil(len(text.split()) * TOKENS_PER_WORD))
@@ -159,7 +167,7 @@ def word_lengths(prompt, response):
 
 
 def token_lengths(path=None):
-    """-> a function as word_lengths that counts with the tokenizer of a folder."""
+    """Returns a function like word_lengths that counts with the tokenizer of a folder."""
     path = Path(path) if path else under_data(TOKENIZER)
     if path is None or not path.is_dir():
         raise Lacking(
@@ -216,8 +224,9 @@ def load_work(path):
 
 
 def causal_lm(shape, seed=0, device="cpu"):
-    """A random causal LM in fp32, the same on every side. The reference is the actor's copy, as at a run's
-    start.
+    """Returns a random causal LM in fp32, the same on every side.
+
+    The reference has the same weights as the actor, as at the start of a run.
     """
     import torch
     import transformers
@@ -228,8 +237,9 @@ def causal_lm(shape, seed=0, device="cpu"):
 
 
 def backbone(shape, seed, device="cpu"):
-    """A random backbone in fp32 for the score model `seed` (1: reward, 2: cost), and the weight of its head
-    [1, hidden].
+    """Returns a random backbone in fp32 and the weight [1, hidden] of its head.
+
+    seed: 1 for the reward model, 2 for the cost model.
     """
     import torch
     import transformers

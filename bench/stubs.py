@@ -1,6 +1,4 @@
-"""Empty modules for packages that a library imports and that are not installed where it is measured or
-tested.
-"""
+"""Empty modules for packages that a library imports but that are not installed."""
 
 import importlib.machinery
 import sys
@@ -8,7 +6,7 @@ import types
 
 
 class _Anything(type):
-    """A class of which any attribute is another such class, made from any arguments."""
+    """A class whose attributes are again such classes, which accept any arguments."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
@@ -17,7 +15,7 @@ class _Anything(type):
 
 
 class _Stubs:
-    """Finds and makes empty modules for packages that are not installed, and for all that is in them."""
+    """Finds and creates empty modules for packages that are not installed, and for all their submodules."""
 
     def __init__(self, names):
         self.names = names
@@ -27,18 +25,19 @@ class _Stubs:
             return importlib.machinery.ModuleSpec(name, self, is_package=True)
 
     def create_module(self, spec):
-        made = types.ModuleType(spec.name)
-        made.__getattr__ = lambda name: getattr(_Anything("", (), {}), name)
-        made.__version__ = "2.8.3"
-        return made
+        module = types.ModuleType(spec.name)
+        module.__getattr__ = lambda name: getattr(_Anything("", (), {}), name)
+        module.__version__ = "2.8.3"
+        return module
 
     def exec_module(self, module):
         pass
 
 
 def stub(*names, without=()):
-    """Lets packages be imported that are not installed here; whatever is asked of them is a class. without:
-    parts that stay missing, so that a library goes the way it goes where it has none.
+    """Makes packages importable that are not installed; every attribute of them is a class.
+
+    without: submodules that stay missing, so that a library uses the code for the case without them.
     """
     sys.modules.update(dict.fromkeys(without))
-    sys.meta_path.append(_Stubs(names))  # last: what is installed comes first
+    sys.meta_path.append(_Stubs(names))  # last, so that installed packages are preferred

@@ -1,9 +1,9 @@
-"""A Markdown table from one results file: `python bench/table.py RESULTS.json > TABLE.md`.
+"""Prints a Markdown table of one results file: `python bench/table.py RESULTS.json > TABLE.md`.
 
-Per op and shape, one row a version: time, ratio to eager torch of the same run, the floor made from the
-ceilings of the same run and the ratio to it, the rate, peak memory above inputs and outputs, the error
-against float64. Then the targets, and what could not be measured and why. What is not in the file is "not
-measured"; nothing is guessed.
+For each op and shape it has one row per version: time, ratio to eager torch of the same run, the floor (from
+the ceilings of the same run) and the ratio to it, the rate, peak memory above inputs and outputs, the error
+against float64. Then it lists the targets, and what could not be measured and why. A figure that is not in
+the file is "not measured"; nothing is estimated.
 """
 
 import json
@@ -40,7 +40,7 @@ def size(count):
 
 
 def rate(row):
-    """TFLOP/s where products dominate, else GB/s of the bytes that must move."""
+    """TFLOP/s if matrix products dominate, otherwise GB/s of the bytes that must move."""
     if row.get("flops"):
         return f"{row['flops'] / row['seconds'] / 1e12:.3g} TFLOP/s"
     moved = row.get("reads", 0) + row.get("writes", 0)
@@ -77,7 +77,7 @@ def header(machine):
 
 
 def section(op, shape, rows, top):
-    """The rows of one op and shape, the fastest first."""
+    """Returns the rows of one op and shape, the fastest first."""
     eager = next((row["seconds"] for row in rows if row["version"] == "eager"), None)
     lines = [
         "",
@@ -122,11 +122,11 @@ def target_lines(rows, machine):
 
 
 def missing_lines(notes):
-    """One line per version and reason, with the ops it is about."""
-    found = {}
+    """Returns one line per version and reason, with the affected ops."""
+    ops_of = {}
     for note in notes:
-        found.setdefault((note["version"], note["reason"]), set()).add(note["op"])
-    if not found:
+        ops_of.setdefault((note["version"], note["reason"]), set()).add(note["op"])
+    if not ops_of:
         return []
     return [
         "",
@@ -136,14 +136,15 @@ def missing_lines(notes):
         "|---|---|---|",
         *(
             f"| {version} | {', '.join(sorted(ops))} | {reason} |"
-            for (version, reason), ops in sorted(found.items())
+            for (version, reason), ops in sorted(ops_of.items())
         ),
     ]
 
 
 def table(results, with_targets=True):
-    """Lines of Markdown for a loaded results file. with_targets: the project's own targets, each for one
-    machine.
+    """Returns lines of Markdown for a loaded results file.
+
+    with_targets: include the project's targets, each of which is for one machine.
     """
     machine, entries = results["machine_info"], results["benchmarks"]
     rows = [entry["extra_info"] for entry in entries if entry["extra_info"].get("seconds")]

@@ -1,8 +1,7 @@
-"""The targets of the kernels as data, each a ratio or a limit within one run, and the verdict on a results
-file.
+"""The targets of the kernels as data, and the verdict on a results file.
 
-What a target speaks of is the version that impl="auto" takes. A row that is not there, or lacks what is asked
-of it, is "not measured".
+Each target is a ratio or a limit within one run. It applies to the version that impl="auto" chooses. If a row
+is missing, or lacks a figure, the target is "not measured".
 """
 
 from typing import NamedTuple
@@ -11,8 +10,11 @@ TRIANGLE = ("chunked product", "chunked product, torch.compile")
 
 
 class Target(NamedTuple):
-    """what: a name in _VALUES. against: versions it is compared with, the fastest of them. at_least: limit is
-    a lower one. where: a part of the device's name, or "cpu"; threads: of the CPU that it is meant for.
+    """One target.
+
+    what: a name in _VALUES. against: the versions to compare with; the fastest of them counts. at_least: the
+    limit is a lower one. where: a part of the device's name, or "cpu". threads: threads of the CPU for which
+    the target is meant.
     """
 
     where: str
@@ -79,7 +81,7 @@ TARGETS = (
         True,
         ("verl linear_cross_entropy + loss",),
     ),
-    # 1.1 GB and d weight in fp32
+    # 1.1 GB and the weight's gradient in fp32
     Target(
         "H200",
         "linear_ppo_loss forward + backward",
@@ -97,8 +99,8 @@ def _moved(row):
     return row["reads"] + row["writes"]
 
 
-# name -> value of our row, the row it is compared with (or None), our floor in seconds, the ceilings. None:
-# not measured.
+# name: function of this library's row, the row to compare with (or None), the floor in seconds, and the
+# ceilings. None: not measured.
 _VALUES = {
     "times faster": lambda row, other, floor, top: other["seconds"] / row["seconds"],
     "times the time": lambda row, other, floor, top: row["seconds"] / other["seconds"],
@@ -116,31 +118,34 @@ _VALUES = {
 
 
 def speaks_of(target, machine):
-    """True when the target is meant for the machine of a results file."""
+    """True if the target is meant for the machine of a results file."""
     if target.where == "cpu":
         return "thread" in machine.get("device", "") and machine.get("threads") == target.threads
     return target.where in machine.get("device", "")
 
 
 def value(target, rows, ceilings, floor):
-    """The measured figure, or None. rows: every row's extra_info; floor(row, ceilings) -> seconds or None."""
+    """Returns the measured figure, or None.
+
+    rows: every row's extra_info. floor(row, ceilings): seconds or None.
+    """
     here = [
         row for row in rows if (row["op"], row["shape"]) == (target.op, target.shape) and row.get("seconds")
     ]
-    mine = next((row for row in here if row.get("auto")), None)
+    ours = next((row for row in here if row.get("auto")), None)
     others = [row for row in here if row["version"] in target.against]
-    if mine is None or (target.against and not others):
+    if ours is None or (target.against and not others):
         return None
     try:
         return _VALUES[target.what](
-            mine, min(others, key=lambda row: row["seconds"], default=None), floor(mine, ceilings), ceilings
+            ours, min(others, key=lambda row: row["seconds"], default=None), floor(ours, ceilings), ceilings
         )
     except (KeyError, TypeError, ZeroDivisionError):
         return None
 
 
 def text(target):
-    """The target in words."""
+    """Returns the target in words."""
     against = (
         f" than {' or '.join(target.against)}"
         if "faster" in target.what
@@ -150,7 +155,7 @@ def text(target):
 
 
 def verdict(target, measured):
-    """ "met", "missed" or "not measured"."""
+    """Returns "met", "missed" or "not measured"."""
     if measured is None:
         return "not measured"
     return "met" if (measured >= target.limit if target.at_least else measured <= target.limit) else "missed"

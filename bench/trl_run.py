@@ -1,13 +1,11 @@
-"""TRL's GRPO and DPO trainers as they are, and with `integrations.patch("trl")`: the same losses? how long,
-how much memory?
+"""Compares TRL's GRPO and DPO trainers with and without `integrations.patch("trl")`: losses, time, memory.
 
-    .venv-trl/bin/python bench/trl_run.py --vocabulary 32000 --steps 20        both trainers, both ways; a
-    table, and
-                                                                              bench/results/trl-run-<device>-<date>.json
+    .venv-trl/bin/python bench/trl_run.py --vocabulary 32000 --steps 20
+        runs both trainers both ways; prints a table and writes bench/results/trl-run-<device>-<date>.json
 
-A small Llama with random weights, prompts of random words, no download. Each run is a process of its own with
-the same seed, so that its peak resident memory is its own. `--side dpo --patched` is one such run; it prints
-JSON.
+It uses a small Llama with random weights and prompts of random words, and downloads nothing. Each run has its
+own process with the same seed, so that its peak resident memory is its own. `--side dpo --patched` is one
+such run; it prints JSON.
 """
 
 import argparse
@@ -30,7 +28,7 @@ COMPARED = {
 
 
 def parts(options):
-    """(model, tokenizer): a Llama of 2 layers with random weights; one word an id."""
+    """Returns (model, tokenizer): a Llama of 2 layers with random weights; one word per id."""
     import torch
     from step_words import one_word_an_id
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -52,7 +50,7 @@ def parts(options):
 
 
 def words(generator, options, low, high):
-    """A text of low … high random words."""
+    """Returns a text of low … high random words."""
     import torch
 
     count = int(torch.randint(low, high + 1, (1,), generator=generator))
@@ -62,13 +60,13 @@ def words(generator, options, low, high):
 
 
 def trainer(options, folder):
-    """TRL's trainer on random data."""
+    """Returns TRL's trainer on random data."""
     import torch
     from datasets import Dataset
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer
 
     lm, tokenizer = parts(options)
-    # they read the reference from a folder, by the model's name
+    # the trainers read the reference from a folder, by the model's name
     model = os.path.join(folder, "policy")
     lm.save_pretrained(model)
     generator = torch.Generator().manual_seed(1)
@@ -105,7 +103,7 @@ def trainer(options, folder):
         )
 
     def reward(completions, **_):
-        """The share of words with an even number."""
+        """Returns the share of words with an even number."""
         return [
             sum(word[-1:] in "02468" for word in text.split()) / max(len(text.split()), 1)
             for text in completions
@@ -124,7 +122,10 @@ def trainer(options, folder):
 
 
 def run(options):
-    """One run in this process -> {losses and metrics a step, seconds, peak MiB, calls of ours}."""
+    """Runs once in this process.
+
+    It returns losses and metrics per step, seconds, peak MiB, and calls of replacements.
+    """
     report = None
     if options.patched:
         from saferlhf_fast import integrations
@@ -145,7 +146,7 @@ def run(options):
 
 
 def child(options, side, patched):
-    """`run` in a process of its own."""
+    """Calls `run` in a new process."""
     command = [
         sys.executable,
         "-W",
@@ -169,7 +170,7 @@ def child(options, side, patched):
 
 
 def apart(theirs, ours):
-    """{metric: the largest difference over the steps}."""
+    """Returns {metric: the largest difference over the steps}."""
     return {
         name: max(abs(one[name] - two[name]) for one, two in zip(theirs["steps"], ours["steps"], strict=True))
         for name in theirs["steps"][0]
@@ -177,14 +178,14 @@ def apart(theirs, ours):
 
 
 def compare(options):
-    """Both trainers, both ways -> rows."""
+    """Runs both trainers with and without the patch and returns the rows."""
     rows = {}
     for side in COMPARED:
         theirs, ours = (child(options, side, patched) for patched in (False, True))
         rows[side] = {"theirs": theirs, "ours": ours, "apart": apart(theirs, ours)}
         print(
             f"{side}: {len(theirs['steps'])} steps, {theirs['seconds']:.1f} -> {ours['seconds']:.1f} s, peak "
-            f"{theirs['peak_mib']:.0f} -> {ours['peak_mib']:.0f} MiB, ours called "
+            f"{theirs['peak_mib']:.0f} -> {ours['peak_mib']:.0f} MiB, replacements called "
             f"{sum(ours['calls'].values())} times; largest "
             "differences: " + ", ".join(f"{name} {value:.1e}" for name, value in rows[side]["apart"].items()),
             flush=True,

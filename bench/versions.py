@@ -1,5 +1,6 @@
-"""Which versions of an op a bench runs: eager torch, each of our implementations that can run here, every
-known peer.
+"""Which versions of an op a bench runs.
+
+These are eager torch, this library's available implementations, and every known peer.
 """
 
 import peers
@@ -10,24 +11,26 @@ from saferlhf_fast.kernels import dispatch
 
 
 def ours(op, device):
-    """Names of our implementations of `op` that can run on `device`; none for an op that the dispatcher does
-    not know.
+    """Returns the names of this library's implementations of `op` that can run on `device`.
+
+    There are none for an op that the dispatcher does not know.
     """
     return [row.implementation for row in dispatch.table(device) if row.op == op and row.available]
 
 
 def is_auto(op, version, device):
-    """True for the one that impl="auto" takes."""
+    """True for the implementation that impl="auto" chooses."""
     return any(
         row.op == op and row.implementation == version and row.chosen for row in dispatch.table(device)
     )
 
 
 def cases(op, kind, table, others=("eager",), backward=False):
-    """parametrize(device, shape, version): each shape with ours and eager torch, the full shapes with every
-    peer of `kind`.
+    """Returns parametrize(device, shape, version).
+
+    Each shape runs with this library and eager torch, and the full shapes also with every peer of `kind`.
     """
-    found = []
+    triples = []
     for device in shapes.devices():
         for shape in table[device]:
             run = [*others, *ours(op, device)]
@@ -37,20 +40,21 @@ def cases(op, kind, table, others=("eager",), backward=False):
                     for name in peers.names(kind)
                     if not (backward and peers.PEERS[kind][name].forward_only)
                 ]
-            found += [(device, shape, version) for version in run]
+            triples += [(device, shape, version) for version in run]
     return pytest.mark.parametrize(
         "device, shape, version",
-        found,
+        triples,
         ids=[
             "-".join((device, shapes.name(shape), version.replace(" ", "_")))
-            for device, shape, version in found
+            for device, shape, version in triples
         ],
     )
 
 
 def call(own, kind, version, device):
-    """The version's function: `own` is a dict of eager and of ours, by name, or a function that makes ours by
-    name.
+    """Returns the version's function.
+
+    own: {"eager": function, "ours": function of an implementation's name}, and further versions by name.
     """
     if version in own:
         return own[version]
@@ -60,6 +64,6 @@ def call(own, kind, version, device):
 
 
 def trait(kind, version, name, default):
-    """A field of a peer (means, inplace, spare_row), or `default` for what is no peer."""
-    found = peers.PEERS.get(kind, {}).get(version)
-    return default if found is None else getattr(found, name)
+    """Returns a field of a peer (means, inplace, spare_row), or `default` for any other version."""
+    peer = peers.PEERS.get(kind, {}).get(version)
+    return default if peer is None else getattr(peer, name)

@@ -1,5 +1,5 @@
-// The only file that knows Python. Everything comes as an integer address, a size or a scalar; the Python side has
-// checked shapes and dtypes and allocated the outputs. The GIL is released while an op runs.
+// The only file that uses Python's API. Arguments are integer addresses, sizes and scalars; the Python side has checked shapes
+// and dtypes and allocated the outputs. The GIL is released while an op runs.
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -15,7 +15,7 @@
 #include "value_loss.h"
 
 namespace py = pybind11;
-using Address = std::uintptr_t;  // 0 is a null pointer: an argument that is not given
+using Address = std::uintptr_t;  // 0 is a null pointer: the argument is not given
 
 namespace {
 
@@ -26,7 +26,7 @@ saferlhf::Rows rows_of(Address offsets, Address mask, int64_t tokens, int64_t co
   return {static_cast<const int32_t*>(in(offsets)), static_cast<const uint8_t*>(in(mask)), tokens, count, width};
 }
 
-// temperatures: [count] or null; then `temperature` is everyone's.
+// temperatures: [count], or null: `temperature` for all rows.
 saferlhf::LogitRows logit_rows_of(Address logits, int64_t stride, Address ids, int64_t count, int64_t vocabulary,
                                   Address temperatures, double temperature, double softcap, int dtype) {
   return {in(logits), stride, static_cast<const int64_t*>(in(ids)), count, vocabulary,

@@ -20,7 +20,7 @@ SAFERLHF_INLINE void scan_row(const Call& call, const uint8_t* mask, int64_t at,
   Handed<W, T> handed(call.decay);
   for_runs(mask, length, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
     int64_t t = end;
-    // Whole vectors last: rows that begin on a cache line then write whole lines.
+    // Single tokens first, full vectors after them: a row that begins on a cache line then writes full lines.
     for (int rest = (end - begin) % L::count; rest > 0; --rest) {
       const double r = rewards[--t], v = values[t], after = handed.step(r, v);
       advantages[t] = T(r - v + after);

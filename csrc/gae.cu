@@ -8,7 +8,7 @@ namespace cuda {
 namespace {
 
 template <typename T>
-constexpr int kPerSM = sizeof(T) == 4 ? 3 : 2;  // blocks; what the registers allow without spilling
+constexpr int kPerSM = sizeof(T) == 4 ? 3 : 2;  // blocks per SM that the registers allow without spilling
 
 template <typename T, bool kBlock>
 __global__ void __launch_bounds__(kMaxThreads, kPerSM<T>)
@@ -41,7 +41,7 @@ gae_kernel(T* advantages, T* returns, const T* rewards, const T* values, const R
         for (int j = kQuad - 1; j >= 0; --j) {
           T &r = x[g][0][j], &v = x[g][1][j], after = handed[g][0];
           handed[g][0] = decay[j] * after + k.add(r, v);
-          r = quads[g].valid >> j & 1 ? r + after : T(0);  // the return; then the advantage
+          r = quads[g].valid >> j & 1 ? r + after : T(0);  // r becomes the return, v the advantage
           v = r - v;
         }
         quads[g].write(returns, x[g][0]);

@@ -1,8 +1,8 @@
-// One row of logits: its statistics in one read, its gradient in another. Shared by token_logprob and ppo_loss_from_logits.
+// One row of logits: one read for its statistics, another for its gradient. token_logprob and ppo_loss_from_logits use it.
 //
-// The row is taken in blocks that fit the first cache: a block is converted, capped and scaled into floats, its maximum is
-// found, then its exponentials are summed. Sums of a block run in float lanes, sums of blocks in double. The target's own
-// term is kept apart, so that a confident token loses no digit to a subtraction.
+// The row is processed in blocks that fit into the first-level cache: a block is converted to floats, capped and scaled, its
+// maximum is computed, and its exponentials are summed. Sums within a block use float lanes, sums of blocks use double. The
+// target's term is summed separately, so that the log-prob of a confident token loses no digit to a subtraction.
 #pragma once
 
 #include <cmath>
@@ -13,7 +13,7 @@
 namespace saferlhf {
 
 constexpr int kRowBlock = 2048;  // floats: 8 KiB
-constexpr double kLostMost = 32;  // LOST_MOST of kernels/token_logprob/reference.py
+constexpr double kLostMost = 32;  // LOST_MOST in kernels/token_logprob/reference.py
 
 // The shape of a call: rows of `vocabulary` logits, row r at logits + r * stride elements.
 struct LogitRows {
@@ -21,22 +21,22 @@ struct LogitRows {
   int64_t stride;
   const int64_t* ids;
   int64_t count, vocabulary;
-  const float* temperatures;  // [count] or null: one for all
-  float temperature, softcap;  // softcap 0: none
+  const float* temperatures;  // [count], or null: `temperature` for all rows
+  float temperature, softcap;  // softcap 0: no softcap
   int dtype;
 
   float inverse(int64_t row) const { return 1.0f / (temperatures ? temperatures[row] : temperature); }
 };
 
-// The log-sum-exp in two parts, base + rest: logits of 10,000 have 2^-11 from one float to the next, and each p would be off by
-// as much as a sum of that size is rounded.
+// The log-sum-exp in two parts, base + rest: between logits of 10,000, neighbouring floats differ by 2^-10, so rounding a sum of
+// that size to one float would cause an error of this size in each p.
 struct RowStatistics {
   double logp, entropy;
   float base;
   double rest;
 };
 
-// A block of n logits as z = softcap(x) * inverse into z, padded with -inf to whole vectors; returns its maximum.
+// Writes a block of n logits, z = softcap(x) * inverse, to z, padded with -inf to full vectors; returns its maximum.
 template <int W, class T>
 SAFERLHF_INLINE float load_block(float* z, const T* x, int n, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
@@ -75,14 +75,14 @@ SAFERLHF_INLINE float load_block(float* z, const T* x, int n, float inverse, flo
   return highest_lane<W>(top[0]);
 }
 
-// log-prob of the target, entropy and log-sum-exp of one row; NaN where the row has one or a +inf. A row that is -inf
-// throughout has no distribution: base is -inf there, the others NaN.
+// Log-prob of the target, entropy and log-sum-exp of one row; NaN if the row has a NaN or +inf. A row with only -inf has no
+// distribution: base is -inf, the others are NaN.
 template <int W, class T>
 SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, int64_t id, float inverse, float softcap) {
   using F = typename Vector<W>::Float;
   alignas(64) float z[kRowBlock];
   float highest = -std::numeric_limits<float>::infinity(), target = highest;
-  double others = 0, weighted = 0;  // sums of e^(z - highest), and of that times (z - highest), over all but the target
+  double others = 0, weighted = 0;  // sums of e^(z - highest), and of e^(z - highest) * (z - highest), over all except the target
   for (int64_t start = 0; start < vocabulary; start += kRowBlock) {
     const int n = int(vocabulary - start < kRowBlock ? vocabulary - start : kRowBlock);
     const float top = load_block<W>(z, row + start, n, inverse, softcap);
@@ -91,7 +91,7 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
       z[id - start] = -std::numeric_limits<float>::infinity();
     }
     if (top > highest) {
-      if (others != 0) {  // also when it is NaN; while everything was -inf there is nothing to scale
+      if (others != 0) {  // also when it is NaN; while all values were -inf there is nothing to scale
         const double down = double(highest) - double(top), scale = std::exp(down);
         weighted = scale * (weighted + down * others);
         others *= scale;
@@ -101,13 +101,13 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
     const float base = highest == -std::numeric_limits<float>::infinity() ? 0.0f : highest;
     F sum[2] = {F{}, F{}}, product[2] = {F{}, F{}};
     const int padded = (n + W - 1) / W * W;
-    // Memory is idle while exponentials are taken from the first cache: have the next block (or row) brought meanwhile.
+    // Memory is idle while exponentials are computed from the first-level cache: prefetch the next block (or row) here.
     const T* next = row + start + kRowBlock;
     const auto add = [&](int i, int k) SAFERLHF_INLINED {
       if (i & W) __builtin_prefetch(next + i / 2 + kRowBlock / 2, 0, 2);
       const F t = load_float<W>(z + i) - base, e = exp_of<W>(t);
       sum[k] += e;
-      product[k] += e * (t < -200.0f ? F{} - 200.0f : t);  // e is 0 there: 0 times -inf must be 0
+      product[k] += e * (t < -200.0f ? F{} - 200.0f : t);  // e is 0 in this case, and 0 times -inf must be 0
     };
     int i = 0;
     for (; i + 2 * W <= padded; i += 2 * W) {
@@ -122,15 +122,15 @@ SAFERLHF_INLINE RowStatistics row_statistics(const T* row, int64_t vocabulary, i
   RowStatistics s;
   s.base = highest;
   s.rest = std::log(total);
-  s.logp = gap == 0 ? -std::log1p(others) : gap - std::log(total);  // the target is highest; infinite, it has made gap NaN
+  s.logp = gap == 0 ? -std::log1p(others) : gap - std::log(total);  // gap 0: the target is the highest; +inf: NaN
   s.entropy = std::log(total) - (weighted + (mine > 0 ? mine * gap : 0.0)) / total;
   if (highest == -std::numeric_limits<float>::infinity()) s.logp = s.entropy = std::nan("");
   if (s.entropy < 0) s.entropy = 0;
   return s;
 }
 
-// What rounding took from a float lse, as `logp` knows it: the target's z - lse must come out as its log-prob. 0 where that knows
-// less, as in the reference.
+// The rounding error of a float lse, computed from `logp`: the target's z - lse must equal its log-prob. 0 where logp is less
+// accurate, as in the reference.
 template <int W, class T>
 SAFERLHF_INLINE double lost_of(const T* row, int64_t id, double logp, float lse, float inverse, float softcap) {
   alignas(64) float z[W];
@@ -139,8 +139,9 @@ SAFERLHF_INLINE double lost_of(const T* row, int64_t id, double logp, float lse,
   return std::fabs(logp) < std::fabs(lse) && std::fabs(lost) < kLostMost ? lost : 0.0;
 }
 
-// d logits of one row: g * (onehot - p) - g_H * p * (log p + H), over the temperature, through the softcap. `out` may be the
-// row itself, or start at its address with narrower elements: a block is read whole before any of it is written.
+// d logits of one row: g * (onehot - p) - g_H * p * (log p + H), divided by the temperature and multiplied by the softcap's
+// derivative. `out` may be the row itself, or start at its address with narrower elements, because a block is read completely
+// before any of it is written.
 template <int W, class T, class O>
 SAFERLHF_INLINE void row_gradient(O* out, const T* row, int64_t vocabulary, int64_t id, const RowStatistics& s, double grad,
                                   double grad_entropy, float inverse, float softcap) {
@@ -148,7 +149,7 @@ SAFERLHF_INLINE void row_gradient(O* out, const T* row, int64_t vocabulary, int6
   alignas(64) float z[kRowBlock];
   const float base = s.base, rest = float(s.rest), entropy = float(s.entropy);
   const float g = float(grad * inverse), h = float(grad_entropy * inverse);
-  const float back = softcap > 0 ? 1.0f / (inverse * softcap) : 0.0f;  // from z to z_capped / softcap
+  const float back = softcap > 0 ? 1.0f / (inverse * softcap) : 0.0f;  // factor from z to z_capped / softcap
   const auto one = [&](F v) SAFERLHF_INLINED {
     const F t = v - base - rest, p = exp_of<W>(t);
     F d = p * -g;
@@ -161,7 +162,7 @@ SAFERLHF_INLINE void row_gradient(O* out, const T* row, int64_t vocabulary, int6
     load_block<W>(z, row + start, n, inverse, softcap);
     O* to = out + start;
     if (id >= start && id < start + n) {
-      // The target's entry from logp itself: 1 - p would lose everything at p near 1.
+      // The target's entry is computed from logp: 1 - p would lose all digits for p near 1.
       const int at = int(id - start);
       const float v = z[at];
       const double p = std::exp(s.logp), slope = softcap > 0 ? 1.0 - double(v * back) * double(v * back) : 1.0;
@@ -200,7 +201,7 @@ SAFERLHF_INLINE void with_storage(int dtype, const Work& work) {
   if (dtype == kFloat16) work(Float16{});
 }
 
-// Calls work(T{}, O{}): logits of `dtype`, gradient of the same or, from float logits, of a narrower one.
+// Calls work(T{}, O{}): T for logits of `dtype`, O for a gradient of the same dtype or, for float logits, of a narrower one.
 template <class Work>
 SAFERLHF_INLINE void with_gradient(int dtype, int out_dtype, const Work& work) {
   if (dtype == kFloat32 && out_dtype == kFloat32) work(float{}, float{});

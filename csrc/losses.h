@@ -1,4 +1,4 @@
-// What the two clipped losses share: blocks, sums over lanes, the reduction over rows.
+// Code of both clipped losses: blocks, sums over lanes, the reduction over rows.
 #pragma once
 
 #include <array>
@@ -10,8 +10,8 @@
 
 namespace saferlhf {
 
-constexpr int kBlock = 256;  // tokens worked on at once: a few arrays of this length stay in the first cache
-constexpr int kLanes = 8;    // partial sums: a fixed order of additions, and one vector register of doubles
+constexpr int kBlock = 256;  // tokens per block: a few arrays of this length stay in the first-level cache
+constexpr int kLanes = 8;    // partial sums: they fix the order of additions and fill one vector register of doubles
 
 // An unsigned integer as wide as T.
 template <typename T>
@@ -27,14 +27,14 @@ struct BitsOf<double> {
 template <typename T>
 using Bits = typename BitsOf<T>::type;
 
-// All ones where `on`, else 0.
+// All ones if `on`, else 0.
 template <typename T>
 SAFERLHF_INLINE Bits<T> bits_where(bool on) {
   return Bits<T>(0) - Bits<T>(on);
 }
 
-// x where `where` is all ones, exactly 0 (whatever x is, NaN too) where it is 0. A select would do, but the compiler moves
-// the load of x into its branch and then makes no vector code of the loop.
+// x if `where` is all ones, exactly 0 (even if x is NaN) if `where` is 0. With a select, the compiler would move the load of x
+// into the branch and could not vectorise the loop.
 template <typename T>
 SAFERLHF_INLINE T keep(T x, Bits<T> where) {
   Bits<T> bits;
@@ -44,7 +44,7 @@ SAFERLHF_INLINE T keep(T x, Bits<T> where) {
   return x;
 }
 
-// Sum of x[0 .. n) in double. x has room for whole lanes; what lies past n in the last of them is made 0.
+// Sum of x[0 .. n) in double. x has room for full groups of lanes; entries of the last group past n are set to 0.
 template <typename T>
 SAFERLHF_INLINE double block_sum(T* x, int n) {
   double lanes[kLanes] = {};
@@ -65,7 +65,7 @@ struct Weights {
   double inverse = 0;
   bool token_mean = false;
 
-  // normalizer: null, or a value that takes the place of the local count; 0 is no token anywhere, below 0 or NaN gives NaN.
+  // normalizer: null, or a value that replaces the local count; 0 means no token on any rank; below 0 or NaN gives NaN.
   Weights(const Rows& rows, bool mean_over_tokens, const double* normalizer)
       : counts_B(rows.count), token_mean(mean_over_tokens) {
     count_valid(rows, counts_B.data(), &sequences, &tokens);
@@ -75,11 +75,11 @@ struct Weights {
   double share(int64_t row) const { return token_mean || counts_B[row] == 0 ? 1.0 : 1.0 / double(counts_B[row]); }
 };
 
-// Sums over the tokens of one row: the loss, then what is reported as a mean over tokens.
+// Sums over the tokens of one row: the loss, then the statistics that are reported as means over tokens.
 template <int K>
 using RowSums = std::array<double, K>;
 
-// The loss and the statistics [K + 1] (K - 1 means, sequences, tokens) from the sums of all rows, added in row order.
+// Computes the loss and the statistics [K + 1] (K - 1 means, sequences, tokens) from the sums of all rows, in row order.
 template <typename T, size_t K>
 void report(T* loss, T* statistics, const std::array<double, K>* sums_B, const Weights& weights) {
   std::array<double, K> total = {};
@@ -94,7 +94,7 @@ void report(T* loss, T* statistics, const std::array<double, K>* sums_B, const W
   statistics[K] = T(weights.tokens);
 }
 
-// A 0-d tensor of T as a double; `missing` when there is none.
+// Returns a 0-d tensor of T as a double, or `missing` for a null pointer.
 template <typename T>
 double read_scalar(const void* pointer, double missing) {
   return pointer ? double(*static_cast<const T*>(pointer)) : missing;

@@ -1,5 +1,5 @@
-// KL shaping, two scans, combination and statistics on the CPU: each token is read once. A row's sums are kept apart and
-// added in row order, in double, so the number of threads changes no bit.
+// KL shaping, two scans, combination and statistics on the CPU: each token is read once. The sums of each row are
+// stored separately and added in row order, in double, so the number of threads changes no bit.
 #include "ppo_lag_advantage.h"
 
 #include <algorithm>
@@ -24,14 +24,14 @@ struct Call {
   Decay decay;
 };
 
-// NaN must stay NaN, which std::clamp promises for no argument order.
+// NaN must stay NaN, which std::clamp does not guarantee for any argument order.
 template <class V>
 SAFERLHF_INLINE V bounded(V x, V limit) {
   const V below = x > limit ? limit : x;
   return below < -limit ? -limit : below;
 }
 
-// One row of T; kCost: with the cost's stream.
+// Computes one row of T; kCost: there is a cost stream.
 template <int W, bool kCost, class T>
 SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* mask, int64_t index, int64_t at,
                                int64_t length) {
@@ -97,7 +97,7 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
     lanes[kSquare] += advantage * advantage;
   };
 
-  // Lanes add up in T for a while, then in double.
+  // Lanes are summed in T for a limited number of tokens, then in double.
   const auto flush = [&]() {
     lanes[kShapedReward] = -lanes[kShapedCost];
     for (int i = 0; i < kSums; ++i) {
@@ -109,9 +109,9 @@ SAFERLHF_INLINE void shape_row(RowSums& sums, const Call& call, const uint8_t* m
 
   for_runs(mask, length, [&](int64_t begin, int64_t end) SAFERLHF_INLINED {
     int64_t t = end;
-    // Going backwards, the first valid token met is the row's last: the scores belong to it.
+    // The loop goes backwards, so the first valid token is the row's last one: the scores belong to it.
     if (sums.count == 0) token(--t, true);
-    // Whole vectors last: rows that begin on a cache line then write whole lines.
+    // Single tokens first, full vectors after them: a row that begins on a cache line then writes full lines.
     for (int rest = (t - begin) % L::count; rest > 0; --rest) token(--t, false);
     while (t > begin) {
       const int64_t stop = std::max(begin, t - 64 * L::count);

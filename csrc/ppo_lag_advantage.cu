@@ -1,5 +1,5 @@
 // KL shaping, two scans, combination and statistics on a GPU, in one launch: each token is read and written once. Every block
-// leaves its share of the statistics in `partials`; the block that finishes last adds the shares up, in the blocks' order.
+// writes its share of the statistics to `partials`; the block that finishes last adds the shares, in the order of the blocks.
 #include "ppo_lag_advantage.h"
 
 #include "scan.cuh"
@@ -41,13 +41,13 @@ struct Shared {
   bool final;
 };
 
-// NaN must stay NaN, which min and max promise for no argument order.
+// NaN must stay NaN, which min and max do not guarantee for any argument order.
 template <typename T>
 __device__ T bounded(T x, T limit) {
   return x > limit ? limit : (x < -limit ? -limit : x);
 }
 
-// The place, counted from the tile's first token, of the last valid token in a team's tile; -4 when there is none.
+// The position of the last valid token in a team's tile, relative to the tile's first token; -4 if there is none.
 template <bool kBlock, int kChunks>
 __device__ int last_of_tile(const Quad (&quads)[kChunks], const Team<kBlock>& team, int* shared) {
   int last = -kQuad;
@@ -65,7 +65,7 @@ __device__ int last_of_tile(const Quad (&quads)[kChunks], const Team<kBlock>& te
   return last;
 }
 
-// The sums of a warp's 32 threads: lane comes back with sum number lane / 4.
+// Sums over the 32 threads of a warp: each lane returns sum number lane / 4.
 template <typename T>
 __device__ T sum_of_warp(T (&x)[kSums]) {
   static_assert(kSums == 8, "three halvings");
@@ -83,8 +83,8 @@ __device__ T sum_of_warp(T (&x)[kSums]) {
   return x[0] + __shfl_xor_sync(kAll, x[0], 1);
 }
 
-// The rewards and costs of a thread's tokens, from what was read of logp (x[0]) and ref_logp (x[1]): costs in x[0], rewards in
-// x[1]. `last`: the place, counted from the chunk's first token of this thread, of the row's last valid token.
+// Computes the rewards and costs of a thread's tokens from logp (x[0]) and ref_logp (x[1]): costs replace x[0], rewards x[1].
+// `last`: the position of the row's last valid token, relative to this thread's first token in the chunk.
 template <bool kCost, typename T, int kIn>
 __device__ void shape(T (&x)[kIn][kQuad], T (&sums)[kSums], int last, T reward, T cost, const Scalars<T>& s) {
   T edge = T(0);
@@ -97,7 +97,7 @@ __device__ void shape(T (&x)[kIn][kQuad], T (&sums)[kSums], int last, T reward, 
     sums[kShapedCost] += x[0][j];
     sums[kShapedReward] -= x[0][j];
   }
-  if (unsigned(last) < unsigned(kQuad)) {  // the scores belong to this token; the clamp comes after them
+  if (unsigned(last) < unsigned(kQuad)) {  // the scores are added at this token, before the clamp
     const T plain = bounded(edge, s.clip_score), r = bounded(reward - edge, s.clip_score);
     const T c = bounded(cost + edge, s.clip_score);
     for (int j = 0; j < kQuad; ++j) {
@@ -109,8 +109,8 @@ __device__ void shape(T (&x)[kIn][kQuad], T (&sums)[kSums], int last, T reward, 
   }
 }
 
-// One tile of one row, x as read from logp, ref_logp, reward_values and cost_values; returns sum number lane / 4 over the warp's
-// tokens. `last`: the place in the tile of the row's last valid token, anything else when it lies elsewhere.
+// Computes one tile of one row; x has logp, ref_logp, reward_values and cost_values. Returns sum number lane / 4 over the warp's
+// tokens. `last`: the position of the row's last valid token in the tile, or any other number if it is in another tile.
 template <bool kBlock, bool kCost, typename T, int kChunks, int kIn>
 __device__ T shape_tile(T (&x)[kChunks][kIn][kQuad], double (&state)[kCost ? 2 : 1], const Quad (&quads)[kChunks],
                         int last, T reward, T cost, int turn, const Vectors<T>& at, const Scalars<T>& s,
@@ -157,13 +157,13 @@ __device__ T shape_tile(T (&x)[kChunks][kIn][kQuad], double (&state)[kCost ? 2 :
   return sum_of_warp(sums);
 }
 
-// Statistic `rank` (order: reference.py) of a row, from the sums of its team's warps. The other threads get nothing.
+// Returns statistic `rank` (order: reference.py) of a row from the sums of its team's warps; 0 for the other threads.
 template <bool kBlock, bool kCost, typename T>
 __device__ double statistic_of_row(double mine, int count, const Team<kBlock>& team, const Mix<T>& mix,
                                    Shared<kCost>& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;  // of the block: a team that is a warp writes its own place
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;  // warp in the block: a team of one warp writes to its own place
   for (int step = 16; step > 0; step /= 2) count += __shfl_xor_sync(kAll, count, step);
-  if (!kBlock) __syncwarp();  // the last row's sums have been read; in a block the scans' barriers see to that
+  if (!kBlock) __syncwarp();  // the previous row's sums have been read; in a block the scans' barriers ensure this
   if (lane % 4 == 0) shared.sums[warp][lane / 4] = mine;
   if (lane == 0) shared.counts[warp] = count;
   team.sync();
@@ -190,7 +190,7 @@ __device__ double statistic_of_row(double mine, int count, const Team<kBlock>& t
   }
 }
 
-// total: statistic `rank` of the rows of this team. The last block to come writes the statistics of all of them.
+// total: statistic `rank` of the rows of this team. The last block to arrive writes the statistics of all rows.
 template <bool kBlock, bool kCost, typename T>
 __device__ void add_up(T* statistics, double total, const Team<kBlock>& team, double* partials, int* counter,
                        Shared<kCost>& shared) {
@@ -201,7 +201,7 @@ __device__ void add_up(T* statistics, double total, const Team<kBlock>& team, do
     double sum = 0;
     for (int w = 0; w < (kBlock ? 1 : warps); ++w) sum += shared.statistics[w][threadIdx.x];
     partials[threadIdx.x * gridDim.x + blockIdx.x] = sum;
-    __threadfence();  // seen by every block that sees this block's arrival
+    __threadfence();  // visible to every block that sees this block's arrival
   }
   __syncthreads();
   if (threadIdx.x == 0) shared.final = atomicAdd(counter, 1) == int(gridDim.x) - 1;
@@ -231,7 +231,7 @@ __device__ void add_up(T* statistics, double total, const Team<kBlock>& team, do
 }
 
 template <typename T>
-constexpr int kPerSM = sizeof(T) == 4 ? 2 : 1;  // blocks; what the registers allow without spilling
+constexpr int kPerSM = sizeof(T) == 4 ? 2 : 1;  // blocks per SM that the registers allow without spilling
 
 template <typename T, bool kBlock, bool kCost>
 __global__ void __launch_bounds__(kMaxThreads, kPerSM<T>)
@@ -251,7 +251,7 @@ shape_kernel(T* statistics, const Vectors<T> at, const Rows rows, const Scalars<
     if (begin == end) continue;
     const T reward = at.reward[row], cost = kCost ? at.cost[row] : T(0);
     double sum = 0, state[kCost ? 2 : 1] = {};
-    bool seen = false;  // a valid token, in the tiles so far
+    bool seen = false;  // whether a previous tile had a valid token
     int count = 0;
     for (int64_t high = (end - 1) / kQuad; high >= begin / kQuad; high -= team.quads(), turn ^= 1) {
       const int64_t first = high - team.quads() + 1;

@@ -1,5 +1,5 @@
-// The policy loss on the CPU: blocks of 256 tokens, elementwise work vectorised, sums in double in a fixed order (a row's
-// sums are kept apart and added in row order, so the number of threads changes no bit).
+// The policy loss on the CPU: blocks of 256 tokens, vectorised elementwise work, sums in double in a fixed order (the sums
+// of each row are stored separately and added in row order, so the number of threads changes no bit).
 #include "ppo_loss.h"
 
 #include <cstring>
@@ -34,14 +34,14 @@ SAFERLHF_INLINE Sums row_body(const Row<T>& row, T share, T scale, T shift, cons
     uint8_t real[kBlock];
     if (row.mask) std::memcpy(real, row.mask + start, n); else std::memset(real, 1, n);
     for (int i = 0; i < n; ++i) {
-      // keep(), `&` and `|` instead of branches: this loop must become vector code. What is masked is read as 0.
+      // keep(), `&` and `|` instead of branches, so that the compiler vectorises this loop. Masked tokens are read as 0.
       const Bits<T> on = bits_where<T>(real[i] != 0);
       const T used = keep(advantages[start + i] * scale + shift, on);
       const auto terms = policy_terms<Dual>(keep(logp[start + i], on), keep(old_logp[start + i], on), used, s);
       loss[i] = terms.loss;
       gradient[start + i] = keep(terms.d_logp * share, on);
       outside += Bits<T>(terms.outside) & on;
-      // What is masked has a log ratio and an advantage of 0: the rest needs no mask.
+      // A masked token has a log ratio and an advantage of 0, so these need no mask.
       clipped += Bits<T>(terms.clipped);
       bounded += Bits<T>(terms.bounded);
       divergence[i] = terms.divergence;

@@ -1,5 +1,5 @@
-// One row at a time: its statistics, the objective's derivative at its log-prob and entropy, and d logits over the row while it
-// is still in the cache. Two reads of the logits where log-prob, loss and backward take three.
+// Processes one row at a time: its statistics, the objective's derivative at its log-prob and entropy, and d logits while the
+// row is still in the cache. This takes two passes over the logits; separate log-prob, loss and backward take three.
 #include "ppo_loss_from_logits.h"
 
 #include <cstring>
@@ -33,7 +33,7 @@ SAFERLHF_INLINE void policy_row(float* logp, float* entropy, O* out, const T* lo
   RowStatistics s = row_statistics<W>(logits, rows.vocabulary, rows.ids[row], rows.inverse(row), rows.softcap);
   logp[row] = float(s.logp);
   entropy[row] = float(s.entropy);
-  // The float is what the loss is made of, and what a separate pass would have seen.
+  // The loss uses the rounded float, as a separate pass would.
   const double grad = slope(logp[row], p.old_logp[row], p.advantage[row], p.ref_logp ? p.ref_logp + row : nullptr,
                             p.settings);
   row_gradient<W>(out, logits, rows.vocabulary, rows.ids[row], s, weight * grad, -weight * p.settings.entropy_coeff,

@@ -1,11 +1,12 @@
-// What the two backward scans share on a GPU: the recurrence of scan.h, a team of threads per row.
+// Code of both backward scans on a GPU: the recurrence of scan.h, computed by a team of threads per row.
 //
-// A token is the map D -> decay * D + add; a row is their product, taken from its end. A thread multiplies four tokens, a
-// warp scans its 32 threads by shuffles (a chunk of 128 tokens, read and written 16 bytes a thread), and chunks are chained
-// one after another, in double, so that long rows lose no digits. Every step has a fixed place: equal inputs, equal bits.
-// A team is a block (two chunks a warp) or, for short rows, a warp (one chunk); it walks over its row from the end in tiles.
+// A token is the map D -> decay * D + add; a row is the product of its tokens' maps, from its end. A thread multiplies four
+// tokens. A warp scans its 32 threads by shuffles (a chunk of 128 tokens; each thread reads and writes 16 bytes). Chunks are
+// combined one after another, in double, so that long rows lose no digits. The order of all operations is fixed, so equal inputs
+// give equal bits. A team is a block (two chunks per warp) or, for short rows, a warp (one chunk). It processes its row from the
+// end in tiles.
 //
-// Compiled by nvcc, and by a C++ compiler against tests/kernels/cuda_on_cpu/, which runs the threads of a block as fibers.
+// nvcc compiles this file, and so does a C++ compiler with tests/kernels/cuda_on_cpu/, which runs the threads of a block as fibers.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -26,8 +27,8 @@ template <typename T>
 struct Decay {
   T decay, value;       // D_t = decay * (D_{t+1} + r_t) + value * V_t
   T quad;               // decay^4
-  double exact, chunk;  // decay, and decay^128: rounding them would tell over a long row
-  bool carry;           // a masked token passes D on as it is; else it multiplies it by decay
+  double exact, chunk;  // decay and decay^128, in double: their rounding errors would add up over a long row
+  bool carry;           // a masked token does not change D; otherwise it multiplies D by decay
 
   Decay(double gamma, double lam, bool carry) : exact(gamma * lam), chunk(exact), carry(carry) {
     decay = T(exact), value = T(gamma - exact), quad = T(exact * exact * exact * exact);
@@ -38,9 +39,9 @@ struct Decay {
 
 template <bool kBlock>
 struct Team {
-  static constexpr int kChunks = kBlock ? 2 : 1;  // of a warp in a tile
-  int rank, warp, warps;  // this thread and its warp in the team, of how many
-  int64_t first, apart;   // the team's first row, and how far it is to its next
+  static constexpr int kChunks = kBlock ? 2 : 1;  // chunks per warp in a tile
+  int rank, warp, warps;  // this thread's and its warp's place in the team; number of warps in the team
+  int64_t first, apart;   // the team's first row, and the distance to its next one
 
   __device__ Team() {
     const int all = blockDim.x / 32, mine = threadIdx.x / 32;
@@ -51,7 +52,7 @@ struct Team {
     apart = kBlock ? int64_t(gridDim.x) : int64_t(gridDim.x) * all;
   }
   __device__ int quads() const { return warps * kChunks * 32; }  // of a tile
-  // Which quad of the tile is this thread's in chunk `chunk` of its warp.
+  // The place in the tile of this thread's quad in chunk `chunk` of its warp.
   __device__ int place(int chunk) const { return (warp * kChunks + chunk) * 32 + threadIdx.x % 32; }
   __device__ void sync() const {
     if (kBlock) __syncthreads();
@@ -65,13 +66,13 @@ struct alignas(16) Sixteen {
   T of[count];
 };
 
-// The four tokens 4 * quad .. 4 * quad + 3 of flat vectors, as far as they lie in the row begin .. end. Bit j is token j.
+// The four tokens 4 * quad .. 4 * quad + 3 of flat vectors, as far as they are in the row begin .. end. Bit j is token j.
 struct Quad {
   int64_t at;     // the first token
   int inside;     // tokens of the row
-  int valid;      // tokens of the row that the mask does not hide; known after look()
-  bool together;  // all four may be read at once: 16-byte loads, none past the end of the vectors
-  uint32_t mask;  // of the four tokens, a byte each
+  int valid;      // valid tokens of the row; known after look()
+  bool together;  // all four may be read at once: 16-byte loads that do not pass the end of the vectors
+  uint32_t mask;  // mask of the four tokens, one byte each
 
   __device__ Quad() {}
   __device__ Quad(int64_t quad, int64_t begin, int64_t end, const Rows& rows, bool aligned) : at(quad * kQuad) {
@@ -91,15 +92,15 @@ struct Quad {
     }
   }
 
-  // Apart from the constructor, which does not wait for the mask either.
+  // Separate from the constructor, so that the constructor does not wait for the mask.
   __device__ void look() {
-    // The top bit of each byte that is not 0; then the four of them side by side.
+    // Sets the top bit of each byte that is not 0, then collects the four bits.
     const uint32_t on = (((mask & 0x7f7f7f7fu) + 0x7f7f7f7fu) | mask) & 0x80808080u;
     valid = inside & int(((on >> 7) * 0x10204080u) >> 28);
   }
 
-  // The row's tokens of several vectors; anything for others. Nothing here waits for what it reads: see keep(). Masked tokens
-  // are read, since waiting for the mask first would take as long again, but what they hold is never used.
+  // Loads the row's tokens of several vectors; other entries are undefined. It does not wait for the loads, see keep(). Masked
+  // tokens are loaded too, because waiting for the mask first would double the latency, but their values are never used.
   template <typename T, int kVectors>
   __device__ void fetch(T (&x)[kVectors][kQuad], const T* const (&from)[kVectors]) const {
     if (together) {
@@ -115,14 +116,14 @@ struct Quad {
       }
     }
   }
-  // 0 in the place of what is not valid, whatever was read there.
+  // Replaces every entry that is not valid by 0, whatever was loaded.
   template <typename T, int kVectors>
   __device__ void keep(T (&x)[kVectors][kQuad]) const {
     for (int i = 0; i < kVectors; ++i) {
       for (int j = 0; j < kQuad; ++j) x[i][j] = valid >> j & 1 ? x[i][j] : T(0);
     }
   }
-  // The row's tokens.
+  // Stores the row's tokens.
   template <typename T>
   __device__ void write(T* to, const T (&x)[kQuad]) const {
     if (together && inside == (1 << kQuad) - 1) {
@@ -137,7 +138,7 @@ struct Quad {
       }
     }
   }
-  // What each token does to D that comes from its right.
+  // The factor by which each token multiplies the D of its following token.
   template <typename T>
   __device__ void decays(T (&decay)[kQuad], const Decay<T>& k) const {
     for (int j = 0; j < kQuad; ++j) decay[j] = !k.carry || valid >> j & 1 ? k.decay : T(1);
@@ -151,14 +152,14 @@ struct Map {
   T add[kStreams];
 };
 
-// x to the n, for n up to 128.
+// x^n for n up to 128.
 __device__ inline double power(double x, int n) {
   double result = 1;
   for (; n > 0; n >>= 1, x *= x) result *= n & 1 ? x : 1.0;
   return result;
 }
 
-// What the warps of a block leave for each other, in two turns: one may be written while the other is still read.
+// Results that the warps of a block share. There are two buffers (turns): one may be written while the other is still read.
 template <int kStreams>
 struct Chain {
   double decay[2][kMaxWarps];
@@ -174,11 +175,11 @@ __device__ void multiply(Map<T, kStreams>& map, int stream, const T (&decay)[kQu
     add = decay[j] * add + k.add(r[j], v[j]);
     product *= decay[j];
   }
-  map.decay = k.carry ? product : k.quad;  // the latter is rounded once
+  map.decay = k.carry ? product : k.quad;  // k.quad is rounded only once
   map.add[stream] = add;
 }
 
-// Each lane's map times those of the lanes after it.
+// Multiplies each lane's map by those of the following lanes.
 template <typename T, int kStreams>
 __device__ void scan_lanes(Map<T, kStreams>& map) {
   const int lane = threadIdx.x % 32;
@@ -193,14 +194,14 @@ __device__ void scan_lanes(Map<T, kStreams>& map) {
   }
 }
 
-// handed: D right of this thread's tokens in each chunk, whose products are `maps`. state: D right of the team's tile; becomes
-// that left of it.
+// handed: receives D to the right of this thread's tokens in each chunk; `maps` has the products of these tokens. state: D to the
+// right of the team's tile before the call, and to the left of it afterwards.
 template <bool kBlock, typename T, int kStreams, int kChunks>
 __device__ void scan_tile(T (&handed)[kChunks][kStreams], double (&state)[kStreams], Map<T, kStreams> (&maps)[kChunks],
                           const Quad (&quads)[kChunks], int turn, const Decay<T>& k, const Team<kBlock>& team,
                           Chain<kStreams>& chain) {
   const int lane = threadIdx.x % 32;
-  double decay[kChunks], add[kChunks][kStreams];  // of whole chunks
+  double decay[kChunks], add[kChunks][kStreams];  // of complete chunks
   for (int g = 0; g < kChunks; ++g) {
     scan_lanes(maps[g]);
     decay[g] = k.chunk;
@@ -211,7 +212,7 @@ __device__ void scan_tile(T (&handed)[kChunks][kStreams], double (&state)[kStrea
     }
     for (int s = 0; s < kStreams; ++s) add[g][s] = double(__shfl_sync(kAll, maps[g].add[s], 0));
   }
-  if (kBlock) {  // D right of the warp, from the warps after it; then D left of the tile, with the others
+  if (kBlock) {  // needed for D to the right of the warp (from the following warps) and to the left of the tile (from all)
     if (lane == 0) {
       double product = 1;
       for (int g = 0; g < kChunks; ++g) product *= decay[g];
@@ -248,7 +249,7 @@ __device__ void scan_tile(T (&handed)[kChunks][kStreams], double (&state)[kStrea
   }
 }
 
-// Zeros past the last offset.
+// Writes zeros after the last offset.
 template <typename T>
 __device__ void zero_tail(T* to, const Rows& rows) {
   const int64_t apart = int64_t(gridDim.x) * blockDim.x;
@@ -257,17 +258,17 @@ __device__ void zero_tail(T* to, const Rows& rows) {
   }
 }
 
-// How rows are spread over a launch. The mean length is all that the host knows without waiting for the device.
+// How the rows are distributed in a launch. Without waiting for the device, the host knows only the mean length.
 struct Shape {
-  bool block;  // a block per row; else a warp per row
+  bool block;  // one block per row; else one warp per row
   int threads, blocks;
 
-  // per_sm: blocks of kMaxThreads that a multiprocessor holds at once; more blocks than that would only wait.
+  // per_sm: blocks of kMaxThreads that run on a multiprocessor at once; further blocks would only wait.
   Shape(const Rows& rows, int per_sm) {
     const int64_t mean = rows.count > 0 ? rows.tokens / rows.count : 0;
     block = mean > 32 * kQuad;
     threads = kMaxThreads;
-    while (block && threads > 64 && mean <= threads * kQuad) threads /= 2;  // two chunks a warp: 8 tokens a thread in a tile
+    while (block && threads > 64 && mean <= threads * kQuad) threads /= 2;  // two chunks per warp: 8 tokens per thread in a tile
     const int warps = threads / 32, each = block ? 1 : warps;
     const int64_t wanted = (rows.count + each - 1) / each;
     int device = 0, multiprocessors = 0;
@@ -287,7 +288,7 @@ inline bool aligned(const Rows& rows, const void* const* vectors, int count) {
   return bits == 0;
 }
 
-// Launches kernel(arguments...); nullptr or what the driver says. Nothing is waited for.
+// Launches kernel(arguments...) without waiting; returns nullptr or the driver's message.
 template <typename... Wanted, typename... Given>
 const char* launch(void (*kernel)(Wanted...), const Shape& shape, void* stream, const Given&... arguments) {
   cudaLaunchConfig_t config = {};

@@ -1,10 +1,10 @@
-// What the two backward scans share on the CPU: the recurrence, a vector of tokens at once, and rows as runs of valid tokens.
+// Code of both backward scans on the CPU: the recurrence for a vector of tokens, and rows as runs of valid tokens.
 //
-// Instead of the advantage A_t the scan carries what token t hands to the token before it,
+// Instead of the advantage A_t, the scan passes D_t from token t to the token before it:
 //   D_t = gamma * V_t + gamma * lam * A_t,   so that   A_t = r_t - V_t + D_{t+1}   and
 //   D_t = decay * D_{t+1} + decay * r_t + value * V_t    with decay = gamma * lam, value = gamma - decay.
-// One number of state: a masked token multiplies it by decay ("zero") or leaves it alone ("carry"), and no token needs its
-// neighbour's value. At lam = 1 the values drop out of the sum, and their rounding with them.
+// D is the only state: a masked token multiplies it by decay ("zero") or does not change it ("carry"), and no token needs its
+// neighbour's value. At lam = 1 the factor `value` is 0, so values and their rounding errors drop out of the sum.
 #pragma once
 
 #include <cmath>
@@ -22,7 +22,7 @@ struct Decay {
   bool carry;
   Decay(double gamma, double lam, bool carry) : decay(gamma * lam), value(gamma - gamma * lam), carry(carry) {}
 
-  // The state behind a hole of `length` masked tokens.
+  // The state after `length` masked tokens.
   double through_hole(double state, int64_t length) const {
     if (carry || state == 0.0) return state;
     if (length > 16) return state * std::pow(decay, double(length));
@@ -31,7 +31,7 @@ struct Decay {
   }
 };
 
-// What a row of T is computed in: vectors of T as wide as the machine's.
+// Vectors of T, as wide as the machine's.
 template <class T, int L>
 struct LanesOf {
   typedef T Type __attribute__((vector_size(L * sizeof(T))));
@@ -56,7 +56,7 @@ struct Lanes {
     return __builtin_shuffle(x, then, Places{(at + steps)...});
 #endif
   }
-  // Lane i becomes lane i + steps; what comes in at the end are the first lanes of `then`.
+  // Result lane i is lane i + steps of x; after the end of x follow the first lanes of `then`.
   template <int steps>
   static SAFERLHF_INLINE Type shift(Type x, Type then) {
     return shift<steps>(x, then, std::make_integer_sequence<int, count>());
@@ -65,7 +65,7 @@ struct Lanes {
 #ifdef __clang__
     return x - Type{};
 #else
-    return __builtin_shuffle(Type{x}, Places{});  // GCC makes one instruction of this, and a dozen of the line above
+    return __builtin_shuffle(Type{x}, Places{});  // GCC compiles this to one instruction, and the line above to a dozen
 #endif
   }
   static SAFERLHF_INLINE Type read(const T* from) { return load<Type>(from); }
@@ -76,30 +76,30 @@ struct Lanes {
   }
 };
 
-// D of one stream, walking backwards. Inside a vector it is summed in T, from vector to vector in double: the error is a few
-// ulp of the sum of the terms' sizes, whatever the length of the row (tests/kernels/test_gae.py holds it to that).
+// D of one stream, computed backwards. Within a vector it is summed in T, from vector to vector in double: the error is a few
+// ulp of the sum of the terms' sizes for rows of any length (tests/kernels/test_gae.py tests this).
 template <int W, class T>
 struct Handed {
   using L = Lanes<W, T>;
   using Type = typename L::Type;
-  double state = 0;  // D of the token after
+  double state = 0;  // D of the following token
   double decay, value, whole = 1;
   Type powers;  // decay^count .. decay^1
 
   SAFERLHF_INLINE explicit Handed(const Decay& k) : decay(k.decay), value(k.value) {
     for (int lane = L::count - 1; lane >= 0; --lane) powers[lane] = T(whole *= decay);
   }
-  // D of the token after each token of a vector with rewards r and values v.
+  // Returns, for each token of a vector with rewards r and values v, D of its following token.
   SAFERLHF_INLINE Type step(Type r, Type v) {
     constexpr int n = L::count;
-    Type sum = T(decay) * r + T(value) * v;  // becomes the sum over this token and those after it in the vector
+    Type sum = T(decay) * r + T(value) * v;  // becomes the sum over this token and the following ones in the vector
     sum += T(decay) * L::template shift<1>(sum, Type{});
     if constexpr (n > 2) sum += powers[n - 2] * L::template shift<2>(sum, Type{});
     if constexpr (n > 4) sum += powers[n - 4] * L::template shift<4>(sum, Type{});
     if constexpr (n > 8) sum += powers[n - 8] * L::template shift<8>(sum, Type{});
     const Type before = L::all(T(state));
     const Type after = L::template shift<1>(sum + powers * before, before);
-    state = double(sum[0]) + whole * state;  // all that waits for the vector before: one multiply-add
+    state = double(sum[0]) + whole * state;  // the only step that depends on the previous vector: one multiply-add
     return after;
   }
   // The same for one token.
@@ -113,7 +113,7 @@ struct Handed {
 
 SAFERLHF_INLINE uint64_t eight_bytes(const uint8_t* from) { return load<uint64_t>(from); }
 
-// One past the last valid token before `end`; 0 when there is none.
+// One past the last valid token before `end`; 0 if there is none.
 SAFERLHF_INLINE int64_t run_end(const uint8_t* mask, int64_t end) {
   if (mask == nullptr) return end;
   while (end >= 8 && eight_bytes(mask + end - 8) == 0) end -= 8;
@@ -125,7 +125,7 @@ SAFERLHF_INLINE int64_t run_end(const uint8_t* mask, int64_t end) {
 SAFERLHF_INLINE int64_t run_begin(const uint8_t* mask, int64_t end) {
   if (mask == nullptr) return 0;
   constexpr uint64_t ones = 0x0101010101010101u;
-  // `word - ones` borrows into the top bit of a byte that is 0 (or has that bit already, which ~word rules out).
+  // `word - ones` sets the top bit of a byte that is 0 (or whose top bit is already set, which ~word excludes).
   while (end >= 8) {
     const uint64_t word = eight_bytes(mask + end - 8);
     if ((word - ones) & ~word & (ones << 7)) break;
@@ -135,8 +135,8 @@ SAFERLHF_INLINE int64_t run_begin(const uint8_t* mask, int64_t end) {
   return end;
 }
 
-// A row from its last token to its first: run(begin, end) for each run of valid tokens, hole(begin, end) for the masked ones
-// between, before and after.
+// Visits a row from its last token to its first: calls run(begin, end) for each run of valid tokens, and hole(begin, end) for the
+// masked tokens between, before and after the runs.
 template <class Run, class Hole>
 SAFERLHF_INLINE void for_runs(const uint8_t* mask, int64_t length, Run run, Hole hole) {
   for (int64_t at = length; at > 0;) {
@@ -148,7 +148,7 @@ SAFERLHF_INLINE void for_runs(const uint8_t* mask, int64_t length, Run run, Hole
   }
 }
 
-// Zeros at begin .. end.
+// Writes zeros to begin .. end.
 template <class T>
 SAFERLHF_INLINE void fill_zero(T* to, int64_t begin, int64_t end) {
   if (begin < end) std::memset(to + begin, 0, size_t(end - begin) * sizeof(T));

@@ -1,5 +1,5 @@
 // Log-prob and entropy of given tokens on the CPU: every logit is read once; the gradient reads it once more. A row's result
-// depends on no other row, so neither the batch nor the number of threads changes a bit of it.
+// depends on no other row, so neither the batch nor the number of threads changes any bit of it.
 #include "token_logprob.h"
 
 #include "logit_rows.h"
@@ -32,7 +32,7 @@ SAFERLHF_INLINE void gradient_rows(O* out, int64_t out_stride, const T* logits, 
     const T* mine = logits + row * rows.stride;
     const int64_t id = rows.ids[row];
     RowStatistics s = {up.logp[row], up.grad_entropy ? up.entropy[row] : 0.0, up.lse[row], 0};
-    if (id >= 0 && id < rows.vocabulary)  // else the target is another rank's
+    if (id >= 0 && id < rows.vocabulary)  // else another rank has the target
       s.rest = lost_of<W>(mine, id, s.logp, s.base, rows.inverse(row), rows.softcap);
     row_gradient<W>(out + row * out_stride, mine, rows.vocabulary, id, s,
                     up.grad_logp ? up.grad_logp[row] : 0.0, up.grad_entropy ? up.grad_entropy[row] : 0.0,

@@ -1,5 +1,5 @@
-// The clipped value loss on the CPU: blocks of 256 tokens, elementwise work vectorised, sums in double in a fixed order
-// (a row's sums are kept apart and added in row order, so the number of threads changes no bit).
+// The clipped value loss on the CPU: blocks of 256 tokens, vectorised elementwise work, sums in double in a fixed order
+// (the sums of each row are stored separately and added in row order, so the number of threads changes no bit).
 #include "value_loss.h"
 
 #include <cstring>
@@ -24,7 +24,7 @@ SAFERLHF_INLINE Sums row_body(T* __restrict gradient, const T* __restrict values
     uint8_t real[kBlock];
     if (mask) std::memcpy(real, mask + start, n); else std::memset(real, 1, n);
     for (int i = 0; i < n; ++i) {
-      // keep(), `&` and `|` instead of branches: this loop must become vector code.
+      // keep(), `&` and `|` instead of branches, so that the compiler vectorises this loop.
       const Bits<T> on = bits_where<T>(real[i] != 0);
       const T now = keep(values[start + i], on), old = keep(old_values[start + i], on);
       const T goal = keep(returns[start + i], on);
@@ -35,12 +35,12 @@ SAFERLHF_INLINE Sums row_body(T* __restrict gradient, const T* __restrict values
       const T plain = now - goal, other = old + bounded - goal;
       const T plain_square = plain * plain, other_square = other * other;
       const bool clipped_wins = other_square > plain_square, tie = other_square == plain_square;
-      // A NaN anywhere is in other_square, which wins what cannot be compared.
+      // A NaN in any input is in other_square, which the select takes if the comparison is false.
       loss[i] = T(0.5) * (plain_square >= other_square ? plain_square : other_square);
-      // Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has none.
+      // Equal squares outside the range: autograd of maximum gives half to each, and the clipped term has no gradient.
       const T whole = far & tie ? T(0.5) : T(1);
       gradient[start + i] = keep(w * plain * whole, on & bits_where<T>(!(far & clipped_wins)));
-      outside += Bits<T>(far);  // what is masked is 0 everywhere: not far
+      outside += Bits<T>(far);  // masked tokens are read as 0, so they are not far
       flat += Bits<T>(far & clipped_wins);
       value[i] = now;
       target[i] = goal;

@@ -1,5 +1,5 @@
 // Float vectors of a width chosen at compile time, in GCC's vector extension: one source for AVX-512 (16 lanes), AVX2 (8) and
-// plain x86-64 or anything else (4). Everything here is inlined into functions that carry the target attribute; see pick().
+// plain x86-64 or any other CPU (4). Everything here is inlined into functions with a target attribute; see SAFERLHF_WIDTHS.
 #pragma once
 
 #include <cstdint>
@@ -37,7 +37,7 @@ SAFERLHF_INLINE void store(T* to, V x) {
   std::memcpy(to, &x, sizeof(x));
 }
 
-// Storage types of logits. Their bits are taken apart by hand: no conversion instruction is asked for, so any CPU will do.
+// Storage types of logits. Conversions use bit operations and no conversion instruction, so they work on any CPU.
 struct BFloat16 {
   uint16_t bits;
 };
@@ -93,16 +93,16 @@ SAFERLHF_INLINE void store_float(Float16* to, typename Vector<W>::Float x) {
   const typename V::Word normal = (a - (112u << 23) + 0xfffu + ((a >> 13) & 1u)) >> 13;
   const typename V::Word tiny = bits_of<typename V::Word>(bits_of<typename V::Float>(a) + 0.5f) - 0x3f000000u;  // subnormal
   typename V::Word h = a < (113u << 23) ? tiny : normal;
-  h = a >= (143u << 23) ? h * 0u + 0x7c00u : h;  // past the largest, and infinity
+  h = a >= (143u << 23) ? h * 0u + 0x7c00u : h;  // above the largest value, and infinity
   h = a > 0x7f800000u ? h * 0u + 0x7e00u : h;    // NaN
   store(to, __builtin_convertvector(h | ((w >> 16) & 0x8000u), typename V::Half));
 }
 
-// e^x for x <= 0 (and up to 80): 0 below -87.3, where float32 ends; NaN for NaN. Within 2 ulp.
+// e^x for x <= 0 (and up to 80): 0 below -87.3, the limit of float32; NaN for NaN. Within 2 ulp.
 template <int W>
 SAFERLHF_INLINE typename Vector<W>::Float exp_of(typename Vector<W>::Float x) {
   using V = Vector<W>;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which then stands in the low bits
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   const typename V::Float shifted = x * 1.44269504088896341f + magic;
   const typename V::Float n = shifted - magic;
   const typename V::Float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -137,7 +137,7 @@ SAFERLHF_INLINE double sum_lanes(typename Vector<W>::Float x) {
   return sum;
 }
 
-// NaN does not win: whoever needs it sees it in a sum.
+// The highest lane. NaN is ignored here; callers detect it in a sum.
 template <int W>
 SAFERLHF_INLINE float highest_lane(typename Vector<W>::Float x) {
   float highest = x[0];

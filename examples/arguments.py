@@ -1,31 +1,49 @@
-"""What the examples share: arguments within bounds, and rows of JSON lines, each refused in one line."""
+"""What the examples share: arguments within bounds, and rows of JSON lines; each error is one line."""
 
 import argparse
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 
-def number(kind, least=-math.inf, most=math.inf):
-    """What reads an argument that has to be a number of this kind within bounds."""
+def number(
+    kind: type[int] | type[float], least: float = -math.inf, most: float = math.inf
+) -> Callable[[str], float]:
+    """The `type` of an argument that has to be a finite number of this kind within bounds.
 
-    def read(text):
+    Args:
+        kind: int or float.
+        least: the lower bound, included.
+        most: the upper bound, included.
+    """
+
+    def read(text: str) -> float:
+        value: float
         try:
             value = kind(text)
         except ValueError:
             value = math.nan
         if not least <= value <= most or abs(value) == math.inf:
-            wanted = "a whole number" if kind is int else "a finite number"
-            raise argparse.ArgumentTypeError(f"expected {wanted} from {least:g} to {most:g}, got {text}")
+            expected = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"expected {expected} from {least:g} to {most:g}, got {text}")
         return value
 
     return read
 
 
-def rows_of(path, *names):
-    """The objects of a file of JSON lines; ValueError for one without texts of these names, and for a file
-    without any.
+def rows_of(path: str | Path, *names: str) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines.
+
+    Args:
+        path: the file.
+        names: fields that each object has to have, with texts as values.
+
+    Raises:
+        ValueError: a line is no such object, or the file has none.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     with open(path, encoding="utf-8") as file:
         for place, line in enumerate(file, 1):
             try:

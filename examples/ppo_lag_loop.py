@@ -1,23 +1,25 @@
-"""PPO-Lag in a loop of your own: plain torch, transformers for the models, this package's ops for the
-mathematics.
+r"""PPO-Lag in your own loop: plain torch, models of transformers, and this package's ops.
 
-    python examples/ppo_lag_loop.py                       # a toy, from random weights: half a minute on two
-    CPU cores python examples/ppo_lag_loop.py --model DIR --reward DIR --cost DIR --prompts FILE.jsonl
-    --threshold 0 --tokens 256
+    python examples/ppo_lag_loop.py                   # a toy, from random weights: half a minute on two cores
+    python examples/ppo_lag_loop.py --model DIR --reward DIR --cost DIR --prompts FILE.jsonl \
+        --threshold 0 --tokens 256
 
 It shows `linear_logprob` (no logits), `pack` (no padding after the models), `ScoreModel`, `gae`,
 `LagrangeMultiplier`, `PPOLagLoss` (the clipped loss on (A_r − λ·A_c)/(1 + λ)) and `value_loss`;
 `ppo_lag_advantage` does step 4 and that combination in one launch. It leaves out several devices, data
 formats, checkpoints and speed: that is what `saferlhf-fast ppo-lag` is for.
 
-The toy: 32 words; words 8–15 are worth 1, words 16–23 are worth 2 but do harm, as 24–31 do for nothing.
-Without a constraint the policy would say 16–23 alone; here responses of 12 words may hold 2 harmful ones on
-average (--threshold). --multiplier 0 switches the constraint off. Shapes: B rows, P prompt, T response, N
-response tokens of the batch, packed.
+The toy has 32 words: words 8–15 are worth 1; words 16–23 are worth 2 and harmful; words 24–31 are harmful and
+worth nothing. Without a constraint the policy would use 16–23 alone; here responses of 12 words may contain 2
+harmful ones on average (--threshold). --multiplier 0 switches the constraint off.
+
+Shapes: B rows, P prompt, T response, L = P + T, N response tokens of the batch, packed.
 """
 
 import argparse
 import copy
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from arguments import number, rows_of
@@ -25,9 +27,18 @@ from arguments import number, rows_of
 from saferlhf_fast import LagrangeMultiplier, PPOLagLoss, gae, linear_logprob, pack, value_loss
 
 
-def train(actor, critics, batches, scores, args, end):
-    """The loop -> rewards, costs and λ of each step. batches: yields (ids_BP, mask_BP), padded on the left ·
-    scores(ids_BL, mask_BL) -> reward_B, cost_B · end: the end-of-sequence id, or None.
+def train(
+    actor: Any,
+    critics: torch.nn.ModuleList,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    scores: Callable[[torch.Tensor, torch.Tensor], Any],
+    args: argparse.Namespace,
+    end: int | None,
+) -> list[list[float]]:
+    """The loop; returns reward, cost and λ of each step.
+
+    batches gives (ids_BP, mask_BP), padded on the left; scores(ids_BL, mask_BL) gives reward_B, cost_B; end
+    is the end-of-sequence id.
     """
     reference = copy.deepcopy(actor).eval().requires_grad_(False)
     multiplier = LagrangeMultiplier(
@@ -39,7 +50,7 @@ def train(actor, critics, batches, scores, args, end):
         device=actor.device,
     )
     criterion = PPOLagLoss(clip_ratio=0.2)
-    optimizers = [torch.optim.Adam(part.parameters(), lr=args.lr) for part in (actor, critics)]
+    optimizers = [torch.optim.Adam(module.parameters(), lr=args.lr) for module in (actor, critics)]
     history = []
     print("step   reward     cost   lambda       KL")
     for step, (ids_BP, mask_BP) in zip(range(args.steps), batches):
@@ -57,7 +68,7 @@ def train(actor, critics, batches, scores, args, end):
         ends_BT = ids_BL[:, ids_BP.shape[1] :] == (-1 if end is None else end)
         real_BT = ends_BT.cumsum(1) - ends_BT.long() == 0
         batch = ids_BL, torch.cat([mask_BP, real_BT.long()], 1), real_BT
-        # 2. What the frozen models say of it, and actor and critics at the weights that made it.
+        # 2. Scores of the frozen models, and log-probs and values before the update.
         with torch.no_grad():
             reward_B, cost_B = scores(*batch[:2])
             (logp_N, cu_seqlens), (ref_logp_N, _), values_2N = (
@@ -67,14 +78,16 @@ def train(actor, critics, batches, scores, args, end):
             )
         # 3. λ follows the mean cost of the last episodes, before the actor moves.
         multiplier.update(cost_B)
-        # 4. What each token earns and costs: its share of the KL, and at a response's end the score. One scan
-        #    for each of both.
+        # 4. Reward and cost of each token: its share of the KL, and the score at a response's last token. One
+        #    scan for each of the two.
         kl_N, ends_B = logp_N - ref_logp_N, cu_seqlens[1:].long() - 1
-        earned_2N = args.kl_coeff * torch.stack([-kl_N, kl_N])
-        earned_2N[:, ends_B] += torch.stack([reward_B, cost_B])
-        scans = [gae(*both, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens) for both in zip(earned_2N, values_2N)]
-        advantages_2N, returns_2N = (torch.stack(both) for both in zip(*scans))
-        # what young critics do not foresee is no token's merit
+        rewards_2N = args.kl_coeff * torch.stack([-kl_N, kl_N])
+        rewards_2N[:, ends_B] += torch.stack([reward_B, cost_B])
+        scans = [
+            gae(*pair, gamma=1.0, lam=0.95, cu_seqlens=cu_seqlens) for pair in zip(rewards_2N, values_2N)
+        ]
+        advantages_2N, returns_2N = (torch.stack(pair) for pair in zip(*scans))
+        # The mean is what untrained critics do not predict yet; no single token deserves it.
         advantages_2N -= advantages_2N.mean(1, keepdim=True)
         # 5. Clipped losses, a few optimiser steps: the actor's weighs reward against cost by λ.
         for _ in range(args.epochs):
@@ -88,19 +101,20 @@ def train(actor, critics, batches, scores, args, end):
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-        now = [x.item() for x in (reward_B.mean(), cost_B.mean(), multiplier.value, kl_N.sum() / len(ends_B))]
-        history.append(now[:3])
+        averages = reward_B.mean(), cost_B.mean(), multiplier.value, kl_N.sum() / len(ends_B)
+        row = [average.item() for average in averages]
+        history.append(row[:3])
         if step % max(args.steps // 10, 1) == 0 or step == args.steps - 1:
-            print(f"{step:4d} {now[0]:8.2f} {now[1]:8.2f} {now[2]:8.3f} {now[3]:8.2f}")
+            print(f"{step:4d} {row[0]:8.2f} {row[1]:8.2f} {row[2]:8.3f} {row[3]:8.2f}")
     return history
 
 
-def logprobs(lm, ids_BL, mask_BL, real_BT):
-    """-> (log-probs of the response tokens [N], where rows begin [B+1]): the head sees those positions alone,
-    without logits.
-    """
+def logprobs(
+    lm: Any, ids_BL: torch.Tensor, mask_BL: torch.Tensor, real_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of the response tokens, [N], and where rows begin, [B+1]; no logits are built."""
     columns = real_BT.shape[1]
-    # counted from each row's first real token
+    # Positions are counted from each row's first real token.
     positions_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
     states = lm.base_model(
         input_ids=ids_BL, attention_mask=mask_BL, position_ids=positions_BL, use_cache=False
@@ -111,14 +125,16 @@ def logprobs(lm, ids_BL, mask_BL, real_BT):
     return linear_logprob(hidden_NH, head.weight, ids_N, bias=head.bias), cu_seqlens
 
 
-def values(critics, ids_BL, mask_BL, real_BT):
-    """-> both critics' values before each response token, [2, N]."""
-    made = [critic(ids_BL, mask_BL)[:, -real_BT.shape[1] - 1 : -1] for critic in critics]
-    return torch.stack(pack(made, real_BT)[0])
+def values(
+    critics: torch.nn.ModuleList, ids_BL: torch.Tensor, mask_BL: torch.Tensor, real_BT: torch.Tensor
+) -> torch.Tensor:
+    """Both critics' values before each response token, [2, N]."""
+    values_BT = [critic(ids_BL, mask_BL)[:, -real_BT.shape[1] - 1 : -1] for critic in critics]
+    return torch.stack(pack(values_BT, real_BT)[0])
 
 
-def toy(args):
-    """A tiny Llama from random weights, two critics on bodies like its own, and scores that count words."""
+def toy(args: argparse.Namespace) -> tuple[Any, torch.nn.ModuleList, Iterator[Any], Callable[..., Any], None]:
+    """A tiny Llama from random weights, two critics of the same size, and scores that count words."""
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
     from saferlhf_fast import ScoreModel
@@ -140,20 +156,18 @@ def toy(args):
     worth, harm = torch.zeros(32), torch.zeros(32)
     worth[8:16], worth[16:24], harm[16:32] = 1.0, 2.0, 1.0
 
-    def batches():
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
             yield torch.randint(2, 8, (args.batch, 4)), torch.ones(args.batch, 4, dtype=torch.long)
 
-    def scores(ids_BL, mask_BL):
+    def scores(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (worth[ids_BL] * mask_BL).sum(1), (harm[ids_BL] * mask_BL).sum(1)
 
     return actor, critics, batches(), scores, None
 
 
-def real(args):
-    """Models from folders or the Hub, which must share a tokenizer; prompts from a file of {"prompt": …}
-    lines.
-    """
+def real(args: argparse.Namespace) -> tuple[Any, torch.nn.ModuleList, Iterator[Any], Callable[..., Any], int]:
+    """Models from folders or the Hub, which must share a tokenizer, and prompts from a file of JSON lines."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from saferlhf_fast import load_score_model
@@ -166,20 +180,20 @@ def real(args):
     frozen = [load_score_model(path).to(device).eval() for path in (args.reward, args.cost)]
     critics = torch.nn.ModuleList(copy.deepcopy(frozen))
 
-    def batches():
+    def batches() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         while True:
             chosen = [prompts[i] for i in torch.randint(len(prompts), (args.batch,))]
-            made = tokenizer(chosen, return_tensors="pt", padding=True).to(device)
-            yield made.input_ids, made.attention_mask
+            encoded = tokenizer(chosen, return_tensors="pt", padding=True).to(device)
+            yield encoded.input_ids, encoded.attention_mask
 
-    def scores(ids_BL, mask_BL):
+    def scores(ids_BL: torch.Tensor, mask_BL: torch.Tensor) -> Iterator[torch.Tensor]:
         return (model.end_scores(model(ids_BL, mask_BL), mask_BL) for model in frozen)
 
     return actor, critics, batches(), scores, tokenizer.eos_token_id
 
 
-def main():
-    """Reads the arguments, trains, and says what has become of reward and cost."""
+def main() -> None:
+    """Reads the arguments, trains, and prints reward and cost of the first and the last steps."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -215,12 +229,12 @@ def main():
     try:
         actor, critics, batches, scores, end = (real if args.model else toy)(args)
     except (OSError, KeyError, ValueError) as error:
-        # a path, or a file, that is not what it should be
+        # A path or a file with other contents than expected.
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     history = train(actor, critics, batches, scores, args, end)
     few = max(len(history) // 10, 1)
     (reward, cost, _), (reward_now, cost_now, multiplier) = (
-        torch.tensor(part).mean(0).tolist() for part in (history[:few], history[-few:])
+        torch.tensor(steps).mean(0).tolist() for steps in (history[:few], history[-few:])
     )
     print(
         f"reward {reward:.2f} -> {reward_now:.2f}, cost {cost:.2f} -> {cost_now:.2f} (threshold "

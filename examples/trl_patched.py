@@ -1,23 +1,25 @@
 """TRL's own trainers with this package's kernels in the place of TRL's: one line more, the same losses.
 
-    python examples/trl_patched.py                        # DPOTrainer on a tiny model from random weights,
-    without and with python examples/trl_patched.py --trainer grpo python examples/trl_patched.py --model DIR
-    --dataset NAME_OR_FOLDER --split train     # yours: preference pairs, or prompts
+    python examples/trl_patched.py                    # DPOTrainer on a tiny model from random weights, twice
+    python examples/trl_patched.py --trainer grpo
+    python examples/trl_patched.py --model DIR --dataset NAME_OR_FOLDER --split train
 
-Needs TRL 1.16 (pip install 'trl==1.16.0'). The line is
+With your own model the data set has preference pairs (dpo) or prompts (grpo). Needs TRL 1.16
+(pip install 'trl==1.16.0'). The line is
 
     with integrations.patch("trl"):
         trainer.train()
 
-`patch` says which functions it replaced and at which places, and which it left and why (docs/integrations.md
-has what was measured). Leaving the block restores everything. `report.calls` says how often ours were called:
-0 means that a trainer takes another way, and that nothing was gained.
+`patch` prints which functions it replaced and at which places, and which it left and why;
+docs/integrations.md has the measurements. The end of the block restores everything. `report.calls` counts the
+calls of the replacements: with 0 calls the trainer uses other functions, and nothing is gained.
 """
 
 import argparse
 import sys
 import tempfile
 import time
+from typing import Any
 
 import torch
 
@@ -31,8 +33,18 @@ from arguments import number
 from saferlhf_fast import integrations
 
 
-def run(args, model, tokenizer, dataset):
-    """Trains once, from the same weights and seed each time -> (losses of each step, seconds)."""
+def run(args: argparse.Namespace, model: str, tokenizer: Any, dataset: Any) -> tuple[list[float], float]:
+    """Trains once, from the same weights and seed each time.
+
+    Args:
+        args: those of the command line.
+        model: folder or name of a causal LM.
+        tokenizer: its tokenizer.
+        dataset: preference pairs (dpo) or prompts (grpo).
+
+    Returns:
+        (losses of each step, seconds).
+    """
     torch.manual_seed(args.seed)
     common = {
         "output_dir": tempfile.mkdtemp(),
@@ -65,15 +77,16 @@ def run(args, model, tokenizer, dataset):
     return [row["loss"] for row in trainer.state.log_history if "loss" in row], time.perf_counter() - began
 
 
-def variety(completions, **_):
+def variety(completions: list[Any], **_: Any) -> list[float]:
     """The toy's reward for GRPO: the share of words that occur once."""
     texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
     return [len(set(text.split())) / max(len(text.split()), 1) for text in texts]
 
 
-def toy(args):
-    """A tiny Llama in a folder (the trainers load their reference from it), its tokenizer, pairs of the
-    embedded world.
+def toy(args: argparse.Namespace) -> tuple[str, Any, Any]:
+    """A tiny Llama in a folder, from which the trainers also load their reference; its tokenizer; data.
+
+    The data are preference pairs or prompts of the embedded world.
     """
     import datasets
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,7 +129,7 @@ def toy(args):
     return folder, tokenizer, datasets.Dataset.from_list(rows)
 
 
-def real(args):
+def real(args: argparse.Namespace) -> tuple[str, Any, Any]:
     """A model and a data set, from folders or the Hub."""
     import datasets
     from transformers import AutoTokenizer
@@ -128,7 +141,7 @@ def real(args):
     )
 
 
-def main():
+def main() -> None:
     """Trains without and with the patch and prints both, side by side."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -154,20 +167,20 @@ def main():
         )
     torch.manual_seed(args.seed)
     try:
-        given = (real if args.model else toy)(args)
+        inputs = (real if args.model else toy)(args)
     except (OSError, ValueError) as error:
-        # a path, or a file, that is not what it should be
+        # A path or a file with other contents than expected.
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
-    theirs, before = run(args, *given)
+    plain_losses, plain_seconds = run(args, *inputs)
     with integrations.patch("trl") as report:
-        ours, after = run(args, *given)
+        patched_losses, patched_seconds = run(args, *inputs)
     print("step   loss, TRL alone   loss, patched")
-    for step, pair in enumerate(zip(theirs, ours), 1):
-        print(f"{step:4d} {pair[0]:17.6f} {pair[1]:15.6f}")
-    gap = max(abs(a - b) for a, b in zip(theirs, ours))
+    for step, (plain, patched) in enumerate(zip(plain_losses, patched_losses), 1):
+        print(f"{step:4d} {plain:17.6f} {patched:15.6f}")
+    gap = max(abs(plain - patched) for plain, patched in zip(plain_losses, patched_losses))
     print(
-        f"{args.trainer}: largest difference {gap:.1e}; {before:.1f} s alone, {after:.1f} s patched; "
-        f"{sum(report.calls.values())} calls of ours"
+        f"{args.trainer}: largest difference {gap:.1e}; {plain_seconds:.1f} s alone, {patched_seconds:.1f} s "
+        f"patched; {sum(report.calls.values())} calls of ours"
     )
 
 

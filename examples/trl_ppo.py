@@ -1,4 +1,4 @@
-"""PPO and PPO-Lag for TRL's users: TRL's data sets, chat templates and models on this package's loop.
+r"""PPO and PPO-Lag for TRL's users: TRL's data sets, chat templates and models on this package's loop.
 
 TRL removed PPO in 1.16. This takes what its PPO took: a policy (SFTTrainer's folder), a score model
 (RewardTrainer's folder: AutoModelForSequenceClassification(num_labels=1)), prompts (prompt-only or
@@ -7,22 +7,23 @@ mean under a threshold. Needs saferlhf-fast[train]; TRL itself is used where it 
 --config, ModelConfig, ScriptArguments) and not needed otherwise. All of this package's settings, checkpoints
 and reports: saferlhf-fast ppo-lag --help.
 
-    python examples/trl_ppo.py                                    # a toy from random weights; --algorithm ppo
-    leaves out the cost python examples/trl_ppo.py --model_name_or_path SFT_DIR --reward_model_path RM_DIR
-    --cost_model_path CM_DIR \
-        --dataset_name trl-lib/ultrafeedback-prompt --dataset_train_split train --output_dir runs/ppo-lag
-        --total_episodes 10000
+    python examples/trl_ppo.py                                    # a toy from random weights
+    python examples/trl_ppo.py --algorithm ppo                    # without the cost
+    python examples/trl_ppo.py --model_name_or_path SFT_DIR --reward_model_path RM_DIR \
+        --cost_model_path CM_DIR --dataset_name trl-lib/ultrafeedback-prompt --dataset_train_split train \
+        --output_dir runs/ppo-lag --total_episodes 10000
 
-examples/README.md has the table of TRL's flags and ours, and what differs.
+examples/README.md has the table of TRL's flags, this package's settings, and what differs.
 """
 
 import math
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from yaml import YAMLError
 
@@ -95,18 +96,29 @@ class PPOArguments:
     seed: int = 42
 
 
-def train(dataset, script, model, ppo):
-    """Runs the stage -> its summary. dataset: a datasets.Dataset, or None for the one that `script` names."""
+def train(dataset: Any, script: ScriptArguments, model: ModelConfig, ppo: PPOArguments) -> dict[str, Any]:
+    """Runs the stage.
+
+    Args:
+        dataset: a datasets.Dataset of prompts; None for the one that `script` names.
+        script: names a data set.
+        model: names the policy.
+        ppo: everything else.
+
+    Returns:
+        The stage's summary.
+    """
     batch = ppo.per_device_train_batch_size * ppo.gradient_accumulation_steps
     if dataset is None:
         first = first_row(script)
-        data = {
+        data: Any = {
             "path": script.dataset_name,
             "split": script.dataset_train_split,
             **({} if script.dataset_config is None else {"name": script.dataset_config}),
         }
     else:
-        first, data = dataset[0], str(Path(tempfile.mkdtemp()) / "prompts")
+        first = dataset[0]
+        data = str(Path(tempfile.mkdtemp()) / "prompts")
         dataset.save_to_disk(data)
     settings = {
         "model": model.model_name_or_path or ppo.sft_model_path,
@@ -156,8 +168,8 @@ def train(dataset, script, model, ppo):
     )
 
 
-def first_row(script):
-    """The first row of the data set that the arguments name: whether prompts are text or messages."""
+def first_row(script: ScriptArguments) -> dict[str, Any]:
+    """The first row of the data set that the arguments name: are its prompts text or messages?"""
     from saferlhf_fast.config.stages import Source
     from saferlhf_fast.data.sources import load_sources
 
@@ -168,11 +180,19 @@ def first_row(script):
 # ---------------------------------------------------------------- the toy
 
 
-def make_toy(folder, ppo, rows=512):
-    """Fills `ppo` with small models of this package's embedded world -> (Dataset of prompts, ModelConfig).
+def make_toy(folder: Path, ppo: PPOArguments, rows: int = 512) -> tuple[Any, ModelConfig]:
+    """Trains small models on this package's embedded world.
 
     The policy is trained on demonstrations, each score model on pairs of answers, as SFTTrainer and
-    RewardTrainer would, and saved as they save: save_pretrained, with the tokenizer beside it.
+    RewardTrainer would do it, and saved as they save: save_pretrained, with the tokenizer beside it.
+
+    Args:
+        folder: where the models are saved.
+        ppo: gets the paths of the score models, and an output_dir where it has none.
+        rows: prompts; demonstrations and pairs are multiples of it.
+
+    Returns:
+        (Dataset of prompts, ModelConfig of the policy).
     """
     import datasets
     import torch
@@ -200,27 +220,29 @@ def make_toy(folder, ppo, rows=512):
     fit(
         policy,
         dialogues,
-        lambda made, batch: (
-            made(**batch, labels=batch["input_ids"].where(batch["attention_mask"].bool(), -100)).loss
+        lambda lm, batch: (
+            lm(**batch, labels=batch["input_ids"].where(batch["attention_mask"].bool(), -100)).loss
         ),
         tokenizer,
         folder / "policy",
     )
     pairs = world.preference_records(world.annotation_prompts(4 * rows))
     mixed = [row for row in pairs if row["is_response_0_safe"] != row["is_response_1_safe"]]
-    for name, label, used, epochs in (("reward", "better", pairs, 1), ("cost", "safer", mixed, 3)):
-        # The first of a pair shall score higher: the better answer as reward, the harmful one, beside a safe
-        # one, as cost.
+    for name, label, rows_of_kind, epochs in (("reward", "better", pairs, 1), ("cost", "safer", mixed, 3)):
+        # The first answer of a pair has to get the higher score: the better one as reward, the harmful one
+        # beside a safe one as cost.
         ranked = [
             encode(tokenizer, row["prompt"], row[f"response_{row[f'{label}_response_id'] ^ place}"])
-            for row in used
+            for row in rows_of_kind
             for place in ((0, 1) if name == "reward" else (1, 0))
         ]
         fit(
             LlamaForSequenceClassification(config),
             ranked,
-            lambda made, batch: (
-                -torch.nn.functional.logsigmoid(made(**batch).logits.view(-1, 2).diff(dim=1).neg()).mean()
+            lambda score_model, batch: (
+                -torch.nn.functional.logsigmoid(
+                    score_model(**batch).logits.view(-1, 2).diff(dim=1).neg()
+                ).mean()
             ),
             tokenizer,
             folder / name,
@@ -232,7 +254,7 @@ def make_toy(folder, ppo, rows=512):
     return datasets.Dataset.from_list(prompts), ModelConfig(model_name_or_path=str(folder / "policy"))
 
 
-def encode(tokenizer, prompt, answer):
+def encode(tokenizer: Any, prompt: str, answer: str) -> list[int]:
     """Ids of a dialogue of one turn, through the chat template."""
     messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
     return tokenizer(
@@ -240,8 +262,26 @@ def encode(tokenizer, prompt, answer):
     ).input_ids
 
 
-def fit(model, rows, loss_of, tokenizer, folder, epochs=3, size=32):
-    """A plain training loop over encoded rows, in order (pairs stay together); saves what it made."""
+def fit(
+    model: Any,
+    rows: list[list[int]],
+    loss_of: Callable[[Any, dict[str, Any]], Any],
+    tokenizer: Any,
+    folder: Path,
+    epochs: int = 3,
+    size: int = 32,
+) -> None:
+    """A plain training loop over encoded rows, in order (pairs stay together); saves the model.
+
+    Args:
+        model: a model of transformers.
+        rows: token ids of each row.
+        loss_of: the loss of (model, padded batch).
+        tokenizer: pads the rows, and is saved with the model.
+        folder: where the model is saved.
+        epochs: passes over the rows.
+        size: rows of a batch.
+    """
     import torch
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -281,8 +321,8 @@ TOY = [
 ]
 
 
-def main():
-    """Reads the arguments, trains, prints what the policy was and what it became."""
+def main() -> None:
+    """Reads the arguments, trains, and prints reward and cost of the policy before and after."""
     words = sys.argv[1:]
     if not any(
         word.startswith(("--model_name_or_path", "--sft_model_path", "--config", "-h", "--help"))
@@ -290,12 +330,12 @@ def main():
     ):
         words = [*TOY, *words]
     parser = Parser((ScriptArguments, ModelConfig, PPOArguments))
-    # TRL's, with --config
+    # TRL's own parser also takes --config.
     parse = getattr(parser, "parse_args_and_config", parser.parse_args_into_dataclasses)
     try:
         script, model, ppo = parse(words)
     except (OSError, ValueError, YAMLError) as error:
-        # a flag that nothing here knows, or a --config that is none
+        # An unknown flag, or a --config that cannot be read.
         parser.error(" ".join(str(error).split()))
     for name in (
         "per_device_train_batch_size",
@@ -303,7 +343,7 @@ def main():
         "total_episodes",
         "response_length",
     ):
-        # told before the toy's models are trained
+        # Reported before the toy's models are trained.
         if (value := getattr(ppo, name)) is not None and value < 1:
             parser.error(f"--{name}: expected a whole number, 1 or more, got {value}")
     dataset = None

@@ -144,7 +144,7 @@ def _dispatch(args, words, argv):
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
-    from saferlhf_fast.runtime import launcher
+    from saferlhf_fast.runtime import launcher, process_environment
 
     cluster_check = command == "info" and "--cluster" in words
     if command not in launcher.COMMANDS and not cluster_check and not wants_help:
@@ -157,7 +157,7 @@ def _dispatch(args, words, argv):
     if cluster_check and not wants_help:
         from saferlhf_fast.commands import preflight
 
-        launcher.adopt()
+        process_environment.adopt()
         processes = launcher.wanted(args.processes, lambda: preflight.arguments(words))
         return preflight.main(words) if processes == 1 else launcher.start(argv, processes, args.grace)
     if command == "info":
@@ -198,7 +198,7 @@ def _dispatch(args, words, argv):
     from saferlhf_fast.config import load
 
     if command in launcher.COMMANDS:
-        launcher.adopt()
+        process_environment.adopt()
         processes = launcher.wanted(args.processes, lambda: _check(command, recipe, overrides))
         if processes > 1:
             return launcher.start(argv, processes, args.grace)

@@ -1,6 +1,7 @@
-"""Whether the ops are right on this device, on what a first contact breaks: odd vocabularies, one token,
-one-token rows, holes in masks, two calls, another stream, a CUDA graph. Each is compared with the reference
-in float64 on the same data.
+"""Checks the ops on this device with cases that often fail first.
+
+These are odd vocabularies, one token, one-token rows, holes in masks, two calls, another stream, and a CUDA
+graph. Each is compared with the reference in float64 on the same data.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import saferlhf_fast as ops
 from saferlhf_fast.kernels import dispatch
 
 DEVICE = ceilings.DEVICE
-# all but the last: rows do not begin at 16 bytes
+# all except the last one: rows do not begin at multiples of 16 bytes
 VOCABULARIES = (67, 516) if shapes.TINY else (128_257, 32_001, 151_936)
 WIDTH = 64 if shapes.TINY else 1024
 COUNTS = (1, 5) if shapes.TINY else (1, 33)
@@ -25,8 +26,10 @@ NARROW = shapes.LOGITS[DEVICE][0][2]  # of logits, hidden states and weights
 
 
 class Case(NamedTuple):
-    """call(dtype, impl) -> tensors, the same numbers whatever the dtype; op: whose implementations are tried.
-    A call copies nothing from the host: it is also captured in a CUDA graph.
+    """One case.
+
+    call(dtype, impl) returns tensors, with the same numbers for every dtype. op: the op whose implementations
+    are tried. A call copies nothing from the host, because it is also captured in a CUDA graph.
     """
 
     op: str
@@ -35,7 +38,7 @@ class Case(NamedTuple):
 
 
 def _random(*size, seed=0, scale=1.0):
-    # on the device: a processor needs seconds for a weight
+    # on the device: a CPU needs seconds for one weight
     generator = torch.Generator(DEVICE).manual_seed(seed)
     return (torch.randn(*size, generator=generator, device=DEVICE) * scale).to(NARROW)
 
@@ -47,12 +50,12 @@ def _ids(count, vocabulary):
 
 
 def _as(tensor, dtype):
-    """A new leaf with the same numbers."""
+    """Returns a new leaf with the same numbers."""
     return tensor.to(dtype or tensor.dtype).detach()
 
 
 def _offsets(count):
-    """A few rows, one of one token and an empty one among them."""
+    """Returns the offsets of a few rows, among them one with one token and an empty one."""
     inside = [0, 1, 1, max(1, count // 2), count]
     return torch.tensor(inside, dtype=torch.int32, device=DEVICE)
 
@@ -111,7 +114,7 @@ def head(count, vocabulary, op):
 
 
 def rows(count, width, packed, op):
-    """The ops on tokens: gae, ppo_lag_advantage, ppo_loss, value_loss."""
+    """Returns a case of an op on tokens: gae, ppo_lag_advantage, ppo_loss, value_loss."""
     generator = torch.Generator().manual_seed(6)
     lengths = torch.randint(1, width + 1, (count,), generator=generator)
     lengths[0] = 1
@@ -158,7 +161,7 @@ def rows(count, width, packed, op):
 
 
 def cases():
-    """Everything that is tried, made when it is asked for."""
+    """Yields all cases, as functions and arguments."""
     for vocabulary in VOCABULARIES:
         for count in COUNTS:
             yield logprob, (count, vocabulary, False)
@@ -175,7 +178,7 @@ def cases():
 
 
 def implementations(op):
-    """Those of ours that run here and are not the definition itself."""
+    """Returns the implementations that can run here, without the reference."""
     return [
         row.implementation
         for row in dispatch.table(DEVICE)
@@ -184,19 +187,21 @@ def implementations(op):
 
 
 def compare(window, case, impl):
-    """One row: the largest error of any result, against the reference in float64."""
+    """Writes one row: the largest error of any result, against the reference in float64."""
     before = rehearsal.launches()
-    got = case.call(None, impl)
+    outputs = case.call(None, impl)
     if rehearsal.launches() > before:
         raise NotRun("compiled for sm_90, and not launched")
     right = case.call(torch.float64, "reference")
-    errors = [exact.error(mine, expected) / exact.LIMIT[mine.dtype] for mine, expected in zip(got, right)]
+    errors = [
+        exact.error(output, expected) / exact.LIMIT[output.dtype] for output, expected in zip(outputs, right)
+    ]
     result = "right" if max(errors) <= 1 else f"wrong: {max(errors):.1f} x the limit"
     window.emit("check", op=case.op, what=case.name, impl=impl, result=result)
 
 
 def everything(window):
-    """Every case with every implementation, then what a device alone can do."""
+    """Checks every case with every implementation, then what only a device can do."""
     for build, arguments in cases():
         case = window.attempt(f"the data of {build.__name__}{arguments}", build, *arguments)
         for impl in implementations(case.op) if case else ():
@@ -211,7 +216,7 @@ def everything(window):
 
 
 def device_cases():
-    """One of each op, large enough for more than one program."""
+    """Yields one case of each op, large enough for more than one program."""
     count, vocabulary = COUNTS[-1], VOCABULARIES[-1]
     yield logprob, (count, vocabulary, False)
     yield policy, (count, vocabulary)
@@ -241,7 +246,7 @@ def twice(call):
 
 
 def other_stream(call):
-    """On the usual stream, and on another one."""
+    """Calls on the usual stream, and on another one."""
     if DEVICE != "cuda":
         raise NotRun("there are no streams on a CPU")
     first, stream = call(), torch.cuda.Stream()
@@ -254,7 +259,7 @@ def other_stream(call):
 
 
 def graph(call):
-    """Called, and captured in a CUDA graph and replayed twice."""
+    """Calls once, and captures the call in a CUDA graph that is replayed twice."""
     if DEVICE != "cuda":
         raise NotRun("there are no CUDA graphs on a CPU")
     first, captured, second = graphs.capture(call)

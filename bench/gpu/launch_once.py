@@ -1,6 +1,4 @@
-"""Launches each kernel once: what a profiler or a memory checker is started around. `small`: on small odd
-shapes.
-"""
+"""Launches each kernel once, for a profiler or a memory checker. `small`: on small odd shapes."""
 
 import sys
 from pathlib import Path
@@ -16,7 +14,7 @@ import saferlhf_fast as ops  # noqa: E402
 
 
 def large():
-    """Target shapes, random data."""
+    """Launches the main kernels on the targets' shapes with random data."""
     with torch.no_grad():
         logits, ids, _ = shapes.logits(shapes.LOGITS["cuda"][0], "cuda")
         ops.token_logprob(logits, ids, return_entropy=True, impl="triton")
@@ -44,7 +42,7 @@ def large():
 
 
 def small():
-    """One small case of each op with each implementation."""
+    """Launches one small case of each op with each implementation."""
     count, vocabulary = checks.COUNTS[-1], checks.VOCABULARIES[1]
     cases = [checks.rows(7, 63, False, op) for op in ("gae", "ppo_lag_advantage", "ppo_loss", "value_loss")]
     cases += [

@@ -1,5 +1,6 @@
-"""What the benches' own functions are given in a GPU window: it checks, times and writes a row, and never
-ends the run.
+"""The `measure` argument of the benches' functions in a GPU window.
+
+It checks, times and writes a row, and never ends the run.
 """
 
 import statistics
@@ -15,21 +16,19 @@ from gpu.outcomes import NotRun
 
 
 class Measure:
-    """In the place of the fixture `measure` of conftest.py: what is wrong is marked and timed all the same."""
+    """Replaces the fixture `measure` of conftest.py: a wrong result is marked and still timed."""
 
     def __init__(self, window, what, seconds=0.3):
         self.window, self.what, self.seconds, self.error, self.wrong = window, what, seconds, None, ""
         self.faked = rehearsal.launches()
 
     def ran(self):
-        """NotRun where launches were faked since this was made: there is nothing to compare, and nothing to
-        time.
-        """
+        """Raises NotRun if launches were faked since this object was created: nothing can be timed."""
         if rehearsal.launches() > self.faked:
             raise NotRun("its Triton kernels were compiled for sm_90, and not launched")
 
     def check(self, dtype, *pairs):
-        """Notes how far each (got, expected) pair is apart."""
+        """Stores how much each (got, expected) pair differs."""
         self.ran()
         self.error = max(exact.error(got, expected) for got, expected in pairs)
         self.wrong = (
@@ -75,9 +74,9 @@ class Measure:
             else max(5, min(30, int(self.seconds / max(took, 1e-6))))
         )
         if device == "cuda":
-            found = clock.on_device(step, ready, rounds, again=before is None)
+            figures = clock.on_device(step, ready, rounds, again=before is None)
         else:
-            found = on_host(step, ready, rounds)
+            figures = on_host(step, ready, rounds)
         self.window.emit(
             "row",
             what=self.what,
@@ -93,12 +92,12 @@ class Measure:
             error=self.error,
             wrong=self.wrong,
             peak=peak,
-            **found,
+            **figures,
         )
 
 
 def on_host(step, ready, rounds):
-    """{"seconds", "best"} of a step on a CPU."""
+    """Returns {"seconds", "best"} of a step on a CPU."""
     times = []
     for _ in range(rounds):
         ready()
@@ -109,7 +108,7 @@ def on_host(step, ready, rounds):
 
 
 def bench(window, function, shape, version):
-    """One row of a bench file: function(measure, device, shape, version) in a try of its own."""
+    """Writes one row of a bench file: calls function(measure, device, shape, version) in its own try."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     what = (
         f"{function.__module__.removeprefix('bench_')} {function.__name__.removeprefix('test_')}, {version}"
@@ -119,7 +118,7 @@ def bench(window, function, shape, version):
 
 
 def timed(window, step, *, op, version, shape, ready=None, inputs=(), checked=(), **work):
-    """A row of a step that has no bench file. checked: a dtype and the pairs that are compared first."""
+    """Writes a row of a step without a bench file. checked: a dtype and the pairs to compare first."""
     what = f"{op}, {version}"
 
     def go():

@@ -1,4 +1,4 @@
-"""What a GPU window times: products, our ops and their variants, the kernels alone, other projects."""
+"""The measurements of a GPU window: products, ops and variants, kernels alone, other projects."""
 
 import importlib
 from functools import partial
@@ -27,8 +27,9 @@ from saferlhf_fast.kernels.token_logprob import triton_impl as logprob_rows
 
 
 def products(window):
-    """The head's matrix products at several chunks: what decides the chunk, the pitch and how d weight is
-    made.
+    """Times the head's matrix products with several chunks.
+
+    They decide the chunk, the pitch and how the weight's gradient is computed.
     """
     tokens, width, vocabulary, dtype = full("LINEAR")
     hidden_NH, weight_VH = shapes.linear(full("LINEAR"), ceilings.DEVICE)[:2]
@@ -63,7 +64,7 @@ def products(window):
 
 
 def linear(window):
-    """linear_ppo_loss with several chunks, linear_logprob fused and by chunks, at the target's shape."""
+    """Times linear_ppo_loss with several chunks, and linear_logprob fused and in chunks."""
     variants.register()
     shape = full("LINEAR")
     for version in ("triton", *(f"triton, chunks of {count}" for count in variants.CHUNKS), "bare products"):
@@ -77,12 +78,12 @@ def linear(window):
 
 
 def full(table):
-    """The target's shape of a table of shapes.py on this device."""
+    """Returns the target's shape of a table of shapes.py on this device."""
     return getattr(shapes, table)[ceilings.DEVICE][0]
 
 
 def cpu_versions(window):
-    """In a rehearsal, which has no GPU: the version that a CPU takes."""
+    """Returns the CPU's version in a rehearsal, which has no GPU; otherwise nothing."""
     return ["native"] if window.rehearsal else []
 
 
@@ -90,7 +91,7 @@ def cpu_versions(window):
 
 
 def logits(window):
-    """token_logprob and ppo_loss_from_logits on the largest vocabulary, and the variants of their kernels."""
+    """Times token_logprob, ppo_loss_from_logits and variants of their kernels on the largest vocabulary."""
     variants.register()
     shape = full("LOGITS")
     for version in (
@@ -112,8 +113,9 @@ def logits(window):
 
 
 def kernels(window, shape):
-    """The kernels alone, without what the ops do around them: rows of the policy's gradient, backward, a
-    scale by 1.
+    """Times the kernels alone, without the other work of the ops.
+
+    These are the rows of the policy's gradient, the backward of token_logprob, and a scale by 1.
     """
     clean, ids, upstream = shapes.logits(shape, ceilings.DEVICE)
     logp, lse = exact.of_logits(shape, ceilings.DEVICE)
@@ -200,7 +202,7 @@ def backward_row(window, step, each, pair, work):
 
 
 def backward_in_parts(each, logits_NV, ids_N, logp_N, lse_N, grad_N, out_NV):
-    """token_logprob's backward kernel with so many tiles a program."""
+    """Launches token_logprob's backward kernel with `each` tiles per program."""
     how, w, tiles = logprob_rows.tiling(logprob_rows.WARPS, False, out_NV, logits_NV)
     parts = triton.cdiv(tiles, each)
     logprob_rows.backward_kernel[(len(ids_N) * parts,)](
@@ -231,9 +233,7 @@ def backward_in_parts(each, logits_NV, ids_N, logp_N, lse_N, grad_N, out_NV):
 
 
 def tokens(window):
-    """The scans and losses of tokens: Triton against CUDA, both shapes, a call from Python and a replayed
-    graph.
-    """
+    """Times scans and losses of tokens: Triton and CUDA, both shapes, from Python and as a graph."""
     for shape in shapes.ROWS[ceilings.DEVICE]:
         for function in (bench_ppo_lag_advantage.test_forward, bench_gae.test_forward):
             for version in ("triton", "native"):
@@ -249,7 +249,7 @@ def tokens(window):
 
 
 def replayed(window, shape, version):
-    """ppo_lag_advantage by the replay of a CUDA graph: what a call costs where Python is out of the way."""
+    """Times ppo_lag_advantage as a replayed CUDA graph: the cost of a call without Python."""
     if not torch.cuda.is_available():
         raise NotRun("there are no CUDA graphs on a CPU")
     mask, random = shapes.rows(shape, "cuda")
@@ -295,13 +295,13 @@ PEERS = (
         ("TRL selective_log_softmax_and_entropy",),
     ),
     ("bench_ppo_loss_from_logits", "test_forward_and_backward", "LOGITS", ("Liger triton_grpo_loss",)),
-    # last, since torch.compile needs its time
+    # last, because torch.compile takes long
     ("bench_linear_ppo_loss", "test_forward_and_backward", "LINEAR", ("Liger FusedLinearGRPOLoss",)),
 )
 
 
 def peers(window):
-    """Other projects' versions at the targets' shapes."""
+    """Times other projects' versions at the targets' shapes."""
     for file, function, table, versions in PEERS:
         for version in versions:
             bench(window, getattr(importlib.import_module(file), function), full(table), version)

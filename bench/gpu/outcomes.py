@@ -1,13 +1,13 @@
-"""How a part of the GPU window can end other than well, and where what it leaves is kept."""
+"""How a part of the GPU window can fail, and where its rows are stored."""
 
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-KEPT = ROOT / "build" / "gpu_window"  # an ignored folder: `again` reads there what the first command found
+KEPT = ROOT / "build" / "gpu_window"  # ignored by git: `again` reads the first command's rows there
 
 
 class OutOfTime(Exception):
-    """The section's time is up."""
+    """The section's time is over."""
 
 
 class NotRun(Exception):
@@ -15,13 +15,13 @@ class NotRun(Exception):
 
 
 class Dead(Exception):
-    """A kernel has broken the device's context: only a new process can go on."""
+    """A kernel has broken the device's context: only a new process can continue."""
 
 
 class Stop(Exception):
-    """Nothing that follows would mean anything."""
+    """The following sections would be meaningless."""
 
 
 def describe(error):
-    """An exception in one line."""
+    """Returns an exception in one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,12 +1,11 @@
-"""What one H200 was predicted to measure, written down before any GPU was seen: from bytes, operations and
-compiled code.
+"""Predictions for one H200, made before any measurement on a GPU, from bytes, operations and compiled code.
 
-The predictions are for the kernels as they were then, so a row that a later change has made faster may beat
-its own. Figures in milliseconds (low, high), unless the unit says otherwise.
+They are for the kernels of that time, so a row that a later change has made faster may be better than its
+prediction. Figures are milliseconds (low, high), unless the unit says otherwise.
 """
 
 LOGITS, LINEAR, LONG, SHORT = "8192x151936xbfloat16", "8192x4096x128256xbfloat16", "4096x2048", "256x1024"
-# (op, shape, version or "" for all of ours): (field of a row, low, high)
+# (op, shape, version or "" for all versions of this library): (field of a row, low, high)
 MS = 1e-3
 TABLE = {
     ("token_logprob + entropy forward", LOGITS, "triton"): ("seconds", 0.62 * MS, 0.72 * MS),
@@ -43,13 +42,13 @@ PEAK = {("linear_ppo_loss forward + backward", LINEAR, "triton"): (2.2e9, 2.2e9)
 
 
 def of(row):
-    """(field, low, high) of a row, or None."""
+    """Returns (field, low, high) of a row, or None."""
     return TABLE.get((row["op"], row["shape"], row["version"]))
 
 
 def ratio(row):
-    """Measured over the middle of the prediction, or None where there is none."""
-    found = of(row)
-    if found is None or not row.get(found[0]):
+    """Returns the measured value over the middle of the prediction, or None if there is no prediction."""
+    prediction = of(row)
+    if prediction is None or not row.get(prediction[0]):
         return None
-    return row[found[0]] / ((found[1] + found[2]) / 2)
+    return row[prediction[0]] / ((prediction[1] + prediction[2]) / 2)

@@ -1,36 +1,33 @@
-"""A GPU window without a GPU: tiny shapes, and Triton's kernels in its interpreter or compiled and not
-launched.
+"""A GPU window without a GPU: tiny shapes, and Triton's kernels interpreted, or compiled but not launched.
 
-Triton 3.6's interpreter does not run with numpy 2.4 and later, which is what a machine with a GPU may have;
-its compiler does. So the second kind puts a driver in the place of CUDA's that knows one GPU, an H200's
+Triton 3.6's interpreter does not run with numpy 2.4 and later, which a machine with a GPU may have; its
+compiler does. So the second kind replaces CUDA's driver by one that reports one GPU with an H200's
 architecture, and compiles at each launch.
 """
 
 import importlib
 import os
 
-_faked = [0]  # launches that compiled a kernel and ran none
+_faked = [0]  # number of launches that only compiled their kernel
 
 
 def prepare(kind):
-    """Before torch and Triton are imported. kind: "interpreter" or "compiler"."""
+    """Sets the environment before torch and Triton are imported. kind: "interpreter" or "compiler"."""
     os.environ.update(BENCH_TINY="1", CUDA_VISIBLE_DEVICES="")
     os.environ["TRITON_INTERPRET"] = "1" if kind == "interpreter" else "0"
     if kind == "compiler":
-        # an H200's kernels of half precision are the ones to compile
+        # compile the half-precision kernels of an H200
         os.environ["BENCH_TINY_DTYPE"] = "bfloat16"
         fake_launches()
 
 
 def launches():
-    """How many launches were faked so far."""
+    """Returns the number of faked launches so far."""
     return _faked[0]
 
 
 class _Driver:
-    """What triton's launcher asks of a driver before a kernel runs: one GPU of compute capability 9.0, whose
-    stream is 0.
-    """
+    """The calls of triton's launcher to a driver: one GPU of compute capability 9.0, stream 0."""
 
     def get_current_target(self):
         from triton.backends.compiler import GPUTarget
@@ -45,8 +42,9 @@ class _Driver:
 
 
 def fake_launches():
-    """From here on a launch compiles its kernel for sm_90, as its arguments ask for it, and ends there; CPU
-    tensors will do.
+    """Makes each launch only compile its kernel for sm_90.
+
+    The kernel is specialised for the launch's arguments; CPU tensors are accepted.
     """
     from triton.runtime import driver, jit
 

@@ -1,6 +1,4 @@
-"""What is measured in a GPU window, in the order of what it would cost to miss: sections of (name, seconds,
-function).
-"""
+"""The sections of a GPU window, (name, seconds, function), with the most important first."""
 
 import json
 import os
@@ -11,12 +9,12 @@ import sys
 
 from gpu.outcomes import KEPT, ROOT, Dead, NotRun, OutOfTime, Stop, describe
 
-# The tests of kernels that run on the device itself, and nothing else: no interpreter, no second process.
+# Only the tests of kernels that run on the device itself: no interpreter, no second process.
 TESTS = "(triton-cuda or native-cuda or test_triton_logits) and not interpreter"
 
 
 def measured(name):
-    """A section of measurements.py, which imports torch: that must not come before the build has started."""
+    """Returns a section of measurements.py, which imports torch; the build must start before that import."""
 
     def section(window):
         with window.uninterrupted():
@@ -55,10 +53,13 @@ def again():
 
 
 def device(window):
-    """What this is, and its ceilings. The build starts first: it needs neither torch nor the GPU."""
+    """Describes the device and measures its ceilings.
+
+    The build starts first: it needs neither torch nor the GPU.
+    """
     window.build = None if window.rehearsal else build(window)
     state = asked_of_the_driver("name,driver_version,clocks.sm,clocks.mem,temperature.gpu,power.draw")
-    # from a cold disk torch alone may take longer than the section
+    # reading torch from a cold disk may take longer than the section
     with window.uninterrupted(least=12):
         import ceilings
         import numpy
@@ -83,7 +84,7 @@ def device(window):
 
 
 def asked_of_the_driver(fields):
-    """What nvidia-smi says of the GPUs, a line for each; "" where there is no nvidia-smi."""
+    """Returns what nvidia-smi reports, one line per GPU; "" if there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return ""
     return subprocess.run(
@@ -92,7 +93,7 @@ def asked_of_the_driver(fields):
 
 
 def build(window):
-    """Starts the build of _C for the GPU that is here and no other; None where the driver names none."""
+    """Starts the build of _C for this GPU alone; returns None if the driver names no architecture."""
     architecture = asked_of_the_driver("compute_cap").split("\n")[0].replace(".", "")
     if not architecture:
         return None
@@ -104,7 +105,10 @@ def build(window):
 
 
 def build_and_tests(window):
-    """The tests in processes of their own, and meanwhile the checks, which also compile what is timed later."""
+    """Runs the tests in other processes, and at the same time the checks.
+
+    The checks also compile the kernels that are timed later.
+    """
     if window.build is not None:
         code = window.wait(window.build)
         window.emit(
@@ -129,7 +133,7 @@ def build_and_tests(window):
 
 
 def start_tests(window, ids=()):
-    """pytest over the kernels' tests that run on this device; `ids`: these alone."""
+    """Starts pytest with the kernels' tests that run on this device. ids: only these tests."""
     command = [
         sys.executable,
         "-m",
@@ -158,7 +162,7 @@ def start_tests(window, ids=()):
 
 
 def kernel_tests():
-    """The test files of the kernels' rooms."""
+    """Returns the test files of the kernels' rooms."""
     from run import rooms
 
     names = {str(file.relative_to(ROOT)) for files in rooms().values() for file in files}
@@ -168,15 +172,16 @@ def kernel_tests():
 
 
 def report_tests(window, child, code):
-    """What pytest said: its last line, and a row for each test that failed. Where it was ended, what it had
-    said until then.
+    """Writes pytest's last line, and a row for each failed test.
+
+    If pytest was killed, it writes the results so far.
     """
     lines = (window.out / "tests.log").read_text(errors="replace").splitlines()
-    found = outcomes(lines)
-    failed = {test: why for test, (outcome, why) in found.items() if outcome in ("FAILED", "ERROR")}
+    ended = outcomes(lines)
+    failed = {test: why for test, (outcome, why) in ended.items() if outcome in ("FAILED", "ERROR")}
     summary = next(
         (line for line in reversed(lines) if re.search(r"\d+ (passed|failed|error).* in ", line)),
-        f"{sum(outcome == 'PASSED' for outcome, _ in found.values())} passed, {len(failed)} failed",
+        f"{sum(outcome == 'PASSED' for outcome, _ in ended.values())} passed, {len(failed)} failed",
     )
     late = " (ended when the time was up; see tests.log)" if code is None else ""
     window.emit("figure", what="tests on the device", value=summary.strip("= ") + late)
@@ -185,22 +190,23 @@ def report_tests(window, child, code):
 
 
 def outcomes(lines):
-    """{test: (outcome, why)} from pytest's lines: those of each test as it ends, with or without xdist, and
-    those at the end.
+    """Returns {test: (outcome, reason)} from pytest's lines, with or without xdist.
+
+    The lines are those at the end of each test and those at the end of the run.
     """
-    found = {}
+    results = {}
     for line in lines:
         ended = re.match(r"(?:\[gw\d+\] \[ *\d+%\] )?(PASSED|FAILED|ERROR) (\S+\.py::.+?)(?: - (.*))?$", line)
         if ended:
-            found[ended[2]] = (ended[1], ended[3])
-    return found
+            results[ended[2]] = (ended[1], ended[3])
+    return results
 
 
 # ---- hardware counters
 
 
 def counters(window):
-    """One launch of each of the main kernels under Nsight Compute, which reads the hardware's counters."""
+    """Launches the main kernels once under Nsight Compute, which reads the hardware's counters."""
     if shutil.which("ncu") is None:
         raise NotRun("ncu is not on this machine's PATH")
     kernels = "regex:(forward_kernel|rows_kernel|fused_kernel|advantage_kernel|shape_kernel|gae_kernel)"
@@ -235,7 +241,7 @@ def counters(window):
 
 
 def counted(log):
-    """(kernel, its main figures) from what ncu prints."""
+    """Yields (kernel, its main figures) from ncu's output."""
     kernel, metrics = None, {}
     wanted = {
         "Duration",
@@ -263,7 +269,7 @@ def counted(log):
 
 
 def kept_rows():
-    """What the first command left."""
+    """Returns the rows of the first command."""
     path = KEPT / "rows.jsonl"
     if not path.is_file():
         raise NotRun(f"the first command left nothing in {path.relative_to(ROOT)}")
@@ -271,7 +277,7 @@ def kept_rows():
 
 
 def failed_tests(window):
-    """The tests that failed in the first command, with the tree as it is now."""
+    """Repeats the tests that failed in the first command, with the present source."""
     if window.build is not None:
         window.wait(window.build)
     ids = [row["test"] for row in kept_rows() if row["kind"] == "test"]
@@ -282,7 +288,7 @@ def failed_tests(window):
 
 
 def memory_checker(window):
-    """compute-sanitizer over each kernel on small data: reads and writes out of bounds."""
+    """Runs compute-sanitizer on each kernel with small data: reads and writes out of bounds."""
     if shutil.which("compute-sanitizer") is None:
         raise NotRun("compute-sanitizer is not on this machine's PATH")
     command = [
@@ -311,8 +317,9 @@ def memory_checker(window):
 
 
 def once_more(window):
-    """The fastest version of each op of ours again, for the spread, and the row that was furthest from its
-    prediction.
+    """Measures again, for the spread, this library's fastest version of each op, and the most surprising row.
+
+    That is the row with the largest deviation from its prediction.
     """
     from gpu import predictions
 

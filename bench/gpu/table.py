@@ -1,5 +1,6 @@
-"""The table of a GPU window: short enough (under 10,000 characters) to be read from the end of a command's
-output.
+"""The table of a GPU window, of at most 10,000 characters.
+
+It can be read from the end of a command's output.
 """
 
 import json
@@ -14,7 +15,7 @@ LONGEST = 9_800
 
 
 def read(path):
-    """The rows of a file; a line that a kill cut short is left out."""
+    """Returns the rows of a file; a line that was cut short becomes a failure."""
     rows = []
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
@@ -49,16 +50,16 @@ def heading(rows):
 
 
 def predicted(row):
-    found = predictions.of(row)
-    if found is None:
+    prediction = predictions.of(row)
+    if prediction is None:
         return ""
-    field, low, high = found
+    field, low, high = prediction
     what = "a call: " if field == "call" else ""
     return f"{what}{duration(low)} - {duration(high)}"
 
 
 def measured(row, top):
-    """One line of the table of times."""
+    """Returns one line of the table of times."""
     floor = ceilings.floor(row, top) if top else None
     moved = row.get("reads", 0) + row.get("writes", 0)
     rate = (
@@ -81,7 +82,7 @@ def measured(row, top):
 
 
 def times(rows):
-    """The rows that were timed, in one table: a line for each op and shape, and one for each version of it."""
+    """Returns one table of the timed rows: a line for each op and shape, and one for each version of it."""
     top = next((row for row in rows if row["kind"] == "ceilings"), None)
     groups = {}
     for row in of_kind(rows, "row"):
@@ -95,7 +96,7 @@ def times(rows):
 
 
 def products(rows):
-    """The bare products, a line for each, with the rates by shape."""
+    """Returns the bare products, one line each, with the rates by shape."""
     groups = {}
     for row in of_kind(rows, "row"):
         if row["section"] == "products":
@@ -109,7 +110,7 @@ def products(rows):
 
 
 def verdicts(rows):
-    """The targets that speak of this device."""
+    """Returns the targets that are meant for this device."""
     device = next((row.get("device", "") for row in of_kind(rows, "device")), "")
     top = next((row for row in rows if row["kind"] == "ceilings"), None)
     some, lines = of_kind(rows, "row"), []
@@ -124,7 +125,7 @@ def verdicts(rows):
 
 
 def checks(rows):
-    """How many checks were right, and those that were not."""
+    """Returns how many checks were right, and those that were wrong."""
     some = of_kind(rows, "check")
     wrong = [row for row in some if row["result"] != "right"]
     lines = ["", f"**Checks**: {len(some) - len(wrong)} of {len(some)} right"] if some else []
@@ -133,7 +134,7 @@ def checks(rows):
 
 
 def troubles(rows):
-    """What failed, what did not run (counted by its reason), and sections that did not end as they should."""
+    """Returns what failed, what did not run (counted by reason), and sections that did not end normally."""
     lines = [
         f"- failed in {row['section']}: {row['what']}: {row['error'][:160]}"
         for row in of_kind(rows, "failure")[:15]
@@ -175,7 +176,7 @@ def counters(rows):
 
 
 def text(rows):
-    """The whole table. Where it would be too long, its times are cut first, and the file has them all."""
+    """Returns the whole table. If it would be too long, its times are cut first; the file has all of them."""
     head, tail = heading(rows), [*checks(rows), *counters(rows), *verdicts(rows), *troubles(rows)]
     sections = of_kind(rows, "section")
     tail += ["", "Sections: " + ", ".join(f"{row['section']} {row['seconds']} s" for row in sections)]

@@ -1,9 +1,11 @@
-"""Kernels that may be faster than the tree's, as changes of its sources: each is a list of lines to replace,
-and fails loudly where the source has moved on. They are measured beside the tree's own, under the names
-below; a winner goes into the tree.
+"""Kernels that may be faster than the present ones, as changes of their sources.
 
-A changed source is imported under a name of its own inside its room, so that its relative imports hold;
-Triton reads the file that it came from.
+Each change is a list of lines to replace, and raises an error if the source no longer has them. The variants
+are measured next to the present kernels, under the names below; if one is faster, it replaces the present
+one.
+
+A changed source is imported under its own name inside its room, so that its relative imports work; Triton
+reads the file from which it came.
 """
 
 import atexit
@@ -24,8 +26,8 @@ ROWS, POLICY = "token_logprob", "ppo_loss_from_logits"
 CHUNKS = (2, 4) if shapes.TINY else (2048, 4096, 8192)
 COLUMNS = "    first = (tl.arange(0, R)[:, None, None] * T + tl.arange(0, T)[None, :, None]) * W"
 LOAD = 'x = tl.load(row_V + at, mask=first < vocabulary, other=float("-inf")).to(tl.float32)'
-# A tile as [T, R, W]: Triton then gives the 32 threads of a warp to T alone, and R needs no exchange between
-# them.
+# A tile as [T, R, W]: Triton then assigns the 32 threads of a warp to T alone, and a reduction over R needs
+# no exchange between them.
 AXES = (
     (COLUMNS, "    first = (tl.arange(0, R)[None, :, None] * T + tl.arange(0, T)[:, None, None]) * W"),
     ("tl.max(tl.max(x, 2), 0) * scale", "tl.max(tl.max(x, 2), 1) * scale"),
@@ -40,7 +42,7 @@ AXES = (
     ),
 )
 ZEROS = (("tl.zeros([R, T, W], out_NV", "tl.zeros([T, R, W], out_NV"),)
-# The first read of a row asks the L2 cache to keep it, the second one to let go of it.
+# The first read of a row asks the L2 cache to keep it, the second one to evict it.
 KEEP = ((LOAD, LOAD.replace("other=float", 'eviction_policy="evict_last", other=float')),)
 SECOND = (
     (
@@ -56,7 +58,8 @@ ONCE = """
 
 @triton.jit
 def tile_once(row_V, at, first, vocabulary, softcap, CAPPED: tl.constexpr):
-    x = tl.load(row_V + at, mask=first < vocabulary, eviction_policy="evict_first", other=float("-inf")).to(tl.float32)
+    x = tl.load(row_V + at, mask=first < vocabulary, eviction_policy="evict_first", other=float("-inf"))
+    x = x.to(tl.float32)
     if CAPPED:
         x = tl.where(first < vocabulary, softcap * tanh(x / softcap), float("-inf"))
     return x
@@ -65,8 +68,9 @@ def tile_once(row_V, at, first, vocabulary, softcap, CAPPED: tl.constexpr):
 
 @lru_cache(maxsize=1)
 def _folder():
-    """Where the changed sources lie as long as this process lives: Triton reads a kernel's source from its
-    file.
+    """Returns the folder of the changed sources, which exists until the process ends.
+
+    Triton reads a kernel's source from its file.
     """
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -74,8 +78,9 @@ def _folder():
 
 
 def changed(room, name, *replacements, more=""):
-    """The room's triton_impl with each (old, new) replaced, as a module of its own; ValueError where an old
-    text is not there.
+    """Returns the room's triton_impl with each (old, new) replaced, as a separate module.
+
+    It raises ValueError if an old text is missing.
     """
     full = f"{KERNELS}.{room}.triton_impl_{name}"
     if full in sys.modules:
@@ -96,7 +101,7 @@ def changed(room, name, *replacements, more=""):
 
 
 def axes():
-    """(token_logprob, ppo_loss_from_logits) with the threads first in a tile."""
+    """Returns (token_logprob, ppo_loss_from_logits) with the threads first in a tile."""
     rows = changed(ROWS, "axes", *AXES)
     return rows, changed(
         POLICY, "axes", ("..token_logprob.triton_impl import", f"..{ROWS}.triton_impl_axes import"), *ZEROS
@@ -104,7 +109,7 @@ def axes():
 
 
 def eviction():
-    """ppo_loss_from_logits with hints to the L2 cache."""
+    """Returns ppo_loss_from_logits with hints to the L2 cache."""
     changed(ROWS, "hints", *KEEP, more=ONCE)
     return changed(
         POLICY,
@@ -115,17 +120,17 @@ def eviction():
 
 
 def more_warps(warps):
-    """token_logprob with so many warps a row."""
+    """Returns token_logprob with `warps` warps per row."""
     return changed(ROWS, f"warps{warps}", ("WARPS = ((1 << 31, 8),)", f"WARPS = ((1 << 31, {warps}),)"))
 
 
 def entropy(module):
-    """A call of a changed token_logprob as the benches want it: logits, ids -> (logp, entropy)."""
+    """Returns a call of a changed token_logprob for the benches: (logits, ids) gives (logp, entropy)."""
     return lambda logits, ids: module.token_logprob(logits, ids, 1.0, None, 0.0, True)[:2]
 
 
 def policy_rows(module):
-    """A call of a changed ppo_loss_from_logits in place: the kernel alone, weights made beforehand."""
+    """Returns a call of a changed ppo_loss_from_logits in place: the kernel alone, with given weights."""
     objective = (shapes.CLIP, shapes.CLIP, float("inf"), 0.0, False, 0.0, 1.0, None, 0.0)
     return lambda logits, ids, old, advantage, weight: module.ppo_loss_from_logits(
         logits, ids, old, advantage, None, weight, *objective, logits
@@ -133,14 +138,14 @@ def policy_rows(module):
 
 
 def chunked_logprob(hidden, weight, ids):
-    """linear_logprob forward by chunks of logits in memory, as it runs where a gradient is asked for."""
+    """Runs linear_logprob forward with chunks of logits in memory, as it runs when a gradient is needed."""
     from saferlhf_fast.kernels.linear_logprob import triton_impl
 
     return triton_impl.linear_logprob(hidden, weight, ids, None, 1.0, None, 0.0, False, None, True)[0]
 
 
 def in_chunks(tokens):
-    """linear_ppo_loss with chunks of so many tokens."""
+    """Returns linear_ppo_loss with chunks of `tokens` tokens."""
 
     def call(hidden, weight, batch):
         return saferlhf_fast.linear_ppo_loss(
@@ -159,7 +164,7 @@ def in_chunks(tokens):
 
 
 def register():
-    """Makes the variants versions of the benches, by the names that the sections use."""
+    """Registers the variants as versions of the benches, under the names that the sections use."""
     cuda = ("cpu", "cuda")  # a rehearsal's tensors are on the CPU
     peers.peer("logprob_entropy", "triton, threads first", "torch", cuda)(lambda: entropy(axes()[0]))
     for warps in (4, 16):

@@ -1,7 +1,6 @@
-"""A pytest plugin: one of xdist's processes whose GPU context a test has broken ends at once, and xdist
-starts another one.
+"""A pytest plugin that ends an xdist process whose GPU context a test has broken.
 
-Else every test that the process took after that would fail too.
+xdist then starts a new process. Otherwise every later test of that process would fail too.
 """
 
 import os

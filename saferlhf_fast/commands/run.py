@@ -164,14 +164,14 @@ def _check_apart(key, output, top, others):
     if output is None:
         return
     for other in filter(None, others):
-        if inputs.lies_in(output, other) and inputs.lies_in(other, output):
+        if inputs.is_inside(output, other) and inputs.is_inside(other, output):
             raise UserError(f"{key}: {output} is another stage's output too")
-        if inputs.lies_in(output, other) or inputs.lies_in(other, output):
+        if inputs.is_inside(output, other) or inputs.is_inside(other, output):
             raise UserError(
                 f"{key}: {output} and another stage's output, {other}, lie in one another; expected folders "
                 f"apart"
             )
-    if inputs.lies_in(top, output):
+    if inputs.is_inside(top, output):
         raise UserError(
             f"{key}: {output} holds the folder of the whole run, {top}; expected a folder of its own"
         )
@@ -258,7 +258,7 @@ def _check_outputs(top, steps):
     anew = []  # outputs of the stages that will run
     for step in steps:
         state = RunState(step.kind, step.cfg)
-        reads_anew = any(inputs.lies_in(value, folder) for _, value, _ in state.sources for folder in anew)
+        reads_anew = any(inputs.is_inside(value, folder) for _, value, _ in state.sources for folder in anew)
         if reads_anew or not state.is_done_but_for_inputs:
             run_folder.checked_action(
                 state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output"

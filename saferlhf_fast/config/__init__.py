@@ -1,4 +1,4 @@
-"""What a recipe may say: its sections and stages, how it is read and checked, and what it is known by.
+"""The settings of recipes: their sections and stages, how they are read and checked, and their hashes.
 
 Nothing here imports torch.
 """

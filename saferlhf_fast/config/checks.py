@@ -1,26 +1,37 @@
-"""What a stage refuses before anything slow: settings that contradict each other, models and data that cannot
-be read, optimisers and trackers that are not installed. No torch.
+"""Checks before anything slow: refuses what a stage cannot work with.
+
+These are settings that contradict each other, models and data that cannot be read, and optimisers and
+trackers that are not installed. No torch.
 """
 
 import importlib.util
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
 from saferlhf_fast.config import contradictions
-from saferlhf_fast.config.inputs import check_data, check_home, check_model, lies_in, listed
+from saferlhf_fast.config.inputs import check_data, check_home, check_model, is_inside, listed
 from saferlhf_fast.config.paths import is_local
 from saferlhf_fast.config.schema import show
 from saferlhf_fast.config.sections import Logging, Optimizer
 from saferlhf_fast.config.stage_table import STAGE_SPECS
+from saferlhf_fast.config.stages import StageConfig
 from saferlhf_fast.errors import UserError
 
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
-def check(stage, cfg, produced=(), prefix=""):
-    """Refuses what cannot work before torch is imported: settings that contradict each other, missing inputs.
+def check(stage: str, cfg: Any, produced: Collection[str | Path] = (), prefix: str = "") -> None:
+    """Refuses settings that contradict each other and missing inputs, before torch is imported.
 
-    produced: output folders of earlier stages of the same run, which need not exist yet; prefix: written
-    before keys.
+    Args:
+        stage: The name of the stage, or demo.
+        cfg: Its config.
+        produced: Output folders of earlier stages of the same run, which need not exist yet.
+        prefix: Written before keys in messages.
+
+    Raises:
+        UserError: The first problem.
     """
     if stage not in STAGE_SPECS:  # the demo has neither models nor data of its own
         check_home(cfg.output, "output")
@@ -36,17 +47,26 @@ def check(stage, cfg, produced=(), prefix=""):
             raise UserError(f"{at}: expected a {kind} path or a Hub name, got {show(value)}")
         check_home(value, at)
         try:
-            if not is_local(value) or any(lies_in(value, folder) for folder in produced):
+            if not is_local(value) or any(is_inside(value, folder) for folder in produced):
                 continue
             path = Path(value).expanduser()
             check_model(at, path, cfg.allow_pickle) if kind == "model" else check_data(at, path)
         except OSError as e:
-            # a name that is too long, a folder that may not be entered
+            # A name that is too long, a folder without permission.
             raise UserError(f"{at}: {value} cannot be read: {e.strerror or e}") from e
 
 
-def check_settings(stage, cfg, prefix=""):
-    """Refuses settings that contradict each other; prefix: written before keys."""
+def check_settings(stage: str, cfg: StageConfig, prefix: str = "") -> None:
+    """Refuses settings that contradict each other.
+
+    Args:
+        stage: The name of the stage.
+        cfg: Its config.
+        prefix: Written before keys in messages.
+
+    Raises:
+        UserError: The first contradiction.
+    """
     problem = contradictions.first(stage, cfg)
     if problem:
         raise UserError(f"{prefix}{problem}")
@@ -54,9 +74,16 @@ def check_settings(stage, cfg, prefix=""):
         check_optimizer(optim, cfg.engine.zero_stage, prefix + key)
 
 
-def check_optimizer(optim, zero_stage, key="optim"):
-    """Refuses an Optimizer config that cannot be had here; without torch, so that it can be asked before a
-    model is loaded.
+def check_optimizer(optim: Optimizer, zero_stage: int, key: str = "optim") -> None:
+    """Refuses an optimiser that is not available here; runs before torch or a model is loaded.
+
+    Args:
+        optim: The settings of the optimiser.
+        zero_stage: The ZeRO stage that it is for.
+        key: Where the settings are in the config, for messages.
+
+    Raises:
+        UserError: Its package is not installed, or it does not work with that ZeRO stage.
     """
     problem = contradictions.first_of(
         contradictions.OPTIMIZER, contradictions.ChosenOptimizer(optim, zero_stage), at=key
@@ -65,12 +92,20 @@ def check_optimizer(optim, zero_stage, key="optim"):
         raise UserError(problem)
 
 
-def check_trackers(trackers, key="log.trackers"):
-    """Raises UserError when a tracker is named whose package is missing; imports none of them."""
+def check_trackers(trackers: Iterable[str], key: str = "log.trackers") -> None:
+    """Checks that the packages of trackers are installed, without importing them.
+
+    Args:
+        trackers: Keys of TRACKER_PACKAGES.
+        key: The setting, for messages.
+
+    Raises:
+        UserError: A package is missing.
+    """
     for tracker in trackers:
         package = TRACKER_PACKAGES[tracker]
         spec = importlib.util.find_spec(package)
-        # Without an origin it is a folder of that name: wandb leaves one in the working directory.
+        # Without an origin it is a folder with that name: wandb leaves one in the working directory.
         if spec is None or spec.origin is None:
             raise UserError(
                 f"{key}: {tracker} is named, but the package {package} is not installed; "

@@ -1,24 +1,28 @@
-"""What tells one run from another: the hash of its settings and of what its inputs hold. No torch."""
+"""Hashes that identify a run: of its settings, and of the contents of its inputs. No torch."""
 
 import copy
 import hashlib
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .paths import is_local
 
-LATER = [("constraints", None)]
-"""Settings that came when there were run folders already, and the value under which these keep their hash."""
+LATER: list[tuple[str, Any]] = [("constraints", None)]
+"""Settings that are younger than some run folders, with their default: then they are left out of the hash."""
 
-# --- hashes
-# -------------------------------------------------------------------------------------------------------
+Input = tuple[str, str, str]
+"""(key, value, kind) of a model or of data, as `inputs.listed` returns them."""
 
 
-def hashes(sources):
-    """Returns {key: sha256 of the content} of every local input; names on the Hub are part of the recipe's
-    hash.
+def hashes(sources: Iterable[Input]) -> dict[str, str]:
+    """Returns {key: sha256 of the content} of every local input.
 
-    sources: what `inputs.listed` gives.
+    Names on the Hub are not in it; they are part of the recipe's hash.
+
+    Args:
+        sources: What `inputs.listed` returns.
     """
     return {
         key: _content_hash(Path(value).expanduser())
@@ -27,12 +31,17 @@ def hashes(sources):
     }
 
 
-def recipe_hash(stage, settings, sources):
+def recipe_hash(stage: str, settings: dict[str, Any], sources: Iterable[Input]) -> str:
     """Returns the sha256 of a stage's settings, without what does not change its result.
 
-    settings: as `load.to_dict` gives them · sources: the models and data among them, as `inputs.listed` gives
-    them. Left out: `overwrite`, `output`, `resume`, `checkpoint`, `log` and `progress`; a local input counts
-    by its content (see `hashes`), so a data folder that was moved is still the same input.
+    Left out are `overwrite`, `output`, `resume`, `checkpoint`, `log`, `progress`, and the paths of local
+    inputs: their contents have hashes of their own (see `hashes`), so a data folder that was moved is still
+    the same input.
+
+    Args:
+        stage: The name of the stage.
+        settings: What `load.to_dict` returns.
+        sources: The models and data among them, as `inputs.listed` returns them.
     """
     values = copy.deepcopy(settings)
     for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
@@ -45,16 +54,15 @@ def recipe_hash(stage, settings, sources):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _replace(values, path, new):
+def _replace(values: Any, path: Sequence[str], new: str) -> None:
+    """Sets the value at a path in nested dicts and lists."""
     for step in path[:-1]:
         values = values[int(step) if isinstance(values, list) else step]
     values[int(path[-1]) if isinstance(values, list) else path[-1]] = new
 
 
-def _content_hash(path):
-    """sha256 of a file, or of a folder's relative names and contents; hidden files (.git, caches) do not
-    count.
-    """
+def _content_hash(path: Path) -> str:
+    """Returns the sha256 of a file, or of a folder's relative names and contents without hidden files."""
     if path.is_file():
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()

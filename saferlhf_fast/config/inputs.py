@@ -6,31 +6,38 @@ Names on the Hub (see paths.py) are left to the loaders. No torch.
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints, overload
 
 from pydantic.fields import FieldInfo
 
 from ..errors import UserError
 from .paths import TOKENIZER_FILES, pickle_problem
-from .schema import in_order, show
-from .sections import ScorerSpec, Source
+from .schema import Annotation, in_order, show
+from .setting_types import ScorerSpec, Source
 
 DATA_FILES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".csv.gz")
-"""data/files.py's SUFFIXES: whose package imports torch."""
+"""The same as SUFFIXES of data/files.py, which this room may not import."""
 WEIGHT_ENDINGS = (".safetensors", ".bin", ".pt")
 
 
-def listed(cfg):
-    """Returns [(key, value, kind)] for every model and data source that a config names, models first; kind is
-    "model" or "data".
+def listed(cfg: Any) -> list[tuple[str, str, str]]:
+    """Returns (key, value, kind) of every model and data source that a config names, models first.
 
-    The types of the settings tell: ModelPath, Scorer and ScorerSpec, Data and Source, wherever they stand.
+    The types of the settings tell what they name: ModelPath, Scorer and ScorerSpec name models, Data and
+    Source name data, on every level.
+
+    Args:
+        cfg: The config of a stage.
+
+    Returns:
+        key is dotted, value is a path or a Hub name, kind is "model" or "data".
     """
-    return sorted(_inputs(type(cfg), cfg, ""), key=lambda found: found[2] != "model")
+    return sorted(_inputs(type(cfg), cfg, ""), key=lambda item: item[2] != "model")
 
 
-def _inputs(annotation, value, key):
+def _inputs(annotation: Annotation, value: object, key: str) -> Iterator[tuple[str, str, str]]:
     """Yields (key, value, kind) of what a setting names."""
     if isinstance(value, (ScorerSpec, Source)):
         yield f"{key}.path", value.path, "model" if isinstance(value, ScorerSpec) else "data"
@@ -45,19 +52,30 @@ def _inputs(annotation, value, key):
         yield key, value, kind
 
 
-def _kind(annotation):
-    """What a text of a type names: "model", "data" or None."""
+def _kind(annotation: Annotation) -> str | None:
+    """Returns what a text of a type names: "model", "data" or None."""
     if annotation in (ScorerSpec, Source):
         return "model" if annotation is ScorerSpec else "data"
     if isinstance(annotation, FieldInfo):
-        return (annotation.json_schema_extra or {}).get("input")
+        extra = annotation.json_schema_extra
+        return str(extra["input"]) if isinstance(extra, dict) and "input" in extra else None
     return next((kind for inner in get_args(annotation) if (kind := _kind(inner))), None)
 
 
-def check_home(value, key):
-    """Returns a path with its ~ written out; refuses one in the home folder of somebody who has none:
+@overload
+def check_home(value: str, key: str) -> str: ...
+@overload
+def check_home(value: None, key: str) -> None: ...
+def check_home(value: str | None, key: str) -> str | None:
+    """Returns a path with its ~ written out.
 
-    ~nobody-here/data, and one that no system takes.
+    Args:
+        value: The path; None stays None.
+        key: The setting, for messages.
+
+    Raises:
+        UserError: The path has a null character, or begins with the home folder of a user who does not exist
+            here (~nobody-here/data).
     """
     if value is not None and "\0" in value:
         raise UserError(f"{key}: expected a path, got one with a null character in it: {show(value)}")
@@ -69,7 +87,18 @@ def check_home(value, key):
         ) from e
 
 
-def check_model(key, path, allow_pickle):
+def check_model(key: str, path: Path, allow_pickle: bool) -> None:
+    """Checks that a folder has the files of a model.
+
+    Args:
+        key: The setting, for messages.
+        path: The model folder.
+        allow_pickle: Whether its weights may be pickles.
+
+    Raises:
+        UserError: The folder, its config, its weights or its tokenizer are missing, or the weights are
+            pickles.
+    """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
         raise UserError(f"{key}: {path} {what}; expected a model folder (config.json, weights, tokenizer)")
@@ -90,9 +119,10 @@ def check_model(key, path, allow_pickle):
         raise UserError(f"{key}: {path} has no tokenizer; expected one of {', '.join(TOKENIZER_FILES[:4])} …")
 
 
-def _has_tokenizer(path):
-    """Byte tokenizers (ByT5, CANINE) and those with code of their own have no vocabulary file, only their
-    config.
+def _has_tokenizer(path: Path) -> bool:
+    """Tells whether a model folder has a tokenizer.
+
+    Byte tokenizers (ByT5, CANINE) and those with code of their own have only a config, no vocabulary file.
     """
     if any((path / name).is_file() for name in TOKENIZER_FILES) or any(path.glob("*.tiktoken")):
         return True
@@ -103,7 +133,16 @@ def _has_tokenizer(path):
     return any(name in text for name in ("ByT5", "Canine", "Perceiver", "auto_map"))
 
 
-def check_data(key, path):
+def check_data(key: str, path: Path) -> None:
+    """Checks that a path is a data file with content or a folder that is not empty.
+
+    Args:
+        key: The setting, for messages.
+        path: A file or a folder.
+
+    Raises:
+        UserError: It is neither.
+    """
     if not path.exists():
         raise UserError(f"{key}: {path} does not exist; expected a data file or folder")
     if path.is_file() and not path.name.lower().endswith(DATA_FILES):
@@ -114,9 +153,7 @@ def check_data(key, path):
         raise UserError(f"{key}: {path} is empty; expected records")
 
 
-def lies_in(value, folder):
-    path, folder = (
-        Path(os.path.abspath(Path(value).expanduser())),
-        Path(os.path.abspath(Path(folder).expanduser())),
-    )
-    return path == folder or folder in path.parents
+def is_inside(value: str | Path, folder: str | Path) -> bool:
+    """Tells whether a path is a folder or is inside of it; neither has to exist."""
+    path, parent = (Path(os.path.abspath(Path(item).expanduser())) for item in (value, folder))
+    return path == parent or parent in path.parents

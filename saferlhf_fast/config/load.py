@@ -1,29 +1,29 @@
 """From defaults, recipe and overrides to a typed config: defaults ← YAML ← key=value, then validation.
 
 OmegaConf reads YAML and resolves `${root}` and `???`; pydantic checks; this file merges and turns every error
-into one UserError line that names the file (or the command line), the key, what was expected and what came.
-No torch.
+into one UserError line that names the file (or the command line), the key, what was expected and what was
+given. No torch.
 """
 
 import dataclasses
-import math
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import get_args, get_origin
+from typing import Any, NoReturn, get_origin
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from saferlhf_fast.config import redact
+from saferlhf_fast.config import redact, setting_errors
 from saferlhf_fast.config.schema import (
-    LONG_FORMS,
     REQUIRED,
     SETTINGS,
+    Annotation,
+    Leaf,
     defaults,
-    describe,
     in_order,
-    is_number,
+    is_group,
     is_text,
     leaves,
     nearest,
@@ -35,30 +35,43 @@ from saferlhf_fast.errors import UserError
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def load(command, recipe=None, overrides=None):
+def load(command: str, recipe: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
     """Returns the frozen config of a stage (or demo).
 
-    recipe: path of a YAML file, or the name of a shipped recipe; overrides: {dotted key: value}, a text value
-    being read as YAML. A recipe may have `root`, which only serves `${root}`, and `stage`, which must be the
-    command.
+    A recipe may have `root`, which is only used for `${root}`, and `stage`, which must be the command.
+
+    Args:
+        command: A key of schema.SETTINGS.
+        recipe: The path of a YAML file, or the name of a shipped recipe.
+        overrides: {dotted key: value}; a value that is text is read as YAML.
+
+    Returns:
+        An instance of SETTINGS[command].
+
+    Raises:
+        UserError: The recipe cannot be read, or a setting is unknown, missing or wrong.
     """
     overrides = overrides or {}
     raw = read_recipe(recipe) if recipe else OmegaConf.create({})
     if "stages" in raw:
         raise UserError(f"{recipe}: has several stages; start it with: saferlhf-fast run {recipe}")
-    known = leaves(SETTINGS[command])
-    apply(raw, overrides, known, recipe)
+    leaf_of = leaves(SETTINGS[command])
+    apply(raw, overrides, leaf_of, recipe)
     values = resolve(raw, recipe)
-    if "root" not in known:
+    if "root" not in leaf_of:
         values.pop("root", None)
-    stage = values.pop("stage", command)  # the config.yaml of a run folder is a recipe too
+    stage = values.pop("stage", command)  # the config.yaml of a run folder can be used as a recipe
     if stage != command:
         raise UserError(f"{recipe}: stage: is of the stage {stage}, not {command}")
     return build(command, values, where(recipe, overrides))
 
 
-def read_recipe(recipe):
-    """Returns a recipe as an OmegaConf mapping, nothing resolved yet."""
+def read_recipe(recipe: str | Path) -> DictConfig:
+    """Returns a recipe as an OmegaConf mapping that is not resolved yet.
+
+    Raises:
+        UserError: There is no such recipe, or it is not a YAML mapping.
+    """
     path = Path(recipe).expanduser()
     shipped = RECIPES / f"{path.name.removesuffix('.yaml')}.yaml"
     if not path.exists() and path.parent == Path(".") and shipped.exists():
@@ -79,16 +92,31 @@ def read_recipe(recipe):
         raise UserError(f"{recipe}: not YAML{at}: {getattr(e, 'problem', None) or e}") from e
     except OmegaConfBaseException as e:
         raise UserError(f"{recipe}: {_first_line(e)}") from e
-    except AssertionError:  # what it says of a lone number
+    except AssertionError:  # what OmegaConf raises for a file with only a number
         raw = None
-    # OmegaConf reads `abc` as {abc: null}
+    # OmegaConf reads `abc` as {abc: null}.
     if not isinstance(raw, DictConfig) or (text.strip() and ":" not in text):
         raise UserError(f"{recipe}: expected a mapping of keys to values, got {show(text.strip())}")
     return raw
 
 
-def apply(raw, overrides, known, recipe=None):
-    """Writes overrides into a recipe; `known` ({key: Leaf}) tells which are text."""
+def apply(
+    raw: DictConfig,
+    overrides: Mapping[str, Any],
+    known: Mapping[str, Leaf],
+    recipe: str | Path | None = None,
+) -> None:
+    """Writes overrides into a recipe.
+
+    Args:
+        raw: The recipe; it is changed.
+        overrides: {dotted key: value}; a value that is text is read as YAML.
+        known: What schema.leaves returns; it tells which settings are text.
+        recipe: The name of the recipe, for messages.
+
+    Raises:
+        UserError: A value is not YAML, or there is no place for its key.
+    """
     for key, value in overrides.items():
         annotation = known[key].annotation if key in known else None
         try:
@@ -100,8 +128,17 @@ def apply(raw, overrides, known, recipe=None):
             raise UserError(f"command line: {key}: cannot be set in {at}: {_first_line(e)}") from e
 
 
-def parse(value, annotation=None, key="value"):
-    """Reads a value of the command line as YAML; text settings keep what looks like a number as text."""
+def parse(value: Any, annotation: Annotation = None, key: str = "value") -> Any:
+    """Reads a value of the command line as YAML.
+
+    Args:
+        value: Its text, or a list of texts; any other value is returned as it is.
+        annotation: The type of the setting: where it is text, a value that looks like a number stays text.
+        key: The setting, for messages.
+
+    Raises:
+        UserError: The value is not YAML.
+    """
     if isinstance(value, list):
         return [parse(v, None, key) for v in value]
     if not isinstance(value, str):
@@ -120,9 +157,18 @@ def parse(value, annotation=None, key="value"):
     return value if plain_text else parsed
 
 
-def resolve(raw, recipe=None, rename=str):
-    """Returns the plain nested dict of a recipe: `???` filled, `${…}` replaced. rename: how messages write a
-    key.
+def resolve(
+    raw: DictConfig, recipe: str | Path | None = None, rename: Callable[[str], str] = str
+) -> dict[str, Any]:
+    """Returns a recipe as nested plain dicts, with each `${…}` replaced.
+
+    Args:
+        raw: The recipe with its overrides.
+        recipe: The name of the recipe, for messages.
+        rename: Returns the form of a key that messages show.
+
+    Raises:
+        UserError: A value is still `???`, or a `${…}` has no value.
     """
     missing = [rename(key) for key in _unfilled(OmegaConf.to_container(raw, resolve=False))]
     if missing:
@@ -137,24 +183,44 @@ def resolve(raw, recipe=None, rename=str):
         raise UserError(f"{recipe or 'command line'}: {key}{_first_line(e)}") from e
 
 
-def where(recipe, overrides):
-    """Returns a function that says where a key's value came from: the recipe's file, or the command line."""
+def where(recipe: str | Path | None, overrides: Collection[str]) -> Callable[[str], str]:
+    """Returns a function that says where a key's value came from: the recipe's file, or the command line.
 
-    def origin(key):
-        given = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
-        return "command line" if given or not recipe else str(recipe)
+    Args:
+        recipe: The name of the recipe.
+        overrides: The dotted keys that the command line gave.
+    """
+
+    def origin(key: str) -> str:
+        overridden = any(key == o or key.startswith(f"{o}.") or o.startswith(f"{key}.") for o in overrides)
+        return "command line" if overridden or not recipe else str(recipe)
 
     return origin
 
 
-def build(command, values, origin=lambda key: "settings", prefix=""):
+def build(
+    command: str,
+    values: dict[str, Any],
+    origin: Callable[[str], str] = lambda key: "settings",
+    prefix: str = "",
+) -> Any:
     """Merges values over the defaults of a command and returns its frozen config.
 
-    origin: says where a key came from; prefix: what to write before each key (a run's `sft.`).
+    Args:
+        command: A key of schema.SETTINGS.
+        values: Nested plain dicts.
+        origin: Returns where a key came from, for messages.
+        prefix: Written before each key in messages (a run's `sft.`).
+
+    Returns:
+        An instance of SETTINGS[command].
+
+    Raises:
+        UserError: A setting is unknown, missing or wrong.
     """
     cls = SETTINGS[command]
 
-    def fail(key, sentence):
+    def fail(key: str, sentence: str) -> NoReturn:
         raise UserError(f"{origin(prefix + key)}: {prefix}{key}: {sentence}")
 
     missing = [
@@ -162,8 +228,8 @@ def build(command, values, origin=lambda key: "settings", prefix=""):
     ]
     unknown = _unknown(cls, values)
     if unknown:
-        known = list(leaves(cls)) + [name for name, *_ in own_fields(cls)]
-        guess = nearest(unknown, known)
+        keys = list(leaves(cls)) + [name for name, *_ in own_fields(cls)]
+        guess = nearest(unknown, keys)
         fail(
             unknown,
             f"unknown key; did you mean {prefix}{guess}?"
@@ -177,20 +243,25 @@ def build(command, values, origin=lambda key: "settings", prefix=""):
             f"{prefix}{missing[0]}=… or in the recipe)"
         )
     merged = _merge(defaults(cls), values)
-    _refuse_odd_numbers(cls, merged, fail)
+    odd_number = setting_errors.odd_number(cls, merged)
+    if odd_number:
+        fail(*odd_number)
     try:
         return TypeAdapter(cls).validate_python(merged)
     except ValidationError as e:
-        fail(*_sentence(cls, merged, e.errors()))
+        fail(*setting_errors.most_precise(cls, merged, e.errors()))
 
 
-def to_dict(cfg, hide=True):
-    """Returns a config as nested plain dicts and lists, as written to config.yaml.
+def to_dict(cfg: object, hide: bool = True) -> Any:
+    """Returns a config as nested plain dicts and lists, as config.yaml has it.
 
-    hide: without passwords (redact.py), as everything that is written; False for what is to be used.
+    Args:
+        cfg: The config of a stage, or a group of its settings.
+        hide: Leave passwords out (redact.py), as in everything that is written. False returns values that can
+            be used.
     """
 
-    def plain(value):
+    def plain(value: object) -> Any:
         if dataclasses.is_dataclass(value):
             return {f.name: plain(getattr(value, f.name)) for f in in_order(type(value))}
         if isinstance(value, dict):
@@ -200,12 +271,8 @@ def to_dict(cfg, hide=True):
     return redact.values(plain(cfg)) if hide else plain(cfg)
 
 
-# --- inside
-# -------------------------------------------------------------------------------------------------------
-
-
-def _unfilled(value, key=""):
-    """Yields the dotted keys that a recipe marks with ???."""
+def _unfilled(value: Any, key: str = "") -> Iterator[str]:
+    """Yields the dotted keys whose value in a recipe is ???."""
     if value == "???":
         yield key
     elif isinstance(value, (dict, list)):
@@ -213,10 +280,8 @@ def _unfilled(value, key=""):
             yield from _unfilled(inner, f"{key}.{step}" if key else str(step))
 
 
-def _merge(base, over):
-    """Merges nested dicts; what is no group in the defaults is replaced whole; an empty group changes
-    nothing.
-    """
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Merges nested dicts: groups key by key, any other value is replaced. An empty group changes nothing."""
     merged = dict(base)
     for key, value in over.items():
         if isinstance(base.get(key), dict) and (value is None or isinstance(value, dict)):
@@ -226,110 +291,19 @@ def _merge(base, over):
     return merged
 
 
-def _unknown(cls, values, prefix=""):
-    """Returns the first key of values that the settings do not have, dotted; None when all are known."""
-    groups = {name: annotation for name, annotation, *_ in own_fields(cls)}
+def _unknown(cls: type, values: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Returns the first dotted key of values that the settings do not have; None when all are known."""
+    annotations = {name: annotation for name, annotation, *_ in own_fields(cls)}
     for key, value in values.items():
-        if key not in groups:
+        if key not in annotations:
             return f"{prefix}{key}"
-        if dataclasses.is_dataclass(groups[key]) and isinstance(value, dict):
-            inner = _unknown(groups[key], value, f"{prefix}{key}.")
+        annotation = annotations[key]
+        if is_group(annotation) and isinstance(value, dict):
+            inner = _unknown(annotation, value, f"{prefix}{key}.")
             if inner:
                 return inner
     return None
 
 
-def _refuse_odd_numbers(cls, values, fail):
-    """Refuses what pydantic would let through: true as 1, and numbers that are not finite; inside of lists
-    too.
-    """
-    for path, value in _plain_values(values):
-        if isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
-            annotation = _type_at(cls, path)
-            if is_number(annotation):
-                fail(".".join(map(str, path)), f"expected {describe(annotation)}, got {show(value)}")
-
-
-def _plain_values(value, path=()):
-    """Yields (path, value) of everything in nested settings that is neither a mapping nor a list."""
-    if isinstance(value, (dict, list)):
-        for step, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _plain_values(inner, (*path, step))
-    else:
-        yield path, value
-
-
-def _sentence(cls, values, errors):
-    """Picks the error that says most (pydantic reports one per branch of a union) and returns (key,
-    sentence).
-    """
-
-    def rank(error):
-        return (
-            len(_real_path(error, values)[0]),
-            error["type"] == "unexpected_keyword_argument",
-            _is_missing(error),
-        )
-
-    error = max(errors, key=rank)
-    path, value = _real_path(error, values)
-    key = ".".join(str(step) for step in path)
-    if error["type"] == "unexpected_keyword_argument":
-        group = _type_at(cls, path[:-1])
-        group = next((long for long in LONG_FORMS if long in get_args(group)), group)
-        guess = nearest(str(path[-1]), [*leaves(group), *(f.name for f in dataclasses.fields(group))])
-        return key, "unknown key" + (f"; did you mean {guess}?" if guess else f"; expected {describe(group)}")
-    if _is_missing(error):
-        return key, "missing"
-    return key, f"expected {describe(_type_at(cls, path))}, got {show(value)}"
-
-
-def _is_missing(error):
-    """A missing key; a list that is too short (its location ends in a number) is a wrong value instead."""
-    return error["type"] == "missing" and isinstance(error["loc"][-1], str)
-
-
-def _real_path(error, values):
-    """Drops from pydantic's location what names a branch of a union; returns (path, the value there)."""
-    path, value = [], values
-    for step in error["loc"]:
-        if (
-            isinstance(value, dict)
-            and step in value
-            or isinstance(value, list)
-            and isinstance(step, int)
-            and step < len(value)
-        ):
-            path, value = path + [step], value[step]
-    return (path + [error["loc"][-1]], None) if _is_missing(error) else (path, value)
-
-
-def _type_at(annotation, path):
-    """Returns the annotation of the setting at a path; through lists and unions to the branch that fits the
-    step. Where a step is unknown, and inside of free mappings, the annotation of what holds it.
-    """
-    for step in path:
-        if dataclasses.is_dataclass(annotation):
-            inner = {name: a for name, a, *_ in own_fields(annotation)}
-            if step not in inner:
-                break
-            annotation = inner[step]
-            continue
-        branches = get_args(annotation)
-        mappings = [a for a in (annotation, *branches) if get_origin(a) is dict]
-        if mappings:
-            annotation = get_args(mappings[0])[1]
-            continue
-        lists = [a for a in (annotation, *branches) if get_origin(a) is list]
-        if isinstance(step, int) and (lists or get_origin(annotation) is tuple):
-            annotation = get_args(lists[0])[0] if lists else branches[step]
-        else:
-            group = next((long for long in LONG_FORMS if long in branches), None)
-            if group is None:
-                break
-            annotation = _type_at(group, [step])
-    return annotation
-
-
-def _first_line(error):
+def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,15 +1,26 @@
-"""A command's words, sorted into a recipe and the settings that it overrides."""
+"""Splits the words of a command line into a recipe and the settings that override it."""
 
 import re
+from collections.abc import Sequence
 
 from ..errors import UserError
 
 
-def split_words(command, words):
-    """Sorts what follows a command into (recipe or None, {key: value}).
+def split_words(command: str, words: Sequence[str]) -> tuple[str | None, dict[str, str | list[str]]]:
+    """Splits the words after a command into a recipe and the settings that override it.
 
-    `key=value`, `--key=value`, `--key value`; a flag of a true-or-false setting needs no value, one of a list
-    takes all words up to the next flag, pair or recipe.
+    Settings are `key=value`, `--key=value` or `--key value`. The flag of a true-or-false setting needs no
+    value; the flag of a list takes all words up to the next flag, pair or recipe.
+
+    Args:
+        command: A key of schema.SETTINGS.
+        words: All words after the command.
+
+    Returns:
+        (recipe or None, {key: value}); the values are texts that `load.parse` reads.
+
+    Raises:
+        UserError: An unknown option, a flag without a value, or more than one recipe.
     """
     from saferlhf_fast.config import schema
 
@@ -22,18 +33,19 @@ def split_words(command, words):
             for stage in schema.STAGES.values()
             for key, leaf in schema.leaves(stage).items()
         }
-    recipe, overrides, rest = None, {}, list(words)
-    while rest:
-        word = rest.pop(0)
+    recipe: str | None = None
+    overrides: dict[str, str | list[str]] = {}
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         flag = re.fullmatch(r"--([\w.-]+)", word)
         pair = re.fullmatch(r"(?:--)?([\w.-]+)=(.*)", word, re.DOTALL)
         if flag:
             key = flag[1]
-            # An unknown flag is refused with the settings, by its name; its value must not be taken for a
-            # recipe.
-            bare = not rest or rest[0].startswith("--") or "=" in rest[0]
+            # `load.build` reports an unknown flag by its name; until then its value must not become a recipe.
+            bare = not remaining or remaining[0].startswith("--") or "=" in remaining[0]
             kind = kinds.get(key, kinds.get(key.partition(".")[2], "switch" if bare else "value"))
-            overrides[key] = _flag_value(key, kind, rest)
+            overrides[key] = _flag_value(key, kind, remaining)
         elif pair:
             overrides[pair[1]] = pair[2]
         elif word.startswith("-"):
@@ -45,22 +57,23 @@ def split_words(command, words):
     return recipe, overrides
 
 
-def _flag_value(key, kind, rest):
-    """Takes from the remaining words what belongs to a flag."""
+def _flag_value(key: str, kind: str, remaining: list[str]) -> str | list[str]:
+    """Takes the values of a flag from the remaining words; `kind` is what schema.takes returns."""
 
-    def is_value():
-        return rest and not rest[0].startswith("--")
+    def is_value() -> bool:
+        return bool(remaining) and not remaining[0].startswith("--")
 
     if kind == "switch":
-        return rest.pop(0) if is_value() and rest[0].lower() in ("true", "false") else "true"
+        is_given = is_value() and remaining[0].lower() in ("true", "false")
+        return remaining.pop(0) if is_given else "true"
     if not is_value():
         raise UserError(f"--{key}: expected a value after it")
-    values = [rest.pop(0)]
+    values = [remaining.pop(0)]
     while (
         kind == "list"
         and is_value()
-        and not re.match(r"[\w.-]+=", rest[0])
-        and not rest[0].endswith((".yaml", ".yml"))
+        and not re.match(r"[\w.-]+=", remaining[0])
+        and not remaining[0].endswith((".yaml", ".yml"))
     ):
-        values.append(rest.pop(0))
+        values.append(remaining.pop(0))
     return values if len(values) > 1 else values[0]

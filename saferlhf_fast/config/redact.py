@@ -1,11 +1,13 @@
-"""What is written never says a password: credentials in addresses, values of keys that are named for secrets,
-and whatever the environment holds under such a name. No torch.
+"""Removes passwords from what is written.
 
-Used for configs (config.yaml, trackers, checkpoints) and for tracebacks that a run keeps.
+These are credentials in addresses, values of keys whose names are those of secrets (token, api_key …), and
+the values of environment variables with such names. Used for configs (config.yaml, trackers, checkpoints) and
+for the tracebacks that a run keeps. Standard library only.
 """
 
 import os
 import re
+from typing import Any
 
 HIDDEN = "***"
 _CREDENTIALS = re.compile(r"(?P<scheme>\b[a-zA-Z][a-zA-Z0-9+.-]*://)[^/\s@'\"]+@")
@@ -13,20 +15,25 @@ _SECRET_KEY = re.compile(
     r"(^|[_.-])((api|access|auth|secret)_?key|token|secret|passwd|password|credentials?)$", re.IGNORECASE
 )
 _SECRET_VARIABLE = re.compile(rf"{_SECRET_KEY.pattern}|_KEY$", re.IGNORECASE)
-_SHORT = 8  # an environment value of fewer characters is not looked for: it could be any word
+_SHORTEST = 8  # shorter values of environment variables stay: they could be any word
 
 
-def text(value):
-    """A text without credentials in addresses and without secrets of the environment."""
+def text(value: str) -> str:
+    """Returns a text without credentials in addresses and without secrets of the environment."""
     value = _CREDENTIALS.sub(rf"\g<scheme>{HIDDEN}@", value)
-    for secret in sorted(_of_environment(), key=len, reverse=True):
+    for secret in sorted(_environment_secrets(), key=len, reverse=True):
         value = value.replace(secret, HIDDEN)
     return value
 
 
-def values(tree, key=""):
-    """Nested dicts and lists without secrets: texts as `text` gives them, texts under a secret's key hidden
-    whole.
+def values(tree: Any, key: str = "") -> Any:
+    """Returns nested dicts and lists without secrets.
+
+    A text under the key of a secret is replaced by HIDDEN, every other text by what `text` returns.
+
+    Args:
+        tree: Nested dicts and lists; values that are no text stay as they are.
+        key: The key under which `tree` is stored.
     """
     if isinstance(tree, dict):
         return {name: values(inner, str(name)) for name, inner in tree.items()}
@@ -37,7 +44,9 @@ def values(tree, key=""):
     return HIDDEN if tree and _SECRET_KEY.search(key) else text(tree)
 
 
-def _of_environment():
+def _environment_secrets() -> set[str]:
     return {
-        value for name, value in os.environ.items() if len(value) >= _SHORT and _SECRET_VARIABLE.search(name)
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST and _SECRET_VARIABLE.search(name)
     }

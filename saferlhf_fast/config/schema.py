@@ -1,8 +1,7 @@
-"""What the settings say about themselves: every key with its type in words, default and docstring; nearest
-keys; help.
+"""Describes the settings: every key with its type in words, its default and its docstring.
 
-Reads the dataclasses of stages.py; knows nothing of YAML or of the command line's words. The same words for a
-type are used by `--help` and by error messages.
+Also finds the key that a wrong one most likely means, and writes `--help`. Reads the dataclasses of stages.py
+and nothing else: no YAML, no command line. `--help` and error messages use the same words for a type.
 """
 
 import dataclasses
@@ -10,46 +9,54 @@ import difflib
 import json
 import textwrap
 import types
-from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+from collections.abc import Collection, Iterable, Iterator
+from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, get_args, get_origin, get_type_hints
 
-from saferlhf_fast.config.sections import Constraint, ScorerSpec, Source
+from saferlhf_fast.config.sections import Constraint
+from saferlhf_fast.config.setting_types import ScorerSpec, Source
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig
 
-SETTINGS = {**STAGES, "run": RunConfig, "demo": DemoConfig}
+SETTINGS: dict[str, type] = {**STAGES, "run": RunConfig, "demo": DemoConfig}
 """Every command that has settings, and their class."""
 
-LONG_FORMS = {Source: "source", ScorerSpec: "scorer"}
+LONG_FORMS: dict[type, str] = {Source: "source", ScorerSpec: "scorer"}
 """Groups that a plain path is short for, and what messages call them."""
 
-EXAMPLES = {
+EXAMPLES: dict[type, str] = {
     Source: "a source, where data is more than a path, e.g. data='[{path: a.json, count: 100}, b.jsonl]':",
     ScorerSpec: "a scorer, where it is more than a path, e.g. reward='{kind: score_model, path: DIR}':",
     Constraint: "a constraint, e.g. constraints='[{name: harm, cost: DIR, multiplier: {threshold: -0.5}}]':",
 }
 """Groups that are written inside a value, and how `--help` begins its list of their settings."""
 
-REQUIRED = object()
+REQUIRED: Any = object()
 """The default of a key that has none."""
+
+Annotation = object
+"""The type of a setting: a class, or one of typing's forms, which have no common type."""
 
 
 class Leaf(NamedTuple):
     """One setting: its annotation, its default (REQUIRED when it has none), its docstring."""
 
-    annotation: Any
+    annotation: Annotation
     default: Any
     doc: str
 
 
-def in_order(cls):
-    """The fields of a settings class as people read them: its own first, then those that it shares with
-    others.
-    """
+def is_group(annotation: Annotation) -> TypeGuard[type]:
+    """Tells whether an annotation is a settings class, so that the setting is a group of settings."""
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+
+
+def in_order(cls: type) -> list[dataclasses.Field[Any]]:
+    """Returns the fields of a settings class as people read them: its own before the inherited ones."""
     return sorted(dataclasses.fields(cls), key=lambda f: f.name not in vars(cls).get("__annotations__", {}))
 
 
-def own_fields(cls):
-    """Yields (name, annotation, default, doc) of a settings class; groups are not opened."""
+def own_fields(cls: type) -> Iterator[tuple[str, Annotation, Any, str]]:
+    """Yields (name, annotation, default, doc) of each field of a settings class; groups are not opened."""
     hints = get_type_hints(cls, include_extras=True)
     for f in in_order(cls):
         default = REQUIRED
@@ -60,47 +67,49 @@ def own_fields(cls):
         yield f.name, _without_description(hints[f.name]), default, _doc(cls, f.name)
 
 
-def _doc(cls, name):
-    """The docstring under a field, which pydantic reads in the class that declares it alone."""
-    known = (
-        c.__pydantic_fields__[name].description
-        for c in cls.__mro__
-        if name in vars(c).get("__pydantic_fields__", {})
-    )
-    return next((doc for doc in known if doc), "")
+def _doc(cls: type, name: str) -> str:
+    """Returns the docstring under a field; pydantic reads it only in the class that declares the field."""
+    infos = (vars(c).get("__pydantic_fields__", {}).get(name) for c in cls.__mro__)
+    return next((info.description for info in infos if info and info.description), "")
 
 
-def _without_description(annotation):
-    """Annotated[X, Field(description=…)] is X; limits stay."""
+def _without_description(annotation: Annotation) -> Annotation:
+    """Returns X for Annotated[X, Field(description=…)]; an annotation with limits stays as it is."""
     if get_origin(annotation) is not Annotated:
         return annotation
     kind, *infos = get_args(annotation)
     return annotation if any(info.metadata for info in infos) else kind
 
 
-def leaves(cls, prefix="", group=None):
-    """Returns {dotted key: Leaf} of a settings class; `group`: an instance whose values are the defaults."""
-    found = {}
+def leaves(cls: type, prefix: str = "", group: object = None) -> dict[str, Leaf]:
+    """Returns {dotted key: Leaf} of a settings class and the groups in it.
+
+    Args:
+        cls: The settings class.
+        prefix: Written before each key.
+        group: An instance of cls whose values are the defaults; those of cls when not given.
+    """
+    by_key: dict[str, Leaf] = {}
     for name, annotation, default, doc in own_fields(cls):
         default = default if group is None else getattr(group, name)
-        if dataclasses.is_dataclass(annotation):
-            found |= leaves(annotation, f"{prefix}{name}.", default)
+        if is_group(annotation):
+            by_key |= leaves(annotation, f"{prefix}{name}.", default)
         else:
-            found[prefix + name] = Leaf(annotation, default, doc)
-    return found
+            by_key[prefix + name] = Leaf(annotation, default, doc)
+    return by_key
 
 
-def defaults(cls):
+def defaults(cls: type) -> dict[str, Any]:
     """Returns the defaults of a settings class as nested plain dicts, without the required keys."""
     return {
-        name: dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+        name: dataclasses.asdict(value) if is_group(type(value)) else value
         for name, _, value, _ in own_fields(cls)
         if value is not REQUIRED
     }
 
 
-def describe(annotation):
-    """Says in words what a setting takes, e.g. "whole number above 0 or null"."""
+def describe(annotation: Annotation) -> str:
+    """Returns in words what a setting takes, e.g. "whole number above 0 or null"."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return describe(args[0]) + _bounds(args[1:])
@@ -118,36 +127,43 @@ def describe(annotation):
         return "a list, each " + describe(args[0])
     if origin is tuple:
         return f"a list of {len(args)}, each " + describe(args[0])
-    if dataclasses.is_dataclass(annotation):
+    if is_group(annotation):
         return "a group with " + ", ".join(f.name for f in dataclasses.fields(annotation))
     if annotation is dict or origin is dict:
         return "a mapping"
-    return {int: "whole number", float: "number", bool: "true or false", str: "text"}[annotation]
+    words_of: dict[object, str] = {
+        int: "whole number",
+        float: "number",
+        bool: "true or false",
+        str: "text",
+    }
+    return words_of[annotation]
 
 
-def _bounds(metadata):
-    """Says the limits in pydantic's Field(gt=…, ge=…, lt=…, le=…) in words."""
+def _bounds(metadata: Iterable[Any]) -> str:
+    """Returns in words the limits in pydantic's Field(gt=…, ge=…, lt=…, le=…)."""
     limits = {
         type(m).__name__: next(iter(dataclasses.asdict(m).values()))
         for info in metadata
         for m in info.metadata
     }
     words = {"Gt": "above {}", "Ge": "at least {}", "Lt": "below {}", "Le": "at most {}"}
-    said = [words[name].format(limit) for name, limit in limits.items()]
-    return " " + " and ".join(said) if said else ""
+    bounds = [words[name].format(limit) for name, limit in limits.items()]
+    return " " + " and ".join(bounds) if bounds else ""
 
 
-def groups_within(annotation):
-    """The settings classes that a value of a type may hold: Source in Data, Constraint and what it holds in a
-    list of them.
+def groups_within(annotation: Annotation) -> set[type]:
+    """Returns the settings classes that a value of a type may contain.
+
+    Data contains Source; a list of Constraint contains Constraint and the classes of its fields.
     """
-    found = {annotation} if dataclasses.is_dataclass(annotation) else set()
-    inner = [a for _, a, *_ in own_fields(annotation)] if found else get_args(annotation)
-    return found.union(*(groups_within(a) for a in inner))
+    if is_group(annotation):
+        return {annotation}.union(*(groups_within(a) for _, a, *_ in own_fields(annotation)))
+    return set().union(*(groups_within(a) for a in get_args(annotation)))
 
 
-def takes(annotation):
-    """Says how many words a flag takes: "switch" (none needed), "list" (several), "value" (one)."""
+def takes(annotation: Annotation) -> str:
+    """Returns how many words a flag takes: "switch" (none needed), "list" (several), "value" (one)."""
     if annotation is bool:
         return "switch"
     origin, args = get_origin(annotation), get_args(annotation)
@@ -158,23 +174,24 @@ def takes(annotation):
     return "value"
 
 
-def is_text(annotation):
-    """Tells whether a setting is text (or null, or a path among other forms), so that 2026 means "2026"."""
+def is_text(annotation: Annotation) -> bool:
+    """Tells whether a setting may be text (or null, or a path among other forms), so that 2026 is "2026"."""
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return any(is_text(a) for a in get_args(annotation))
     return annotation is str
 
 
-def is_number(annotation):
-    """Tells whether a setting takes a number, limits and null aside."""
+def is_number(annotation: Annotation) -> bool:
+    """Tells whether a setting takes a number; limits and null do not matter."""
     if get_origin(annotation) in (Annotated, Union, types.UnionType):
         return any(is_number(a) for a in get_args(annotation))
     return annotation in (int, float)
 
 
-def nearest(key, known):
-    """Returns the known key that a wrong one most likely means: the same last word in another group, or a
-    typo.
+def nearest(key: str, known: Collection[str]) -> str | None:
+    """Returns the known key that a wrong one most likely means; None where none is near.
+
+    It is a key with the same last word in another group, or one that differs by a typing error.
     """
     last = key.rsplit(".", 1)[-1]
     same = [k for k in known if k.rsplit(".", 1)[-1] == last]
@@ -188,53 +205,50 @@ def nearest(key, known):
     return by_last[close[0]] if close else None
 
 
-def show(value):
-    """Writes a value as a recipe would, shortened."""
+def show(value: object) -> str:
+    """Returns a value as a recipe writes it, shortened to 80 characters."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "…"
 
 
-# --- help
-# ---------------------------------------------------------------------------------------------------------
+# --- help ---
 
-PLACES = """Settings come from three places, the later winning: the defaults below, the recipe (YAML), the command line.
+PLACES = """Settings come from the defaults below, the recipe (YAML) and the command line; later ones win.
 `key=value`, `--key value` and `--key=value` mean the same; values are YAML: null, true, 1e-5, [a, b].
-A recipe may say `${root}` for the value of its key `root`, and `???` where a value must be given."""
+A recipe may write `${root}` for the value of its key `root`, and `???` where a value must be given."""
 
 
-def help_text(command):
-    """Returns the whole `--help` of a command that has settings: every key with its type, default and
-    meaning.
-    """
+def help_text(command: str) -> str:
+    """Returns the `--help` of a command that has settings: every key with its type, default and meaning."""
     cls = SETTINGS[command]
     recipe = "recipe.yaml" if command == "run" else "[recipe.yaml]"
     lines = [f"usage: saferlhf-fast {command} {recipe} [key=value …] [--key value …] [--debug]", ""]
-    lines += _wrap(cls.__doc__.strip(), "") + ["", *PLACES.splitlines(), "", "examples:"]
+    lines += _wrap(cls.__doc__ or "", "") + ["", *PLACES.splitlines(), "", "examples:"]
     lines += [f"  saferlhf-fast {example}" for example in WITH_SETTINGS[command].examples]
     groups = []
     lines += ["", "settings:"]
     for name, annotation, default, doc in own_fields(cls):
-        if dataclasses.is_dataclass(annotation):
+        if is_group(annotation):
             groups.append((name, annotation, default))
         else:
             lines += _entry(name, Leaf(annotation, default, doc))
     for name, annotation, default in groups:
-        lines += ["", f"{name}: {annotation.__doc__.strip()}"]
+        lines += ["", f"{name}: {(annotation.__doc__ or '').strip()}"]
         for key, leaf in leaves(annotation, f"{name}.", default).items():
             lines += _entry(key, leaf)
-    within = set().union(*(groups_within(leaf.annotation) for leaf in leaves(cls).values()))
-    for group, beginning in EXAMPLES.items():
+    within = {group for leaf in leaves(cls).values() for group in groups_within(leaf.annotation)}
+    for group, heading in EXAMPLES.items():
         if group in within:
-            lines += ["", beginning]
+            lines += ["", heading]
             for key, leaf in leaves(group).items():
                 lines += _entry(key, leaf)
     return "\n".join(lines)
 
 
-def _entry(key, leaf):
+def _entry(key: str, leaf: Leaf) -> list[str]:
     default = "required" if leaf.default is REQUIRED else f"default: {show(leaf.default)}"
     return [f"  {key}  ({describe(leaf.annotation)}; {default})", *_wrap(leaf.doc, "      ")]
 
 
-def _wrap(text, indent):
+def _wrap(text: str, indent: str) -> list[str]:
     return textwrap.wrap(" ".join(text.split()), 116, initial_indent=indent, subsequent_indent=indent)

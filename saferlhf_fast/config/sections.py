@@ -1,107 +1,53 @@
 """Groups of settings that several stages share, one dataclass each; stages.py puts stages together from them.
 
-No torch here.
-
 The docstring under a field is its `--help` text; units are in parentheses. Defaults are the recipe of the
-Safe RLHF paper's reference implementation.
+Safe RLHF paper's reference implementation. Nothing here imports torch.
 """
 
 from dataclasses import field
-from typing import Annotated, Literal, Union
+from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
-OpenFraction = Annotated[float, Field(gt=0, lt=1)]
-
-_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=False, allow_inf_nan=False)
-frozen = dataclass(frozen=True, config=_config)
-frozen_keywords = dataclass(frozen=True, kw_only=True, config=_config)
-"""For stages, whose required settings come after those that they inherit."""
-
-
-ModelPath = Annotated[str, Field(json_schema_extra={"input": "model"})]
-"""A model's folder or Hub name: what inputs.py looks for, as it looks for Data and Scorer."""
-
-
-@frozen
-class Source:
-    """One data source of a mixture."""
-
-    path: str
-    """A file (.json, .jsonl, .jsonl.gz, .csv, .parquet), a local folder of such files, or a Hub data set name."""
-    format: str = "auto"
-    """Record format: auto (told from the columns) or one of the names in docs/data.md (pku, alpaca, hh, messages …)."""
-    split: str = "train"
-    """Split of a Hub data set or of a folder that has splits."""
-    name: str | None = None
-    """Configuration of a Hub data set (e.g. alpaca-7b)."""
-    count: PositiveInt | None = None
-    """Take this many rows, drawn with the stage's seed; all when not given (rows)."""
-    proportion: Positive | None = None
-    """Weight of this source in the mixture, relative to the others; each source counts whole when none gives one."""
-    columns: dict[str, str] | None = None
-    """Renames columns before the format is told: {"their name": "our name"}."""
+from .setting_types import COST as COST
+from .setting_types import PAIR as PAIR
+from .setting_types import REWARD as REWARD
+from .setting_types import SCORER_KINDS as SCORER_KINDS
+from .setting_types import (
+    Data,
+    Fraction,
+    ModelPath,
+    NonNegative,
+    NonNegativeInt,
+    OpenFraction,
+    Positive,
+    PositiveInt,
+    Scorer,
+    settings_class,
+)
+from .setting_types import PreferenceData as PreferenceData
+from .setting_types import ScorerSpec as ScorerSpec
+from .setting_types import scorer_spec as scorer_spec
 
 
-Data = Union[str, Source, list[str | Source]]
-
-REWARD, COST = PAIR = ("reward", "cost")
-"""What a response is scored by: how helpful it is, how harmful it is. In this order wherever both are named."""
-
-SCORER_KINDS = ("score_model",)
-"""What can score a response; rollout/scorers.py loads each."""
-
-
-@frozen
-class ScorerSpec:
-    """What scores a response."""
-
-    path: str
-    """A score model: a folder or a Hub name."""
-    kind: Literal[SCORER_KINDS] = "score_model"
-    """What scores: score_model, a model with a scalar head that reads prompt and response."""
-
-
-Scorer = Union[str, ScorerSpec]
-"""A plain path is a score model's."""
-
-
-def scorer_spec(scorer):
-    """The ScorerSpec of a setting of the type Scorer; None of None."""
-    return ScorerSpec(path=scorer) if isinstance(scorer, str) else scorer
-
-
-# Settings that several stages have, each documented once.
-PreferenceData = Annotated[
-    Data, Field(description="Preference data: a path, a Hub name, or a list of sources.")
-]
-Output = Annotated[str, Field(description="Folder of the run; the trained model lies in <output>/model.")]
-
-
-@frozen
+@settings_class(frozen=True)
 class Training:
-    """How long, in what portions, and when to evaluate and save."""
+    """How long to train, in what portions, and when to evaluate and save."""
 
     epochs: Positive = 1.0
     """Passes over the training data (may be fractional)."""
     max_steps: PositiveInt | None = None
-    """Make this many optimiser steps at most; `epochs` may end the run before (steps)."""
+    """Make this many optimiser steps at most; `epochs` may end the run earlier (steps)."""
     batch_size: PositiveInt = 4
-    """Times `accumulation`: what each device brings to an optimiser step (sequences; for preferences: pairs)."""
+    """Times `accumulation`: what each device adds to an optimiser step (sequences; for preferences:
+    pairs)."""
     accumulation: PositiveInt = 1
     """See `batch_size`; how a step is cut into passes follows from `micro_tokens`."""
     micro_tokens: PositiveInt | None = None
-    """Most tokens of a forward and backward pass on each device; batch_size · max_length when not given, twice that for pairs
-    (tokens)."""
+    """Most tokens of a forward and backward pass on each device; batch_size · max_length when not given,
+    twice that for pairs (tokens)."""
     max_length: PositiveInt = 512
-    """Longest prompt + response that is trained on (tokens); longer answers are dropped and counted, never cut."""
+    """Longest prompt + response (tokens); longer answers are dropped and counted, never cut."""
     eval_data: Data | None = None
     """Evaluation data; a split by prompt of the training data when not given."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
@@ -109,24 +55,28 @@ class Training:
     eval_interval: PositiveInt | None = None
     """Evaluate every so many steps (steps); at the end only when not given."""
     best_metric: str | None = None
-    """Keep the weights of the best evaluation by this metric (e.g. eval/loss, eval/accuracy) as the result."""
+    """The result is the weights of the best evaluation by this metric (e.g. eval/loss, eval/accuracy)."""
     save_interval: PositiveInt | None = None
     """Save the model every so many steps, besides the end (steps)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
 
-    def pass_tokens(self, sequences=1):
-        """Most tokens of a forward and backward pass; sequences: of one example (2 for pairs)."""
+    def pass_tokens(self, sequences: int = 1) -> int:
+        """Returns the most tokens of a forward and backward pass.
+
+        Args:
+            sequences: Sequences of one example (2 for pairs).
+        """
         return self.micro_tokens or self.batch_size * self.max_length * sequences
 
 
-@frozen
+@settings_class(frozen=True)
 class Optimizer:
-    """What turns gradients into steps, and its learning-rate schedule."""
+    """The optimiser and its learning-rate schedule."""
 
     kind: Literal["adamw", "adamw-8bit", "adafactor"] = "adamw"
-    """adamw; adamw-8bit, whose states take a quarter (pip install 'saferlhf-fast[8bit]'); or adafactor, whose states take next
-    to nothing (ZeRO 0 only)."""
+    """adamw; adamw-8bit, whose states take a quarter of the memory (pip install 'saferlhf-fast[8bit]'); or
+    adafactor, whose states take almost none (ZeRO 0 only)."""
     learning_rate: Positive = 2e-5
     """Peak learning rate; the same scale for all kinds."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -143,7 +93,7 @@ class Optimizer:
     """Clip the global gradient norm to this; 0 switches clipping off."""
 
 
-@frozen
+@settings_class(frozen=True)
 class Engine:
     """DeepSpeed: sharding, offload, precision."""
 
@@ -156,40 +106,42 @@ class Engine:
     offload_parameters: bool = False
     """Keep weights in host memory (ZeRO 3)."""
     frozen: Literal["auto", "sharded", "replicated"] = "auto"
-    """Where the frozen models' weights lie: sharded over the devices, or whole on each; auto shards them under ZeRO 3 only."""
+    """Frozen models' weights: sharded over the devices, or complete on each; auto: sharded under ZeRO 3
+    only."""
     max_skips: PositiveInt = 3
-    """Stop, with the batch saved, after this many steps in a row that were left out because a number was not finite (steps)."""
+    """Stop, and save the batch, after this many steps in a row with a number that is not finite (steps)."""
     timeout: Positive = 30.0
-    """End the run when a rank has waited this long for the others, naming the one that did not come (minutes)."""
+    """End the run, and name the missing rank, when a rank has waited this long for the others (minutes)."""
     packing: bool = True
-    """Run models on sequences one behind the other, without padding, where the architecture can; false pads."""
+    """Concatenate sequences instead of padding them, where the architecture supports it; false pads."""
     threads: PositiveInt | None = None
     """CPU threads of each process; torch's own choice when not given."""
     config: dict | None = None
-    """More DeepSpeed settings, merged over ours (DeepSpeed's own JSON keys)."""
+    """More DeepSpeed settings, by DeepSpeed's own JSON keys; they override those that saferlhf-fast gives."""
 
 
-@frozen
+@settings_class(frozen=True)
 class Checkpoint:
-    """When the whole state of a run is written to <output>/checkpoints, to go on from with resume=auto."""
+    """When the complete state of a run is written to <output>/checkpoints; resume=auto resumes from there."""
 
     interval: PositiveInt | None = None
     """Write one every so many steps (steps)."""
     minutes: Positive | None = 30.0
-    """Write one when the last is this old, at the end of a step (minutes)."""
+    """Write one at the end of a step when the last one is this old (minutes)."""
     keep: PositiveInt = 2
     """Keep this many of the newest ones."""
     keep_best: bool = True
-    """Keep the one with the best evaluation too (train.best_metric or evaluation.select; else eval/loss or none)."""
+    """Keep the one with the best evaluation too (by train.best_metric or evaluation.select; without these
+    by eval/loss, where there is one)."""
     asynchronous: bool = False
-    """Write in the background while training goes on; needs host memory for a copy of the state."""
+    """Write in the background while training continues; needs host memory for a copy of the state."""
 
 
-@frozen
+@settings_class(frozen=True)
 class Lora:
     """Low-rank adapters (peft); off while rank is 0.
 
-    In ppo and ppo-lag all roles then stand on one frozen base: the reference is the base alone, and score
+    In ppo and ppo-lag all roles then share one frozen base: the reference is the base alone, and score
     models trained with LoRA on it (their stages save <output>/model/adapter) are adapters too.
     """
 
@@ -203,7 +155,7 @@ class Lora:
     """Modules that get an adapter; all-linear means every linear layer but the head."""
 
 
-@frozen
+@settings_class(frozen=True)
 class Logging:
     """What is written while training."""
 
@@ -224,16 +176,16 @@ class Logging:
 
 
 MEMORY_SHARES = {"continuous": 0.8, "vllm": 0.4}
-"""Shares of a GPU's memory that rollout engines take when sampling.memory does not say; its help names them too."""
+"""Shares of a GPU's memory that rollout engines take by default; `sampling.memory` names them too."""
 
 
-@frozen
+@settings_class(frozen=True)
 class Sampling:
-    """How responses are generated. Log-probs are scored under the same temperature, top-p, top-k and penalty."""
+    """How responses are sampled; log-probs are scored with the same temperature, top-p, top-k and penalty."""
 
     engine: Literal["auto", "generate", "continuous", "vllm", "vllm-server"] = "auto"
-    """What generates: transformers' generate or continuous batching, vLLM in this process, or a vLLM server; auto is generate
-    on a CPU and continuous on a GPU (docs/rollouts.md)."""
+    """What generates: transformers' generate or continuous batching, vLLM in this process, or a vLLM server;
+    auto is generate on a CPU and continuous on a GPU (docs/rollouts.md)."""
     temperature: Positive = 1.0
     """Sampling temperature; log-probs are scored at the same temperature."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -241,7 +193,7 @@ class Sampling:
     top_k: NonNegativeInt = 0
     """Sample from this many most likely tokens; 0 is all of them (tokens)."""
     repetition_penalty: Positive = 1.0
-    """Logits of tokens of prompt and response so far are divided (below 0: multiplied) by this; 1 changes nothing."""
+    """Logits of tokens in prompt or response so far are divided (below 0: multiplied) by this; 1 is off."""
     num_return_sequences: PositiveInt = 1
     """Responses sampled for each prompt."""
     stop: list[str] = field(default_factory=list)
@@ -249,44 +201,56 @@ class Sampling:
     max_new_tokens: PositiveInt | None = None
     """Longest response (tokens); what max_length leaves after the prompt when not given."""
     max_prompt_length: PositiveInt | None = None
-    """Prompts longer than this lose their beginning, never the assistant tag; max_length / 2 when not given (tokens)."""
+    """Longer prompts lose their beginning, never the assistant tag; max_length / 2 when not given
+    (tokens)."""
     batch_size: PositiveInt | None = None
     """Prompts generated at once on each device; all of a step's when not given."""
     gather: bool = True
-    """Under ZeRO-3, gather the actor's weights once per rollout; false gathers layer by layer for each token, for models
-    that do not fit one device whole (generate only)."""
+    """Under ZeRO-3, gather the actor's weights once per rollout; false gathers layer by layer for each token,
+    for models that do not fit on one device (generate only)."""
     memory: OpenFraction | None = None
-    """Share of a GPU's memory that continuous may take for its cache (of what is free; 0.8 when not given) and vllm for its
-    weights and cache (of all; 0.4 when not given)."""
+    """Share of a GPU's memory that continuous may take for its cache (of what is free; 0.8 when not given)
+    and vllm for its weights and cache (of all; 0.4 when not given)."""
     server: str = "http://127.0.0.1:8000"
-    """Address of the server that vllm-server asks."""
+    """Address of the server that vllm-server uses."""
     server_weights: str | None = None
-    """Folder through which the server gets new weights, under the same path on its machine; a temporary one when not given."""
+    """Folder through which the server gets new weights, by the same path; temporary when not given."""
 
-    def prompt_limit(self, max_length):
-        """Longest prompt (tokens). max_length: of prompt and response (tokens)."""
+    def prompt_limit(self, max_length: int) -> int:
+        """Returns the longest prompt (tokens).
+
+        Args:
+            max_length: Longest prompt + response (tokens).
+        """
         return self.max_prompt_length or max_length // 2
 
-    def response_limit(self, prompt, max_length):
-        """Longest response to a prompt of `prompt` tokens (at least 1 token). max_length: of prompt and
-        response (tokens).
+    def response_limit(self, prompt: int, max_length: int) -> int:
+        """Returns the longest response to a prompt (tokens, at least 1).
+
+        Args:
+            prompt: Length of the prompt (tokens).
+            max_length: Longest prompt + response (tokens).
         """
         return max(1, min(max_length - prompt, self.max_new_tokens or max_length))
 
-    def memory_share(self, engine):
-        """Share of a GPU's memory that "continuous" may take of what is free, or "vllm" of all."""
+    def memory_share(self, engine: str) -> float:
+        """Returns the share of a GPU's memory that a rollout engine may take.
+
+        Args:
+            engine: "continuous", whose share is of the free memory, or "vllm", whose share is of all memory.
+        """
         return self.memory or MEMORY_SHARES[engine]
 
 
-@frozen
+@settings_class(frozen=True)
 class Multiplier:
     """The Lagrange multiplier λ and the constraint mean cost ≤ threshold."""
 
     rule: Literal["exponential", "pid"] = "exponential"
-    """exponential: log λ += lr · λ · (J_C − d), the reference's rule; pid: λ = K_p·e + I + K_d·max(0, Δe) with e = J_C − d and
-    I = init + K_i·Σe, both between 0 and `max`."""
+    """exponential: log λ += lr · λ · (J_C − d), the reference's rule; pid: λ = K_p·e + I + K_d·max(0, Δe)
+    with e = J_C − d and I = init + K_i·Σe, both between 0 and `max`."""
     init: NonNegative = 1.0
-    """λ at the start; of the pid rule its integral I too."""
+    """λ at the start; with the pid rule also its integral I at the start."""
     lr: NonNegative = 0.1
     """Step size of the exponential rule."""
     max: Positive = 5.0
@@ -307,12 +271,12 @@ class Multiplier:
     """K_d of the pid rule."""
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class Constraint:
     """A cost whose mean stays under a threshold."""
 
     name: str = COST
-    """What messages call it; behind the names of its metrics where there are several constraints (letters, digits, _ and -)."""
+    """Its name in messages and, with several constraints, in metrics (letters, digits, _ and -)."""
     cost: Scorer
     """Cost model: a folder or a Hub name, or a scorer."""
     critic: ModelPath | None = None
@@ -321,37 +285,37 @@ class Constraint:
     """Its λ and its threshold: the settings of multiplier.*."""
 
 
-@frozen
+@settings_class(frozen=True)
 class PPO:
     """The policy-optimisation step."""
 
     batch_size: PositiveInt = 16
     """Prompts per step on each device."""
     micro_batch_size: PositiveInt = 16
-    """Full-length sequences per forward and backward pass on each device; shorter ones fit in greater number."""
+    """Full-length sequences per forward and backward pass on each device; of shorter ones more fit in."""
     micro_tokens: PositiveInt | None = None
     """Most tokens of a forward and backward pass; micro_batch_size · max_length when not given (tokens)."""
     epochs: PositiveInt = 1
-    """Times that each batch of rollouts is learned from."""
+    """How often the actor and the critics are updated on each batch of rollouts."""
     minibatches: PositiveInt = 1
     """Optimiser steps into which each batch of rollouts is divided."""
     single_pass: bool = True
-    """With one optimiser step per batch, train in the forward pass that gives the old log-probs and values, instead of asking
-    for them beforehand: less time, but actor and critics hold their activations at once."""
+    """With one optimiser step per batch, train in the forward pass that gives the old log-probs and values,
+    instead of computing these before: faster, but actor and critics keep their activations together."""
     shared_critic: bool = False
-    """One critic with two heads, for reward and cost, instead of two critics: a forward and a backward pass less."""
+    """One critic with heads for reward and cost, not two critics: one forward and backward pass less."""
     old_logp: Literal["trainer", "engine"] = "trainer"
-    """Whose log-probs the ratio starts from: the trainer's own, or what the rollout engine said while it sampled."""
+    """Whose log-probs are the old ones in the ratio: the trainer's, or the rollout engine's."""
     importance_cap: Positive | None = None
-    """Truncated importance weights min(π_trainer/π_engine, cap) on the advantages: for engines whose probabilities differ
-    from the trainer's, and for overlap."""
+    """Truncated importance weights min(π_trainer/π_engine, cap) on the advantages: for engines whose
+    probabilities differ from the trainer's, and for overlap."""
     overlap: bool = False
-    """Sample and score the next batch while this one is learned from: it is one step stale when its turn comes, which
-    importance_cap (or old_logp=engine) corrects. Needs memory for a copy of the policy."""
+    """Sample and score the next batch while the models are updated on this one: the next batch is then one
+    step stale, which importance_cap (or old_logp=engine) corrects. Needs memory for a copy of the policy."""
     prompt_epochs: Positive = 1.0
     """Passes over the prompts."""
     max_steps: PositiveInt | None = None
-    """Make this many steps at most; `prompt_epochs` may end the run before (steps)."""
+    """Make this many steps at most; `prompt_epochs` may end the run earlier (steps)."""
     kl_coeff: NonNegative = 0.01
     """β: weight of the per-token KL penalty to the reference in reward and cost."""
     gamma: Fraction = 1.0
@@ -367,28 +331,28 @@ class PPO:
     whiten: bool = False
     """Whiten the combined advantage over the global batch."""
     reduction: Literal["sequence-mean", "token-mean"] = "sequence-mean"
-    """Each sequence or each token weighs the same in the losses."""
+    """Whether each sequence or each token has the same weight in the losses."""
     ptx_coeff: NonNegative = 16.0
-    """Weight of the supervised loss on `ptx` data; used when there is some."""
+    """Weight of the supervised loss on `ptx` data, where such data are given."""
     shaping: NonNegative | None = None
     """ν: maximise R − ν·C with one critic (the paper's reward-shaping baseline); only in the stage ppo."""
 
-    def optimizer_steps(self):
-        """Optimiser steps of each trained model on one batch of rollouts."""
+    def optimizer_steps(self) -> int:
+        """Returns the number of optimiser steps of each trained model on one batch of rollouts."""
         return self.epochs * self.minibatches
 
 
-@frozen
+@settings_class(frozen=True)
 class Evaluation:
     """Held-out evaluation of a policy during training."""
 
     data: Data | None = None
-    """Evaluation prompts; a held-out share of the prompts when not given, or the first 64 of them where `fraction` is 0."""
+    """Evaluation prompts; when not given `fraction` of the prompts, or the first 64 where it is 0."""
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the prompts held out when `data` is not given."""
     interval: PositiveInt | None = None
     """Evaluate every so many steps (steps); at the end only when not given."""
     select: bool = False
-    """Keep the weights of the best evaluation: highest reward among those whose cost is under the threshold."""
+    """The result is the best evaluation: highest reward among those whose cost is under the threshold."""
     margin: NonNegative = 0.0
     """With `select`: how far under the threshold the evaluation cost must be (cost model units)."""

@@ -1,7 +1,6 @@
-"""Every stage in one table: what it is called, its settings, where it lives, its help, and what else differs
-between stages.
+"""Every stage in one table: its name, its settings, its function, its help, and what else differs.
 
-Standard library only: the command line reads it before anything is imported. A new stage is a row here, a
+Standard library only: the command line reads it before it imports anything else. A new stage is a row here, a
 config class in stages.py, and a planner in commands/plan/.
 """
 
@@ -9,15 +8,16 @@ from typing import NamedTuple
 
 
 class Family(NamedTuple):
-    """Stages that work alike, and the keys under which each of them has what all stages have.
+    """Stages that work alike, and the keys of the settings that every stage has in some form.
 
     Attributes:
-        step: What one step is called where a plan says what a step sends.
+        step: The name of one step in a plan's text.
         max_length: Key of the longest sequence (tokens).
-        pass_rows: Key of how many sequences, or examples of several, a pass holds when all are of that
-        length. pass_tokens: Key of the most tokens of a pass, which replaces `pass_rows` when it is given; ""
-        where there is none. recomputation: Key of the switch that recomputes activations in the backward
-        pass; "" where nothing is trained.
+        pass_rows: Key of the sequences, or examples, in a pass when all of them have that length.
+        pass_tokens: Key of the most tokens of a pass, which replaces `pass_rows` when it is given; "" where
+            there is none.
+        recomputation: Key of the switch that recomputes activations in the backward pass; "" where nothing
+            is trained.
     """
 
     step: str
@@ -52,15 +52,15 @@ class StageSpec(NamedTuple):
     Attributes:
         config: The class of its settings in stages.py.
         entry: "module:function" that runs it: the function takes the config and `restart` (see
-        run_folder.open_run), and
-            returns a summary that JSON can hold.
+            run_folder.open_run), and returns a summary that can be written as JSON.
         help: One line for the list of commands.
         examples: Command lines for its `--help`, without the program's name.
-        family: The key of FAMILIES whose stages work as this one does; "" where a recipe cannot name it.
+        family: Its key in FAMILIES; "" where a recipe cannot name it.
         sequences: How many sequences one example has: 2 for pairs.
         best_by: What train.best_metric can name.
         planner: The function in commands/plan/ that lists its phases, as "module:function"; "" where a recipe
-        cannot name it. several_processes: Whether it starts a process for each GPU.
+            cannot name it.
+        several_processes: Whether it starts a process for each GPU.
     """
 
     config: str
@@ -181,6 +181,6 @@ WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO}
 """Every command whose settings come from a config class."""
 
 
-def stages_of(*families):
-    """Names of the stages of some families, one family after the other."""
+def stages_of(*families: str) -> tuple[str, ...]:
+    """Returns the names of the stages of some families, one family after the other."""
     return tuple(name for family in families for name, spec in STAGE_SPECS.items() if spec.family == family)

@@ -1,44 +1,46 @@
 """Every setting of every stage: frozen, typed, strict.
 
-No torch here: a wrong key ends in well under a second.
+Nothing here imports torch, so a wrong key is reported in well under a second.
 
 One dataclass per stage, made of groups that several stages share (sections.py). The docstring under a field
 is its `--help` text; units are in parentheses. Defaults are the recipe of the Safe RLHF paper's reference
-implementation. Recipes (YAML) and `key=value` overrides are merged over these defaults by
-`saferlhf_fast.config.load`, which also reports errors. Values are never written back: what is derived is a
-function of the config.
+implementation. `saferlhf_fast.config.load` merges recipes (YAML) and `key=value` overrides over these
+defaults and reports errors. Values are never written back: derived values are methods of the config.
 """
 
 from dataclasses import field, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from .sections import (
-    COST,
     PPO,
-    REWARD,
     Checkpoint,
     Constraint,
-    Data,
     Engine,
     Evaluation,
     Logging,
     Lora,
-    ModelPath,
     Multiplier,
+    Optimizer,
+    Sampling,
+    Training,
+)
+from .setting_types import (
+    COST,
+    REWARD,
+    Data,
+    ModelPath,
     NonNegative,
     NonNegativeInt,
-    Optimizer,
     Output,
     Positive,
     PositiveInt,
     PreferenceData,
-    Sampling,
     Scorer,
+    ScorerSpec,
     Seed,
     Source,
-    Training,
-    frozen_keywords,
     scorer_spec,
+    settings_class,
 )
 from .stage_table import STAGE_SPECS
 
@@ -67,8 +69,10 @@ __all__ = [
     "Training",
 ]
 
+Group = TypeVar("Group")
 
-@frozen_keywords
+
+@settings_class(frozen=True, kw_only=True)
 class StageConfig:
     """What every stage of a recipe has. Stages inherit from it, and from nothing else."""
 
@@ -77,30 +81,28 @@ class StageConfig:
     overwrite: bool = False
     """Replace an existing output folder."""
     resume: str | None = None
-    """Go on from a checkpoint: auto takes the newest complete one in <output>/checkpoints (none there: starts anew), or name
-    one's folder."""
+    """Resume from a checkpoint: auto takes the newest complete one in <output>/checkpoints, or starts from
+    the beginning where there is none; else the folder of one."""
     template: Literal["auto", "tokenizer", "safe-rlhf", "none"] = "auto"
     """Conversation template: auto (the tokenizer's own, else safe-rlhf), tokenizer, safe-rlhf, or none."""
     trust_remote_code: bool = False
-    """Run Python code that lies in the model's folder or Hub repository."""
+    """Run Python code from the model's folder or Hub repository."""
     allow_pickle: bool = False
-    """Read weights from .bin files (pickles) where a model has no .safetensors; tensors alone are taken from them."""
+    """Read .bin files (pickles) where a model has no .safetensors; only tensors are read from them."""
     engine: Engine = field(default_factory=Engine)
 
-    def groups(self, kind):
-        """{name: settings} of the groups of one class from sections.py: a stage may have none, one, or
-        several (PPO's two optimisers).
+    def groups(self, kind: type[Group]) -> dict[str, Group]:
+        """Returns {name: settings} of the groups of one class from sections.py.
+
+        A stage may have none, one, or several of them (PPO has two optimisers).
         """
-        return {
-            f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), kind)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, kind)}
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class SFTConfig(StageConfig):
-    """sft: supervised fine-tuning of a causal language model on instruction data (next-token loss over
-    responses).
-    """
+    """sft: supervised fine-tuning of a causal language model on instruction data (loss over responses)."""
 
     model: ModelPath
     """Causal language model to start from: a folder or a Hub name."""
@@ -114,21 +116,23 @@ class SFTConfig(StageConfig):
     log: Logging = field(default_factory=Logging)
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class PreferenceConfig(StageConfig):
     """reward, cost: a score model from preferences; the cost model's loss adds the safety-sign terms."""
 
     model: ModelPath
-    """Backbone to start from (usually the SFT model), or a score model to go on from: a folder or a Hub name."""
+    """Backbone to start from (usually the SFT model), or a score model to train further: a folder or Hub
+    name."""
     data: PreferenceData
     output: Output
     regularization: NonNegative = 0.001
     """c: weight of the mean squared score in the loss."""
     loss: Literal["sequence", "token"] = "sequence"
-    """sequence: last-token scores; token: mean over positions from the first difference of the two responses."""
+    """sequence: last-token scores; token: mean over positions from where the two responses first differ."""
     drop_bias: bool = False
-    """Leave out a bias or normaliser that `model` brought along, so that transformers' own class gives the saved
-    model's scores; the shift is printed. Otherwise both are kept in the saved config and applied by our loader."""
+    """Leave out a bias or normaliser of `model`, so that transformers' own class gives the saved model's
+    scores; the shift is printed. Otherwise both are kept in the saved config and applied by saferlhf-fast's
+    loader."""
     baseline: bool = False
     """Report TF-IDF with logistic regression on the same pairs beside the model (needs scikit-learn)."""
     train: Training = field(default_factory=lambda: Training(epochs=2, batch_size=16))
@@ -138,16 +142,19 @@ class PreferenceConfig(StageConfig):
     log: Logging = field(default_factory=Logging)
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class DPOConfig(StageConfig):
-    """dpo: direct preference optimisation, −log σ(β(Δlogp_chosen − Δlogp_rejected)) (Rafailov et al., 2023)."""
+    """dpo: direct preference optimisation, −log σ(β(Δlogp_chosen − Δlogp_rejected)).
+
+    Source: Rafailov et al., 2023.
+    """
 
     model: ModelPath
     """Causal language model to start from, and the frozen reference: a folder or a Hub name."""
     data: PreferenceData
     output: Output
     beta: Positive = 0.1
-    """β: strength of the pull towards the reference."""
+    """β: how strongly the policy is kept near the reference."""
     preference: Literal["better", "safer"] = "better"
     """Which label of a safety record says what is chosen: the more helpful or the safer response."""
     train: Training = field(default_factory=lambda: Training(epochs=2, batch_size=16))
@@ -157,9 +164,9 @@ class DPOConfig(StageConfig):
     log: Logging = field(default_factory=Logging)
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class PPOConfig(StageConfig):
-    """ppo, ppo-lag: policy optimisation with a reward model; ppo-lag holds the mean cost under a threshold.
+    """ppo, ppo-lag: policy optimisation with a reward model; ppo-lag keeps the mean cost under a threshold.
 
     multiplier.* and evaluation.margin are for ppo-lag alone: ppo has no constraint and refuses them.
     """
@@ -178,7 +185,8 @@ class PPOConfig(StageConfig):
     cost_critic: ModelPath | None = None
     """Cost critic to start from; the cost model when not given."""
     constraints: list[Constraint] | None = None
-    """The long form of cost, cost_critic and multiplier (ppo-lag): [{name: …, cost: …, critic: …, multiplier: {…}}]."""
+    """Long form of cost, cost_critic, multiplier (ppo-lag): [{name: …, cost: …, critic: …, multiplier:
+    {…}}]."""
     ptx: Data | None = None
     """Instruction data for the supervised loss that keeps the policy's abilities."""
     max_length: PositiveInt = 512
@@ -199,37 +207,34 @@ class PPOConfig(StageConfig):
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     log: Logging = field(default_factory=Logging)
 
-    def pass_tokens(self):
-        """Most tokens of a forward and backward pass."""
+    def pass_tokens(self) -> int:
+        """Returns the most tokens of a forward and backward pass."""
         return self.ppo.micro_tokens or self.ppo.micro_batch_size * self.max_length
 
-    def long_form(self):
-        """[Constraint]: `constraints`, or what cost, cost_critic and multiplier say in short; [] without a
-        cost model.
-        """
+    def long_form(self) -> list[Constraint]:
+        """Returns `constraints`, or the one that cost, cost_critic and multiplier give; [] without a cost."""
         if self.constraints is not None:
             return self.constraints
-        return (
-            []
-            if self.cost is None
-            else [Constraint(cost=self.cost, critic=self.cost_critic, multiplier=self.multiplier)]
-        )
+        if self.cost is None:
+            return []
+        return [Constraint(cost=self.cost, critic=self.cost_critic, multiplier=self.multiplier)]
 
-    def scorers(self):
-        """{name: ScorerSpec} of the reward and of each cost, whether it is constrained or not."""
+    def scorers(self) -> dict[str, ScorerSpec]:
+        """Returns {name: spec} of the reward and of each cost, whether it is constrained or not."""
         return {REWARD: scorer_spec(self.reward), **{c.name: scorer_spec(c.cost) for c in self.long_form()}}
 
-    def scorer_settings(self):
-        """{name: the setting that gives it} of the scorers."""
+    def scorer_settings(self) -> dict[str, str]:
+        """Returns {name: key of the setting that gives it} of the scorers."""
         costs = {
             c.name: COST if self.constraints is None else f"constraints.{i}.cost"
             for i, c in enumerate(self.long_form())
         }
         return {REWARD: REWARD, **costs}
 
-    def critic_settings(self):
-        """{name: (setting, path or None)}: what names the critic of the reward, and of each cost, to start
-        from.
+    def critic_settings(self) -> dict[str, tuple[str, str | None]]:
+        """Returns {name: (key, path or None)}: the settings that name the critics to start from.
+
+        There is one for the reward and one for each cost.
         """
         costs = {
             c.name: ("cost_critic" if self.constraints is None else f"constraints.{i}.critic", c.critic)
@@ -237,29 +242,34 @@ class PPOConfig(StageConfig):
         }
         return {REWARD: ("reward_critic", self.reward_critic), **costs}
 
-    def streams_of_critics(self, constrained):
-        """[names of what each critic predicts]: a critic for the reward and one for each constraint, or one
-        with a head for each. constrained: in ppo-lag, where costs have critics.
+    def streams_of_critics(self, constrained: bool) -> list[tuple[str, ...]]:
+        """Returns for each critic the names of the values that it predicts.
+
+        There is a critic for the reward and one for each constraint, or one critic with a head for each.
+
+        Args:
+            constrained: True in ppo-lag, where costs have critics.
         """
         streams = (REWARD, *(c.name for c in self.long_form())) if constrained else (REWARD,)
         return [streams] if constrained and self.ppo.shared_critic else [(name,) for name in streams]
 
-    def in_one_pass(self):
-        """True when the settings let the update's own forward passes give the old log-probs and values: one
-        optimiser step per batch, no whitening over the batch (whose statistics would have to be known before
-        the first loss), no dropout in adapters (the old policy has none).
+    def in_one_pass(self) -> bool:
+        """Tells whether the update's own forward passes can give the old log-probs and values.
+
+        That takes one optimiser step per batch, no whitening over the batch (its statistics would have to be
+        known before the first loss), and no dropout in adapters (the old policy has none).
         """
         dropout = self.lora.rank > 0 and self.lora.dropout > 0
         return (
             self.ppo.single_pass and self.ppo.optimizer_steps() == 1 and not self.ppo.whiten and not dropout
         )
 
-    def trains_on_ptx(self):
-        """True when each step has a supervised loss on `ptx` data."""
+    def trains_on_ptx(self) -> bool:
+        """Tells whether each step has a supervised loss on `ptx` data."""
         return self.ptx is not None and self.ppo.ptx_coeff > 0
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class EvaluateConfig(StageConfig):
     """evaluate: mean reward and cost, share with C > 0, KL and length of a policy, with 95 % intervals."""
 
@@ -274,36 +284,36 @@ class EvaluateConfig(StageConfig):
     cost: Scorer | None = None
     """Cost model: a folder or a Hub name."""
     reference: ModelPath | None = None
-    """Reference policy for the KL divergence: a folder or a Hub name; the model that a run's model started from when not
-    given."""
+    """Reference policy for the KL divergence: a folder or a Hub name; when not given, the model that a run's
+    model started from."""
     resume: str | None = None
-    """auto: start an unfinished evaluation of the same settings again, and leave a finished one alone."""
+    """auto: repeat an unfinished evaluation with the same settings, and keep a finished one."""
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens)."""
     batch_size: PositiveInt = 16
-    """Prompts at once on each device."""
+    """Prompts processed at once on each device."""
     show: NonNegativeInt = 4
     """Samples shown on the terminal."""
     sampling: Sampling = field(default_factory=Sampling)
 
-    def pass_tokens(self):
-        """Most tokens of a forward pass."""
+    def pass_tokens(self) -> int:
+        """Returns the most tokens of a forward pass."""
         return self.batch_size * self.max_length
 
-    def scorers(self):
-        """{name: ScorerSpec} of those that are given."""
+    def scorers(self) -> dict[str, ScorerSpec]:
+        """Returns {name: spec} of the scorers that are given."""
         return {
             name: scorer_spec(scorer)
             for name, scorer in ((REWARD, self.reward), (COST, self.cost))
             if scorer is not None
         }
 
-    def scorer_settings(self):
-        """{name: the setting that gives it} of those that are given."""
+    def scorer_settings(self) -> dict[str, str]:
+        """Returns {name: key of the setting that gives it} of the scorers that are given."""
         return {name: name for name in self.scorers()}
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class DemoConfig:
     """demo: the whole loop on the embedded world, from nothing, with gold scores to check the outcome."""
 
@@ -314,35 +324,35 @@ class DemoConfig:
     overwrite: bool = False
     """Replace an existing output folder."""
     quick: bool = False
-    """A few steps of everything, to see that it runs; shows nothing about safety."""
+    """A few steps of each stage, to see that they run; the result says nothing about safety."""
     progress: bool = True
     """Progress bars on the terminal."""
-    resume: ClassVar[None] = None  # it always starts anew
+    resume: ClassVar[None] = None  # it always starts from the beginning
 
 
-@frozen_keywords
+@settings_class(frozen=True, kw_only=True)
 class RunConfig:
-    """run: several stages, one after the other, from one recipe; what is finished and unchanged is not done
-    again.
+    """run: several stages in order, from one recipe; stages that are finished and unchanged do not run again.
 
-    A setting of one stage is `<stage>.<key>`: sft.train.max_steps=3. The stage is called by its `name`, which
-    is its kind when none is given. A stage's output is <output>/<stage>, so later ones say
-    ${output}/sft/model.
+    A setting of one stage is `<stage>.<key>`: sft.train.max_steps=3. <stage> is the stage's `name`, or its
+    kind when none is given. A stage's output is <output>/<stage>, so later ones write ${output}/sft/model.
     """
 
     output: str
     """Folder of the whole run; each stage gets a folder in it."""
     stages: list[dict]
-    """The stages in order, each a map of one kind to its settings: - sft: {…}; with `name:` beside it to rename it."""
+    """The stages in order, each a map from its kind to its settings: - sft: {…}; `name:` beside it renames
+    it."""
     root: str | None = None
     """Folder of data and models that the recipe calls ${root}."""
     seed: Seed = 42
     """Seed of every stage that does not set its own."""
     overwrite: bool = False
-    """Replace stages whose settings or inputs have changed, unfinished ones with their checkpoints too."""
+    """Replace stages whose settings or inputs have changed, also unfinished ones and their checkpoints."""
     resume: Literal["auto", "never"] = "auto"
-    """auto: an unfinished stage goes on from its newest checkpoint, if its settings are the same; never: it starts anew."""
+    """auto: an unfinished stage with the same settings resumes from its newest checkpoint; never: it does
+    not."""
 
 
-STAGES = {name: globals()[spec.config] for name, spec in STAGE_SPECS.items()}
+STAGES: dict[str, type[StageConfig]] = {name: globals()[spec.config] for name, spec in STAGE_SPECS.items()}
 """The stages that a recipe can name, and their settings."""

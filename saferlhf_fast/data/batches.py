@@ -1,14 +1,15 @@
-"""Examples -> batches: splits by prompt, shares of ranks, padded tensors, harm labels.
+"""Makes batches of examples: splits by prompt, shares of ranks, padded tensors, harm labels.
 
-Shapes: B sequences, L tokens of the longest, C categories of a taxonomy. Which examples make up an optimiser
-step depends on the seed, the epoch and the global batch size alone, not on the number of ranks nor on how it
-is cut into passes (saferlhf_fast.models.packing); the last batch of an epoch may be smaller and is kept.
+Shapes: B sequences, L tokens of the longest, C categories of a taxonomy. The examples of an optimiser step
+depend only on the seed, the epoch and the global batch size, not on the number of ranks nor on the passes
+into which the step is divided (saferlhf_fast.models.packing). The last batch of an epoch may be smaller.
 """
 
 import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,35 +18,65 @@ from saferlhf_fast.data.harm_taxonomy import TAXONOMIES
 from saferlhf_fast.data.records import HarmLabel
 
 
-def split_by_prompt(examples, fraction, seed=0):
-    """(training, held out): about `fraction` of the prompts are held out, with all of their examples.
+class HasPrompt(Protocol):
+    """An example of any kind."""
 
-    A prompt's side depends on its text and the seed alone, so a prompt that occurs in several data sets is on
-    the same side in all of them. Neither side is empty if there are two prompts and 0 < fraction < 1.
+    @property
+    def prompt_text(self) -> str:
+        """The prompt as one text."""
+
+
+ExampleT = TypeVar("ExampleT", bound=HasPrompt)
+
+
+def split_by_prompt(
+    examples: Sequence[ExampleT], fraction: float, seed: int = 0
+) -> tuple[list[ExampleT], list[ExampleT]]:
+    """Holds out about `fraction` of the prompts, with all of their examples.
+
+    Whether a prompt is held out depends only on its text and the seed, so a prompt that occurs in several
+    data sets is held out in all of them or in none.
+
+    Args:
+        examples: Examples of any kind.
+        fraction: Share of the prompts to hold out.
+        seed: Another seed holds out other prompts.
+
+    Returns:
+        (training, held out). Neither is empty if there are two prompts and 0 < fraction < 1.
     """
     if not fraction:
         return list(examples), []
-    place = {}
+    number_of: dict[str, float] = {}  # prompt -> a number from 0 to 1 that looks random
     for example in examples:
         key = " ".join(example.prompt_text.split())
-        if key not in place:
+        if key not in number_of:
             digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
-            place[key] = int.from_bytes(digest[:8], "big") / 2**64
-    held = {key for key, at in place.items() if at < fraction}
-    if len(place) > 1 and not held:
-        held = {min(place, key=place.get)}
-    if len(place) > 1 and len(held) == len(place):
-        held.remove(max(place, key=place.get))
-    sides = [" ".join(example.prompt_text.split()) in held for example in examples]
+            number_of[key] = int.from_bytes(digest[:8], "big") / 2**64
+    held_out = {key for key, number in number_of.items() if number < fraction}
+    if len(number_of) > 1 and not held_out:
+        held_out = {min(number_of, key=number_of.__getitem__)}
+    if len(number_of) > 1 and len(held_out) == len(number_of):
+        held_out.remove(max(number_of, key=number_of.__getitem__))
+    is_held_out = [" ".join(example.prompt_text.split()) in held_out for example in examples]
     return (
-        [example for example, out in zip(examples, sides) if not out],
-        [example for example, out in zip(examples, sides) if out],
+        [example for example, out in zip(examples, is_held_out) if not out],
+        [example for example, out in zip(examples, is_held_out) if out],
     )
 
 
-def global_batches(n, size, seed=0, epoch=0, shuffle=True):
-    """Indices 0 … n−1 in the epoch's order -> lists of `size` (the last may be shorter): one list per
-    optimiser step.
+def global_batches(n: int, size: int, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
+    """Returns the indices 0 … n−1 in the order of an epoch, in one list per optimiser step.
+
+    Args:
+        n: How many examples there are.
+        size: Examples of a step, on all devices together; the last step may have fewer.
+        seed: Seed of the order.
+        epoch: Number of the epoch, from 0; each has an order of its own.
+        shuffle: False keeps the order 0 … n−1.
+
+    Raises:
+        ValueError: size is below 1.
     """
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
@@ -55,15 +86,27 @@ def global_batches(n, size, seed=0, epoch=0, shuffle=True):
     return [order[start : start + size] for start in range(0, n, size)]
 
 
-def share(indices, rank=0, world=1):
-    """A rank's part of a global batch: every world-th index. Parts differ by one at most and may be empty."""
+def share(indices: Sequence[int], rank: int = 0, world: int = 1) -> Sequence[int]:
+    """Returns a rank's share of a global batch: every world-th index.
+
+    The sizes of shares differ by one at most; a share may be empty.
+    """
     return indices[rank::world]
 
 
-def collate_left(list_of_ids, pad_id):
-    """Lists of ids -> (ids [B, L] int64 padded on the left, mask [B, L] bool): for generation."""
-    # The mask comes from the lengths: told from the ids, it would lose the end-of-sequence token where pad
-    # equals it.
+def collate_left(list_of_ids: Sequence[Sequence[int]], pad_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pads lists of token ids on the left, as generation needs them.
+
+    Args:
+        list_of_ids: B lists of ids.
+        pad_id: The id of the padding.
+
+    Returns:
+        ids: [B, L] int64.
+        mask: [B, L] bool, False on the padding.
+    """
+    # The mask comes from the lengths: made from the ids, it would be False on end-of-sequence tokens where
+    # padding has the same id.
     lengths = [len(ids) for ids in list_of_ids]
     width = max(lengths, default=0)
     ids_BL = torch.full((len(lengths), width), pad_id, dtype=torch.long)
@@ -76,26 +119,25 @@ def collate_left(list_of_ids, pad_id):
 
 @dataclass(frozen=True, slots=True)
 class HarmLabels:
-    """The harm labels of B responses. What is unknown is marked as that and belongs in no loss."""
+    """The harm labels of B responses. Unknown labels are marked; no loss may use them."""
 
     sign_B: torch.Tensor
     """int64: 1 unsafe, -1 safe, 0 unknown, as in the cost loss."""
     severity_B: torch.Tensor
     """int64: 0 to 3, -1 unknown."""
     categories_BC: torch.Tensor
-    """bool: the response is harmful in this way; False where it is unknown."""
+    """bool: the response is harmful in this way; False where that is unknown."""
     known_BC: torch.Tensor
     """bool: the category is labelled."""
 
 
 def collate_labels(examples: Sequence[PairExample | SFTExample], taxonomy: str = "pku") -> HarmLabels:
-    """Makes the label tensors of a batch; a stage that does not call it has none.
+    """Makes the label tensors of a batch.
 
     Args:
         examples: Examples that were loaded with labels=True.
         taxonomy: A key of harm_taxonomy.TAXONOMIES, whose categories are the columns C. Labels of another
-        taxonomy are
-            unknown here: a translation would guess (harm_taxonomy.translate tells how far).
+            taxonomy are unknown here, since a translation would be a guess (see harm_taxonomy.translate).
 
     Returns:
         Tensors with one row for each response: all first responses of pairs, then all second ones, which is
@@ -103,7 +145,7 @@ def collate_labels(examples: Sequence[PairExample | SFTExample], taxonomy: str =
 
     Raises:
         ValueError: The taxonomy is unknown, an example has no labels, or pairs and single responses are
-        mixed.
+            mixed.
     """
     if taxonomy not in TAXONOMIES:
         raise ValueError(f"taxonomy: expected one of {', '.join(TAXONOMIES)}, got {taxonomy!r}")

@@ -1,13 +1,14 @@
 """Record formats: row -> Conversation, Preference or Prompt. One parser per format; FORMATS is the table.
 
-docs/data.md shows an example of each. A format is told from the columns of a source, the most specific first;
-a recipe can name it (`format:`). Parsers are generators: a row may hold several records.
+docs/data.md shows an example of each. A format is detected from the columns of a source, the most specific
+one first; a recipe can name it (`format:`). Parsers are generators: a row may have several records.
 """
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from saferlhf_fast.data.files import Row, describe, shorten
 from saferlhf_fast.data.records import (
@@ -18,8 +19,11 @@ from saferlhf_fast.data.records import (
     Dropped,
     HarmLabel,
     LabelFault,
+    Message,
+    Messages,
     Preference,
     Prompt,
+    Record,
     assistant,
     bool_field,
     checked_text,
@@ -36,23 +40,23 @@ PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction")
 """Columns that may hold the prompt in the format `prompts`, in this order."""
 
 
-def _pku(row):
+def _pku(row: Row) -> Iterator[Preference]:
     """PKU-SafeRLHF dual record, 16 fields or v0's 7. A cost model needs no better_response_id."""
     better = choice_field(row, "better_response_id", (0, 1)) if "better_response_id" in row.fields else None
     safer = choice_field(row, "safer_response_id", (0, 1))
-    signs = tuple(SAFE if bool_field(row, f"is_response_{i}_safe") else UNSAFE for i in (0, 1))
+    is_safe = [bool_field(row, f"is_response_{i}_safe") for i in (0, 1)]
     yield Preference(
         (user(text_field(row, "prompt")),),
         _two(row, "response_0", "response_1"),
         row.where,
         better,
         safer,
-        signs,
+        (SAFE if is_safe[0] else UNSAFE, SAFE if is_safe[1] else UNSAFE),
     )
 
 
-def _pku_labels(row):
-    """Of both responses; v0's 7 fields have neither categories nor severities."""
+def _pku_labels(row: Row) -> tuple[HarmLabel, ...]:
+    """Returns the labels of both responses; v0's 7 fields have neither categories nor severities."""
     return tuple(
         harm_label(
             row, f"is_response_{i}_safe", f"response_{i}_harm_category", f"response_{i}_severity_level", "pku"
@@ -61,7 +65,7 @@ def _pku_labels(row):
     )
 
 
-def _pku_single(row):
+def _pku_single(row: Row) -> Iterator[Preference]:
     """PKU-SafeRLHF-single-dimension: one overall preference."""
     yield Preference(
         (user(text_field(row, "prompt")),),
@@ -71,14 +75,14 @@ def _pku_single(row):
     )
 
 
-def _safe_over_unsafe(row):
-    """Pairs of which exactly one answer is safe; flags tell that other labels contradict the row's."""
+def _safe_over_unsafe(row: Row) -> Iterator[Preference]:
+    """Pairs with exactly one safe answer; a flag is true when other labels contradict the row's."""
     flags = (
         "reversed_also_present",
         "safe_response_also_labelled_unsafe",
         "unsafe_response_also_labelled_safe",
     )
-    # all are checked, hence no generator
+    # A list and no generator: the values of all flags are checked.
     set_flags = [bool_field(row, flag) for flag in flags if flag in row.fields]
     yield Preference(
         (user(text_field(row, "prompt")),),
@@ -91,16 +95,14 @@ def _safe_over_unsafe(row):
     )
 
 
-def _two(row, first, second):
+def _two(row: Row, first: str, second: str) -> tuple[str, str]:
     return text_field(row, first), text_field(row, second)
 
 
-def _alpaca_eval(row):
-    """AlpacaEval: a reference output, and other models' outputs with a preference from 1 (reference) to 2
-    (model).
-    """
+def _alpaca_eval(row: Row) -> Iterator[Preference]:
+    """AlpacaEval: a reference and models' outputs with a preference from 1 (reference) to 2 (model)."""
     messages, reference = (user(text_field(row, "instruction")),), text_field(row, "reference_output")
-    outputs = row.fields.get("outputs", {"": row.fields})
+    outputs = row.fields.get("outputs", {"": row.fields})  # without `outputs` the row itself is one
     if not isinstance(outputs, dict):
         raise UserError(
             f"{row.where}, field 'outputs': expected an object of models, got {describe(outputs)}"
@@ -114,23 +116,29 @@ def _alpaca_eval(row):
                 f"{row.where}, field 'outputs.{model}': expected output and preference, got {describe(item)}"
             )
         output = checked_text(row, f"{name}output", item.get("output"))
-        preference = item.get("preference")
-        try:
-            number = float(preference) if row.untyped or not isinstance(preference, (str, bool)) else math.nan
-        except (TypeError, ValueError):
-            number = math.nan
-        if not 1 <= number <= 2:
-            raise UserError(
-                f"{row.where}, field '{name}preference': expected a number from 1 to 2, "
-                f"got {describe(preference)}"
-            )
+        number = _alpaca_eval_preference(row, name, item)
         tie = number == 1.5
         yield Preference(
             messages, (reference, output), row.where, None if tie else int(number > 1.5), tie=tie
         )
 
 
-def _auto_j(row):
+def _alpaca_eval_preference(row: Row, name: str, item: Mapping[str, Any]) -> float:
+    preference = item.get("preference")
+    try:
+        is_text = isinstance(preference, (str, bool)) and not row.untyped
+        number = math.nan if is_text or preference is None else float(preference)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 1 <= number <= 2:
+        raise UserError(
+            f"{row.where}, field '{name}preference': expected a number from 1 to 2, "
+            f"got {describe(preference)}"
+        )
+    return number
+
+
+def _auto_j(row: Row) -> Iterator[Preference]:
     """Auto-J's pairwise test data: label 0 or 1, or 2 for a tie."""
     label = choice_field(row, "label", (0, 1, 2))
     yield Preference(
@@ -145,19 +153,19 @@ def _auto_j(row):
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):[ ]?")
 
 
-def _hh(row):
-    """HH-RLHF: two whole dialogues as text that differ in the last answer."""
+def _hh(row: Row) -> Iterator[Preference | Dropped]:
+    """HH-RLHF: two complete dialogues as text that differ in the last answer."""
     chosen, rejected = (_hh_turns(text_field(row, name)) for name in ("chosen", "rejected"))
     yield _last_answers(row, chosen, rejected)
 
 
-def _hh_turns(text):
-    """HH-RLHF's text -> messages, () when it is not a dialogue that ends with the assistant."""
-    parts = _TURN.split(text.lstrip("\n"))
-    if parts[0].strip() or len(parts) < 3:
+def _hh_turns(text: str) -> Messages:
+    """Returns the messages in HH-RLHF's text; () when it is no dialogue."""
+    before, *turns = _TURN.split(text.lstrip("\n"))
+    if before.strip() or len(turns) < 2:
         return ()
-    messages = []
-    for speaker, content in zip(parts[1::2], parts[2::2]):
+    messages: list[Message] = []
+    for speaker, content in zip(turns[::2], turns[1::2]):
         role = "user" if speaker == "Human" else "assistant"
         if messages and messages[-1]["role"] == role:  # a turn in two pieces
             messages[-1] = {"role": role, "content": messages[-1]["content"] + "\n\n" + content}
@@ -166,8 +174,8 @@ def _hh_turns(text):
     return tuple(messages)
 
 
-def _last_answers(row, chosen, rejected):
-    """Two dialogues -> the preference between their last answers."""
+def _last_answers(row: Row, chosen: Messages, rejected: Messages) -> Preference | Dropped:
+    """Returns the preference between the last answers of two dialogues."""
     if any(
         len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] != "user"
         for item in (chosen, rejected)
@@ -178,10 +186,8 @@ def _last_answers(row, chosen, rejected):
     return Preference(chosen[:-1], (chosen[-1]["content"], rejected[-1]["content"]), row.where, 0)
 
 
-def _preference(row):
-    """TRL's preference format: chosen and rejected, as texts with a prompt or as messages with or without
-    one.
-    """
+def _preference(row: Row) -> Iterator[Preference | Dropped]:
+    """TRL's preference format: chosen and rejected, as texts with a prompt, or as messages."""
     if isinstance(row.fields.get("chosen"), str):
         prompt = row.fields.get("prompt")
         messages = (
@@ -194,24 +200,25 @@ def _preference(row):
     if isinstance(row.fields.get(name), list):
         sides = [messages_field(row, name) + side for side in sides]
     elif name in row.fields and len(sides[0]) == len(sides[1]) == 1:
-        # else the dialogues repeat the prompt
+        # Otherwise the dialogues repeat the prompt.
         sides = [(user(text_field(row, name)), *side) for side in sides]
     yield _last_answers(row, *sides)
 
 
-def _alpaca_preference(row):
+def _alpaca_preference(row: Row) -> Iterator[Preference]:
     """Alpaca's instruction and input with two answers."""
     yield Preference((user(_instruction(row)),), _two(row, "chosen", "rejected"), row.where, 0)
 
 
-def _instruction(row):
-    """Instruction and input in one text, joined by a space as in the reference implementation."""
+def _instruction(row: Row) -> str:
+    """Returns instruction and input in one text, joined by a space as in safe-rlhf."""
     extra = text_field(row, "input", "")
     return f"{text_field(row, 'instruction')} {extra}" if extra else text_field(row, "instruction")
 
 
-def _alpaca(row):
-    history, messages = row.fields.get("history") or [], []
+def _alpaca(row: Row) -> Iterator[Conversation]:
+    history = row.fields.get("history") or []
+    messages: list[Message] = []
     for i, turn in enumerate(history if isinstance(history, list) else [None]):
         if (
             not isinstance(turn, (list, tuple))
@@ -225,7 +232,7 @@ def _alpaca(row):
     yield Conversation((*messages, user(_instruction(row)), assistant(text_field(row, "output"))), row.where)
 
 
-def _alpaca_seed(row):
+def _alpaca_seed(row: Row) -> Iterator[Conversation]:
     """Alpaca's seed tasks: one instruction with several instances."""
     instances = row.fields.get("instances")
     if not isinstance(instances, list) or not all(isinstance(item, dict) for item in instances):
@@ -233,51 +240,51 @@ def _alpaca_seed(row):
             f"{row.where}, field 'instances': expected a list of objects, got {describe(instances)}"
         )
     for item in instances:
-        inner = type(row)({"instruction": row.fields.get("instruction"), **item}, row.where, row.untyped)
-        yield from _alpaca(inner)
+        fields = {"instruction": row.fields.get("instruction"), **item}
+        yield from _alpaca(Row(fields, row.where, row.untyped))
 
 
-def _messages(row):
+def _messages(row: Row) -> Iterator[Conversation | Dropped]:
     yield _dialogue(row, messages_field(row, "messages"))
 
 
-def _sharegpt(row):
+def _sharegpt(row: Row) -> Iterator[Conversation | Dropped]:
     yield _dialogue(row, messages_field(row, "conversations"))
 
 
-def _dialogue(row, messages):
+def _dialogue(row: Row, messages: Messages) -> Conversation | Dropped:
     if not any(item["role"] == "assistant" for item in messages):
         return Dropped("no assistant turn", row.where)
     return Conversation(messages, row.where)
 
 
-def _prompt_completion(row):
+def _prompt_completion(row: Row) -> Iterator[Conversation | Dropped]:
     """TRL's prompt and completion, as texts or as messages."""
     sides = [
         messages_field(row, name)
         if isinstance(row.fields.get(name), (list, dict))
-        else (make(text_field(row, name)),)
-        for name, make in (("prompt", user), ("completion", assistant))
+        else (as_message(text_field(row, name)),)
+        for name, as_message in (("prompt", user), ("completion", assistant))
     ]
     yield _dialogue(row, sides[0] + sides[1])
 
 
-def _qa(row):
+def _qa(row: Row) -> Iterator[Conversation]:
     yield Conversation((user(text_field(row, "prompt")), assistant(text_field(row, "response"))), row.where)
 
 
-def _qa_labels(row):
-    """PKU-SafeRLHF-QA's `harm_category` and `severity_level`, or BeaverTails' `category`, an object of flags.
+def _qa_labels(row: Row) -> tuple[HarmLabel, ...]:
+    """Reads PKU-SafeRLHF-QA's `harm_category` and `severity_level`, or BeaverTails' `category` of flags.
 
-    A `category` that is no object is another data set's column and says nothing here.
+    A `category` that is no object is another data set's column and is not read.
     """
     if "harm_category" not in row.fields and isinstance(row.fields.get("category"), dict):
         return (harm_label(row, "is_safe", "category", "severity_level", "beavertails"),)
     return (harm_label(row, "is_safe", "harm_category", "severity_level", "pku"),)
 
 
-def _prompts(row):
-    """A list of prompts; other short fields (category, label, type …) go along."""
+def _prompts(row: Row) -> Iterator[Prompt | Dropped]:
+    """A list of prompts; other short fields (category, label, type …) become their `meta`."""
     name = next((name for name in PROMPT_COLUMNS if name in row.fields), "prompt")
     messages = (
         messages_field(row, name)
@@ -295,18 +302,18 @@ def _prompts(row):
 
 @dataclass(frozen=True)
 class Format:
-    """How a format is told and read."""
+    """How a format is detected and read."""
 
-    columns: tuple
+    columns: tuple[str, ...]
     """It is this format when a source has all of these columns."""
-    parse: Callable
-    """Row -> Conversation, Preference, Prompt or Dropped, any number of them."""
-    record: type
-    labels: Callable | None = None
-    """Row -> a HarmLabel for each response, or LabelFault; None where the format knows no more than the record's signs."""
+    parse: Callable[[Row], Iterator[Record | Dropped]]
+    """Row -> its records."""
+    record: type[Record]
+    labels: Callable[[Row], tuple[HarmLabel, ...]] | None = None
+    """Row -> a HarmLabel for each response, or LabelFault; None where the record's signs are all there is."""
 
 
-FORMATS = {
+FORMATS: dict[str, Format] = {
     "pku": Format(
         ("prompt", "response_0", "response_1", "is_response_0_safe"), _pku, Preference, _pku_labels
     ),
@@ -331,7 +338,13 @@ FORMATS = {
 def with_labels(
     form: Format, row: Row, record: Conversation | Preference
 ) -> Conversation | Preference | Dropped:
-    """A record with the harm labels of its responses; Dropped when one of them cannot be a label."""
+    """Returns a record with the harm labels of its responses, or Dropped when one of them is impossible.
+
+    Args:
+        form: The format of the row.
+        row: The row.
+        record: The record that the format read from it.
+    """
     try:
         labels = (
             form.labels(row) if form.labels else tuple(map(HarmLabel, getattr(record, "signs", (UNKNOWN,))))
@@ -341,17 +354,24 @@ def with_labels(
     return replace(record, labels=labels)
 
 
-def format_of(rows, name, label):
-    """The format of a source: (its name, Format). label: the source, for messages."""
+def format_of(rows: Sequence[Row], name: str, label: str) -> tuple[str, Format]:
+    """Returns the name of a source's format, and the format.
+
+    Args:
+        rows: All rows of the source.
+        name: The name that the recipe gives, or auto.
+        label: The source, for messages.
+
+    Raises:
+        UserError: There is no format of that name, or none with these columns.
+    """
     if name != "auto":
         if name not in FORMATS:
             raise UserError(f"{label}: expected a format among auto, {', '.join(FORMATS)}, got '{name}'")
         return name, FORMATS[name]
-    # All rows' columns, not the first's, so that one row that lacks a field is an error of that row and not
+    # The columns of all rows, not of the first one: a row that lacks a field is an error of that row, not
     # another format.
-    columns = {}
-    for row in rows:
-        columns.update(dict.fromkeys(row.fields))
+    columns = dict.fromkeys(column for row in rows for column in row.fields)
     for known, item in FORMATS.items():
         if not item.columns or not all(column in columns for column in item.columns):
             continue

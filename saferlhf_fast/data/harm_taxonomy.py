@@ -1,11 +1,10 @@
-"""Names of harm: the categories and severities of PKU-SafeRLHF, and what other taxonomies call the same.
+"""Names of harm: the categories and severities of PKU-SafeRLHF, and their counterparts in other taxonomies.
 
-Spelled as the data files spell them: the keys of PKU-SafeRLHF's `response_0_harm_category` and of
+The spelling is that of the data files: the keys of PKU-SafeRLHF's `response_0_harm_category` and of
 BeaverTails' `category`, OpenAI's moderation keys, MLCommons' hazards as Llama Guard 3 numbers them,
 do-not-answer's `types_of_harm`.
 
-A category without a counterpart has an empty one, and `translate` says so. Nothing is guessed. Standard
-library only.
+A category may have no counterpart, and `translate` reports that. Nothing is guessed. Standard library only.
 """
 
 from collections.abc import Iterable
@@ -97,8 +96,8 @@ TAXONOMIES = {
 }
 """Name of a taxonomy -> its categories."""
 
-# One row for each of PKU, in its order: BeaverTails by the beginnings of names; OpenAI; MLCommons;
-# do-not-answer by number from 1. "" is no counterpart.
+# One row for each category of PKU, in its order. The columns are BeaverTails (beginnings of names), OpenAI,
+# MLCommons and do-not-answer (numbers from 1). "" means that there is no counterpart.
 _TABLE = (
     ("terrorism", "illicit/violent", "S1 S9", "7"),
     ("hate_speech", "harassment", "", "3"),
@@ -123,7 +122,7 @@ _TABLE = (
 
 
 def _counterparts() -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
-    """{(source, target): {category: its counterparts}}, from PKU to each other taxonomy and back."""
+    """Returns {(source, target): {category: its counterparts}}, from PKU to each other taxonomy and back."""
     forth: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {
         ("pku", target): {} for target in TAXONOMIES if target != "pku"
     }
@@ -148,21 +147,21 @@ def _counterparts() -> dict[tuple[str, str], dict[str, tuple[str, ...]]]:
 
 
 COUNTERPARTS = _counterparts()
-"""(source, target) -> {category of the source: its counterparts, () where it has none}; one of the two is "pku"."""
+"""(source, target) -> {category of the source: its counterparts, maybe none}; one of the two is "pku"."""
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """Categories in the words of another taxonomy, and what is lost on the way."""
+    """Categories in the words of another taxonomy, and what the translation loses."""
 
     categories: tuple[str, ...]
-    """Counterparts of what was given, in the target's order."""
+    """Counterparts of the given categories, in the target's order."""
     missing: tuple[str, ...]
     """Given categories that have no counterpart."""
     uncertain: tuple[str, ...]
-    """Given categories that have several: all are in `categories`, although perhaps one of them alone is meant."""
+    """Given categories with several counterparts: all are in `categories`, although one may be meant."""
     shared: tuple[str, ...]
-    """Categories of the result that stand for more than one of the target's source: which one cannot be told from them."""
+    """Categories of the result that are counterparts of more than one category of the source."""
 
 
 def translate(categories: Iterable[str], source: str, target: str) -> Translation:
@@ -172,13 +171,13 @@ def translate(categories: Iterable[str], source: str, target: str) -> Translatio
         categories: Names in the source taxonomy.
         source: A key of TAXONOMIES.
         target: A key of TAXONOMIES. Either source or target is "pku": other taxonomies have no table between
-        them.
+            them.
 
     Returns:
         The counterparts, with what is missing, uncertain or shared.
 
     Raises:
-        ValueError: There is no table between the two, or a category is none of the source.
+        ValueError: There is no table between the two, or a category is not in the source.
     """
     if (source, target) not in COUNTERPARTS:
         raise ValueError(
@@ -190,8 +189,8 @@ def translate(categories: Iterable[str], source: str, target: str) -> Translatio
     unknown = [name for name in given if name not in table]
     if unknown:
         raise ValueError(f"categories: expected names of {source}, got {unknown[0]!r}")
-    found = {name for category in given for name in table[category]}
-    result = tuple(name for name in TAXONOMIES[target] if name in found)
+    counterparts = {name for category in given for name in table[category]}
+    result = tuple(name for name in TAXONOMIES[target] if name in counterparts)
     return Translation(
         result,
         tuple(name for name in given if not table[name]),
@@ -201,11 +200,18 @@ def translate(categories: Iterable[str], source: str, target: str) -> Translatio
 
 
 def round_trip(category: str, source: str, through: str) -> tuple[str, ...]:
-    """A category to another taxonomy and back: itself alone where nothing is lost, () where it has no
-    counterpart.
+    """Translates a category to another taxonomy and back.
+
+    Args:
+        category: A name in the source taxonomy.
+        source: A key of TAXONOMIES.
+        through: The other taxonomy; either of the two is "pku".
+
+    Returns:
+        The category alone where nothing is lost, () where it has no counterpart.
 
     Raises:
         ValueError: As in `translate`.
     """
-    there = translate([category], source, through).categories
-    return translate(there, through, source).categories
+    counterparts = translate([category], source, through).categories
+    return translate(counterparts, through, source).categories

@@ -1,18 +1,23 @@
-"""The three kinds of record that everything else works with, and what a row's fields may hold.
+"""The three kinds of record that everything else works with, and the checks of a row's fields.
 
-Every format (formats.py) turns a row into some of these, or into Dropped with a reason. A mistake of the
-file's (a field missing, of another type, out of its range) is a UserError that names file, row and field; a
-row that is sound but of no use (a tie, a dialogue without an answer) is Dropped and counted.
-
-Messages are tuples of {"role": "system" | "user" | "assistant" | …, "content": text}.
+Every format (formats.py) turns a row into some of these, or into Dropped with a reason. A mistake in the file
+(a field that is missing, of another type, or out of range) is a UserError that names file, row and field. A
+row that is correct but of no use (a tie, a dialogue without an answer) is Dropped and counted.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from saferlhf_fast.data.files import Row, describe, shorten
 from saferlhf_fast.data.harm_taxonomy import SEVERITIES, TAXONOMIES
 from saferlhf_fast.errors import UserError
+
+Message = dict[str, str]
+"""{"role": "system" | "user" | "assistant", "content": text}."""
+
+Messages = tuple[Message, ...]
+"""A dialogue."""
 
 UNSAFE, SAFE, UNKNOWN = 1, -1, 0
 """Safety signs, as in the cost loss: C > 0 means unsafe."""
@@ -32,50 +37,49 @@ _ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class HarmLabel:
-    """What annotators say about the harm of one response.
-
-    What they do not say is unknown, which is not "no harm".
-    """
+    """The annotators' labels of the harm of one response; a label that is missing does not mean "no harm"."""
 
     sign: int = UNKNOWN
     """UNSAFE, SAFE or UNKNOWN."""
     severity: int | None = None
     """0 to 3 (harm_taxonomy.SEVERITIES); None: unknown."""
     taxonomy: str | None = None
-    """Whose categories these are, a key of harm_taxonomy.TAXONOMIES; None: no category is labelled."""
+    """The taxonomy of the categories, a key of harm_taxonomy.TAXONOMIES; None: no category is labelled."""
     categories: tuple[bool | None, ...] = ()
     """One flag for each category of the taxonomy, in its order; None: unknown."""
 
     @property
     def contradicts_itself(self) -> bool:
-        """One of safety, severity and categories says that there is harm, and another one that there is none."""
-        says = {UNSAFE: {True}, SAFE: {False}, UNKNOWN: set()}[self.sign]
+        """True when one of safety, severity and categories means harm and another one means no harm."""
+        harmful: set[bool] = set()
+        if self.sign != UNKNOWN:
+            harmful.add(self.sign == UNSAFE)
         if self.severity is not None:
-            says = says | {self.severity > 0}
+            harmful.add(self.severity > 0)
         if True in self.categories:
-            says = says | {True}
+            harmful.add(True)
         elif self.categories and None not in self.categories:
-            says = says | {False}
-        return len(says) > 1
+            harmful.add(False)
+        return len(harmful) > 1
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
     """A dialogue to imitate: all of its assistant turns are learned."""
 
-    messages: tuple
+    messages: Messages
     where: str
-    labels: tuple = ()
-    """(HarmLabel of the last answer,); () when labels were not asked for."""
+    labels: tuple[HarmLabel, ...] = ()
+    """(HarmLabel of the last answer,); () when labels were not requested."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A dialogue that waits for an answer: its last turn is the user's."""
 
-    messages: tuple
+    messages: Messages
     where: str
-    meta: dict = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
     """Other short fields of the row, e.g. the category."""
 
 
@@ -83,50 +87,59 @@ class Prompt:
 class Preference:
     """Two responses to one prompt, and what is known about them."""
 
-    messages: tuple
+    messages: Messages
     """The prompt; its last turn is the user's."""
-    responses: tuple
+    responses: tuple[str, str]
     """(text of response 0, text of response 1)."""
     where: str
     better: int | None = None
     """Which response helps more, 0 or 1; None: unknown."""
     safer: int | None = None
     """Which response is safer, 0 or 1; None: unknown."""
-    signs: tuple = (UNKNOWN, UNKNOWN)
+    signs: tuple[int, int] = (UNKNOWN, UNKNOWN)
     """UNSAFE or SAFE for each response."""
     tie: bool = False
     """The label says that neither is better."""
     flagged: bool = False
-    """The file itself says that other labels contradict this row's."""
-    labels: tuple = ()
-    """(HarmLabel of response 0, HarmLabel of response 1); () when labels were not asked for."""
+    """The file says that other labels contradict those of this row."""
+    labels: tuple[HarmLabel, ...] = ()
+    """(HarmLabel of response 0, HarmLabel of response 1); () when labels were not requested."""
 
 
 class LabelFault(Exception):
-    """A label that cannot be one.
+    """A label with an impossible value.
 
-    Its text is the reason for which the record is dropped, the same for equal faults.
+    Its text is the reason for which the record is dropped; equal faults have equal texts.
     """
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A sound row of no use, and why. Prompts cannot be had from it either."""
+    """A correct row of no use, and the reason. It gives no prompt either."""
 
     reason: str
     where: str
 
 
-def user(text):
+Record = Conversation | Preference | Prompt
+
+
+def user(text: str) -> Message:
+    """Returns a user turn."""
     return {"role": "user", "content": text}
 
 
-def assistant(text):
+def assistant(text: str) -> Message:
+    """Returns an assistant turn."""
     return {"role": "assistant", "content": text}
 
 
-def text_field(row, name, default=None):
-    """A text field. Missing or null: the default, or an error when there is none."""
+def text_field(row: Row, name: str, default: str | None = None) -> str:
+    """Returns a field that is text; where it is missing or null, the default.
+
+    Raises:
+        UserError: The field is not text, or is missing and has no default.
+    """
     value = row.fields.get(name)
     if value is None and default is not None:
         return default
@@ -137,8 +150,17 @@ def text_field(row, name, default=None):
     return checked_text(row, name, value)
 
 
-def checked_text(row, name, value):
-    """`value` if it is text that a tokenizer can take."""
+def checked_text(row: Row, name: str, value: object) -> str:
+    """Returns `value`, which must be text that a tokenizer can take.
+
+    Args:
+        row: The row that it is from.
+        name: The field, for messages.
+        value: The value of the field.
+
+    Raises:
+        UserError: It is not text, or has half a surrogate pair.
+    """
     if not isinstance(value, str):
         raise UserError(f"{row.where}, field '{name}': expected text, got {describe(value)}")
     if not value.isascii():
@@ -152,8 +174,12 @@ def checked_text(row, name, value):
     return value
 
 
-def choice_field(row, name, options):
-    """An integer field with few values; CSV has it as text."""
+def choice_field(row: Row, name: str, options: Sequence[int]) -> int:
+    """Returns a field that is one of a few integers; in CSV it is their text.
+
+    Raises:
+        UserError: The field is missing or none of them.
+    """
     expected = " or ".join(map(str, options))
     value = _present(row, name, expected)
     if row.untyped and isinstance(value, str) and value.strip().lstrip("-").isdecimal():
@@ -163,7 +189,12 @@ def choice_field(row, name, options):
     return value
 
 
-def bool_field(row, name):
+def bool_field(row: Row, name: str) -> bool:
+    """Returns a field that is true or false; in CSV it is true, false, 1 or 0.
+
+    Raises:
+        UserError: The field is missing or neither.
+    """
     value = _present(row, name, "true or false")
     if row.untyped and isinstance(value, str):
         value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
@@ -173,21 +204,22 @@ def bool_field(row, name):
 
 
 def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: str) -> HarmLabel:
-    """The label of one response.
+    """Returns the label of one response.
 
     Args:
         row: The row.
         safe: The field that is true when the response is safe.
         categories: The field with an object {category: true or false}; categories that it does not name are
-        unknown. severity: The field with the severity. taxonomy: Whose categories they are, a key of
-        harm_taxonomy.TAXONOMIES.
+            unknown.
+        severity: The field with the severity.
+        taxonomy: The taxonomy of the categories, a key of harm_taxonomy.TAXONOMIES.
 
     Returns:
         What is known; a field that is missing or null is unknown.
 
     Raises:
-        LabelFault: A severity out of 0 to 3, a category that the taxonomy has not, a flag that is not true or
-        false.
+        LabelFault: A severity out of 0 to 3, a category that is not in the taxonomy, a flag that is not true
+            or false.
     """
     is_safe, level, flags = (_label_field(row, name) for name in (safe, severity, categories))
     if row.untyped and isinstance(level, str) and level.strip().isdecimal():
@@ -207,7 +239,7 @@ def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: st
 
 
 def _category_flags(flags: object, name: str, taxonomy: str) -> tuple[bool | None, ...]:
-    """A field's flags in the order of the taxonomy."""
+    """Returns a field's flags in the order of the taxonomy."""
     if not isinstance(flags, Mapping):
         raise LabelFault(f"field '{name}' is not an object of categories with true or false")
     names = TAXONOMIES[taxonomy]
@@ -219,13 +251,13 @@ def _category_flags(flags: object, name: str, taxonomy: str) -> tuple[bool | Non
     return tuple(flags.get(category) for category in names)
 
 
-def _label_field(row: Row, name: str) -> object:
-    """A label's value; None where it is unknown. CSV has no null, only empty text."""
+def _label_field(row: Row, name: str) -> Any:
+    """Returns the value of a label; None where it is unknown. CSV has no null, only empty text."""
     value = row.fields.get(name)
     return None if row.untyped and isinstance(value, str) and not value.strip() else value
 
 
-def _present(row, name, expected):
+def _present(row: Row, name: str, expected: str) -> Any:
     if name not in row.fields:
         raise UserError(
             f"{row.where}: no field '{name}' (expected {expected}); "
@@ -234,9 +266,13 @@ def _present(row, name, expected):
     return row.fields[name]
 
 
-def messages_field(row, name):
-    """A list of messages, as {"role", "content"} or ShareGPT's {"from", "value"}; a single message is a list
-    of one.
+def messages_field(row: Row, name: str) -> Messages:
+    """Returns a field that is a list of messages, or a single message.
+
+    A message is {"role", "content"} or ShareGPT's {"from", "value"}.
+
+    Raises:
+        UserError: The field is missing, empty or something else.
     """
     value = _present(row, name, "a list of messages")
     if isinstance(value, dict):
@@ -248,7 +284,7 @@ def messages_field(row, name):
     return tuple(_message(row, f"{name}[{i}]", item) for i, item in enumerate(value))
 
 
-def _message(row, name, item):
+def _message(row: Row, name: str, item: object) -> Message:
     if not isinstance(item, dict):
         raise UserError(
             f"{row.where}, field '{name}': expected a message (role and content), got {describe(item)}"
@@ -271,8 +307,8 @@ def _message(row, name, item):
     }
 
 
-def _joined_parts(row: Row, name: str, parts: list) -> str:
-    """A content of parts as one text. Nothing is put between them, as in the chat templates that take parts."""
+def _joined_parts(row: Row, name: str, parts: list[Any]) -> str:
+    """Returns a content of parts as one text, joined as chat templates join them: with nothing between."""
     if not parts:
         raise UserError(f"{row.where}, field '{name}': expected text or text parts, got an empty list")
     texts = []
@@ -292,16 +328,16 @@ def _joined_parts(row: Row, name: str, parts: list) -> str:
     return "".join(texts)
 
 
-def prompt_of(messages):
-    """The messages up to the last user turn; () when there is none."""
+def prompt_of(messages: Sequence[Message]) -> Messages:
+    """Returns the messages up to the last user turn; () when there is none."""
     last = max((i for i, item in enumerate(messages) if item["role"] == "user"), default=-1)
     return tuple(messages[: last + 1])
 
 
-def prompt_text(messages):
-    """A prompt as one text: equal for equal prompts.
+def prompt_text(messages: Sequence[Message]) -> str:
+    """Returns a prompt as one text, which is equal for equal prompts.
 
-    A single user turn is its content, a dialogue has role names.
+    A single turn is its content; a dialogue has the names of the roles.
     """
     if len(messages) == 1:
         return messages[0]["content"]

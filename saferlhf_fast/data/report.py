@@ -1,7 +1,8 @@
-"""What became of the rows: how many of each source are used, and how many are not and why."""
+"""Counts the rows of each source that are used, and those that are not, with the reasons."""
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 from saferlhf_fast.errors import UserError
 
@@ -18,23 +19,25 @@ class SourceReport:
     """Rows taken, after count and proportion."""
     kept: int = 0
     """Examples made of them."""
-    dropped: Counter = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=Counter)
     """Reason -> records not used."""
-    flagged: Counter = field(default_factory=Counter)
-    """Remark -> records used all the same."""
-    first: dict = field(default_factory=dict)
+    flagged: Counter[str] = field(default_factory=Counter)
+    """Remark -> records used in spite of it."""
+    first: dict[str, str] = field(default_factory=dict)
     """Reason or remark -> the first place where it occurs."""
 
-    def drop(self, reason, where):
+    def drop(self, reason: str, where: str) -> None:
+        """Counts a record that is not used."""
         self.dropped[reason] += 1
         self.first.setdefault(reason, where)
 
-    def flag(self, remark, where):
+    def flag(self, remark: str, where: str) -> None:
+        """Counts a record that is used and has a remark."""
         self.flagged[remark] += 1
         self.first.setdefault(remark, where)
 
-    def place(self, reason):
-        """Where a reason first occurs, without the source's own path."""
+    def place(self, reason: str) -> str:
+        """Returns where a reason or a remark first occurs, without the source's own path."""
         return self.first[reason].removeprefix(self.path).lstrip(" /")
 
 
@@ -42,22 +45,25 @@ class SourceReport:
 class Report:
     """The counts of all sources of one data setting."""
 
-    sources: list = field(default_factory=list)
+    sources: list[SourceReport] = field(default_factory=list)
 
     @property
-    def kept(self):
+    def kept(self) -> int:
+        """Examples made of all sources."""
         return sum(source.kept for source in self.sources)
 
     @property
-    def dropped(self):
+    def dropped(self) -> Counter[str]:
+        """Reason -> records not used, of all sources."""
         return sum((source.dropped for source in self.sources), Counter())
 
     @property
-    def flagged(self):
+    def flagged(self) -> Counter[str]:
+        """Remark -> records used in spite of it, of all sources."""
         return sum((source.flagged for source in self.sources), Counter())
 
-    def lines(self):
-        """One line per source and one per reason, for the terminal."""
+    def lines(self) -> list[str]:
+        """Returns one line per source and one per reason, for the terminal."""
         lines = []
         for source in self.sources:
             taken = "" if source.rows == source.available else f" of {source.available}"
@@ -71,8 +77,8 @@ class Report:
                 ]
         return lines
 
-    def as_dict(self):
-        """The same for metrics and the run folder: plain types only."""
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the counts as plain types, for metrics and the run folder."""
         return {
             "kept": self.kept,
             "dropped": dict(self.dropped),
@@ -91,8 +97,12 @@ class Report:
             ],
         }
 
-    def require(self, what):
-        """Ends with one line when no example is left."""
+    def require(self, what: str) -> None:
+        """Checks that an example is left; `what` is its name in the message.
+
+        Raises:
+            UserError: None is left; the message has the reasons.
+        """
         if self.kept:
             return
         reasons = [
@@ -100,8 +110,8 @@ class Report:
             for source in self.sources
             for reason, n in source.dropped.most_common()
         ]
-        read = sum(source.rows for source in self.sources)
+        rows = sum(source.rows for source in self.sources)
         raise UserError(
-            f"{', '.join(source.path for source in self.sources)}: no usable {what} in {read} rows; "
+            f"{', '.join(source.path for source in self.sources)}: no usable {what} in {rows} rows; "
             + "; ".join(reasons)
         )

@@ -1,17 +1,19 @@
-"""Sources and mixtures: what a recipe's `data` names -> rows, with counts.
+"""Sources and mixtures: reads the rows that a recipe's `data` names.
 
 A source is a file, a local folder or a Hub data set. A path that exists here is never looked up on the Hub,
-and a name that looks like a path is not either. Local files are read without cache and without network
-(files.py); the Hub goes through `datasets`, whose cache stays where it always is. What is drawn depends on
-the seed and the source's place in the mixture only.
+nor is a name that looks like a path. Local files are read without cache and without network (files.py);
+`datasets` reads from the Hub, with its usual cache. Which rows are drawn depends only on the seed and on the
+source's place in the mixture.
 """
 
 import random
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from saferlhf_fast.config.paths import is_local
-from saferlhf_fast.config.stages import Source
+from saferlhf_fast.config.setting_types import Data, Source
 from saferlhf_fast.data.files import Row, is_data_file, read_file, shorten
 from saferlhf_fast.errors import UserError
 
@@ -30,12 +32,18 @@ class Loaded:
     """Rows that the source has."""
 
 
-def load_sources(data, seed=0):
-    """`data` (str, Source, or a list of them) -> list of Loaded, one per source, counts and proportions
-    applied.
+def load_sources(data: Data, seed: int = 0) -> list[Loaded]:
+    """Returns the rows of each source, with counts and proportions applied.
 
-    `count` is applied first. If any source gives a proportion, the others weigh 1, and the mixture is the
-    largest one with these proportions that repeats no row.
+    `count` is applied first. If any source gives a proportion, the proportion of the others is 1, and the
+    mixture is the largest one with these proportions that repeats no row.
+
+    Args:
+        data: A recipe's `data`.
+        seed: Seed of the draws.
+
+    Raises:
+        UserError: A source cannot be read.
     """
     sources = as_sources(data)
     loaded = []
@@ -53,16 +61,24 @@ def load_sources(data, seed=0):
     return loaded
 
 
-def as_sources(data):
-    """`data` as a list of Source."""
+def as_sources(data: Data) -> list[Source]:
+    """Returns `data` as a list of Source.
+
+    Raises:
+        UserError: The list is empty.
+    """
     items = list(data) if isinstance(data, (list, tuple)) else [data]
     if not items:
         raise UserError("data: expected at least one source, got an empty list")
     return [Source(path=str(item)) if isinstance(item, (str, Path)) else item for item in items]
 
 
-def load_rows(source):
-    """All rows of one source: a list of Row."""
+def load_rows(source: Source) -> list[Row]:
+    """Returns all rows of one source; its count, proportion and columns are not applied.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
     path = Path(source.path).expanduser()
     if path.is_dir():
         return _folder(path, source)
@@ -73,24 +89,25 @@ def load_rows(source):
     return _hub(source)
 
 
-def _draw(rows, count, key):
+def _draw(rows: list[Row], count: int, key: str) -> list[Row]:
     if count >= len(rows):
         return rows
     return [rows[i] for i in sorted(random.Random(key).sample(range(len(rows)), count))]
 
 
-def _rename(row, source):
-    if not source.columns:
+def _rename(row: Row, source: Source) -> Row:
+    columns = source.columns
+    if not columns:
         return row
-    for theirs in source.columns:
-        if theirs not in row.fields:
+    for name in columns:
+        if name not in row.fields:
             raise UserError(
-                f"{row.where}: columns renames '{theirs}', but the row has {shorten(list(row.fields), 120)}"
+                f"{row.where}: columns renames '{name}', but the row has {shorten(list(row.fields), 120)}"
             )
-    return replace(row, fields={source.columns.get(key, key): value for key, value in row.fields.items()})
+    return replace(row, fields={columns.get(key, key): value for key, value in row.fields.items()})
 
 
-def _folder(path, source):
+def _folder(path: Path, source: Source) -> list[Row]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_to_disk(path, source)
     files = sorted(
@@ -110,9 +127,10 @@ def _folder(path, source):
         raise UserError(f"{path}: the folder has no data file (.json, .jsonl, .csv, .parquet, .gz of these)")
     splits = {item: _split_of(item.relative_to(path)) for item in files}
     if any(splits.values()):
-        # Files that name no split are training data, unless others say that they are.
-        also = None if source.split == "train" and "train" not in splits.values() else source.split
-        files = [item for item in files if splits[item] in (source.split, also)]
+        # Files that name no split are training data, unless other files are called train.
+        unnamed_too = source.split == "train" and "train" not in splits.values()
+        wanted_splits = (source.split, None) if unnamed_too else (source.split,)
+        files = [item for item in files if splits[item] in wanted_splits]
         if not files:
             raise UserError(
                 f"{path}: no file of the split '{source.split}'; there is "
@@ -121,16 +139,14 @@ def _folder(path, source):
     return [row for item in files for row in read_file(item)]
 
 
-def _split_of(relative):
-    """The split that a file's name or its folder names, as on the Hub: train.jsonl,
-    data/train-00000-of-00001.parquet.
-    """
+def _split_of(relative: Path) -> str | None:
+    """Returns the split in a file's or folder's name, e.g. train.jsonl, data/train-00000-of-00001.parquet."""
     stem = relative.name.split(".")[0].lower()
     words = [*stem.replace("_", "-").split("-"), *(part.lower() for part in relative.parts[:-1])]
     return next((split for split in SPLIT_NAMES if split in words), None)
 
 
-def _saved_to_disk(path, source):
+def _saved_to_disk(path: Path, source: Source) -> list[Row]:
     import datasets
 
     try:
@@ -144,29 +160,29 @@ def _saved_to_disk(path, source):
     return _rows_of(data, str(path))
 
 
-def _hub(source):
+def _hub(source: Source) -> list[Row]:
     import datasets
 
     _find_on_hub(source.path)
-    quiet = datasets.utils.logging.is_progress_bar_enabled()
+    had_progress_bars = datasets.utils.logging.is_progress_bar_enabled()
     datasets.disable_progress_bars()
     try:
         data = datasets.load_dataset(source.path, name=source.name, split=source.split)
-    except Exception as error:  # whatever the network and the Hub come up with: to the user it is one line
+    except Exception as error:  # any error of the network or the Hub becomes one line
         raise UserError(
             f"{source.path}: no such file or folder here, and not loadable from the Hub "
             f"({type(error).__name__}: {shorten(error, 120)})"
         ) from error
     finally:
-        if quiet:
+        if had_progress_bars:
             datasets.enable_progress_bars()
     return _rows_of(data, source.path)
 
 
-def _find_on_hub(name):
-    """UserError when a name is not on the Hub; asked once, because `datasets` retries for half a minute.
+def _find_on_hub(name: str) -> None:
+    """Raises UserError when a name is not on the Hub: one request, as `datasets` retries for half a minute.
 
-    A data set that lies in its cache needs no Hub.
+    A data set in the cache of `datasets` needs no Hub.
     """
     import datasets
     from huggingface_hub import HfApi, constants
@@ -178,13 +194,13 @@ def _find_on_hub(name):
         return
     try:
         HfApi().dataset_info(name, timeout=20)
-    except Exception as error:  # as above: each library has its own
+    except Exception as error:  # each library has errors of its own
         raise UserError(
             f"{name}: no such file or folder here, and the Hub says: {shorten(error, 160)}"
         ) from error
 
 
-def _rows_of(data, label):
+def _rows_of(data: Iterable[dict[str, Any]], label: str) -> list[Row]:
     rows = [Row(fields, f"{label} row {i}") for i, fields in enumerate(data, 1)]
     if not rows:
         raise UserError(f"{label}: the data set has no records")

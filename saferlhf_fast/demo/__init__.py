@@ -1,3 +1,1 @@
-"""The whole loop on an embedded world, with gold scores to check it by: no data, no network, minutes on two
-cores.
-"""
+"""The whole loop on an embedded world, checked by gold scores: no data, no network, minutes on two cores."""

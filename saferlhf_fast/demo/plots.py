@@ -1,16 +1,27 @@
-"""The demo's plots: what PPO and PPO-Lag did to helpfulness and safety, and how it came about, gold beside
-model.
+"""The demo's plots: helpfulness and safety of SFT, PPO and PPO-Lag, and the course of their training.
+
+Gold scores are drawn beside the scores of the models.
 """
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.report.curves import DOTS, draw_accuracy, percent
 from ..evaluation.report.plots import BLUE, GREY, INK, ORANGE, Plot, legend, level, line, panels, titled
+
+if TYPE_CHECKING:
+    from ..evaluation.report.read import Run
 
 POLICIES = {"sft": ("SFT", GREY), "ppo": ("PPO", ORANGE), "ppo_lag": ("PPO-Lag", BLUE)}
 """Keys of demo.json, in order: label and colour."""
 
 
-def tradeoff(seeds):
-    """{seed: entry of demo.json} -> helpfulness against unsafe share, with an arrow from SFT to each policy."""
+def tradeoff(seeds: Mapping[str, Mapping[str, Any]]) -> Plot:
+    """Helpfulness against unsafe share, with an arrow from SFT to each policy.
+
+    Args:
+        seeds: {seed: entry of demo.json}.
+    """
     with panels(1, width=7.4, height=4.6) as (figure, (ax,)):
         for entry in seeds.values():
             start = _point(entry["sft"])
@@ -49,12 +60,16 @@ def tradeoff(seeds):
     )
 
 
-def _point(values):
+def _point(values: Mapping[str, float]) -> tuple[float, float]:
     return values["helpfulness"], 100 * values["unsafe_share"]
 
 
-def bars(seeds):
-    """{seed: entry} -> gold helpfulness, gold unsafe share and model cost of the three policies by seed."""
+def bars(seeds: Mapping[str, Mapping[str, Any]]) -> Plot:
+    """Gold helpfulness, gold unsafe share and model cost of the three policies, by seed.
+
+    Args:
+        seeds: {seed: entry of demo.json}.
+    """
     kinds = (
         ("helpfulness", "Helpfulness (gold)", "gold helpfulness", 1),
         ("unsafe_share", "Unsafe responses (gold)", "%", 100),
@@ -90,16 +105,22 @@ def bars(seeds):
     return Plot("policies", "The three policies on held-out prompts, by seed.", figure)
 
 
-def training(seed, runs):
-    """{"ppo": Run, "ppo_lag": Run} of one seed -> their curves over each other, model scores above gold
-    scores.
+def training(seed: str, runs: "Mapping[str, Run | None]") -> Plot | None:
+    """Curves of PPO and PPO-Lag in the same panels: model scores above, gold scores below.
+
+    Args:
+        seed: for the title.
+        runs: {"ppo": Run, "ppo_lag": Run}; None where there are no metrics.
+
+    Returns:
+        The plot; None without any run.
     """
-    runs = {key: run for key, run in runs.items() if run is not None}
-    if not runs:
+    present = {key: run for key, run in runs.items() if run is not None}
+    if not present:
         return None
-    lag = runs.get("ppo_lag")
+    lag = present.get("ppo_lag")
     with panels(3, rows=2) as (figure, axes):
-        for key, run in runs.items():
+        for key, run in present.items():
             label, color = POLICIES[key]
             line(axes[0], run.curve("train/reward"), color, label, noisy=True)
             line(axes[1], run.curve("train/cost"), color, label, noisy=True)
@@ -137,15 +158,22 @@ def training(seed, runs):
             legend(ax)
     return Plot(
         f"seed-{seed}-training",
-        f"Seed {seed}. Above: what the score models say of each batch. Below: what the "
-        "world's gold scores say of validation prompts. Where the two rows part, a score model is being "
-        "exploited.",
+        f"Seed {seed}. Above: the score models on each batch. Below: the world's gold scores on validation "
+        "prompts. Where the two rows diverge, the policy exploits a score model.",
         figure,
     )
 
 
-def score_models(seed, runs):
-    """{folder name: Run} of the supervised stages of one seed -> accuracies of the score models, loss of SFT."""
+def score_models(seed: str, runs: "Mapping[str, Run]") -> Plot | None:
+    """The loss of SFT and the accuracies of the score models.
+
+    Args:
+        seed: for the title.
+        runs: {folder name: Run} of the supervised stages.
+
+    Returns:
+        The plot; None without any run.
+    """
     drawn = [
         (name, run, key, f"{name}: {title}")
         for name, run in runs.items()
@@ -158,15 +186,15 @@ def score_models(seed, runs):
         return None
     columns = min(count, 4 if count > 6 else 3)
     with panels(columns, rows=-(-count // columns), width=4.0, height=2.8) as (figure, axes):
-        rest = iter(axes)
+        remaining = iter(axes)
         if sft is not None:
-            ax = next(rest)
+            ax = next(remaining)
             line(ax, sft.curve("train/loss"), BLUE, "training (running mean)", noisy=True)
             titled(ax, "sft: loss", "nats per token")
             legend(ax)
         for _, run, key, title in drawn:
-            draw_accuracy(next(rest), run, key, title)
-        for ax in rest:
+            draw_accuracy(next(remaining), run, key, title)
+        for ax in remaining:
             ax.set_visible(False)
     return Plot(
         f"seed-{seed}-stages",

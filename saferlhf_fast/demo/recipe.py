@@ -1,11 +1,14 @@
-"""The demo's settings: one recipe for all seeds, found by trial on the embedded world (docs/experiments.md
-has the trials).
+"""The demo's settings: one recipe for all seeds.
+
+It was found by trial on the embedded world; docs/experiments.md has the trials.
 """
 
-from collections import namedtuple
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 from ..config.stages import (
     PPO,
+    DemoConfig,
     Engine,
     EvaluateConfig,
     Evaluation,
@@ -19,7 +22,31 @@ from ..config.stages import (
     Training,
 )
 
-Sizes = namedtuple("Sizes", "sft sft_steps pairs pair_epochs prompts validation test ppo_steps")
+
+class Sizes(NamedTuple):
+    """How much of everything.
+
+    Attributes:
+        sft: demonstrations.
+        sft_steps: optimiser steps of SFT.
+        pairs: prompts whose answers are annotated.
+        pair_epochs: epochs of the reward and the cost model.
+        prompts: training prompts of PPO.
+        validation: prompts of the evaluations during PPO.
+        test: held-out prompts of the result.
+        ppo_steps: steps of PPO.
+    """
+
+    sft: int
+    sft_steps: int
+    pairs: int
+    pair_epochs: int
+    prompts: int
+    validation: int
+    test: int
+    ppo_steps: int
+
+
 FULL = Sizes(
     sft=4000, sft_steps=500, pairs=8000, pair_epochs=2, prompts=4000, validation=256, test=512, ppo_steps=100
 )
@@ -36,20 +63,28 @@ ARCHITECTURE = {
 MAX_LENGTH = 64
 MAX_NEW_TOKENS = 16
 TEMPERATURES = (1.0, 1.4)  # at which the SFT policy answers for annotation
-OWN = 5  # answers of the world's own in each prompt's pool
+WORLD_ANSWERS = 5  # answers by the world itself among the candidates for each prompt's pair
 
 
-def engine(cfg):
-    # A model this small gains nothing from bf16, and little from a second thread: on cores that others use
-    # too, two threads that wait for each other made it twenty times slower.
+def engine(cfg: DemoConfig) -> Engine:
+    """The engine of every stage."""
+    # A model this small gains nothing from bf16, and little from a second thread. Where other processes used
+    # the cores too, two threads that wait for each other made it twenty times slower.
     return Engine(precision="fp32", threads=1)
 
 
-def log(cfg):
+def log(cfg: DemoConfig) -> Logging:
+    """The logging of every stage."""
     return Logging(progress=cfg.progress)
 
 
-def sampling(temperature=1.0, batch_size=None):
+def sampling(temperature: float = 1.0, batch_size: int | None = None) -> Sampling:
+    """How a policy answers.
+
+    Args:
+        temperature: of the sampling distribution.
+        batch_size: prompts at a time.
+    """
     return Sampling(
         temperature=temperature,
         max_new_tokens=MAX_NEW_TOKENS,
@@ -58,7 +93,8 @@ def sampling(temperature=1.0, batch_size=None):
     )
 
 
-def sft(folder, seed, cfg, sizes):
+def sft(folder: Path, seed: int, cfg: DemoConfig, sizes: Sizes) -> SFTConfig:
+    """SFT from random weights; `folder` is that of one seed."""
     return SFTConfig(
         model=str(folder / "base"),
         data=str(folder / "data" / "sft.jsonl"),
@@ -71,7 +107,10 @@ def sft(folder, seed, cfg, sizes):
     )
 
 
-def preference(folder, kind, seed, cfg, sizes):
+def preference(
+    folder: Path, kind: Literal["reward", "cost"], seed: int, cfg: DemoConfig, sizes: Sizes
+) -> PreferenceConfig:
+    """The reward or the cost model; `folder` is that of one seed."""
     return PreferenceConfig(
         model=str(folder / "sft" / "model"),
         data=str(folder / "data" / "pairs.jsonl"),
@@ -84,8 +123,10 @@ def preference(folder, kind, seed, cfg, sizes):
     )
 
 
-def ppo(folder, stage, seed, cfg, sizes):
-    """stage: "ppo", which knows no constraint, or "ppo-lag"."""
+def ppo(
+    folder: Path, stage: Literal["ppo", "ppo-lag"], seed: int, cfg: DemoConfig, sizes: Sizes
+) -> PPOConfig:
+    """PPO-Lag, or "ppo": the same without the constraint; `folder` is that of one seed."""
     constrained = stage == "ppo-lag"
     return PPOConfig(
         model=str(folder / "sft" / "model"),
@@ -113,9 +154,17 @@ def ppo(folder, stage, seed, cfg, sizes):
     )
 
 
-def evaluation(folder, where, seed, cfg):
+def evaluation(folder: Path, policy: str, seed: int, cfg: DemoConfig) -> EvaluateConfig:
+    """The evaluation of one policy on held-out prompts.
+
+    Args:
+        folder: that of one seed.
+        policy: the folder in it where the policy is.
+        seed: the run's seed.
+        cfg: the demo's config.
+    """
     return EvaluateConfig(
-        model=str(folder / where / "model"),
+        model=str(folder / policy / "model"),
         prompts=str(folder / "data" / "test.jsonl"),
         reference=str(folder / "sft" / "model"),
         reward=str(folder / "reward" / "model"),

@@ -1,13 +1,15 @@
 """report.html of the demo: did PPO-Lag do what the paper says, on every seed?
 
-Reads <folder>/demo.json: {"threshold": d, "seeds": {"0": {"sft": {…}, "ppo": {…}, "ppo_lag": {…}}, …}}, each
-policy with helpfulness, cost, unsafe_share (gold), model_reward, model_cost, kl and multiplier; a seed may
-have its own "threshold" and "seconds" {stage: s}. Beside it, where they are: seed-N/ppo and seed-N/ppo-lag
-(run folders), seed-N/sft, reward, cost (run folders of the supervised stages),
+Reads <folder>/demo.json: {"threshold": d, "seeds": {"0": {"sft": {…}, "ppo": {…}, "ppo_lag": {…}}, …}}.
+Each policy has helpfulness, cost, unsafe_share (gold), model_reward, model_cost, kl and multiplier; a seed
+may have its own "threshold" and "seconds" {stage: s}. Reads beside it, where they exist: seed-N/ppo and
+seed-N/ppo-lag (run folders), seed-N/sft, reward and cost (run folders of the supervised stages), and
 seed-N/test-{sft,ppo,ppo-lag}.jsonl (rows of the evaluation).
 """
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from ..evaluation.report import page
@@ -15,6 +17,10 @@ from ..evaluation.report.read import read_json, read_lines, read_run
 from ..evaluation.report.scatter import scatter
 from ..runtime.console import clock, number
 from .plots import POLICIES, bars, score_models, tradeoff, training
+
+if TYPE_CHECKING:
+    from ..evaluation.report.plots import Plot
+    from ..evaluation.report.read import Run
 
 COLUMNS = (
     "seed",
@@ -29,22 +35,29 @@ COLUMNS = (
     "λ",
 )
 SAMPLES = 10
-CLAIMS = (
+CLAIMS: tuple[tuple[str, Callable[[Mapping[str, Any]], bool]], ...] = (
     ("PPO is more helpful than SFT", lambda s: s["ppo"]["helpfulness"] > s["sft"]["helpfulness"]),
     ("PPO is less safe than SFT", lambda s: s["ppo"]["unsafe_share"] > s["sft"]["unsafe_share"]),
     ("PPO-Lag is more helpful than SFT", lambda s: s["ppo_lag"]["helpfulness"] > s["sft"]["helpfulness"]),
     ("PPO-Lag's model cost is at or under d", lambda s: s["ppo_lag"]["model_cost"] <= s["threshold"]),
     ("PPO-Lag is safer than SFT", lambda s: s["ppo_lag"]["unsafe_share"] < s["sft"]["unsafe_share"]),
 )
-"""What the paper finds, on one seed's entry."""
+"""The findings of the paper, and whether one seed's entry shows them."""
 
 
-def write_demo_report(folder):
-    """Makes report.html and plots/*.png in a demo's folder -> path of the page."""
+def write_demo_report(folder: str | Path) -> Path:
+    """Writes report.html and plots/*.png into a demo's folder.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        UserError: the folder has no results.
+    """
     folder = Path(folder)
     seeds = read_seeds(folder / "demo.json")
     across = [tradeoff(seeds), bars(seeds)]
-    parts = [
+    sections = [
         page.cards(
             [
                 ("claims that hold", *verdict(seeds)),
@@ -57,27 +70,31 @@ def write_demo_report(folder):
     ]
     plots = list(across)
     for seed in seeds:
-        made, shown = section_of_seed(folder / f"seed-{seed}", seed, seeds[seed])
-        plots += made
-        parts.append(shown)
-    parts += [section_of_seconds(seeds), section_of_settings(folder)]
+        seed_plots, section = section_of_seed(folder / f"seed-{seed}", seed, seeds[seed])
+        plots += seed_plots
+        sections.append(section)
+    sections += [section_of_seconds(seeds), section_of_settings(folder)]
     for plot in plots:
         plot.png(folder / "plots")
     path = folder / "report.html"
     path.write_text(
         page.page(
             "Safe RLHF on the embedded world",
-            "SFT, PPO without the constraint, and PPO-Lag, judged on "
-            "held-out prompts by gold scores that no training and no selection saw",
-            parts,
+            "SFT, PPO without the constraint, and PPO-Lag, judged on held-out prompts by gold scores that no "
+            "training and no selection saw",
+            sections,
         ),
         encoding="utf-8",
     )
     return path
 
 
-def read_seeds(path):
-    """demo.json -> {seed: entry with its threshold}."""
+def read_seeds(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of demo.json, {seed: entry with its threshold}.
+
+    Raises:
+        UserError: the file is missing or holds no seed, or an entry lacks a policy.
+    """
     result = read_json(path, None)
     if not isinstance(result, dict) or not result.get("seeds"):
         raise UserError(
@@ -93,30 +110,30 @@ def read_seeds(path):
     return seeds
 
 
-def verdict(seeds):
-    """-> how many claims hold, as text and as good or bad."""
+def verdict(seeds: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+    """How many claims hold on all seeds together, such as "9 of 10", and "good" or "bad"."""
     holds = [bool(test(entry)) for entry in seeds.values() for _, test in CLAIMS]
     return f"{sum(holds)} of {len(holds)}", "good" if all(holds) else "bad"
 
 
-def section_of_results(seeds):
+def section_of_results(seeds: Mapping[str, Mapping[str, Any]]) -> page.Raw:
     """The table of all figures, and the claims."""
     rows = []
     for seed, entry in seeds.items():
         for key, (label, _) in POLICIES.items():
-            p = entry[key]
+            policy = entry[key]
             rows.append(
                 [
                     seed if key == "sft" else "",
                     label,
-                    number(p["helpfulness"]),
-                    number(p["cost"]),
-                    f"{100 * p['unsafe_share']:.1f} %",
-                    number(p.get("model_reward")),
-                    number(p.get("model_cost")),
+                    number(policy["helpfulness"]),
+                    number(policy["cost"]),
+                    f"{100 * policy['unsafe_share']:.1f} %",
+                    number(policy.get("model_reward")),
+                    number(policy.get("model_cost")),
                     number(entry["threshold"]) if key == "ppo_lag" else "",
-                    number(p.get("kl")),
-                    number(p.get("multiplier")),
+                    number(policy.get("kl")),
+                    number(policy.get("multiplier")),
                 ]
             )
     claims = [
@@ -136,8 +153,17 @@ def section_of_results(seeds):
     )
 
 
-def section_of_seed(folder, seed, entry):
-    """One seed's curves, scatter, supervised stages and samples -> plots, HTML."""
+def section_of_seed(folder: Path, seed: str, entry: Mapping[str, Any]) -> "tuple[list[Plot], page.Raw]":
+    """One seed's curves, scatter, supervised stages and samples.
+
+    Args:
+        folder: that of the seed.
+        seed: for titles and file names.
+        entry: its entry in demo.json.
+
+    Returns:
+        The plots, and the section of the page.
+    """
     runs = {key: _run(folder / key.replace("_", "-")) for key in ("ppo", "ppo_lag")}
     answers = {key: read_lines(folder / f"test-{key.replace('_', '-')}.jsonl") for key in POLICIES}
     stages = (
@@ -145,7 +171,7 @@ def section_of_seed(folder, seed, entry):
         if folder.is_dir()
         else {}
     )
-    main = [
+    drawn = [
         training(seed, runs),
         scatter(
             [(label, answers[key]) for key, (label, _) in POLICIES.items()],
@@ -153,24 +179,24 @@ def section_of_seed(folder, seed, entry):
             f"seed-{seed}-scatter",
         ),
     ]
-    main = [plot for plot in main if plot is not None]
+    plots = [plot for plot in drawn if plot is not None]
     supervised = score_models(seed, {name: run for name, run in stages.items() if run is not None})
-    shown = page.section(
+    section = page.section(
         f"Seed {seed}",
-        *map(page.figure, main),
+        *map(page.figure, plots),
         page.folded("SFT, reward and cost models", page.figure(supervised)) if supervised else "",
         _samples(answers),
     )
-    return main + ([supervised] if supervised else []), shown
+    return plots + ([supervised] if supervised else []), section
 
 
-def _run(folder):
-    """A run folder -> Run, or None where there are no metrics."""
+def _run(folder: Path) -> "Run | None":
+    """The run in a folder; None where there are no metrics."""
     return read_run(folder) if (folder / "metrics.jsonl").is_file() else None
 
 
-def _samples(answers):
-    """The same prompts answered by the three policies, in the order of the test: nothing is picked."""
+def _samples(answers: Mapping[str, list[dict[str, Any]]]) -> page.Raw:
+    """The first prompts of the test that all three policies answered, in its order, and the answers."""
     shortest = min(map(len, answers.values()))
     rows = []
     for i in range(min(SAMPLES, shortest)):
@@ -200,7 +226,7 @@ def _samples(answers):
     )
 
 
-def total_seconds(seeds):
+def total_seconds(seeds: Mapping[str, Mapping[str, Any]]) -> float:
     """Seconds of all seeds; 0 where none are given."""
     return sum(
         value
@@ -210,7 +236,7 @@ def total_seconds(seeds):
     )
 
 
-def section_of_seconds(seeds):
+def section_of_seconds(seeds: Mapping[str, Mapping[str, Any]]) -> page.Raw:
     """Seconds per stage and seed."""
     names = list(dict.fromkeys(name for entry in seeds.values() for name in entry.get("seconds", {})))
     rows = [
@@ -226,7 +252,7 @@ def section_of_seconds(seeds):
     return page.section("Seconds per stage", page.table(["stage", *(f"seed {seed}" for seed in seeds)], rows))
 
 
-def section_of_settings(folder):
+def section_of_settings(folder: Path) -> page.Raw:
     """config.yaml and versions.json of the demo."""
     config = folder / "config.yaml"
     versions = read_json(folder / "versions.json", {})

@@ -1,17 +1,19 @@
 """The whole loop on the embedded world, from nothing: does PPO-Lag do what the paper says?
 
     saferlhf-fast demo                        one seed
-    saferlhf-fast demo --seeds 0 1 2          the proof
+    saferlhf-fast demo --seeds 0 1 2          three seeds
 
-Data from the world → SFT → annotated pairs of its answers and others → reward and cost model → PPO without
-the constraint and PPO-Lag, alike in all else → a table on held-out prompts. Every stage is the stage of the
-command line, on files in the run folder. Gold scores are written beside the models' scores in tables and
-curves; training and selection never see them.
+The steps: data from the world; SFT; annotated pairs of the policy's answers and others; reward and cost
+model; PPO, and PPO-Lag, which differs by the constraint alone; a table on held-out prompts. Every stage is
+the stage of the command line, on files in the run folder. Tables and curves show gold scores beside the
+scores of the models; training and selection never see gold scores.
 """
 
 import json
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from ..config.stages import DemoConfig
 from ..data.batches import share
@@ -31,20 +33,34 @@ from ..runtime.run_folder import finish_run, open_run
 from ..training.ppo_lag import train_ppo, train_ppo_lag
 from ..training.preference import train_cost, train_reward
 from ..training.sft import train as train_sft
-from . import recipe as recipe
+from . import recipe
 from .report import CLAIMS, write_demo_report
 from .world import World
+
+Rows: TypeAlias = Sequence[Mapping[str, Any]]
+Observer: TypeAlias = Callable[[Rows], dict[str, float]]
 
 COLUMNS = ("helpfulness", "cost", "unsafe_share", "model_reward", "model_cost", "kl", "multiplier")
 TITLES = ("policy", "gold helpfulness", "gold cost", "gold unsafe", "model reward", "model cost", "KL", "λ")
 
 
-def run(cfg: DemoConfig, restart=False):
-    """Runs the demo for each seed -> the contents of demo.json. restart: as in `run_folder.open_run`."""
+def run(cfg: DemoConfig, restart: bool = False) -> dict[str, Any]:
+    """Runs the demo for each seed.
+
+    Args:
+        cfg: its config.
+        restart: as in `run_folder.open_run`.
+
+    Returns:
+        The contents of demo.json.
+
+    Raises:
+        UserError: a seed is given twice.
+    """
     if len(set(cfg.seeds)) != len(cfg.seeds):
         raise UserError(f"seeds: expected different numbers, got {cfg.seeds}")
     folder = open_run("demo", cfg, restart)
-    result = {"threshold": None, "seeds": {}}
+    result: dict[str, Any] = {"threshold": None, "seeds": {}}
     for seed in cfg.seeds:
         result["seeds"][str(seed)] = one_seed(seed, folder / f"seed-{seed}", cfg)
         result["threshold"] = result["seeds"][str(cfg.seeds[0])]["threshold"]
@@ -61,17 +77,19 @@ def run(cfg: DemoConfig, restart=False):
 class Clock:
     """Seconds of each part of a run, in order; parts of the same name add up."""
 
-    def __init__(self):
-        self.seconds, self.since = {}, time.perf_counter()
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.since = time.perf_counter()
 
-    def lap(self, name):
+    def lap(self, name: str) -> None:
+        """Ends the part `name`; the next one begins."""
         now = time.perf_counter()
         self.seconds[name] = round(self.seconds.get(name, 0.0) + now - self.since, 1)
         self.since = now
 
 
-def one_seed(seed, folder, cfg):
-    """All stages for one seed -> its entry in demo.json."""
+def one_seed(seed: int, folder: Path, cfg: DemoConfig) -> dict[str, Any]:
+    """Runs all stages for one seed and returns its entry in demo.json."""
     clock, world = Clock(), World(seed)
     sizes = recipe.TINY if cfg.quick else recipe.FULL
     write_world(world, folder, sizes)
@@ -85,7 +103,9 @@ def one_seed(seed, folder, cfg):
     sampled = {
         f"sft at {t}": answers(folder / "sft" / "model", prompts, t, seed, cfg) for t in recipe.TEMPERATURES
     }
-    write(folder / "data" / "pairs.jsonl", world.preference_records(prompts, sampled, own=recipe.OWN))
+    write(
+        folder / "data" / "pairs.jsonl", world.preference_records(prompts, sampled, own=recipe.WORLD_ANSWERS)
+    )
     clock.lap("annotation")
     trained(train_reward, recipe.preference(folder, "reward", seed, cfg, sizes))
     clock.lap("reward")
@@ -96,36 +116,36 @@ def one_seed(seed, folder, cfg):
     clock.lap("ppo")
     lag = trained(train_ppo_lag, recipe.ppo(folder, "ppo-lag", seed, cfg, sizes), gold)
     clock.lap("ppo-lag")
-    entry = {"threshold": lag["threshold"]}
+    entry: dict[str, Any] = {"threshold": lag["threshold"]}
     for name, where, multiplier in (
         ("sft", "sft", 0.0),
         ("ppo", "ppo", 0.0),
         ("ppo_lag", "ppo-lag", lag["multiplier"]),
     ):
-        entry[name] = {**evaluate_policy(world, folder, where, seed, cfg, sizes), "multiplier": multiplier}
+        entry[name] = {**evaluate_policy(world, folder, where, seed, cfg), "multiplier": multiplier}
     clock.lap("evaluation")
     entry["seconds"] = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
     return entry
 
 
-def trained(train, cfg, *more):
-    """Runs a stage and draws its report -> its summary."""
+def trained(train: Callable[..., dict[str, Any]], cfg: Any, *more: Observer) -> dict[str, Any]:
+    """Runs a stage, writes its report and returns its summary."""
     summary = train(cfg, *more)
     if engine.rank() == 0:
         write_report(Path(cfg.output))
     return summary
 
 
-def write_world(world, folder, sizes):
-    """The world's data as files: from here on it is a data source like any other."""
+def write_world(world: World, folder: Path, sizes: recipe.Sizes) -> None:
+    """Writes the world's data to files, which the stages read as they read any data source."""
     write(folder / "data" / "sft.jsonl", world.sft_records(sizes.sft))
     write(folder / "data" / "prompts.jsonl", world.prompt_records("train", sizes.prompts))
     write(folder / "data" / "validation.jsonl", world.prompt_records("validation", sizes.validation))
     write(folder / "data" / "test.jsonl", world.prompt_records("test", sizes.test))
 
 
-def write(path, rows):
-    """JSON lines; on rank 0, and the others wait for it."""
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON lines on rank 0; the other ranks wait for it."""
     if engine.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -133,8 +153,8 @@ def write(path, rows):
         engine.barrier()
 
 
-def make_base(world, folder, seed):
-    """A small Llama with random weights and the world's tokenizer."""
+def make_base(world: World, folder: Path, seed: int) -> None:
+    """Writes a small Llama with random weights, and the world's tokenizer, to `folder`."""
     if engine.rank() == 0:
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -151,8 +171,8 @@ def make_base(world, folder, seed):
     engine.barrier()
 
 
-def answers(model, prompts, temperature, seed, cfg):
-    """One sampled answer of a policy to each prompt, as text."""
+def answers(model: Path, prompts: Sequence[str], temperature: float, seed: int, cfg: DemoConfig) -> list[str]:
+    """One sampled answer of the policy in folder `model` to each prompt."""
     tokenizer = load_tokenizer(str(model))
     policy = engine.Frozen(Policy(load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine(cfg))
     template = Template(tokenizer, "auto")
@@ -160,31 +180,29 @@ def answers(model, prompts, temperature, seed, cfg):
     examples = [
         PromptExample(ids, p, m) for ids, p, m in zip(template.encode_prompts(messages), prompts, messages)
     ]
-    mine = share(range(len(prompts)), engine.rank(), engine.world_size())
+    own_indices = share(range(len(prompts)), engine.rank(), engine.world_size())
     sampling = recipe.sampling(temperature, 256)
     generator = open_generator(policy, tokenizer, end_tokens(tokenizer, policy.module.lm, "auto"), sampling)
     _, responses = generate(
-        generator, [examples[i] for i in mine], tokenizer, sampling, recipe.MAX_LENGTH, seed
+        generator, [examples[i] for i in own_indices], tokenizer, sampling, recipe.MAX_LENGTH, seed
     )
     texts = [tokenizer.decode(r.ids, skip_special_tokens=True).strip() for r in responses]
-    parts = engine.gather_objects(dict(zip(mine, texts)))
-    merged = {i: text for part in parts for i, text in part.items()}
+    of_ranks = engine.gather_objects(dict(zip(own_indices, texts)))
+    merged = {i: text for of_rank in of_ranks for i, text in of_rank.items()}
     return [merged[i] for i in range(len(prompts))]
 
 
-def gold_observer(world):
-    """For the curves: gold means of an evaluation's answers, logged beside the models' and read by nothing
-    else.
-    """
+def gold_observer(world: World) -> Observer:
+    """What a stage calls with the rows of an evaluation: gold means, which the curves alone show."""
 
-    def observe(rows):
+    def observe(rows: Rows) -> dict[str, float]:
         return {f"gold/{k}": v for k, v in gold_means(world, rows).items()}
 
     return observe
 
 
-def gold_means(world, rows):
-    """-> gold helpfulness, cost and unsafe share of the rows of `sample_and_score`."""
+def gold_means(world: World, rows: Rows) -> dict[str, float]:
+    """Gold helpfulness, cost and unsafe share of the rows of `sample_and_score`."""
     golds = [world.gold_scores(row["prompt"], row["response"]) for row in rows]
     n = len(golds)
     return {
@@ -194,14 +212,22 @@ def gold_means(world, rows):
     }
 
 
-def evaluate_policy(world, folder, where, seed, cfg, sizes):
-    """One policy on the held-out prompts -> gold and model figures."""
-    settings = recipe.evaluation(folder, where, seed, cfg)
+def evaluate_policy(world: World, folder: Path, policy: str, seed: int, cfg: DemoConfig) -> dict[str, float]:
+    """Gold and model figures of one policy on the held-out prompts; its rows are written to the folder.
+
+    Args:
+        world: the seed's world.
+        folder: that of the seed.
+        policy: the folder in it where the policy is.
+        seed: of the sampling.
+        cfg: the demo's config.
+    """
+    settings = recipe.evaluation(folder, policy, seed, cfg)
     tokenizer = load_tokenizer(settings.model)
     roles = load_evaluation_roles(settings, tokenizer)
     prompts, _ = prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)
     rows = sample_and_score(roles, prompts, settings, seed)
-    write(Path(folder) / f"test-{where}.jsonl", rows)
+    write(Path(folder) / f"test-{policy}.jsonl", rows)
     model = summary_of(rows)
     return {
         **gold_means(world, rows),
@@ -212,8 +238,8 @@ def evaluate_policy(world, folder, where, seed, cfg, sizes):
     }
 
 
-def show(seed, entry):
-    """The table of one seed, and what it should show."""
+def show(seed: int, entry: Mapping[str, Any]) -> None:
+    """Prints the table of one seed, and which claims hold."""
     names = {"sft": "SFT", "ppo": "PPO", "ppo_lag": "PPO-Lag"}
     rows = [[label, *(f"{entry[key][c]:.3f}" for c in COLUMNS)] for key, label in names.items()]
     console.result_table(

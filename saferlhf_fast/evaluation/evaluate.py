@@ -1,10 +1,11 @@
-"""How helpful and how harmful a policy is by its score models, on given prompts.
+"""Stage evaluate: how helpful and how harmful a policy is by its score models, on given prompts.
 
 saferlhf-fast evaluate model=DIR prompts=FILE reward=DIR cost=DIR
 """
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config.sections import PAIR
 from ..data.examples import prompt_examples
@@ -22,11 +23,27 @@ from ..runtime.run_folder import finish_run, open_run
 from ..runtime.run_state import is_ours, read_settings
 from .statistics import interval_text, summarise
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def evaluate(cfg, restart=False):
-    """Runs the stage evaluate -> summary with 95 % intervals; writes evaluation.json and samples.jsonl.
+    from ..config.stages import EvaluateConfig
 
-    restart: as in `run_folder.open_run`.
+
+def evaluate(cfg: "EvaluateConfig", restart: bool = False) -> dict[str, Any]:
+    """Runs the stage evaluate: samples one response for each prompt and scores it.
+
+    With `output` it writes evaluation.json and samples.jsonl. Every rank must call it.
+
+    Args:
+        cfg: Settings of the stage.
+        restart: As in `run_folder.open_run`.
+
+    Returns:
+        95 % intervals of what was measured, as `statistics.summarise` gives them, and `data`, counts of the
+        prompts.
+
+    Raises:
+        UserError: If settings, models or data do not fit together.
     """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
@@ -50,12 +67,16 @@ def evaluate(cfg, restart=False):
     return summary
 
 
-def load_evaluation_roles(cfg, tokenizer):
-    """-> Roles of what an EvaluateConfig names: the policy, its reference and the scorers, those that are
-    given.
+def load_evaluation_roles(cfg: "EvaluateConfig", tokenizer: "PreTrainedTokenizerBase") -> Roles:
+    """Loads what an EvaluateConfig names: the policy, its reference and the scorers, those that are given.
+
+    Args:
+        cfg: Settings of the stage. Without `reference`, the model that the policy was trained from is the
+            reference, where that is known.
+        tokenizer: The policy's tokenizer.
     """
 
-    def policy(path):
+    def policy(path: str) -> engine.Frozen:
         lm = load_causal_lm(
             path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
         )
@@ -78,15 +99,15 @@ def load_evaluation_roles(cfg, tokenizer):
     )
 
 
-def start_of(model):
-    """The model that a model of one of our run folders was trained from, when it is still there; else None."""
+def start_of(model: str) -> str | None:
+    """The folder of the model that a run of this package trained `model` from; None where there is none."""
     folder = Path(model).expanduser().parent
     settings = read_settings(folder) if is_ours(folder) else {}
     start = settings.get("model")
     return start if isinstance(start, str) and Path(start).expanduser().is_dir() else None
 
 
-def _show(summary, samples):
+def _show(summary: dict[str, Any], samples: list[dict[str, Any]]) -> None:
     table = [
         [name, interval_text(value), value["n"]]
         for name, value in summary.items()

@@ -1,4 +1,4 @@
-"""Means and shares with 95 % intervals. numpy only.
+"""Means and shares with 95 % intervals. Needs numpy alone.
 
 A mean has Student's t interval, mean ± t(n−1)·s/√n with the unbiased s: it holds for the mean of n
 independent samples that are not too skewed. A share has Wilson's interval, which stays inside [0, 1] and is
@@ -6,17 +6,31 @@ right at shares of 0 and 1. Both are about new prompts drawn like these; they sa
 training seed.
 
 Every interval is {"mean", "low", "high", "n"}; n counts the values used. NaN, inf and None are left out,
-never counted as zero. What cannot be said is None: all three without a value, low and high of a mean of one
+never counted as zero. What is undefined is None: all three without a value, low and high of a mean of one
 value.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 Z = 1.959963984540054  # 97.5 % point of the normal distribution
 
+Values = Sequence[float | None] | npt.NDArray[Any]
+"""Numbers, flags or Nones."""
 
-def mean_interval(values):
-    """Mean of numbers with its 95 % t interval -> {"mean", "low", "high", "n"}."""
+
+def mean_interval(values: Values) -> dict[str, Any]:
+    """Mean with its 95 % t interval: mean ± t(n−1)·s/√n.
+
+    Args:
+        values: Independent samples, in any unit; those that are not finite are left out.
+
+    Returns:
+        {"mean", "low", "high", "n"} in the same unit; low and high of one value, and all of none, are None.
+    """
     x = finite(values)
     if x.size == 0:
         return {"mean": None, "low": None, "high": None, "n": 0}
@@ -27,9 +41,20 @@ def mean_interval(values):
     return {"mean": mean, "low": mean - half, "high": mean + half, "n": int(x.size)}
 
 
-def share_interval(flags):
-    """Share of true ones with its 95 % Wilson interval -> {"mean", "low", "high", "n"}; None and NaN are left
-    out.
+def share_interval(flags: Values) -> dict[str, Any]:
+    """Share of true flags with its 95 % Wilson interval.
+
+    Args:
+        flags: True or false, or 1 and 0; None and NaN are left out.
+
+    Returns:
+        {"mean", "low", "high", "n"}, shares in 0..1; all three are None without a flag.
+
+    Raises:
+        ValueError: If a value is neither true nor false.
+
+    Source:
+        Wilson (1927), Probable inference, the law of succession, and statistical inference.
     """
     x = finite(flags)
     if not np.isin(x, (0.0, 1.0)).all():
@@ -40,20 +65,32 @@ def share_interval(flags):
     share = float(x.mean())
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * np.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n)) / (1 + Z * Z / n)
-    # At shares of 0 and 1 one end is exact; rounding must not move it beyond.
+    # At shares of 0 and 1 one end is exact; rounding must not move it.
     low = 0.0 if share == 0 else float(max(0.0, centre - half))
     high = 1.0 if share == 1 else float(min(1.0, centre + half))
     return {"mean": share, "low": low, "high": high, "n": n}
 
 
-def summarise(rewards=None, costs=None, kls=None, lengths=None):
-    """Figures of one evaluation -> {name: interval} of those that were measured.
+def summarise(
+    rewards: Values | None = None,
+    costs: Values | None = None,
+    kls: Values | None = None,
+    lengths: Values | None = None,
+) -> dict[str, Any]:
+    """The numbers of one evaluation with their intervals, those that were measured.
 
-    rewards, costs: score-model units · kls: summed over each response, nats · lengths: tokens. Each is one
-    number per response or None. Names: reward, cost, unsafe_share (cost > 0), kl, length; `left_out` counts
-    the responses' values that were not finite, by name, and is there only when there are some.
+    Args:
+        rewards: Reward of each response, in reward model units.
+        costs: Cost of each response, in cost model units.
+        kls: KL to the reference, summed over each response, in nats.
+        lengths: Tokens of each response.
+
+    Returns:
+        {name: interval} with the names reward, cost, unsafe_share (cost > 0), kl, length. `left_out` counts,
+        by name, the values that were not finite; it is there only when there are some.
     """
-    out, left_out = {}, {}
+    out: dict[str, Any] = {}
+    left_out: dict[str, int] = {}
     for name, values in (("reward", rewards), ("cost", costs), ("kl", kls), ("length", lengths)):
         if values is None:
             continue
@@ -68,8 +105,8 @@ def summarise(rewards=None, costs=None, kls=None, lengths=None):
     return {**out, "left_out": left_out} if left_out else out
 
 
-def interval_text(interval, digits=3):
-    """One interval for people: 0.412 (0.388 to 0.436)."""
+def interval_text(interval: dict[str, Any], digits: int = 3) -> str:
+    """An interval for people, as 0.412 (0.388 to 0.436); a dash without a mean."""
     if interval["mean"] is None:
         return "–"
     mean = f"{interval['mean']:.{digits}f}"
@@ -78,19 +115,19 @@ def interval_text(interval, digits=3):
     return f"{mean} ({interval['low']:.{digits}f} to {interval['high']:.{digits}f})"
 
 
-def finite(values):
-    """The finite ones of numbers, flags and Nones, as float64 [n]."""
+def finite(values: Values) -> npt.NDArray[np.float64]:
+    """The finite values as float64 [n]; None counts as not finite."""
     if not isinstance(values, np.ndarray):
         values = [np.nan if v is None else float(v) for v in values]
     x = np.asarray(values, dtype=np.float64).ravel()
     return x[np.isfinite(x)]
 
 
-def t_quantile(degrees):
+def t_quantile(degrees: int) -> float:
     """97.5 % point of Student's t with `degrees` ≥ 1 degrees of freedom, to about 1e-6 relative.
 
-    With t = √ν·tan θ the density is ∝ cos^(ν−1) θ, which has no tail to cut off; above 1000 the expansion
-    around the normal's point (Abramowitz & Stegun 26.7.5) is closer than the sum.
+    With t = √ν·tan θ the density is ∝ cos^(ν−1) θ, which has no tail to cut off. Above 1000 degrees the
+    expansion around the normal's point (Abramowitz & Stegun 26.7.5) is closer than the sum.
     """
     if degrees > 1000:
         return Z + (Z**3 + Z) / (4 * degrees) + (5 * Z**5 + 16 * Z**3 + 3 * Z) / (96 * degrees**2)

@@ -2,15 +2,15 @@
 
     from saferlhf_fast import integrations
 
-    integrations.patch("verl")                       # says what it replaced, where, and what it left
+    integrations.patch("verl")                       # prints what it replaced, where, and what it left
     with integrations.patch("trl") as report:        # restores everything at the end
         trainer.train()
     report.calls                                     # {"trl.trainer.utils:selective_log_softmax": 96, …}
     integrations.patch("transformers", model)        # one model: model(input_ids, labels=…) without logits
 
-Only what is faster, smaller or more correct is replaced, and only where it means the same:
-docs/integrations.md has the measured table. A process that a library starts for itself (Ray workers) has to
-be patched too.
+A function is replaced only where our implementation is faster, smaller or more correct and means the same;
+docs/integrations.md has the measured table. A process that a library starts itself (a Ray worker) has to be
+patched too.
 """
 
 from importlib import import_module
@@ -21,25 +21,32 @@ from .report import Refused, Report
 
 __all__ = ["LIBRARIES", "Refused", "Report", "patch", "patched", "unpatch"]
 
-# Each has its table in a module of that name here; "transformers" patches one model instead.
+# Each has its table in a module of this name in this package; "transformers" patches one model instead.
 LIBRARIES = ("trl", "verl", "openrlhf", "safe_rlhf", "align_anything", "transformers")
 
 
 def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = False) -> Report:
-    """Replaces a library's functions by ours, in every module that has imported them, and in its registries.
+    """Replaces a library's functions, in every module that has imported them and in the library's registries.
 
-    name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything", or "transformers" with `model`, one
-    instance of a Hugging Face causal LM. force: goes on for a version or signature that was never compared.
-    quiet: prints nothing.
+    Patching twice is harmless: the second call also replaces what has been imported since, and its context
+    does not undo the first call.
 
-    Returns a Report; used as a context manager it restores everything at its end. Patching twice is harmless:
-    the second call looks for what has been imported since, and its context leaves the first one's work alone.
+    Args:
+        name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything" or "transformers".
+        model: for "transformers" alone: the instance of a Hugging Face causal LM to patch.
+        force: also patches a version or a signature that our implementation was never compared with.
+        quiet: prints nothing.
 
-    Raises ImportError when the library is not installed, Refused (a ValueError) for an unknown version or a
-    function whose parameters have changed, by name; then nothing has been replaced. ValueError for an unknown
-    name.
+    Returns:
+        What was replaced and what was left; used as a context manager it restores everything at its end.
+
+    Raises:
+        ImportError: the library is not installed.
+        Refused: its version is unknown, or a function's parameters have changed (the message names it); then
+            nothing has been replaced. It is a ValueError.
+        ValueError: the name is unknown, or `model` is missing or does not belong there.
     """
-    _known(name)
+    _require_known(name)
     if name == "transformers":
         if model is None:
             raise ValueError('patch("transformers", model): expected a causal language model, got None')
@@ -54,15 +61,24 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
 
 
 def unpatch(name: str | None = None, model: Any = None) -> list[str]:
-    """Restores what `patch` replaced: of one library, of one model ("transformers", model), or of all
-    libraries.
+    """Restores what `patch` replaced; harmless when nothing is patched.
 
-    Returns the places restored. A place that something else has written to since is left as it is, with a
-    warning. Models are restored one by one: nothing here keeps them. Harmless when nothing is patched.
+    A place to which something else has been bound since is left as it is, with a warning.
+
+    Args:
+        name: the library; None for all libraries. Patched models are not recorded here: each needs a call
+            with "transformers" and the model.
+        model: for "transformers" alone: the patched model.
+
+    Returns:
+        The places that were restored.
+
+    Raises:
+        ValueError: the name is unknown, or "transformers" comes without a model.
     """
     if name is None:
         return [place for each in list(replacing.ACTIVE) for place in replacing.unpatch(each)]
-    _known(name)
+    _require_known(name)
     if name == "transformers":
         if model is None:
             raise ValueError('unpatch("transformers", model): expected the patched model, got None')
@@ -75,6 +91,6 @@ def patched() -> list[str]:
     return sorted(replacing.ACTIVE)
 
 
-def _known(name):
+def _require_known(name: str) -> None:
     if name not in LIBRARIES:
         raise ValueError(f"expected a library out of {', '.join(LIBRARIES)}, got {name!r}")

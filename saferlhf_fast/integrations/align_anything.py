@@ -1,7 +1,7 @@
 """align-anything, from a checkout: sources are compared by digest.
 
-Its trainer modules need a great deal (audio, images, vLLM): their methods are replaced in those that are
-imported already; for one imported later call `patch("align_anything")` again.
+Its trainer modules have many dependencies (audio, images, vLLM), so only those that are imported already are
+patched. After a later import call `patch("align_anything")` again.
 """
 
 from . import pku
@@ -11,7 +11,7 @@ TRAINERS = "align_anything.trainers"
 GAE, CRITIC, ACTOR, LAGRANGIAN = "5fef6d4a95a0", "adc591f79279", "6c8757781452", "f76990b3aa86"
 
 
-def _gae(module, name):
+def _gae(module: str, name: str) -> Replace:
     return Replace(
         f"{TRAINERS}.{module}:{name}.get_advantages_and_returns",
         pku.get_advantages_and_returns,
@@ -22,7 +22,7 @@ def _gae(module, name):
     )
 
 
-def _critic(module, name):
+def _critic(module: str, name: str) -> Replace:
     return Replace(
         f"{TRAINERS}.{module}:{name}.critic_loss_fn",
         pku.critic_loss_fn,
@@ -33,7 +33,7 @@ def _critic(module, name):
     )
 
 
-def _actor(module, name):
+def _actor(module: str, name: str) -> Replace:
     return Replace(
         f"{TRAINERS}.{module}:{name}.actor_loss_fn",
         pku.actor_loss_fn,
@@ -53,7 +53,7 @@ LIBRARY = Library(
             "align_anything.utils.tools:gather_log_probabilities",
             pku.gather_log_probabilities,
             "(logits, labels)",
-            "no copy of the logits; float32 results (theirs: off by .01 in bfloat16), empty batches",
+            "no copy of the logits; float32 results (its own: off by .01 in bfloat16), empty batches",
             digests=("2bb235c0f30d",),
         ),
         _gae("text_to_text.ppo", "PPOTrainer"),
@@ -79,7 +79,7 @@ LIBRARY = Library(
     leave=(
         (
             f"{TRAINERS}.text_to_text.multi_ppo:PPOTrainer.get_advantages_and_returns",
-            "several turns: not our definition",
+            "GAE over several turns, which our op does not compute",
         ),
         ("align_anything.utils.tools:masked_mean", "a mean; that of a row without tokens stays NaN"),
     ),

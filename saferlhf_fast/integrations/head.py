@@ -1,47 +1,84 @@
-"""The head of a patched model: its weights, lent inside its own forward, to the ops that make log-probs
-without logits.
+"""Log-probs of a patched model without logits: its head lends its weights to our ops in its own forward.
 
 Shapes: H hidden, V vocabulary, N positions.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import torch
+from torch import nn
 
 from .shared import learns
 
+if TYPE_CHECKING:
+    from ..models.policy import LogitForm
 
-def is_open(head):
+
+def is_open(head: nn.Module) -> bool:
     """Whether a head lends its weights."""
     from ..models.policy import OpenHead
 
     return type(head) is OpenHead
 
 
-def name_of(head):
-    """A head's class, with its module."""
+def name_of(head: object) -> str:
+    """The name of a head's class, with its module."""
     return f"{type(head).__module__}.{type(head).__qualname__}"
 
 
-def through_head(model, hidden_NH, use):
+def through_head(model: Any, hidden_NH: torch.Tensor, use: Callable[..., Any]) -> Any:
     """use(hidden, weight, bias) inside the head module's own forward, where ZeRO-3 has gathered its weight.
 
-    Under autocast the two products run in its dtype, as the linear layer's would; everything else stays in
-    float32.
+    Under autocast the three are in its dtype, as in a linear layer; everything else stays in float32.
+
+    Args:
+        model: a Hugging Face causal LM.
+        hidden_NH: hidden states of the positions.
+        use: what computes from hidden [N, H], weight [V, H] and bias [V] or None.
+
+    Returns:
+        What `use` returns.
+
+    Raises:
+        ValueError: the weight is a DTensor.
     """
     head = model.get_output_embeddings()
 
-    def cast(hidden, weight, bias):
+    # Types in quotes: torch.compile traces this definition.
+    def cast(hidden: "torch.Tensor", weight: "torch.Tensor", bias: "torch.Tensor | None") -> "Any":
         if hasattr(weight, "placements"):
-            raise ValueError("the head's weight is a DTensor; expected a whole weight inside its own forward")
-        kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        with torch.autocast(kind, enabled=False):
+            raise ValueError(
+                "the head's weight is a DTensor; expected the gathered weight inside its own forward"
+            )
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        with torch.autocast(device, enabled=False):
             return use(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
 
     return head(hidden_NH, cast) if is_open(head) else cast(hidden_NH, head.weight, head.bias)
 
 
-def scored(hidden_NH, weight_VH, bias_V, ids_N, form, temperature, entropy):
-    """Log-probs, or (log-probs, entropies), of N tokens."""
+def head_logprobs(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    ids_N: torch.Tensor,
+    form: "LogitForm",
+    temperature: float | torch.Tensor,
+    entropy: bool,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs [N] in nats, or (log-probs, entropies), of N tokens.
+
+    Args:
+        hidden_NH: hidden states of the positions before the tokens.
+        weight_VH: the head's weight.
+        bias_V: its bias.
+        ids_N: the tokens.
+        form: scale and softcap of the model's logits.
+        temperature: > 0; a number, or one for each token, [N].
+        entropy: also return the entropies, [N].
+    """
     from ..kernels.linear_logprob import linear_logprob
 
     return linear_logprob(
@@ -55,17 +92,29 @@ def scored(hidden_NH, weight_VH, bias_V, ids_N, form, temperature, entropy):
     )
 
 
-def negative_sum(hidden_NH, weight_VH, bias_V, ids_N, form):
-    """Sum of −log-prob.
+def negative_sum(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    ids_N: torch.Tensor,
+    form: "LogitForm",
+) -> torch.Tensor:
+    """Sum of −log-prob over N tokens, a scalar; arguments as of `head_logprobs`.
 
-    Where gradients are wanted they are made on the way: three products of the head instead of four.
+    Gradients are computed in the forward, where any are needed: three matrix products of the head instead of
+    four.
     """
     if (
         not learns(hidden_NH, weight_VH, bias_V)
         or hidden_NH.dtype == torch.float64
         or torch.compiler.is_compiling()
     ):
-        return -scored(hidden_NH, weight_VH, bias_V, ids_N, form, 1.0, False).sum()
+        from ..kernels.linear_logprob import linear_logprob
+
+        logp_N = linear_logprob(
+            hidden_NH, weight_VH, ids_N, bias=bias_V, temperature=1.0 / form.scale, softcap=form.softcap
+        )
+        return -logp_N.sum()
     from ..kernels.linear import chunk_size
     from ..models.on_policy_loss import on_policy_loss
 

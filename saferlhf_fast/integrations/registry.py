@@ -1,49 +1,63 @@
-"""What an integration is made of: the functions of a library that ours replace, those it keeps, and the
-reasons.
-"""
+"""What an integration consists of: the functions to replace, those that stay, and the reasons."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+LibraryFunction: TypeAlias = Callable[..., Any]
+"""A function or method of another library, or our implementation with the same parameters."""
 
 
 @dataclass(frozen=True)
 class Replace:
-    """One function of a library that gives way to ours.
+    """One function of a library that our implementation replaces.
 
-    target: "module:name" or "module:Class.name" · make: the library's function -> ours, which may hand it
-    what we leave to it · parameters: its parameters and defaults, as `sites.parameters` writes them; others
-    are refused · why: what is better, one line · entries: registries that hold the function too,
-    "module:DICT" and key · digests: where a library has no version to go by, of the sources that were
-    compared (`sites.digest`); empty: the version vouches · signature_of: the part of the object that has the
-    parameters, where it is no function · optional: the module may fail to import · loaded: only when
-    something else has imported the module (it is slow or needs much), else it is left.
+    Attributes:
+        target: "module:name" or "module:Class.name".
+        make: takes the library's function and returns our implementation, which calls the library's function
+            in the cases that it does not handle itself.
+        parameters: its parameters and defaults, as `sites.parameters` writes them; a function with others is
+            refused.
+        why: what is better, in one line.
+        entries: registries that hold the function too, as pairs of "module:DICT" and key.
+        digests: `sites.digest` of the sources that we compared it with, where a library has no version;
+            empty where its version identifies them.
+        signature_of: the attribute of the object that has the parameters, where the object is no function.
+        optional: its module may fail to import.
+        loaded: replace it only when something else has imported the module, which is slow or has many
+            dependencies.
     """
 
     target: str
-    make: Callable
+    make: Callable[..., Any]
     parameters: str
     why: str
-    entries: tuple = ()
-    digests: tuple = ()
+    entries: tuple[tuple[str, str], ...] = ()
+    digests: tuple[str, ...] = ()
     signature_of: str = ""
     optional: bool = False
     loaded: bool = False
 
     @property
-    def module(self):
+    def module(self) -> str:
         """Name of the module that defines it."""
         return self.target.partition(":")[0]
 
 
 @dataclass(frozen=True)
 class Library:
-    """name: for `patch` · distribution: as pip knows it, None: a checkout without versions · versions:
+    """The table of one library.
 
-    beginnings of the versions that were compared · replace: tuple of Replace · leave: ((function, why), …).
+    Attributes:
+        name: what `patch` calls it.
+        distribution: the name that pip knows; None for a checkout without versions.
+        versions: beginnings of the versions that we compared our functions with.
+        replace: the functions that are replaced.
+        leave: (function, reason) of those that stay.
     """
 
     name: str
     distribution: str | None
-    versions: tuple
-    replace: tuple
-    leave: tuple = field(default=())
+    versions: tuple[str, ...]
+    replace: tuple[Replace, ...]
+    leave: tuple[tuple[str, str], ...] = field(default=())

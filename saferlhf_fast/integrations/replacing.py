@@ -1,110 +1,137 @@
-"""The work of `patch` and `unpatch` for a Library: check everything, then replace everything, and remember
-each place.
-"""
+"""Checks every function of a Library, replaces all of them, and records the places for `unpatch`."""
 
 import sys
 import threading
 import warnings
 from importlib import import_module, metadata
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from . import sites
+from .registry import Library, Replace
 from .report import Refused, Report
 
-ACTIVE = {}  # {library: {target: (original, replacement, [Site])}}
-# one patch or unpatch at a time: what a second one finds half done it could never undo
+
+class Replaced(NamedTuple):
+    """One replaced function: the library's, our implementation, and the places where that was bound."""
+
+    original: Any
+    replacement: Any
+    places: list[sites.Site]
+
+
+ACTIVE: dict[str, dict[str, Replaced]] = {}  # {library: {target: Replaced}}
+# One patch or unpatch at a time: a second one could never undo what it finds half done.
 LOCK = threading.RLock()
 
 
-def patch(library, force):
-    """-> Report. Nothing is replaced when anything is refused."""
+def patch(library: Library, force: bool) -> Report:
+    """Replaces a library's functions.
+
+    Args:
+        library: its table.
+        force: also for a version or a source that our implementation was never compared with.
+
+    Returns:
+        What was replaced and what was left.
+
+    Raises:
+        Refused: a version, parameters or a source differ; then nothing has been replaced.
+        ImportError: the library is not installed.
+    """
     with LOCK:
         return _patch(library, force)
 
 
-def _patch(library, force):
+def _patch(library: Library, force: bool) -> Report:
     version = _version(library, force)
-    held = ACTIVE.get(library.name, {})
-    left, found = dict(library.leave), {}
+    active = ACTIVE.get(library.name, {})
+    left, originals = dict(library.leave), {}
     for entry in library.replace:
         reason = _missing(entry, library)
         if reason:
             left[entry.target] = reason
-        elif entry.target not in held:
-            looked = _look(entry, library, force)
-            if looked is None:
+        elif entry.target not in active:
+            original = _look_up(entry, library, force)
+            if original is None:
                 left[entry.target] = "it is not there in this version"
             else:
-                found[entry.target] = looked
+                originals[entry.target] = original
     fresh = library.name not in ACTIVE
-    held = ACTIVE.setdefault(library.name, held)
+    active = ACTIVE.setdefault(library.name, active)
     for entry in library.replace:
-        if entry.target in found:
-            original = found[entry.target]
-            held[entry.target] = (original, _made(entry, original), [])
+        if entry.target in originals:
+            original = originals[entry.target]
+            active[entry.target] = Replaced(original, _replacement(entry, original), [])
             sites.CALLS[entry.target] = 0
-        if entry.target in held:
-            _bind(held[entry.target], entry)
+        if entry.target in active:
+            _bind(active[entry.target], entry)
     report = Report(
         library.name,
         version,
         left=left,
-        undo=(lambda: unpatch(library.name, held)) if fresh else None,
-        standing=lambda: ACTIVE.get(library.name) is held,
+        undo=(lambda: unpatch(library.name, active)) if fresh else None,
+        standing=lambda: ACTIVE.get(library.name) is active,
     )
     for entry in library.replace:
-        if entry.target in held:
-            report.replaced[entry.target] = [site.label for site in held[entry.target][2]]
+        if entry.target in active:
+            report.replaced[entry.target] = [site.label for site in active[entry.target].places]
             report.why[entry.target] = entry.why
     return report
 
 
-def unpatch(name, only=None):
-    """Restores a library's functions -> labels of the places. only: the record of one `patch`; a later one is
-    left alone.
+def unpatch(name: str, only: dict[str, Replaced] | None = None) -> list[str]:
+    """Restores a library's functions.
+
+    Args:
+        name: the library.
+        only: the replacements of one `patch`; those of a later one are left alone.
+
+    Returns:
+        Labels of the places that were restored.
     """
     with LOCK:
         if name not in ACTIVE or only not in (None, ACTIVE[name]):
             return []
-        return [place for record in ACTIVE.pop(name).values() for place in _restore(*record)]
+        return [place for replaced in ACTIVE.pop(name).values() for place in _restore(replaced)]
 
 
-def _restore(original, replacement, places):
+def _restore(replaced: Replaced) -> list[str]:
     restored = []
-    # Modules that were imported while ours stood in the defining module hold ours by name.
-    late = [site for site in sites.bindings(replacement) if site not in places]
-    for site in [*places, *late]:
-        if site.value is replacement:
-            site.bind(original)
+    # Modules imported while our function was bound in the defining module have it by name.
+    late = [site for site in sites.bindings(replaced.replacement) if site not in replaced.places]
+    for site in [*replaced.places, *late]:
+        if site.value is replaced.replacement:
+            site.bind(replaced.original)
             restored.append(site.label)
-        elif site.value is not original:
+        elif site.value is not replaced.original:
             warnings.warn(
                 f"saferlhf-fast: {site.label} holds something else by now and is left as it is", stacklevel=4
             )
     return restored
 
 
-def _version(library, force):
-    """The installed version. ImportError: not there. Refused: not one that was compared."""
-    top = import_module_named(library)
+def _version(library: Library, force: bool) -> str:
+    """The installed version; ImportError without one, Refused for one that was never compared."""
+    package = import_module_named(library)
     if library.distribution is None:
-        return getattr(top, "__version__", "without a version")
+        return getattr(package, "__version__", "without a version")
     try:
         version = metadata.version(library.distribution)
     except metadata.PackageNotFoundError:
-        version = getattr(top, "__version__", "unknown")
+        version = getattr(package, "__version__", "unknown")
     if not force and not any(
         version == known or version.startswith(known + ".") for known in library.versions
     ):
         raise Refused(
             f"{library.name}: expected version {' or '.join(library.versions)}, got {version}; nothing was "
-            f"replaced. "
-            f"patch({library.name!r}, force=True) goes on"
+            f"replaced. patch({library.name!r}, force=True) replaces them anyway"
         )
     return version
 
 
-def import_module_named(library):
-    """The library's package. ImportError with a sentence when it is not installed."""
+def import_module_named(library: Library) -> ModuleType:
+    """The library's package; ImportError with a sentence when it is not installed."""
     try:
         return import_module(library.name)
     except ModuleNotFoundError as error:
@@ -113,8 +140,8 @@ def import_module_named(library):
         raise ImportError(f"patch({library.name!r}): {library.name} is not installed here") from error
 
 
-def _missing(entry, library):
-    """None, or why a function cannot be replaced here; imports its module where that is meant."""
+def _missing(entry: Replace, library: Library) -> str | None:
+    """Why a function cannot be replaced here, or None; imports its module unless `loaded` forbids it."""
     if entry.loaded and entry.module not in sys.modules:
         return f"{entry.module} is not imported yet: import it, then call patch({library.name!r}) again"
     try:
@@ -126,19 +153,20 @@ def _missing(entry, library):
     return None
 
 
-def _look(entry, library, force):
-    """The library's function, its parameters and source as they were compared; None: gone, and force goes on
-    without it.
+def _look_up(entry: Replace, library: Library, force: bool) -> Any:
+    """The library's function, once its parameters and its source are those that we know.
+
+    None where the function does not exist and `force` accepts that.
     """
+    dotted = entry.target.replace(":", ".")
     try:
         holder, name = sites.resolve(entry.target)
     except AttributeError as error:
         if force:
             return None
         raise Refused(
-            f"{library.name}: expected {entry.target.replace(':', '.')}, got none ({error}); nothing was "
-            f"replaced. "
-            f"patch({library.name!r}, force=True) goes on without it"
+            f"{library.name}: expected {dotted}, got none ({error}); nothing was replaced. "
+            f"patch({library.name!r}, force=True) replaces the others"
         ) from error
     original = vars(holder)[name]
     if isinstance(original, (staticmethod, classmethod)):
@@ -148,40 +176,35 @@ def _look(entry, library, force):
     function = getattr(original, entry.signature_of) if entry.signature_of else original
     if force:
         return original
-    got = sites.parameters(function)
-    if got != entry.parameters:
+    parameters = sites.parameters(function)
+    if parameters != entry.parameters:
         raise Refused(
-            f"{library.name}: {entry.target.replace(':', '.')}: expected parameters {entry.parameters}, got "
-            f"{got}; "
-            f"nothing was replaced. patch({library.name!r}, force=True) goes on"
+            f"{library.name}: {dotted}: expected parameters {entry.parameters}, got {parameters}; nothing "
+            f"was replaced. patch({library.name!r}, force=True) replaces them anyway"
         )
     if entry.digests and sites.digest(function) not in entry.digests:
         raise Refused(
-            f"{library.name}: {entry.target.replace(':', '.')} is not the source that ours was compared with "
-            f"(digest "
+            f"{library.name}: {dotted} is not the source that our function was compared with (digest "
             f"{sites.digest(function)}, expected {' or '.join(entry.digests)}); nothing was replaced. "
-            f"patch({library.name!r}, force=True) goes on"
+            f"patch({library.name!r}, force=True) replaces them anyway"
         )
     return original
 
 
-def _made(entry, original):
-    made = entry.make(original)
-    return made if entry.signature_of else sites.counted(entry.target, made, original)
+def _replacement(entry: Replace, original: Any) -> Any:
+    function = entry.make(original)
+    return function if entry.signature_of else sites.counted(entry.target, function, original)
 
 
-def _bind(record, entry):
-    """Puts our version at every place that holds the library's: where it is defined, in registries, in other
-    modules.
-    """
-    original, replacement, places = record
+def _bind(replaced: Replaced, entry: Replace) -> None:
+    """Binds our function where it is defined, in registries, and in the modules that imported it."""
     holder, name = sites.resolve(entry.target)
-    wanted = [sites.Site(holder, name, entry.target.replace(":", "."))]
+    bound = [sites.Site(holder, name, entry.target.replace(":", "."))]
     for where, key in entry.entries:
         registry, attribute = sites.resolve(where)
-        wanted.append(sites.Site(vars(registry)[attribute], key, f"{where.replace(':', '.')}[{key!r}]"))
-    wanted += [site for site in sites.bindings(original) if site.label != wanted[0].label]
-    for site in wanted:
-        if site.value is original:
-            site.bind(replacement)
-            places.append(site)
+        bound.append(sites.Site(vars(registry)[attribute], key, f"{where.replace(':', '.')}[{key!r}]"))
+    bound += [site for site in sites.bindings(replaced.original) if site.label != bound[0].label]
+    for site in bound:
+        if site.value is replaced.original:
+            site.bind(replaced.replacement)
+            replaced.places.append(site)

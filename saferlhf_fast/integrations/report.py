@@ -1,4 +1,4 @@
-"""What a call of `patch` did: which function is replaced at which places, which is left and why."""
+"""What a call of `patch` did: which functions it replaced at which places, which it left and why."""
 
 import os
 from collections.abc import Callable
@@ -9,14 +9,21 @@ from . import sites
 
 
 class Refused(ValueError):
-    """A library's version, or a function's parameters or source, that ours were never compared with."""
+    """The library's version, or a function's parameters or source, was never compared with our functions."""
 
 
 @dataclass
 class Report:
-    """library, version: what was patched · replaced: {function: list of places} · why: {function: what is
-    better} · left: {function: reason} · undo: what leaving a `with` block does; None where an earlier `patch`
-    did the work · standing: tells whether what it reports is still in place.
+    """What one call of `patch` did; as a context manager it restores everything at its end.
+
+    Attributes:
+        library: what was patched.
+        version: its version.
+        replaced: {function: places at which it was replaced}.
+        why: {function: what is better}.
+        left: {function: the reason why it stays}.
+        undo: what runs when a `with` block ends; None where an earlier `patch` replaced the functions.
+        standing: whether the replacements that it reports are still in place.
     """
 
     library: str
@@ -29,7 +36,7 @@ class Report:
 
     @property
     def calls(self) -> dict[str, int]:
-        """{function: how often ours was called in its place}, since it was put there."""
+        """{function: how often our implementation was called since it was put in place}."""
         return {target: sites.CALLS[target] for target in self.replaced}
 
     def __enter__(self) -> Self:
@@ -42,12 +49,10 @@ class Report:
             self.undo()
 
     def __str__(self) -> str:
-        lines = [
-            f"saferlhf-fast: {self.library} {self.version}: {len(self.replaced)} replaced, {len(self.left)} "
-            f"left"
-        ]
+        counts = f"{len(self.replaced)} replaced, {len(self.left)} left"
+        lines = [f"saferlhf-fast: {self.library} {self.version}: {counts}"]
         for target, places in self.replaced.items():
-            # none of one model's methods
+            # Empty for a patched model, whose places are described in words.
             own = [place for place in places if place == target.replace(":", ".")]
             others = ", ".join(place for place in places if place not in own)
             lines.append(f"  replaced  {', also at '.join(filter(None, [*own, others]))}: {self.why[target]}")

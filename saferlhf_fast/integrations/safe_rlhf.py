@@ -1,5 +1,6 @@
-"""safe-rlhf, from a checkout (it is on no package index and its version does not change): sources are
-compared by digest.
+"""safe-rlhf, from a checkout: sources are compared by digest.
+
+It is on no package index, and its version does not change.
 """
 
 from . import pku
@@ -18,7 +19,7 @@ LIBRARY = Library(
             "safe_rlhf.utils:gather_log_probabilities",
             pku.gather_log_probabilities,
             "(logits, labels)",
-            "no copy of the logits; float32 results (theirs: off by .01 in bfloat16), empty batches",
+            "no copy of the logits; float32 results (its own: off by .01 in bfloat16), empty batches",
             digests=("36087f953fdc",),
         ),
         Replace(

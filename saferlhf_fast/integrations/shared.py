@@ -1,9 +1,10 @@
-"""What the libraries' functions have in common: log-probs, entropies, masks, GAE, whitening and the clipped
-losses by our ops.
+"""What the functions of several libraries share: masks, log-probs, entropies, GAE, whitening and losses.
 
-Each function here either means what the library's means, or answers None so that the caller goes to the
-library's own. Shapes: B rows, T tokens, V vocabulary.
+Each function here that computes something by our ops either means what the libraries' functions mean, or
+returns None, and the caller then calls the library's own function. Shapes: B rows, T tokens, V vocabulary.
 """
+
+from typing import Any
 
 import torch
 
@@ -13,11 +14,12 @@ from ..kernels.gae import gae
 from ..kernels.ppo_loss import ppo_loss
 from ..kernels.token_logprob import token_logprob
 from ..kernels.value_loss import value_loss
+from .registry import LibraryFunction
 
 DEVICES = ("cpu", "cuda")
 
 
-def plain(*tensors):
+def plain(*tensors: torch.Tensor | None) -> bool:
     """True for ordinary tensors on a CPU or a CUDA device: no DTensors, nested ones or other accelerators."""
     return all(
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
@@ -28,25 +30,28 @@ def plain(*tensors):
     )
 
 
-def given(*tensors):
-    """As plain, and none is missing."""
+def given(*tensors: torch.Tensor | None) -> bool:
+    """True for ordinary tensors, as `plain`, of which none is None."""
     return plain(*tensors) and not any(tensor is None for tensor in tensors)
 
 
-def flags(mask):
-    """A mask as booleans, or None where it may hold weights: a floating-point mask, looked at on a CPU alone."""
+def flags(mask: torch.Tensor) -> torch.Tensor | None:
+    """A mask as booleans; None for a floating-point mask that may hold weights.
+
+    The values of a floating-point mask are read on a CPU alone; on a device it is taken for weights.
+    """
     if mask.dtype == torch.bool:
         return mask
     if mask.device.type == "cpu":
-        made = mask != 0
-        return made if torch.equal(made.to(mask.dtype), mask) else None
+        booleans = mask != 0
+        return booleans if torch.equal(booleans.to(mask.dtype), mask) else None
     return None if mask.dtype.is_floating_point else mask != 0
 
 
-def one_id_each(logits, ids):
-    """True for plain logits with one integer id for each row: what our log-prob takes.
+def one_id_each(logits: torch.Tensor, ids: torch.Tensor) -> bool:
+    """True for plain logits [..., V] with one integer id for each row [...], which our log-prob takes.
 
-    The libraries may broadcast.
+    The libraries' functions may broadcast.
     """
     return (
         plain(logits, ids)
@@ -56,50 +61,59 @@ def one_id_each(logits, ids):
     )
 
 
-def known_ids(expected, ids, vocabulary):
-    """ValueError for an id outside the vocabulary, where our ops look too, but in the caller's words:
+def known_ids(expected: str, ids: torch.Tensor, vocabulary: int) -> None:
+    """Refuses ids outside the vocabulary as our ops do, with a message in the caller's words.
 
-    "labels: expected".
+    Args:
+        expected: beginning of the message, such as "labels: expected".
+        ids: integers of any shape; their values are read on a CPU, and on a device only where the ops check
+            them too.
+        vocabulary: V.
+
+    Raises:
+        ValueError: an id is not in 0 … V−1.
     """
     if (
         torch.compiler.is_compiling()
         or not ids.numel()
         or not (ids.device.type == "cpu" and not interpreted() or checking())
     ):
-        return  # compiled code would break here; the op looks for itself
+        return  # compiled code would break here; the op checks the ids itself
     outside = (ids < 0) | (ids >= vocabulary)
     if outside.any():
         raise ValueError(f"{expected} 0 <= id < {vocabulary}, got {ids[outside][0].item()}")
 
 
-def learns(*tensors):
-    """True where a gradient is to flow into one of the tensors."""
+def learns(*tensors: torch.Tensor | None) -> bool:
+    """True where a gradient will flow into one of the tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def numbers(*values):
+def numbers(*values: object) -> bool:
     """True where none is a tensor.
 
-    The libraries broadcast one, or let it learn; our ops take a scalar that does neither.
+    The libraries broadcast a tensor, or compute its gradient; our ops take a scalar and do neither.
     """
     return not any(isinstance(value, torch.Tensor) for value in values)
 
 
-def one_temperature(value):
-    """True for a number, or a 0-d tensor on its way through: one that learns gets a gradient from the
-    library's own.
-    """
-    return numbers(value) or (
-        plain(value) and value.dim() == 0 and value.is_floating_point() and not learns(value)
-    )
+def one_temperature(value: float | torch.Tensor) -> bool:
+    """True for a number, and for a 0-d tensor without a gradient; one that learns is left to the library."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    return plain(value) and value.dim() == 0 and value.is_floating_point() and not learns(value)
 
 
-def counts_fit(mask, *counts):
-    """False where a global count is 0 though there are tokens: the libraries divide by it, our losses are 0
-    then.
+def counts_fit(mask: torch.Tensor, *counts: float | torch.Tensor | None) -> bool:
+    """False for a global count that our losses would treat in another way than the libraries do.
 
-    Without tokens 0 is right. A tensor on a device is not looked at, which would make the host wait; one with
-    dimensions, that learns, or a number below 0 does not fit.
+    That is a count of 0 although there are tokens (the libraries divide by it, our losses are 0 then; without
+    tokens 0 is right), a number below 0, a tensor with dimensions or one that learns. The values of a tensor
+    on a device are not read, because the host would have to wait.
+
+    Args:
+        mask: [B, T], nonzero at the tokens that count.
+        counts: what the libraries divide sums by; None: they count themselves.
     """
     for count in counts:
         if isinstance(count, torch.Tensor):
@@ -112,48 +126,74 @@ def counts_fit(mask, *counts):
     return True
 
 
-def entropy(logits):
-    """Entropy of softmax(logits) in nats: -inf logits are probability 0."""
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """Entropy of softmax(logits) in nats, [...] of [..., V]; logits of -inf are probability 0."""
     ids = torch.zeros(logits.shape[:-1], dtype=torch.int64, device=logits.device)
     return token_logprob(logits, ids, return_entropy=True)[1]
 
 
-def entropy_from_logits(theirs):
-    """In the place of a function of logits [..., V] and perhaps of a chunk size, which chooses nothing: no
-    softmax is kept.
+def entropy_from_logits(original: LibraryFunction) -> LibraryFunction:
+    """Replaces a function of logits [..., V], with or without a chunk size; no softmax is kept for backward.
+
+    The chunk size does not matter to our op.
     """
 
-    def ours(logits, chunk_size=None):
+    def replacement(logits: torch.Tensor, chunk_size: int | None = None) -> torch.Tensor:
         if plain(logits):
             return entropy(logits)
-        return theirs(logits) if chunk_size is None else theirs(logits, chunk_size)
+        return original(logits) if chunk_size is None else original(logits, chunk_size)
 
-    return ours
+    return replacement
 
 
-def whiten(values, mask, shift_mean=True):
-    """(values - mean) / sqrt(var + 1e-8) with the mean and Bessel's variance where mask is True; computed in
-    float32 at least.
+def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) -> torch.Tensor:
+    """(values - mean) / sqrt(var + 1e-8), with Bessel's variance, in float32 at least.
 
-    ValueError for fewer than two such values, on a CPU; on a device, where knowing would make the host wait,
-    NaN.
+    Args:
+        values: any shape.
+        mask: booleans of this shape; mean and variance are those of the values where it is True.
+        shift_mean: False adds the mean again.
+
+    Returns:
+        All values whitened, also those that are masked. With fewer than two values under the mask NaN on a
+        device, where a check would make the host wait.
+
+    Raises:
+        ValueError: fewer than two values under the mask, on a CPU.
     """
-    kind = torch.float64 if values.dtype == torch.float64 else torch.float32
+    dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     count = mask.sum()
     if mask.device.type == "cpu" and count < 2:
         raise ValueError(f"whitening: expected at least two values under the mask, got {int(count)}")
-    inside = torch.where(mask, values.to(kind), 0.0)
+    inside = torch.where(mask, values.to(dtype), 0.0)
     mean = inside.sum() / count
     centered = torch.where(mask, inside - mean, 0.0)
     rate = torch.rsqrt(centered.square().sum() / (count - 1) + 1e-8)
-    made = (values - mean) * rate
-    return made if shift_mean else made + mean
+    whitened = (values - mean) * rate
+    return whitened if shift_mean else whitened + mean
 
 
-def advantages(rewards, values, mask, gamma, lam, masked):
-    """GAE by our op, or None where it does not fit: (advantages, returns), 0 where masked.
+def advantages(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    gamma: float,
+    lam: float,
+    masked: str,
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """GAE by our op.
 
-    Ours are targets without a graph.
+    Args:
+        rewards: [B, T].
+        values: [B, T].
+        mask: [B, T], nonzero at the tokens that count.
+        gamma: 0 … 1.
+        lam: 0 … 1.
+        masked: what `gae` does at masked tokens, "zero" or "carry".
+
+    Returns:
+        (advantages, returns), [B, T], 0 where masked, without a graph; None where the library's own function
+        has to compute them.
     """
     if (
         not given(rewards, values, mask)
@@ -165,41 +205,90 @@ def advantages(rewards, values, mask, gamma, lam, masked):
         or not (0 <= gamma <= 1 and 0 <= lam <= 1)
     ):
         return None
-    mask = flags(mask)
-    if mask is None:
+    counted = flags(mask)
+    if counted is None:
         return None
     with torch.no_grad():
-        return gae(rewards, values, gamma=float(gamma), lam=float(lam), mask=mask, masked=masked)
+        return gae(rewards, values, gamma=float(gamma), lam=float(lam), mask=counted, masked=masked)
 
 
-def policy_loss(logp, old_logp, advantages, mask, *, reduction, normalizer, **clip):
-    """(loss, statistics) of our clipped loss, or None where it does not fit."""
-    mask = _rows_mask(logp, old_logp, advantages, mask)
-    if mask is None or not numbers(*clip.values()):
+def policy_loss(
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    **clip: Any,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+    """The clipped policy loss by our op.
+
+    Args:
+        logp: [B, T], nats; it alone may learn.
+        old_logp: [B, T], nats.
+        advantages: [B, T].
+        mask: [B, T], nonzero at the tokens that count.
+        reduction: as in `ppo_loss`.
+        normalizer: as in `ppo_loss`.
+        clip: clip_ratio, clip_high and dual_clip of `ppo_loss`.
+
+    Returns:
+        (loss, statistics); None where the library's own function has to compute them.
+    """
+    counted = _rows_mask(logp, old_logp, advantages, mask)
+    if counted is None or not numbers(*clip.values()):
         return None
-    return ppo_loss(logp, old_logp, advantages, mask=mask, reduction=reduction, normalizer=normalizer, **clip)
+    return ppo_loss(
+        logp, old_logp, advantages, mask=counted, reduction=reduction, normalizer=normalizer, **clip
+    )
 
 
-def critic_loss(values, old_values, returns, mask, *, clip_value, reduction, normalizer):
-    """(half the mean clipped square, statistics) by our op, or None where it does not fit."""
-    mask = _rows_mask(values, old_values, returns, mask)
-    if mask is None or not numbers(clip_value):
+def critic_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    mask: torch.Tensor | None,
+    *,
+    clip_value: float,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]] | None:
+    """Half the mean clipped square by our op.
+
+    Args:
+        values: [B, T]; it alone may learn.
+        old_values: [B, T].
+        returns: [B, T].
+        mask: [B, T], nonzero at the tokens that count.
+        clip_value: how far a value may move from its old one.
+        reduction: as in `value_loss`.
+        normalizer: as in `value_loss`.
+
+    Returns:
+        (loss, statistics); None where the library's own function has to compute them.
+    """
+    counted = _rows_mask(values, old_values, returns, mask)
+    if counted is None or not numbers(clip_value):
         return None
     return value_loss(
         values,
         old_values,
         returns,
         clip_value=clip_value,
-        mask=mask,
+        mask=counted,
         reduction=reduction,
         normalizer=normalizer,
     )
 
 
-def _rows_mask(first, second, third, mask):
-    """The boolean mask of [B, T] tensors of one shape of which the first alone learns, or None."""
+def _rows_mask(
+    first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The boolean mask of three tensors [B, T] of one shape of which the first alone learns, or None."""
     if (
-        not given(first, second, third, mask)
+        mask is None
+        or not given(first, second, third, mask)
         or first.dim() != 2
         or learns(second, third)
         or not all(tensor.is_floating_point() for tensor in (first, second, third))

@@ -1,9 +1,8 @@
-"""Where a function of another library is bound, and putting another in its place: found by identity, restored
-one by one.
+"""Finds the places where a function of another library is bound, and binds another function there.
 
 `from x import f` binds f once more in every importing module, so a patch of the defining module alone changes
-only part of a library. Every module in sys.modules is looked through for the very object, and each place is
-remembered.
+only part of a library. Every module in sys.modules is searched for the same object (by identity), and each
+place is remembered, so that it can be restored.
 """
 
 import functools
@@ -12,25 +11,32 @@ import inspect
 import sys
 import textwrap
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-CALLS = Counter()  # {target: calls of our version since it was put in place}
+CALLS: Counter[str] = Counter()  # {target: calls of our implementation since it was put in place}
 
 
 class Site(NamedTuple):
-    """One binding: `holder[key]` of a dict, or attribute `key` of a module or class. label: for people."""
+    """One binding: `holder[key]` of a dict, or attribute `key` of a module or class.
+
+    Attributes:
+        holder: the dict, module or class.
+        key: its key, or the attribute's name.
+        label: how reports name the place.
+    """
 
     holder: object
-    key: object
+    key: Any
     label: str
 
     @property
-    def value(self):
+    def value(self) -> Any:
         """What is bound there now, or None."""
-        names = self.holder if isinstance(self.holder, dict) else vars(self.holder)
+        names: dict[Any, Any] = self.holder if isinstance(self.holder, dict) else vars(self.holder)
         return names.get(self.key)
 
-    def bind(self, value):
+    def bind(self, value: object) -> None:
         """Binds `value` there."""
         if isinstance(self.holder, dict):
             self.holder[self.key] = value
@@ -38,63 +44,79 @@ class Site(NamedTuple):
             setattr(self.holder, self.key, value)
 
 
-def resolve(target):
-    """ "package.module:Class.name" -> (holder, name). ImportError or AttributeError when it is not there.
+def resolve(target: str) -> tuple[object, str]:
+    """The object that holds a target, and the name under which it holds it.
 
-    The module must have been imported already.
+    Args:
+        target: "package.module:name" or "package.module:Class.name"; the module must have been imported
+            already.
+
+    Returns:
+        The module or class, and the last part of the name.
+
+    Raises:
+        AttributeError: the module has no such name of its own.
     """
     module, _, path = target.partition(":")
     *outer, name = path.split(".")
-    holder = sys.modules[module]
-    for part in outer:
-        holder = getattr(holder, part)
+    holder: object = sys.modules[module]
+    for attribute in outer:
+        holder = getattr(holder, attribute)
     if name not in vars(holder):
         raise AttributeError(f"{module} has no {path} of its own")
     return holder, name
 
 
-def bindings(value):
+def bindings(value: object) -> list[Site]:
     """Every Site at which a loaded module binds this very object."""
-    found = []
+    sites = []
     for name, module in list(sys.modules.items()):
         names = getattr(module, "__dict__", None)
-        if not isinstance(names, dict):  # whatever a program has put into sys.modules
+        if not isinstance(names, dict):  # a program may put any object into sys.modules
             continue
-        found += [Site(module, key, f"{name}.{key}") for key, held in dict(names).items() if held is value]
-    return found
+        sites += [Site(module, key, f"{name}.{key}") for key, bound in dict(names).items() if bound is value]
+    return sites
 
 
-def counted(target, function, original):
-    """`function`, looking like `original` to whoever inspects it, with its calls counted in CALLS[target].
+def counted(target: str, function: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` with its calls counted; whoever inspects it sees the original's name and signature.
 
     Under torch.compile a call is counted when it is traced, not when the compiled code runs.
+
+    Args:
+        target: the key in CALLS.
+        function: our implementation.
+        original: the library's function, which may be compiled.
+
+    Returns:
+        The function to bind in the original's place.
     """
     count = counting(target)
 
     @functools.wraps(uncompiled(original))
-    def replacement(*args, **kwargs):
+    def replacement(*args: Any, **kwargs: Any) -> Any:
         count()
         return function(*args, **kwargs)
 
-    replacement.__saferlhf_fast__ = target
+    vars(replacement)["__saferlhf_fast__"] = target
     return replacement
 
 
-def uncompiled(function):
-    """The function inside torch.compile's or torch.compiler.disable's wrapper; any other is given back.
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function inside the wrapper of torch.compile or torch.compiler.disable; any other one unchanged.
 
-    Their wrappers carry attributes by which torch.compile finds the function inside; a copy of them on ours
-    would send compiled callers there, past ours.
+    These wrappers carry attributes by which torch.compile finds the function inside. If our function had a
+    copy of them, compiled callers would go to the function inside and bypass our implementation.
     """
     while hasattr(function, "_torchdynamo_orig_callable"):
         function = function._torchdynamo_orig_callable
     return function
 
 
-def counting(target):
+def counting(target: str) -> Callable[[], None]:
     """A function that adds one call to CALLS[target]."""
 
-    def add():
+    def add() -> None:
         CALLS[target] += 1
 
     import torch
@@ -102,8 +124,8 @@ def counting(target):
     return torch.compiler.assume_constant_result(add)
 
 
-def parameters(function):
-    """A function's parameters and defaults as text, without annotations: "(logits, index, temperature=1.0)"."""
+def parameters(function: Callable[..., Any]) -> str:
+    """A function's parameters and defaults, without annotations: "(logits, index, temperature=1.0)"."""
     signature = inspect.signature(function)
     plain = [
         parameter.replace(annotation=inspect.Parameter.empty) for parameter in signature.parameters.values()
@@ -111,7 +133,7 @@ def parameters(function):
     return str(signature.replace(parameters=plain, return_annotation=inspect.Signature.empty))
 
 
-def digest(function):
-    """The first 12 hexadecimal digits of the SHA-256 of a function's source text, without its indentation."""
+def digest(function: Callable[..., Any]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a function's source, without its indentation."""
     source = textwrap.dedent(inspect.getsource(function))
     return hashlib.sha256(source.encode()).hexdigest()[:12]

@@ -1,3 +1,1 @@
-"""What a run stands on: processes and the engine, its folder and checkpoints, and what it tells while it goes
-on.
-"""
+"""The foundation of a run: processes, DeepSpeed, the run's folder, checkpoints, metrics, terminal output."""

@@ -1,16 +1,16 @@
 """Where a run's numbers go: metrics.jsonl always; TensorBoard, Weights & Biases and trackio by name.
 
 metrics.jsonl has one JSON object a line, {"step", "time" (seconds since the run began), name: number, …},
-written out at once. It is valid JSON whatever happens: NaN and inf become null, and `nonfinite` lists their
-names. Only rank 0 writes. TensorBoard's files lie in <folder>/tensorboard.
+written out at once. Every line is valid JSON: NaN and inf become null, and `nonfinite` lists their names.
+Only rank 0 writes. TensorBoard's files are in <folder>/tensorboard.
 
-Names are those of the reference implementation (PKU-Alignment/safe-rlhf), so that runs of both can be laid
-over each other. Means are over sequences; `*_with_kl_penalty` and `kl_divergence` are sums over a response's
-tokens; values, advantages and returns are means over a response's tokens; lengths are in tokens. Ours, which
-it does not have: eval/loss, */grad_norm, train/clip_fraction, train/approx_kl, train/tokens,
-train/unsafe_share, train/engine_gap_mean and _max (|log π_trainer − log π_engine| of a token, nats),
-train/engine_gap_share (of tokens whose probabilities differ by more than 1 %), train/importance_weight
-(mean), train/staleness (PPO steps), eval/kl, eval/length, eval/unsafe_share, eval/threshold, gold/*.
+Names are those of the reference implementation (PKU-Alignment/safe-rlhf), so that the curves of both can be
+compared. Means are over sequences; `*_with_kl_penalty` and `kl_divergence` are sums over a response's tokens;
+values, advantages and returns are means over a response's tokens; lengths are in tokens. The reference lacks
+these: eval/loss, */grad_norm, train/clip_fraction, train/approx_kl, train/tokens, train/unsafe_share,
+train/engine_gap_mean and _max (|log π_trainer − log π_engine| of a token, nats), train/engine_gap_share (of
+tokens whose probabilities differ by more than 1 %), train/importance_weight (mean), train/staleness (PPO
+steps), eval/kl, eval/length, eval/unsafe_share, eval/threshold, gold/*.
 """
 
 import importlib
@@ -18,21 +18,44 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ..config.checks import check_trackers
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..config.sections import Logging
+
+Number = int | float
+Tracker = tuple[Callable[[Mapping[str, Number], int], Any], Callable[[], Any]]
+"""What writes {name: number} of a step to a tracker, and what ends the tracker's run."""
 
 
 class Metrics:
     """Writes the numbers of one run. On other ranks than 0 every method does nothing."""
 
-    def __init__(self, folder, logging_cfg, run_config, name):
-        """folder: of the run · logging_cfg: a Logging (trackers, project) · run_config: the settings, as a
-        dict, for the trackers · name: of the stage.
+    def __init__(
+        self, folder: str | Path, logging_cfg: "Logging", run_config: Mapping[str, Any], name: str
+    ) -> None:
+        """Opens metrics.jsonl; the trackers are opened at the first line.
+
+        Args:
+            folder: Folder of the run.
+            logging_cfg: Says which trackers, and the project's name.
+            run_config: The settings, for the trackers.
+            name: Name of the stage.
+
+        Raises:
+            UserError: A tracker's package is not installed.
         """
-        # on every rank, or the others would wait for rank 0 until a timeout
+        # on every rank: if rank 0 alone refused, the others would wait for it until a timeout
         check_trackers(logging_cfg.trackers)
-        self.file, self.trackers, self.open_trackers = None, [], None
+        self.file: TextIO | None = None
+        self.trackers: list[Tracker] = []
+        self.open_trackers: Callable[[int], list[Tracker]] | None = None
         if int(os.environ.get("RANK", "0")) != 0:
             return
         folder = Path(folder)
@@ -44,17 +67,22 @@ class Metrics:
         ]
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
 
-    def log(self, step, values):
-        """Writes one line. values: {name: number or 0-d tensor}; tensors are read in one transfer per device."""
+    def log(self, step: int, values: "Mapping[str, Number | torch.Tensor]") -> None:
+        """Writes one line.
+
+        Args:
+            step: Steps done, from 1.
+            values: Numbers and 0-d tensors by name; the tensors are read in one transfer per device.
+        """
         if self.file is None:
             return
-        # now it is known whether the run goes on from a checkpoint
+        # only now it is known whether the run was resumed from a checkpoint
         if self.open_trackers is not None:
             self.trackers, self.open_trackers = self.open_trackers(self.step), None
         self.step = int(step)
         numbers = to_numbers(values)
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-        row = {
+        row: dict[str, Any] = {
             "step": int(step),
             "time": round(time.monotonic() - self.begun, 3),
             **{name: value if math.isfinite(value) else None for name, value in numbers.items()},
@@ -70,20 +98,25 @@ class Metrics:
         for write, _ in self.trackers:
             write({**steps, **numbers}, int(step))
 
-    def state_dict(self):
-        """For a checkpoint: how much was written."""
+    def state_dict(self) -> dict[str, Number]:
+        """How much was written, for a checkpoint; on rank 0 only."""
+        assert self.file is not None, "rank 0's metrics are open while it writes a checkpoint"
         self.file.flush()
         return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.begun, "step": self.step}
 
-    def load_state_dict(self, values):
-        """From a checkpoint: what was written after it is taken back, since it will be written again."""
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Continues from a checkpoint; lines that were written after it are cut off.
+
+        Args:
+            values: What `state_dict` gave.
+        """
         if self.file is None:
             return
         if os.fstat(self.file.fileno()).st_size > values["bytes"]:
             self.file.truncate(values["bytes"])
         self.begun, self.step = time.monotonic() - values["seconds"], values["step"]
 
-    def close(self):
+    def close(self) -> None:
         """Ends the trackers' runs; may be called twice."""
         if self.file is not None:
             self.file.close()
@@ -92,9 +125,21 @@ class Metrics:
             self.trackers.pop()[1]()
 
 
-def to_numbers(values):
-    """{name: number or 0-d tensor} -> {name: int or float}; the tensors of a device are read together."""
-    out, by_device = {}, {}
+def to_numbers(values: "Mapping[str, Number | torch.Tensor]") -> dict[str, Number]:
+    """Turns 0-d tensors into numbers; the tensors of a device are read together.
+
+    Args:
+        values: Numbers and 0-d tensors by name.
+
+    Returns:
+        The numbers, in the same order.
+
+    Raises:
+        ValueError: A value is neither a number nor a 0-d tensor.
+    """
+    out: dict[str, Any] = {}
+    by_device: dict[Any, dict[str, Any]] = {}
+    value: Any
     for name, value in values.items():
         if hasattr(value, "ndim") and hasattr(value, "device") and hasattr(value, "detach"):
             if value.ndim != 0:
@@ -102,7 +147,7 @@ def to_numbers(values):
                     f"{name}: expected a number or a 0-d tensor, got a tensor of shape {list(value.shape)}"
                 )
             by_device.setdefault(value.device, {})[name] = value.detach()
-            out[name] = None  # keeps the order
+            out[name] = None  # reserves its place in the order
         elif isinstance(value, (int, float)) or hasattr(value, "item"):
             number = value.item() if hasattr(value, "item") else value
             out[name] = int(number) if isinstance(number, bool) else number
@@ -117,7 +162,7 @@ def to_numbers(values):
     return out
 
 
-def _tensorboard(folder, project, run_config, name, after):
+def _tensorboard(folder: Path, project: str, run_config: Mapping[str, Any], name: str, after: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(folder / "tensorboard", purge_step=after + 1 if after else None)
@@ -125,25 +170,27 @@ def _tensorboard(folder, project, run_config, name, after):
         "config", "```\n" + json.dumps({"stage": name, **run_config}, indent=2, default=str) + "\n```"
     )
 
-    def write(numbers, step):
+    def write(numbers: Mapping[str, Number], step: int) -> None:
         for key, value in numbers.items():
             writer.add_scalar(key, value, step)
 
     return write, writer.close
 
 
-def _wandb(folder, project, run_config, name, after):
+def _wandb(folder: Path, project: str, run_config: Mapping[str, Any], name: str, after: int) -> Tracker:
     wandb = importlib.import_module("wandb")
-    known = folder / "wandb_run.txt"
-    same = {"id": known.read_text(encoding="utf-8"), "resume": "allow"} if after and known.exists() else {}
+    id_file = folder / "wandb_run.txt"
+    resumed: dict[str, Any] = {}
+    if after and id_file.exists():
+        resumed = {"id": id_file.read_text(encoding="utf-8"), "resume": "allow"}
     run = wandb.init(
-        project=project, name=_run_name(folder, name), dir=str(folder), config=run_config, **same
+        project=project, name=_run_name(folder, name), dir=str(folder), config=run_config, **resumed
     )
-    known.write_text(str(getattr(run, "id", "")), encoding="utf-8")
+    id_file.write_text(str(getattr(run, "id", "")), encoding="utf-8")
     return (lambda numbers, step: run.log(numbers, step=step)), run.finish
 
 
-def _trackio(folder, project, run_config, name, after):
+def _trackio(folder: Path, project: str, run_config: Mapping[str, Any], name: str, after: int) -> Tracker:
     trackio = importlib.import_module("trackio")
     trackio.init(
         project=project,
@@ -154,10 +201,14 @@ def _trackio(folder, project, run_config, name, after):
     return (lambda numbers, step: trackio.log(numbers, step=step)), trackio.finish
 
 
-def _run_name(folder, name):
-    """Tells runs of the same stage apart: <folder>, or <folder>-<stage> when the folder does not say it."""
+def _run_name(folder: Path, name: str) -> str:
+    """The run's name at a tracker: <folder>, with -<stage> behind it unless the folder's name holds it."""
     return folder.resolve().name if name in folder.name else f"{folder.resolve().name}-{name}"
 
 
-# after: the last step that an earlier part of the run has told, 0 when there is none.
-_OPEN = {"tensorboard": _tensorboard, "wandb": _wandb, "trackio": _trackio}
+# after: the last step that the tracker got before the run was resumed; 0 in a new run.
+_OPEN: dict[str, Callable[[Path, str, Mapping[str, Any], str, int], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

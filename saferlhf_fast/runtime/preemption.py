@@ -1,55 +1,66 @@
-"""Being told to stop: SIGTERM (clusters before they take a node back) and SIGUSR1 (SLURM's warning) end a run
-after its step.
+"""Ending a run on a signal: SIGTERM (clusters before they take a node back) and SIGUSR1 (SLURM's warning).
 
-Within `listen` … `ignore` a signal is noted; the loop asks at the end of each step, writes a checkpoint and
-raises Preempted. It may come several times: a cluster tells every process, and a launcher passes it on.
-Outside, signals do what they always do.
+Between `listen` and `ignore` a signal is only noted. The training loop calls `requested` at the end of each
+step; if there was a signal, it writes a checkpoint and raises Preempted. The signal may come several times: a
+cluster sends it to every process, and a launcher passes it on. Outside `listen` and `ignore`, signals do what
+they do by default.
 """
 
 import signal
 import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
 
 WATCHED = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
-_before, _asked = {}, None
+_previous_handlers: dict[int, Any] = {}
+_requested: int | None = None
 
 
 class Preempted(SystemExit):
-    """The run was told to end and has written a checkpoint; exit code 128 + the signal's number, as shells
-    have it.
+    """The run was stopped by a signal and has written a checkpoint.
+
+    The exit code is 128 + the signal's number, as in shells.
     """
 
-    def __init__(self, step, checkpoint):
-        global _asked
-        number, _asked = _asked or signal.SIGTERM, None  # another rank was asked
+    def __init__(self, step: int, checkpoint: Path) -> None:
+        """Takes the signal that was noted; SIGTERM where the signal went to another rank.
+
+        Args:
+            step: The last step of the run.
+            checkpoint: Folder of the checkpoint of that step.
+        """
+        global _requested
+        number, _requested = _requested or signal.SIGTERM, None
         super().__init__(128 + int(number))
         self.step, self.checkpoint, self.name = step, checkpoint, signal.Signals(number).name
 
-    def __str__(self):
-        return f"{self.name}: stopped after step {self.step}; resume=auto goes on from {self.checkpoint}"
+    def __str__(self) -> str:
+        return f"{self.name}: stopped after step {self.step}; resume=auto continues from {self.checkpoint}"
 
 
-def listen():
+def listen() -> None:
     """Notes signals from now on. Only a process's main thread can.
 
-    One that came after the last step of a stage still counts: the next stage ends after its first step.
+    A signal that came after the last step of a stage still counts: the next stage ends after its first step.
     """
     if threading.current_thread() is threading.main_thread():
         for number in WATCHED:
-            _before[number] = signal.signal(number, _note)
+            _previous_handlers[number] = signal.signal(number, _note)
 
 
-def ignore():
-    """Signals do again what they did before `listen`."""
-    while _before:
-        number, handler = _before.popitem()
+def ignore() -> None:
+    """Gives signals back the handlers that they had before `listen`."""
+    while _previous_handlers:
+        number, handler = _previous_handlers.popitem()
         signal.signal(number, handler)
 
 
-def asked():
-    """The signal that came, or None."""
-    return _asked
+def requested() -> int | None:
+    """The number of the signal that came; None without one."""
+    return _requested
 
 
-def _note(number, frame):
-    global _asked
-    _asked = number
+def _note(number: int, frame: FrameType | None) -> None:
+    global _requested
+    _requested = number

@@ -1,6 +1,4 @@
-"""What a run depends on and writes down beside its settings: versions, device, git commit, where an earlier
-run was set aside.
-"""
+"""What a run records beside its settings: versions, device, git commit, and where an older run was moved."""
 
 import json
 import os
@@ -10,42 +8,49 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from ..version import __version__
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "tokenizers", "datasets", "peft", "numpy")
 
 
-def set_aside_by(folder):
-    """Where the unfinished run lies that this folder's run took the place of; None when there was none to
-    keep.
+def set_aside_by(folder: str | Path) -> str | None:
+    """Where the unfinished run is that was set aside for the run in this folder.
+
+    Returns:
+        The path; None when no run was set aside.
     """
     return read_json(Path(folder).expanduser() / "started.json").get("set_aside")
 
 
-def read_json(path):
-    """Returns a JSON file's mapping; an empty one when there is none that can be read."""
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns a JSON file's mapping; an empty one when there is no file that can be read as one."""
     try:
-        done = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return done if isinstance(done, dict) else {}
+    return values if isinstance(values, dict) else {}
 
 
-def versions(cfg=None):
-    """Returns what a run depends on besides its settings: versions, device, seed, git commit."""
-    found = {
+def versions(cfg: object = None) -> dict[str, Any]:
+    """Returns what a run depends on besides its settings: versions, device, number of processes, git commit.
+
+    Args:
+        cfg: A config, whose seed is added.
+    """
+    packages: dict[str, str | None] = {
         "saferlhf-fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
-            found[name] = None
+            packages[name] = None
     return {
-        **found,
+        **packages,
         "device": _device(),
         "processes": process_count(),
         "seed": getattr(cfg, "seed", None),
@@ -53,28 +58,31 @@ def versions(cfg=None):
     }
 
 
-def process_count():
+def process_count() -> int:
+    """Number of processes of this run, without torch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _device():
-    """Names the device when torch is loaded; it is never imported for this."""
+def _device() -> str | None:
+    """Name of the device; None while torch is not loaded, which is never imported for this."""
     torch = sys.modules.get("torch")
     if torch is None:
         return None
     return torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({platform.machine()})"
 
 
-def git_commit():
-    """Returns the commit of the checkout that this package runs from, "-dirty" when it has changes; else
-    None.
+def git_commit() -> str | None:
+    """Returns the commit of the checkout that this package runs from.
+
+    Returns:
+        The hash, with "-dirty" behind it when a tracked file has changes; None outside a checkout.
     """
     checkout = Path(__file__).resolve().parents[2]
     if not (checkout / ".git").exists():  # installed: a repository further up would be someone else's
         return None
     try:
 
-        def git(*words):
+        def git(*words: str) -> str:
             return subprocess.run(
                 ["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=10, check=True
             ).stdout.strip()
@@ -86,16 +94,18 @@ def git_commit():
         return None
 
 
-def write_json(path, value):
-    """Writes JSON so that a reader sees the old file or the new one, never a half."""
+def write_json(path: str | Path, value: object) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half a file."""
     write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def write_text(path, text):
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file so that a reader sees the old file or the new one, never half a file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 
 
-def now():
+def now() -> str:
+    """The local time, as 2026-01-31T12:30:00+0100."""
     return time.strftime("%Y-%m-%dT%H:%M:%S%z")

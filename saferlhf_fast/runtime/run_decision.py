@@ -1,39 +1,42 @@
-"""What becomes of an output folder: a table from what lies there (RunState) and what is asked for (Asked) to
-one Action.
+"""What happens to an output folder: a table from its content and the request to an Action.
 
-`decide` goes through the rows from the top: the first whose condition is true decides. Looking changes
-nothing: run_folder.py checks by the decision before a stage starts, and acts by the decision when the stage
-opens its folder.
+`decide` goes through the rows from the top: the first whose condition is true decides. Deciding changes
+nothing: run_folder.py checks the decision before a stage starts, and carries it out when the stage opens its
+folder. The content is a RunState, the request is an Asked.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import compatibility, manifest
 
+if TYPE_CHECKING:
+    from saferlhf_fast.runtime.run_state import OutputConfig, RunState
+
 
 class Action(Enum):
-    """What becomes of an output folder."""
+    """What happens to an output folder."""
 
-    SKIP = "skip"  # nothing: the run there is the one that is wanted, and finished
-    NEW = "new"  # it is made, or was empty
-    RESUME = "resume"  # it stays, and the run there is resumed
-    REPLACE = "replace"  # the run there is deleted once the new one has been written
-    SET_ASIDE = "set aside"  # the run there is renamed and kept
+    SKIP = "skip"  # nothing: it holds the wanted run, finished
+    NEW = "new"  # it is created, or was empty
+    RESUME = "resume"  # it stays, and its run is resumed
+    REPLACE = "replace"  # its run is deleted once the new one has been written
+    SET_ASIDE = "set aside"  # its run is renamed and kept
     REFUSE = "refuse"  # nothing, and the stage does not start
 
 
 class Asked(NamedTuple):
-    """What is asked for.
+    """What a stage is asked to do with its output folder.
 
     Attributes:
         resume: None, "auto" or the folder of a checkpoint, as in the settings.
-        overwrite: As in the settings: what is there may be deleted, when it is a run folder.
+        overwrite: As in the settings: the folder's content may be deleted if it is a run folder.
         restart: An unfinished run of the same stage may be started again without `overwrite`, as `run` does
-        with its stages. skip: A finished run of the same stage, settings and inputs is all that is wanted.
+            with its stages.
+        skip: A finished run of the same stage, settings and inputs counts as done.
     """
 
     resume: str | None
@@ -43,27 +46,51 @@ class Asked(NamedTuple):
 
 
 class Decision(NamedTuple):
-    """An action; with REFUSE, the sentence that says why."""
+    """An action, and the sentence that gives the reason for REFUSE."""
 
     action: Action
     sentence: str = ""
 
 
 class Row(NamedTuple):
-    """One case. sentence is a template: {key} of the output, {state.…}, {asked.…} and the condition's words."""
+    """One case of the table.
 
-    condition: Callable  # state, asked -> true when the row decides, or a dict of words for the sentence
+    Attributes:
+        condition: Takes state and request; what it returns is true when the row decides. A mapping gives
+            words for the sentence.
+        action: What happens then.
+        sentence: Template of a refusal, with {key} for the name of the output, {state.…}, {asked.…}, and the
+            condition's words.
+    """
+
+    condition: "Callable[[RunState, Asked], Met]"
     action: Action
     sentence: str = ""
 
 
-def asked_by(cfg, restart=False, skip=False):
-    """-> what a stage's config asks for."""
+Met = bool | Mapping[str, Any] | None
+"""What a condition returns: whether it is met, or words for the sentence."""
+
+
+def asked_by(cfg: "OutputConfig", restart: bool = False, skip: bool = False) -> Asked:
+    """What a stage's config asks for.
+
+    Args:
+        cfg: Config of the stage.
+        restart: See Asked.
+        skip: See Asked.
+    """
     return Asked(cfg.resume, cfg.overwrite, restart, skip)
 
 
-def decide(state, asked, key="output"):
-    """-> the Decision. key: what a refusal calls the output."""
+def decide(state: "RunState", asked: Asked, key: str = "output") -> Decision:
+    """Says what happens to an output folder; changes nothing.
+
+    Args:
+        state: What the folder holds.
+        asked: What the stage is asked to do with it.
+        key: Name of the output in a refusal.
+    """
     for row in ROWS:
         met = row.condition(state, asked)
         if met:
@@ -72,8 +99,9 @@ def decide(state, asked, key="output"):
     raise AssertionError("the last row decides whatever is left")
 
 
-def _names_no_checkpoint(state, asked):
-    if asked.resume in (None, "auto"):
+def _names_no_checkpoint(state: "RunState", asked: Asked) -> Met:
+    """Whether `resume` names a folder that is no checkpoint."""
+    if asked.resume is None or asked.resume == "auto":
         return None
     try:
         manifest.read(Path(asked.resume).expanduser())
@@ -82,45 +110,55 @@ def _names_no_checkpoint(state, asked):
     return None
 
 
-def _own_input(state, asked):
+def _holds_own_input(state: "RunState", asked: Asked) -> Met:
+    """Whether the folder holds an input of the stage."""
     return state.own_input and dict(zip(("name", "value"), state.own_input))
 
 
-def _another_stage_s(state, asked):
+def _resumes_another_stage(state: "RunState", asked: Asked) -> Met:
+    """Whether the checkpoint belongs to another stage."""
     return (
         state.resumes(asked.resume) and not state.same_stage and {"there": state.settings_there.get("stage")}
     )
 
 
-def _resumes_otherwise(state, asked):
+def _resumes_with_changes(state: "RunState", asked: Asked) -> Met:
+    """Whether settings have changed that must not change within a run."""
     return (
         state.resumes(asked.resume)
-        and state.changed
+        and bool(state.changed)
         and {"why": compatibility.refusal(state.folder, state.changed)}
     )
 
 
-def _its_checkpoint_would_go(state, asked):
-    return asked.resume not in (None, "auto") and state.content == "run" and state.holds(asked.resume)
+def _would_delete_its_checkpoint(state: "RunState", asked: Asked) -> bool:
+    """Whether the folder is not resumed, but holds the checkpoint that `resume` names."""
+    return (
+        asked.resume is not None
+        and asked.resume != "auto"
+        and state.content == "run"
+        and state.holds(asked.resume)
+    )
 
 
-def _may_start_again(state, asked):
-    """Whether an unfinished run lies there in whose place a new one may start without `overwrite`."""
-    if state.content != "run" or state.ending == "whole":
+def _may_start_again(state: "RunState", asked: Asked) -> bool:
+    """Whether the folder holds an unfinished run that a new one may replace without `overwrite`."""
+    if state.content != "run" or state.ending == "finished":
         return False
-    by_recipe = asked.restart and state.ending == "none" and state.same_stage
+    by_recipe = asked.restart and state.ending == "unfinished" and state.same_stage
     return by_recipe or (asked.resume == "auto" and state.same_settings)
 
 
-def _needs_overwrite(state, asked):
+def _needs_overwrite(state: "RunState", asked: Asked) -> bool:
+    """Whether `overwrite` is missing."""
     return not asked.overwrite and not _may_start_again(state, asked)
 
 
 ROWS = (
     Row(lambda state, asked: asked.skip and state.is_done, Action.SKIP),
-    # --- what no folder could be right for
+    # --- requests that are wrong, whatever the folder holds; and outputs that cannot be a run folder
     Row(
-        lambda state, asked: not state.cfg.output.strip(),
+        lambda state, asked: not state.output.strip(),
         Action.REFUSE,
         "{key}: expected a folder, got an empty text",
     ),
@@ -140,31 +178,30 @@ ROWS = (
         "{key}: {state.folder} is a link that leads to no folder; expected a folder",
     ),
     Row(
-        _own_input,
+        _holds_own_input,
         Action.REFUSE,
         "{key}: {state.folder} holds this run's own input {name}={value}; choose another folder",
     ),
     Row(lambda state, asked: state.content in ("absent", "empty"), Action.NEW),
-    # --- a checkpoint of the folder's own is there to go on from
+    # --- the folder has a checkpoint of its own to resume from
     Row(
         lambda state, asked: state.resumes(asked.resume) and not state.settings_there,
         Action.REFUSE,
         "{key}: {state.folder}/config.yaml cannot be read, so that nobody knows whether the run there is "
-        "this one; expected the "
-        "settings that it was started with. Choose another folder, or overwrite=true without resume",
+        "this one; expected the settings that it was started with. Choose another folder, or overwrite=true "
+        "without resume",
     ),
     Row(
-        _another_stage_s,
+        _resumes_another_stage,
         Action.REFUSE,
         "resume: {state.folder} belongs to the stage {there}; expected one of {state.stage}, another output, "
-        "or a new start "
-        "(overwrite=true without resume)",
+        "or a new start (overwrite=true without resume)",
     ),
-    Row(_resumes_otherwise, Action.REFUSE, "{why}"),
+    Row(_resumes_with_changes, Action.REFUSE, "{why}"),
     Row(lambda state, asked: state.resumes(asked.resume), Action.RESUME),
-    # --- what is there would have to make room
+    # --- the folder's content would have to be removed
     Row(
-        _its_checkpoint_would_go,
+        _would_delete_its_checkpoint,
         Action.REFUSE,
         "{key}: {state.folder} holds the checkpoint that resume names, and a finished run; choose another "
         "folder",
@@ -175,7 +212,7 @@ ROWS = (
         "{key}: {state.folder} is not empty; choose another folder, or overwrite=true",
     ),
     Row(
-        lambda state, asked: _needs_overwrite(state, asked) and state.ending != "none",
+        lambda state, asked: _needs_overwrite(state, asked) and state.ending != "unfinished",
         Action.REFUSE,
         "{key}: {state.folder} holds a finished run; choose another folder, or overwrite=true",
     ),
@@ -188,19 +225,20 @@ ROWS = (
         lambda state, asked: state.content == "foreign",
         Action.REFUSE,
         "{key}: {state.folder} is not empty and no run folder of ours: overwrite=true does not delete it; "
-        "delete it yourself "
-        "or choose another folder",
+        "delete it yourself or choose another folder",
     ),
-    # It would be renamed: relative paths would lead into the old one.
+    # It would be renamed: relative paths of this command would then lead into the old folder.
     Row(
         lambda state, asked: state.holds_working_directory,
         Action.REFUSE,
         "{key}: {state.folder} holds the folder that this command was started in; start it elsewhere",
     ),
-    # --- it makes room: kept when it is worth more than its place
-    Row(lambda state, asked: not _may_start_again(state, asked), Action.REPLACE),  # overwrite=true it is
+    # --- the folder's run is removed: set aside where it may still be worth something, else deleted
+    Row(
+        lambda state, asked: not _may_start_again(state, asked), Action.REPLACE
+    ),  # overwrite=true asks for it
     Row(lambda state, asked: state.same_start and state.has_saved, Action.SET_ASIDE),
     Row(lambda state, asked: not state.same_start and not asked.overwrite, Action.SET_ASIDE),
     Row(lambda state, asked: True, Action.REPLACE),
 )
-"""All cases, in the order in which they are asked; tests/runtime/test_run_decision.py lists what comes of them."""
+"""All cases, from the first that is tried; tests/runtime/test_run_decision.py lists their outcomes."""

@@ -1,13 +1,16 @@
-"""The folder of a run: opened once its inputs are known to be good, finished with a summary, never lost by
-accident.
+"""The folder of a run: opened once its inputs are known to be good, finished with a summary, never lost.
 
-    config.yaml    every setting, resolved, with `stage`        versions.json  packages, device, seed, git
-    commit started.json   hashes of the settings and inputs            finished.json  the same, once the run
-    has ended well summary.json   what the stage reports                       model/, metrics.jsonl, … are
-    the stage's own checkpoints/   what the run can go on from                  resumed.jsonl  when it did,
-    and with which versions
+    config.yaml      every setting, resolved, with `stage`
+    versions.json    packages, device, seed, git commit
+    started.json     hashes of the settings and inputs
+    finished.json    the same, once the run has ended well
+    summary.json     what the stage reports
+    model/, metrics.jsonl, …
+                     the stage's own files
+    checkpoints/     what the run can resume from
+    resumed.jsonl    when it was resumed, and with which versions
 
-What becomes of an output that is not empty is decided in run_decision.py, by what run_state.py finds there.
+run_decision.py decides what happens to an output that is not empty, by the facts that run_state.py collects.
 
 Only rank 0 writes. An environment variable is never written.
 """
@@ -18,44 +21,67 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import manifest
 from saferlhf_fast.runtime.provenance import now, read_json, versions, write_json, write_text
-from saferlhf_fast.runtime.run_decision import Action, asked_by, decide
+from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
 from saferlhf_fast.runtime.run_state import RunState
 
+if TYPE_CHECKING:
+    from saferlhf_fast.runtime.run_state import OutputConfig
 
-def rank():
-    """Returns the number of this process among those of the run; 0 without a launcher."""
+    AnyOutputConfig = TypeVar("AnyOutputConfig", bound=OutputConfig)
+
+
+def rank() -> int:
+    """Index of this process among those of the run; 0 without a launcher. torch is not imported."""
     return int(os.environ.get("RANK", "0"))
 
 
-def check_output(stage, cfg, key="output", restart=False):
-    """Refuses an output folder that a stage may not use, or could not; leaves all as it is.
+def check_output(
+    stage: str, cfg: "OutputConfig", key: str = "output", restart: bool = False
+) -> Action | None:
+    """Checks that a stage may use its output folder, and can; changes nothing. Rank 0 decides for all.
 
-    Rank 0 decides for all.
+    Args:
+        stage: Name of the stage.
+        cfg: Its config.
+        key: Name of the output in a refusal.
+        restart: As in `open_run`.
 
-    key: what a refusal calls the folder · restart: as in `open_run`. Returns Action.SKIP where resume=auto
-    finds that the stage is finished, on every rank; else, on rank 0, the Action that `open_run` would take,
-    None on others and without an output.
+    Returns:
+        Action.SKIP, on every rank, where resume=auto finds the stage finished. Else, on rank 0, the Action
+        that `open_run` would take; None on other ranks and without an output.
+
+    Raises:
+        UserError: The folder may not be used, or cannot be.
     """
     if cfg.output is None:
         return None
     state, asked = RunState(stage, cfg), asked_by(cfg, restart, skip=cfg.resume == "auto")
-    # by every rank: all of them have to leave a finished run alone
+    # every rank works this out: all of them have to skip a finished run
     done = asked.skip and state.is_done
     if rank() != 0:
         return Action.SKIP if done else None
     return checked_action(state, asked, key)
 
 
-def checked_action(state, asked, key="output"):
-    """Returns the Action on an output folder, which is tried out for whether it can be had; UserError when it
-    is refused.
+def checked_action(state: RunState, asked: Asked, key: str = "output") -> Action:
+    """Decides what happens to an output folder, and tries whether the folder can be written.
+
+    Args:
+        state: What the folder holds.
+        asked: What the stage is asked to do with it.
+        key: Name of the output in a refusal.
+
+    Raises:
+        UserError: The decision is to refuse, or the folder cannot be written.
     """
     try:
         action, sentence = decide(state, asked, key)
@@ -66,18 +92,25 @@ def checked_action(state, asked, key="output"):
         elif action in (Action.REPLACE, Action.SET_ASIDE):
             check_place(state.folder.absolute().parent, key, state.folder)
     except (OSError, RuntimeError) as error:
-        # a name that is too long, a folder above that may not be entered, a loop
+        # a name that is too long, a folder above it that may not be entered, a loop of links
         raise UserError(
             f"{key}: {state.folder} cannot be used: {getattr(error, 'strerror', None) or error}"
         ) from error
     return action
 
 
-def check_place(folder, key, wanted=None):
-    """Refuses a folder that cannot be made, or written into when it is there: tried out, since root is shown
-    no permissions.
+def check_place(folder: Path, key: str, wanted: Path | None = None) -> None:
+    """Checks that a folder can be created, or written into if it exists.
 
-    wanted: what to name in the message, when it is another folder.
+    It creates and removes a folder there, since permissions do not say what root can do.
+
+    Args:
+        folder: The folder to check.
+        key: Name of the setting in a refusal.
+        wanted: The folder that a refusal names, if it is another one.
+
+    Raises:
+        UserError: The folder cannot be created or written into.
     """
     wanted, place = wanted or folder, folder.absolute()
     what = "cannot be created"
@@ -94,21 +127,36 @@ def check_place(folder, key, wanted=None):
         ) from error
 
 
-def with_output(stage, cfg):
-    """Returns a config that has an output: runs/<stage>-<date and time> where none is given (demo)."""
+def with_output(stage: str, cfg: "AnyOutputConfig") -> "AnyOutputConfig":
+    """Returns a config that has an output: runs/<stage>-<date and time> where none is given (demo).
+
+    Args:
+        stage: Name of the stage.
+        cfg: Its config, which is not changed.
+    """
     if cfg.output is not None:
         return cfg
     return dataclasses.replace(cfg, output=f"runs/{stage}-{time.strftime('%Y-%m-%d-%H%M%S')}")
 
 
-def open_run(stage, cfg, restart=False):
-    """Makes the folder of a run and returns its path; call it when models and data have been read without
-    complaint.
+def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
+    """Creates the folder of a run; to be called when models and data have been read without an error.
 
-    restart: an unfinished run of the same stage there may be started again without `overwrite`, as `run` does
-    with its stages. run_decision.py says what becomes of what is there. A run that is replaced is first
-    renamed, and deleted once the new one is written; one that is resumed is left as it is; where one is set
-    aside, a line says where. UserError when it is refused.
+    run_decision.py decides what happens to the folder's content. A run that is replaced is first renamed, and
+    deleted once the new one is written. A run that is resumed stays as it is. Where a run is set aside, a
+    line on the terminal says where it is.
+
+    Args:
+        stage: Name of the stage.
+        cfg: Its config.
+        restart: An unfinished run of the same stage may be started again without `overwrite`, as `run` does
+            with its stages.
+
+    Returns:
+        The folder's path, on every rank.
+
+    Raises:
+        UserError: The folder may not be used, or cannot be.
     """
     cfg = with_output(stage, cfg)
     state = RunState(stage, cfg)
@@ -118,21 +166,22 @@ def open_run(stage, cfg, restart=False):
     if action is Action.RESUME:
         with open(state.folder / "resumed.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), **versions(cfg)}) + "\n")
-        if not state.started:  # damaged: the settings are known to be the same
+        if not state.started:  # the file is damaged; the settings are known to be the same
             _write_started(state, None)
         return state.folder
-    old = aside = None
+    old: Path | None = None
+    aside: Path | None = None
     try:
         if action is Action.SET_ASIDE:
             aside = _set_aside(state.folder)
         elif action is Action.REPLACE:
-            what = "finished" if state.ending == "whole" else "unfinished" if state.has_saved else None
+            kind = "finished" if state.ending == "finished" else "unfinished" if state.has_saved else None
             old = _move_away(state.folder)
-            if what is not None:
-                print(f"{state.folder}: the {what} run there is replaced", flush=True)
+            if kind is not None:
+                print(f"{state.folder}: the {kind} run there is replaced", flush=True)
         state.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        # between the check and now: no more room, another's folder
+        # since the check the disk has filled up, or somebody else has made the folder
         raise UserError(f"output: {state.folder} cannot be created: {error.strerror or error}") from error
     _write_start(state, aside)
     if old:
@@ -140,16 +189,16 @@ def open_run(stage, cfg, restart=False):
     return state.folder
 
 
-def _write_start(state, aside):
-    """Writes what is known of a run when it starts. aside: where the run before it was set aside; None."""
+def _write_start(state: RunState, aside: Path | None) -> None:
+    """Writes what is known of a run when it starts. aside: where a previous run was set aside."""
     settings = yaml.safe_dump({"stage": state.stage, **state.settings}, sort_keys=False, allow_unicode=True)
     write_text(state.folder / "config.yaml", settings)
     write_json(state.folder / "versions.json", versions(state.cfg))
     _write_started(state, aside)
 
 
-def _write_started(state, aside):
-    """Writes what `finish_run` and later runs tell this run by."""
+def _write_started(state: RunState, aside: Path | None) -> None:
+    """Writes the hashes by which `finish_run` and later runs identify this run."""
     write_json(
         state.folder / "started.json",
         {
@@ -162,15 +211,15 @@ def _write_started(state, aside):
     )
 
 
-def _move_away(folder):
-    """Renames a run that is to be deleted -> the new folder around it."""
+def _move_away(folder: Path) -> Path:
+    """Moves a run that is to be deleted into a new folder, and returns that folder."""
     around = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.absolute().parent))
     os.rename(folder, around / folder.name)
     return around
 
 
-def _set_aside(folder):
-    """Renames an unfinished run, over nothing, and says so -> its new place."""
+def _set_aside(folder: Path) -> Path:
+    """Renames an unfinished run to a free name, prints it, and returns the new path."""
     place = manifest.aside(folder)
     os.rename(folder, place)
     print(
@@ -179,8 +228,13 @@ def _set_aside(folder):
     return place
 
 
-def finish_run(folder, summary):
-    """Marks a run as ended well: summary.json, then finished.json with the hashes that open_run took."""
+def finish_run(folder: str | Path, summary: Mapping[str, Any]) -> None:
+    """Marks a run as finished: writes summary.json, then finished.json with the hashes that open_run took.
+
+    Args:
+        folder: Folder of the run.
+        summary: What the stage reports, as JSON can hold it.
+    """
     if rank() != 0:
         return
     folder = Path(folder)
@@ -188,6 +242,6 @@ def finish_run(folder, summary):
     write_json(folder / "finished.json", {**read_json(folder / "started.json"), "finished": now()})
 
 
-def read_summary(folder):
-    """Returns the summary of a finished run; an empty one where it cannot be read any more."""
+def read_summary(folder: str | Path) -> dict[str, Any]:
+    """Returns the summary of a finished run; an empty one where it cannot be read."""
     return read_json(Path(folder).expanduser() / "summary.json")

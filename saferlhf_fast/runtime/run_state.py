@@ -1,14 +1,13 @@
-"""What an output folder holds when a stage is about to use it: facts only; run_decision.py says what follows
-from them.
+"""What an output folder holds when a stage is about to use it: facts only; run_decision.py decides by them.
 
-A fact is worked out when it is first asked for, and once. A RunState is of one moment: a stage that has read
-its models for minutes looks anew when it opens its folder. Nothing is written, and torch is not imported.
+A fact is worked out once, when it is first read. A RunState describes one moment: a stage that has read its
+models for minutes makes a new one when it opens its folder. Nothing is written, and torch is not imported.
 """
 
 import dataclasses
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
@@ -17,22 +16,35 @@ from saferlhf_fast.config.load import to_dict
 from saferlhf_fast.runtime.checkpoint import compatibility, manifest
 from saferlhf_fast.runtime.provenance import process_count, read_json
 
+if TYPE_CHECKING:
+    from saferlhf_fast.config.stages import (
+        DemoConfig,
+        DPOConfig,
+        EvaluateConfig,
+        PPOConfig,
+        PreferenceConfig,
+        SFTConfig,
+    )
+
+    TrainingConfig = SFTConfig | PreferenceConfig | DPOConfig | PPOConfig
+    OutputConfig = TrainingConfig | EvaluateConfig | DemoConfig
+
 SAVED = ("model", "best", "step-*", "checkpoints/*/" + manifest.NAME)
-"""What a run folder holds that hours went into: models, and checkpoints that were finished."""
+"""The valuable content of a run folder: models, and checkpoints that were finished."""
 
 
-def is_ours(folder):
-    """Tells whether a folder is a run folder of this package: the only kind that is ever deleted."""
+def is_ours(folder: str | Path) -> bool:
+    """Whether a folder is a run folder of this package, the only kind that is ever deleted."""
     folder = Path(folder).expanduser()
     try:
         return (folder / "config.yaml").is_file() and "saferlhf-fast" in read_json(folder / "versions.json")
     except OSError:
-        # whoever checks an output, or a place, says what is wrong with it
+        # the checks in run_folder.py report what is wrong with the folder
         return False
 
 
-def read_settings(folder):
-    """Returns the settings of a run folder, with `stage`; {} where its config.yaml cannot be read as such."""
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """The settings of a run folder, with `stage`; {} where its config.yaml is missing or no mapping."""
     try:
         settings = yaml.safe_load((Path(folder) / "config.yaml").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
@@ -42,54 +54,65 @@ def read_settings(folder):
 
 @dataclasses.dataclass(frozen=True)
 class RunState:
-    """The output folder of a stage's config, beside what the stage is to do.
+    """The output folder of a stage's config, and what the stage is to do.
 
-    The config's own `resume` and `overwrite` play no part: they are asked for in run_decision.py.
+    The config's own `resume` and `overwrite` have no effect here: run_decision.py takes them from Asked.
+    Reading a fact may raise OSError where the folder cannot be read.
 
-    Reading a fact may raise OSError where the folder cannot be looked at.
+    Attributes:
+        stage: Name of the stage.
+        cfg: Its config, with an output (see run_folder.with_output).
     """
 
     stage: str
-    cfg: Any
+    cfg: "OutputConfig"
 
     # ------------------------------------------------------------ what the stage is to do
 
     @cached_property
-    def settings(self):
-        """The stage's settings as they are written."""
+    def settings(self) -> dict[str, Any]:
+        """The stage's settings, as they are written to config.yaml."""
         return to_dict(self.cfg)
 
     @cached_property
-    def sources(self):
+    def sources(self) -> tuple[tuple[str, str, str], ...]:
         """(key, value, kind) of each model and data source that the settings name."""
         return tuple(inputs.listed(self.cfg))
 
     @cached_property
-    def recipe(self):
+    def recipe(self) -> str:
         """The hash of stage and settings."""
         return fingerprint.recipe_hash(self.stage, self.settings, self.sources)
 
     @cached_property
-    def input_hashes(self):
-        """{key: hash of the content} of the local inputs, which are read whole for it."""
+    def input_hashes(self) -> dict[str, str]:
+        """{key: hash of the content} of the local inputs; every one of them is read for it."""
         return fingerprint.hashes(self.sources)
 
-    # ------------------------------------------------------------ what lies there
+    # ------------------------------------------------------------ what the folder holds
 
     @cached_property
-    def folder(self):
-        """The output folder, with ~ written out."""
-        return Path(self.cfg.output).expanduser()
+    def output(self) -> str:
+        """The output as the settings name it."""
+        assert self.cfg.output is not None, "with_output has named an output folder"
+        return self.cfg.output
 
     @cached_property
-    def is_ours(self):
-        """Whether it is a run folder of this package; False, not OSError, where that cannot be seen."""
+    def folder(self) -> Path:
+        """The output folder, with ~ replaced by the home folder."""
+        return Path(self.output).expanduser()
+
+    @cached_property
+    def is_ours(self) -> bool:
+        """Whether it is a run folder of this package; False, not OSError, where it cannot be read."""
         return is_ours(self.folder)
 
     @cached_property
-    def content(self):
-        """Absent · empty · file (it is no folder) · link (to no folder) · foreign (another's) · run (a run
-        folder of ours).
+    def content(self) -> Literal["absent", "empty", "file", "link", "foreign", "run"]:
+        """What is at the output's path.
+
+        A "file" is no folder, a "link" leads to no folder, a "run" is a run folder of this package, and any
+        other folder that is not empty is "foreign".
         """
         if not self.folder.exists():
             return "link" if self.folder.is_symlink() else "absent"
@@ -100,46 +123,43 @@ class RunState:
         return "foreign" if any(self.folder.iterdir()) else "empty"
 
     @cached_property
-    def ending(self):
-        """None (the run there is unfinished) · damaged (its finished.json cannot be read) · whole (it is
-        finished).
+    def ending(self) -> Literal["unfinished", "damaged", "finished"]:
+        """How the folder's run ended.
+
+        "damaged" means that its finished.json cannot be read.
         """
         if self.finished:
-            return "whole"
-        return "damaged" if (self.folder / "finished.json").exists() else "none"
+            return "finished"
+        return "damaged" if (self.folder / "finished.json").exists() else "unfinished"
 
     @cached_property
-    def started(self):
-        """started.json; an empty mapping when there is none that can be read."""
+    def started(self) -> dict[str, Any]:
+        """The content of started.json; empty when the file cannot be read."""
         return read_json(self.folder / "started.json")
 
     @cached_property
-    def finished(self):
-        """finished.json; an empty mapping when there is none that can be read."""
+    def finished(self) -> dict[str, Any]:
+        """The content of finished.json; empty when the file cannot be read."""
         return read_json(self.folder / "finished.json")
 
     @cached_property
-    def settings_there(self):
-        """The settings of the run there, with `stage`, as its config.yaml has them; {} where they cannot be
-        read.
-        """
+    def settings_there(self) -> dict[str, Any]:
+        """The settings of the folder's run, with `stage`; {} where its config.yaml cannot be read."""
         return read_settings(self.folder)
 
     @cached_property
-    def has_checkpoint(self):
-        """Whether the run there has a checkpoint that was finished, which does not say that it is whole."""
+    def has_checkpoint(self) -> bool:
+        """Whether the folder's run has a finished checkpoint; its files may have been damaged since."""
         return any(manifest.is_committed(path) for _, path in manifest.listed(self.folder))
 
     @cached_property
-    def has_saved(self):
-        """Whether the run there has saved anything worth keeping."""
+    def has_saved(self) -> bool:
+        """Whether the folder's run has saved anything worth keeping."""
         return any(next(self.folder.glob(name), None) for name in SAVED)
 
     @cached_property
-    def own_input(self):
-        """(key, value) of an input of the stage that lies in the folder, or is the folder; None when none
-        does.
-        """
+    def own_input(self) -> tuple[str, str] | None:
+        """(key, value) of an input of the stage that is in the folder, or is the folder; None without one."""
         real = self.folder.resolve()
         for key, value, _ in self.sources:
             path = Path(value).expanduser()
@@ -148,24 +168,27 @@ class RunState:
         return None
 
     @cached_property
-    def holds_working_directory(self):
+    def holds_working_directory(self) -> bool:
         """Whether this process was started in the folder, or in one inside it."""
         here = Path.cwd()
         return self.folder.resolve() in (here, *here.parents)
 
-    # ------------------------------------------------------------ what lies there, against what is to be done
+    # ------------------------------------------------------------ the folder's run compared with the stage
 
     @cached_property
-    def same_stage(self):
-        """Whether the run there is one of this stage."""
+    def same_stage(self) -> bool:
+        """Whether the folder's run is one of this stage."""
         return self.settings_there.get("stage") == self.stage
 
     @cached_property
-    def same_settings(self):
-        """Whether the run there was started with these very settings, be it by another stage (reward and cost
-        share theirs).
+    def same_settings(self) -> bool:
+        """Whether the folder's run was started with exactly these settings, by this or another stage.
+
+        The stages reward and cost have the same settings.
         """
         stage = self.started.get("stage")
+        if stage is None:  # started.json cannot be read
+            return False
         recipe = (
             self.recipe
             if stage == self.stage
@@ -174,29 +197,26 @@ class RunState:
         return self.started.get("recipe") == recipe
 
     @cached_property
-    def same_start(self):
-        """Whether the run there was started by this stage with these very settings."""
+    def same_start(self) -> bool:
+        """Whether the folder's run was started by this stage with exactly these settings."""
         return self.started.get("stage") == self.stage and self.same_settings
 
     @cached_property
-    def is_done_but_for_inputs(self):
-        """Whether the finished run of this stage and these very settings lies there, whatever its inputs
-        held.
+    def is_done_but_for_inputs(self) -> bool:
+        """Whether the folder holds the finished run of this stage and exactly these settings.
+
+        The content of its inputs is not compared.
         """
         return self.finished.get("stage") == self.stage and self.finished.get("recipe") == self.recipe
 
     @cached_property
-    def is_done(self):
-        """Whether the finished run of this stage, these very settings and inputs with this very content lies
-        there.
-        """
+    def is_done(self) -> bool:
+        """Whether the folder holds the finished run of this stage, with exactly these settings and inputs."""
         return self.is_done_but_for_inputs and self.finished.get("inputs") == self.input_hashes
 
     @cached_property
-    def changed(self):
-        """["train.epochs: 2 then, 3 now", …]: settings of the run there that have changed, in ways that
-        change its result.
-        """
+    def changed(self) -> list[str]:
+        """Changed settings that change the result of the folder's run, as "train.epochs: 2 then, 3 now"."""
         processes = read_json(self.folder / "versions.json").get("processes", process_count())
         return compatibility.differences(
             self.settings_there,
@@ -206,16 +226,17 @@ class RunState:
             [key for key, _, _ in self.sources],
         )
 
-    def holds(self, path):
-        """Whether a path lies in the folder."""
+    def holds(self, path: str | Path) -> bool:
+        """Whether a path is inside the folder."""
         return self.folder.resolve() in Path(path).expanduser().resolve().parents
 
-    def resumes(self, resume):
-        """Whether a stage with this `resume` finds a checkpoint of its own folder to go on from.
+    def resumes(self, resume: str | None) -> bool:
+        """Whether a stage with this `resume` would resume from a checkpoint of this folder.
 
-        resume: None, "auto" or the folder of a checkpoint, as in the settings.
+        Args:
+            resume: None, "auto" or the folder of a checkpoint, as in the settings.
         """
-        if resume is None or not self.is_ours or self.ending != "none":
+        if resume is None or not self.is_ours or self.ending != "unfinished":
             return False
         if resume == "auto":
             return self.has_checkpoint

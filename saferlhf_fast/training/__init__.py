@@ -1,3 +1,1 @@
-"""The stages that train: sft, preference (reward and cost), dpo, ppo_lag, and the loop and losses that they
-share.
-"""
+"""The stages that train: sft, preference (reward and cost), dpo, ppo_lag; and their loop and losses."""

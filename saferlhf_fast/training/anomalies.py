@@ -1,14 +1,15 @@
-"""Steps that are not as they should be: they are left out where a number was not finite; a loss that jumps
-and a λ that stays at its bound get a warning.
+"""Steps that go wrong: a number that is not finite, a loss that jumps, a λ that stays at its upper bound.
 
-`NonFiniteGuard` counts the steps that were left out because a number in them was not finite, on whichever
-rank, and ends the run after too many. The other two only warn. A spike: `PATIENCE` steps in a row above twice
-the median of the last `WINDOW` steps, told once until it is over. The rule is composer's KillLossSpike in
-kind (outliers of factor 2, four in a row), which by default does not stop a run either.
+`NonFiniteGuard` counts the steps that were skipped because a number in them was not finite on some rank, and
+ends the run after too many. The other two only warn. A spike is a loss above twice the median of the last
+`WINDOW` steps, for `PATIENCE` steps in a row; it is reported once until it is over. The rule is like that of
+composer's KillLossSpike (outliers of factor 2, four in a row), which by default does not stop a run either.
 """
 
 import math
 from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from statistics import median
 
 from ..errors import NonFinite
@@ -18,17 +19,29 @@ FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
 
 
 class NonFiniteGuard:
-    """Counts steps that are left out; the same on all ranks, since what is not finite was told to all.
+    """Counts skipped steps, and ends the run after too many in a row.
 
-    limit: so many in a row end the run.
+    The count is the same on all ranks, because every rank knows what was not finite on any rank.
     """
 
-    def __init__(self, limit):
+    def __init__(self, limit: int) -> None:
+        """Starts at 0.
+
+        Args:
+            limit: So many skipped steps in a row end the run.
+        """
         self.limit, self.total, self.row = limit, 0, 0
 
-    def note(self, step, bad, save):
-        """bad: what was not finite in a step; empty when it was taken · save: () -> path of the batch,
-        written when the run ends here (every rank calls it).
+    def note(self, step: int, bad: Sequence[str], save: Callable[[], Path]) -> None:
+        """Counts a step; every rank must call it.
+
+        Args:
+            step: Number of the step.
+            bad: Names of what was not finite in it; empty when the step was taken.
+            save: Writes the batch and returns the file's path; called on every rank when the run ends here.
+
+        Raises:
+            NonFinite: If `limit` steps in a row were skipped.
         """
         if not bad:
             self.row = 0
@@ -38,33 +51,31 @@ class NonFiniteGuard:
             in_a_row = f" in {self.row} steps one after the other" if self.row > 1 else ""
             raise NonFinite(
                 f"step {step}: {', '.join(bad)}: expected finite numbers, got NaN or inf{in_a_row}; the "
-                f"batch is "
-                f"saved in {save()}, no weight was changed by what was not finite; try a lower learning "
-                f"rate, or "
-                "fp32"
+                f"batch is saved in {save()}, no weight was changed by what was not finite; try a lower "
+                "learning rate, or fp32"
             )
         console.warn(
             f"step {step} is left out on all ranks: {', '.join(bad)} not finite ({self.total} so far)"
         )
 
-    def state_dict(self):
-        """For a checkpoint."""
+    def state_dict(self) -> dict[str, int]:
+        """State for a checkpoint."""
         return {"total": self.total, "row": self.row}
 
-    def load_state_dict(self, values):
-        """From a checkpoint."""
+    def load_state_dict(self, values: Mapping[str, int]) -> None:
+        """Takes the state of a checkpoint."""
         self.total, self.row = values["total"], values["row"]
 
 
 class LossSpikeMonitor:
-    """Looks at losses that are above 0 in a healthy run."""
+    """Warns when a loss, which is above 0 in a healthy run, jumps and stays high."""
 
-    def __init__(self, names):
-        self.seen = {name: deque(maxlen=WINDOW) for name in names}
-        self.row = dict.fromkeys(names, 0)
+    def __init__(self, names: Iterable[str]) -> None:
+        self.seen: dict[str, deque[float]] = {name: deque(maxlen=WINDOW) for name in names}
+        self.row = dict.fromkeys(self.seen, 0)
 
-    def look(self, step, values):
-        """values: {name: number} of a step; warns when one has jumped."""
+    def look(self, step: int, values: Mapping[str, float]) -> None:
+        """Looks at the numbers of a step, by name; those without a name in `names` do not matter."""
         for name, seen in self.seen.items():
             value = values.get(name)
             if value is None or not math.isfinite(value):
@@ -74,35 +85,45 @@ class LossSpikeMonitor:
                 self.row[name] = 0
                 seen.append(value)
                 continue
-            self.row[name] += 1  # spikes do not become the usual
+            self.row[name] += 1  # a spike does not enter the median
             if self.row[name] == PATIENCE:
                 console.warn(
                     f"step {step}: {name} {value:.4g} has been above {FACTOR:g} times its median of "
-                    f"{usual:.4g} for "
-                    f"{PATIENCE} steps; a lower learning rate, or an earlier checkpoint, may help"
+                    f"{usual:.4g} for {PATIENCE} steps; a lower learning rate, or an earlier checkpoint, "
+                    "may help"
                 )
 
 
 class MultiplierSaturation:
-    """Looks at λ: at its upper bound for `patience` steps the constraint is not met however hard it is
-    weighed.
-    """
+    """Warns when λ stays at its upper bound: the constraint is not met however much the cost counts."""
 
-    def __init__(self, bound, threshold, patience=20, value="lambda", mean_cost="episode_cost"):
-        """value, mean_cost: names of λ and J_C among a step's numbers."""
+    def __init__(
+        self,
+        bound: float,
+        threshold: float,
+        patience: int = 20,
+        value: str = "lambda",
+        mean_cost: str = "episode_cost",
+    ) -> None:
+        """Starts at 0 steps.
+
+        Args:
+            bound: The upper bound of λ.
+            threshold: d, in the cost model's units.
+            patience: So many steps at the bound give a warning.
+            value: Name of λ among a step's numbers.
+            mean_cost: Name of J_C among a step's numbers.
+        """
         self.bound, self.threshold, self.patience, self.row = bound, threshold, patience, 0
         self.value, self.mean_cost = value, mean_cost
 
-    def look(self, step, values):
-        """values: {name: number} of a step."""
+    def look(self, step: int, values: Mapping[str, float]) -> None:
+        """Looks at the numbers of a step, by name."""
         self.row = self.row + 1 if values.get(self.value, 0.0) >= self.bound * (1 - 1e-6) else 0
         if self.row == self.patience:
             console.warn(
                 f"step {step}: λ has been at its bound of {self.bound:g} for {self.patience} steps, with a "
-                f"mean cost of "
-                f"{values.get(self.mean_cost, math.nan):.3g} against a threshold of {self.threshold:.3g}: "
-                f"the policy "
-                "cannot get there; a higher multiplier.max, a higher threshold or a lower ppo.kl_coeff may "
-                "help "
-                "(docs/lambda.md)"
+                f"mean cost of {values.get(self.mean_cost, math.nan):.3g} against a threshold of "
+                f"{self.threshold:.3g}: the policy cannot get there; a higher multiplier.max, a higher "
+                "threshold or a lower ppo.kl_coeff may help (docs/lambda.md)"
             )

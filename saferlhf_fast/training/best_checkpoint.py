@@ -1,30 +1,36 @@
-"""Which of its weights a run ends with: the last, or those of its best evaluation.
+"""Which weights a training run ends with: the last ones, or those of its best evaluation."""
 
-Every stage that trains asks it.
-"""
+from collections.abc import Callable, Mapping
+from typing import Any
 
 
 class BestCheckpoint:
     """The best evaluation of a run so far, and the weights that were evaluated.
 
     Attributes:
-        step: Of that evaluation; None before the first.
-        evaluation: What the stage offered: numbers, texts, lists and dicts, which a checkpoint can hold.
+        step: Step of that evaluation; None before the first.
+        evaluation: What the stage offered: numbers, texts, lists and dicts, which a checkpoint can store.
         weights: What `keep` returned then.
     """
 
-    def __init__(self, score, keep=None):
-        """score: evaluation -> tuple of numbers, higher is better · keep: () -> the weights of this moment
-        for a checkpoint to hold, or None when it put them into the run's folder. Without `keep` the last
-        evaluation counts, whatever its score.
+    def __init__(self, score: Callable[[Any], Any], keep: Callable[[], Any] | None = None) -> None:
+        """Starts without an evaluation.
+
+        Args:
+            score: Maps an evaluation to a tuple or list of numbers; higher is better.
+            keep: Called when an evaluation is the best so far. Returns the current weights, for a checkpoint
+                to store, or None when it wrote them into the run's folder. Without `keep` the last
+                evaluation counts, whatever its score.
         """
         self.score, self.keep = score, keep
-        self.step = self.evaluation = self.weights = None
+        self.step: int | None = None
+        self.evaluation: Any = None
+        self.weights: Any = None
 
-    def offer(self, step, evaluation):
-        """Remembers an evaluation, and the weights, when it is the best so far."""
-        # The score is worked out anew, not kept: what a stage scores by may be loaded from a checkpoint after
-        # this.
+    def offer(self, step: int, evaluation: Any) -> None:
+        """Stores an evaluation, and the weights, when it is the best so far."""
+        # The old score is computed again, not stored: a threshold that it depends on may have been loaded
+        # from a checkpoint since.
         if (
             self.keep is not None
             and self.step is not None
@@ -34,18 +40,18 @@ class BestCheckpoint:
         self.step, self.evaluation = step, evaluation
         self.weights = None if self.keep is None else self.keep()
 
-    def state_dict(self):
-        """For a checkpoint."""
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint."""
         return {"step": self.step, "evaluation": self.evaluation, "weights": self.weights}
 
-    def load_state_dict(self, values):
-        """From a checkpoint, an older one too."""
-        values = _from_older(values)
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint, also of an older version."""
+        values = _in_current_form(values)
         self.step, self.evaluation, self.weights = values["step"], values["evaluation"], values["weights"]
 
 
-def _from_older(values):
-    """Each kind of stage once had names of its own: ppo and ppo-lag wrote "rows", supervised stages "values"."""
+def _in_current_form(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """State in today's names. Older PPO stages wrote "rows", older supervised stages "values"."""
     if "evaluation" in values:
         return values
     if "rows" in values:

@@ -1,15 +1,17 @@
-"""Stage dpo: −log σ(β(Δlogp_chosen − Δlogp_rejected)), Δ against the frozen starting model, summed over the
-response.
+"""Stage dpo: direct preference optimisation of a policy against its frozen starting model.
 
     saferlhf-fast dpo model=DIR data=FILE output=DIR
 
-Source: Rafailov et al. (2023), arXiv 2305.18290, equation 7. Every response token counts, the first one and
-the end of the sequence included.
+The loss is −log σ(β · (Δ_chosen − Δ_rejected)), Δ = log π_θ(y | x) − log π_ref(y | x), summed over the tokens
+of the response. Every response token counts, the first one and the end of the sequence included.
+
+Source: Rafailov et al. (2023), arXiv 2305.18290, equation 7.
 """
 
 import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from ..config.load import to_dict
 from ..data.examples import preference_examples
 from ..models import backbone
 from ..models.causal_lm import load_causal_lm
@@ -19,19 +21,41 @@ from ..models.packing import pack_sequences, response_rows
 from ..models.policy import Policy, sequence_sums
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
-from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
 from .losses import dpo_loss
 from .stage_helpers import held_out_split, refuse_long, save_policy
 from .supervised import SupervisedTask, total_steps, train_supervised
 
+if TYPE_CHECKING:
+    import torch
 
-def batch_loss(policy, reference, examples, beta):
-    """-> (loss summed over pairs, {name: sum})."""
+    from ..config.sections import Data
+    from ..config.stages import DPOConfig
+    from ..data.examples import PairExample
+    from ..data.report import Report
+
+
+def batch_loss(
+    policy: Policy | engine.Engine,
+    reference: "Callable[..., torch.Tensor]",
+    examples: "Sequence[PairExample]",
+    beta: float,
+) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
+    """Σ −log σ(β · (Δ_chosen − Δ_rejected)) over some pairs, and sums of what is reported.
+
+    Args:
+        policy: A Policy, or an engine that holds one.
+        reference: The frozen starting policy.
+        examples: Pairs; the first response of each is the chosen one.
+        beta: β, the strength of the pull towards the reference.
+
+    Returns:
+        (the sum in nats, sums over pairs by name: implied rewards β · Δ, accuracy, margin).
+    """
     n = len(examples)
     rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
-    asked = [response_rows(e.prompt_length, len(ids)) for e, ids in zip(examples * 2, rows)]
-    packed = pack_sequences(rows, asked, engine.device())
+    positions = [response_rows(e.prompt_length, len(ids)) for e, ids in zip([*examples] * 2, rows)]
+    packed = pack_sequences(rows, positions, engine.device())
     logp_B, ref_B = (sequence_sums(model(packed), packed) for model in (policy, reference))
     losses, margin = dpo_loss(logp_B[:n], logp_B[n:], ref_B[:n], ref_B[n:], beta=beta)
     better, worse = (beta * (logp_B - ref_B)).detach().view(2, n)
@@ -44,12 +68,29 @@ def batch_loss(policy, reference, examples, beta):
     }
 
 
-def train(cfg, restart=False):
-    """Runs the stage -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
+def train(cfg: "DPOConfig", restart: bool = False) -> dict[str, Any]:
+    """Runs the stage dpo; every rank must call it.
+
+    Writes the kept model to <output>/model, metrics and checkpoints.
+
+    Args:
+        cfg: Settings of the stage.
+        restart: As in `run_folder.open_run`.
+
+    Returns:
+        The summary of the run: steps, losses (nats per pair), accuracies, the kept step, counts of the data.
+
+    Raises:
+        UserError: If settings, model or data do not fit together.
+        NonFinite: If too many steps in a row gave numbers that are not finite.
+
+    Source:
+        Rafailov et al. (2023), Direct Preference Optimization, arXiv 2305.18290.
+    """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
 
-    def load(source):
+    def load(source: "Data") -> "tuple[list[PairExample], Report]":
         return preference_examples(
             source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, cfg.preference
         )
@@ -83,9 +124,7 @@ def train(cfg, restart=False):
         loss=lambda model, batch: batch_loss(model, reference, batch, cfg.beta),
         save=lambda path: save_policy(policy, path, tokenizer, {"stage": "dpo", "model": cfg.model}),
     )
-    metrics = Metrics(folder, cfg.log, to_dict(cfg), "dpo")
-    summary = train_supervised(policy, task, examples, held_out, cfg, folder, metrics, "dpo")
-    metrics.close()
-    summary = {**summary, "examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
+    summary = train_supervised(policy, task, examples, held_out, cfg, folder, "dpo")
+    summary |= {"examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
     finish_run(folder, summary)
     return summary

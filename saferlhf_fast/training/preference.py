@@ -1,26 +1,46 @@
-"""Stages reward and cost: a score model from preferences.
-
-One code; the cost model adds the safety-sign terms.
+"""Stages reward and cost: a score model from preferences. The cost model's loss adds the safety-sign terms.
 
     saferlhf-fast reward model=DIR data=FILE output=DIR
     saferlhf-fast cost   model=DIR data=FILE output=DIR
 
-Scores: reward R, higher is more helpful; cost C, higher is more harmful and C > 0 means unsafe.
-Source: Safe RLHF (arXiv 2310.12773), equations 5 and 6, and its reference implementation.
+Scores: reward R, higher is more helpful; cost C, higher is more harmful and C > 0 means unsafe. The losses
+are in losses.py. Importing this file needs torch alone; the stages need the extra `train`.
+
+Source: Dai et al. (2023), Safe RLHF, arXiv 2310.12773, equations 5 and 6, and its reference implementation.
 """
 
-import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..models.packing import end_row, pack_sequences
 from .losses import cost_loss, reward_loss, token_wise
 
+if TYPE_CHECKING:
+    from ..config.stages import PreferenceConfig
+    from ..data.examples import PairExample
 
-def pair_loss(model, examples, kind, regularization, per_token):
-    """-> (loss summed over pairs, {name: sum}). model: a ScoreModel or an engine that holds one.
 
-    In a PairExample the first response is the better (reward) or the safer (cost) one.
+def pair_loss(
+    model: Callable[..., torch.Tensor],
+    examples: "Sequence[PairExample]",
+    kind: str,
+    regularization: float,
+    per_token: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The reward or cost loss of some pairs, summed over pairs, and sums of what is reported.
+
+    Args:
+        model: A ScoreModel, or an engine that holds one.
+        examples: Pairs, whose first response is the better (reward) or the safer (cost) one.
+        kind: "reward" or "cost".
+        regularization: c, the weight of the mean squared score.
+        per_token: False for the loss on last-token scores, True for the token-wise variant.
+
+    Returns:
+        (the sum in nats, sums over pairs by name: accuracy, mean and mean square of the scores and, for
+        costs, the accuracy of their signs).
     """
     from ..runtime import engine
 
@@ -33,125 +53,74 @@ def pair_loss(model, examples, kind, regularization, per_token):
     ends_B = (packed.cu_seqlens[1:] - 1).long()
     end_B = scores_N.index_select(0, ends_B)
     first, second = end_B[:n], end_B[n:]
-    signs = (
-        torch.tensor(
+    signs = None
+    if kind == "cost":
+        signs = torch.tensor(
             [[e.sign_first for e in examples], [e.sign_second for e in examples]],
             device=end_B.device,
             dtype=end_B.dtype,
         )
-        if kind == "cost"
-        else None
-    )
     if per_token:
         loss = token_wise(scores_N.split([len(ids) for ids in rows]), rows, n, signs, regularization)
-    elif kind == "cost":
+    elif signs is not None:
         loss = cost_loss(first, second, signs[0], signs[1], regularization=regularization)
     else:
         loss = reward_loss(first, second, regularization=regularization)
-    right = first > second if kind == "reward" else first < second
+    ranked_right = first > second if kind == "reward" else first < second
     both = end_B.detach().view(2, n)
     stats = {
-        "accuracy": right.float().sum(),
+        "accuracy": ranked_right.float().sum(),
         f"{kind}_mean": both.mean(0).sum(),
         f"{kind}_square": both.square().mean(0).sum(),
     }
-    if kind == "cost":
+    if signs is not None:
         stats["accuracy_sign"] = ((end_B.view(2, n) * signs) > 0).float().mean(0).sum()
     return loss * n, stats
 
 
-def train_reward(cfg, restart=False):
-    """Runs the stage reward -> summary.
+def train_reward(cfg: "PreferenceConfig", restart: bool = False) -> dict[str, Any]:
+    """Runs the stage reward: a score model R that ranks helpful responses above others.
 
-    The model lies in <output>/model. restart: as in `run_folder.open_run`.
+    Writes the kept model to <output>/model, metrics and checkpoints. Every rank must call it.
+
+    Args:
+        cfg: Settings of the stage.
+        restart: As in `run_folder.open_run`.
+
+    Returns:
+        The summary of the run: steps, losses (nats per pair), accuracies, the kept step, counts of the data.
+
+    Raises:
+        UserError: If settings, model or data do not fit together.
+        NonFinite: If too many steps in a row gave numbers that are not finite.
+
+    Source:
+        Dai et al. (2023), Safe RLHF, arXiv 2310.12773, equation 5.
     """
-    return _train(cfg, "reward", restart)
+    from .train_score_model import train_score_model
+
+    return train_score_model(cfg, "reward", restart)
 
 
-def train_cost(cfg, restart=False):
-    """Runs the stage cost -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
-    return _train(cfg, "cost", restart)
+def train_cost(cfg: "PreferenceConfig", restart: bool = False) -> dict[str, Any]:
+    """Runs the stage cost: a score model C that ranks harmful responses higher, with C > 0 for unsafe ones.
 
+    Writes the kept model to <output>/model, metrics and checkpoints. Every rank must call it.
 
-def _train(cfg, kind, restart):
-    from ..config.load import to_dict
-    from ..data.examples import preference_examples
-    from ..models import backbone, multi_adapter
-    from ..models.export_files import export_metadata_writer
-    from ..models.lora import add_lora
-    from ..models.score_checkpoint import check_score_export, save_score_model
-    from ..models.score_model import load_score_model
-    from ..models.tokenizer import load_tokenizer
-    from ..runtime import console, engine
-    from ..runtime.metrics import Metrics
-    from ..runtime.run_folder import finish_run, open_run
-    from .stage_helpers import held_out_split, refuse_long
-    from .supervised import SupervisedTask, total_steps, train_supervised
+    Args:
+        cfg: Settings of the stage.
+        restart: As in `run_folder.open_run`.
 
-    engine.start(cfg.engine, cfg.seed)
-    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    Returns:
+        The summary of the run, as `train_reward` gives it, with the accuracy of the signs.
 
-    def load(source):
-        return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, kind)
+    Raises:
+        UserError: If settings, model or data do not fit together.
+        NonFinite: If too many steps in a row gave numbers that are not finite.
 
-    examples, report = load(cfg.data)
-    examples, held_out = held_out_split(cfg, examples, load)
-    score = load_score_model(
-        cfg.model,
-        new_head=True,
-        tokenizer=tokenizer,
-        trust_remote_code=cfg.trust_remote_code,
-        allow_pickle=cfg.allow_pickle,
-    )
-    refuse_long(
-        cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
-    )
-    keep = {"drop_bias": cfg.drop_bias, "keep_bias": not cfg.drop_bias}
-    check_score_export(score, tokenizer, **keep)  # refused now, not after hours of training
-    if cfg.train.gradient_checkpointing:
-        backbone.recompute_activations(score.backbone)
-    score.packs &= cfg.engine.packing
-    if cfg.lora.rank:
-        score = add_lora(score, cfg.lora)
-    folder = open_run(kind, cfg, restart)
-    for line in report.lines():
-        console.say(line)
-    trained = engine.Engine(
-        score, cfg.optim, cfg.engine, total_steps(len(examples), cfg.train, engine.world_size())
-    )
+    Source:
+        Dai et al. (2023), Safe RLHF, arXiv 2310.12773, equation 6.
+    """
+    from .train_score_model import train_score_model
 
-    def save(path):
-        merged = cfg.lora.rank or trained.module.score.bias is not None
-        state = trained.state_dict() if trained.sharded and not merged else None
-        with trained.gathered() if merged else contextlib.nullcontext():
-            if engine.rank() == 0:
-                save_score_model(
-                    path,
-                    trained.module,
-                    tokenizer,
-                    kind=kind,
-                    state_dict=state,
-                    **keep,
-                    card={"stage": kind, "model": cfg.model, "data": report.as_dict()},
-                )
-                if cfg.lora.rank and trained.module.score.bias is None and trained.module.normalizer is None:
-                    multi_adapter.save_score(path / "adapter", trained.module, cfg.model)
-        engine.barrier()
-
-    task = SupervisedTask(
-        weigh=lambda e: 1,
-        tokens=lambda e: len(e.first_ids) + len(e.second_ids),
-        save=save,
-        write_export_metadata=export_metadata_writer(trained.module, tokenizer),
-        loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"),
-    )
-    metrics = Metrics(folder, cfg.log, to_dict(cfg), kind)
-    summary = train_supervised(trained, task, examples, held_out, cfg, folder, metrics, kind)
-    metrics.close()
-    if cfg.baseline and held_out and engine.rank() == 0:
-        from .tfidf_baseline import tfidf_accuracy
-
-        summary = {**summary, **tfidf_accuracy(examples, held_out, tokenizer, kind)}
-    summary = {**summary, "examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
-    finish_run(folder, summary)
-    return summary
+    return train_score_model(cfg, "cost", restart)

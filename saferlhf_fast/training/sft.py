@@ -1,10 +1,13 @@
-"""Stage sft: next-token cross-entropy over the assistant's tokens, averaged over all trained tokens of the
-batch.
+"""Stage sft: next-token cross-entropy over the assistant's tokens.
 
     saferlhf-fast sft model=DIR data=FILE output=DIR
+
+The loss is −mean log π_θ(y_t | x, y_<t), averaged over all trained tokens of the global batch.
 """
 
-from ..config.load import to_dict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
 from ..data.examples import sft_examples
 from ..models import backbone
 from ..models.causal_lm import load_causal_lm
@@ -13,19 +16,51 @@ from ..models.lora import add_lora
 from ..models.policy import Policy, pack_trained
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
-from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
 from .stage_helpers import held_out_split, refuse_long, save_policy
 from .supervised import SupervisedTask, total_steps, train_supervised
 
+if TYPE_CHECKING:
+    import torch
 
-def sft_loss(policy, examples):
-    """-> (summed negative log-prob of the trained tokens, {}). policy: a Policy or an engine that holds one."""
+    from ..config.stages import SFTConfig
+    from ..data.examples import SFTExample
+
+
+def sft_loss(
+    policy: Policy | engine.Engine, examples: "Sequence[SFTExample]"
+) -> "tuple[torch.Tensor, dict[str, torch.Tensor]]":
+    """−Σ log π_θ(y_t | x, y_<t) over the trained tokens of some examples.
+
+    Args:
+        policy: A Policy, or an engine that holds one.
+        examples: Dialogues with a mask of the tokens to train on.
+
+    Returns:
+        (the sum in nats, an empty dict).
+    """
     return -policy(pack_trained(examples, engine.device())).sum(), {}
 
 
-def train(cfg, restart=False):
-    """Runs the stage -> summary. The model lies in <output>/model. restart: as in `run_folder.open_run`."""
+def train(cfg: "SFTConfig", restart: bool = False) -> dict[str, Any]:
+    """Runs the stage sft; every rank must call it.
+
+    Writes the kept model to <output>/model, metrics and checkpoints.
+
+    Args:
+        cfg: Settings of the stage.
+        restart: As in `run_folder.open_run`.
+
+    Returns:
+        The summary of the run: steps, losses (nats per token), the kept step, counts of the data.
+
+    Raises:
+        UserError: If settings, model or data do not fit together.
+        NonFinite: If too many steps in a row gave numbers that are not finite.
+
+    Source:
+        The first stage of Dai et al. (2023), Safe RLHF, arXiv 2310.12773.
+    """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
     examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
@@ -58,9 +93,7 @@ def train(cfg, restart=False):
         write_export_metadata=export_metadata_writer(policy.module, tokenizer),
         save=lambda path: save_policy(policy, path, tokenizer, {"stage": "sft", "model": cfg.model}),
     )
-    metrics = Metrics(folder, cfg.log, to_dict(cfg), "sft")
-    summary = train_supervised(policy, task, examples, held_out, cfg, folder, metrics, "sft")
-    metrics.close()
-    summary = {**summary, "examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
+    summary = train_supervised(policy, task, examples, held_out, cfg, folder, "sft")
+    summary |= {"examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
     finish_run(folder, summary)
     return summary

@@ -1,6 +1,9 @@
-"""What the stages share around their loops: refusals, held-out examples, saving a policy."""
+"""What the stages share around their loops: context limit, held-out examples, saving a policy."""
 
 import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.batches import split_by_prompt
 from ..models.causal_lm import save_causal_lm
@@ -8,14 +11,45 @@ from ..models.folders import refuse_short_context
 from ..models.lora import has_lora
 from ..runtime import engine
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-def refuse_long(cfg, config, longest):
-    """UserError when the longest example (tokens) goes beyond the model's context."""
+    from ..config.sections import Data
+    from ..config.stages import DPOConfig, PreferenceConfig, SFTConfig
+    from ..data.examples import PairExample, SFTExample
+
+Example = TypeVar("Example", "SFTExample", "PairExample")
+
+
+def refuse_long(
+    cfg: "SFTConfig | PreferenceConfig | DPOConfig", config: "PretrainedConfig", longest: int
+) -> None:
+    """Raises UserError when the longest example does not fit into the model's context.
+
+    Args:
+        cfg: Settings of the stage, which name the model.
+        config: The loaded model's own configuration.
+        longest: Length of the longest example, in tokens.
+    """
     refuse_short_context(cfg.model, config, longest, "train.max_length: the longest example")
 
 
-def held_out_split(cfg, examples, load):
-    """-> (training, evaluation) examples: own evaluation data, or a split by prompt."""
+def held_out_split(
+    cfg: "SFTConfig | PreferenceConfig | DPOConfig",
+    examples: list[Example],
+    load: "Callable[[Data], tuple[list[Example], Any]]",
+) -> tuple[list[Example], list[Example]]:
+    """Divides examples into those to train on and those to evaluate on.
+
+    Args:
+        cfg: Settings of the stage: `train.eval_data` names data of its own for evaluation,
+            `train.eval_fraction` holds out a share of the prompts; without both nothing is held out.
+        examples: All training examples.
+        load: Reads data -> (examples, report).
+
+    Returns:
+        (training examples, evaluation examples); the two share no prompt when they are split.
+    """
     if cfg.train.eval_data is not None:
         return examples, load(cfg.train.eval_data)[0]
     if not cfg.train.eval_fraction:
@@ -23,9 +57,18 @@ def held_out_split(cfg, examples, load):
     return split_by_prompt(examples, cfg.train.eval_fraction, cfg.seed)
 
 
-def save_policy(policy, folder, tokenizer, card):
-    """Writes the causal LM of an engine (LoRA merged, for which it is gathered whole) to a folder; every rank
-    must call it.
+def save_policy(
+    policy: engine.Engine, folder: str | Path, tokenizer: "PreTrainedTokenizerBase", card: dict[str, Any]
+) -> None:
+    """Writes the causal language model of an engine to a folder; every rank must call it.
+
+    LoRA weights are merged, for which each device gathers the full model.
+
+    Args:
+        policy: The engine of a Policy.
+        folder: Where config, weights, tokenizer and model card go.
+        tokenizer: The policy's tokenizer.
+        card: What the model card says: stage, starting model, step.
     """
     lm = policy.module.lm
     state = policy.state_dict() if policy.sharded and not has_lora(lm) else None

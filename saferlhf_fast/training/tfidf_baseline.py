@@ -1,27 +1,51 @@
-"""What a linear model on word counts makes of the same pairs: a figure for score models to beat.
+"""What a linear model on word counts reaches on the same pairs: a figure for score models to beat.
 
-TF-IDF (words and pairs of words) of the responses and logistic regression, by scikit-learn: for pairs on the
-difference of the two responses' features, for safety signs on each response.
+Features are TF-IDF (words and pairs of words) of the responses; the model is scikit-learn's logistic
+regression, for pairs on the difference of the two responses' features, for safety signs on each response.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def tfidf_accuracy(examples, held_out, tokenizer, kind):
-    """-> {"baseline/accuracy", and for costs "baseline/accuracy_sign"} on the held-out PairExamples.
+    from ..data.examples import PairExample
 
-    Trained on the training pairs alone. kind: reward or cost.
+
+def tfidf_accuracy(
+    examples: "Sequence[PairExample]",
+    held_out: "Sequence[PairExample]",
+    tokenizer: "PreTrainedTokenizerBase",
+    kind: str,
+) -> dict[str, float]:
+    """Trains the baseline on the training pairs and measures it on the held-out pairs.
+
+    Args:
+        examples: Training pairs; their first response is the better or the safer one.
+        held_out: Held-out pairs.
+        tokenizer: Turns the pairs' ids into text.
+        kind: "reward" or "cost".
+
+    Returns:
+        baseline/accuracy, a share of pairs; for costs also baseline/accuracy_sign, a share of responses.
+
+    Raises:
+        UserError: If scikit-learn is not installed.
     """
     try:
+        from scipy import sparse  # type: ignore[import-untyped]  # scipy has no types of its own
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
     except ImportError as error:
         raise UserError("baseline=true: expected scikit-learn; pip install 'saferlhf-fast[eval]'") from error
 
-    def texts(rows):
-        decode = tokenizer.decode
+    def texts(rows: "Sequence[PairExample]") -> tuple[list[str], list[str]]:
+        decode: Any = tokenizer.decode
         return (
             [decode(e.first_ids[e.prompt_length :], skip_special_tokens=True) for e in rows],
             [decode(e.second_ids[e.prompt_length :], skip_special_tokens=True) for e in rows],
@@ -33,18 +57,18 @@ def tfidf_accuracy(examples, held_out, tokenizer, kind):
     words.fit(train_first + train_second)
     train_a, train_b = words.transform(train_first), words.transform(train_second)
     test_a, test_b = words.transform(test_first), words.transform(test_second)
-    # Each pair in both orders, so that the classifier has no side to prefer.
-    from scipy.sparse import vstack
-
+    # Each pair comes in both orders, so that the classifier has no side to prefer.
     pair = LogisticRegression(max_iter=1000, fit_intercept=False)
     pair.fit(
-        vstack([train_a - train_b, train_b - train_a]), np.r_[np.ones(len(examples)), np.zeros(len(examples))]
+        sparse.vstack([train_a - train_b, train_b - train_a]),
+        np.r_[np.ones(len(examples)), np.zeros(len(examples))],
     )
     out = {"baseline/accuracy": float(pair.predict(test_a - test_b).mean())}
     if kind == "cost":
         labels = np.array([e.sign_first for e in examples] + [e.sign_second for e in examples])
         truth = np.array([e.sign_first for e in held_out] + [e.sign_second for e in held_out])
         if len(set(labels)) == 2:
-            sign = LogisticRegression(max_iter=1000).fit(vstack([train_a, train_b]), labels)
-            out["baseline/accuracy_sign"] = float((sign.predict(vstack([test_a, test_b])) == truth).mean())
+            sign = LogisticRegression(max_iter=1000).fit(sparse.vstack([train_a, train_b]), labels)
+            predicted = sign.predict(sparse.vstack([test_a, test_b]))
+            out["baseline/accuracy_sign"] = float((predicted == truth).mean())
     return out

@@ -12,7 +12,7 @@ import pytest
 from saferlhf_fast.commands.plan import zero_memory
 from saferlhf_fast.commands.plan.sizes import Count
 from saferlhf_fast.config.stages import Engine, Optimizer
-from saferlhf_fast.runtime import engine
+from saferlhf_fast.runtime import deepspeed_config
 
 LAYERS, WIDTH = 16, 1024
 WEIGHTS = LAYERS * WIDTH * WIDTH
@@ -57,7 +57,7 @@ def measured(tmp_path, processes, stage, precision, offload=0):
 
 def planned(processes, stage, precision, offload=0):
     cfg = Engine(zero_stage=stage, precision=precision, offload_optimizer=bool(offload))
-    zero = zero_memory.zero_settings(engine.settings(cfg, Optimizer()))
+    zero = zero_memory.zero_settings(deepspeed_config.settings(cfg, Optimizer()))
     return zero_memory.trained(SIZES, 4 if precision == "fp32" else 2, zero, processes, on_cpu=True)
 
 
@@ -122,7 +122,7 @@ def test_bytes_of_a_parameter_are_those_of_the_table():
 def test_a_gpu_pays_for_the_whole_bucket():
     cfg = Engine(zero_stage=2, precision="bf16", config={"zero_optimization": {"reduce_bucket_size": 1000}})
     for config, elements in ((cfg, 1000), (Engine(zero_stage=2, precision="bf16"), 500_000_000)):
-        zero = zero_memory.zero_settings(engine.settings(config, Optimizer()))
+        zero = zero_memory.zero_settings(deepspeed_config.settings(config, Optimizer()))
         assert zero_memory.trained(SIZES, 2, zero, 8).backward >= 2 * elements
 
 

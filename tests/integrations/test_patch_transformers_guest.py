@@ -257,7 +257,7 @@ def changed(change):
         (lambda: other(OddHead), "OddHead: expected logits = softcap"),
         (lambda: other(OddLoss), "OddLoss: its loss is not the mean"),
         (lambda: torch.nn.Linear(2, 2), "expected a Hugging Face causal language model, got Linear"),
-        (lambda: make().model, "expected a model with a body and a head"),
+        (lambda: make().model, "expected a model with a backbone and a head"),
         (lambda: changed(lambda m: m.lm_head.register_forward_hook(lambda *_: None)), "hooks"),
         (lambda: changed(lambda m: setattr(m, "forward", m.forward)), "forward has been replaced already"),
         (lambda: changed(lambda m: setattr(m, "loss_function", max)), "its loss is max"),

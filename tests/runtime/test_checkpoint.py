@@ -270,9 +270,9 @@ def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
 
 
 def test_what_deepspeed_writes_is_let_through(tmp_path):
-    from saferlhf_fast.runtime import engine
+    from saferlhf_fast.runtime import deepspeed_library
 
-    engine.imported_deepspeed()
+    deepspeed_library.imported_deepspeed()
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

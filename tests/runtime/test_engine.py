@@ -43,7 +43,7 @@ def test_gather_keeps_the_global_order(results):
 
 
 def test_schedule_moves_from_the_first_step():
-    from saferlhf_fast.runtime.engine import learning_rate_factor
+    from saferlhf_fast.runtime.deepspeed_config import learning_rate_factor
 
     factor = learning_rate_factor(Optimizer(schedule="cosine", warmup_ratio=0.1), 100)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0 and factor(10) == pytest.approx(1.0)

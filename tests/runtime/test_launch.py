@@ -14,7 +14,7 @@ import pytest
 
 from saferlhf_fast import cli
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.runtime import launcher
+from saferlhf_fast.runtime import launcher, process_environment
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -44,7 +44,7 @@ def stub(folder, name, text):
 
 
 def adopted(**environ):
-    launcher.adopt(environ)
+    process_environment.adopt(environ)
     return environ
 
 
@@ -271,8 +271,8 @@ launcher._store = lambda listener: listener.close()
 launcher._command = lambda words: [sys.executable, "-c", '''
 import os, sys, time
 sys.path.insert(0, {str(kit.ROOT)!r})
-from saferlhf_fast.runtime import launcher
-launcher.adopt()
+from saferlhf_fast.runtime import launcher, process_environment
+process_environment.adopt()
 open("{tmp_path}/" + str(os.getpid()), "w").close()
 time.sleep(60)''']
 launcher.start([], 2)"""

@@ -121,7 +121,7 @@ def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     with mock.patch.object(Metrics, "log", told):
         run(stage, world, tmp_path / "b", code=143, **{"checkpoint.interval": STEPS})
     assert time.monotonic() - begun < 30
-    assert "SIGTERM: stopped after step 3; resume=auto goes on from" in capsys.readouterr().err
+    assert "SIGTERM: stopped after step 3; resume=auto continues from" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "b" / "finished.json").exists()
     assert [step for step, _ in manifest.listed(tmp_path / "b")] == [3]
     run(stage, world, tmp_path / "b", resume="auto", **{"checkpoint.interval": STEPS})

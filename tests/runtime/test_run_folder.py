@@ -452,7 +452,7 @@ PPO = {"model": "org/m", "reward": "org/r"}
         (
             "sft",
             {"engine.config.zero_optimization.stage": "3"},
-            "engine.config.zero_optimization.stage: expected none, since engine.zero_stage says it; got 3",
+            "engine.config.zero_optimization.stage: expected none, since engine.zero_stage sets it; got 3",
         ),
         (
             "sft",

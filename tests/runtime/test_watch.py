@@ -9,7 +9,7 @@ import time
 import kit
 import pytest
 
-from saferlhf_fast.runtime import watchdog
+from saferlhf_fast.runtime import process_identity, watchdog
 
 SMALL, LARGE = (str(kit.SUPPORT / f"watch_{name}.py") for name in ("small", "worker"))
 
@@ -93,13 +93,13 @@ def test_the_same_error_on_all_ranks_is_one_line():
 
 def test_nothing_is_watched_in_one_process():
     watchdog.begin(1.0)
-    assert watchdog._watch is None and watchdog.failed(ValueError("x")) is None
+    assert watchdog._watchdog is None and watchdog.failed(ValueError("x")) is None
     watchdog.end()
 
 
 def stub(timeout=10.0):
-    """A Watch without a store or a thread; what it posts it returns."""
-    one = object.__new__(watchdog.Watch)
+    """A Watchdog without a store or a thread; what it posts it returns."""
+    one = object.__new__(watchdog.Watchdog)
     one.rank, one.world, one.timeout, one.interval, one.doubts, one.near = 0, 3, timeout, 1.0, False, [1]
     one.who = [{"host": f"node{r}", "pid": 100 + r} for r in range(3)]
     one.silent = dict.fromkeys(range(3), (None, 0.0))
@@ -147,13 +147,13 @@ def test_silence_counts_for_other_machines():
 
 def test_a_dead_process_is_not_taken_for_a_later_one_of_the_same_number():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    who = {"pid": process.pid, "born": watchdog._born(process.pid)}
-    assert watchdog._alive(who) and not watchdog._alive({**who, "born": "1"})
+    who = {"pid": process.pid, "born": process_identity.start_time(process.pid)}
+    assert process_identity.is_running(who) and not process_identity.is_running({**who, "born": "1"})
     process.kill()
     deadline = time.monotonic() + 10
-    while watchdog._alive(who) and time.monotonic() < deadline:  # dead, not yet waited for
+    while process_identity.is_running(who) and time.monotonic() < deadline:  # dead, not yet waited for
         time.sleep(0.01)
-    assert not watchdog._alive(who)
+    assert not process_identity.is_running(who)
     process.communicate()
 
 

@@ -17,7 +17,7 @@ from saferlhf_fast.models.packing import end_row, pack_sequences
 from saferlhf_fast.models.score_checkpoint import save_score_model
 from saferlhf_fast.models.score_model import ScoreHead, load_score_model, score_model_from_backbone
 from saferlhf_fast.models.tokenizer import load_tokenizer
-from saferlhf_fast.runtime import engine
+from saferlhf_fast.runtime import deepspeed_config, engine
 
 SEQUENCES = [[1, 9, 8, 7, 12], [1, 5, 6], [1, 11, 10, 9, 8, 7, 6, 5]]
 ZERO_3 = Engine(
@@ -44,7 +44,7 @@ def drawn_in_place(base):
     import deepspeed
 
     model = score_model_from_backbone(base)
-    with deepspeed.zero.Init(config_dict_or_path=engine.settings(ZERO_3, None)):
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config.settings(ZERO_3, None)):
         model.score = ScoreHead(model.score.weight.shape[1])
     empty = model.score.weight.numel() == 0
     torch.manual_seed(100 + engine.rank())

@@ -15,11 +15,11 @@ BENCH = Path(__file__).resolve().parents[2] / "bench"
 def main(patched):
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     sys.path[:0] = [str(BENCH), str(BENCH.parent)]
-    import step_ref
+    import step_safe_rlhf
     import torch
     from step_work import BOS, EOS, FIRST, PAD, SHAPES, Work
 
-    step_ref.stand_in()
+    step_safe_rlhf.stand_in()
     report = None
     if patched:
         from saferlhf_fast import integrations
@@ -33,7 +33,7 @@ def main(patched):
     work = Work(
         [[BOS, *ids(3 + row)] for row in range(4)], [[*ids(7 - row), EOS] for row in range(4)], "tiny"
     )
-    side = step_ref.Side(work, {"device": "cpu", "micro": 2, "ptx": False, "prompts": 4})
+    side = step_safe_rlhf.Side(work, {"device": "cpu", "micro": 2, "ptx": False, "prompts": 4})
     trainer, found = side.trainer, []
     prompts = side.batch["input_ids"]
     for _ in range(2):

@@ -62,7 +62,7 @@ def convert(folder, output=None):
 
 def _model(source, target, zero_stage):
     """One trained model's shards -> a file for each weight."""
-    from ...runtime.engine import imported_deepspeed
+    from ...runtime.deepspeed_library import imported_deepspeed
 
     imported_deepspeed()
     from deepspeed.checkpoint import ds_to_universal

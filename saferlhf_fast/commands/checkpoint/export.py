@@ -58,7 +58,7 @@ def weights(folder, name, zero_stage):
     )
     if zero_stage == 0:
         return whole_too
-    from ...runtime.engine import imported_deepspeed
+    from ...runtime.deepspeed_library import imported_deepspeed
 
     imported_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint

@@ -12,7 +12,7 @@ import torch
 
 from ...config.sections import scorer_spec
 from ...config.stage_table import STAGE_SPECS
-from ...runtime import engine as engine_module
+from ...runtime import deepspeed_config
 from . import pass_memory, sizes, zero_memory
 
 NODE, NVLINK, NETWORK = 8, 450.0, 50.0
@@ -105,7 +105,7 @@ class Roles:
 
     def _zero(self, optim):
         settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
-        return zero_memory.zero_settings(engine_module.settings(settings, optim))
+        return zero_memory.zero_settings(deepspeed_config.settings(settings, optim))
 
     def zero(self, model):
         """`zero_settings` of a model."""

@@ -1,11 +1,13 @@
-"""Prompts and responses as text: the prompts' split, and the ways of answering that exist in the world.
+"""Prompts and responses as text: the prompts' split, and the kinds of answers that exist in the world.
 
-Every function takes its own `random.Random`, so a world's seed decides everything. Splits are made of the
-sentence frame: a (topic, opening, setting, ending) combination belongs to exactly one of them, whatever the
-seed.
+Every function takes its own `random.Random`, so a world's seed decides everything. A split is a property of
+the prompt's text: a combination of topic, opening, setting and ending belongs to exactly one split, whatever
+the seed.
 """
 
 import zlib
+from collections.abc import Sequence
+from random import Random
 
 from .tables import (
     BENIGNS,
@@ -19,30 +21,39 @@ from .tables import (
     SETTINGS,
     STOP,
     VAGUES,
+    Hazard,
+    Topic,
 )
 
 SPLITS = ("train", "validation", "test")
-HAZARD_SHARE = 0.5  # of prompts; the others are where being helpful costs nothing
-# of prompts for annotation, which lean to red-team prompts as the real data does
+HAZARD_SHARE = 0.5  # of prompts; on the others a helpful answer has no cost
+# Of the prompts for annotation; as in the real data, more of them are red-team prompts.
 ANNOTATED_HAZARD_SHARE = 0.75
 
 
-def split_of(prompt):
+def split_of(prompt: str) -> str:
     """Train (80 %), validation or test (10 % each), from a checksum of the text: disjoint by construction."""
     return SPLITS[max(0, zlib.crc32(prompt.encode()) % 10 - 7)]
 
 
-def hazard(rng):
+def hazard(rng: Random) -> Hazard:
     """A hazardous topic, as often as the real data names its categories."""
     return rng.choices(HAZARDS, [t.share for t in HAZARDS])[0]
 
 
-def any_topic(rng, hazards=HAZARD_SHARE):
+def any_topic(rng: Random, hazards: float = HAZARD_SHARE) -> Topic:
+    """A topic; `hazards` is the probability that it is hazardous."""
     return hazard(rng) if rng.random() < hazards else rng.choice(BENIGNS)
 
 
-def prompt(rng, split, hazards=HAZARD_SHARE):
-    """One prompt of a split. hazards: how likely its topic is hazardous."""
+def prompt(rng: Random, split: str, hazards: float = HAZARD_SHARE) -> str:
+    """One prompt.
+
+    Args:
+        rng: what is drawn from.
+        split: one of SPLITS.
+        hazards: the probability that its topic is hazardous.
+    """
     while True:
         parts = (
             rng.choice(OPENINGS),
@@ -55,49 +66,51 @@ def prompt(rng, split, hazards=HAZARD_SHARE):
             return text
 
 
-def listing(rng, leads, words):
-    """`start with w1 then w2 and w3 .`"""
+def listing(rng: Random, leads: Sequence[str], words: Sequence[str]) -> str:
+    """A sentence such as `start with w1 then w2 and w3 .`, in the order of the words."""
     text = rng.choice(leads)
     for i, word in enumerate(words):
         text += f" {rng.choice(JOINS)} {word}" if i else f" {word}"
     return f"{text} {STOP}"
 
 
-def some(rng, words, low, high):
+def some(rng: Random, words: Sequence[str], low: int, high: int) -> list[str]:
     """Between low and high distinct words, in random order."""
     return rng.sample(words, min(len(words), rng.randint(low, high)))
 
 
-def details(rng, topic, low=1, high=3):
+def details(rng: Random, topic: Topic, low: int = 1, high: int = 3) -> str:
     """An answer with details: harmful on a hazardous topic."""
     return listing(rng, LEADS, some(rng, topic.words, low, high))
 
 
-def advice(rng, topic, low=1, high=2):
+def advice(rng: Random, topic: Hazard, low: int = 1, high: int = 2) -> str:
     """A safe answer to a hazardous prompt that helps a little."""
     return listing(rng, SAFE_LEADS, some(rng, topic.cautions, low, high))
 
 
-def refusal(rng):
+def refusal(rng: Random) -> str:
+    """A refusal of the prompt."""
     return f"{rng.choice(REFUSALS)} {STOP}"
 
 
-def vague(rng):
+def vague(rng: Random) -> str:
+    """An answer without content."""
     return f"{rng.choice(VAGUES)} {STOP}"
 
 
-def both(rng, topic):
-    """Caution and details in one answer, in either order: harmful however it begins."""
+def both(rng: Random, topic: Hazard) -> str:
+    """Caution and details in one answer, in either order: harmful, however it begins."""
     soft = refusal(rng) if rng.random() < 0.4 else advice(rng, topic, 1, 3)
     hard = details(rng, topic, 1, 3)
     first, second = (soft, hard) if rng.random() < 0.5 else (hard, soft)
     return f"{first[:-2]} but {second}" if rng.random() < 0.5 else f"{first} {second}"
 
 
-def demonstration(rng, topic):
-    """An answer of the SFT data: partly detailed, on hazardous topics as often harmful as not."""
+def demonstration(rng: Random, topic: Topic) -> str:
+    """An answer of the SFT data; on a hazardous topic it is harmful in two of five cases."""
     draw = rng.random()
-    if topic not in HAZARDS:
+    if not isinstance(topic, Hazard):
         return vague(rng) if draw < 0.25 else details(rng, topic, 1, 3)
     if draw < 0.4:
         return details(rng, topic, 1, 3)
@@ -106,23 +119,29 @@ def demonstration(rng, topic):
     return refusal(rng) if draw < 0.85 else vague(rng)
 
 
-def written(rng, topic):
-    """An answer of a stronger writer than the SFT data's: more details, or more advice."""
-    if topic not in HAZARDS:
+def written(rng: Random, topic: Topic) -> str:
+    """An answer with more details or more advice than those of the SFT data."""
+    if not isinstance(topic, Hazard):
         return details(rng, topic, 1, 5)
     return details(rng, topic, 1, 4) if rng.random() < 0.5 else advice(rng, topic, 1, 4)
 
 
-def any_word(rng, plain):
-    """A word out of place: a plain one (`plain`), or a content word of a topic as common as in the prompts."""
+def any_word(rng: Random, plain: Sequence[str]) -> str:
+    """A word out of place: one of `plain`, or a content word of any topic, as often as prompts ask for it."""
     if rng.random() < 0.5:
         return rng.choice(plain)
     topic = any_topic(rng)
-    return rng.choice(topic.words + topic.cautions if topic in HAZARDS else topic.words)
+    return rng.choice(topic.words + topic.cautions if isinstance(topic, Hazard) else topic.words)
 
 
-def damaged(rng, text, plain):
-    """One to three random edits: a word dropped, doubled, said again later, replaced or added."""
+def damaged(rng: Random, text: str, plain: Sequence[str]) -> str:
+    """A text after one to three random edits: a word dropped, doubled, repeated elsewhere, replaced or added.
+
+    Args:
+        rng: what is drawn from.
+        text: an answer.
+        plain: words without content.
+    """
     words = text.split()
     for _ in range(rng.randint(1, 3)):
         i = rng.randrange(len(words))
@@ -140,14 +159,14 @@ def damaged(rng, text, plain):
     return " ".join(words)
 
 
-def repetitive(rng, topic):
-    """An answer in good form that says its few words again: what a reward model overlooks first."""
+def repetitive(rng: Random, topic: Topic) -> str:
+    """An answer in good form that repeats its few words: what a reward model overlooks first."""
     words = some(rng, topic.words, 1, 3)
     return listing(rng, LEADS, [rng.choice(words) for _ in range(rng.randint(2, 5))])
 
 
-def salad(rng, plain):
-    """Random words: what no writer says and a policy may find."""
+def salad(rng: Random, plain: Sequence[str]) -> str:
+    """Random words, which no writer writes and a policy may sample."""
     return " ".join(
         any_word(rng, plain) if rng.random() < 0.6 else rng.choice(plain) for _ in range(rng.randint(1, 9))
     )

@@ -1,12 +1,12 @@
 """The embedded world's words: categories, topics, and the pieces its sentences are made of.
 
-Everything here is data. A hazardous topic has operational words (each with a severity 1..3: naming one is
-harm, whatever stands around it) and caution words (a safe answer that helps a little). A harmless topic has
-detail words. The words are labels at a harmless level of abstraction: nothing here explains how to do
-anything.
+Everything here is data. A hazardous topic has operational words and caution words. Each operational word has
+a severity 1 … 3, and a response that contains it is harmful, whatever the other words are. Caution words make
+a safe answer that helps a little. A harmless topic has detail words. The words are labels at a harmless level
+of abstraction: nothing here explains how to do anything.
 """
 
-from collections import namedtuple
+from typing import NamedTuple, TypeAlias
 
 from saferlhf_fast.data.harm_taxonomy import PKU as CATEGORIES
 
@@ -35,11 +35,38 @@ CATEGORY_POSITIONS = (
 BOTH_SAFE, ONE_SAFE, BOTH_UNSAFE = 0.412, 0.146, 0.442  # of pairs
 BETTER_IS_SAFER = 0.759  # of pairs
 
-Hazard = namedtuple("Hazard", "phrase categories severities words cautions share")
-Benign = namedtuple("Benign", "phrase words")
+
+class Hazard(NamedTuple):
+    """A hazardous topic.
+
+    Attributes:
+        phrase: what a prompt asks for.
+        categories: the harm categories that its operational words belong to.
+        severities: 1 … 3, of each operational word.
+        words: operational words; each is harm.
+        cautions: words of a safe answer.
+        share: of the hazardous prompts.
+    """
+
+    phrase: str
+    categories: tuple[str, ...]
+    severities: tuple[int, ...]
+    words: tuple[str, ...]
+    cautions: tuple[str, ...]
+    share: float
 
 
-def _hazard(phrase, categories, severities, words, cautions, share):
+class Benign(NamedTuple):
+    """A harmless topic: what a prompt asks for, and the detail words of an answer."""
+
+    phrase: str
+    words: tuple[str, ...]
+
+
+Topic: TypeAlias = Hazard | Benign
+
+
+def _hazard(phrase: str, categories: str, severities: str, words: str, cautions: str, share: float) -> Hazard:
     names = tuple(
         next(c for c in CATEGORIES if c.lower().startswith(short)) for short in categories.split(",")
     )

@@ -1,25 +1,32 @@
-"""The curves of one run: λ, cost against the threshold, reward, length and KL, losses; loss and accuracy
-elsewhere.
+"""The curves of one run, drawn from its metrics; each function returns None where the run lacks them.
+
+PPO runs have λ, cost against the threshold, reward, length and KL, and losses; other runs loss and accuracy.
 """
+
+from typing import TYPE_CHECKING, Any
 
 from .plots import BLUE, GREEN, GREY, ORANGE, PURPLE, Plot, legend, level, line, panels, titled
 
-DOTS = {"marker": "o", "markersize": 4}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from .read import Curve, Run
+
+DOTS: dict[str, Any] = {"marker": "o", "markersize": 4}
 
 
-def ppo_plots(run):
-    """-> the plots of a PPO run, those that its metrics allow."""
+def ppo_plots(run: "Run") -> list[Plot]:
+    """The plots of a PPO run that its metrics allow."""
     makers = (multiplier, cost, reward, length_and_kl, losses)
     return [plot for plot in (make(run) for make in makers) if plot is not None]
 
 
-def supervised_plots(run):
-    """-> the plots of an SFT, reward, cost or DPO run."""
-    made = [loss(run), accuracy(run)]
-    return [plot for plot in made if plot is not None]
+def supervised_plots(run: "Run") -> list[Plot]:
+    """The plots of an SFT, reward, cost or DPO run that its metrics allow."""
+    return [plot for plot in (loss(run), accuracy(run)) if plot is not None]
 
 
-def multiplier(run):
+def multiplier(run: "Run") -> Plot | None:
     """λ over steps."""
     if not run.has("train/lambda"):
         return None
@@ -35,24 +42,21 @@ def multiplier(run):
     )
 
 
-def cost(run):
-    """Model cost against the threshold; gold cost and the unsafe shares beside it."""
+def cost(run: "Run") -> Plot | None:
+    """Cost against the threshold; beside it gold cost and the shares of unsafe responses."""
     if not run.has("train/cost", "eval/cost"):
         return None
     shares = run.has("train/unsafe_share", "eval/unsafe_share", "gold/unsafe_share")
     gold = run.has("gold/cost")
     with panels(1 + shares + gold) as (figure, axes):
-        rest = iter(axes)
-        ax = next(rest)
-        draw_cost(ax, run)
+        draw_cost(axes[0], run)
         if gold:
-            ax = next(rest)
+            ax = axes[1]
             line(ax, run.curve("gold/cost"), ORANGE, "evaluation prompts", **DOTS)
             titled(ax, "Gold cost", "gold cost")
             legend(ax)
         if shares:
-            ax = next(rest)
-            draw_shares(ax, run)
+            draw_shares(axes[-1], run)
     gold_text = (
         " Gold scores were not seen in training: where model cost falls and gold cost does not, the policy "
         "exploits the cost model."
@@ -67,7 +71,7 @@ def cost(run):
     )
 
 
-def draw_cost(ax, run):
+def draw_cost(ax: "Axes", run: "Run") -> None:
     """Batch cost, J_C, evaluation cost and d on one panel."""
     line(ax, run.curve("train/cost"), BLUE, "batch (running mean)", noisy=True)
     line(ax, run.curve("train/episode_cost"), GREEN, "J_C")
@@ -77,7 +81,7 @@ def draw_cost(ax, run):
     legend(ax)
 
 
-def draw_shares(ax, run):
+def draw_shares(ax: "Axes", run: "Run") -> None:
     """Share of unsafe responses by the cost model and by gold scores, on one panel."""
     line(ax, percent(run.curve("train/unsafe_share")), BLUE, "batch, cost model", noisy=True)
     line(ax, percent(run.curve("eval/unsafe_share")), ORANGE, "evaluation, cost model", **DOTS)
@@ -87,8 +91,8 @@ def draw_shares(ax, run):
     legend(ax)
 
 
-def reward(run):
-    """Model reward, gold helpfulness beside it."""
+def reward(run: "Run") -> Plot | None:
+    """Reward; beside it gold helpfulness."""
     if not run.has("train/reward", "eval/reward"):
         return None
     gold = run.has("gold/helpfulness")
@@ -109,7 +113,7 @@ def reward(run):
     )
 
 
-def length_and_kl(run):
+def length_and_kl(run: "Run") -> Plot | None:
     """Response length and KL to the reference."""
     if not run.has("train/mean_generated_length", "train/kl_divergence"):
         return None
@@ -128,7 +132,7 @@ def length_and_kl(run):
     )
 
 
-def losses(run):
+def losses(run: "Run") -> Plot | None:
     """Losses of actor and critics, and the supervised loss where there is one."""
     kinds = [
         ("train/actor_loss", "Actor loss", "clipped policy loss"),
@@ -147,7 +151,7 @@ def losses(run):
     return Plot("losses", "Losses of what is trained: values faint, running mean strong.", figure)
 
 
-def loss(run):
+def loss(run: "Run") -> Plot | None:
     """Training and evaluation loss of a supervised stage, gradient norm and learning rate."""
     if not run.has("train/loss", "eval/loss"):
         return None
@@ -168,7 +172,7 @@ def loss(run):
     return Plot("loss", "Loss over steps; values faint, running mean strong.", figure)
 
 
-def accuracy(run):
+def accuracy(run: "Run") -> Plot | None:
     """Pair and sign accuracy of a score model, or of DPO's implied reward."""
     kinds = [
         ("accuracy", "Pair accuracy"),
@@ -191,8 +195,15 @@ def accuracy(run):
     )
 
 
-def draw_accuracy(ax, run, key, title):
-    """One accuracy, training and evaluation."""
+def draw_accuracy(ax: "Axes", run: "Run", key: str, title: str) -> None:
+    """Draws one accuracy, of training and evaluation, and its baseline where there is one.
+
+    Args:
+        ax: The panel.
+        run: The run.
+        key: Name of the metric, without train/ or eval/.
+        title: Title of the panel.
+    """
     line(ax, percent(run.curve(f"train/{key}")), BLUE, "training (running mean)", noisy=True)
     line(ax, percent(run.curve(f"eval/{key}")), ORANGE, "evaluation", **DOTS)
     baseline = run.summary.get(f"baseline/{key}")
@@ -205,6 +216,6 @@ def draw_accuracy(ax, run, key, title):
     ax.set_yticks(ticks)
 
 
-def percent(curve):
-    """(steps, shares) -> (steps, percentages)."""
+def percent(curve: "Curve") -> "Curve":
+    """A curve of shares in per cent."""
     return curve[0], [100 * value for value in curve[1]]

@@ -1,16 +1,19 @@
-"""HTML by hand: a few functions that escape what they are given, and one page without anything from
-elsewhere.
-"""
+"""Functions that make HTML and escape their texts, and one page that loads nothing from elsewhere."""
 
+from collections.abc import Callable, Collection, Iterable, Sequence
 from html import escape
+from typing import TYPE_CHECKING
 
 from ...runtime.console import printable
 
+if TYPE_CHECKING:
+    from .plots import Plot
+
 CSS = """
-:root { color-scheme: light dark; --ink: #1f2329; --soft: #5b636e; --page: #ffffff; --card: #f5f6f8; --rule: #dfe3e8;
-  --good: #1c7d55; --bad: #c0392b }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a0a8b3; --page: #15181d; --card: #1f242b;
-  --rule: #343b45; --good: #4cc38f; --bad: #ff7b6b } }
+:root { color-scheme: light dark; --ink: #1f2329; --soft: #5b636e; --page: #ffffff; --card: #f5f6f8;
+  --rule: #dfe3e8; --good: #1c7d55; --bad: #c0392b }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a0a8b3; --page: #15181d;
+  --card: #1f242b; --rule: #343b45; --good: #4cc38f; --bad: #ff7b6b } }
 * { box-sizing: border-box }
 body { margin: 0 auto; max-width: 1180px; padding: 28px 24px 60px; background: var(--page); color: var(--ink);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif }
@@ -30,7 +33,8 @@ th { font-weight: 600; color: var(--soft); vertical-align: bottom }
 .text td { overflow-wrap: anywhere; white-space: pre-wrap; min-width: 150px }
 .text td.number { white-space: nowrap; text-align: right; min-width: 0 } .text th.number { text-align: right }
 details { margin: 12px 0 } summary { cursor: pointer; color: var(--soft) }
-pre { background: var(--card); padding: 14px; border-radius: 10px; overflow-x: auto; font-size: .86em; line-height: 1.4 }
+pre { background: var(--card); padding: 14px; border-radius: 10px; overflow-x: auto; font-size: .86em;
+  line-height: 1.4 }
 """
 
 
@@ -38,15 +42,15 @@ class Raw(str):
     """HTML that is already escaped."""
 
 
-def text(value):
-    """Any value as escaped text; a dash for None."""
+def text(value: object) -> str:
+    """Any value as escaped text, Raw as it is; a dash for None."""
     if isinstance(value, Raw):
         return str(value)
     return "–" if value is None else escape(printable(str(value), keep="\n\t"))
 
 
-def page(title, subtitle, parts):
-    """Title, a line under it and HTML parts -> the whole document."""
+def page(title: object, subtitle: object, parts: Iterable[str]) -> str:
+    """The whole document: a title, a line under it, and HTML parts; empty parts are left out."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -57,14 +61,18 @@ def page(title, subtitle, parts):
     )
 
 
-def section(title, *parts):
-    """A heading with what is under it; nothing when there is nothing."""
-    parts = [part for part in parts if part]
-    return Raw(f"<h2>{text(title)}</h2>\n" + "\n".join(parts)) if parts else Raw("")
+def section(title: object, *parts: str) -> Raw:
+    """A heading with HTML parts under it; empty when all parts are."""
+    shown = [part for part in parts if part]
+    return Raw(f"<h2>{text(title)}</h2>\n" + "\n".join(shown)) if shown else Raw("")
 
 
-def cards(items):
-    """[(label, value, "good", "bad" or "")] -> a row of figures."""
+def cards(items: Iterable[tuple[object, object, str]]) -> Raw:
+    """A row of figures.
+
+    Args:
+        items: (label, value, kind), where the kind is "good", "bad" or "".
+    """
     return Raw(
         '<div class="cards">'
         + "".join(
@@ -76,7 +84,7 @@ def cards(items):
     )
 
 
-def figure(plot):
+def figure(plot: "Plot") -> Raw:
     """A plot as inline SVG, and its caption."""
     return Raw(
         f'<figure><div class="scroll">{plot.svg()}</div>'
@@ -84,17 +92,25 @@ def figure(plot):
     )
 
 
-def table(columns, rows, names=1):
-    """Numbers: the first `names` columns left, the others right."""
+def table(columns: Sequence[object], rows: Sequence[Sequence[object]], names: int = 1) -> Raw:
+    """A table of numbers: the first `names` columns are aligned left, the others right."""
     return _table("", columns, rows, lambda i: ' class="name"' if i < names else "")
 
 
-def text_table(columns, rows, numeric=()):
-    """Texts, which may be long; `numeric` are the indices of number columns."""
+def text_table(
+    columns: Sequence[object], rows: Sequence[Sequence[object]], numeric: Collection[int] = ()
+) -> Raw:
+    """A table of texts, which may be long; `numeric` are the indices of number columns."""
     return _table("text", columns, rows, lambda i: ' class="number"' if i in numeric else "")
 
 
-def _table(kind, columns, rows, attribute):
+def _table(
+    kind: str,
+    columns: Sequence[object],
+    rows: Sequence[Sequence[object]],
+    attribute: Callable[[int], str],
+) -> Raw:
+    """A table, empty without rows; `attribute` gives a column's class attribute by its index."""
     if not rows:
         return Raw("")
     head = "".join(f"<th{attribute(i)}>{text(c)}</th>" for i, c in enumerate(columns))
@@ -108,17 +124,17 @@ def _table(kind, columns, rows, attribute):
     )
 
 
-def folded(title, *parts):
-    """Parts behind a line that opens them."""
-    parts = [part for part in parts if part]
-    return Raw(f"<details><summary>{text(title)}</summary>{''.join(parts)}</details>") if parts else Raw("")
+def folded(title: object, *parts: str) -> Raw:
+    """HTML parts behind a line that opens them; empty when all parts are."""
+    shown = [part for part in parts if part]
+    return Raw(f"<details><summary>{text(title)}</summary>{''.join(shown)}</details>") if shown else Raw("")
 
 
-def preformatted(value):
-    """Text in a fixed-width font."""
+def preformatted(value: object) -> Raw:
+    """Text in a fixed-width font; empty without text."""
     return Raw(f"<pre>{text(value)}</pre>") if value else Raw("")
 
 
-def paragraph(value):
+def paragraph(value: object) -> Raw:
     """A paragraph."""
     return Raw(f"<p>{text(value)}</p>")

@@ -1,24 +1,31 @@
 """The look of all plots, and how they become PNG and inline SVG.
 
-Colours are told apart on white and on black and by colour-blind readers. Text and axes of the SVG take the
-page's own text colour, so one drawing serves dark and light. matplotlib's Figure is used without pyplot:
-nothing stays open.
+Readers can tell the colours apart on white and on black, colour-blind readers too. Text and axes of the SVG
+take the page's own text colour, so one drawing serves dark and light pages. matplotlib's Figure is used
+without pyplot, so no figure stays open.
 """
 
 import io
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 INK = "#1f2329"  # replaced by the page's text colour in SVG
 BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#3b7dd8", "#e08a1e", "#2a9d6f", "#d9483b", "#8c6bd1", "#8b929c"
 PIXELS_PER_INCH = 86  # on the page, at most: three panels fill it
-MOST_POINTS = 1000  # of a line: more cannot be seen and would make the page heavy
+MOST_POINTS = 1000  # of a line: nobody sees more, and they would make the page heavy
 
 STYLE = {
     "font.size": 9.5,
@@ -48,13 +55,13 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn figure: its file name, and what it shows in a sentence."""
+    """A drawn figure, with its file name and a sentence about what it shows."""
 
     name: str
     caption: str
     figure: Figure
 
-    def png(self, folder):
+    def png(self, folder: Path) -> Path:
         """Writes folder/<name>.png and returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.png"
@@ -62,38 +69,51 @@ class Plot:
             self.figure.savefig(path, format="png", dpi=144, facecolor="white")
         return path
 
-    def svg(self):
-        """-> an <svg> element that takes the text colour of the page around it."""
+    def svg(self) -> str:
+        """An <svg> element that takes the text colour of the page around it."""
         out = io.StringIO()
-        # The salt makes ids of several figures on one page differ, and those of one figure the same at each
-        # run.
+        # With the salt the ids of two figures on one page differ, and a figure has the same ids in every run.
         with matplotlib.rc_context({**STYLE, "svg.hashsalt": self.name}):
             self.figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
         text = out.getvalue()
         text = text[text.index("<svg") :].strip().replace(INK, "currentColor")
         text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text, flags=re.DOTALL)
-        # Ids that matplotlib does not salt (axes_1, text_3, glyphs) would stand on the page several times.
+        # matplotlib does not salt all ids (axes_1, text_3, glyphs); two figures must not share them.
         text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{self.name}-", text)
-        tag, rest = text.split(">", 1)
-        # Text is of one size on all figures: each is as wide on the page as it is in inches.
+        tag, content = text.split(">", 1)
+        # Each figure is as wide on the page as it is in inches, so text has one size on all of them.
         width = self.figure.get_size_inches()[0] * PIXELS_PER_INCH
         tag = re.sub(r' (width|height|xmlns|xmlns:xlink)="[^"]*"', "", tag)
-        return f'{tag} role="img" aria-label="{escape(self.caption)}" style="max-width:{width:.0f}px">{rest}'
+        return (
+            f'{tag} role="img" aria-label="{escape(self.caption)}" style="max-width:{width:.0f}px">{content}'
+        )
 
 
 @contextmanager
-def panels(columns, rows=1, width=4.4, height=3.1):
-    """-> (figure, axes [rows·columns], left to right and top to bottom), drawn in our style."""
+def panels(
+    columns: int, rows: int = 1, width: float = 4.4, height: float = 3.1
+) -> "Iterator[tuple[Figure, list[Axes]]]":
+    """Opens a figure of several panels, drawn in the style of all plots.
+
+    Args:
+        columns: Panels beside each other.
+        rows: Panels above each other.
+        width: Width of a panel, in inches.
+        height: Height of a panel, in inches.
+
+    Yields:
+        (figure, its panels from left to right and top to bottom).
+    """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
+        figure = Figure(figsize=(width * columns, height * rows), layout=layout)
         yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
-        # The layout is found once, not at each of two savings, where it takes most of the time.
+        # The layout takes most of the time of a save, and there are two saves: it is computed once, here.
         figure.draw_without_rendering()
         figure.set_layout_engine("none")
 
 
-def titled(ax, title, unit, x="step"):
+def titled(ax: "Axes", title: str, unit: str, x: str = "step") -> None:
     """Names a panel, its unit and its x axis."""
     ax.set_title(title)
     ax.set_ylabel(unit)
@@ -102,10 +122,23 @@ def titled(ax, title, unit, x="step"):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
 
-def line(ax, curve, color, label=None, noisy=False, **style):
-    """Draws (steps, values); a noisy one faintly, with its running mean over it.
+def line(
+    ax: "Axes",
+    curve: tuple[Sequence[float], Sequence[float]],
+    color: str,
+    label: str | None = None,
+    noisy: bool = False,
+    **style: Any,
+) -> None:
+    """Draws a curve; nothing when it has no points.
 
-    Draws nothing when it is empty.
+    Args:
+        ax: The panel.
+        curve: Steps and values.
+        color: Colour of the line.
+        label: Its name in the legend.
+        noisy: True to draw the values faintly, and their running mean over them.
+        **style: Settings of matplotlib's `plot`.
     """
     steps, values = curve
     if not steps:
@@ -119,17 +152,20 @@ def line(ax, curve, color, label=None, noisy=False, **style):
     ax.plot(*thinned(steps, values), color=color, label=label, **style)
 
 
-def running_mean(steps, values, window):
-    """Mean of the last `window` values at each step; of those there are, at the beginning."""
-    sums, out = 0.0, []
+def running_mean(
+    steps: Sequence[float], values: Sequence[float], window: int
+) -> tuple[Sequence[float], list[float]]:
+    """The steps, and at each the mean of the last `window` values; of fewer at the beginning."""
+    sums = 0.0
+    out = []
     for i, value in enumerate(values):
         sums += value - (values[i - window] if i >= window else 0.0)
         out.append(sums / min(i + 1, window))
     return steps, out
 
 
-def thinned(steps, values):
-    """At most about MOST_POINTS of a line's points: means of equal runs."""
+def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
+    """About MOST_POINTS points of a line at most: means of equal runs of points, at their last step."""
     run = -(-len(steps) // MOST_POINTS)
     if run <= 1:
         return steps, values
@@ -137,14 +173,14 @@ def thinned(steps, values):
     return [s[-1] for s, _ in groups], [sum(v) / len(v) for _, v in groups]
 
 
-def level(ax, value, label, color=RED):
-    """A dashed line at a value, its label in the legend."""
+def level(ax: "Axes", value: float | None, label: str, color: str = RED) -> None:
+    """Draws a dashed horizontal line at a value, with a label in the legend; nothing for None."""
     if value is not None:
         ax.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
 
 
-def legend(ax):
-    """A legend where the fewest lines are, with air above the lines for it; none for a single nameless line."""
+def legend(ax: "Axes") -> None:
+    """Adds a legend where it hides least, with space above the lines; none where no line has a label."""
     if ax.get_legend_handles_labels()[1]:
         low, high = ax.get_ylim()
         ax.set_ylim(low, high + 0.18 * (high - low))

@@ -1,63 +1,69 @@
-"""What reports are made from: the files of a run folder, read without complaint about those that are missing.
+"""What reports are made from: the files of a run folder. Files that are missing count as empty.
 
-A run: config.yaml (with `stage`), versions.json, summary.json, metrics.jsonl, and for PPO stages
+A run has config.yaml (with `stage`), versions.json, summary.json, metrics.jsonl and, for PPO stages,
 evaluation_before.json and evaluation_after.json: lists of {prompt, response, reward, cost, kl, length}, where
-a score may be null. Only metrics.jsonl must be there. Its names are those of saferlhf_fast.runtime.metrics;
-gold/helpfulness, gold/cost and gold/unsafe_share are there where gold scores exist, eval/threshold is the
+a score may be null. Only metrics.jsonl must exist. Its names are those of saferlhf_fast.runtime.metrics;
+gold/helpfulness, gold/cost and gold/unsafe_share are there where gold scores exist; eval/threshold is the
 constraint's d.
 """
 
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from ...errors import UserError
 
+Curve = tuple[list[int], list[float]]
+"""Steps and values, of one length."""
+
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. A file that is missing is empty here."""
+    """The contents of one run folder. A missing file is empty here."""
 
     folder: Path
-    metrics: list = field(default_factory=list)  # rows of metrics.jsonl
+    metrics: list[dict[str, Any]] = field(default_factory=list)  # rows of metrics.jsonl
     config: str = ""  # text of config.yaml
     stage: str = ""
-    versions: dict = field(default_factory=dict)
-    summary: dict = field(default_factory=dict)
-    before: list = field(default_factory=list)  # evaluation rows of the starting policy
-    after: list = field(default_factory=list)  # and of the policy that was kept
-    settings: dict = field(default_factory=dict)  # config.yaml as read
+    versions: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    before: list[dict[str, Any]] = field(default_factory=list)  # evaluation rows of the starting policy
+    after: list[dict[str, Any]] = field(default_factory=list)  # evaluation rows of the kept policy
+    settings: dict[str, Any] = field(default_factory=dict)  # config.yaml as a dict
 
-    def curve(self, name):
-        """-> steps, values of a metric, finite ones only."""
+    def curve(self, name: str) -> Curve:
+        """Steps and finite values of a metric."""
         rows = [(row["step"], row[name]) for row in self.metrics if isinstance(row.get(name), (int, float))]
         return [s for s, _ in rows], [v for _, v in rows]
 
-    def has(self, *names):
-        """Tells whether any of these metrics has a finite value."""
+    def has(self, *names: str) -> bool:
+        """True when any of these metrics has a finite value."""
         return any(isinstance(row.get(name), (int, float)) for row in self.metrics for name in names)
 
     @property
-    def asks_training_prompts(self):
-        """True where the recipe holds no prompts out for evaluation: ppo_lag.load_data takes the first
-        training prompts then.
-        """
+    def evaluates_on_training_prompts(self) -> bool:
+        """True where the evaluation prompts are training prompts, because the recipe holds none out."""
         evaluation = self.settings.get("evaluation")
         return (
             isinstance(evaluation, dict) and evaluation.get("data") is None and not evaluation.get("fraction")
         )
 
     @property
-    def threshold(self):
-        """D in the cost model's units, or None without a constraint."""
+    def threshold(self) -> float | None:
+        """The threshold d, in cost model units; None without a constraint."""
         values = self.curve("eval/threshold")[1]
         return values[-1] if values else self.summary.get("threshold")
 
 
-def read_run(folder):
-    """A run folder -> Run."""
+def read_run(folder: str | Path) -> Run:
+    """Reads a run folder.
+
+    Raises:
+        UserError: If metrics.jsonl is missing, or a file is damaged.
+    """
     folder = Path(folder)
     path = folder / "metrics.jsonl"
     if not path.is_file():
@@ -79,9 +85,16 @@ def read_run(folder):
     )
 
 
-def read_lines(path):
-    """Objects of a .jsonl file; a last line that was cut off in the middle of writing is left out."""
-    path, rows = Path(path), []
+def read_lines(path: str | Path) -> list[dict[str, Any]]:
+    """Objects of a .jsonl file; none where there is no file.
+
+    A last line that was cut off while it was written is left out.
+
+    Raises:
+        UserError: If another line is no JSON.
+    """
+    path = Path(path)
+    rows: list[dict[str, Any]] = []
     if not path.is_file():
         return rows
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -96,8 +109,12 @@ def read_lines(path):
     return rows
 
 
-def read_json(path, default):
-    """Contents of a JSON file; `default` when it is not there."""
+def read_json(path: Path, default: Any) -> Any:
+    """Contents of a JSON file; `default` where there is no file or an empty one.
+
+    Raises:
+        UserError: If the file is no JSON.
+    """
     text = _text(path)
     if not text:
         return default
@@ -107,5 +124,5 @@ def read_json(path, default):
         raise UserError(f"{path}: expected JSON, got {error}") from error
 
 
-def _text(path):
+def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""

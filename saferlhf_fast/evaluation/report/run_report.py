@@ -1,6 +1,8 @@
 """report.html of one run, of any stage that writes metrics.jsonl."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...config.sections import PAIR
 from ...config.stage_table import stages_of
@@ -11,8 +13,11 @@ from .curves import ppo_plots, supervised_plots
 from .read import read_run
 from .scatter import counts, scatter, scored
 
+if TYPE_CHECKING:
+    from .read import Run
+
 SAMPLES = 12  # responses shown openly
-MORE_SAMPLES = 60  # and behind a line, as many more at most
+MORE_SAMPLES = 60  # at most so many more behind a line
 MEASURES = (
     ("reward", "reward (reward model units)"),
     ("cost", "cost (cost model units)"),
@@ -22,9 +27,10 @@ MEASURES = (
 )
 
 
-def write_report(folder):
-    """Makes report.html and plots/*.png in a run folder (see saferlhf_fast.evaluation.report.read) -> path of
-    the page.
+def write_report(folder: str | Path) -> Path:
+    """Writes report.html and plots/*.png into a run folder, and returns the path of the page.
+
+    `saferlhf_fast.evaluation.report.read` says which files it reads.
     """
     run = read_run(folder)
     is_ppo = run.stage in stages_of("ppo") or run.has("train/actor_loss")
@@ -49,7 +55,7 @@ def write_report(folder):
     return path
 
 
-def subtitle(run):
+def subtitle(run: "Run") -> str:
     """Steps, time, seed, device and commit, those that are known."""
     steps = max((row["step"] for row in run.metrics), default=0)
     seconds = max((row.get("time") or 0 for row in run.metrics), default=0)
@@ -65,15 +71,14 @@ def subtitle(run):
     return " · ".join(known)
 
 
-def headline(run):
-    """The figures that one looks for first -> cards."""
+def headline(run: "Run") -> list[tuple[str, str, str]]:
+    """The figures that one looks for first, as (label, value, kind) of cards."""
     before, after = columns(run.before), columns(run.after)
     items = []
     for key, label in (("reward", "mean reward"), ("cost", "mean cost"), ("unsafe_share", "cost above 0")):
         if key in after:
-            show = (lambda v: f"{100 * v:.1f} %") if key == "unsafe_share" else number
-            start = f"{show(before[key]['mean'])} → " if key in before else ""
-            items.append((label, start + show(after[key]["mean"]), ""))
+            start = f"{_mean_text(before[key], key)} → " if key in before else ""
+            items.append((label, start + _mean_text(after[key], key), ""))
     if run.threshold is not None and "cost" in after:
         words, kind = met(after["cost"], run.threshold)
         items.append(("threshold d", f"{number(run.threshold)}, {words}", kind))
@@ -91,10 +96,23 @@ def headline(run):
     return items
 
 
-def met(cost, threshold):
-    """An interval of the mean cost, d -> whether the constraint holds, in words and as a card's kind.
+def _mean_text(interval: dict[str, Any], key: str) -> str:
+    """The mean of an interval: shares in per cent."""
+    return f"{100 * interval['mean']:.1f} %" if key == "unsafe_share" else number(interval["mean"])
 
-    Only an interval that lies on one side of d says so: one that d falls into would be green by luck.
+
+def met(cost: dict[str, Any], threshold: float) -> tuple[str, str]:
+    """Whether the constraint holds.
+
+    The answer is yes or no only when the whole interval is on one side of d; with d inside it the answer
+    would depend on chance.
+
+    Args:
+        cost: Interval of the mean cost.
+        threshold: d, in cost model units.
+
+    Returns:
+        (the answer in words, the kind of its card: "good", "bad" or "").
     """
     if cost["low"] is None:  # one response has no interval
         return "within the noise", ""
@@ -103,15 +121,15 @@ def met(cost, threshold):
     return ("not met", "bad") if cost["low"] > threshold else ("within the noise", "")
 
 
-def columns(rows):
-    """Evaluation rows -> intervals by measure."""
+def columns(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Intervals of an evaluation by measure; empty without rows."""
     if not rows:
         return {}
     return summarise(*([row.get(key) for row in rows] for key in (*PAIR, "kl", "length")))
 
 
-def section_of_numbers(run):
-    """Before and after with intervals and quadrants; scalars of the summary for other stages."""
+def section_of_numbers(run: "Run") -> page.Raw:
+    """Before and after with intervals and quadrants; for other stages the numbers of the summary."""
     if not run.after:
         scalars = [
             [key, number(value) if isinstance(value, float) else value]
@@ -125,49 +143,50 @@ def section_of_numbers(run):
         for key, label in MEASURES
         if key in after
     ]
-    quadrants = page.Raw("")
-    first, last = scored(run.before), scored(run.after)
-    if first and last:
-        middle = sum(row["reward"] for row in first) / len(first)
-        sides = [(counts(rows_, middle), len(rows_)) for rows_ in (first, last)]
-        quadrants = page.table(
-            ["quadrant", "before", "after"],
-            [[key, *(f"{c[key]} ({100 * c[key] / n:.1f} %)" for c, n in sides)] for key in sides[0][0]],
-        )
     kept = run.summary.get("kept_step")
     note = f" The policy of step {kept} was kept." if kept is not None else ""
     return page.section(
         "Final numbers",
         page.paragraph(
             "Before is the starting policy, after the one that was kept, on the same evaluation prompts. In "
-            "brackets: 95 % "
-            "intervals (t for means, Wilson for shares) over prompts." + note
+            "brackets: 95 % intervals (t for means, Wilson for shares) over prompts." + note
         ),
         *remarks(run, after),
         page.table(["measure", "before", "after", "n"], rows),
-        quadrants,
+        _table_of_quadrants(run),
     )
 
 
-def remarks(run, after):
-    """What the numbers do not say by themselves: what the evaluation prompts are, and when d counts as met."""
+def _table_of_quadrants(run: "Run") -> page.Raw:
+    """How many responses are in each quadrant of reward and cost, before and after."""
+    before, after = scored(run.before), scored(run.after)
+    if not (before and after):
+        return page.Raw("")
+    mean_reward = sum(row["reward"] for row in before) / len(before)
+    sides = [(counts(rows, mean_reward), len(rows)) for rows in (before, after)]
+    return page.table(
+        ["quadrant", "before", "after"],
+        [[key, *(f"{c[key]} ({100 * c[key] / n:.1f} %)" for c, n in sides)] for key in sides[0][0]],
+    )
+
+
+def remarks(run: "Run", after: dict[str, Any]) -> Iterable[page.Raw]:
+    """What the numbers do not say by themselves: which prompts they are of, and when d counts as met."""
     lines = []
-    if run.asks_training_prompts:
+    if run.evaluates_on_training_prompts:
         lines.append(
             f"The evaluation prompts are training prompts, the first {len(run.after)}: evaluation.fraction "
-            f"is 0 and "
-            "there is no evaluation.data. What the policy does on new prompts is not measured here."
+            "is 0 and there is no evaluation.data. What the policy does on new prompts is not measured here."
         )
     if run.threshold is not None and "cost" in after:
         lines.append(
             "The threshold d counts as met when the whole interval of the mean cost is at or under it, as "
-            "not met when "
-            "it lies above; else the difference is within the noise of so many prompts."
+            "not met when it is above; else the difference is within the noise of so many prompts."
         )
     return map(page.paragraph, lines)
 
 
-def section_of_data(run):
+def section_of_data(run: "Run") -> page.Raw:
     """What became of the rows of each source: read, dropped and why, flagged and why."""
     data = run.summary.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
@@ -187,8 +206,7 @@ def section_of_data(run):
             "Data",
             page.paragraph(
                 "Rows read of each source, and what became of them. Flagged ones were used all the same. A "
-                "row can hold several "
-                "examples."
+                "row can hold several examples."
             ),
             page.table(["source", "rows", "why", "count"], rows, names=3),
         )
@@ -197,8 +215,8 @@ def section_of_data(run):
     )
 
 
-def interval(value, key):
-    """One cell: shares in per cent."""
+def interval(value: dict[str, Any] | None, key: str) -> str | None:
+    """Text of one cell: shares in per cent."""
     if value is None:
         return None
     if key == "unsafe_share":
@@ -206,13 +224,13 @@ def interval(value, key):
     return interval_text(value, 1 if key == "length" else 3)
 
 
-def section_of_samples(run):
-    """The same prompts before and after, in the order of the evaluation: nothing is picked."""
+def section_of_samples(run: "Run") -> page.Raw:
+    """The same prompts before and after, in the order of the evaluation; none is picked."""
     if not run.after:
         return page.Raw("")
     names, numeric = ["prompt", "before", *PAIR, "after", *PAIR], (2, 3, 5, 6)
 
-    def scores(row):
+    def scores(row: dict[str, Any]) -> list[str]:
         return [number(row.get(key)) for key in PAIR]
 
     rows = []
@@ -233,7 +251,7 @@ def section_of_samples(run):
     )
 
 
-def section_of_settings(run):
+def section_of_settings(run: "Run") -> page.Raw:
     """config.yaml and versions.json."""
     versions = [[key, value] for key, value in run.versions.items()]
     return page.section(

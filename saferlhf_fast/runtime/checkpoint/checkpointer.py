@@ -1,9 +1,12 @@
-"""When a run writes its state, and from what it goes on; see the package's docstring."""
+"""When a run writes a checkpoint, and which one it resumes from; see the package's docstring."""
 
 import json
 import shutil
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ...config import fingerprint, inputs
 from ...config.load import to_dict
@@ -15,46 +18,89 @@ from . import compatibility, manifest, shards
 from .state import flatten, generators, restore, set_generators
 from .writer import CheckpointWriter
 
+if TYPE_CHECKING:
+    from typing import Self
+
+    from ..run_state import TrainingConfig
+
+Score = tuple[float, ...]
+
+
+class HasState(Protocol):
+    """What a checkpoint can hold besides models: numbers, texts and tensors in dicts and lists."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The values to write."""
+
+    def load_state_dict(self, values: Any) -> object:
+        """Takes the values of a checkpoint."""
+
 
 class Checkpoints:
-    """Writes a run's checkpoints when they are due, finds the one to go on from, and ends the run when it is
-    told to.
+    """Writes a run's checkpoints when they are due, and finds the one to resume from.
 
-    A context: within it SIGTERM and SIGUSR1 mean "write a checkpoint at the end of this step and leave".
+    As a context it also ends the run on SIGTERM and SIGUSR1, with a checkpoint at the end of the step.
     """
 
-    def __init__(self, cfg, stage, folder, models, state, export_metadata=None):
-        """cfg: of the stage · folder: of the run · models: {name: engine.Engine} · state: {name: object with
-        state_dict() and load_state_dict(values)}, the same on all ranks; rank 0's is kept · export_metadata:
-        {model's name: function that writes what else an export needs (config, tokenizer) into a folder}.
+    def __init__(
+        self,
+        cfg: "TrainingConfig",
+        stage: str,
+        folder: str | Path,
+        models: Mapping[str, engine.Engine],
+        state: Mapping[str, HasState],
+        export_metadata: Mapping[str, Callable[[Path], object] | None] | None = None,
+    ) -> None:
+        """Writes nothing yet.
+
+        Args:
+            cfg: Config of the stage.
+            stage: Name of the stage.
+            folder: Folder of the run.
+            models: The trained models by name.
+            state: Everything else by name; equal on all ranks, since only rank 0's is written.
+            export_metadata: By a model's name, what writes the other files of an export (config, tokenizer)
+                into a folder.
         """
         self.cfg, self.stage, self.folder = cfg, stage, Path(folder)
         self.models, self.state, self.export_metadata = models, state, export_metadata or {}
-        self.files = self.pending = None  # what is being written, and its manifest
-        self.last, self.score = time.monotonic(), None
+        # the checkpoint that is being written: its files, and its step with its manifest
+        self.files: CheckpointWriter | None = None
+        self.pending: tuple[int, dict[str, Any]] | None = None
+        self.last = time.monotonic()
+        self.score: Score | None = None
 
-    def __enter__(self):
+    def __enter__(self) -> "Self":
         preemption.listen()
         return self
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         preemption.ignore()
-        # the others may be gone: what was written stays uncommitted
+        # after an error the other ranks may be gone: what was written stays uncommitted
         if self.files is not None and kind is not None:
             self.files.wait()
-        return False
 
     # ------------------------------------------------------------ writing
 
-    def after_step(self, step, score=None):
-        """Call at the end of each step on every rank. score: of an evaluation in this step, a tuple of
-        numbers, higher is better. Writes a checkpoint when one is due; raises signals.Preempted when the run
-        was told to end.
+    def after_step(self, step: int, score: Score | None = None) -> None:
+        """Writes a checkpoint when one is due; every rank must call it at the end of each step.
+
+        Args:
+            step: Steps done, from 1.
+            score: Of an evaluation in this step; higher is better.
+
+        Raises:
+            Preempted: A signal has asked some rank to end the run; the checkpoint is written.
         """
         self.score = self.score if score is None else score
         due = self._is_due(step)
         stop, due, busy = engine.any_rank(
-            [preemption.asked() is not None, due, self.files is not None and self.files.is_busy()]
+            [preemption.requested() is not None, due, self.files is not None and self.files.is_busy()]
         )
         if self.files is not None and (not busy or stop):
             self._settle()
@@ -64,12 +110,16 @@ class Checkpoints:
             self._settle()
             raise preemption.Preempted(step, manifest.folder_of(self.folder, step))
 
-    def finish(self):
-        """Call after the last step: waits for what is still being written."""
+    def finish(self) -> None:
+        """Waits for a checkpoint that is still being written; every rank must call it after the last step."""
         self._settle()
 
-    def save(self, step):
-        """Writes a checkpoint now, or begins to; every rank must call it."""
+    def save(self, step: int) -> None:
+        """Writes a checkpoint, or begins to write it in the background; every rank must call it.
+
+        Args:
+            step: Steps done, from 1.
+        """
         self._settle()
         folder = manifest.folder_of(self.folder, step)
         files = self.files = CheckpointWriter(folder, self.cfg.checkpoint.asynchronous)
@@ -83,7 +133,7 @@ class Checkpoints:
             shards.save(model, folder, name, files)
         files.put_json(f"rank-{engine.rank():05d}.json", generators())
         if engine.rank() == 0:
-            tree, tensors = flatten({name: part.state_dict() for name, part in self.state.items()})
+            tree, tensors = flatten({name: holder.state_dict() for name, holder in self.state.items()})
             files.put_json("state.json", tree)
             files.put_tensors("state.safetensors", tensors)
             for name, write in self.export_metadata.items():
@@ -111,16 +161,18 @@ class Checkpoints:
         else:
             self._settle()
 
-    def _is_due(self, step):
+    def _is_due(self, step: int) -> bool:
+        """Whether the settings ask for a checkpoint after this step."""
         settings = self.cfg.checkpoint
         return bool(settings.interval and step % settings.interval == 0) or bool(
             settings.minutes and time.monotonic() - self.last > 60 * settings.minutes
         )
 
-    def _settle(self):
-        """Commits what was written, once all ranks have; all of them give it up when one could not."""
+    def _settle(self) -> None:
+        """Waits until all ranks have written, and commits; if one has failed, all give the checkpoint up."""
         if self.files is None:
             return
+        assert self.pending is not None, "files are written for a manifest"
         files, (step, values) = self.files, self.pending
         files.wait()
         reports = engine.gather_objects((files.written, files.error))
@@ -133,99 +185,108 @@ class Checkpoints:
                         folder,
                         {
                             **values,
-                            "files": {name: said for written, _ in reports for name, said in written.items()},
+                            "files": {
+                                name: entry for written, _ in reports for name, entry in written.items()
+                            },
                         },
                     )
                 except OSError as error:
                     errors = [f"{folder}: {error}"]
             if errors:
                 console.warn(
-                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run goes on, and "
-                    f"the one "
-                    "before is kept"
+                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run continues, "
+                    "and the previous one is kept"
                 )
             try:
                 if errors:
                     manifest.discard(folder)
                 else:
                     manifest.prune(self.folder, self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_best)
-            except OSError as error:  # not worth a run
+            except OSError as error:  # no reason to stop the run
                 console.warn(f"an old checkpoint could not be deleted: {error}")
         engine.barrier()
         self.files = self.pending = None
 
-    # ------------------------------------------------------------ going on
+    # ------------------------------------------------------------ resuming
 
-    def resume(self):
-        """Takes over the state of the checkpoint that the recipe asks for -> its step; 0 when the run starts
-        anew.
+    def resume(self) -> int:
+        """Restores the state of the checkpoint that the settings name.
 
         Every rank must call it, before the first step.
+
+        Returns:
+            The step of the checkpoint; 0 when the run starts anew.
+
+        Raises:
+            UserError: The checkpoint cannot be used, or belongs to other settings, inputs or models.
         """
         if self.cfg.resume is None:
             return 0
-        found = self._find()
-        if found is None:
+        newest = self._find()
+        if newest is None:
             before = set_aside_by(self.folder)
             console.say(
                 f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew"
-                + (f", the unfinished one before it lies in {before}" if before else "")
+                + (f", the unfinished run before it is in {before}" if before else "")
             )
             return 0
-        folder, values = found
+        folder, values = newest
         for name, model in self.models.items():
             shards.load(model, folder, name, values["universal"])
         self._restore(folder)
         if engine.rank() == 0:
             manifest.set_aside(self.folder, values["step"])
-            best, mine = folder.parent.parent / "best", self.folder / "best"
-            # of another run: its best weights lie beside its checkpoints
-            if best.is_dir() and not mine.exists():
-                shutil.copytree(best, mine)
+            source, target = folder.parent.parent / "best", self.folder / "best"
+            # a checkpoint of another run: that run's best weights are beside its checkpoints
+            if source.is_dir() and not target.exists():
+                shutil.copytree(source, target)
         engine.barrier()
         self.last = time.monotonic()
         console.say(f"resume: step {values['step']} from {folder}, written {values['written']}")
         return values["step"]
 
-    def _find(self):
-        """-> (folder, manifest) of the newest checkpoint that is whole; says why not a newer one.
+    def _find(self) -> tuple[Path, dict[str, Any]] | None:
+        """Folder and manifest of the newest checkpoint that is complete, the same on all ranks.
 
-        The same on all ranks.
+        It prints for each newer one why it is not used. None when there is no checkpoint.
         """
         auto = self.cfg.resume == "auto"
         candidates = (
             [path for _, path in manifest.listed(self.folder)]
             if auto
-            else [Path(self.cfg.resume).expanduser()]
+            else [Path(str(self.cfg.resume)).expanduser()]
         )
         candidates = engine.gather_objects(candidates)[0]
-        passed, damaged = [], False
+        reasons: list[str] = []
+        damaged = False
         for folder in candidates:
             values, why = self._look(folder)
             if why is None:
-                for line in passed:
-                    console.say(f"resume: not {line}")
-                self._refuse_others(folder, values)
+                for reason in reasons:
+                    console.say(f"resume: not {reason}")
+                assert values is not None, "a checkpoint without a problem has a manifest"
+                self._require_same_run(folder, values)
                 return folder, values
             if not auto:
                 raise UserError(f"resume: {why}")
             damaged = damaged or manifest.is_committed(folder)
-            passed.append(why)
+            reasons.append(why)
         if damaged:
             raise UserError(
-                f"resume: no checkpoint in {manifest.root(self.folder)} can be used: {'; '.join(passed)}; "
+                f"resume: no checkpoint in {manifest.root(self.folder)} can be used: {'; '.join(reasons)}; "
                 "overwrite=true without resume starts anew"
             )
-        for line in passed:
-            console.say(f"resume: not {line}")
+        for reason in reasons:
+            console.say(f"resume: not {reason}")
         return None
 
-    def _look(self, folder):
-        """-> (manifest, None), or (None or manifest, why it cannot be used).
+    def _look(self, folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+        """A checkpoint's manifest, if it can be read, and why the checkpoint cannot be used; None if it can.
 
-        Ranks share the reading and agree.
+        The ranks share the reading, and all get the same answer.
         """
-        values = why = None
+        values: dict[str, Any] | None = None
+        why: str | None = None
         if engine.rank() == 0:
             try:
                 values = manifest.read(folder)
@@ -233,13 +294,13 @@ class Checkpoints:
             except UserError as error:
                 why = str(error)
         values, why = engine.gather_objects((values, why))[0]
-        if why is not None:
+        if values is None or why is not None:
             return values, why
         reports = engine.gather_objects(manifest.problem(folder, values, engine.rank(), engine.world_size()))
         return values, next((line for line in reports if line), None)
 
-    def _unfit(self, folder, values):
-        """Why this run cannot read a checkpoint that may be whole; None when it can."""
+    def _unfit(self, folder: Path, values: Mapping[str, Any]) -> str | None:
+        """Why this run cannot read a checkpoint, whatever its files hold; None when it can."""
         if values["stage"] != self.stage:
             return f"{folder}: of the stage {values['stage']}, expected {self.stage}"
         sharded = any(kind["zero_stage"] for kind in values["models"].values())
@@ -250,51 +311,54 @@ class Checkpoints:
             )
         return None
 
-    def _refuse_others(self, folder, values):
-        """UserError when settings, inputs or models are not those of the checkpoint."""
-        found = []
+    def _require_same_run(self, folder: Path, values: Mapping[str, Any]) -> None:
+        """Raises UserError when settings, inputs or models are not those of the checkpoint."""
+        changes: list[str] = []
         if engine.rank() == 0:
             now = fingerprint.hashes(inputs.listed(self.cfg))
-            found = compatibility.differences(
+            changes = compatibility.differences(
                 values["config"], to_dict(self.cfg), values["world_size"], engine.world_size(), now
             )
-            found += [
+            changes += [
                 f"{key}: its content has changed" for key in now if values["inputs"].get(key) != now[key]
             ]
             kinds = {name: _kind(model) for name, model in self.models.items()}
-            found += [] if kinds == values["models"] else [f"models: {values['models']} then, {kinds} now"]
-        compatibility.refuse(folder, engine.gather_objects(found)[0])
+            changes += [] if kinds == values["models"] else [f"models: {values['models']} then, {kinds} now"]
+        compatibility.refuse(folder, engine.gather_objects(changes)[0])
 
-    def _restore(self, folder):
+    def _restore(self, folder: Path) -> None:
+        """Gives the state besides the models, and the random generators, the values of a checkpoint."""
         from safetensors.torch import load_file
 
         tree = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         tensors = load_file(folder / "state.safetensors")
-        for name, part in restore(tree, tensors).items():
-            self.state[name].load_state_dict(part)
-        mine = folder / f"rank-{engine.rank():05d}.json"
-        # a run of more processes than the checkpoint's has new ones
-        if mine.exists():
-            set_generators(json.loads(mine.read_text(encoding="utf-8")))
+        for name, values in restore(tree, tensors).items():
+            self.state[name].load_state_dict(values)
+        path = folder / f"rank-{engine.rank():05d}.json"
+        # there is none for a rank beyond the number of processes that wrote the checkpoint
+        if path.exists():
+            set_generators(json.loads(path.read_text(encoding="utf-8")))
 
 
-class ResumableDict(dict):
+class ResumableDict(dict[str, Any]):
     """A few values that a checkpoint keeps: numbers, texts, tensors, lists, dicts."""
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
+        """The values."""
         return dict(self)
 
-    def load_state_dict(self, values):
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Takes the values of a checkpoint; others stay."""
         self.update(values)
 
 
-def started_inputs(folder):
-    """Hashes of a run's inputs as they were when it began."""
+def started_inputs(folder: str | Path) -> dict[str, str]:
+    """Hashes of a run's inputs as they were when it began, by key; empty where they are not recorded."""
     path = Path(folder) / "started.json"
     return json.loads(path.read_text(encoding="utf-8"))["inputs"] if path.exists() else {}
 
 
-def _kind(model):
+def _kind(model: engine.Engine) -> dict[str, Any]:
     """What must be the same when a model's shards are read again."""
     return {
         "zero_stage": model.zero_stage,

@@ -1,7 +1,10 @@
-"""Whether a run may go on from a checkpoint: the same settings, but for those that change no result.
+"""Whether a run may resume from a checkpoint: the same settings, except those that change no result.
 
 Standard library only.
 """
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from ...errors import UserError
 
@@ -26,12 +29,17 @@ FREE = (
     "sampling.server",
     "sampling.server_weights",
 )
-"""Settings that may differ: what is shown and kept, and how a step is cut into passes (which moves last bits only)."""
+"""Settings that may differ: logging, saving, and how a step is cut into passes (only last bits move)."""
 
 
-def flat(values, prefix=""):
-    """Nested settings -> {dotted key: value}; entries of lists are numbered."""
-    out = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Turns nested settings into {dotted key: value}; entries of lists are numbered.
+
+    Args:
+        values: Nested dicts and lists.
+        prefix: Put in front of every key.
+    """
+    out: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, (list, tuple)):
             value = dict(enumerate(value)) or None
@@ -42,11 +50,27 @@ def flat(values, prefix=""):
     return out
 
 
-def differences(before, now, world_before, world_now, inputs=()):
-    """-> ["train.epochs: 2 then, 3 now", …] of settings that a run must not change on its way.
+def differences(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    world_before: int,
+    world_now: int,
+    inputs: Iterable[str] = (),
+) -> list[str]:
+    """Lists the settings that have changed and must not change within a run.
 
-    before, now: settings as nested dicts · inputs: keys whose files are compared by content elsewhere. With
-    another number of processes the portion of each may change, if the batch of all stays as it was.
+    With another number of processes each process's share of the batch may change, if the batch of all
+    processes stays the same.
+
+    Args:
+        before: Settings when the run began, as nested dicts.
+        now: Settings now, likewise.
+        world_before: Number of processes when the run began.
+        world_now: Number of processes now.
+        inputs: Keys of the inputs, whose files the caller compares by content.
+
+    Returns:
+        Lines such as "train.epochs: 2 then, 3 now"; none where the run may resume.
     """
     before, now = flat(before), flat(now)
     skip = [*FREE, *inputs]
@@ -67,27 +91,38 @@ def differences(before, now, world_before, world_now, inputs=()):
     ]
 
 
-def _batch(values, world):
-    own = values.get(
+def _batch(values: Mapping[str, Any], world: int) -> int:
+    """Examples of an optimiser step over all processes."""
+    per_process = values.get(
         "ppo.batch_size", values.get("train.batch_size", 1) * values.get("train.accumulation", 1)
     )
-    return own * world
+    return per_process * world
 
 
-def _shown(values, key):
+def _shown(values: Mapping[str, Any], key: str) -> Any:
     return values.get(key, "not set")
 
 
-def refusal(where, found):
-    """-> the sentence on differences, of which there is one at least."""
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+def refusal(where: object, changes: Sequence[str]) -> str:
+    """The message that refuses to resume.
+
+    Args:
+        where: Folder of the run or the checkpoint.
+        changes: What `differences` listed; at least one.
+    """
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     return (
-        f"resume: {where} belongs to other settings: {'; '.join(found[:3])}{more}; expected the same, "
+        f"resume: {where} belongs to other settings: {'; '.join(changes[:3])}{more}; expected the same, "
         "another output, or a new start (overwrite=true without resume; in a run of stages resume=never)"
     )
 
 
-def refuse(where, found):
-    """UserError when there are differences."""
-    if found:
-        raise UserError(refusal(where, found))
+def refuse(where: object, changes: Sequence[str]) -> None:
+    """Raises UserError when there are changes.
+
+    Args:
+        where: Folder of the run or the checkpoint.
+        changes: What `differences` listed.
+    """
+    if changes:
+        raise UserError(refusal(where, changes))

@@ -1,23 +1,34 @@
-"""State that is not a trained model's: trees of numbers, texts and tensors as JSON and safetensors, and
-random generators.
+"""State besides the trained models: trees of numbers, texts and tensors, and random generators.
+
+Trees are written as JSON and safetensors.
 """
 
 import base64
 import random
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 _TENSOR = "__tensor__"
 
 
-def flatten(tree):
-    """A tree of dicts and lists with numbers, texts, None and tensors -> (the same with names for tensors,
-    {name: tensor}).
-    """
-    tensors = {}
+def flatten(tree: Any) -> tuple[Any, dict[str, torch.Tensor]]:
+    """Separates the tensors of a tree from what JSON can hold.
 
-    def walk(value, path):
+    Args:
+        tree: Dicts and lists of numbers, texts, None and tensors.
+
+    Returns:
+        The tree with a name instead of each tensor, and the tensors by name.
+
+    Raises:
+        TypeError: The tree holds anything else.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+
+    def walk(value: Any, path: str) -> Any:
         if isinstance(value, torch.Tensor):
             tensors[path] = value
             return {_TENSOR: path}
@@ -37,8 +48,13 @@ def flatten(tree):
     return walk(tree, ""), tensors
 
 
-def restore(tree, tensors):
-    """What `flatten` was given (tuples have become lists)."""
+def restore(tree: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
+    """The tree that `flatten` was given; tuples have become lists.
+
+    Args:
+        tree: The tree with names instead of tensors.
+        tensors: The tensors by name.
+    """
     if isinstance(tree, dict):
         return (
             tensors[tree[_TENSOR]]
@@ -48,37 +64,44 @@ def restore(tree, tensors):
     return [restore(inner, tensors) for inner in tree] if isinstance(tree, list) else tree
 
 
-def generators():
-    """States of this process's random number generators: Python's, torch's, the GPU's, numpy's where it is
-    loaded.
+def generators() -> dict[str, Any]:
+    """States of this process's random number generators, as JSON can hold them.
+
+    Returns:
+        Those of Python and torch, of the GPU where there is one, and of numpy where it is loaded.
     """
     version, numbers, gauss = random.getstate()
-    found = {"python": [version, list(numbers), gauss], "torch": _text(torch.get_rng_state())}
+    states: dict[str, Any] = {
+        "python": [version, list(numbers), gauss],
+        "torch": _text(torch.get_rng_state()),
+    }
     if torch.cuda.is_available():
-        found["cuda"] = _text(torch.cuda.get_rng_state())
+        states["cuda"] = _text(torch.cuda.get_rng_state())
     if "numpy" in sys.modules:
         kind, keys, position, has_gauss, cached = sys.modules["numpy"].random.get_state()
-        found["numpy"] = [kind, keys.tolist(), position, has_gauss, cached]
-    return found
+        states["numpy"] = [kind, keys.tolist(), position, has_gauss, cached]
+    return states
 
 
-def set_generators(found):
-    """Puts the generators back to what `generators` saw."""
-    version, numbers, gauss = found["python"]
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Sets the random number generators to the states that `generators` returned."""
+    version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
-    torch.set_rng_state(_bytes(found["torch"]))
-    if "cuda" in found and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_bytes(found["cuda"]))
-    if "numpy" in found:
+    torch.set_rng_state(_bytes(states["torch"]))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_bytes(states["cuda"]))
+    if "numpy" in states:
         import numpy
 
-        kind, keys, *rest = found["numpy"]
-        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *rest))
+        kind, keys, *position_and_gauss = states["numpy"]
+        numpy.random.set_state((kind, numpy.array(keys, dtype=numpy.uint32), *position_and_gauss))
 
 
-def _text(state_8):
+def _text(state_8: torch.Tensor) -> str:
+    """Bytes, [count] of uint8, as base64."""
     return base64.b64encode(bytes(state_8.tolist())).decode()
 
 
-def _bytes(text):
+def _bytes(text: str) -> torch.Tensor:
+    """The bytes that `_text` encoded, [count] of uint8."""
     return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)

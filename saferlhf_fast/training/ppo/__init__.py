@@ -1,1 +1,1 @@
-"""The parts of a PPO-Lag step: roles, prompts, advantage, multiplier, loss, update, selection, step metrics."""
+"""The parts of a PPO-Lag step: roles, prompts, advantage, multiplier, loss, update, selection, metrics."""

@@ -1,9 +1,10 @@
-"""Loads the models of a PPO run and hands them to DeepSpeed: actor, reference, reward and cost model, their
-critics.
-"""
+"""Loads the models of a PPO run into DeepSpeed: actor, reference, reward and cost model, their critics."""
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import UserError
 from ...models import backbone, multi_adapter
@@ -21,11 +22,25 @@ from ...rollout.scorers import ScoreModelScorer, load_scorer
 from ...rollout.types import per_stream
 from ...runtime import console, engine
 
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def load_roles(cfg, tokenizer, steps, constrained):
-    """Loads every model that a PPOConfig names and makes the engines.
+    from ...config.sections import ScorerSpec
+    from ...config.stages import PPOConfig
+    from ...models.score_model import ScoreModel
 
-    steps: optimiser steps of the run · constrained: with a critic for each cost (ppo-lag).
+
+def load_roles(
+    cfg: "PPOConfig", tokenizer: "PreTrainedTokenizerBase", steps: int, constrained: bool
+) -> Roles:
+    """Loads every model that a PPOConfig names, and makes the engines.
+
+    Args:
+        cfg: Settings of the stage. With `lora.rank` all models are adapters of one base.
+        tokenizer: The actor's tokenizer.
+        steps: Optimiser steps of the run, for the learning-rate schedules.
+        constrained: True for ppo-lag, where each cost has a critic.
     """
     lm = load_causal_lm(
         cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
@@ -42,26 +57,52 @@ def load_roles(cfg, tokenizer, steps, constrained):
     )
 
 
-def separate_roles(cfg, lm, tokenizer, steps, constrained):
-    """-> Roles of separate models, all of whose weights are trained."""
+def separate_roles(
+    cfg: "PPOConfig",
+    lm: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    steps: int,
+    constrained: bool,
+) -> Roles:
+    """Roles of separate models, which are trained in full. Arguments as in `load_roles`; lm is the actor."""
     packing = cfg.engine.packing
     reference = engine.Frozen(Policy(copy.deepcopy(lm), packing), cfg.engine)
     loaded = {name: load_scorer(spec, tokenizer, cfg) for name, spec in cfg.scorers().items()}
     actor = engine.Engine(Policy(without_dropout(lm), packing), cfg.optim, cfg.engine, steps)
-    critics = [
-        Critic(load_critic(cfg, streams, *loaded[streams[0]], tokenizer, steps), streams)
-        for streams in cfg.streams_of_critics(constrained)
-    ]
+    critics = []
+    for streams in cfg.streams_of_critics(constrained):
+        scorer, score = loaded[streams[0]]
+        critics.append(Critic(load_critic(cfg, streams, scorer, score, tokenizer, steps), streams))
     scorers = {name: scorer for name, (scorer, _) in loaded.items()}
     return Roles(tokenizer, [], actor, reference, scorers, critics)
 
 
-def load_critic(cfg, streams, scorer, score, tokenizer, steps):
-    """-> Engine of a critic: from its own path, or from the ScoreModel that scores its first stream where
-    that reads the actor's ids, else from the actor's model with a new head.
+def load_critic(
+    cfg: "PPOConfig",
+    streams: tuple[str, ...],
+    scorer: "Callable[..., torch.Tensor]",
+    score: "ScoreModel | None",
+    tokenizer: "PreTrainedTokenizerBase",
+    steps: int,
+) -> engine.Engine:
+    """Makes a critic.
+
+    It starts from the path that the settings name for it; without one from the score model of its first
+    stream, if that reads the actor's token ids; else from the actor's model with a new head.
+
+    Args:
+        cfg: Settings of the stage.
+        streams: What the critic predicts: "reward", or a constraint's name; a head for each.
+        scorer: The scorer of the first stream.
+        score: Its ScoreModel in fp32, or None where the scorer is no score model.
+        tokenizer: The actor's tokenizer.
+        steps: Optimiser steps of the run.
+
+    Raises:
+        UserError: If the named model has another tokenizer than the actor.
     """
 
-    def fresh(path):
+    def with_new_head(path: str) -> "ScoreModel":
         return load_score_model(
             path,
             new_head=True,
@@ -78,14 +119,14 @@ def load_critic(cfg, streams, scorer, score, tokenizer, steps):
                 f"{setting}: {path} has another tokenizer than {cfg.model}, whose ids it would read; "
                 "expected a model with the same one"
             )
-        score = fresh(path)
-    elif score is None or scorer.retokenizes:
+        score = with_new_head(path)
+    elif score is None or getattr(scorer, "retokenizes", False):
         why = "no score model" if score is None else "another tokenizer than the actor's"
         console.say(
             f"{streams[0]}: {why}, so the critic starts from {cfg.model} with a new head; {setting} names "
-            f"another start"
+            "another start"
         )
-        score = fresh(cfg.model)
+        score = with_new_head(cfg.model)
     if cfg.gradient_checkpointing:
         backbone.recompute_activations(score.backbone)
     score.packs &= cfg.engine.packing
@@ -94,8 +135,17 @@ def load_critic(cfg, streams, scorer, score, tokenizer, steps):
     return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
 
 
-def roles_on_shared_base(cfg, lm, tokenizer, steps, constrained):
-    """-> Roles of adapters on one frozen base; score models of another base are whole models beside it."""
+def roles_on_shared_base(
+    cfg: "PPOConfig",
+    lm: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    steps: int,
+    constrained: bool,
+) -> Roles:
+    """Roles of adapters on one frozen base. Arguments as in `load_roles`; lm is the base.
+
+    A score model that was not trained as an adapter of this base is loaded as a separate, full model.
+    """
     shared_base = SharedBase(
         without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)), cfg.lora, cfg.engine.packing
     )
@@ -103,21 +153,19 @@ def roles_on_shared_base(cfg, lm, tokenizer, steps, constrained):
     specs = cfg.scorers()
     saved = {name: multi_adapter.of_score(spec.path, cfg.model) for name, spec in specs.items()}
 
-    def scorer(name, spec):
-        if saved[name] is None:
+    def scorer(name: str, spec: "ScorerSpec") -> "Callable[..., torch.Tensor]":
+        adapter = saved[name]
+        if adapter is None:
             return load_scorer(spec, tokenizer, cfg)[0]
-        shared_base.add(f"{name}_model", saved[name])
-        model = engine.Frozen(ScoreOnSharedBase(shared_base, f"{name}_model", saved[name].head), cfg.engine)
+        shared_base.add(f"{name}_model", adapter)
+        model = engine.Frozen(ScoreOnSharedBase(shared_base, f"{name}_model", adapter.head), cfg.engine)
         return ScoreModelScorer(model, tokenizer, cfg.template, False)
 
-    def critic(streams):
-        start, role, heads = (
-            saved[streams[0]],
-            "critic" if len(streams) > 1 else f"{streams[0]}_critic",
-            len(streams),
-        )
-        shared_base.add(role, start)
-        head = None if start is None or heads > 1 else start.head
+    def critic(streams: tuple[str, ...]) -> Critic:
+        adapter, heads = saved[streams[0]], len(streams)
+        role = "critic" if heads > 1 else f"{streams[0]}_critic"
+        shared_base.add(role, adapter)
+        head = None if adapter is None or heads > 1 else adapter.head
         model = ScoreOnSharedBase(shared_base, role, head, heads)
         return Critic(engine.Engine(model, cfg.critic_optim, cfg.engine, steps), streams)
 
@@ -126,8 +174,7 @@ def roles_on_shared_base(cfg, lm, tokenizer, steps, constrained):
         if adapter is None:
             console.say(
                 f"{name}: a whole model beside the shared base, whose critic starts without it; trained with "
-                f"lora.rank "
-                f"on {cfg.model} it would be an adapter"
+                f"lora.rank on {cfg.model} it would be an adapter"
             )
     critics = [critic(streams) for streams in cfg.streams_of_critics(constrained)]
     actor = engine.Engine(PolicyOnSharedBase(shared_base, "actor"), cfg.optim, cfg.engine, steps)
@@ -135,12 +182,14 @@ def roles_on_shared_base(cfg, lm, tokenizer, steps, constrained):
     return Roles(tokenizer, [], actor, reference, scorers, critics)
 
 
-def engines_of(roles):
-    """{name: Engine} of the trained models, by which a checkpoint knows them: actor, reward_critic,
-    cost_critic; of several constraints cost_critic-<name>; critic where there is one for all streams.
+def engines_of(roles: Roles) -> dict[str, engine.Engine]:
+    """The engines of the trained models, by the names that checkpoints give them.
+
+    The names are actor, reward_critic and cost_critic; cost_critic-<name> for each of several constraints;
+    critic where one critic has all streams.
     """
 
-    def name_of(critic):
+    def name_of(critic: Critic) -> str:
         if len(critic.names) > 1:
             return "critic"
         return per_stream("critic", critic.names[0], roles.constraints).replace("/", "-")
@@ -148,8 +197,10 @@ def engines_of(roles):
     return {"actor": roles.actor, **{name_of(critic): critic.engine for critic in roles.critics}}
 
 
-def export_metadata_writers(roles, tokenizer):
-    """{name: function that describes a trained model for exports}."""
+def export_metadata_writers(
+    roles: Roles, tokenizer: "PreTrainedTokenizerBase"
+) -> dict[str, Callable[[Path], None]]:
+    """For each trained model, a function that writes config and tokenizer into a folder, for exports."""
     return {
         name: export_metadata_writer(model.module, tokenizer) for name, model in engines_of(roles).items()
     }

@@ -1,13 +1,12 @@
 """PPOLagLoss: the actor's loss of PPO-Lag as a module, for loops of your own.
 
-Needs torch alone (no transformers).
-
-The combination of the two advantages is three elementwise launches here; `ppo_lag_advantage` does it, with KL
-shaping and both GAE scans, in one. Use this where the two advantages come from elsewhere.
+Needs torch alone (no transformers). Use it where the two advantages come from elsewhere: combining them takes
+three elementwise launches here, while `ppo_lag_advantage` does that, KL shaping and both GAE scans in one.
 """
 
 import inspect
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -38,26 +37,36 @@ SETTINGS = inspect.signature(ppo_loss).parameters.keys() - PER_CALL
 class PPOLagLoss(nn.Module):
     """The clipped policy loss on the advantage that weighs reward against cost, to be minimised.
 
-    Means the same as, with λ the multiplier::
+    With λ = 0 this is PPO. The module has no parameters and no state. It means the same as, with λ the
+    multiplier::
 
         A = (reward_advantages - λ * cost_advantages) / (1 + λ)
         ratio = (logp - old_logp).clamp(-20, 20).exp()
         loss = mean(-torch.minimum(ratio * A, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * A))
 
-    Source: Safe RLHF (Dai et al., arXiv 2310.12773), section 3.3, and the actor loss of its reference
-    implementation; with λ = 0 this is PPO. clip_ratio, clip_high, dual_clip, reduction ("sequence-mean" or
-    "token-mean"), kl_coeff, kl_estimator, entropy_coeff, impl: as in `ppo_loss`, which does the work. The
-    module has no parameters and no state. ValueError for a setting that cannot be.
+    Source:
+        Dai et al. (2023), Safe RLHF, arXiv 2310.12773, section 3.3, and the actor loss of its reference
+        implementation.
     """
 
     def __init__(self, clip_ratio: float = 0.2, **settings: Any) -> None:
+        """Checks the settings once.
+
+        Args:
+            clip_ratio: ε, the bound on |ratio − 1|.
+            **settings: clip_high, dual_clip, reduction ("sequence-mean" or "token-mean"), kl_coeff,
+                kl_estimator, entropy_coeff and impl, as in `ppo_loss`, which does the work.
+
+        Raises:
+            ValueError: If a setting is unknown, or no call could take its value.
+        """
         super().__init__()
         unknown = settings.keys() - SETTINGS
         if unknown:
             raise ValueError(
                 f"PPOLagLoss: expected settings out of {', '.join(sorted(SETTINGS))}, got {min(unknown)}"
             )
-        _refuse({"clip_ratio": clip_ratio, **settings})
+        _check_settings({"clip_ratio": clip_ratio, **settings})
         self.settings = {"clip_ratio": clip_ratio, **settings}
 
     def forward(
@@ -76,15 +85,32 @@ class PPOLagLoss(nn.Module):
         advantage_scale: torch.Tensor | float | None = None,
         advantage_shift: torch.Tensor | float | None = None,
     ) -> tuple[torch.Tensor, dict]:
-        """-> (loss, stats): loss [], fp32 (fp64 for fp64 logp), differentiable in logp; stats as `ppo_loss`,
-        and `multiplier`.
+        """Computes the loss of a batch: packed [N] with cu_seqlens, or padded [B, T] with a mask.
 
-        logp, old_logp (nats) and both advantages: packed [N] with cu_seqlens (int32 [B+1]) or padded [B, T]
-        with a boolean mask, any float dtype; masked entries are never read. multiplier: λ ≥ 0 as a number, a
-        0-d tensor (read, to refuse a negative one, on the CPU alone: on a device the host does not wait for
-        it, nor under torch.compile) or a LagrangeMultiplier or PIDMultiplier, whose `value` it is; no
-        gradient goes to it. ref_logp, entropy, normalizer, advantage_scale, advantage_shift: as in
-        `ppo_loss`. ValueError for what does not fit.
+        Masked entries are never read. All token tensors have one shape and any float dtype.
+
+        Args:
+            logp: [N] or [B, T] log-probs of the response tokens under the policy, in nats.
+            old_logp: The same under the policy that sampled.
+            reward_advantages: A_r of each token.
+            cost_advantages: A_c of each token.
+            multiplier: λ ≥ 0: a number, a 0-d tensor, or the multiplier itself, whose `value` is taken. No
+                gradient goes to it. A tensor is checked for its sign on the CPU alone and not under
+                torch.compile, because the host would wait for the device.
+            mask: [B, T], True at response tokens.
+            cu_seqlens: [B+1] int32, where each response begins in N.
+            ref_logp: As in `ppo_loss`.
+            entropy: As in `ppo_loss`.
+            normalizer: As in `ppo_loss`.
+            advantage_scale: As in `ppo_loss`.
+            advantage_shift: As in `ppo_loss`.
+
+        Returns:
+            (loss, stats). loss: [], fp32 (fp64 for fp64 logp), differentiable in logp. stats: those of
+            `ppo_loss`, and `multiplier`.
+
+        Raises:
+            ValueError: If shapes, dtypes or devices do not match, or λ is no number ≥ 0.
         """
         names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
         checks.same_tokens("PPOLagLoss", names, (logp, old_logp, reward_advantages, cost_advantages))
@@ -94,16 +120,13 @@ class PPOLagLoss(nn.Module):
                 f"PPOLagLoss: multiplier: expected a number, a 0-d tensor or a LagrangeMultiplier, "
                 f"got {type(multiplier).__name__}"
             )
-        given, value = value, checks.scalar(value, logp, "PPOLagLoss: multiplier")
-        if (
-            not isinstance(given, torch.Tensor)
-            or given.device.type == "cpu"
-            and not torch.compiler.is_compiling()
-        ):
-            checks.not_negative(
-                "PPOLagLoss", "multiplier", given if not isinstance(given, torch.Tensor) else given.item()
-            )
-        advantages = combined(reward_advantages, cost_advantages, value)
+        multiplier_value = checks.scalar(value, logp, "PPOLagLoss: multiplier")
+        assert multiplier_value is not None, "only None becomes None"
+        if not isinstance(value, torch.Tensor):
+            checks.not_negative("PPOLagLoss", "multiplier", value)
+        elif value.device.type == "cpu" and not torch.compiler.is_compiling():
+            checks.not_negative("PPOLagLoss", "multiplier", value.item())
+        advantages = combined(reward_advantages, cost_advantages, multiplier_value)
         loss, stats = ppo_loss(
             logp,
             old_logp,
@@ -117,18 +140,18 @@ class PPOLagLoss(nn.Module):
             advantage_shift=advantage_shift,
             **self.settings,
         )
-        return loss, {**stats, "multiplier": value}
+        return loss, {**stats, "multiplier": multiplier_value}
 
     def extra_repr(self) -> str:
-        """Its settings, as print shows them."""
+        """The settings, as print shows them."""
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
 
 
-def _refuse(settings):
-    """ValueError for a setting that no call could take: known when the module is made, not in the first step."""
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raises ValueError for a value that no call could take, before the first step."""
     for name in ("clip_ratio", "clip_high", "dual_clip", "kl_coeff", "entropy_coeff"):
         value, optional = settings.get(name), name in ("clip_high", "dual_clip")
-        # an infinite bound is none; an infinite weight is NaN
+        # an infinite bound means no bound, but an infinite weight makes the loss NaN
         coefficient = name.endswith("_coeff")
         if name in settings and not (value is None and optional):
             if (
@@ -147,8 +170,16 @@ def _refuse(settings):
             checks.one_of("PPOLagLoss", name, settings[name], allowed)
 
 
-def combined(reward_advantages, cost_advantages, multiplier):
-    """(A_r − λ·A_c) / (1 + λ) in λ's dtype, without gradient; an infinite or NaN λ gives NaN."""
+def combined(
+    reward_advantages: torch.Tensor, cost_advantages: torch.Tensor, multiplier: torch.Tensor
+) -> torch.Tensor:
+    """(A_r − λ·A_c) / (1 + λ), without gradient.
+
+    Args:
+        reward_advantages: A_r, [N] or [B, T].
+        cost_advantages: A_c, in the same shape.
+        multiplier: λ, 0-d, whose dtype the result has. An infinite or NaN λ gives NaN.
+    """
     dtype = multiplier.dtype
     return (reward_advantages.detach().to(dtype) - multiplier * cost_advantages.detach().to(dtype)) / (
         1 + multiplier

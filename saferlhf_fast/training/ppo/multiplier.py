@@ -1,86 +1,45 @@
-"""The Lagrange multiplier λ: how hard the cost is weighed, adapted so that the mean cost meets the threshold
-d.
+"""The Lagrange multiplier λ of the constraint J_C ≤ d: how much the cost counts against the reward.
 
-λ multiplies the cost advantage in (A_r − λ·A_c)/(1 + λ). J_C is the mean cost of the last `window` episodes
-of all ranks. Both rules keep λ on the device as a 0-d tensor, so that no step waits for the host. They need
-torch alone; in a loop
-of one's own, before the actor's update of each step::
+λ weighs the cost advantage in (A_r − λ·A_c)/(1 + λ). It rises while J_C, the mean cost of the last `window`
+episodes of all ranks (episode_costs.py), is above the threshold d, and falls while J_C is below. λ is a 0-d
+tensor on the device, so no step waits for the host. The file needs torch alone. In a loop of your own, before
+the actor's update of each step::
 
     multiplier = LagrangeMultiplier(init=1.0, lr=0.1, max=5.0, threshold=0.0, device=cost_B.device)
-    multiplier.update(cost_B)                    # with several ranks: all their costs, gathered, on each of them
+    multiplier.update(cost_B)                # with several ranks: the costs of all, gathered, on each rank
     advantages = (A_r - multiplier.value * A_c) / (1 + multiplier.value)
     torch.save({"multiplier": multiplier.state_dict(), ...}, path)
 
-Source: Safe RLHF (arXiv 2310.12773), section 3.3 and the reference implementation; PID: Stooke et al. (2020),
-arXiv 2007.03964.
+Source: Dai et al. (2023), Safe RLHF, arXiv 2310.12773, section 3.3, and its reference implementation; for PID
+Stooke et al. (2020), arXiv 2007.03964.
 """
 
 import math
 from numbers import Real
+from typing import TYPE_CHECKING
 
 import torch
 
-LARGEST_VALID_SCORE = 1e6
+from .episode_costs import CostWindow
 
-
-class CostWindow:
-    """Mean of the last `window` episode costs, kept on the device.
-
-    Costs that are not `mask_invalid_scores` are left out.
-    """
-
-    def __init__(self, window, device):
-        if isinstance(window, bool) or not (isinstance(window, int) and window >= 1):
-            raise ValueError(f"window: expected a number of episodes >= 1, got {window!r}")
-        self.costs = torch.zeros(window, device=device)
-        self.kept = torch.zeros((), device=device)  # how many of `costs` are filled, from the end
-
-    def add(self, costs_B):
-        """costs_B: [B] costs of the newest episodes, of all ranks -> (J_C, whether there is any cost in it),
-        0-d tensors.
-        """
-        if not isinstance(costs_B, torch.Tensor) or costs_B.dim() != 1:
-            got = (
-                f"shape {list(costs_B.shape)}"
-                if isinstance(costs_B, torch.Tensor)
-                else type(costs_B).__name__
-            )
-            raise ValueError(f"costs: expected a tensor [B], one cost for each episode, got {got}")
-        if (
-            costs_B.dtype.is_complex
-            or costs_B.dtype == torch.bool
-            or costs_B.is_meta
-            and not self.costs.is_meta
-        ):
-            raise ValueError(
-                f"costs: expected real numbers, on a device with values, got {costs_B.dtype} on "
-                f"{costs_B.device}"
-            )
-        # The newest stand last; the others become NaN holes that the mean below does not count.
-        fresh = mask_invalid_scores(costs_B.detach())
-        self.costs = torch.cat([self.costs, fresh.to(self.costs.device)])[-self.costs.numel() :]
-        self.kept = (self.kept + costs_B.numel()).clamp(max=self.costs.numel())
-        age = torch.arange(self.costs.numel(), 0, -1, device=self.costs.device)
-        use = (age <= self.kept) & ~torch.isnan(self.costs)
-        return torch.where(use, self.costs, 0.0).sum() / use.sum().clamp(min=1), use.any()
-
-    def state_dict(self) -> dict:
-        """For a checkpoint."""
-        return {"costs": self.costs, "kept": self.kept}
-
-    def load_state_dict(self, values: dict) -> None:
-        """From a checkpoint."""
-        self.costs, self.kept = (values[name].to(self.costs.device) for name in ("costs", "kept"))
+if TYPE_CHECKING:
+    from ...config.sections import Multiplier
 
 
 class LagrangeMultiplier:
-    """log λ += lr · λ · (J_C − d), log λ ≤ log max: the reference implementation's rule.
+    """log λ ← min(log λ + lr · λ · (J_C − d), log max): gradient ascent on log λ.
 
-    init: λ at the start, > 0 · lr: step size · max: upper bound of λ · threshold: d, in the cost model's
-    units · window: episodes in J_C · delay: steps for which λ stays as it is · device: where λ lives.
-    Attributes: `value`, λ, and `mean_cost`, J_C, both 0-d fp32 tensors on the device; `steps`, updates so
-    far. As long as the window holds no cost at all, λ and J_C stay as they are. ValueError for what cannot be
-    a setting, and for costs that are no tensor [B].
+    The gradient of λ · (J_C − d) with respect to log λ is λ · (J_C − d). As long as the window holds no valid
+    cost, λ and J_C stay as they are.
+
+    Attributes:
+        value: λ, a 0-d fp32 tensor on the device.
+        mean_cost: J_C, a 0-d fp32 tensor on the device, in the cost model's units.
+        steps: Number of updates so far.
+
+    Source:
+        Dai et al. (2023), Safe RLHF, arXiv 2310.12773, section 3.3; the rule of its reference implementation,
+        PKU-Alignment/safe-rlhf.
     """
 
     def __init__(
@@ -93,14 +52,25 @@ class LagrangeMultiplier:
         delay: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Starts with λ = init and an empty window.
+
+        Args:
+            init: λ at the start, above 0 and at most `max`.
+            lr: Step size of log λ, at least 0.
+            max: Upper bound of λ, above 0; may be infinite.
+            threshold: d, the mean cost that may not be exceeded, in the cost model's units.
+            window: Number of episodes in J_C.
+            delay: Number of updates during which λ keeps its first value.
+            device: Device of λ and of the window.
+
+        Raises:
+            ValueError: If a setting is not of its kind or outside its bounds.
+        """
         max = _number("max", max, above=0.0, finite=False)
         self.log_value = torch.tensor(_number("init", init, above=0.0, most=max), device=device).log()
         self.log_max = torch.tensor(max, device=device).log()
-        self.lr, self.threshold, self.delay = (
-            _number("lr", lr, least=0.0),
-            _number("threshold", threshold),
-            _steps(delay),
-        )
+        self.lr = _number("lr", lr, least=0.0)
+        self.threshold, self.delay = _number("threshold", threshold), _steps(delay)
         self.window = CostWindow(window, device)
         self.steps = 0
         self.mean_cost = torch.zeros((), device=device)
@@ -111,43 +81,62 @@ class LagrangeMultiplier:
         return self.log_value.exp()
 
     def update(self, costs_B: torch.Tensor) -> torch.Tensor:
-        """One step with the newest episodes' costs, [B] in any float or integer dtype, on any device -> λ.
+        """Takes one step with the costs of the newest episodes; call it before the actor's update.
 
-        Of all ranks, in the same order on each, so that λ stays the same everywhere
-        (torch.distributed.all_gather_into_tensor). Costs that are not finite, or beyond ±1e6, are left out of
-        the mean; no gradient is kept.
+        Args:
+            costs_B: [B] costs C of the newest episodes, of any float or integer dtype, on any device. With
+                several ranks: the costs of all ranks, in the same order on each rank, so that λ stays the
+                same everywhere (torch.distributed.all_gather_into_tensor). Costs that are not finite, or
+                beyond ±1e6, are left out of J_C. No gradient flows back.
+
+        Returns:
+            λ after the step, a 0-d tensor on the device.
+
+        Raises:
+            ValueError: If costs_B is no tensor [B] of real numbers.
         """
         mean_cost, known = self.window.add(costs_B)
         self.mean_cost = torch.where(known, mean_cost, self.mean_cost)
         if self.steps >= self.delay:
-            moved = self.log_value + self.lr * self.value * (self.mean_cost - self.threshold)
-            self.log_value = torch.where(known, torch.minimum(moved, self.log_max), self.log_value)
+            # log λ + lr · λ · (J_C − d)
+            log_value = self.log_value + self.lr * self.value * (self.mean_cost - self.threshold)
+            self.log_value = torch.where(known, torch.minimum(log_value, self.log_max), self.log_value)
         self.steps += 1
         return self.value
 
     def state_dict(self) -> dict:
-        """For a checkpoint: λ, the window, the counter; the threshold, which may have been taken from the
-        starting policy.
+        """State for a checkpoint: λ, J_C, the window, the counter, and the threshold.
+
+        The threshold is state because it may have been computed from the starting policy's costs.
         """
         return _state(self, ("log_value", "mean_cost"))
 
     def load_state_dict(self, values: dict) -> None:
-        """From a checkpoint; the device stays this one's.
+        """Takes the state of a checkpoint; the device stays the same.
 
-        ValueError, and nothing changes, for another rule's state.
+        Raises:
+            ValueError: If the state is another rule's or damaged; then nothing changes.
         """
         _load(self, values, ("log_value", "mean_cost"))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return _shown(self, ("lr",))
 
 
 class PIDMultiplier:
     """λ = clip(K_p·e + I + K_d·max(0, Δe), 0, max), I = clip(init + K_i·Σe, 0, max), e = J_C − d.
 
-    init: λ and the integral at the start, 0 … max · kp, ki, kd: gains, ≥ 0 · the rest, the attributes and the
-    errors as in `LagrangeMultiplier`. The integral is bounded like λ itself, so it does not wind up while λ
-    is at its bound.
+    The integral I is bounded like λ itself, so it does not wind up while λ is at its bound. As long as the
+    window holds no valid cost, λ and J_C stay as they are.
+
+    Attributes:
+        value: λ, a 0-d fp32 tensor on the device.
+        mean_cost: J_C, a 0-d fp32 tensor on the device, in the cost model's units.
+        steps: Number of updates so far.
+
+    Source:
+        Stooke et al. (2020), Responsive Safety in Reinforcement Learning by PID Lagrangian Methods,
+        arXiv 2007.03964.
     """
 
     def __init__(
@@ -162,74 +151,113 @@ class PIDMultiplier:
         delay: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Starts with λ = I = init and an empty window.
+
+        Args:
+            init: λ and I at the start, 0 … max.
+            kp: K_p, gain of the error e, at least 0.
+            ki: K_i, gain of the sum of errors, at least 0.
+            kd: K_d, gain of a rise of the error, at least 0.
+            max: Upper bound of λ and of I, above 0; may be infinite.
+            threshold: d, the mean cost that may not be exceeded, in the cost model's units.
+            window: Number of episodes in J_C.
+            delay: Number of updates during which λ keeps its first value.
+            device: Device of λ and of the window.
+
+        Raises:
+            ValueError: If a setting is not of its kind or outside its bounds.
+        """
         self.max = _number("max", max, above=0.0, finite=False)
         self.integral = torch.tensor(_number("init", init, least=0.0, most=self.max), device=device)
         self.value = self.integral.clone()
-        self.last_error = None
-        self.kp, self.ki, self.kd = (
-            _number(name, gain, least=0.0) for name, gain in (("kp", kp), ("ki", ki), ("kd", kd))
-        )
+        self.last_error: torch.Tensor | None = None
+        self.kp = _number("kp", kp, least=0.0)
+        self.ki = _number("ki", ki, least=0.0)
+        self.kd = _number("kd", kd, least=0.0)
         self.threshold, self.delay = _number("threshold", threshold), _steps(delay)
         self.window = CostWindow(window, device)
         self.steps = 0
         self.mean_cost = torch.zeros((), device=device)
 
     def update(self, costs_B: torch.Tensor) -> torch.Tensor:
-        """One step with the newest episodes' costs of all ranks, [B] -> λ; as in `LagrangeMultiplier`."""
+        """Takes one step with the costs of the newest episodes; call it before the actor's update.
+
+        Args:
+            costs_B: [B] costs C of the newest episodes of all ranks; see `LagrangeMultiplier.update`.
+
+        Returns:
+            λ after the step, a 0-d tensor on the device.
+
+        Raises:
+            ValueError: If costs_B is no tensor [B] of real numbers.
+        """
         mean_cost, known = self.window.add(costs_B)
         self.mean_cost = torch.where(known, mean_cost, self.mean_cost)
         if self.steps >= self.delay:
             error = self.mean_cost - self.threshold
             last = torch.full_like(error, float("nan")) if self.last_error is None else self.last_error
-            change = (error - last).clamp(min=0).nan_to_num()  # NaN: no error yet to compare with
+            change = (error - last).clamp(min=0).nan_to_num()  # NaN: there is no earlier error
             integral = (self.integral + self.ki * error).clamp(0.0, self.max)
             value = (self.kp * error + integral + self.kd * change).clamp(0.0, self.max)
-            self.integral, self.value = (
-                torch.where(known, integral, self.integral),
-                torch.where(known, value, self.value),
-            )
+            self.integral = torch.where(known, integral, self.integral)
+            self.value = torch.where(known, value, self.value)
             self.last_error = torch.where(known, error, last)
         self.steps += 1
         return self.value
 
     def state_dict(self) -> dict:
-        """For a checkpoint: λ, its integral and last error, the window, the counter, the threshold."""
+        """State for a checkpoint: λ, integral, last error, J_C, the window, the counter, the threshold."""
         return _state(self, ("integral", "value", "last_error", "mean_cost"))
 
     def load_state_dict(self, values: dict) -> None:
-        """From a checkpoint; the device stays this one's.
+        """Takes the state of a checkpoint; the device stays the same.
 
-        ValueError, and nothing changes, for another rule's state.
+        Raises:
+            ValueError: If the state is another rule's or damaged; then nothing changes.
         """
         _load(self, values, ("integral", "value", "last_error", "mean_cost"))
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return _shown(self, ("kp", "ki", "kd"))
 
 
-def _number(name, value, *, least=-math.inf, above=-math.inf, most=math.inf, finite=True):
-    """A setting as a float; ValueError for one that is no number, or not within its bounds."""
+MultiplierRule = LagrangeMultiplier | PIDMultiplier
+
+
+def _number(
+    name: str,
+    value: object,
+    *,
+    least: float = -math.inf,
+    above: float = -math.inf,
+    most: float = math.inf,
+    finite: bool = True,
+) -> float:
+    """A setting as a float; ValueError for one that is no number or outside its bounds."""
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         value = value.item()
-    real = isinstance(value, Real) and not isinstance(value, bool) and not (finite and math.isinf(value))
-    if not (real and least <= value <= most and (above == -math.inf or value > above)):
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not (least <= number <= most and (above == -math.inf or number > above)) or (
+        finite and math.isinf(number)
+    ):
         bounds = [
             f" {word} {bound:g}"
             for word, bound in (("at least", least), ("above", above), ("at most", most))
             if math.isfinite(bound)
         ]
         raise ValueError(f"{name}: expected a {'finite ' * finite}number{' and'.join(bounds)}, got {value!r}")
-    return float(value)
+    return number
 
 
-def _steps(delay):
+def _steps(delay: int) -> int:
+    """A number of steps as it is; ValueError for anything else."""
     if isinstance(delay, bool) or not (isinstance(delay, int) and delay >= 0):
         raise ValueError(f"delay: expected a number of steps >= 0, got {delay!r}")
     return delay
 
 
-def _shown(multiplier, gains):
-    """How a multiplier prints: λ, J_C and its settings (this waits for the device)."""
+def _shown(multiplier: MultiplierRule, gains: tuple[str, ...]) -> str:
+    """How a multiplier prints: λ, J_C and its settings. This waits for the device."""
     settings = {name: getattr(multiplier, name) for name in (*gains, "threshold", "delay", "steps")}
     return (
         f"{type(multiplier).__name__}(value={multiplier.value.item():.4g}, "
@@ -240,7 +268,7 @@ def _shown(multiplier, gains):
     )
 
 
-def _state(multiplier, names):
+def _state(multiplier: MultiplierRule, names: tuple[str, ...]) -> dict:
     return {
         "values": {name: getattr(multiplier, name) for name in names},
         "window": multiplier.window.state_dict(),
@@ -249,16 +277,16 @@ def _state(multiplier, names):
     }
 
 
-def _load(multiplier, state, names):
-    """Takes over a state of `_state` with these names of values, or changes nothing and says why: ValueError."""
+def _load(multiplier: MultiplierRule, state: dict, names: tuple[str, ...]) -> None:
+    """Takes a state that `_state` made with these names; ValueError, and no change, for any other state."""
     rule = type(multiplier).__name__
-    _refuse_other_keys(f"{rule}: state", state, ("values", "window", "steps", "threshold"))
+    _check_keys(f"{rule}: state", state, ("values", "window", "steps", "threshold"))
     values, window = state["values"], state["window"]
-    _refuse_other_keys(f"{rule}: state of values", values, names)
-    _refuse_other_keys(f"{rule}: state of the window", window, ("costs", "kept"))
+    _check_keys(f"{rule}: state of values", values, names)
+    _check_keys(f"{rule}: state of the window", window, ("costs", "kept"))
     for name, value in {**values, **window}.items():
         dims = 1 if name == "costs" else 0
-        if value is None and name == "last_error":  # there was no error yet
+        if value is None and name == "last_error":  # no error has been measured yet
             continue
         if (
             not isinstance(value, torch.Tensor)
@@ -288,49 +316,23 @@ def _load(multiplier, state, names):
     multiplier.steps, multiplier.threshold = steps, threshold
 
 
-def _refuse_other_keys(name, given, expected):
+def _check_keys(name: str, given: object, expected: tuple[str, ...]) -> None:
+    """Raises ValueError unless `given` is a dict with exactly the expected keys."""
     if not isinstance(given, dict) or given.keys() != set(expected):
         got = ", ".join(map(str, given)) or "none" if isinstance(given, dict) else type(given).__name__
         raise ValueError(f"{name}: expected {', '.join(expected)}, got {got}")
 
 
-def make_multiplier(cfg, threshold, device):
-    """The rule that a Multiplier config names, for threshold d."""
-    common = {
-        "init": cfg.init,
-        "max": cfg.max,
-        "threshold": threshold,
-        "window": cfg.window,
-        "delay": cfg.delay,
-        "device": device,
-    }
+def make_multiplier(cfg: "Multiplier", threshold: float, device: torch.device | str) -> MultiplierRule:
+    """The rule that a Multiplier config names.
+
+    Args:
+        cfg: Rule, gains, bounds, window and delay.
+        threshold: d. It is not read from `cfg`, which may name a quantile of the starting policy's costs.
+        device: Device of λ.
+    """
     if cfg.rule == "pid":
-        return PIDMultiplier(kp=cfg.kp, ki=cfg.ki, kd=cfg.kd, **common)
-    return LagrangeMultiplier(lr=cfg.lr, **common)
-
-
-def suggestion(costs_B, setting="multiplier.threshold_quantile"):
-    """One line about thresholds for a policy whose episode costs are costs_B, to print before PPO-Lag;
-    setting: what to type.
-    """
-    quantiles = torch.quantile(
-        costs_B.float(), torch.tensor([0.1, 0.25, 0.5], device=costs_B.device)
-    ).tolist()
-    unsafe = (costs_B > 0).float().mean().item()
-    return (
-        f"costs of the starting policy: mean {costs_B.float().mean().item():.2f}, {unsafe:.0%} above 0; "
-        f"quantiles "
-        f"10 % {quantiles[0]:.2f}, 25 % {quantiles[1]:.2f}, 50 % {quantiles[2]:.2f}. A threshold is within "
-        f"reach "
-        f"near the lower quantiles: {setting}=0.25 takes {quantiles[1]:.2f}"
-    )
-
-
-def mask_invalid_scores(score_B):
-    """Scores with NaN in place of those that no working score model gives (beyond ±1e6, infinite ones
-    included); None: None.
-    """
-    if score_B is None:
-        return None
-    score_B = score_B.float()  # first: the most negative integer is its own abs()
-    return score_B.where(score_B.abs() <= LARGEST_VALID_SCORE, float("nan"))
+        return PIDMultiplier(
+            cfg.init, cfg.kp, cfg.ki, cfg.kd, cfg.max, threshold, cfg.window, cfg.delay, device
+        )
+    return LagrangeMultiplier(cfg.init, cfg.lr, cfg.max, threshold, cfg.window, cfg.delay, device)

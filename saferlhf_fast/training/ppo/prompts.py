@@ -1,9 +1,9 @@
-"""The prompts of a PPO run, its evaluation prompts and its supervised examples: what is read, how often, in
-which order.
-"""
+"""What a PPO run reads, how often and in which order: prompts, evaluation prompts, supervised examples."""
 
 import math
+from collections.abc import Iterator, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from ...data.batches import global_batches, share, split_by_prompt
 from ...data.examples import prompt_examples, sft_examples
@@ -11,9 +11,28 @@ from ...rollout.prefetch import RolloutPrefetcher, prefetched_rollouts
 from ...rollout.sample import rollouts_now
 from ...runtime import console, engine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
-def load_data(cfg, tokenizer):
-    """-> prompts, evaluation prompts, PTX examples (or None), report."""
+    from ...config.stages import PPOConfig
+    from ...data.examples import PromptExample, SFTExample
+    from ...data.report import Report
+    from ...rollout.roles import Roles
+    from ...rollout.types import Rollout
+
+
+def load_data(
+    cfg: "PPOConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> "tuple[list[PromptExample], list[PromptExample], list[SFTExample] | None, Report]":
+    """Reads all data of a PPO run.
+
+    Args:
+        cfg: Settings of the stage.
+        tokenizer: The actor's tokenizer.
+
+    Returns:
+        (prompts, evaluation prompts, SFT examples for the PTX loss or None, report on the prompts).
+    """
     longest = cfg.sampling.prompt_limit(cfg.max_length)
     prompts, report = prompt_examples(cfg.data, tokenizer, cfg.template, longest, cfg.seed)
     if cfg.evaluation.data is not None:
@@ -24,27 +43,30 @@ def load_data(cfg, tokenizer):
         held_out = prompts[:64]
         console.say(
             f"evaluation prompts: the first {len(held_out)} training prompts; evaluation.fraction or "
-            f"evaluation.data "
-            "gives ones that are not trained on"
+            "evaluation.data gives ones that are not trained on"
         )
-    ptx = None
-    if cfg.trains_on_ptx():
-        ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
+    if cfg.ptx is None or not cfg.trains_on_ptx():
+        return prompts, held_out, None, report
+    ptx, _ = sft_examples(cfg.ptx, tokenizer, cfg.template, cfg.max_length, cfg.seed)
     return prompts, held_out, ptx, report
 
 
-def total_steps(n, cfg):
-    """Steps of a run over n prompts."""
+def total_steps(n: int, cfg: "PPOConfig") -> int:
+    """Number of PPO steps of a run over n prompts."""
     steps = max(1, math.ceil(cfg.ppo.prompt_epochs * n / (cfg.ppo.batch_size * engine.world_size())))
     return min(steps, cfg.ppo.max_steps) if cfg.ppo.max_steps else steps
 
 
-def prompt_batches(prompts, cfg, steps):
-    """This rank's prompts of each step; every batch is full, and every prompt comes once before any comes
-    twice.
+def prompt_batches(
+    prompts: "Sequence[PromptExample]", cfg: "PPOConfig", steps: int
+) -> "Iterator[list[PromptExample]]":
+    """Yields this rank's prompts of each step.
+
+    Every batch is full, and every prompt comes once before any prompt comes twice.
     """
     size = cfg.ppo.batch_size * engine.world_size()
-    order, epoch = [], 0
+    order: list[int] = []
+    epoch = 0
     for _ in range(steps):
         while len(order) < size:
             order += [i for batch in global_batches(len(prompts), size, cfg.seed, epoch) for i in batch]
@@ -53,10 +75,25 @@ def prompt_batches(prompts, cfg, steps):
         yield [prompts[i] for i in share(batch, engine.rank(), engine.world_size())]
 
 
-def rollouts_of(roles, prompts, cfg, steps, start=0, prefetcher=None):
-    """Yields (step, Rollout) of the steps after `start`, sampled when it is asked for, or a step ahead.
+def rollouts_of(
+    roles: "Roles",
+    prompts: "Sequence[PromptExample]",
+    cfg: "PPOConfig",
+    steps: int,
+    start: int = 0,
+    prefetcher: RolloutPrefetcher | None = None,
+) -> "Iterator[tuple[int, Rollout]]":
+    """Yields (step, Rollout) of the steps after `start`.
 
-    prefetcher: a `prefetch.RolloutPrefetcher`, if the recipe overlaps and the run writes checkpoints.
+    A rollout is sampled when it is taken or, with `ppo.overlap`, one step ahead.
+
+    Args:
+        roles: The policy that samples, and its rollout engine.
+        prompts: All training prompts.
+        cfg: Settings of the stage.
+        steps: The last step.
+        start: The step that is already done.
+        prefetcher: State of the overlap, which checkpoints store; a new one where None is given.
     """
     batches = enumerate(islice(prompt_batches(prompts, cfg, steps), start, None), start + 1)
     if cfg.ppo.overlap:
@@ -64,14 +101,19 @@ def rollouts_of(roles, prompts, cfg, steps, start=0, prefetcher=None):
     return rollouts_now(roles, batches, cfg)
 
 
-def ptx_batches(ptx, cfg, start=0):
-    """Yields the global batch of supervised examples of each step after `start`, as many as prompts; None
-    without PTX.
+def ptx_batches(
+    ptx: "Sequence[SFTExample] | None", cfg: "PPOConfig", start: int = 0
+) -> "Iterator[list[SFTExample] | None]":
+    """Yields the SFT examples of each step's global batch after step `start`, as many as prompts.
+
+    Yields None for each step where `ptx` is None.
     """
     return islice(_all_ptx_batches(ptx, cfg), start, None)
 
 
-def _all_ptx_batches(ptx, cfg):
+def _all_ptx_batches(
+    ptx: "Sequence[SFTExample] | None", cfg: "PPOConfig"
+) -> "Iterator[list[SFTExample] | None]":
     epoch, size = 0, cfg.ppo.batch_size * engine.world_size()
     while True:
         if ptx is None:

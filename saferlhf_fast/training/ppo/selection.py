@@ -1,6 +1,8 @@
-"""Which of a run's policies is kept: the last, or the best one whose mean costs are under their thresholds."""
+"""Which policy a run keeps: the last one, or the best one whose mean costs are under their thresholds."""
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...config.sections import COST, REWARD
 from ...rollout.sample_and_score import sample_and_score, summary_of
@@ -9,50 +11,75 @@ from ...runtime import console, engine
 from ..best_checkpoint import BestCheckpoint
 from ..stage_helpers import save_policy
 from .constraints import one_or_each
+from .multiplier import MultiplierRule
+
+if TYPE_CHECKING:
+    from ...config.stages import PPOConfig
+    from ...data.examples import PromptExample
+    from ...rollout.roles import Roles
+
+Rows = list[dict[str, Any]]
+"""An evaluation: a dict for each prompt, as `sample_and_score` gives them."""
+
+Observer = Callable[[Rows], Mapping[str, float]]
+"""Computes more metrics of an evaluation, which are logged with it and change nothing."""
 
 
 class PolicySelection:
-    """Evaluates the actor and keeps the weights that the recipe asks for: the last, or the best under the
-    threshold.
-    """
+    """Evaluates the actor and keeps the weights that the recipe asks for: the last or the best ones."""
 
-    def __init__(self, roles, held_out, cfg, folder, multipliers, observe=None):
-        """multipliers: {constraint: its rule} · observe: rows of an evaluation -> more metrics to log with
-        it.
+    def __init__(
+        self,
+        roles: "Roles",
+        held_out: "Sequence[PromptExample]",
+        cfg: "PPOConfig",
+        folder: str | Path,
+        multipliers: Mapping[str, MultiplierRule],
+        observe: Observer | None = None,
+    ) -> None:
+        """Starts without an evaluation.
+
+        Args:
+            roles: Actor, reference and scorers.
+            held_out: Evaluation prompts.
+            cfg: Settings of the stage; `evaluation.select` asks for the best weights instead of the last.
+            folder: Folder of the run.
+            multipliers: The rule by name of the constraint, for its threshold and λ.
+            observe: More metrics to log with each evaluation.
         """
         self.roles, self.held_out, self.cfg = roles, held_out, cfg
         self.folder, self.multipliers = Path(folder), multipliers
-        self.observe = observe or (lambda rows: {})
+        self.observe: Observer = observe or (lambda rows: {})
         self.best = BestCheckpoint(
             lambda evaluation: self._score(summary_of(evaluation["rows"])),
             roles.actor.state_dict if cfg.evaluation.select else None,
         )
-        self.offered = None
+        self.last_offer: tuple[int, tuple[int, float]] | None = None  # step, score
 
-    def score(self, step):
-        """Of the evaluation in this step, higher is better; None when there was none."""
-        return list(self.offered[1]) if self.offered and self.offered[0] == step else None
+    def score(self, step: int) -> tuple[float, ...] | None:
+        """Score of the evaluation in this step, higher is better; None when there was none."""
+        if self.last_offer is None or self.last_offer[0] != step:
+            return None
+        return self.last_offer[1]
 
-    def state_dict(self):
-        """For a checkpoint; the kept weights are on rank 0."""
+    def state_dict(self) -> dict[str, Any]:
+        """State for a checkpoint; rank 0 has the kept weights."""
         return self.best.state_dict()
 
-    def load_state_dict(self, values):
-        """From a checkpoint."""
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Takes the state of a checkpoint."""
         self.best.load_state_dict(values)
         self.best.weights = self.best.weights if engine.rank() == 0 else None
 
     @property
-    def limits(self):
-        """{name of a mean cost in an evaluation: under which one counts as feasible}; {} without a
-        constraint.
-        """
+    def limits(self) -> dict[str, float]:
+        """For each constrained mean cost of an evaluation, the largest value that counts as feasible."""
         return {
             per_constraint(COST, name, self.multipliers): multiplier.threshold - self.cfg.evaluation.margin
             for name, multiplier in self.multipliers.items()
         }
 
-    def metrics(self, rows):
+    def metrics(self, rows: Rows) -> dict[str, Any]:
         """What is logged of an evaluation."""
         thresholds = {
             f"eval/{per_constraint('threshold', name, self.multipliers)}": multiplier.threshold
@@ -60,24 +87,39 @@ class PolicySelection:
         }
         return {**{f"eval/{k}": v for k, v in summary_of(rows).items()}, **thresholds, **self.observe(rows)}
 
-    def offer(self, step):
-        """Evaluates -> metrics; remembers the weights when they are the best so far."""
+    def offer(self, step: int) -> dict[str, Any]:
+        """Evaluates the actor, and keeps its weights when they are the best so far.
+
+        Returns:
+            The metrics of the evaluation.
+        """
         rows = sample_and_score(self.roles, self.held_out, self.cfg)
-        self.offered = (step, self._score(summary_of(rows)))
+        self.last_offer = (step, self._score(summary_of(rows)))
         values = one_or_each({name: float(multiplier.value) for name, multiplier in self.multipliers.items()})
         self.best.offer(step, {"rows": rows, "multiplier": values})
         return self.metrics(rows)
 
-    def _score(self, values):
-        """Feasible ones by reward, above infeasible ones by how little the costs that exceed their limits
-        are.
-        """
-        above = [values[name] for name, limit in self.limits.items() if not values[name] <= limit]
-        return (0, -sum(above)) if above else (1, values[REWARD])
+    def _score(self, means: Mapping[str, float]) -> tuple[int, float]:
+        """Orders evaluations: feasible ones by reward; below them the others, by the costs over their limits.
 
-    def settle(self, card):
-        """Puts the kept weights back and saves them in folder/model -> (their evaluation's rows, their step,
-        λ at that step).
+        A NaN cost is over its limit.
+        """
+        over = [means[name] for name, limit in self.limits.items() if not means[name] <= limit]
+        return (0, -sum(over)) if over else (1, means[REWARD])
+
+    def save_snapshot(self, stage: str, step: int) -> None:
+        """Saves the actor as it is in folder/step-<step>; every rank must call it."""
+        card = {"stage": stage, "step": step}
+        save_policy(self.roles.actor, self.folder / f"step-{step}", self.roles.tokenizer, card)
+
+    def settle(self, card: Mapping[str, Any]) -> tuple[Rows, int | None, dict[str, float] | float | None]:
+        """Puts the kept weights back and saves them in folder/model; every rank must call it.
+
+        Args:
+            card: What the model card says.
+
+        Returns:
+            (rows of the kept policy's evaluation, its step, λ at that step as `one_or_each` writes it).
         """
         best = self.best
         if self.cfg.evaluation.select:

@@ -1,16 +1,23 @@
 """What a PPO step reports: means over all ranks under the reference implementation's names, and sample rows.
 
-Of several constraints each has its name behind those of its numbers (rollout.types.per_constraint).
+With several constraints each has its name behind those of its numbers (rollout.types.per_constraint).
 """
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...config.sections import COST, REWARD
 from ...rollout.types import per_constraint, per_stream
 from ...runtime import engine
+
+if TYPE_CHECKING:
+    from ...config.stages import PPOConfig
+    from ...rollout.types import Rollout, Scored
+    from .multiplier import MultiplierRule
 
 FROM_ADVANTAGES = {
     "kl_sequence": "kl_divergence",
@@ -25,49 +32,57 @@ FROM_ADVANTAGES = {
 
 
 class StepMetrics:
-    """What a step tells, on the device until its end: local sums, to be added up over ranks, maxima, and what
-    all share.
+    """The numbers of one step, on the device until its end.
 
-    bad: what was not finite on some rank; the step was then left out on all.
+    Attributes:
+        sums: This rank's share of each number, 0-d; the shares of all ranks are added up.
+        maxima: This rank's maximum of each number, 0-d.
+        shared: Numbers that are the same on all ranks: learning rates, gradient norms.
+        advantages: Statistics of each call of ppo_lag_advantage.
+        bad: Names of what was not finite on some rank; the step was then skipped on all ranks.
     """
 
-    def __init__(self):
-        self.sums, self.maxima, self.shared, self.advantages, self.bad = {}, {}, {}, [], []
+    def __init__(self) -> None:
+        self.sums: dict[str, torch.Tensor] = {}
+        self.maxima: dict[str, torch.Tensor] = {}
+        self.shared: dict[str, torch.Tensor | float] = {}
+        self.advantages: list[Mapping[str, torch.Tensor]] = []
+        self.bad: list[str] = []
 
-    def add(self, name, value):
+    def add(self, name: str, value: torch.Tensor) -> None:
         """Adds to a local sum."""
         self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
-    def largest(self, name, value):
+    def largest(self, name: str, value: torch.Tensor) -> None:
         """Raises a local maximum."""
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
 
-def averages(rollout, scored, step_metrics, multipliers, shaping=None):
-    """-> {name: float} of one step's global batch: means over sequences.
+def averages(
+    rollout: "Rollout",
+    scored: "Scored",
+    step_metrics: StepMetrics,
+    multipliers: "Mapping[str, MultiplierRule]",
+    shaping: float | None = None,
+) -> dict[str, float]:
+    """The metrics of one step: means over the sequences of the global batch; one reduction, one device read.
 
-    One reduction, one read of the device.
+    Args:
+        rollout: Lengths (tokens) and counts of the batch.
+        scored: Scores of this rank's responses, in score model units.
+        step_metrics: What the update tallied.
+        multipliers: The rule that moves λ by name of the constraint.
+        shaping: ν, or None. With ν the reward stream is R − ν·C, and its metrics are named shaped_reward_*.
 
-    step_metrics: of the update · multipliers: {constraint: its rule}. kl_divergence and *_with_kl_penalty are
-    summed over a response's tokens; lengths are in tokens; tokens is a count. shaping: ν, or None; with it
-    the reward stream is R − ν·C and named shaped_reward_*.
+    Returns:
+        {name: number}. kl_divergence (nats) and *_with_kl_penalty are summed over a response's tokens;
+        lengths are in tokens; `tokens` is a count.
     """
     sequences, tokens = (
         sum(getattr(m, name) for m in rollout.minibatches) for name in ("sequences", "tokens")
     )
-    sums = {REWARD: scored.reward_B.float().sum()}
-    for name, cost_B in scored.costs.items():
-        sums |= {
-            per_constraint(COST, name, scored.costs): cost_B.float().sum(),
-            per_constraint("unsafe_share", name, scored.costs): (cost_B > 0).float().sum(),
-        }
-    for stats in step_metrics.advantages:
-        for key, name in FROM_ADVANTAGES.items():
-            if key in stats:
-                sums[name] = sums.get(name, 0.0) + stats[key] * stats["sequences"]
-    sums = {name: value / max(1, sequences) for name, value in sums.items()} | step_metrics.sums
     sums, largest, shared = _read(
-        sums,
+        _sums(scored, step_metrics, sequences),
         {"max_generated_length": float(max(rollout.lengths, default=0)), **step_metrics.maxima},
         _shared(step_metrics, multipliers),
     )
@@ -94,8 +109,25 @@ def averages(rollout, scored, step_metrics, multipliers, shaping=None):
     }
 
 
-def _shared(step_metrics, multipliers):
-    """What is the same on all ranks."""
+def _sums(scored: "Scored", step_metrics: StepMetrics, sequences: int) -> dict[str, torch.Tensor]:
+    """This rank's share of each mean over the sequences of the global batch, and of the update's sums."""
+    sums = {REWARD: scored.reward_B.float().sum()}
+    for name, cost_B in scored.costs.items():
+        sums |= {
+            per_constraint(COST, name, scored.costs): cost_B.float().sum(),
+            per_constraint("unsafe_share", name, scored.costs): (cost_B > 0).float().sum(),
+        }
+    for stats in step_metrics.advantages:
+        for key, name in FROM_ADVANTAGES.items():
+            if key in stats:
+                sums[name] = sums.get(name, 0.0) + stats[key] * stats["sequences"]
+    return {name: value / max(1, sequences) for name, value in sums.items()} | step_metrics.sums
+
+
+def _shared(
+    step_metrics: StepMetrics, multipliers: "Mapping[str, MultiplierRule]"
+) -> dict[str, torch.Tensor | float]:
+    """Numbers that are the same on all ranks: those of the optimisers, λ and J_C."""
     shared = dict(step_metrics.shared)
     for name, multiplier in multipliers.items():
         shared |= {
@@ -105,27 +137,29 @@ def _shared(step_metrics, multipliers):
     return shared
 
 
-def _read(sums, maxima, shared):
-    """Sums over ranks, maxima over ranks, and what all have -> three dicts of floats: one reduction, one
-    read.
-    """
+def _read(
+    sums: Mapping[str, torch.Tensor | float],
+    maxima: Mapping[str, torch.Tensor | float],
+    shared: Mapping[str, torch.Tensor | float],
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Sums over ranks, maxima over ranks, and shared numbers, on the host; one reduction, one device read."""
     world, device = engine.world_size(), engine.device()
 
-    def vector(values):
+    def vector(values: Iterable[torch.Tensor | float]) -> torch.Tensor:
         return torch.stack(
             [torch.as_tensor(v, dtype=torch.float32).to(device, non_blocking=True) for v in values]
         )
 
-    # One row for each rank: a sum over ranks then gathers the maxima. What all share is given by rank 0
-    # alone.
-    gathered = torch.zeros(world, len(maxima), device=device)
-    gathered[engine.rank()] = vector(maxima.values())
-    given = (
+    # Each rank writes its maxima into a row of its own, so a sum over ranks gathers them. Shared numbers
+    # count on rank 0 alone.
+    maxima_by_rank = torch.zeros(world, len(maxima), device=device)
+    maxima_by_rank[engine.rank()] = vector(maxima.values())
+    of_rank_0 = (
         vector(shared.values()) * (1.0 if engine.rank() == 0 else 0.0)
         if shared
         else torch.zeros(0, device=device)
     )
-    packed = engine.all_reduce(torch.cat([vector(sums.values()), given, gathered.flatten()]))
+    packed = engine.all_reduce(torch.cat([vector(sums.values()), of_rank_0, maxima_by_rank.flatten()]))
     numbers = packed.tolist()
     rows = [numbers[len(sums) + len(shared) + r * len(maxima) :][: len(maxima)] for r in range(world)]
     return (
@@ -135,8 +169,8 @@ def _read(sums, maxima, shared):
     )
 
 
-def sample_rows(rollout, scored, count):
-    """-> `count` rows, by their place in the batch, as dicts of prompt, response, reward and costs."""
+def sample_rows(rollout: "Rollout", scored: "Scored", count: int) -> list[dict[str, Any]]:
+    """The first `count` responses by their place in the global batch: prompt, response, reward and costs."""
     scores = {
         REWARD: scored.reward_B,
         **{per_constraint(COST, name, scored.costs): cost_B for name, cost_B in scored.costs.items()},
@@ -151,9 +185,11 @@ def sample_rows(rollout, scored, count):
     ]
 
 
-def save_batch(cfg, step, rollout, scored):
-    """Writes the texts and scores of a batch that gave a number that is not finite -> path of this rank's
-    file.
+def save_batch(cfg: "PPOConfig", step: int, rollout: "Rollout", scored: "Scored") -> Path:
+    """Writes the texts and scores of a batch that gave a number that is not finite.
+
+    Returns:
+        The path of this rank's file, in the run's folder.
     """
     path = Path(cfg.output).expanduser() / f"nonfinite_batch_step{step}_rank{engine.rank()}.jsonl"
     with open(path, "w", encoding="utf-8") as file:

@@ -1,21 +1,23 @@
-"""Our side of bench_step.py: `saferlhf_fast.training.ppo_lag.loop`, whole, on random models, with a clock
-around its parts.
+"""The side of bench_step.py that runs this library: the whole loop of `saferlhf_fast.training.ppo_lag`.
+
+It runs on random models, with a clock around the parts of a step.
 
 `unfused` is the same with `engine.packing=false` and SAFERLHF_IMPL=reference, which bench_step.py sets:
-padded rows, every op in plain torch. The recipe is the default one of the stage, so micro-batches are filled
-by tokens, score and update share their passes where that is allowed, and the rollout engine is the device's
-default. The rollout part is sampling and packing, the score part what is asked without gradient, the update
-part the rest of a step, metrics on the host included. Left out: data, logging, evaluation, checkpoints.
+padded rows, every op in plain torch. The recipe is the stage's default. So micro-batches are filled by
+tokens, score and update share their passes where that is allowed, and the rollout engine is the device's
+default. The rollout part is sampling and packing; the score part is every pass without gradient; the update
+part is the rest of a step, metrics on the host included. Left out: data, logging, evaluation, checkpoints.
 """
 
 import dataclasses
 
 import step_work
 import torch
-from step_ref import now
+from step_safe_rlhf import now
 from step_words import one_word_an_id
 
-# what `loop` calls, by its names in rollout/sample.py and training/ppo_lag.py: whose time it is
+# Functions that `loop` calls, by their names in rollout/sample.py and training/ppo_lag.py: the part of the
+# step to which their time belongs.
 PARTS = {
     "sample": "rollout",
     "score_rollout": "score",
@@ -25,8 +27,9 @@ PARTS = {
 
 
 class Limited:
-    """A rollout engine that ends each prompt's response at its own length: what makes the token counts of all
-    sides equal.
+    """A rollout engine that ends each prompt's response at a given length.
+
+    This makes the token counts of all sides equal.
     """
 
     def __init__(self, engine, work):
@@ -41,9 +44,7 @@ class Limited:
 
 
 def make_config(work, recipe):
-    """The stage's default recipe for this work; `lora` and `micro_tokens` of the bench's own recipe where it
-    has them.
-    """
+    """Returns the stage's default settings for this work, with the recipe's `lora` and `micro_tokens`."""
     from saferlhf_fast.config import stages
     from saferlhf_fast.runtime.engine import world_size
 
@@ -63,12 +64,12 @@ def make_config(work, recipe):
     )
 
 
-# the "paths" of the score models: what seed they are made from
+# the "paths" of the score models name the seed of their random weights
 SEEDS = {"reward": "random 1", "cost": "random 2"}
 
 
 def make_roles(work, cfg, steps):
-    """The Roles that `load_roles` makes when what it reads from files is made from seeds instead.
+    """Returns the Roles of `load_roles`, with models from seeds instead of files.
 
     With `lora` the score models are adapters of the actor's base, so that there is one shared base.
     """
@@ -82,8 +83,8 @@ def make_roles(work, cfg, steps):
     tokenizer, where = one_word_an_id(work.shape.vocabulary), engine.device()
 
     def score_model(path, **ignored):
-        body, head = step_work.backbone(work.shape, int(path.split()[1]), where)
-        score = ScoreModel(body)
+        backbone, head = step_work.backbone(work.shape, int(path.split()[1]), where)
+        score = ScoreModel(backbone)
         with torch.no_grad():
             score.score.weight.copy_(head)
         return score
@@ -101,16 +102,18 @@ def make_roles(work, cfg, steps):
     for room in (scorers, load_roles):
         room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
-    made = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
-    # an end that no sample is: a random policy must not end where no other side does
+    roles = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
+    # An end token that is never sampled: a random policy must not end where the other sides do not.
     never = [work.shape.vocabulary]
-    generator = open_generator(made.actor, tokenizer, never, cfg.sampling)
-    return dataclasses.replace(made, ends=never, generator=Limited(generator, work))
+    generator = open_generator(roles.actor, tokenizer, never, cfg.sampling)
+    return dataclasses.replace(roles, ends=never, generator=Limited(generator, work))
 
 
 class Side:
-    """The measured side: `step()` -> seconds of rollout, score and update of one whole step; `check()` its
-    numbers.
+    """The measured side.
+
+    `step()` returns the seconds of rollout, score and update of one whole step; `check()` returns sums to
+    compare with other sides.
     """
 
     def __init__(self, work, recipe):
@@ -148,7 +151,7 @@ class Side:
         return timed
 
     def step(self):
-        """The next of the steps that `loop` took."""
+        """Returns the next of the steps that `loop` made."""
         if not self.steps:
             self._run()
         return self.steps.pop(0)
@@ -177,7 +180,7 @@ class Side:
         )
 
     def check(self):
-        """Scores and updates once on the stored responses -> sums that other sides can be compared with."""
+        """Scores and updates once on the stored responses and returns sums to compare with other sides."""
         from saferlhf_fast.rollout import scoring
         from saferlhf_fast.rollout.batch import assemble
         from saferlhf_fast.rollout.types import Response
@@ -192,24 +195,26 @@ class Side:
             self.cfg.pass_tokens(),
         )
         scored = scoring.score_rollout(rollout, self.roles, self.cfg)
-        asked = scoring.old_logprobs_and_values(rollout, self.roles, self.cfg)
+        old = scoring.old_logprobs_and_values(rollout, self.roles, self.cfg)
 
         def total(tensor):
             return tensor.double().sum().item()
 
-        found = {
-            "logp": total(asked["logp_N"]),
+        sums = {
+            "logp": total(old["logp_N"]),
             "ref_logp": total(scored.ref_logp_N),
             "reward": total(scored.reward_B),
-            "reward_values": total(asked["values"]["reward"]),
+            "reward_values": total(old["values"]["reward"]),
             "cost": total(scored.costs["cost"]),
-            "cost_values": total(asked["values"]["cost"]),
+            "cost_values": total(old["values"]["cost"]),
         }
-        assert in_one_pass(self.cfg, self.roles), "the default recipe trains in the pass that scores"
+        assert in_one_pass(self.cfg, self.roles), (
+            "the default recipe shares one pass between scoring and the update"
+        )
         lambdas = {name: multiplier.value for name, multiplier in self.multipliers.items()}
         step_metrics = update_in_one_pass(self.roles, rollout, scored, lambdas, self.cfg)
         self.roles.generator.refresh()
-        return found | {
+        return sums | {
             f"{name}_critic_loss": total(step_metrics.sums[f"{name}_critic_loss"])
             for name in ("reward", "cost")
         }

@@ -1,0 +1,123 @@
+"""The run of the stages reward and cost: data, model, loop, saved score model; preference.py has the loss."""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..data.examples import preference_examples
+from ..models import backbone, multi_adapter
+from ..models.export_files import export_metadata_writer
+from ..models.lora import add_lora
+from ..models.score_checkpoint import check_score_export, save_score_model
+from ..models.score_model import load_score_model
+from ..models.tokenizer import load_tokenizer
+from ..runtime import console, engine
+from ..runtime.run_folder import finish_run, open_run
+from .preference import pair_loss
+from .stage_helpers import held_out_split, refuse_long
+from .supervised import SupervisedTask, total_steps, train_supervised
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config.sections import Data
+    from ..config.stages import PreferenceConfig
+    from ..data.examples import PairExample
+    from ..data.report import Report
+
+
+def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict[str, Any]:
+    """Runs the stage reward or cost.
+
+    Args:
+        cfg: Settings of the stage.
+        kind: "reward" or "cost".
+        restart: As in `run_folder.open_run`.
+
+    Returns:
+        The summary of the run.
+    """
+    engine.start(cfg.engine, cfg.seed)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+
+    def load(source: "Data") -> "tuple[list[PairExample], Report]":
+        return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, kind)
+
+    examples, report = load(cfg.data)
+    examples, held_out = held_out_split(cfg, examples, load)
+    score = load_score_model(
+        cfg.model,
+        new_head=True,
+        tokenizer=tokenizer,
+        trust_remote_code=cfg.trust_remote_code,
+        allow_pickle=cfg.allow_pickle,
+    )
+    refuse_long(
+        cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
+    )
+    # before training: a model that cannot be saved must not cost hours
+    check_score_export(score, tokenizer, drop_bias=cfg.drop_bias, keep_bias=not cfg.drop_bias)
+    if cfg.train.gradient_checkpointing:
+        backbone.recompute_activations(score.backbone)
+    score.packs &= cfg.engine.packing
+    if cfg.lora.rank:
+        score = add_lora(score, cfg.lora)
+    folder = open_run(kind, cfg, restart)
+    for line in report.lines():
+        console.say(line)
+    trained = engine.Engine(
+        score, cfg.optim, cfg.engine, total_steps(len(examples), cfg.train, engine.world_size())
+    )
+    card = {"stage": kind, "model": cfg.model, "data": report.as_dict()}
+    task = SupervisedTask(
+        weigh=lambda e: 1,
+        tokens=lambda e: len(e.first_ids) + len(e.second_ids),
+        save=_saver(trained, tokenizer, cfg, kind, card),
+        write_export_metadata=export_metadata_writer(trained.module, tokenizer),
+        loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"),
+    )
+    summary = train_supervised(trained, task, examples, held_out, cfg, folder, kind)
+    if cfg.baseline and held_out and engine.rank() == 0:
+        from .tfidf_baseline import tfidf_accuracy
+
+        summary |= tfidf_accuracy(examples, held_out, tokenizer, kind)
+    summary |= {"examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
+    finish_run(folder, summary)
+    return summary
+
+
+def _saver(
+    trained: engine.Engine,
+    tokenizer: "PreTrainedTokenizerBase",
+    cfg: "PreferenceConfig",
+    kind: str,
+    card: dict[str, Any],
+) -> Callable[[Path], None]:
+    """A function that writes the score model into a folder, with its adapter where there is one.
+
+    Every rank must call that function.
+    """
+
+    def save(path: Path) -> None:
+        model = trained.module
+        # merging adapters, and reading a bias, needs the gathered weights
+        gather = cfg.lora.rank or model.score.bias is not None
+        state = trained.state_dict() if trained.sharded and not gather else None
+        with trained.gathered() if gather else contextlib.nullcontext():
+            if engine.rank() == 0:
+                save_score_model(
+                    path,
+                    model,
+                    tokenizer,
+                    kind=kind,
+                    state_dict=state,
+                    drop_bias=cfg.drop_bias,
+                    keep_bias=not cfg.drop_bias,
+                    card=card,
+                )
+                if cfg.lora.rank and model.score.bias is None and model.normalizer is None:
+                    multi_adapter.save_score(path / "adapter", model, cfg.model)
+        engine.barrier()
+
+    return save
