@@ -88,12 +88,12 @@ def plan_of(root, variant, gpus, stage, memory=80):
 
 def running(plan):
     """Peak once the models are there."""
-    return max(moment.total for moment in plan.moments if moment.name != "loading")
+    return max(moment.total for moment in plan.phases if moment.name != "loading")
 
 
 def loading(plan):
     """Peak while models are handed to DeepSpeed."""
-    return next(moment.total for moment in plan.moments if moment.name == "loading")
+    return next(moment.total for moment in plan.phases if moment.name == "loading")
 
 
 # ---------------------------------------------------------------- least times

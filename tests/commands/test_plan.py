@@ -54,7 +54,7 @@ def stage(kind, model, gpus=1, device="cpu", memory=1 << 40, **values):
 
 
 def moments(made):
-    return {moment.name: moment.total for moment in made.moments}
+    return {moment.name: moment.total for moment in made.phases}
 
 
 # ---------------------------------------------------------------- what models are
@@ -130,7 +130,7 @@ def test_a_moment_is_the_sum_of_its_parts_and_nothing_is_negative(model):
             if kind in ("ppo", "ppo-lag", "evaluate")
             else stage(kind, model, train={"max_length": 128})
         )
-        for moment in made.moments:
+        for moment in made.phases:
             assert moment.total == sum(moment.parts.values()) and min(moment.parts.values()) >= 0, (
                 kind,
                 moment,
@@ -154,7 +154,7 @@ def test_what_saves_memory_does(model):
     for zero in (0, 1, 2, 3):
         step = next(
             m
-            for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).moments
+            for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).phases
             if m.name == "optimiser step"
         )
         at_8.append(step.total - step.parts["buffers"])  # ZeRO-3's bucket is there in the step too

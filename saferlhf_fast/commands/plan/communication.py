@@ -173,7 +173,7 @@ def of_frozen(model, zero, width, passes, rollout=0):
 
 
 def of_stage(roles, passes=None):
-    """-> [Collective] of one step of a stage (of PPO: one batch of rollouts). roles: a phases.Roles whose
+    """-> [Collective] of one step of a stage (of PPO: one batch of rollouts). roles: a phases.StageModels whose
     models are there.
     """
     if roles.hardware.gpus == 1:

@@ -25,7 +25,7 @@ def lengths_of(tokens, longest):
     return (longest,) * whole + ((rest,) if rest else ())
 
 
-def asked_rows(asked, length):
+def predicted_rows(asked, length):
     """Positions whose hidden state is asked for. asked: "end", "all", or how many tokens at the end are
     predicted.
     """
@@ -48,7 +48,7 @@ def of_pass(blueprint, lengths, asked, device, train=True, keep_gradients=False,
         from ...models.policy import Objective
 
         meta = torch.device("meta")
-        packed = pack_sequences([[0] * n for n in lengths], [asked_rows(asked, n) for n in lengths], meta)
+        packed = pack_sequences([[0] * n for n in lengths], [predicted_rows(asked, n) for n in lengths], meta)
 
         def call(module):
             if blueprint.kind == "score":

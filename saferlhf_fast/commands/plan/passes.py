@@ -36,7 +36,7 @@ def longest_pass(roles):
 
 
 def passes_of_step(roles):
-    """-> Passes. roles: a phases.Roles, whose models need not be there."""
+    """-> Passes. roles: a phases.StageModels, whose models need not be there."""
     return {"supervised": _supervised, "ppo": _ppo, "evaluation": _evaluation}[roles.spec.family](
         roles.cfg, roles
     )

@@ -59,7 +59,7 @@ class Phase(NamedTuple):
         return sum(self.parts.values())
 
 
-class Roles:
+class StageModels:
     """Makes the models of a stage and keeps the worst that each was seen to take."""
 
     def __init__(self, name, kind, cfg, hardware, earlier):

@@ -11,7 +11,7 @@ from .pass_memory import lengths_of
 from .passes import longest_pass, passes_of_step
 from .phases import (
     ANY,
-    Roles,
+    StageModels,
     add,
     asking,
     backward,
@@ -33,20 +33,20 @@ class StagePlan:
     models: list  # Model
     # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
     use: dict
-    moments: list  # Phase
+    phases: list  # Phase
     host: int  # bytes of host memory per process: what is offloaded
     sent: list = dataclasses.field(default_factory=list)  # communication.Collective of one step
 
     @property
     def worst(self):
         """The largest moment."""
-        return max(self.moments, key=lambda moment: moment.total)
+        return max(self.phases, key=lambda moment: moment.total)
 
 
 def plan_stage(name, kind, cfg, hardware, earlier):
     """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
-    roles = Roles(name, kind, cfg, hardware, earlier)
-    moments = moments_of(roles)
+    roles = StageModels(name, kind, cfg, hardware, earlier)
+    moments = phases_of(roles)
     return StagePlan(
         name,
         kind,
@@ -58,7 +58,7 @@ def plan_stage(name, kind, cfg, hardware, earlier):
     )
 
 
-def moments_of(roles):
+def phases_of(roles):
     """Makes a stage's models -> its Moments."""
     module, name = roles.spec.planner.split(":")
     return getattr(import_module(f"{__package__}.{module}"), name)(roles)

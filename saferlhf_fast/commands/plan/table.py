@@ -70,7 +70,7 @@ def _models(plan, hardware, what):
 def _moments(plan, usable, what):
     rows = [
         [moment.name, *(gib(moment.parts[part]) for part in PARTS), gib(moment.total)]
-        for moment in plan.moments
+        for moment in plan.phases
     ]
     columns = ["moment", *(SHORT.get(part, part) for part in PARTS), "together"]
     console.result_table(f"{plan.name}: at its worst moments", columns, rows)
@@ -197,7 +197,7 @@ def as_dict(results, hardware, usable):
                 "kind": plan.kind,
                 "models": models,
                 "host": plan.host,
-                "moments": [{"moment": m.name, "total": m.total, **m.parts} for m in plan.moments],
+                "moments": [{"moment": m.name, "total": m.total, **m.parts} for m in plan.phases],
                 "sent": [{**s._asdict(), "of_each": s.wire(hardware.gpus)} for s in plan.sent],
                 "link_seconds": link_seconds(plan, hardware) if hardware.device == "cuda" else None,
                 "peak": plan.worst.total,

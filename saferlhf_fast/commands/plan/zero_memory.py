@@ -57,7 +57,7 @@ class States(NamedTuple):
         return self.fetching > 0
 
     @property
-    def held(self):
+    def until_step(self):
         """There from the first backward pass of a step to its end."""
         return 0 if self.sharded else self.gradients + self.bucket
 
