@@ -381,7 +381,9 @@ stages:
     assert cli.main(["plan", str(recipe), "--gpus", "2", "--memory", "24", f"sft.model={model}"]) == 0
     text = capsys.readouterr().out
     assert (
-        "sft: GiB per GPU, 2 GPUs" in text and "second: at its worst moments" in text and "reference" in text
+        "sft: GiB per GPU, 2 GPUs" in text
+        and "second: GiB per GPU in each phase" in text
+        and "reference" in text
     )
     assert max(map(len, text.splitlines())) <= 120
     assert kit.files(tmp_path) == before
