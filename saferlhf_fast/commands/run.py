@@ -139,8 +139,7 @@ def run(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str
             "seconds": None,
         }
         state = RunState(step.kind, step.cfg)
-        if state.is_done:
-            assert step.cfg.output is not None, "only a stage with an output can be finished already"
+        if step.cfg.output is not None and state.is_done:
             _say(f"{step.name}: finished before with the same settings and inputs; skipped")
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
@@ -328,6 +327,8 @@ def _check_outputs(top: RunConfig, steps: Sequence[Step]) -> None:
     run_folder.check_place(Path(top.output).expanduser(), "output")  # for summary.json
     new_outputs: list[str] = []  # of the stages that will run
     for step in steps:
+        if step.cfg.output is None:  # it prints its result and replaces nothing
+            continue
         state = RunState(step.kind, step.cfg)
         reads_new_output = any(
             inputs.lies_in(value, folder) for _, value, _ in state.sources for folder in new_outputs
@@ -336,7 +337,7 @@ def _check_outputs(top: RunConfig, steps: Sequence[Step]) -> None:
             run_folder.checked_action(
                 state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output"
             )
-            new_outputs += [step.cfg.output] if step.cfg.output else []
+            new_outputs.append(step.cfg.output)
 
 
 def _resumed(step: Step, resume: str, state: RunState) -> "StepConfig":
@@ -344,9 +345,11 @@ def _resumed(step: Step, resume: str, state: RunState) -> "StepConfig":
 
     A run of other settings is then refused by their names, unless overwrite=true allows to replace it.
     """
-    if resume == "auto" and state.resumes("auto") and not (step.cfg.overwrite and state.changed):
-        return dataclasses.replace(step.cfg, resume="auto")
-    return step.cfg
+    if step.cfg.output is None or resume != "auto" or not state.resumes("auto"):
+        return step.cfg
+    if step.cfg.overwrite and state.changed:
+        return step.cfg
+    return dataclasses.replace(step.cfg, resume="auto")
 
 
 def _write_traceback(folder: Path | None) -> Path | None:
