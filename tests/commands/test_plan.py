@@ -9,7 +9,7 @@ import pytest
 
 from saferlhf_fast import cli
 from saferlhf_fast.commands import plan
-from saferlhf_fast.commands.plan import options, sizes
+from saferlhf_fast.commands.plan import options, sizes, table
 from saferlhf_fast.commands.plan.phases import Hardware
 from saferlhf_fast.commands.plan.stage_phases import plan_stage
 from saferlhf_fast.config import load
@@ -387,6 +387,17 @@ stages:
     )
     assert max(map(len, text.splitlines())) <= 120
     assert kit.files(tmp_path) == before
+
+
+def test_sizes_below_a_tenth_of_a_gib_are_printed_in_smaller_units(model, capsys):
+    sizes_and_texts = [(0, "–"), (1, "1 KiB"), (300 * 1024, "0.3 MiB"), (100 * MIB, "100.0 MiB")]
+    sizes_and_texts += [(103 * MIB, "0.10"), (5 << 30, "5.00"), (80 << 30, "80.0")]
+    assert [table.gib(size) for size, _ in sizes_and_texts] == [text for _, text in sizes_and_texts]
+    assert [table.amount(size) for size in (3 * MIB, 3 << 30)] == ["3.0 MiB", "3.00 GiB"]
+    words = ["stage=sft", f"model={model}", "data=none", "output=none", "train.max_length=16"]
+    assert cli.main(["plan", *words, "device=cpu", "lora.rank=4"]) == 0
+    text = capsys.readouterr().out
+    assert " MiB" in text and " 0.00" not in text
 
 
 def test_the_command_prints_json(model, capsys):

@@ -12,15 +12,28 @@ if TYPE_CHECKING:
     from .options import Advice
     from .stage_phases import StagePlan
 
-GIB = 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 SHORT = {"activations": "activ."}  # a table must fit 100 columns
 
 
 def gib(size: int | None) -> str:
-    """Writes bytes as GiB, with a dash for nothing, or for what is not possible."""
+    """Writes bytes as a number of GiB, for a table whose title names the unit.
+
+    Below 0.1 GiB it is MiB or KiB, with the unit. A dash stands for nothing, or for what is not possible.
+    """
     if not size:
         return "–"
+    if size < 0.1 * MIB:
+        return f"{-(-size // KIB)} KiB"
+    if size < 0.1 * GIB:
+        return f"{size / MIB:.1f} MiB"
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
+
+
+def amount(size: int) -> str:
+    """Writes bytes with their unit, as a sentence needs them."""
+    text = gib(size)
+    return text if text.endswith("iB") else f"{text} GiB"
 
 
 def parameters(count: int) -> str:
@@ -86,9 +99,9 @@ def _phases(plan: "StagePlan", usable: int, device: str) -> None:
     ]
     columns = ["phase", *(SHORT.get(part, part) for part in PARTS), "together"]
     console.result_table(f"{plan.name}: GiB per {device} in each phase", columns, rows)
-    host = f"; {gib(plan.host)} GiB of host memory per process" if plan.host else ""
+    host = f"; {amount(plan.host)} of host memory per process" if plan.host else ""
     console.say(
-        f"  peak {gib(plan.worst.total)} GiB per {device} of {gib(usable)} usable ({plan.worst.name}){host}: "
+        f"  peak {amount(plan.worst.total)} per {device} of {amount(usable)} usable ({plan.worst.name}){host}: "
         f"{verdict(plan, usable)}"
     )
 
@@ -167,14 +180,14 @@ def _options(plan: "StagePlan", advice: "Advice") -> None:
         )
     if advice.enough:
         words = " ".join(choice.words(plan.name) for choice in advice.enough)
-        console.say(f"  to type: {words}   (peak {gib(advice.peak)} GiB)")
+        console.say(f"  to type: {words}   (peak {amount(advice.peak)})")
     else:
         why = (
             "each model passes through the GPU in float32 when it is loaded"
             if plan.worst.name == "loading"
             else "more GPUs, shorter sequences (max_length) or a smaller model"
         )
-        console.say(f"  nothing that was tried is enough: {gib(advice.peak)} GiB at the least; {why}")
+        console.say(f"  nothing that was tried is enough: {amount(advice.peak)} at the least; {why}")
 
 
 def _verdicts(results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardware, usable: int) -> None:
@@ -183,11 +196,11 @@ def _verdicts(results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Ha
         for plan, _ in results
     ]
     if len(rows) > 1:
-        console.result_table("all stages", ["stage", "peak", "phase", "fits"], rows)
+        console.result_table("all stages", ["stage", "peak (GiB)", "phase", "fits"], rows)
     reserved = hardware.memory - usable
     if reserved:
         console.say(
-            f"Of {gib(hardware.memory)} GiB, {gib(reserved)} GiB are reserved for CUDA, NCCL and "
+            f"Of {amount(hardware.memory)}, {amount(reserved)} are reserved for CUDA, NCCL and "
             "fragmentation. Every sequence counts as long as max_length allows."
         )
 
