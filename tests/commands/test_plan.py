@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import kit
@@ -395,9 +396,10 @@ def test_sizes_below_a_tenth_of_a_gib_are_printed_in_smaller_units(model, capsys
     assert [table.gib(size) for size, _ in sizes_and_texts] == [text for _, text in sizes_and_texts]
     assert [table.amount(size) for size in (3 * MIB, 3 << 30)] == ["3.0 MiB", "3.00 GiB"]
     words = ["stage=sft", f"model={model}", "data=none", "output=none", "train.max_length=16"]
-    assert cli.main(["plan", *words, "device=cpu", "lora.rank=4"]) == 0
+    assert cli.main(["plan", *words, "device=cpu", "lora.rank=4", "gpus=2"]) == 0
     text = capsys.readouterr().out
-    assert " MiB" in text and " 0.00" not in text
+    assert "sft: GiB per process, 2 processes" in text
+    assert " MiB" in text and not re.search(r" 0\.00\b", text)
 
 
 def test_the_command_prints_json(model, capsys):

@@ -86,8 +86,9 @@ def _models(plan: "StagePlan", hardware: Hardware, device: str) -> None:
                 gib(use["cache"]),
             ]
         )
+    devices = device if hardware.gpus == 1 else f"{device}es" if device == "process" else f"{device}s"
     console.result_table(
-        f"{plan.name}: GiB per {device}, {hardware.gpus} {device}{'s' * (hardware.gpus > 1)}",
+        f"{plan.name}: GiB per {device}, {hardware.gpus} {devices}",
         ["model", "parameters", "weights", "gradients", "optimiser", "activations", "logits", "cache"],
         rows,
     )
