@@ -102,8 +102,8 @@ def _phases(plan: "StagePlan", usable: int, device: str) -> None:
     console.result_table(f"{plan.name}: GiB per {device} in each phase", columns, rows)
     host = f"; {amount(plan.host)} of host memory per process" if plan.host else ""
     console.say(
-        f"  peak {amount(plan.worst.total)} per {device} of {amount(usable)} usable ({plan.worst.name}){host}: "
-        f"{verdict(plan, usable)}"
+        f"  peak {amount(plan.worst.total)} per {device} of {amount(usable)} usable "
+        f"({plan.worst.name}){host}: {verdict(plan, usable)}"
     )
 
 
