@@ -214,10 +214,10 @@ def refuse_nothing_to_compare(options: Request, base: Results) -> None:
     compare = _bench_module("compare")
     was = compare.ratios(base, options.times)
     if not comparable(was):
-        got = f"{len(was)} rows of ours without either" if was else "no row of ours"
+        rows = f"{len(was)} rows of ours without either" if was else "no row of ours"
         raise UserError(
             f"{options.compare}: expected times of ours and, to compare them with, of eager torch or a floor "
-            f"near them, got {got}; "
+            f"near them, got {rows}; "
             f"{'' if options.times or not was else '--times compares the times themselves; '}"
             "saferlhf-fast bench --save writes a whole file"
         )

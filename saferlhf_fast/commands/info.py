@@ -133,7 +133,7 @@ def _op_line(op: str, implementation: str | None, why: str, rows: "Sequence[Row]
     An implementation that `why` names already is not named again. rows: this op's rows of `dispatch.table`.
     """
     others = [row for row in rows if row.implementation != implementation]
-    could = [row.implementation for row in others if row.available]
+    runnable = [row.implementation for row in others if row.available]
     others_missing = [
         f"{row.implementation}: {row.why}" for row in others if not row.available and row.why not in why
     ]
@@ -141,7 +141,7 @@ def _op_line(op: str, implementation: str | None, why: str, rows: "Sequence[Row]
         first = f"none, a call raises: {why.removeprefix(f'{op}: ')}"
     else:
         first = f"{implementation.ljust(9)}  {why.removeprefix(f'{implementation}: ')}"
-    return "; ".join([first, *([f"{' and '.join(could)} could run"] if could else []), *others_missing])
+    return "; ".join([first, *([f"{' and '.join(runnable)} could run"] if runnable else []), *others_missing])
 
 
 def install() -> str:

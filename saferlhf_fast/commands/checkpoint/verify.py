@@ -39,7 +39,8 @@ def newest(path: str | Path) -> Path:
         return path
     problems = []
     for _, folder in manifest.listed(path):
-        if manifest.step_of(folder)[1]:  # converted: its source is taken
+        step_and_universal = manifest.step_of(folder)
+        if step_and_universal is not None and step_and_universal[1]:  # converted: its source is taken
             continue
         try:
             whole(folder)

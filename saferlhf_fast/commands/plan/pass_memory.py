@@ -88,7 +88,9 @@ def of_pass(
         def call(module: torch.nn.Module) -> torch.Tensor:
             if blueprint.kind == "score":
                 return module(packed)
-            sampling = Sampling(**dict(zip(("top_p", "top_k", "repetition_penalty"), shape)))
+            sampling = Sampling()
+            if shape:
+                sampling = Sampling(top_p=shape[0], top_k=shape[1], repetition_penalty=shape[2])
             if not objective:
                 return module(packed, sampling)
             known_N = torch.empty(sum(packed.counts), device=meta)
