@@ -173,7 +173,8 @@ def plan(recipe: str | Path, overrides: dict[str, Any]) -> tuple[RunConfig, list
     """
     top, steps = steps_of(recipe, overrides)
     for i, step in enumerate(steps):
-        checks.check(step.kind, step.cfg, [earlier.cfg.output for earlier in steps[:i]], f"{step.name}.")
+        earlier_outputs = [earlier.cfg.output for earlier in steps[:i] if earlier.cfg.output is not None]
+        checks.check(step.kind, step.cfg, earlier_outputs, f"{step.name}.")
     _check_outputs(top, steps)
     return top, steps
 

@@ -107,13 +107,14 @@ def test_a_stage_without_an_output_runs_each_time(go, stages, monkeypatch):
     """An evaluation with output: null prints its result and writes nothing."""
     text = RECIPE.partition("stages:")[0] + (
         'stages:\n  - evaluate: {model: "${root}/llama", prompts: "${root}/data.json", output: null}\n'
+        '  - {name: again, evaluate: {model: "${root}/llama", prompts: "${root}/data.json", output: null}}\n'
     )
     calls = []
     monkeypatch.setattr(stages, "train", lambda stage, cfg, restart: calls.append(stage) or {"reward": 1.5})
     for _ in range(2):
         results = go(text)
         assert results["evaluate"]["output"] is None and results["evaluate"]["summary"] == {"reward": 1.5}
-    assert calls == ["evaluate"] * 2 and [path.name for path in go.out.iterdir()] == ["summary.json"]
+    assert calls == ["evaluate"] * 4 and [path.name for path in go.out.iterdir()] == ["summary.json"]
 
 
 def test_a_second_run_does_nothing_and_says_so(go, stages, capsys):
