@@ -65,7 +65,7 @@ settings:
       Print JSON instead of tables; sizes in bytes.
   Any other key is the recipe's own, as in saferlhf-fast run: sft.train.micro_tokens=4096, root=DIR."""
 
-LINKS: dict[str, Callable[[str], float]] = {"node": int, "nvlink": float, "network": float}
+LINKS: dict[str, Callable[[Any], float]] = {"node": int, "nvlink": float, "network": float}
 # Bytes of a GPU that the plan does not count: CUDA's context, cuBLAS and NCCL. An estimate, not measured.
 ALLOWANCE = 3 << 29
 FRAGMENTED = 0.03  # share of a GPU that torch's allocator may leave between blocks; an estimate, not measured
@@ -151,8 +151,9 @@ def main(words: list[str]) -> None:
     }
     if recipe is None and "stage" not in own:
         raise UserError("plan: missing: a recipe, e.g. saferlhf-fast plan quickstart")
-    if own.get("device", "cuda") not in ("cuda", "cpu"):
-        raise UserError(f"command line: device: expected one of cuda, cpu, got {own['device']}")
+    device, stage = str(own.get("device", "cuda")), own.get("stage")
+    if device not in ("cuda", "cpu"):
+        raise UserError(f"command line: device: expected one of cuda, cpu, got {device}")
     gpus, memory = (
         _number("gpus", own.get("gpus", "1"), int),
         _number("memory", own.get("memory", "80"), float),
@@ -161,8 +162,8 @@ def main(words: list[str]) -> None:
     from .phases import Hardware
 
     links: dict[str, Any] = {key: _number(key, own[key], kind) for key, kind in LINKS.items() if key in own}
-    hardware = Hardware(gpus, int(memory * 2**30), own.get("device", "cuda"), **links)
-    results = plan(recipe, overrides, hardware, own.get("stage"))
+    hardware = Hardware(gpus, int(memory * 2**30), device, **links)
+    results = plan(recipe, overrides, hardware, None if stage is None else str(stage))
     if as_json:
         print(json.dumps(table.as_dict(results, hardware, usable(hardware)), indent=1))
     else:
@@ -176,7 +177,7 @@ def help_text() -> str:
     return HELP.format(stages=", ".join(STAGES))
 
 
-def _number(key: str, text: str, kind: Callable[[str], _Number]) -> _Number:
+def _number(key: str, text: object, kind: Callable[[Any], _Number]) -> _Number:
     """Reads a number above 0; `kind` is int or float. UserError otherwise."""
     try:
         value = kind(text)
