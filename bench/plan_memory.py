@@ -255,7 +255,7 @@ def compare(cases, folder, shape=None):
     make(folder, shape)
     for case in cases:
         plan = predicted(case, folder)
-        worst = max((m for m in plan.moments if m.name != "loading"), key=lambda moment: moment.total)
+        worst = max((m for m in plan.phases if m.name != "loading"), key=lambda moment: moment.total)
         real = measured(case, folder)
         yield {
             "case": case,

@@ -88,12 +88,12 @@ def plan_of(root, variant, gpus, stage, memory=80):
 
 def running(plan):
     """Returns the peak after loading."""
-    return max(moment.total for moment in plan.moments if moment.name != "loading")
+    return max(moment.total for moment in plan.phases if moment.name != "loading")
 
 
 def loading(plan):
     """Returns the peak while DeepSpeed takes the models."""
-    return next(moment.total for moment in plan.moments if moment.name == "loading")
+    return next(moment.total for moment in plan.phases if moment.name == "loading")
 
 
 # ---------------------------------------------------------------- least times

@@ -1,148 +1,55 @@
-"""`saferlhf-fast bench`: the kernel benches of bench/ on this machine; keeps their figures and finds what
-became slower.
+"""`saferlhf-fast bench`: runs the kernel benches on this machine, stores the times, finds what became slower.
 
-Measuring and comparing are bench/run.py and bench/compare.py, as `make bench` and `make bench-compare` use
-them; here are the command line, the checks of a stored file, and the table. Standard library only until
-something is measured.
+bench/run.py measures and bench/compare.py compares, as for `make bench` and `make bench-compare`;
+bench_request.py reads the command line. This file has the checks of a stored file, and the table. Only the
+standard library is imported until something is measured.
 """
 
-import difflib
 import json
 import math
 import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable, Collection, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+from saferlhf_fast.commands.bench_request import BENCH, Request, help_text, known_ops, request
 from saferlhf_fast.errors import UserError
 
-HELP = """usage: saferlhf-fast bench [--ops OP …] [--quick] [--save FILE] [--compare FILE] [--worse P] [--times] [--force]
+__all__ = ["BENCH", "Request", "help_text", "known_ops", "main", "request"]
 
-Measures every op of this machine's device: our implementations and eager torch, on random data, each result checked against
-float64 before it is timed. Prints a table. Needs pytest and pytest-benchmark: pip install 'saferlhf-fast[bench]'
+Results = dict[str, Any]
+"""A results file of pytest-benchmark, read."""
+Key = tuple[str, str, str]
+"""(op, shape, version)."""
+Ratios = Mapping[Key, Mapping[str, float]]
+"""{key: {what the time is divided by: ratio}}, as `compare.ratios` returns it."""
 
-  --ops OP …      these ops alone: {ops}
-  --quick         small shapes, seconds for an op; noisier: take a larger --worse
-  --save FILE     also writes the results (JSON); an existing file is kept unless --force
-  --compare FILE  measures what FILE has again and compares; exit code 1 when something became slower
-  --worse P       per cent that count as slower; default: 10
-  --times         compares the times themselves too: only on a machine that does nothing else
-  --force         overwrites; compares with another device's file
-
-What is compared is a version's time over that of eager torch in the same run (and over the floor of the machine's memory
-bandwidth, where it is near): a machine that is busy or slower today slows both and leaves the ratio as it is. A slower kernel
-raises it, and so does a faster eager torch, as an update of torch may bring: the head of the table says what eager torch took.
-The fastest round counts. What seems worse is measured up to twice more, and the best measurement counts. A version that FILE
-has and that does not run any more fails too. Keep one file for each machine and number of threads; other versions are named.
-
-exit codes: 0 nothing became slower, 1 something did (or gave wrong results), 2 bad input
-
-examples:
-  saferlhf-fast bench --quick --ops gae token_logprob      a first look, in seconds
-  saferlhf-fast bench --save base.json                     before an update of torch, a driver or saferlhf-fast
-  saferlhf-fast bench --compare base.json                  after it
-  saferlhf-fast bench --compare base.json --worse 5 --ops ppo_lag_advantage"""
-
-HERE = Path(__file__).resolve().parents[1]
-BENCH = (HERE / "bench").resolve()
 TRIES = 2  # how often what seems slower is measured again
 TURNS = {True: 3, False: 2}  # of every row, for small shapes and for the usual ones
 
 
-class Request(NamedTuple):
-    """What the command line asks for. ops: None means all, or those of the stored file."""
-
-    ops: list[str] | None = None
-    quick: bool = False
-    save: Path | None = None
-    compare: Path | None = None
-    worse: float = 10.0
-    times: bool = False
-    force: bool = False
+# ---------------------------------------------------------------- the stored file
 
 
-def known_ops():
-    """Names of the ops that have a bench."""
-    return sorted(
-        room.parent.name
-        for room in (HERE / "kernels").glob("*/__init__.py")
-        if (BENCH / f"bench_{room.parent.name}.py").is_file()
-    )
-
-
-def help_text():
-    """`saferlhf-fast bench --help`."""
-    return HELP.format(ops=", ".join(known_ops()).replace(", ppo_lag", ",\n                  ppo_lag", 1))
-
-
-# ---------------------------------------------------------------- what is asked for
-
-
-def request(words):
-    """Words of the command line -> Request. UserError for what bench does not take."""
-    asked, rest = {}, list(words)
-    while rest:
-        name, equals, value = rest.pop(0).partition("=")
-        key = name.removeprefix("--")
-        if not name.startswith("--") or key not in Request._fields:
-            raise UserError(
-                f"bench: expected one of {', '.join(f'--{field}' for field in Request._fields)}, got {name}"
-            )
-        if key in asked:
-            raise UserError(f"bench: --{key} is given twice")
-        if key in ("quick", "times", "force"):
-            if equals:
-                raise UserError(f"bench: --{key} takes no value, got {value}")
-            asked[key] = True
-            continue
-        values = [value] if equals else []
-        while not equals and rest and not rest[0].startswith("--") and (key == "ops" or not values):
-            values.append(rest.pop(0))
-        if not any(values):
-            raise UserError(f"bench: --{key}: expected {_EXPECTED[key]} after it")
-        asked[key] = _READ[key](values)
-    return Request(**asked)
-
-
-def _ops(values):
-    ops, known = [op for value in values for op in value.split(",") if op], known_ops()
-    for op in ops:
-        if op not in known:
-            close = difflib.get_close_matches(op, known, n=1)
-            raise UserError(
-                f"bench: --ops: unknown op {op!r}{f'; did you mean {close[0]}?' if close else ''}; "
-                f"there is {', '.join(known)}"
-            )
-    return sorted(set(ops))
-
-
-def _percent(values):
-    try:
-        worse = float(values[0].removesuffix("%"))
-    except ValueError:
-        worse = math.nan
-    if not 0 <= worse < math.inf:
-        raise UserError(f"bench: --worse: expected per cent, 0 or more, got {values[0]}")
-    return worse
-
-
-def _path(values):
-    return Path(values[0]).expanduser()
-
-
-_READ = {"ops": _ops, "worse": _percent, "save": _path, "compare": _path}
-_EXPECTED = {"ops": "names of ops", "worse": "per cent", "save": "a file", "compare": "a file"}
-
-
-def op_of(entry):
-    """The op whose bench made an entry of a results file."""
+def op_of(entry: Mapping[str, Any]) -> str:
+    """Returns the op whose bench wrote an entry of a results file."""
     return Path(entry["fullname"].partition("::")[0]).stem.removeprefix("bench_")
 
 
-def stored(path, ops):
-    """A results file, without the entries of ops that are not asked for. UserError for what is none."""
+def stored(path: Path, ops: Collection[str] | None) -> Results:
+    """Reads a results file.
+
+    Args:
+        path: The file.
+        ops: The ops whose entries are wanted; None: all.
+
+    Raises:
+        UserError: The file does not exist, is not a results file, or has no entry of `ops`.
+    """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -158,35 +65,44 @@ def stored(path, ops):
         )
         assert isinstance(machine["device"], str), "the device is a name"
         for entry in entries:
-            row = entry["extra_info"]
-            assert all(
-                isinstance(value, str)
-                for value in (entry["fullname"], row["op"], row["shape"], row["version"])
-            )
-            if not (isinstance(row["best"], (int, float)) and 0 < row["best"] < math.inf):
-                raise UserError(
-                    f"{path}: {row['op']}, {row['shape']}, {row['version']}: expected a time above 0, "
-                    f"got {row['best']}"
-                )
-            # On a CPU pytest-benchmark's own figure is the same one; where a file was edited, either counts.
-            host = entry["stats"].get("min", math.inf) if row.get("device") == "cpu" else math.inf
-            row["best"] = min(row["best"], host) if isinstance(host, float) and host > 0 else row["best"]
+            _check_entry(path, entry)
     except (KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"{path}: expected a file of saferlhf-fast bench --save, got another one "
             f"({type(error).__name__}: {error})"
         ) from error
-    kept = [entry for entry in entries if ops is None or op_of(entry) in ops]
-    if not kept:
+    wanted = [entry for entry in entries if ops is None or op_of(entry) in ops]
+    if not wanted:
         raise UserError(
             f"{path} has no rows in common with this run: expected {', '.join(ops or known_ops())}, "
             f"got {', '.join(sorted({op_of(entry) for entry in entries})) or 'none'}"
         )
-    return {**results, "benchmarks": kept}
+    return {**results, "benchmarks": wanted}
 
 
-def refuse_unwritable(path, force):
-    """UserError before anything is measured when the results could not be kept."""
+def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
+    """Checks an entry of a results file, and takes the smaller of its two figures as its best time."""
+    row = entry["extra_info"]
+    assert all(
+        isinstance(value, str) for value in (entry["fullname"], row["op"], row["shape"], row["version"])
+    )
+    if not (isinstance(row["best"], (int, float)) and 0 < row["best"] < math.inf):
+        raise UserError(
+            f"{path}: {row['op']}, {row['shape']}, {row['version']}: expected a time above 0, "
+            f"got {row['best']}"
+        )
+    # On a CPU pytest-benchmark's own figure is the same one; where a file was edited, either counts.
+    host = entry["stats"].get("min", math.inf) if row.get("device") == "cpu" else math.inf
+    row["best"] = min(row["best"], host) if isinstance(host, float) and host > 0 else row["best"]
+
+
+def refuse_unwritable(path: Path, force: bool) -> None:
+    """Raises UserError, before anything is measured, when the results could not be written.
+
+    Args:
+        path: Where they would be written.
+        force: Whether an existing file may be overwritten.
+    """
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--save {path}: expected a file in a folder that exists")
     if path.exists() and not force:
@@ -196,23 +112,30 @@ def refuse_unwritable(path, force):
 # ---------------------------------------------------------------- measuring
 
 
-def main(words):
-    """Runs the command and returns its exit code: 0, or 1 when something became slower or a version failed."""
-    asked = request(words)
-    if asked.save:
-        refuse_unwritable(asked.save, asked.force)
-    base = stored(asked.compare, asked.ops) if asked.compare else None
-    quick = asked.quick
+def main(words: Sequence[str]) -> int:
+    """Runs `saferlhf-fast bench WORDS`.
+
+    Returns:
+        The exit code: 0, or 1 when something became slower or a version failed.
+
+    Raises:
+        UserError: A word, or the stored file, is wrong.
+    """
+    options = request(words)
+    if options.save:
+        refuse_unwritable(options.save, options.force)
+    base = stored(options.compare, options.ops) if options.compare else None
+    quick = options.quick
     if base is not None:
         quick = bool(base["machine_info"].get("quick"))
-        if asked.quick and not quick:
-            raise UserError(f"--quick: {asked.compare} was measured without it; its shapes are others")
-    ops = asked.ops or (
+        if options.quick and not quick:
+            raise UserError(f"--quick: {options.compare} was measured without it; its shapes are others")
+    ops = options.ops or (
         known_ops() if base is None else sorted({op_of(entry) for entry in base["benchmarks"]})
     )
     if missing := sorted(set(ops) - set(known_ops())):
         raise UserError(
-            f"{asked.compare}: expected ops of {', '.join(known_ops())}, got {', '.join(missing)}"
+            f"{options.compare}: expected ops of {', '.join(known_ops())}, got {', '.join(missing)}"
         )
     os.environ.update(
         BENCH_QUICK=str(int(quick)),
@@ -221,12 +144,11 @@ def main(words):
         BENCH_COMMAND=" ".join(["saferlhf-fast bench", *words]),
     )
     sys.path.insert(0, str(BENCH))
-    import ceilings
-    import table
+    ceilings, table = _bench_module("ceilings"), _bench_module("table")
 
     if base is not None:
-        refuse_other_device(asked, base, ceilings.device_name())
-        refuse_nothing_to_compare(asked, base)
+        refuse_other_device(options, base, ceilings.device_name())
+        refuse_nothing_to_compare(options, base)
     print(
         f"measuring {', '.join(ops)} on {ceilings.device_name()}{', small shapes' if quick else ''}",
         file=sys.stderr,
@@ -238,58 +160,79 @@ def main(words):
         print("\n".join(table.table(results, with_targets=False)))
         code = 0
     else:
-        code = compared(asked, base, results)
+        code = compared(options, base, results)
     for line in failed:
         print(f"failed: {line}")
-    if asked.save and failed:
-        print(f"{asked.save} was not written: not every version gave right results", file=sys.stderr)
-    elif asked.save:
-        keep(asked.save, results)
+    if options.save and failed:
+        print(f"{options.save} was not written: not every version gave right results", file=sys.stderr)
+    elif options.save:
+        save(options.save, results)
     return 1 if failed else code
 
 
-def refuse_other_device(asked, base, device):
-    """UserError for a file of another device or number of threads, unless it is forced."""
+def _bench_module(name: str) -> Any:
+    """Imports a file of bench/, which `main` puts on the search path."""
+    return import_module(name)
+
+
+def refuse_other_device(options: Request, base: Results, device: str) -> None:
+    """Raises UserError for the file of another device or number of threads, unless --force is given.
+
+    Args:
+        options: The command line.
+        base: The stored results.
+        device: The name of this machine's device.
+    """
     other = base["machine_info"]["device"]
-    if other != device and not asked.force:
+    if other != device and not options.force:
         raise UserError(
-            f"{asked.compare}: expected results of {device}, got those of {other}; --force compares all the "
-            f"same"
+            f"{options.compare}: expected results of {device}, got those of {other}; --force compares all "
+            f"the same"
         )
 
 
-def comparable(ratios):
-    """The keys of a `compare.ratios` table with a ratio that counts: none without eager torch's time, far
-    from the floor.
-    """
-    import compare
+def comparable(ratios: Ratios) -> list[Key]:
+    """Returns the keys with a ratio that counts.
 
+    Keys without eager torch's time whose ratio to the floor is large are left out.
+    """
+    compare = _bench_module("compare")
     return [
         key
         for key, row in ratios.items()
-        if any(against != "the floor" or x < compare.NEAR for against, x in row.items())
+        if any(against != "the floor" or ratio < compare.NEAR for against, ratio in row.items())
     ]
 
 
-def refuse_nothing_to_compare(asked, base):
-    """UserError for a file with which no version could be found slower, before anything is measured."""
-    import compare
+def refuse_nothing_to_compare(options: Request, base: Results) -> None:
+    """Raises UserError, before anything is measured, for a file in which nothing can be found slower.
 
-    was = compare.ratios(base, asked.times)
+    Args:
+        options: The command line.
+        base: The stored results.
+    """
+    compare = _bench_module("compare")
+    was = compare.ratios(base, options.times)
     if not comparable(was):
-        got = f"{len(was)} rows of ours without either" if was else "no row of ours"
+        rows = f"{len(was)} rows of ours without either" if was else "no row of ours"
         raise UserError(
-            f"{asked.compare}: expected times of ours and, to compare them with, of eager torch or a floor "
-            f"near "
-            f"them, got {got}; {'' if asked.times or not was else '--times compares the times themselves; '}"
+            f"{options.compare}: expected times of ours and, to compare them with, of eager torch or a floor "
+            f"near them, got {rows}; "
+            f"{'' if options.times or not was else '--times compares the times themselves; '}"
             "saferlhf-fast bench --save writes a whole file"
         )
 
 
-def measured(arguments):
-    """(results or None, lines about what failed) of one run of the benches."""
-    import run
+def measured(arguments: Sequence[str]) -> tuple[Results | None, list[str]]:
+    """Runs the benches once.
 
+    Args:
+        arguments: Bench files and options, as for bench/run.py.
+
+    Returns:
+        The results, or None when nothing was measured, and a line for each bench that failed.
+    """
+    run = _bench_module("run")
     with tempfile.TemporaryDirectory() as scratch:
         path, log = Path(scratch) / "results.json", Path(scratch) / "log"
         with log.open("w", encoding="utf-8") as file:
@@ -302,8 +245,8 @@ def measured(arguments):
     return results, failed
 
 
-def keep(path, results):
-    """Writes results whole or not at all."""
+def save(path: Path, results: Results) -> None:
+    """Writes results; a file that exists stays whole until the new one is complete."""
     partial = path.with_name(path.name + ".new")
     partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, path)
@@ -313,37 +256,51 @@ def keep(path, results):
 # ---------------------------------------------------------------- comparing
 
 
-def compared(asked, base, results):
-    """Prints where both files come from and the table; the exit code."""
-    import compare
+def compared(options: Request, base: Results, results: Results) -> int:
+    """Prints where both results come from, and the table of their ratios.
 
-    was = compare.ratios(base, asked.times)
+    Args:
+        options: The command line, with `compare`.
+        base: The stored results.
+        results: The fresh ones.
+
+    Returns:
+        The exit code: 1 when something became slower or was not measured any more.
+    """
+    compare = _bench_module("compare")
+    assert options.compare is not None, "only called with a file to compare with"
+    was = compare.ratios(base, options.times)
     if not was.keys() & compare.ratios(results).keys():
         raise UserError(
-            f"{asked.compare} has no rows in common with this run: expected shapes as in "
-            f"{_key(next(iter(compare.ratios(results)), ('no rows',)))}, got "
-            f"{_key(next(iter(was), ('no rows',)))}"
+            f"{options.compare} has no rows in common with this run: expected shapes as in "
+            f"{', '.join(next(iter(compare.ratios(results)), ('no rows',)))}, got "
+            f"{', '.join(next(iter(was), ('no rows',)))}"
         )
     now, worse, gone = compare.settled(
         was,
         results,
         lambda arguments: measured(arguments)[0],
-        asked.compare.name,
-        1 + asked.worse / 100,
+        options.compare.name,
+        1 + options.worse / 100,
         TRIES,
-        asked.times,
+        options.times,
     )
-    said = verdicts(was, now, worse, gone, asked.worse, len(comparable(was)))
-    print("\n".join([*head(asked.compare.name, base, results, compare.rows), "", *said]))
+    lines = verdicts(was, now, worse, gone, options.worse, len(comparable(was)))
+    print("\n".join([*head(options.compare.name, base, results, compare.rows), "", *lines]))
     return 1 if worse or gone else 0
 
 
-def _key(key):
-    return ", ".join(key)
+def head(
+    name: str, base: Results, results: Results, rows: Callable[[Results], Mapping[Key, Mapping[str, Any]]]
+) -> list[str]:
+    """Returns the lines that say what is compared, and what else differs between the two.
 
-
-def head(name, base, results, rows):
-    """Lines that say what is compared, and what else differs between the two."""
+    Args:
+        name: The stored file's name.
+        base: The stored results.
+        results: The fresh ones.
+        rows: `compare.rows`.
+    """
     then, now = base["machine_info"], results["machine_info"]
     lines = [
         f"{label}: {machine.get('device')}; saferlhf-fast {machine.get('version', 'not noted')} "
@@ -362,33 +319,36 @@ def head(name, base, results, rows):
     if eager:
         lines.append(
             f"eager torch takes {statistics.median(eager):.2f} x what it took then: the machine or its load, "
-            f"which "
-            "ratios leave out, or eager torch itself, which they do not"
+            "which ratios leave out, or eager torch itself, which they do not"
         )
     return lines
 
 
-def verdicts(was, now, worse, gone, percent, compared):
-    """The table's lines, regressions on top; a last line that sums up. compared: how many of `was` have a
-    ratio that counts.
+def verdicts(
+    was: Ratios,
+    now: Ratios,
+    worse: Sequence[Any],
+    gone: Sequence[Key],
+    percent: float,
+    compared: int,
+) -> list[str]:
+    """Returns the table's lines, regressions on top, and a last line that sums up.
+
+    Args:
+        was: The stored ratios.
+        now: The fresh ones.
+        worse: The ratios that became worse (`compare.Regression`).
+        gone: The keys that were not measured any more.
+        percent: How many per cent count as slower.
+        compared: How many keys of `was` have a ratio that counts.
     """
-    bad = {(row.key, row.against) for row in worse}
-    lines = []
+    regressions = {(row.key, row.against) for row in worse}
+    lines: list[tuple[str, ...]] = []
     for key in {**was, **now}:
         for against in {**was.get(key, {}), **now.get(key, {})}:
             before, after = was.get(key, {}).get(against), now.get(key, {}).get(against)
             verdict = (
-                "REGRESSION"
-                if (key, against) in bad
-                else "GONE"
-                if after is None
-                else "new"
-                if before is None
-                else "not counted"
-                if after > before * (1 + percent / 100)
-                else "faster"
-                if after < before / (1 + percent / 100)
-                else "same"
+                "REGRESSION" if (key, against) in regressions else _verdict(before, after, 1 + percent / 100)
             )
             change = f"{after / before - 1:+.1%}" if before and after else ""
             lines.append(
@@ -402,13 +362,21 @@ def verdicts(was, now, worse, gone, percent, compared):
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |" for line in lines
     ]
-    slower = len({key for key, _ in bad})
-    said = [f"{slower} of {compared} rows became slower by more than {percent:g} %"] if slower else []
-    said += [f"{len(gone)} were not measured any more"] if gone else []
-    said = said or [f"no regression past {percent:g} % in {compared} row{'s' * (compared != 1)}"]
-    said += (
-        [f"{len(was) - compared} could not be compared: no eager torch in that file"]
-        if compared < len(was)
-        else []
-    )
-    return [*text, "", "; ".join(said)]
+    slower = len({key for key, _ in regressions})
+    summary = [f"{slower} of {compared} rows became slower by more than {percent:g} %"] if slower else []
+    summary += [f"{len(gone)} were not measured any more"] if gone else []
+    summary = summary or [f"no regression past {percent:g} % in {compared} row{'s' * (compared != 1)}"]
+    if compared < len(was):
+        summary.append(f"{len(was) - compared} could not be compared: no eager torch in that file")
+    return [*text, "", "; ".join(summary)]
+
+
+def _verdict(before: float | None, after: float | None, limit: float) -> str:
+    """Returns the verdict on a ratio that is no regression. limit: from which factor on it counts."""
+    if after is None:
+        return "GONE"
+    if before is None:
+        return "new"
+    if after > before * limit:
+        return "not counted"
+    return "faster" if after < before / limit else "same"

@@ -1,27 +1,35 @@
-"""`saferlhf-fast info`: versions, the device, which implementation of each op runs here and why, what else is
-there.
+"""`saferlhf-fast info`: versions, the device, and which implementation of each op runs here and why.
 
-Standard library only; torch is imported when it is there. Nothing here raises: what is missing is said in its
-line.
+Only the standard library is needed; torch is imported when it is installed. Nothing here raises: the line of
+something that is missing says so.
 """
 
 import importlib
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from saferlhf_fast.version import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from saferlhf_fast.kernels.dispatch import Row
 
 HELP = """usage: saferlhf-fast info
        saferlhf-fast info --cluster [--folder DIR] [--limit SECONDS]
 
-Versions, the device, which implementation of each op runs here and why, and which optional packages are there.
-Works on a bare install.
+Prints versions, the device, which implementation of each op runs here and why, and which optional packages
+are installed. It works without any of them.
 
---cluster: do the machines of a run work together? Start it as the run will be started, on all of them. It checks, and ends
-with exit code 1 and "rank 3 (host): reason" at the first that fails:
-  every rank shows up within the limit; versions, drivers and GPUs are equal; collectives work (and their latency and
-  bandwidth); clocks; a shared folder is seen and written by all ranks and renames in it are atomic; free disk.
+--cluster checks whether the machines of a run work together. Start it on all of them, as the run will be
+started. At the first check that fails it ends with exit code 1 and "rank 3 (host): reason". It checks that
+  every rank shows up within the limit;
+  versions, drivers and GPUs are equal;
+  collectives give right sums (it prints their latency and bandwidth);
+  all ranks see and write the shared folder, and renames in it are atomic.
+It warns when clocks differ or little disk is free.
 
   --folder DIR     the shared folder that runs write to
   --limit SECONDS  how long to wait for a rank, at each step; default: 60
@@ -56,17 +64,17 @@ PACKAGES = (
 )
 
 
-def text():
+def text() -> str:
     """Returns the whole report."""
-    parts = [
+    lines = [
         f"saferlhf-fast {__version__}, Python {platform.python_version()}, {platform.platform()}",
         f"install: {install()}",
         f"device: {device()}",
         "",
         "packages:",
     ]
-    parts += [f"  {name:14} {version or 'not installed'}" for name, version in versions().items()]
-    parts += [
+    lines += [f"  {name:14} {version or 'not installed'}" for name, version in versions().items()]
+    lines += [
         "",
         "ops, for float32 tensors (impl= in a call or SAFERLHF_IMPL forces reference, triton or native):",
         *ops(),
@@ -75,21 +83,21 @@ def text():
         f"deepspeed: {deepspeed()}",
         f"flash-attn: {flash_attention()}",
     ]
-    return "\n".join(parts)
+    return "\n".join(lines)
 
 
-def versions():
+def versions() -> dict[str, str | None]:
     """Returns {package: version, or None when it is not installed}."""
-    found = {}
+    by_package: dict[str, str | None] = {}
     for name in PACKAGES:
         try:
-            found[name] = importlib.metadata.version(name)
+            by_package[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            by_package[name] = None
+    return by_package
 
 
-def device():
+def device() -> str:
     """Names the device that stages use."""
     try:
         import torch
@@ -102,9 +110,10 @@ def device():
     return f"cpu, {torch.get_num_threads()} threads ({why})"
 
 
-def ops():
-    """Returns a line for each op: the implementation that runs here, why it does, and which others could or
-    could not.
+def ops() -> list[str]:
+    """Returns a line for each op.
+
+    It names the implementation that runs here, why it does, and which others could run or could not.
     """
     try:
         from saferlhf_fast.kernels import dispatch
@@ -118,36 +127,36 @@ def ops():
     return [f"  {op.ljust(width)}  {line}" for op, line in zip(names, lines, strict=True)]
 
 
-def _op_line(op, implementation, why, rows):
-    """rows: of `dispatch.table`, of this op.
+def _op_line(op: str, implementation: str | None, why: str, rows: "Sequence[Row]") -> str:
+    """Returns the line of an op, without its name.
 
-    An implementation that `why` speaks of already is not told a second time.
+    An implementation that `why` names already is not named again. rows: this op's rows of `dispatch.table`.
     """
     others = [row for row in rows if row.implementation != implementation]
-    could = [row.implementation for row in others if row.available]
-    not_told = [
+    runnable = [row.implementation for row in others if row.available]
+    others_missing = [
         f"{row.implementation}: {row.why}" for row in others if not row.available and row.why not in why
     ]
     if implementation is None:
         first = f"none, a call raises: {why.removeprefix(f'{op}: ')}"
     else:
         first = f"{implementation.ljust(9)}  {why.removeprefix(f'{implementation}: ')}"
-    return "; ".join([first, *([f"{' and '.join(could)} could run"] if could else []), *not_told])
+    return "; ".join([first, *([f"{' and '.join(runnable)} could run"] if runnable else []), *others_missing])
 
 
-def install():
+def install() -> str:
     """Says which form of the package runs here: a wheel, by its tag, or a checkout."""
     package = Path(__file__).resolve().parents[1]
     try:
-        found = importlib.metadata.distribution("saferlhf-fast")
+        distribution = importlib.metadata.distribution("saferlhf-fast")
     except importlib.metadata.PackageNotFoundError:
         return f"a checkout, not installed: {package.parent}"
-    if Path(found.locate_file("saferlhf_fast")).resolve() != package:
+    if Path(str(distribution.locate_file("saferlhf_fast"))).resolve() != package:
         return f"a checkout: {package.parent}"
     tag = next(
         (
             line.split()[1]
-            for line in (found.read_text("WHEEL") or "").splitlines()
+            for line in (distribution.read_text("WHEEL") or "").splitlines()
             if line.startswith("Tag:")
         ),
         "unknown",
@@ -157,8 +166,8 @@ def install():
     )
 
 
-def compiled():
-    """Says whether the compiled module is there, or why not and how to get it."""
+def compiled() -> str:
+    """Says whether the compiled module is available, or why it is not and how to get it."""
     try:
         from saferlhf_fast.kernels import dispatch
 
@@ -170,16 +179,19 @@ def compiled():
     return "present, with CUDA" if module.cuda else f"present, for the CPU: {module.cuda_note}"
 
 
-def deepspeed():
-    """Says whether the trainer's engine is there."""
+def deepspeed() -> str:
+    """Says whether the trainer's engine is installed."""
     version = versions()["deepspeed"]
     return f"{version}" if version else "not installed: pip install 'saferlhf-fast[train]'"
 
 
-def flash_attention():
-    """Says whether flash-attn is there; attention is torch's own without it."""
+def flash_attention() -> str:
+    """Says whether flash-attn can be used; without it attention is torch's own."""
     if versions()["flash-attn"] is None:
-        return "not installed; attention is torch's scaled_dot_product_attention. pip install 'saferlhf-fast[flash]'"
+        return (
+            "not installed; attention is torch's scaled_dot_product_attention. "
+            "pip install 'saferlhf-fast[flash]'"
+        )
     try:
         importlib.import_module("flash_attn")
     except ImportError as e:

@@ -1,18 +1,18 @@
-"""One stage, or several one after the other: `run_stage` and `saferlhf-fast run recipe.yaml`.
+"""Runs one stage (`run_stage`), or several one after the other (`saferlhf-fast run recipe.yaml`).
 
 A recipe of `run` has `output` and `stages`, and may have `root` and `seed`:
 
-    root: ???                          # to be given: root=/data
+    root: ???                          # the user gives it: root=/data
     output: runs/mine
     stages:
       - sft: {model: ${root}/llama, data: ${root}/alpaca.json}
       - reward: {model: ${output}/sft/model, data: ${root}/pairs.json}
       - {name: small, cost: {model: ${output}/sft/model, data: ${root}/safety.json}}
 
-A stage is called by its `name`, its kind when none is given, and its output is <output>/<name>. All stages
-are checked before the first one starts. A finished stage with the same settings and inputs is not done again,
-an unfinished one goes on from its newest checkpoint or starts anew (what it had saved is set aside, see
-runtime/run_decision.py), any other existing output needs overwrite=true.
+The name of a stage is its `name`, or its kind when none is given; its output is <output>/<name>. All stages
+are checked before the first one starts. A finished stage with the same settings and inputs is skipped. An
+unfinished one resumes from its newest checkpoint; without one it starts again, and what it had saved is set
+aside (see runtime/run_decision.py). Any other existing output needs overwrite=true.
 """
 
 import dataclasses
@@ -20,9 +20,10 @@ import gc
 import re
 import time
 import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -36,30 +37,59 @@ from saferlhf_fast.runtime import provenance, run_folder
 from saferlhf_fast.runtime.run_decision import Action, asked_by
 from saferlhf_fast.runtime.run_state import RunState, is_ours
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from saferlhf_fast.config.stages import (
+        DemoConfig,
+        DPOConfig,
+        EvaluateConfig,
+        PPOConfig,
+        PreferenceConfig,
+        SFTConfig,
+    )
+
+    StepConfig = SFTConfig | PreferenceConfig | DPOConfig | PPOConfig | EvaluateConfig
+
 ENTRIES = {name: spec.entry for name, spec in WITH_SETTINGS.items() if spec.entry}
-"""Where a stage lives; each takes its config and `restart`, and returns a summary that JSON can hold."""
+"""{stage: "module:function"}: it takes the config and `restart`, and returns a summary that JSON can hold."""
 
 
 class Step(NamedTuple):
-    """One stage of a run: what it is called, what kind it is, its config."""
+    """One stage of a run."""
 
     name: str
     kind: str
-    cfg: Any
+    cfg: "StepConfig"
 
 
-def run_stage(stage, cfg, restart=False, key="output"):
-    """Checks a stage's inputs and output, runs it, marks its folder finished, returns its summary.
+def run_stage(
+    stage: str, cfg: "StepConfig | DemoConfig", restart: bool = False, key: str = "output"
+) -> dict[str, Any]:
+    """Checks a stage's inputs and output, runs it, and marks its folder as finished.
 
-    restart: an unfinished run of the same stage in its output may be started again without `overwrite` · key:
-    what a refusal calls the output. torch is imported by the stage's own module, after the checks. A stage
-    opens its folder itself, with `run_folder.open_run`, once it has read its models and data: bad input
-    leaves an existing output untouched.
+    The stage's own module imports torch, after the checks. A stage opens its folder itself, with
+    `run_folder.open_run`, once it has read its models and data, so that bad input leaves an existing output
+    untouched.
+
+    Args:
+        stage: The kind of stage, or "demo".
+        cfg: Its config.
+        restart: Whether an unfinished run of the same stage in its output may be started again without
+            `overwrite`.
+        key: What error messages call the output.
+
+    Returns:
+        The stage's summary; that of the earlier run when the stage is already finished.
+
+    Raises:
+        UserError: An input, a setting or the output cannot be used.
     """
     checks.check(stage, cfg)
     if stage == "demo":
         cfg = run_folder.with_output(stage, cfg)
     if run_folder.check_output(stage, cfg, key, restart) is Action.SKIP:
+        assert cfg.output is not None, "only a stage with an output can be finished already"
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
         return run_folder.read_summary(cfg.output)
     module, name = ENTRIES[stage].split(":")
@@ -69,10 +99,10 @@ def run_stage(stage, cfg, restart=False, key="output"):
         summary = getattr(import_module(module), name)(cfg, restart=restart)
     except UserError:
         raise
-    except Exception as e:  # a bug of ours: keep where it happened, since the terminal shows one line
-        kept = _keep_traceback(folder)
-        if kept:
-            e.add_note(f"traceback: {kept}")
+    except Exception as e:  # a bug: its traceback is written, since the terminal shows one line
+        path = _write_traceback(folder)
+        if path:
+            e.add_note(f"traceback: {path}")
         raise
     if folder and (folder / "started.json").exists() and not (folder / "finished.json").exists():
         run_folder.finish_run(folder, summary)
@@ -84,20 +114,32 @@ def run_stage(stage, cfg, restart=False, key="output"):
     return summary
 
 
-def run(recipe, overrides=None):
-    """Runs the stages of a recipe and returns {name: {kind, state, seconds, output, summary}}, as in
-    summary.json.
+def run(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
+    """Runs the stages of a recipe.
 
-    overrides: {key: value}; a key is one of the recipe's own (root, output, seed, overwrite), or
-    `<stage>.<its key>`, e.g. sft.train.max_steps.
+    Args:
+        recipe: Path of a recipe or name of a shipped one.
+        overrides: {key: value}; a key is one of the recipe's own (root, output, seed, overwrite), or
+            `<stage>.<its key>`, e.g. sft.train.max_steps.
+
+    Returns:
+        {name: {kind, state, seconds, output, summary}}, as in summary.json.
+
+    Raises:
+        UserError: A setting, an input or an output of any stage cannot be used.
     """
     top, steps = plan(recipe, overrides or {})
     output = Path(top.output).expanduser()
-    done = {}
+    results: dict[str, dict[str, Any]] = {}
     for step in steps:
-        entry = {"kind": step.kind, "output": step.cfg.output, "state": "done", "seconds": None}
+        entry: dict[str, Any] = {
+            "kind": step.kind,
+            "output": step.cfg.output,
+            "state": "done",
+            "seconds": None,
+        }
         state = RunState(step.kind, step.cfg)
-        if state.is_done:
+        if step.cfg.output is not None and state.is_done:
             _say(f"{step.name}: finished before with the same settings and inputs; skipped")
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
@@ -107,59 +149,80 @@ def run(recipe, overrides=None):
             )
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
-        done[step.name] = entry
+        results[step.name] = entry
         if run_folder.rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
-            provenance.write_json(output / "summary.json", {"recipe": str(recipe), "stages": done})
+            provenance.write_json(output / "summary.json", {"recipe": str(recipe), "stages": results})
     if run_folder.rank() == 0:
-        _print_table(done, output)
-    return done
+        _print_table(results, output)
+    return results
 
 
-def plan(recipe, overrides):
-    """Returns (top settings, steps) of a recipe, everything validated: settings, inputs, outputs.
+def plan(recipe: str | Path, overrides: dict[str, Any]) -> tuple[RunConfig, list[Step]]:
+    """Validates a recipe: its settings, inputs and outputs. It changes nothing.
 
-    Changes nothing.
+    Args:
+        recipe: Path of a recipe or name of a shipped one.
+        overrides: {key: value}, as in `run`.
+
+    Returns:
+        The recipe's own settings, and its stages in order.
+
+    Raises:
+        UserError: Something cannot be used; the message names the stage and the key.
     """
     top, steps = steps_of(recipe, overrides)
     for i, step in enumerate(steps):
-        checks.check(step.kind, step.cfg, [earlier.cfg.output for earlier in steps[:i]], f"{step.name}.")
+        earlier_outputs = [earlier.cfg.output for earlier in steps[:i] if earlier.cfg.output is not None]
+        checks.check(step.kind, step.cfg, earlier_outputs, f"{step.name}.")
     _check_outputs(top, steps)
     return top, steps
 
 
-def steps_of(recipe, overrides):
-    """Returns (top settings, steps) of a recipe, settings validated; models, data and outputs are not looked
-    at.
+def steps_of(recipe: str | Path, overrides: dict[str, Any]) -> tuple[RunConfig, list[Step]]:
+    """Validates the settings of a recipe, without looking at models, data and outputs.
+
+    Args:
+        recipe: Path of a recipe or name of a shipped one.
+        overrides: {key: value}, as in `run`.
+
+    Returns:
+        The recipe's own settings, and its stages in order.
+
+    Raises:
+        UserError: A setting is wrong.
     """
     raw = read_recipe(recipe)
     if "stages" not in raw:
         raise UserError(
             f"{recipe}: no stages; a recipe of one stage is started with: saferlhf-fast sft {recipe}"
         )
-    named = _stages(raw, recipe)
+    names_and_kinds = _stages(raw, recipe)
     for key, value in overrides.items():
-        _override(raw, named, key, value, recipe)
-    values = resolve(raw, recipe, lambda key: _as_override(key, named))
+        _override(raw, names_and_kinds, key, value, recipe)
+    values = resolve(raw, recipe, lambda key: _as_override(key, names_and_kinds))
     origin = where(recipe, overrides)
     top = build("run", values, origin)
-    steps, produced = [], []
-    for i, (name, kind) in enumerate(named):
+    steps: list[Step] = []
+    outputs: list[str | None] = []
+    for i, (name, kind) in enumerate(names_and_kinds):
         given = values["stages"][i][kind] or {}
         if not isinstance(given, dict):
             raise UserError(f"{recipe}: stages.{i}.{kind}: expected a mapping of settings, got {show(given)}")
         common = {"output": f"{top.output}/{name}", "seed": top.seed, "overwrite": top.overwrite}
         cfg = build(kind, {**common, **given}, origin, f"{name}.")
         checks.check_settings(kind, cfg, f"{name}.")
-        _check_apart(f"{recipe}: {name}.output", cfg.output, top.output, produced)
-        produced.append(cfg.output)
+        _check_separate(f"{recipe}: {name}.output", cfg.output, top.output, outputs)
+        outputs.append(cfg.output)
         steps.append(Step(name, kind, cfg))
     return top, steps
 
 
-def _check_apart(key, output, top, others):
-    """Refuses an output that is another stage's, or lies in it or around it, since replacing one would take
-    the other along, and one that is, or lies around, the folder of the whole run.
+def _check_separate(key: str, output: str | None, top: str, others: Iterable[str | None]) -> None:
+    """Raises UserError when replacing an output would delete something else.
+
+    That is so when the output is another stage's, contains it or is inside it, and when the output is the
+    folder of the whole run or contains it.
     """
     if output is None:
         return
@@ -168,8 +231,8 @@ def _check_apart(key, output, top, others):
             raise UserError(f"{key}: {output} is another stage's output too")
         if inputs.is_inside(output, other) or inputs.is_inside(other, output):
             raise UserError(
-                f"{key}: {output} and another stage's output, {other}, lie in one another; expected folders "
-                f"apart"
+                f"{key}: {output} and another stage's output, {other}, are inside one another; expected "
+                f"separate folders"
             )
     if inputs.is_inside(top, output):
         raise UserError(
@@ -177,11 +240,11 @@ def _check_apart(key, output, top, others):
         )
 
 
-def _stages(raw, recipe):
-    """Returns [(name, kind)] of a recipe's stages, and makes an empty mapping of a stage without settings."""
+def _stages(raw: "DictConfig", recipe: str | Path) -> list[tuple[str, str]]:
+    """Returns (name, kind) of each stage, and gives a stage without settings an empty mapping."""
     if not OmegaConf.is_list(raw._get_node("stages")):
         raise UserError(f"{recipe}: stages: expected a list of stages (- sft: …), got something else")
-    named = []
+    names_and_kinds: list[tuple[str, str]] = []
     for i, entry in enumerate(raw.stages):
         kinds = [k for k in entry if k != "name"] if OmegaConf.is_dict(entry) else []
         if len(kinds) != 1:
@@ -203,32 +266,38 @@ def _stages(raw, recipe):
             or "/" in name
         ):
             raise UserError(f"{recipe}: stages.{i}.name: {name} cannot be the name of a stage")
-        if name in [n for n, _ in named]:
+        if name in [n for n, _ in names_and_kinds]:
             raise UserError(
                 f"{recipe}: stages.{i}: a second stage {name}; give it a name: - {{name: …, {kind}: …}}"
             )
         if entry._get_node(kind)._is_none():
             entry[kind] = {}
-        named.append((name, kind))
-    if not named:
+        names_and_kinds.append((name, kind))
+    if not names_and_kinds:
         raise UserError(f"{recipe}: stages: expected at least one stage")
-    return named
+    return names_and_kinds
 
 
-def _override(raw, named, key, value, recipe):
-    """Writes one override to where it belongs: the recipe's own keys, or those of the stage that it names."""
+def _override(
+    raw: "DictConfig",
+    names_and_kinds: Sequence[tuple[str, str]],
+    key: str,
+    value: Any,
+    recipe: str | Path,
+) -> None:
+    """Writes one override where it belongs: to the recipe's own keys, or to the stage that it names."""
     top = leaves(RunConfig)
-    first, _, rest = key.partition(".")
-    names = [name for name, _ in named]
-    if first in names and rest:
-        kind = dict(named)[first]
+    first, _, inner = key.partition(".")
+    names = [name for name, _ in names_and_kinds]
+    if first in names and inner:
+        kind = dict(names_and_kinds)[first]
         settings = raw.stages[names.index(first)][kind]
-        apply(settings, {rest: value}, leaves(STAGES[kind]), recipe)
+        apply(settings, {inner: value}, leaves(STAGES[kind]), recipe)
     elif key in top and key != "stages":
         apply(raw, {key: value}, top, recipe)
     else:
         known = [k for k in top if k != "stages"]
-        known += [f"{name}.{k}" for name, kind in named for k in leaves(STAGES[kind])]
+        known += [f"{name}.{k}" for name, kind in names_and_kinds for k in leaves(STAGES[kind])]
         guess = nearest(key, known)
         raise UserError(
             f"command line: {key}: unknown key; "
@@ -236,48 +305,56 @@ def _override(raw, named, key, value, recipe):
         )
 
 
-def _as_override(key, named):
-    """Writes a key's place in the recipe, stages[0].sft.data or stages.0.sft.data, as an override:
+def _as_override(key: str, names_and_kinds: Sequence[tuple[str, str]]) -> str:
+    """Writes a key's place in the recipe as the user would override it.
 
-    <stage>.data.
+    stages[0].sft.data and stages.0.sft.data become <stage>.data.
     """
-    at = re.fullmatch(r"stages[.\[](\d+)\]?\.([^.]+)\.(.+)", key)
-    return f"{named[int(at[1])][0]}.{at[3]}" if at and int(at[1]) < len(named) and at[2] != "name" else key
+    place = re.fullmatch(r"stages[.\[](\d+)\]?\.([^.]+)\.(.+)", key)
+    if place is None or int(place[1]) >= len(names_and_kinds) or place[2] == "name":
+        return key
+    return f"{names_and_kinds[int(place[1])][0]}.{place[3]}"
 
 
-def _check_outputs(top, steps):
-    """Refuses, before the first stage starts, what would be refused later.
+def _check_outputs(top: RunConfig, steps: Sequence[Step]) -> None:
+    """Raises, before the first stage starts, the UserErrors that a later stage would raise.
 
-    A finished stage that reads what an earlier one will make anew has to make room too.
+    A finished stage that reads what an earlier stage will replace runs again too.
     """
     if run_folder.rank() != 0:
         return
     if is_ours(top.output):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
-    run_folder.check_place(Path(top.output).expanduser(), "output")  # summary.json lies there
-    anew = []  # outputs of the stages that will run
+    run_folder.check_place(Path(top.output).expanduser(), "output")  # for summary.json
+    new_outputs: list[str] = []  # of the stages that will run
     for step in steps:
+        if step.cfg.output is None:  # it prints its result and replaces nothing
+            continue
         state = RunState(step.kind, step.cfg)
-        reads_anew = any(inputs.is_inside(value, folder) for _, value, _ in state.sources for folder in anew)
-        if reads_anew or not state.is_done_but_for_inputs:
+        reads_new_output = any(
+            inputs.is_inside(value, folder) for _, value, _ in state.sources for folder in new_outputs
+        )
+        if reads_new_output or not state.is_done_but_for_inputs:
             run_folder.checked_action(
                 state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output"
             )
-            anew += [step.cfg.output] if step.cfg.output else []
+            new_outputs.append(step.cfg.output)
 
 
-def _resumed(step, resume, state):
-    """Returns a step's config, with resume=auto for a folder that holds an unfinished run which has a
-    checkpoint; one of other settings will be refused by their names, unless overwrite=true says what is to
-    become of it.
+def _resumed(step: Step, resume: str, state: RunState) -> "StepConfig":
+    """Returns a step's config, with resume=auto when its folder has an unfinished run with a checkpoint.
+
+    A run of other settings is then refused by their names, unless overwrite=true allows to replace it.
     """
-    if resume == "auto" and state.resumes("auto") and not (step.cfg.overwrite and state.changed):
-        return dataclasses.replace(step.cfg, resume="auto")
-    return step.cfg
+    if step.cfg.output is None or resume != "auto" or not state.resumes("auto"):
+        return step.cfg
+    if step.cfg.overwrite and state.changed:
+        return step.cfg
+    return dataclasses.replace(step.cfg, resume="auto")
 
 
-def _keep_traceback(folder):
-    """Writes the traceback into the folder of the run that broke, when it has been opened; returns its path."""
+def _write_traceback(folder: Path | None) -> Path | None:
+    """Writes the traceback into the folder of the run that failed, if it was opened; returns its path."""
     if not folder or not (folder / "started.json").exists() or (folder / "finished.json").exists():
         return None
     path = folder / f"error-rank{run_folder.rank()}.txt"
@@ -285,26 +362,27 @@ def _keep_traceback(folder):
     return path
 
 
-def _say(line):
+def _say(line: str) -> None:
+    """Prints a line, on rank 0."""
     if run_folder.rank() == 0:
         print(line, flush=True)
 
 
-def _print_table(done, output):
+def _print_table(results: Mapping[str, Mapping[str, Any]], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"run {output}", title_justify="left")
     for column in ("stage", "state", "seconds", "result"):
         table.add_column(column, justify="right" if column == "seconds" else "left", overflow="fold")
-    for name, entry in done.items():
+    for name, entry in results.items():
         seconds = "" if entry["seconds"] is None else f"{entry['seconds']:.0f}"
         table.add_row(name, entry["state"], seconds, _result(entry["summary"]))
     Console().print(table)
 
 
-def _result(summary, most=4):
-    """Says the first few numbers of a summary."""
+def _result(summary: object, most: int = 4) -> str:
+    """Writes the first few numbers of a summary."""
     if not isinstance(summary, dict):
         return ""
     numbers = [(k, v) for k, v in summary.items() if isinstance(v, (int, float)) and not isinstance(v, bool)]

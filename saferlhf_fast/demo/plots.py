@@ -41,7 +41,8 @@ def tradeoff(seeds: Mapping[str, Mapping[str, Any]]) -> Plot:
                 )
         for key, (label, color) in POLICIES.items():
             points = [_point(entry[key]) for entry in seeds.values()]
-            ax.scatter(*zip(*points), s=46, color=color, label=label, zorder=3, linewidths=0)
+            xs, ys = zip(*points)
+            ax.scatter(xs, ys, s=46, color=color, label=label, zorder=3, linewidths=0)
             for seed, (x, y) in zip(seeds, points):
                 if len(seeds) > 1:
                     ax.annotate(
@@ -93,7 +94,7 @@ def bars(seeds: Mapping[str, Mapping[str, Any]]) -> Plot:
                         color="#d9483b",
                         linestyle=(0, (4, 2)),
                         linewidth=1.4,
-                        label="threshold d" if at == 0 else None,
+                        label="threshold d" if at == 0 else "_nolegend_",
                     )
                 ax.axhline(0, color=INK, linewidth=0.8)
             titled(ax, title, unit, x="seed")

@@ -103,6 +103,20 @@ def test_stages_run_in_order_with_the_recipe_s_output_and_seed(go, stages, capsy
     assert "eval/loss 0.25" in capsys.readouterr().out
 
 
+def test_a_stage_without_an_output_runs_each_time(go, stages, monkeypatch):
+    """An evaluation with output: null prints its result and writes nothing."""
+    text = RECIPE.partition("stages:")[0] + (
+        'stages:\n  - evaluate: {model: "${root}/llama", prompts: "${root}/data.json", output: null}\n'
+        '  - {name: again, evaluate: {model: "${root}/llama", prompts: "${root}/data.json", output: null}}\n'
+    )
+    calls = []
+    monkeypatch.setattr(stages, "train", lambda stage, cfg, restart: calls.append(stage) or {"reward": 1.5})
+    for _ in range(2):
+        results = go(text)
+        assert results["evaluate"]["output"] is None and results["evaluate"]["summary"] == {"reward": 1.5}
+    assert calls == ["evaluate"] * 4 and [path.name for path in go.out.iterdir()] == ["summary.json"]
+
+
 def test_a_second_run_does_nothing_and_says_so(go, stages, capsys):
     go()
     assert stages.names == ["sft", "reward", "cost"]

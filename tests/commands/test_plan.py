@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 
 import kit
@@ -9,7 +10,7 @@ import pytest
 
 from saferlhf_fast import cli
 from saferlhf_fast.commands import plan
-from saferlhf_fast.commands.plan import options, sizes
+from saferlhf_fast.commands.plan import options, sizes, table
 from saferlhf_fast.commands.plan.phases import Hardware
 from saferlhf_fast.commands.plan.stage_phases import plan_stage
 from saferlhf_fast.config import load
@@ -54,7 +55,7 @@ def stage(kind, model, gpus=1, device="cpu", memory=1 << 40, **values):
 
 
 def moments(made):
-    return {moment.name: moment.total for moment in made.moments}
+    return {moment.name: moment.total for moment in made.phases}
 
 
 # ---------------------------------------------------------------- what models are
@@ -130,7 +131,7 @@ def test_a_moment_is_the_sum_of_its_parts_and_nothing_is_negative(model):
             if kind in ("ppo", "ppo-lag", "evaluate")
             else stage(kind, model, train={"max_length": 128})
         )
-        for moment in made.moments:
+        for moment in made.phases:
             assert moment.total == sum(moment.parts.values()) and min(moment.parts.values()) >= 0, (
                 kind,
                 moment,
@@ -154,7 +155,7 @@ def test_what_saves_memory_does(model):
     for zero in (0, 1, 2, 3):
         step = next(
             m
-            for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).moments
+            for m in stage("sft", model, 8, **big, engine={"zero_stage": zero}).phases
             if m.name == "optimiser step"
         )
         at_8.append(step.total - step.parts["buffers"])  # ZeRO-3's bucket is there in the step too
@@ -381,10 +382,24 @@ stages:
     assert cli.main(["plan", str(recipe), "--gpus", "2", "--memory", "24", f"sft.model={model}"]) == 0
     text = capsys.readouterr().out
     assert (
-        "sft: GiB per GPU, 2 GPUs" in text and "second: at its worst moments" in text and "reference" in text
+        "sft: GiB per GPU, 2 GPUs" in text
+        and "second: GiB per GPU in each phase" in text
+        and "reference" in text
     )
     assert max(map(len, text.splitlines())) <= 120
     assert kit.files(tmp_path) == before
+
+
+def test_sizes_below_a_tenth_of_a_gib_are_printed_in_smaller_units(model, capsys):
+    sizes_and_texts = [(0, "–"), (1, "1 KiB"), (300 * 1024, "0.3 MiB"), (100 * MIB, "100.0 MiB")]
+    sizes_and_texts += [(103 * MIB, "0.10"), (5 << 30, "5.00"), (80 << 30, "80.0")]
+    assert [table.gib(size) for size, _ in sizes_and_texts] == [text for _, text in sizes_and_texts]
+    assert [table.amount(size) for size in (3 * MIB, 3 << 30)] == ["3.0 MiB", "3.00 GiB"]
+    words = ["stage=sft", f"model={model}", "data=none", "output=none", "train.max_length=16"]
+    assert cli.main(["plan", *words, "device=cpu", "lora.rank=4", "gpus=2"]) == 0
+    text = capsys.readouterr().out
+    assert "sft: GiB per process, 2 processes" in text
+    assert " MiB" in text and not re.search(r" 0\.00\b", text)
 
 
 def test_the_command_prints_json(model, capsys):

@@ -112,8 +112,8 @@ def planned(kind, cfg, found):
     def times(place):
         return found.get(place, {}).get("times", 0)
 
-    roles = phases.Roles(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
-    stage_phases.moments_of(roles)
+    roles = phases.StageModels(kind, kind, cfg, Hardware(2, 1 << 40, "cpu"), {})
+    stage_phases.phases_of(roles)
     backward, scoring = times("backward Policy"), times("frozen Policy")
     # two critics; PTX is the actor's alone
     update = times("backward ScoreModel") // 2 if kind == "ppo-lag" else backward

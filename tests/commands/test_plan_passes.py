@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from saferlhf_fast.commands.plan import pass_memory, sizes
 from saferlhf_fast.commands.plan.passes import passes_of_step
-from saferlhf_fast.commands.plan.phases import Hardware, Roles
+from saferlhf_fast.commands.plan.phases import Hardware, StageModels
 from saferlhf_fast.commands.plan.trace import Tracker, footprint_of
 from saferlhf_fast.config import load
 from saferlhf_fast.errors import UserError
@@ -75,7 +75,7 @@ def allocated(step):
 def measured(module, asked):
     """(held between forward and backward, most in forward, most in both) of a pass over LENGTHS."""
     ids = [[7] * n for n in LENGTHS]
-    packed = pack_sequences(ids, [pass_memory.asked_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
+    packed = pack_sequences(ids, [pass_memory.predicted_rows(asked, n) for n in LENGTHS], torch.device("cpu"))
     module(packed).sum().backward()  # libraries take what they keep
     for p in module.parameters():
         p.grad = None
@@ -205,9 +205,11 @@ def test_the_tracker_frees_what_is_freed():
 def test_lengths_fill_a_pass():
     assert pass_memory.lengths_of(1000, 300) == (300, 300, 300, 100)
     assert pass_memory.lengths_of(100, 300) == (300,)
-    assert list(pass_memory.asked_rows(3, 10)) == [6, 7, 8]
-    assert list(pass_memory.asked_rows(1 << 30, 4)) == [0, 1, 2]
-    assert list(pass_memory.asked_rows("end", 4)) == [3] and list(pass_memory.asked_rows("all", 2)) == [0, 1]
+    assert list(pass_memory.predicted_rows(3, 10)) == [6, 7, 8]
+    assert list(pass_memory.predicted_rows(1 << 30, 4)) == [0, 1, 2]
+    assert list(pass_memory.predicted_rows("end", 4)) == [3] and list(
+        pass_memory.predicted_rows("all", 2)
+    ) == [0, 1]
 
 
 def test_an_architecture_that_looks_at_numbers_is_refused_in_words():
@@ -290,7 +292,7 @@ def test_passes_are_those_that_a_stage_cuts_a_step_into(kind, values):
         "output": "o",
         **({"reward": "r", "cost": "c"} if kind.startswith("ppo") else {}),
     }
-    roles = Roles(kind, kind, load.build(kind, {**needed, **values}), Hardware(1, 1 << 40), {})
+    roles = StageModels(kind, kind, load.build(kind, {**needed, **values}), Hardware(1, 1 << 40), {})
     planned, cfg, minibatches = passes_of_step(roles), roles.cfg, 1
     if kind.startswith("ppo"):
         minibatches, examples = cfg.ppo.minibatches, cfg.ppo.batch_size * cfg.sampling.num_return_sequences

@@ -12,6 +12,7 @@ import pytest
 
 from saferlhf_fast import cli
 from saferlhf_fast.commands import preflight
+from saferlhf_fast.commands.preflight import shared_folder
 from saferlhf_fast.errors import UserError
 
 
@@ -93,7 +94,7 @@ def test_wrong_words_are_refused(words, capsys):
 
 
 class Threads:
-    """Ranks as threads of this process: `folder` needs no more of them than to gather."""
+    """Ranks as threads of this process: `problem` needs no more of them than to gather."""
 
     def __init__(self, rank, world, barrier, board):
         self.rank, self.world, self.barrier, self.board = rank, world, barrier, board
@@ -112,7 +113,7 @@ def shared(paths):
     barrier, board = threading.Barrier(world), [None] * world
 
     def one(rank):
-        said[rank] = preflight.folder(paths[rank], Threads(rank, world, barrier, board))
+        said[rank] = shared_folder.problem(paths[rank], Threads(rank, world, barrier, board))
 
     threads = [threading.Thread(target=one, args=(r,)) for r in range(world)]
     [thread.start() for thread in threads]
@@ -125,7 +126,7 @@ def test_a_folder_that_all_see_passes_and_is_left_as_it_was(tmp_path):
 
 
 def test_a_folder_that_is_another_one_elsewhere_is_found_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "WAIT", 0.3)
+    monkeypatch.setattr(shared_folder, "WAIT", 0.3)
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     said = shared([tmp_path / "a", tmp_path / "b"])
@@ -152,7 +153,7 @@ def test_a_rename_that_is_not_atomic_is_found_out(tmp_path, monkeypatch):
             time.sleep(0.02)
             file.write(f"{number:07d} " * 4096)
 
-    monkeypatch.setattr(preflight, "_put", slowly)
+    monkeypatch.setattr(shared_folder, "_put", slowly)
     assert "not atomic" in shared([tmp_path] * 2)[1]
 
 

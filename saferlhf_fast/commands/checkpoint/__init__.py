@@ -1,1 +1,1 @@
-"""`saferlhf-fast checkpoint`: looks at a run's checkpoints, converts them, exports their models."""
+"""`saferlhf-fast checkpoint`: inspects a run's checkpoints, converts them, exports their models."""

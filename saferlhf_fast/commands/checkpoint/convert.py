@@ -1,9 +1,9 @@
-"""A checkpoint for any number of processes: DeepSpeed's universal format, one file for each weight and moment
-of the optimiser.
+"""Converts a checkpoint for any number of processes.
 
-`step-00000012` becomes `step-00000012.universal` beside it, verified before and committed after like any
-other. Needs no GPU and none of the run's processes; ZeRO 0 needs no conversion, since each of its processes
-has everything.
+The result has DeepSpeed's universal format: one file for each weight and for each moment of the optimiser.
+`step-00000012` is converted into `step-00000012.universal` beside it. The source is verified first, and the
+result is committed like any other checkpoint. This needs no GPU and none of the run's processes. ZeRO 0 needs
+no conversion, since each of its processes has everything.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
@@ -20,9 +21,18 @@ from ...runtime.checkpoint import manifest, safe_pickle
 from .verify import whole
 
 
-def convert(folder, output=None):
-    """-> the folder of the converted checkpoint. folder: of a step · output: another folder than the one
-    beside it.
+def convert(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Converts the checkpoint of a step.
+
+    Args:
+        folder: The checkpoint's folder.
+        output: Where to write; None: beside `folder`, where resume=auto finds it.
+
+    Returns:
+        The folder of the converted checkpoint.
+
+    Raises:
+        UserError: The checkpoint is damaged or needs no conversion, or `output` is not empty.
     """
     folder = Path(folder).resolve()
     values = whole(folder)
@@ -30,13 +40,13 @@ def convert(folder, output=None):
         raise UserError(f"{folder} is for any number of processes already")
     if not any(kind["zero_stage"] for kind in values["models"].values()):
         raise UserError(
-            f"{folder} is of ZeRO 0, where each process has everything: any number of processes can go on "
+            f"{folder} is of ZeRO 0, where each process has everything: any number of processes can resume "
             f"from it"
         )
     beside = folder.with_name(f"{folder.name}.universal")
     output = Path(output).expanduser().resolve() if output else beside
     if output == beside and output.is_dir() and not manifest.is_committed(output):
-        shutil.rmtree(output)  # what a conversion left that was cut off
+        shutil.rmtree(output)  # left by a conversion that was interrupted
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is not empty; expected a new folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -55,19 +65,19 @@ def convert(folder, output=None):
             "bytes": path.stat().st_size,
             "sha256": manifest.sha256(path),
         }
-    kept = {key: value for key, value in values.items() if key not in ("seal", "format")}
-    manifest.write(output, {**kept, "universal": True, "files": files})
+    unchanged = {key: value for key, value in values.items() if key not in ("seal", "format")}
+    manifest.write(output, {**unchanged, "universal": True, "files": files})
     return output
 
 
-def _model(source, target, zero_stage):
-    """One trained model's shards -> a file for each weight."""
+def _model(source: Path, target: Path, zero_stage: int) -> None:
+    """Converts one trained model's shards into a file for each weight."""
     from ...runtime.deepspeed_library import imported_deepspeed
 
     imported_deepspeed()
     from deepspeed.checkpoint import ds_to_universal
 
-    # One worker each: they then run in this process, where every load is guarded.
+    # With one worker each, extraction and merging run in this process, where every load is guarded.
     settings = argparse.Namespace(
         input_folder=str(source),
         output_folder=str(target),
@@ -82,8 +92,8 @@ def _model(source, target, zero_stage):
 
 
 @contextlib.contextmanager
-def quiet():
-    """Without the prints and bars of DeepSpeed's scripts."""
+def quiet() -> Iterator[None]:
+    """Context without the prints and bars of DeepSpeed's scripts."""
     with (
         open(os.devnull, "w") as nowhere,
         contextlib.redirect_stdout(nowhere),
@@ -94,11 +104,10 @@ def quiet():
         yield
 
 
-def say(folder):
-    """Tells where the converted checkpoint lies, and how to go on from it."""
+def say(folder: Path) -> None:
+    """Prints where the converted checkpoint is, and how to resume from it."""
     values = json.loads((folder / manifest.NAME).read_text(encoding="utf-8"))
     console.say(
         f"{folder}: step {values['step']} for any number of processes; resume=auto of the same run takes it "
-        f"when the "
-        f"number is not {values['world_size']}, with the same batch over all processes"
+        f"when the number is not {values['world_size']}, with the same batch over all processes"
     )

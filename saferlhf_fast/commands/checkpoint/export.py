@@ -1,9 +1,12 @@
-"""A trained model of a checkpoint as a Hugging Face folder (safetensors), without the GPUs and processes of
-the run.
+"""Exports a trained model of a checkpoint as a Hugging Face folder (safetensors).
+
+This needs none of the run's GPUs and processes.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,10 +20,21 @@ from .verify import whole
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def export(folder, output, name=None, dtype=None):
-    """Writes a model of a checkpoint to `output`. name: actor, reward_critic, cost_critic, or model (sft,
-    dpo, reward, cost); the first of those when None · dtype: fp32, bf16, fp16; None: what the run's model
-    has, so that the weights are equal.
+def export(folder: str | Path, output: str | Path, name: str | None = None, dtype: str | None = None) -> Path:
+    """Writes a model of a checkpoint.
+
+    Args:
+        folder: The checkpoint's folder.
+        output: A new folder for the model.
+        name: actor, reward_critic, cost_critic, or model (sft, dpo, reward, cost); None: the first of those
+            that the checkpoint has.
+        dtype: fp32, bf16 or fp16; None: that of the run's model, so that the weights are equal.
+
+    Returns:
+        The model's folder.
+
+    Raises:
+        UserError: The checkpoint is damaged, converted, or has no such model, or `output` is not empty.
     """
     from ...models.causal_lm import save_causal_lm
     from ...models.score_checkpoint import save_score_model
@@ -28,7 +42,7 @@ def export(folder, output, name=None, dtype=None):
     folder, output = Path(folder), Path(output).expanduser()
     values = whole(folder)
     if values["universal"]:
-        raise UserError(f"{folder} is a converted checkpoint; expected the one that it was made from")
+        raise UserError(f"{folder} is a converted checkpoint; expected the one that it was converted from")
     name = name or next(iter(values["models"]))
     if name not in values["models"]:
         raise UserError(f"--model: expected one of {', '.join(values['models'])}, got {name}")
@@ -47,28 +61,37 @@ def export(folder, output, name=None, dtype=None):
     return output
 
 
-def weights(folder, name, zero_stage):
-    """-> {name: tensor} of a model's weights: those that the optimiser keeps, in fp32, where ZeRO shards
-    them.
+def weights(folder: Path, name: str, zero_stage: int) -> dict[str, torch.Tensor]:
+    """Reads a model's weights; where ZeRO shards them, those that the optimiser keeps in fp32.
 
-    Weights that are not trained (under adapters) are in no optimiser; ZeRO 0 to 2 have them whole beside it.
+    Weights that are not trained (under adapters) are in no optimiser; ZeRO 0 to 2 store them unsharded.
+
+    Args:
+        folder: The checkpoint's folder.
+        name: The model, as in `export`.
+        zero_stage: ZeRO stage of the run.
+
+    Returns:
+        {name: tensor}, on the CPU.
     """
-    whole_too = (
+    unsharded = (
         {} if zero_stage == 3 else safe_pickle.load(folder / name / "mp_rank_00_model_states.pt")["module"]
     )
     if zero_stage == 0:
-        return whole_too
+        return unsharded
     from ...runtime.deepspeed_library import imported_deepspeed
 
     imported_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with quiet(), safe_pickle.guarded():
-        return {**whole_too, **get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)}
+        return {**unsharded, **get_fp32_state_dict_from_zero_checkpoint(str(folder), tag=name)}
 
 
-def _module(folder, name, state, settings):
-    """-> (Policy or ScoreModel with these weights, tokenizer)."""
+def _module(
+    folder: Path, name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Returns a Policy or ScoreModel with these weights, and its tokenizer."""
     lora = Lora(**settings.get("lora", {}))
     trust = settings.get("trust_remote_code", False)
     if any(key.startswith("adapter.") for key in state):
@@ -85,8 +108,13 @@ def _module(folder, name, state, settings):
     return module, tokenizer
 
 
-def _on_shared_base(name, state, settings, lora, trust):
-    """An actor that is an adapter: the base that the run started from, which must still be there."""
+def _on_shared_base(
+    name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], lora: Lora, trust: bool
+) -> tuple[Any, Any]:
+    """Returns an actor that is an adapter, on the base that the run started from, and its tokenizer.
+
+    The base must still exist where the run's settings say.
+    """
     from ...models.causal_lm import load_causal_lm
     from ...models.shared_base import PolicyOnSharedBase, SharedBase
     from ...models.tokenizer import load_tokenizer
@@ -112,7 +140,7 @@ def _on_shared_base(name, state, settings, lora, trust):
     return module, tokenizer
 
 
-def describe_output(output):
-    """One line about what was written."""
+def describe_output(output: str | Path) -> str:
+    """Returns one line about an exported model."""
     config = json.loads((Path(output) / "config.json").read_text(encoding="utf-8"))
     return f"{output}: {', '.join(config.get('architectures') or [])}, {config.get('dtype')}"

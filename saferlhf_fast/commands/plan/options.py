@@ -1,20 +1,25 @@
-"""What makes a stage fit that does not: settings tried one after the other, those that cost least first.
+"""What makes a stage fit that does not: settings that are tried one after the other, the cheapest first.
 
-Each option is the words to type. `alone` is the stage's peak with nothing else changed, `together` with what
-stands above it, as far as it helped; at the end what is not needed is taken back out.
+Each option is given as the words to type. `alone` is the stage's peak when nothing else is changed,
+`together` the peak with the earlier options that helped. At the end, options that are not needed are removed.
 """
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...config.checks import check_settings
 from ...config.sections import Optimizer
-from ...config.stage_table import FAMILIES, STAGE_SPECS
+from ...config.stage_table import FAMILIES, STAGE_SPECS, Family
 from ...errors import UserError
+from .phases import Hardware
 from .stage_phases import plan_stage
 
-WORTH = 0.98  # an option that leaves more of the peak than this is no help
+if TYPE_CHECKING:
+    from ...config.stages import PPOConfig
+
+WORTH = 0.98  # an option that leaves a larger share of the peak than this does not help
 LORA_RANK = 16
 
 
@@ -23,11 +28,11 @@ class Choice(NamedTuple):
 
     key: str
     value: object
-    cost: str
+    cost: str  # what it costs, in words
     also: str = ""  # another key that gets the same value
 
-    def words(self, stage=None):
-        """As it is typed, for a stage of a recipe or alone."""
+    def words(self, stage: str | None = None) -> str:
+        """Returns the words to type, for a stage of a recipe or for a single stage."""
         value = str(self.value).lower() if isinstance(self.value, bool) else self.value
         return " ".join(
             f"{stage + '.' if stage else ''}{key}={value}" for key in (self.key, self.also) if key
@@ -35,37 +40,54 @@ class Choice(NamedTuple):
 
 
 class Option(NamedTuple):
-    """A choice that was tried, and what came of it (bytes)."""
+    """A choice that was tried, and the stage's peak with it."""
 
     choice: Choice
-    alone: int | None  # None: it cannot stand alone
-    together: int
+    alone: int | None  # bytes; None: the setting is not allowed alone
+    together: int  # bytes, with the options before it
     fits: bool
 
 
 class Advice(NamedTuple):
-    """What was tried; the choices that are enough, none when nothing was."""
+    """The result of the search.
 
-    tried: list
-    enough: list
+    Attributes:
+        tried: The options that helped.
+        enough: The choices that make the stage fit; none when no combination did.
+        peak: The stage's peak with `enough`, or with all that was tried (bytes).
+    """
+
+    tried: list[Option]
+    enough: list[Choice]
     peak: int
 
 
-def changed(cfg, key, value):
-    """A config with one dotted key replaced."""
-    first, _, rest = key.partition(".")
-    return dataclasses.replace(cfg, **{first: changed(getattr(cfg, first), rest, value) if rest else value})
+def changed(cfg: Any, key: str, value: object) -> Any:
+    """Returns a copy of a config in which one dotted key has another value."""
+    first, _, inner = key.partition(".")
+    return dataclasses.replace(cfg, **{first: changed(getattr(cfg, first), inner, value) if inner else value})
 
 
-def setting(cfg, key):
-    """The value of one dotted key."""
+def setting(cfg: object, key: str) -> Any:
+    """Returns the value of one dotted key."""
     return functools.reduce(getattr, key.split("."), cfg)
 
 
-def advise(name, kind, cfg, hardware, earlier, usable):
-    """-> Advice for a stage whose peak is above `usable` bytes."""
+def advise(
+    name: str, kind: str, cfg: Any, hardware: Hardware, earlier: Mapping[str, Any], usable: int
+) -> Advice:
+    """Looks for settings that make a stage fit whose peak is too large.
 
-    def after(chosen):
+    Args:
+        name: What the recipe calls the stage.
+        kind: The kind of stage.
+        cfg: Its config.
+        hardware: What it runs on.
+        earlier: {output folder: its config} of the stages before it in the same recipe.
+        usable: Bytes of a device that the stage may take.
+    """
+
+    def with_choices(chosen: Iterable[Choice]) -> Any:
         new = cfg
         for choice in chosen:
             for key in (choice.key, choice.also):
@@ -73,45 +95,59 @@ def advise(name, kind, cfg, hardware, earlier, usable):
         return new
 
     @functools.cache
-    def peak(chosen):
-        """Bytes, or None where the settings do not go together."""
-        new = after(chosen)
+    def peak(chosen: tuple[Choice, ...]) -> int | None:
+        """Bytes, or None where the settings contradict each other."""
+        new = with_choices(chosen)
         return plan_stage(name, kind, new, hardware, earlier).worst.total if _possible(kind, new) else None
 
-    kept, tried = (), []
+    def peak_of(chosen: tuple[Choice, ...]) -> int:
+        size = peak(chosen)
+        assert size is not None, "only choices that are allowed together are selected"
+        return size
+
+    def fits(chosen: tuple[Choice, ...]) -> bool:
+        size = peak(chosen)
+        return size is not None and size <= usable
+
+    selected: tuple[Choice, ...] = ()
+    tried: list[Option] = []
     for choice in choices(kind, cfg, hardware):
-        new = (*(k for k in kept if k.key != choice.key), choice)
+        new = (*(k for k in selected if k.key != choice.key), choice)
         together = peak(new)
-        if together is None or together > WORTH * peak(kept):
+        if together is None or together > WORTH * peak_of(selected):
             continue
-        kept = new
+        selected = new
         tried.append(Option(choice, peak((choice,)), together, together <= usable))
         if together <= usable:
             break
-    if peak(kept) > usable:
-        return Advice(tried, [], peak(kept))
-    kept = _relaxed(
-        kept,
-        [option.choice for option in tried],
-        lambda chosen: peak(chosen) is not None and peak(chosen) <= usable,
-    )
-    return Advice(tried, list(kept), peak(kept))
+    if peak_of(selected) > usable:
+        return Advice(tried, [], peak_of(selected))
+    selected = _relaxed(selected, [option.choice for option in tried], fits)
+    return Advice(tried, list(selected), peak_of(selected))
 
 
-def _relaxed(kept, tried, fits):
-    """Without what is not needed after all, and with milder values (those tried before) of what is."""
-    for choice in kept:
+def _relaxed(
+    selected: tuple[Choice, ...],
+    tried: Sequence[Choice],
+    fits: Callable[[tuple[Choice, ...]], bool],
+) -> tuple[Choice, ...]:
+    """Removes choices that are not needed, and replaces others by milder values that were tried before."""
+    for choice in selected:
         milder = [other for other in tried[: tried.index(choice)] if other.key == choice.key]
         for other in (None, *milder):
-            new = tuple(other if k is choice else k for k in kept if k is not choice or other is not None)
+            new = tuple(
+                k if k is not choice or other is None else other
+                for k in selected
+                if k is not choice or other is not None
+            )
             if fits(new):
-                kept = new
+                selected = new
                 break
-    return kept
+    return selected
 
 
-def _possible(kind, cfg):
-    """Whether settings go together, as the stage itself would find."""
+def _possible(kind: str, cfg: Any) -> bool:
+    """Whether the stage itself would accept these settings."""
     try:
         check_settings(kind, cfg)
     except UserError:
@@ -119,8 +155,14 @@ def _possible(kind, cfg):
     return True
 
 
-def choices(kind, cfg, hardware):
-    """Yields what a recipe of this kind of stage can change, those that cost least first."""
+def choices(kind: str, cfg: Any, hardware: Hardware) -> Iterator[Choice]:
+    """Yields what a recipe of a kind of stage can change, the cheapest first.
+
+    Args:
+        kind: The kind of stage.
+        cfg: Its config.
+        hardware: What it runs on.
+    """
     family, ppo, optimizers = (
         FAMILIES[STAGE_SPECS[kind].family],
         STAGE_SPECS[kind].family == "ppo",
@@ -156,7 +198,8 @@ def choices(kind, cfg, hardware):
         yield Choice("engine.offload_parameters", True, "weights cross the bus in every pass")
 
 
-def _sharding(cfg, stages):
+def _sharding(cfg: Any, stages: Iterable[int]) -> Iterator[Choice]:
+    """Yields higher ZeRO stages."""
     costs = {
         1: "optimiser states gathered once a step",
         2: "gradients reduced in every pass",
@@ -167,9 +210,10 @@ def _sharding(cfg, stages):
             yield Choice("engine.zero_stage", stage, costs[stage])
 
 
-def _shorter_passes(cfg, family):
-    """Down to one sequence, in the setting that bounds a pass: its tokens or, where there is no such setting,
-    its rows.
+def _shorter_passes(cfg: Any, family: Family) -> Iterator[Choice]:
+    """Yields shorter passes, down to one sequence.
+
+    The setting is the one that bounds a pass: its tokens or, where there is no such setting, its rows.
     """
     rows, longest = setting(cfg, family.pass_rows), setting(cfg, family.max_length)
     if family.pass_tokens:
@@ -181,8 +225,8 @@ def _shorter_passes(cfg, family):
         yield Choice(key, size, "shorter passes")
 
 
-def _fewer_rows(cfg):
-    """Fewer rows generated at once."""
+def _fewer_rows(cfg: "PPOConfig") -> Iterator[Choice]:
+    """Yields fewer rows that are generated at once."""
     rows = min(cfg.ppo.batch_size * cfg.sampling.num_return_sequences, cfg.sampling.batch_size or 1 << 30)
     while rows > 1:
         rows //= 2

@@ -1,12 +1,12 @@
-"""What the stages' plans are put together from: models, moments and their parts in bytes, and the turns that
-a pass takes.
+"""What the stages' plans consist of: models, phases with their parts in bytes, and the turns of a pass.
 
-A moment is a sum of parts (`PARTS`); a stage's peak is its largest moment. What runs one after the other
-(passes of a step, optimiser steps of several models) counts by its worst turn.
+A phase is a sum of parts (`PARTS`); a stage's peak is its largest phase. Where several things run one after
+the other (passes of a step, optimiser steps of several models), each is one turn; the largest turn counts.
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
@@ -15,14 +15,23 @@ from ...config.stage_table import STAGE_SPECS
 from ...runtime import deepspeed_config
 from . import pass_memory, sizes, zero_memory
 
+if TYPE_CHECKING:
+    from ...config.sections import Lora, Optimizer
+    from ...config.stages import StageConfig
+    from .trace import Footprint
+
 NODE, NVLINK, NETWORK = 8, 450.0, 50.0
-"""GPUs per node and GB/s that a GPU can send: by NVLink of an H100 or H200 (900 GB/s both ways together), and 400 Gb/s to other
-nodes."""
+"""GPUs of a node, and GB/s that a GPU can send: through the NVLink of an H100 or H200 (900 GB/s in both
+directions together), and at 400 Gb/s to other nodes."""
 
 PARTS = ("weights", "gradients", "optimiser", "buffers", "activations", "logits", "cache")
-"""What a moment's bytes are spent on; buffers are DeepSpeed's (buckets, gathered weights)."""
+"""What a phase's bytes are used for; buffers are DeepSpeed's (buckets, gathered weights)."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-ANY = 1 << 30  # asked-for tokens: as many as a sequence has
+ANY = 1 << 30  # predicted tokens: as many as a sequence has
+
+Parts = Mapping[str, int]
+"""{name of PARTS: bytes}; a part that is missing is 0."""
+ConfigT = TypeVar("ConfigT", bound="StageConfig", covariant=True)
 
 
 class Hardware(NamedTuple):
@@ -36,7 +45,8 @@ class Hardware(NamedTuple):
     network: float = NETWORK  # and to other nodes
 
 
-class Model(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Model:
     """A model of a stage."""
 
     role: str
@@ -48,31 +58,69 @@ class Model(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """A point of a stage with the bytes of each part."""
+    """A phase of a stage with the bytes of each part."""
 
     name: str
-    parts: dict
+    parts: Parts
 
     @property
-    def total(self):
+    def total(self) -> int:
         """Bytes on one device."""
         return sum(self.parts.values())
 
 
-class Roles:
-    """Makes the models of a stage and keeps the worst that each was seen to take."""
+class StageModels(Generic[ConfigT]):
+    """Plans the models of a stage, and records the most that the passes of each model take.
 
-    def __init__(self, name, kind, cfg, hardware, earlier):
+    Attributes:
+        models: The models, in the order in which the stage loads them.
+        use: {role: {"activations": bytes, "logits": bytes, "cache": bytes}}: the maximum of each.
+        spec: The stage's row in config/stage_table.py.
+        device: "cuda" or "cpu".
+        precision: Number format of the weights, with `auto` resolved.
+        width: Bytes of a weight.
+    """
+
+    def __init__(
+        self, name: str, kind: str, cfg: ConfigT, hardware: Hardware, earlier: Mapping[str, Any]
+    ) -> None:
+        """Starts without models.
+
+        Args:
+            name: What the recipe calls the stage.
+            kind: The kind of stage.
+            cfg: Its config.
+            hardware: What it runs on.
+            earlier: {output folder: its config} of the stages before it in the same recipe.
+        """
         self.name, self.kind, self.cfg, self.hardware, self.earlier = name, kind, cfg, hardware, earlier
         self.spec, self.device = STAGE_SPECS[kind], hardware.device
         precision = cfg.engine.precision
         self.precision = ("bf16" if self.device == "cuda" else "fp32") if precision == "auto" else precision
         self.width = DTYPES[self.precision].itemsize
-        self.models, self.use = [], {}
+        self.models: list[Model] = []
+        self.use: dict[str, dict[str, int]] = {}
 
-    def add(self, role, key, kind, optim=None, lora=None, checkpointing=False, shared=False):
-        """-> Model, the last of `models`. key: the setting that names it · optim: its Optimizer; None: frozen
-        · shared: its base belongs to another model, so that adapter and head alone are its own.
+    def add(
+        self,
+        role: str,
+        key: str,
+        kind: str,
+        optim: "Optimizer | None" = None,
+        lora: "Lora | None" = None,
+        checkpointing: bool = False,
+        shared: bool = False,
+    ) -> Model:
+        """Adds a model and returns it.
+
+        Args:
+            role: What the model is called.
+            key: The setting that names the model.
+            kind: "policy" or "score".
+            optim: The settings of its optimiser; None when it is frozen.
+            lora: Its adapters.
+            checkpointing: Whether activations are recomputed in the backward pass.
+            shared: Whether its base belongs to another model, so that it owns only its adapter and its head.
         """
         start = _path_at(self.cfg, key)
         config, remote = sizes.config_of(
@@ -94,132 +142,167 @@ class Roles:
             count = count._replace(all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0)
         zero = self._zero(optim)
         if optim is None:
-            made = zero_memory.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
+            states = zero_memory.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
         else:
-            made = zero_memory.trained(
+            states = zero_memory.trained(
                 count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu"
             )
-        self.models.append(Model(role, start, blueprint, count, made, optim is not None))
+        self.models.append(Model(role, start, blueprint, count, states, optim is not None))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
 
-    def _zero(self, optim):
+    def _zero(self, optim: "Optimizer | None") -> dict[str, int]:
         settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
         return zero_memory.zero_settings(deepspeed_config.settings(settings, optim))
 
-    def zero(self, model):
-        """`zero_settings` of a model."""
-        return self._zero(self.cfg.optim if model.trained else None)
+    def zero(self, model: Model) -> dict[str, int]:
+        """Returns a model's `zero_memory.zero_settings`."""
+        cfg: Any = self.cfg  # a stage that trains a model has `optim`; StageConfig has not
+        return self._zero(cfg.optim if model.trained else None)
 
-    def footprint(self, model, lengths, asked, **options):
-        """-> Footprint of a pass of a model, noted in `use`."""
-        made = pass_memory.of_pass(model.blueprint, lengths, asked, self.device, **options)
-        self.note(model, activations=made.peak - made.head - made.gradients, logits=made.head)
-        return made
+    def footprint(
+        self, model: Model, lengths: tuple[int, ...], predicted: int | str, **options: Any
+    ) -> "Footprint":
+        """Measures a pass of a model, and records it in `use`.
 
-    def note(self, model, **parts):
-        """Remembers the worst of what a model takes."""
+        Args:
+            model: The model.
+            lengths: Tokens of each sequence.
+            predicted: Which positions the head reads, as in `pass_memory.predicted_rows`.
+            **options: As in `pass_memory.of_pass`.
+        """
+        footprint = pass_memory.of_pass(model.blueprint, lengths, predicted, self.device, **options)
+        activations = footprint.peak - footprint.head - footprint.gradients
+        self.note(model, activations=activations, logits=footprint.head)
+        return footprint
+
+    def note(self, model: Model, **parts: int) -> None:
+        """Records the maximum of what a model takes."""
         for name, size in parts.items():
             self.use[model.role][name] = max(self.use[model.role][name], size)
 
-    def resident(self, done=None, late=True):
-        """Parts of what all models (or those in `done`) have for the whole run. late: with what the first
-        step brings.
+    def resident(self, loaded: Sequence[Model] | None = None, late: bool = True) -> dict[str, int]:
+        """Returns the parts of what models take for the whole run.
+
+        Args:
+            loaded: The models; None: all of the stage.
+            late: Whether to count what the first step allocates.
         """
-        made = [model.states for model in (self.models if done is None else done)]
         total = dict.fromkeys(PARTS, 0)
-        for part in made:
-            total["weights"] += part.weights
-            total["optimiser"] += part.optimizer - (0 if late else part.late)
-            if part.sharded:
-                total["gradients"] += part.gradients
-                total["buffers"] += part.bucket
-            if self.device == "cpu":  # there is no other memory to offload to
-                total["optimiser"] += part.host
+        for states in [model.states for model in (self.models if loaded is None else loaded)]:
+            total["weights"] += states.weights
+            total["optimiser"] += states.optimizer - (0 if late else states.late)
+            if states.sharded:
+                total["gradients"] += states.gradients
+                total["buffers"] += states.bucket
+            if self.device == "cpu":  # a CPU has no other memory to offload to
+                total["optimiser"] += states.host
         return total
 
 
-def adapter_of(lora):
-    """A Lora config -> what a Blueprint says of it."""
+def adapter_of(lora: "Lora | None") -> tuple[()] | tuple[int, str | tuple[str, ...]]:
+    """Returns what a Blueprint says of the adapters that a Lora config describes."""
     if lora is None or not lora.rank:
         return ()
     targets = lora.target_modules
     return lora.rank, targets if isinstance(targets, str) else tuple(targets)
 
 
-def _path_at(cfg, key):
-    """The path that a setting gives, by itself or as a scorer; key: dotted, through lists too."""
-    for part in key.split("."):
-        cfg = cfg[int(part)] if isinstance(cfg, list) else getattr(cfg, part)
-    return scorer_spec(cfg).path
+def _path_at(cfg: object, key: str) -> str:
+    """Returns the path that a setting gives, by itself or as a scorer. key: dotted, through lists too."""
+    for step in key.split("."):
+        cfg = cfg[int(step)] if isinstance(cfg, list) else getattr(cfg, step)
+    scorer: Any = cfg
+    return scorer_spec(scorer).path
 
 
-def add(*parts, **more):
-    """Sum of parts."""
-    return {name: sum(part.get(name, 0) for part in (*parts, more)) for name in PARTS}
+def add(*parts: Parts, **more: int) -> dict[str, int]:
+    """Adds up parts."""
+    return {name: sum(some.get(name, 0) for some in (*parts, more)) for name in PARTS}
 
 
-def worst(name, candidates):
-    """The largest of several turns of a moment -> Phase."""
-    return Phase(name, max(candidates, key=lambda parts: sum(parts.values())))
+def worst(name: str, turns: Iterable[Parts]) -> Phase:
+    """Returns the phase that is the largest of several turns."""
+    return Phase(name, max(turns, key=lambda parts: sum(parts.values())))
 
 
-# ---------------------------------------------------------------- moments that stages share
+# ---------------------------------------------------------------- phases that stages share
 
 
-def resident_gradients(models, filling=False):
-    """Gradients and buckets from the first backward pass of a step to its end. filling: during that first
-    pass, where gradients that stay as they are come one by one, and are in the pass's footprint.
+def resident_gradients(models: Sequence[Model], filling: bool = False) -> Parts:
+    """Returns gradients and buckets, from the first backward pass of a step to its end.
+
+    Args:
+        models: The models that are trained.
+        filling: Whether it is that first pass. Gradients that stay as they are then accumulate one by one,
+            and are counted in the pass's footprint.
     """
-    parts = [model.states for model in models if not model.states.sharded]
+    states = [model.states for model in models if not model.states.sharded]
     return {
-        "gradients": sum(p.gradients for p in parts if not (filling and p.whole)),
-        "buffers": sum(p.bucket for p in parts),
+        "gradients": sum(s.gradients for s in states if not (filling and s.whole)),
+        "buffers": sum(s.bucket for s in states),
     }
 
 
-def forward(model, made):
-    """Turns of a forward pass."""
+def forward(model: Model, footprint: "Footprint") -> Parts:
+    """Returns the turn of a forward pass."""
     return {
-        "activations": made.forward - made.head,
-        "logits": made.head,
+        "activations": footprint.forward - footprint.head,
+        "logits": footprint.head,
         "buffers": model.states.gathered + model.states.fetching,
     }
 
 
-def saved_activations(model, made):
-    """What a forward pass leaves for backward."""
-    return {"activations": made.saved, "buffers": model.states.gathered}
+def saved_activations(model: Model, footprint: "Footprint") -> Parts:
+    """Returns what a forward pass leaves for backward."""
+    return {"activations": footprint.saved, "buffers": model.states.gathered}
 
 
-def backward(model, made):
-    """Turns of a backward pass: in the middle, and at its end, when ZeRO reduces what is left."""
+def backward(model: Model, footprint: "Footprint") -> Iterator[Parts]:
+    """Yields the turns of a backward pass: in the middle, and at its end, when ZeRO reduces what is left."""
     yield {
-        "activations": made.backward - made.head - made.gradients,
-        "logits": made.head,
-        "gradients": made.gradients,
+        "activations": footprint.backward - footprint.head - footprint.gradients,
+        "logits": footprint.head,
+        "gradients": footprint.gradients,
         "buffers": model.states.gathered + model.states.backward,
     }
     yield {"buffers": model.states.epilogue}
 
 
-def asking(roles, model, lengths, asked, shape=()):
-    """A pass without gradient. shape: of the scored distribution (see `pass_memory.of_pass`)."""
-    return forward(model, roles.footprint(model, lengths, asked, train=False, shape=shape))
+def scoring_pass(
+    stage: StageModels[Any],
+    model: Model,
+    lengths: tuple[int, ...],
+    predicted: int | str,
+    shape: pass_memory.Shape = (),
+) -> Parts:
+    """Returns the turn of a pass without gradient.
+
+    Args:
+        stage: The stage.
+        model: The model that runs.
+        lengths: Tokens of each sequence.
+        predicted: Which positions the head reads, as in `pass_memory.predicted_rows`.
+        shape: The sampling distribution that is scored.
+    """
+    return forward(model, stage.footprint(model, lengths, predicted, train=False, shape=shape))
 
 
-def loading(roles):
-    """Each model on its way to DeepSpeed, beside those that are there."""
+def loading(stage: StageModels[Any]) -> Phase:
+    """Returns the phase in which each model is handed to DeepSpeed, next to those that are loaded already."""
     turns = []
-    for i, model in enumerate(roles.models):
-        before = roles.resident(roles.models[:i], late=False)
+    for i, model in enumerate(stage.models):
+        before = stage.resident(stage.models[:i], late=False)
         turns.append(add(before, {"weights": model.states.load}))
     return worst("loading", turns)
 
 
-def stepping(roles):
-    """The optimisers' steps, one model after the other; those to come still hold their gradients."""
-    turns, trained = [], [model for model in roles.models if model.trained]
+def stepping(stage: StageModels[Any]) -> Phase:
+    """Returns the phase of the optimisers' steps, one model after the other.
+
+    Models whose step is still to come have their gradients.
+    """
+    turns, trained = [], [model for model in stage.models if model.trained]
     for i, model in enumerate(trained):
-        turns.append(add(roles.resident(), resident_gradients(trained[i:]), {"gradients": model.states.step}))
+        turns.append(add(stage.resident(), resident_gradients(trained[i:]), {"gradients": model.states.step}))
     return worst("optimiser step", turns)

@@ -1,6 +1,10 @@
-"""The moments of ppo, ppo-lag and evaluate: rollout, scoring, update; separate models, or adapters on one
-base.
+"""The phases of ppo, ppo-lag and evaluate: rollout, scoring, update.
+
+Models are separate, or adapters on one shared base.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 from ...config.sections import Lora
 from ...models import multi_adapter
@@ -11,213 +15,258 @@ from .pass_memory import lengths_of
 from .passes import passes_of_step
 from .phases import (
     ANY,
+    Model,
+    Parts,
     Phase,
+    StageModels,
     add,
-    asking,
     backward,
     forward,
     loading,
     resident_gradients,
     saved_activations,
+    scoring_pass,
     stepping,
     worst,
 )
 
+if TYPE_CHECKING:
+    from ...config.sections import Sampling
+    from ...config.stages import EvaluateConfig, PPOConfig
+
 PICKING = 3 * 4  # bytes of float32 copies of a row's logits while its token is picked
-SORTING = 4 + 8 + 8  # and while a nucleus is cut: values, places, float64 sums
+SORTING = 4 + 8 + 8  # the same while a nucleus is cut: values, places, float64 sums
 
 
-def ppo(roles):
-    """Moments of policy optimisation."""
-    cfg = roles.cfg
-    reference, judges, actor, critics = (_on_shared_base if cfg.lora.rank else _separate)(roles)
-    lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
-    asked = cfg.sampling.max_new_tokens or ANY
-    several = passes_of_step(roles).several
+class _PPOModels(NamedTuple):
+    """The models of policy optimisation."""
+
+    reference: Model
+    scorers: list[Model]
+    actor: Model
+    critics: list[Model]
+
+    @property
+    def trained(self) -> list[Model]:
+        return [self.actor, *self.critics]
+
+
+class _Pass(NamedTuple):
+    """A pass over rollouts: tokens of each sequence, and how many of them at its end are predicted."""
+
+    lengths: tuple[int, ...]
+    predicted: int
+
+
+def ppo(stage: "StageModels[PPOConfig]") -> list[Phase]:
+    """Returns the phases of the stages ppo and ppo-lag."""
+    cfg = stage.cfg
+    models = (_on_shared_base if cfg.lora.rank else _separate)(stage)
+    size = _Pass(lengths_of(cfg.pass_tokens(), cfg.max_length), cfg.sampling.max_new_tokens or ANY)
+    several = passes_of_step(stage).several
     if cfg.ppo.overlap and cfg.sampling.engine != "vllm-server":
-        roles.add("copy of the actor", "model", "policy")
-    before = [
-        *rollout(roles, actor, cfg.ppo.batch_size),
-        _scoring(roles, reference, judges, actor, critics, lengths, asked),
-    ]
-    after = [*_updating(roles, actor, critics, lengths, asked, several), stepping(roles)]
+        stage.add("copy of the actor", "model", "policy")
+    before = [*rollout(stage, models.actor, cfg.ppo.batch_size), _scoring(stage, models, size)]
+    after = [*_updating(stage, models, size, several), stepping(stage)]
     return [
-        loading(roles),
+        loading(stage),
         *before,
         *after,
-        *([_overlapping(roles, before, after)] if cfg.ppo.overlap else []),
+        *([_overlapping(stage, before, after)] if cfg.ppo.overlap else []),
     ]
 
 
-def _overlapping(roles, before, after):
-    """The next batch is sampled and scored while this one is learned from."""
-    resident = roles.resident()
-    first, second = (max(moments, key=lambda moment: moment.total).parts for moments in (before, after))
+def _overlapping(stage: "StageModels[PPOConfig]", before: Sequence[Phase], after: Sequence[Phase]) -> Phase:
+    """Returns the phase in which the next batch is sampled and scored while this one is learned from."""
+    resident = stage.resident()
+    first, second = (max(phases, key=lambda phase: phase.total).parts for phases in (before, after))
     return Phase("both at once", {name: first[name] + second[name] - resident[name] for name in resident})
 
 
-def _separate(roles):
-    """Six models, each with all of its weights -> reference, judges, actor, critics."""
-    cfg = roles.cfg
-    saving = {"checkpointing": cfg.gradient_checkpointing}
-    reference = roles.add("reference", "model", "policy")
-    judges = _scorers(roles)
-    actor = roles.add("actor", "model", "policy", cfg.optim, **saving)
+def _separate(stage: "StageModels[PPOConfig]") -> _PPOModels:
+    """Adds the models of a stage, each with all of its weights."""
+    cfg = stage.cfg
+    reference = stage.add("reference", "model", "policy")
+    scorers = _scorers(stage)
+    actor = stage.add("actor", "model", "policy", cfg.optim, checkpointing=cfg.gradient_checkpointing)
     critics = []
-    for role, (name, *_) in _critics(roles):
+    for role, (name, *_) in _critics(stage):
         setting, path = cfg.critic_settings()[name]
         start = cfg.scorer_settings()[name] if path is None else setting
-        critics.append(roles.add(role, start, "score", cfg.critic_optim, **saving))
-    return reference, judges, actor, critics
+        critics.append(
+            stage.add(role, start, "score", cfg.critic_optim, checkpointing=cfg.gradient_checkpointing)
+        )
+    return _PPOModels(reference, scorers, actor, critics)
 
 
-def _scorers(roles):
-    """Adds the model of each scorer, whole."""
+def _scorers(stage: "StageModels[PPOConfig | EvaluateConfig]") -> list[Model]:
+    """Adds the model of each scorer, with all of its weights."""
     return [
-        roles.add(f"{name} model", setting, "score") for name, setting in roles.cfg.scorer_settings().items()
+        stage.add(f"{name} model", setting, "score") for name, setting in stage.cfg.scorer_settings().items()
     ]
 
 
-def _critics(roles):
-    """[(role, names of what it predicts)] of the critics of a stage."""
+def _critics(stage: "StageModels[PPOConfig]") -> list[tuple[str, Sequence[str]]]:
+    """Returns (role, names of what it predicts) of each critic of a stage."""
     return [
         ("critic" if len(names) > 1 else f"{names[0]} critic", names)
-        for names in roles.cfg.streams_of_critics(roles.kind == "ppo-lag")
+        for names in stage.cfg.streams_of_critics(stage.kind == "ppo-lag")
     ]
 
 
-def _on_shared_base(roles):
-    """One frozen base; what is trained are adapters on it -> reference, judges, actor, critics."""
-    cfg = roles.cfg
-    saving = {"checkpointing": cfg.gradient_checkpointing}
-    roles.add("base", "model", "policy")
-    judges = []
+def _on_shared_base(stage: "StageModels[PPOConfig]") -> _PPOModels:
+    """Adds one frozen base, and the adapters on it that are trained."""
+    cfg = stage.cfg
+    stage.add("base", "model", "policy")
+    scorers = []
     for name, setting in cfg.scorer_settings().items():
-        lora = _saved_adapter(roles, cfg.scorers()[name].path)
-        judges.append(
-            roles.add(f"{name} model", setting, "score")
+        lora = _saved_adapter(stage, cfg.scorers()[name].path)
+        scorers.append(
+            stage.add(f"{name} model", setting, "score")
             if lora is None
-            else roles.add(f"{name} model", "model", "score", lora=lora, shared=True)
+            else stage.add(f"{name} model", "model", "score", lora=lora, shared=True)
         )
+    checkpointing = cfg.gradient_checkpointing
     critics = [
-        roles.add(role, "model", "score", cfg.critic_optim, cfg.lora, shared=True, **saving)
-        for role, _ in _critics(roles)
+        stage.add(role, "model", "score", cfg.critic_optim, cfg.lora, checkpointing, shared=True)
+        for role, _ in _critics(stage)
     ]
-    actor = roles.add("actor", "model", "policy", cfg.optim, cfg.lora, shared=True, **saving)
-    return roles.add("reference", "model", "policy", shared=True), judges, actor, critics
+    actor = stage.add("actor", "model", "policy", cfg.optim, cfg.lora, checkpointing, shared=True)
+    return _PPOModels(stage.add("reference", "model", "policy", shared=True), scorers, actor, critics)
 
 
-def _saved_adapter(roles, path):
-    """The Lora config of a score model that will be an adapter of this base; None for a whole model beside
-    it.
+def _saved_adapter(stage: "StageModels[PPOConfig]", path: str) -> Lora | None:
+    """Returns the Lora config of a score model that is an adapter of this stage's base.
+
+    None for a score model with all of its weights, which is then a model of its own.
     """
-    base = roles.cfg.model
+    base = stage.cfg.model
     saved = multi_adapter.config_of_score(path, base)
     if saved is not None:
         targets = saved.target_modules
         return Lora(rank=saved.r, target_modules=targets if isinstance(targets, str) else sorted(targets))
-    made = sizes.made_by(path, roles.earlier)
-    maker = roles.earlier.get(made)
-    return maker.lora if maker is not None and maker.lora.rank and maker.model == base else None
+    output = sizes.earlier_output(path, stage.earlier)
+    producer = None if output is None else stage.earlier.get(output)
+    return producer.lora if producer is not None and producer.lora.rank and producer.model == base else None
 
 
-def _shape(sampling):
-    """What the scored distribution is shaped by, besides its temperature; () for nothing."""
+def _shape(sampling: "Sampling") -> pass_memory.Shape:
+    """Returns what shapes the scored distribution besides its temperature; () for nothing."""
     return () if plain(sampling) else (sampling.top_p, sampling.top_k, sampling.repetition_penalty)
 
 
 # ---------------------------------------------------------------- scoring and update
 
 
-def _scoring(roles, reference, judges, actor, critics, lengths, asked):
-    shape = _shape(roles.cfg.sampling)
+def _scoring(stage: "StageModels[PPOConfig]", models: _PPOModels, size: _Pass) -> Phase:
+    """Returns the phase in which rollouts are scored."""
+    shape = _shape(stage.cfg.sampling)
     turns = [
-        asking(roles, reference, lengths, asked, shape),
-        *(asking(roles, judge, lengths, "end") for judge in judges),
+        scoring_pass(stage, models.reference, *size, shape),
+        *(scoring_pass(stage, scorer, size.lengths, "end") for scorer in models.scorers),
     ]
-    if not roles.cfg.in_one_pass():
+    if not stage.cfg.in_one_pass():
         turns += [
-            asking(roles, actor, lengths, asked, shape),
-            *(asking(roles, c, lengths, asked) for c in critics),
+            scoring_pass(stage, models.actor, *size, shape),
+            *(scoring_pass(stage, critic, *size) for critic in models.critics),
         ]
-    return worst("scoring", [add(roles.resident(), turn) for turn in turns])
+    return worst("scoring", [add(stage.resident(), turn) for turn in turns])
 
 
-def _updating(roles, actor, critics, lengths, asked, several):
-    """The update's passes and, where there is supervised data, those over it."""
-    cfg = roles.cfg
+def _updating(stage: "StageModels[PPOConfig]", models: _PPOModels, size: _Pass, several: bool) -> list[Phase]:
+    """Returns the phase of the update's passes and, where there is supervised data, that of its passes.
+
+    several: whether an optimiser step has more than one pass.
+    """
+    cfg, actor = stage.cfg, models.actor
     together = cfg.in_one_pass()
-    # The head makes its gradients in the forward, whether by linear_ppo_loss or by on_policy_loss.
-    of_actor = {"objective": True, "shape": _shape(cfg.sampling)}
-    made = {
-        model.role: roles.footprint(
+    footprints = {
+        model.role: stage.footprint(
             model,
-            lengths,
-            asked,
+            size.lengths,
+            size.predicted,
             keep_gradients=not several and model.states.whole,
-            **(of_actor if model is actor else {}),
+            # The head computes its gradients in the forward, by linear_ppo_loss or by on_policy_loss.
+            objective=model is actor,
+            shape=_shape(cfg.sampling) if model is actor else (),
         )
-        for model in (actor, *critics)
+        for model in models.trained
     }
-    before, turns, graphs = add(roles.resident(), resident_gradients([actor, *critics], not several)), [], []
-    for model in (*critics, actor) if together else ():
-        turns.append(add(before, *graphs, forward(model, made[model.role])))
-        graphs.append(saved_activations(model, made[model.role]))
-    done = []
-    for model in (actor, *critics):
+    before = add(stage.resident(), resident_gradients(models.trained, not several))
+    turns: list[Parts] = []
+    graphs: list[Parts] = []
+    for model in (*models.critics, actor) if together else ():
+        turns.append(add(before, *graphs, forward(model, footprints[model.role])))
+        graphs.append(saved_activations(model, footprints[model.role]))
+    done: list[Model] = []
+    for model in models.trained:
         others = (
-            [saved_activations(m, made[m.role]) for m in (*critics, actor) if m not in (*done, model)]
+            [
+                saved_activations(other, footprints[other.role])
+                for other in (*models.critics, actor)
+                if other not in (*done, model)
+            ]
             if together
             else []
         )
         earlier = {} if several else {"gradients": sum(m.states.gradients for m in done if m.states.whole)}
-        turns.append(add(before, earlier, *others, forward(model, made[model.role]) if not together else {}))
-        turns += [add(before, earlier, *others, turn) for turn in backward(model, made[model.role])]
+        alone = {} if together else forward(model, footprints[model.role])
+        turns.append(add(before, earlier, *others, alone))
+        turns += [add(before, earlier, *others, turn) for turn in backward(model, footprints[model.role])]
         done.append(model)
-    moments = [worst("update", turns)]
+    phases = [worst("update", turns)]
     if cfg.trains_on_ptx():
-        trained = roles.footprint(actor, lengths, ANY)
-        before = add(roles.resident(), resident_gradients([actor, *critics]))
-        turns = [forward(actor, trained), *backward(actor, trained)]
-        moments.append(worst("supervised loss", [add(before, turn) for turn in turns]))
-    return moments
+        supervised = stage.footprint(actor, size.lengths, ANY)
+        before = add(stage.resident(), resident_gradients(models.trained))
+        passes = [forward(actor, supervised), *backward(actor, supervised)]
+        phases.append(worst("supervised loss", [add(before, turn) for turn in passes]))
+    return phases
 
 
 # ---------------------------------------------------------------- generation
 
 
-def rollout(roles, actor, prompts):
-    """Moments of generation: over the prompts, and at its end, when the cache is full; [] on another machine."""
-    cfg, sampling = roles.cfg, roles.cfg.sampling
-    name = engine_name(sampling, sizes.build(actor.blueprint).lm, roles.device, actor.states.sharded)
-    if name == "vllm-server":
+def rollout(
+    stage: "StageModels[PPOConfig] | StageModels[EvaluateConfig]", actor: Model, prompts: int
+) -> list[Phase]:
+    """Returns the phase of generation: over the prompts, and at its end, when the cache is full.
+
+    Args:
+        stage: The stage.
+        actor: The model that generates.
+        prompts: Prompts of a batch on each device.
+
+    Returns:
+        One phase; none when a server on another machine generates.
+    """
+    cfg, sampling = stage.cfg, stage.cfg.sampling
+    engine = engine_name(sampling, sizes.build(actor.blueprint).lm, stage.device, actor.states.sharded)
+    if engine == "vllm-server":
         return []
-    before = roles.resident()
+    before = stage.resident()
     if actor.states.sharded:
-        whole = roles.width * actor.count.all
-        before = add(
-            before, {"buffers": whole if sampling.gather else actor.states.gathered + actor.states.fetching}
-        )
-    if name == "vllm":
-        return [
-            Phase("rollout", add(before, {"cache": int(sampling.memory_share(name) * roles.hardware.memory)}))
-        ]
+        all_weights = stage.width * actor.count.all
+        by_layer = actor.states.gathered + actor.states.fetching
+        before = add(before, {"buffers": all_weights if sampling.gather else by_layer})
+    if engine == "vllm":
+        cache = int(sampling.memory_share(engine) * stage.hardware.memory)
+        return [Phase("rollout", add(before, {"cache": cache}))]
     rows = prompts * sampling.num_return_sequences
     rows = min(rows, sampling.batch_size or rows)
     first = sampling.prompt_limit(cfg.max_length)
     longest = first + sampling.response_limit(first, cfg.max_length)
     cache = rows * sizes.cache_bytes(actor.blueprint, longest)
-    if name == "continuous":
-        # A paged cache takes a share of what is free where all rows do not fit at once; some then wait. One
-        # must fit.
-        free = max(0, roles.hardware.memory - sum(before.values()))
-        cache = min(cache, max(cache // rows, int(sampling.memory_share(name) * free)))
-        roles.note(actor, cache=cache)
+    if engine == "continuous":
+        # A paged cache takes a share of what is free when all rows do not fit at once; some then wait. One
+        # row must fit.
+        free = max(0, stage.hardware.memory - sum(before.values()))
+        cache = min(cache, max(cache // rows, int(sampling.memory_share(engine) * free)))
+        stage.note(actor, cache=cache)
         return [Phase("rollout", add(before, {"cache": cache}))]
-    roles.note(actor, cache=cache)
+    stage.note(actor, cache=cache)
     vocabulary = sizes.build(actor.blueprint).lm.get_input_embeddings().weight.shape[0]
     logits = rows * vocabulary * (PICKING + (SORTING if _shape(sampling) else 0))
-    start, end = pass_memory.of_generation(actor.blueprint, rows, first, longest, roles.device)
+    start, end = pass_memory.of_generation(actor.blueprint, rows, first, longest, stage.device)
     filled = rows * sizes.cache_bytes(actor.blueprint, first)
     return [
         worst(
@@ -230,18 +279,22 @@ def rollout(roles, actor, prompts):
     ]
 
 
-def evaluate(roles):
-    """Moments of the stage evaluate: nothing is trained."""
-    cfg = roles.cfg
-    actor = roles.add("policy", "model", "policy")
-    asked = [(model, "end", ()) for model in _scorers(roles)]
+def evaluate(stage: "StageModels[EvaluateConfig]") -> list[Phase]:
+    """Returns the phases of the stage evaluate, which trains nothing."""
+    cfg = stage.cfg
+    actor = stage.add("policy", "model", "policy")
+    scorers = _scorers(stage)
+    reference = stage.add("reference", "reference", "policy") if cfg.reference else None
     shape = _shape(cfg.sampling)
-    if cfg.reference:
-        asked.append((roles.add("reference", "reference", "policy"), ANY, shape))
     lengths = lengths_of(cfg.pass_tokens(), cfg.max_length)
-    turns = [asking(roles, model, lengths, *rest) for model, *rest in [(actor, ANY, shape), *asked]]
+    turns = [
+        scoring_pass(stage, actor, lengths, ANY, shape),
+        *(scoring_pass(stage, model, lengths, "end") for model in scorers),
+    ]
+    if reference is not None:
+        turns.append(scoring_pass(stage, reference, lengths, ANY, shape))
     return [
-        loading(roles),
-        *rollout(roles, actor, cfg.batch_size),
-        worst("scoring", [add(roles.resident(), turn) for turn in turns]),
+        loading(stage),
+        *rollout(stage, actor, cfg.batch_size),
+        worst("scoring", [add(stage.resident(), turn) for turn in turns]),
     ]

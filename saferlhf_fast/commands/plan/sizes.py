@@ -1,15 +1,15 @@
-"""What a model is, without its weights: its configuration, its modules on the meta device, parameters,
-key-value cache.
+"""What a model is, without its weights: its configuration, its modules, its parameters, its key-value cache.
 
-Nothing is loaded: a folder needs its config.json alone. A model that an earlier stage of the same recipe will
-make has the configuration of the one that stage starts from.
+Nothing is loaded: a folder needs only its config.json, and modules are built on the meta device. A model that
+an earlier stage of the same recipe will produce has the configuration of the model that stage starts from.
 """
 
 import contextlib
 import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -18,18 +18,32 @@ from ...errors import UserError
 from ...models.folders import checked, quiet, readable
 from .zero_memory import PERSISTENT
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
 
 class Blueprint(NamedTuple):
-    """What tells one module from another. Hashable, so that the same one is built once."""
+    """What tells one module from another. Hashable, so that the same module is built once.
 
-    config: str  # config.json as text
-    kind: str  # policy, score
+    Attributes:
+        config: The model's config.json as text.
+        kind: "policy" or "score".
+        dtype: Number format of the weights.
+        remote: Folder whose code the model needs; "" when transformers has it.
+        checkpointing: Whether activations are recomputed in the backward pass.
+        lora: (rank, target modules) of adapters; () when all weights are trained.
+        packing: Whether sequences run without padding.
+        dropout: False where dropout is switched off, as in policy optimisation.
+    """
+
+    config: str
+    kind: str
     dtype: torch.dtype
-    remote: str = ""  # folder whose code the model needs; "" when transformers has it
+    remote: str = ""
     checkpointing: bool = False
-    lora: tuple = ()  # (rank, target modules); () trains all weights
+    lora: tuple[()] | tuple[int, str | tuple[str, ...]] = ()
     packing: bool = True
-    dropout: bool = True  # False: switched off, as in policy optimisation
+    dropout: bool = True
 
 
 class Count(NamedTuple):
@@ -39,18 +53,28 @@ class Count(NamedTuple):
     trained: int
     largest: int  # of the largest single weight
     small: int  # of weights so small that ZeRO-3 never shards them
-    buffers: int  # bytes of what is no parameter
+    buffers: int  # bytes of tensors that are not parameters
 
 
 # ---------------------------------------------------------------- configurations
 
 
-def config_of(path, key, earlier, remote_code):
-    """-> (text of config.json, folder for remote code or ""). UserError with `key` when there is none.
+def config_of(path: str, key: str, earlier: Mapping[str, Any], remote_code: bool) -> tuple[str, str]:
+    """Reads a model's configuration.
 
-    earlier: {output folder: config of its stage} of the stages before this one.
+    Args:
+        path: The model's folder or Hub name.
+        key: The setting that gives `path`, for the error message.
+        earlier: {output folder: config of its stage} of the stages before this one.
+        remote_code: Whether code in the model's folder may run.
+
+    Returns:
+        The text of config.json, and the folder whose code the model needs, or "".
+
+    Raises:
+        UserError: There is no configuration that can be read; the message starts with `key`.
     """
-    output = made_by(path, earlier)
+    output = earlier_output(path, earlier)
     if output is not None and not (Path(path).expanduser() / "config.json").is_file():
         return config_of(
             earlier[output].model, key, {o: cfg for o, cfg in earlier.items() if o != output}, remote_code
@@ -68,22 +92,28 @@ def config_of(path, key, earlier, remote_code):
 
     with readable(path, "model"), quiet():
         config = AutoConfig.from_pretrained(str(path), trust_remote_code=remote_code)
-    values = {**config.to_dict(), "architectures": None}  # a score model and its backbone are one here
+    values = {**config.to_dict(), "architectures": None}  # a score model and its backbone count as one here
     text = json.dumps({**values, "model_type": config.model_type}, sort_keys=True, default=str)
     return text, str(path) if hasattr(config, "auto_map") and remote_code else ""
 
 
-def made_by(path, earlier):
-    """The output folder of an earlier stage that a path lies in, or None."""
+def earlier_output(path: str, earlier: Mapping[str, Any]) -> str | None:
+    """Returns the output folder of an earlier stage that contains a path, or None.
+
+    Args:
+        path: A model's folder.
+        earlier: {output folder: config of its stage}.
+    """
     return next((output for output in earlier if _inside(path, output)), None)
 
 
-def _inside(path, folder):
-    path, folder = Path(path).expanduser().absolute(), Path(folder).expanduser().absolute()
-    return path == folder or folder in path.parents
+def _inside(path: str, folder: str) -> bool:
+    """Whether a path is a folder or is inside it."""
+    place, outer = Path(path).expanduser().absolute(), Path(folder).expanduser().absolute()
+    return place == outer or outer in place.parents
 
 
-def _config(blueprint):
+def _config(blueprint: Blueprint) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     if blueprint.remote:
@@ -96,8 +126,12 @@ def _config(blueprint):
 
 
 @functools.lru_cache(maxsize=32)
-def build(blueprint):
-    """-> the module as a stage would hand it to DeepSpeed, on the meta device: a Policy or a ScoreModel."""
+def build(blueprint: Blueprint) -> Any:
+    """Builds the module that a stage would hand to DeepSpeed, on the meta device.
+
+    Returns:
+        A Policy or a ScoreModel, without data, in training mode.
+    """
     from transformers import AutoModel, AutoModelForCausalLM
 
     from ...models import backbone
@@ -105,16 +139,16 @@ def build(blueprint):
     from ...models.policy import Policy
     from ...models.score_model import ScoreModel
 
-    maker = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
+    auto_class = AutoModelForCausalLM if blueprint.kind == "policy" else AutoModel
     options = {"trust_remote_code": True} if blueprint.remote else {}
     config = _config(blueprint)
     with (
         torch.device("meta"),
         quiet(),
-        _unprobed(),
+        _without_probes(),
         readable(getattr(config, "model_type", "model"), "model"),
     ):
-        model = maker.from_config(config, dtype=blueprint.dtype, **options)
+        model = auto_class.from_config(config, dtype=blueprint.dtype, **options)
         if blueprint.kind == "score" and model.config.get_text_config() is not model.config:
             model = getattr(model, "language_model", model)
         train_every_row(model)
@@ -129,7 +163,8 @@ def build(blueprint):
     return module.to(blueprint.dtype).train()
 
 
-def _adapted(model, blueprint):
+def _adapted(model: "PreTrainedModel | torch.nn.Module", blueprint: Blueprint) -> Any:
+    """Returns the model with the adapters of its blueprint, if it has some."""
     from ...config.stages import Lora
     from ...models.lora import add_lora
 
@@ -142,26 +177,26 @@ def _adapted(model, blueprint):
 
 
 @contextlib.contextmanager
-def _unprobed():
-    """Context in which wrapping a model compares no numbers: on the meta device there are none.
+def _without_probes() -> Iterator[None]:
+    """Context in which wrapping a model compares no numbers, since the meta device has none.
 
     An architecture that cannot run packed is then planned as if it could.
     """
     from ...models import backbone, policy
 
-    real, holds, probes = backbone._alike, policy._holds, dict(backbone.PROBES)
+    alike, holds, probes = backbone._alike, policy._holds, dict(backbone.PROBES)
     backbone._alike, policy._holds = (lambda *_: True), (lambda *_: True)
     try:
         yield
     finally:
-        backbone._alike, policy._holds = real, holds
+        backbone._alike, policy._holds = alike, holds
         backbone.PROBES.clear()
         backbone.PROBES.update(probes)
 
 
 @functools.lru_cache(maxsize=64)
-def count(blueprint):
-    """-> Count of a blueprint's module."""
+def count(blueprint: Blueprint) -> Count:
+    """Counts the parameters of a blueprint's module."""
     module = build(blueprint)
     parameters = list(module.parameters())
     trained = [p.numel() for p in parameters if p.requires_grad]
@@ -174,25 +209,30 @@ def count(blueprint):
 
 
 @functools.lru_cache(maxsize=64)
-def cache_bytes(blueprint, tokens):
-    """Bytes that generation keeps of one sequence of `tokens`, found by a forward pass that fills a cache."""
-    from .trace import Tracker, standing_in_for
+def cache_bytes(blueprint: Blueprint, tokens: int) -> int:
+    """Returns the bytes of the key-value cache of one sequence, from a forward pass that fills a cache.
+
+    Args:
+        blueprint: The model.
+        tokens: Length of the sequence.
+    """
+    from .trace import Tracker, attention_as_on
 
     lm = build(blueprint._replace(checkpointing=False, lora=())).lm
-    with torch.no_grad(), standing_in_for("cpu"), without_data(blueprint), Tracker("cpu"):
+    with torch.no_grad(), attention_as_on("cpu"), without_data(blueprint), Tracker("cpu"):
         ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
         cache = lm(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
     return sum(t.numel() * t.element_size() for t in _tensors(cache))
 
 
 @contextlib.contextmanager
-def without_data(blueprint):
-    """Context in which a model runs on shapes alone; UserError where its code wants to look at numbers."""
+def without_data(blueprint: Blueprint) -> Iterator[None]:
+    """Context in which a model runs on shapes alone; UserError where its code reads numbers."""
     try:
         yield
     except UserError:
         raise
-    # Whatever a model's own code raises when there is nothing to look at.
+    # Whatever a model's own code raises when there are no numbers to read.
     except Exception as error:
         name = json.loads(blueprint.config)["model_type"]
         raise UserError(
@@ -201,8 +241,8 @@ def without_data(blueprint):
         ) from error
 
 
-def _tensors(value, seen=None):
-    """Tensors inside a cache object, whatever its class: they lie in its attributes, lists and dicts."""
+def _tensors(value: object, seen: set[int] | None = None) -> list[torch.Tensor]:
+    """Returns the tensors inside a cache object of any class: in its attributes, lists and dicts."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return []
@@ -210,9 +250,9 @@ def _tensors(value, seen=None):
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, dict):
-        return [t for part in value.values() for t in _tensors(part, seen)]
+        return [tensor for inner in value.values() for tensor in _tensors(inner, seen)]
     if isinstance(value, (list, tuple)):
-        return [t for part in value for t in _tensors(part, seen)]
+        return [tensor for inner in value for tensor in _tensors(inner, seen)]
     return (
         _tensors(vars(value), seen)
         if hasattr(value, "__dict__") and "cache" in type(value).__module__

@@ -1,77 +1,118 @@
-"""Who takes part in a stage, and how much memory it takes at each of its moments: the order of calls of
-training/sft.py, preference.py, dpo.py, ppo/load_roles.py and ppo/update.py and of rollout/scoring.py, in
-bytes. ppo_phases.py has ppo, ppo-lag and evaluate.
+"""Which models take part in a stage, and how much memory they take in each of its phases.
+
+The phases follow the order of calls in training/sft.py, preference.py, dpo.py, ppo/load_roles.py and
+ppo/update.py, and in rollout/scoring.py. ppo_phases.py has ppo, ppo-lag and evaluate.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from . import communication
+from .communication import Collective
 from .pass_memory import lengths_of
 from .passes import longest_pass, passes_of_step
 from .phases import (
     ANY,
-    Roles,
+    Hardware,
+    Model,
+    Phase,
+    StageModels,
     add,
-    asking,
     backward,
     forward,
     loading,
     resident_gradients,
     saved_activations,
+    scoring_pass,
     stepping,
     worst,
 )
 
+if TYPE_CHECKING:
+    from ...config.stages import DPOConfig, PreferenceConfig, SFTConfig, StageConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class StagePlan:
-    """What a stage needs."""
+    """What a stage needs.
+
+    Attributes:
+        name: What the recipe calls the stage.
+        kind: The kind of stage.
+        models: Its models.
+        use: {role: {"activations": bytes, "logits": bytes, "cache": bytes}}: the maximum of each.
+        phases: Its phases, in order.
+        host: Bytes of host memory of each process, for what is offloaded.
+        sent: The collectives of one step.
+    """
 
     name: str
     kind: str
-    models: list  # Model
-    # role -> {"activations": bytes, "logits": bytes, "cache": bytes}, at their worst
-    use: dict
-    moments: list  # Phase
-    host: int  # bytes of host memory per process: what is offloaded
-    sent: list = dataclasses.field(default_factory=list)  # communication.Collective of one step
+    models: list[Model]
+    use: dict[str, dict[str, int]]
+    phases: list[Phase]
+    host: int
+    sent: list[Collective] = dataclasses.field(default_factory=list)
 
     @property
-    def worst(self):
-        """The largest moment."""
-        return max(self.moments, key=lambda moment: moment.total)
+    def worst(self) -> Phase:
+        """The largest phase."""
+        return max(self.phases, key=lambda phase: phase.total)
 
 
-def plan_stage(name, kind, cfg, hardware, earlier):
-    """-> StagePlan. earlier: {output folder: its config} of the stages before it in the same recipe."""
-    roles = Roles(name, kind, cfg, hardware, earlier)
-    moments = moments_of(roles)
+def plan_stage(
+    name: str, kind: str, cfg: "StageConfig", hardware: Hardware, earlier: Mapping[str, Any]
+) -> StagePlan:
+    """Plans one stage.
+
+    Args:
+        name: What the recipe calls the stage.
+        kind: The kind of stage.
+        cfg: Its config.
+        hardware: What it runs on.
+        earlier: {output folder: its config} of the stages before it in the same recipe.
+
+    Raises:
+        UserError: A model's configuration cannot be read, or its code does not run on shapes alone.
+    """
+    stage = StageModels(name, kind, cfg, hardware, earlier)
+    phases = phases_of(stage)
     return StagePlan(
         name,
         kind,
-        roles.models,
-        roles.use,
-        moments,
-        sum(model.states.host for model in roles.models),
-        communication.of_stage(roles),
+        stage.models,
+        stage.use,
+        phases,
+        sum(model.states.host for model in stage.models),
+        communication.of_stage(stage),
     )
 
 
-def moments_of(roles):
-    """Makes a stage's models -> its Moments."""
-    module, name = roles.spec.planner.split(":")
-    return getattr(import_module(f"{__package__}.{module}"), name)(roles)
+def phases_of(stage: StageModels[Any]) -> list[Phase]:
+    """Adds a stage's models and returns its phases."""
+    module, name = stage.spec.planner.split(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)(stage)
 
 
 # ---------------------------------------------------------------- supervised stages
 
 
-def _supervised(roles, kind, asked, reference=False):
-    cfg = roles.cfg
-    if reference:
-        frozen = roles.add("reference", "model", "policy")
-    model = roles.add(
+def _supervised(
+    stage: "StageModels[SFTConfig | PreferenceConfig | DPOConfig]",
+    kind: str,
+    predicted: int | str,
+    reference: bool = False,
+) -> list[Phase]:
+    """Returns the phases of a supervised stage.
+
+    kind: "policy" or "score". predicted: as in `pass_memory.predicted_rows`. reference: whether a frozen copy
+    of the starting model takes part.
+    """
+    cfg = stage.cfg
+    frozen = stage.add("reference", "model", "policy") if reference else None
+    model = stage.add(
         "score model" if kind == "score" else "policy",
         "model",
         kind,
@@ -79,22 +120,29 @@ def _supervised(roles, kind, asked, reference=False):
         cfg.lora,
         cfg.train.gradient_checkpointing,
     )
-    lengths, several = lengths_of(longest_pass(roles), cfg.train.max_length), passes_of_step(roles).several
-    made = roles.footprint(model, lengths, asked, keep_gradients=not several and model.states.whole)
-    before = add(roles.resident(), resident_gradients([model], not several))
-    turns = [add(before, forward(model, made)), *(add(before, turn) for turn in backward(model, made))]
-    if reference:
-        turns.append(add(before, saved_activations(model, made), asking(roles, frozen, lengths, asked)))
-    return [loading(roles), worst("passes", turns), stepping(roles)]
+    lengths, several = lengths_of(longest_pass(stage), cfg.train.max_length), passes_of_step(stage).several
+    footprint = stage.footprint(model, lengths, predicted, keep_gradients=not several and model.states.whole)
+    before = add(stage.resident(), resident_gradients([model], not several))
+    turns = [
+        add(before, forward(model, footprint)),
+        *(add(before, turn) for turn in backward(model, footprint)),
+    ]
+    if frozen is not None:
+        saved = saved_activations(model, footprint)
+        turns.append(add(before, saved, scoring_pass(stage, frozen, lengths, predicted)))
+    return [loading(stage), worst("passes", turns), stepping(stage)]
 
 
-def sft(roles):
-    return _supervised(roles, "policy", ANY)
+def sft(stage: "StageModels[SFTConfig]") -> list[Phase]:
+    """Returns the phases of the stage sft."""
+    return _supervised(stage, "policy", ANY)
 
 
-def preference(roles):
-    return _supervised(roles, "score", "all" if roles.cfg.loss == "token" else "end")
+def preference(stage: "StageModels[PreferenceConfig]") -> list[Phase]:
+    """Returns the phases of the stages reward and cost."""
+    return _supervised(stage, "score", "all" if stage.cfg.loss == "token" else "end")
 
 
-def dpo(roles):
-    return _supervised(roles, "policy", ANY, reference=True)
+def dpo(stage: "StageModels[DPOConfig]") -> list[Phase]:
+    """Returns the phases of the stage dpo."""
+    return _supervised(stage, "policy", ANY, reference=True)

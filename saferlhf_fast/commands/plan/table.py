@@ -1,47 +1,73 @@
-"""A plan as people read it, on a terminal of 100 columns or in a file, and as JSON."""
+"""A plan as tables, on a terminal of 100 columns or in a file, and as JSON."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from ...config.stage_table import FAMILIES, STAGE_SPECS
 from ...runtime import console
 from .communication import seconds
-from .phases import PARTS
+from .phases import PARTS, Hardware
 
-GIB = 2**30
+if TYPE_CHECKING:
+    from .options import Advice
+    from .stage_phases import StagePlan
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
 SHORT = {"activations": "activ."}  # a table must fit 100 columns
 
 
-def gib(size):
-    """Bytes as GiB; a dash for nothing, or for what cannot be."""
+def gib(size: int | None) -> str:
+    """Writes bytes as a number of GiB, for a table whose title names the unit.
+
+    Below 0.1 GiB it is MiB or KiB, with the unit. A dash stands for nothing, or for what is not possible.
+    """
     if not size:
         return "–"
+    if size < 0.1 * MIB:
+        return f"{-(-size // KIB)} KiB"
+    if size < 0.1 * GIB:
+        return f"{size / MIB:.1f} MiB"
     return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
 
 
-def parameters(count):
-    """6738415616 as 6.74B."""
+def amount(size: int) -> str:
+    """Writes bytes with their unit, as a sentence needs them."""
+    text = gib(size)
+    return text if text.endswith("iB") else f"{text} GiB"
+
+
+def parameters(count: int) -> str:
+    """Writes a number of parameters in a few characters: 6738415616 as 6.74B."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return str(count)
 
 
-def show(results, hardware, usable):
-    """Prints all stages. results: (StagePlan, Advice or None) of each."""
-    what = "GPU" if hardware.device == "cuda" else "process"
+def show(results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardware, usable: int) -> None:
+    """Prints the plans of all stages.
+
+    Args:
+        results: What `plan` returns.
+        hardware: What the plan was made for.
+        usable: Bytes of a device that a stage may take.
+    """
+    device = "GPU" if hardware.device == "cuda" else "process"
     for plan, advice in results:
         console.say("")
-        _models(plan, hardware, what)
-        _moments(plan, usable, what)
-        _sent(plan, hardware, what)
+        _models(plan, hardware, device)
+        _phases(plan, usable, device)
+        _sent(plan, hardware, device)
         if advice is not None:
-            _options(plan, advice, usable)
+            _options(plan, advice)
     console.say("")
-    _verdicts(results, hardware, usable, what)
+    _verdicts(results, hardware, usable)
 
 
-def _models(plan, hardware, what):
+def _models(plan: "StagePlan", hardware: Hardware, device: str) -> None:
     rows = []
     for model in plan.models:
-        held, use = model.states, plan.use[model.role]
+        states, use = model.states, plan.use[model.role]
         adapted = model.trained and model.count.trained < model.count.all
         size = (
             f"{parameters(model.count.trained)} of {parameters(model.count.all)}"
@@ -52,41 +78,41 @@ def _models(plan, hardware, what):
             [
                 model.role,
                 size,
-                gib(held.weights),
-                gib(held.gradients),
-                gib(held.optimizer),
+                gib(states.weights),
+                gib(states.gradients),
+                gib(states.optimizer),
                 gib(use["activations"]),
                 gib(use["logits"]),
                 gib(use["cache"]),
             ]
         )
+    devices = device if hardware.gpus == 1 else f"{device}es" if device == "process" else f"{device}s"
     console.result_table(
-        f"{plan.name}: GiB per {what}, {hardware.gpus} {what}{'s' * (hardware.gpus > 1)}",
+        f"{plan.name}: GiB per {device}, {hardware.gpus} {devices}",
         ["model", "parameters", "weights", "gradients", "optimiser", "activations", "logits", "cache"],
         rows,
     )
 
 
-def _moments(plan, usable, what):
+def _phases(plan: "StagePlan", usable: int, device: str) -> None:
     rows = [
-        [moment.name, *(gib(moment.parts[part]) for part in PARTS), gib(moment.total)]
-        for moment in plan.moments
+        [phase.name, *(gib(phase.parts[part]) for part in PARTS), gib(phase.total)] for phase in plan.phases
     ]
-    columns = ["moment", *(SHORT.get(part, part) for part in PARTS), "together"]
-    console.result_table(f"{plan.name}: at its worst moments", columns, rows)
-    host = f"; {gib(plan.host)} GiB of host memory per process" if plan.host else ""
+    columns = ["phase", *(SHORT.get(part, part) for part in PARTS), "together"]
+    console.result_table(f"{plan.name}: GiB per {device} in each phase", columns, rows)
+    host = f"; {amount(plan.host)} of host memory per process" if plan.host else ""
     console.say(
-        f"  peak {gib(plan.worst.total)} GiB per {what} of {gib(usable)} usable ({plan.worst.name}){host}: "
-        f"{verdict(plan, usable)}"
+        f"  peak {amount(plan.worst.total)} per {device} of {amount(usable)} usable "
+        f"({plan.worst.name}){host}: {verdict(plan, usable)}"
     )
 
 
-def gigabytes(size):
-    """Bytes as GB, as links count them."""
+def gigabytes(size: float) -> str:
+    """Writes bytes as GB, as links count them."""
     return f"{size / 1e9:.3g}"
 
 
-def _sent(plan, hardware, what):
+def _sent(plan: "StagePlan", hardware: Hardware, device: str) -> None:
     if not plan.sent:
         return
     rows = [
@@ -103,11 +129,11 @@ def _sent(plan, hardware, what):
     step = FAMILIES[STAGE_SPECS[plan.kind].family].step
     console.result_table(
         f"{plan.name}: what one {step} sends",
-        ["model", "when", "collective", "times", "GB", f"GB of each {what}"],
+        ["model", "when", "collective", "times", "GB", f"GB of each {device}"],
         rows,
     )
     total = sum(sent.wire(hardware.gpus) for sent in plan.sent)
-    line = f"  {gigabytes(total)} GB of each {what} and {step}"
+    line = f"  {gigabytes(total)} GB of each {device} and {step}"
     if hardware.device == "cuda":
         nodes = -(-hardware.gpus // hardware.node)
         line += f"; at least {link_seconds(plan, hardware):.3g} s at {hardware.nvlink:g} GB/s of NVLink"
@@ -115,13 +141,18 @@ def _sent(plan, hardware, what):
     console.say(line)
 
 
-def link_seconds(plan, hardware):
-    """The least time that the links need for a step."""
+def link_seconds(plan: "StagePlan", hardware: Hardware) -> float:
+    """Returns the least time that the links need for a step (seconds)."""
     return seconds(plan.sent, hardware.gpus, hardware.node, hardware.nvlink, hardware.network)
 
 
-def verdict(plan, usable):
-    """Fits, fits if the plan is right, or not."""
+def verdict(plan: "StagePlan", usable: int) -> str:
+    """Says whether a stage fits, and whether it still fits if the plan is off by 15 %.
+
+    Args:
+        plan: The stage's plan.
+        usable: Bytes of a device that it may take.
+    """
     if plan.worst.total > usable:
         return "does not fit"
     return (
@@ -131,7 +162,7 @@ def verdict(plan, usable):
     )
 
 
-def _options(plan, advice, usable):
+def _options(plan: "StagePlan", advice: "Advice") -> None:
     rows = [
         [
             option.choice.words(),
@@ -150,77 +181,84 @@ def _options(plan, advice, usable):
         )
     if advice.enough:
         words = " ".join(choice.words(plan.name) for choice in advice.enough)
-        console.say(f"  to type: {words}   (peak {gib(advice.peak)} GiB)")
+        console.say(f"  to type: {words}   (peak {amount(advice.peak)})")
     else:
         why = (
             "each model passes through the GPU in float32 when it is loaded"
             if plan.worst.name == "loading"
             else "more GPUs, shorter sequences (max_length) or a smaller model"
         )
-        console.say(f"  nothing that was tried is enough: {gib(advice.peak)} GiB at the least; {why}")
+        console.say(f"  nothing that was tried is enough: {amount(advice.peak)} at the least; {why}")
 
 
-def _verdicts(results, hardware, usable, what):
+def _verdicts(results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardware, usable: int) -> None:
     rows = [
         [plan.name, gib(plan.worst.total), plan.worst.name, verdict(plan, usable).split(",")[0]]
         for plan, _ in results
     ]
     if len(rows) > 1:
-        console.result_table("all stages", ["stage", "peak", "moment", "fits"], rows)
-    left = hardware.memory - usable
-    if left:
+        console.result_table("all stages", ["stage", "peak (GiB)", "phase", "fits"], rows)
+    reserved = hardware.memory - usable
+    if reserved:
         console.say(
-            f"Of {gib(hardware.memory)} GiB {gib(left)} are left to CUDA, NCCL and fragmentation. Every "
-            f"sequence counts "
-            "as long as max_length allows."
+            f"Of {amount(hardware.memory)}, {amount(reserved)} are reserved for CUDA, NCCL and "
+            "fragmentation. Every sequence counts as long as max_length allows."
         )
 
 
-def as_dict(results, hardware, usable):
-    """The same, for machines; sizes in bytes."""
-    stages = []
-    for plan, advice in results:
-        models = [
-            {
-                "role": m.role,
-                "start": m.start,
-                "parameters": m.count.all,
-                "trained": m.count.trained if m.trained else 0,
-                **m.states._asdict(),
-                **plan.use[m.role],
-            }
-            for m in plan.models
-        ]
-        stages.append(
-            {
-                "stage": plan.name,
-                "kind": plan.kind,
-                "models": models,
-                "host": plan.host,
-                "moments": [{"moment": m.name, "total": m.total, **m.parts} for m in plan.moments],
-                "sent": [{**s._asdict(), "of_each": s.wire(hardware.gpus)} for s in plan.sent],
-                "link_seconds": link_seconds(plan, hardware) if hardware.device == "cuda" else None,
-                "peak": plan.worst.total,
-                "fits": plan.worst.total <= usable,
-                "options": []
-                if advice is None
-                else [
-                    {
-                        "setting": o.choice.words(plan.name),
-                        "costs": o.choice.cost,
-                        "alone": o.alone,
-                        "together": o.together,
-                        "fits": o.fits,
-                    }
-                    for o in advice.tried
-                ],
-                "type": [] if advice is None else [choice.words(plan.name) for choice in advice.enough],
-            }
-        )
+def as_dict(
+    results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardware, usable: int
+) -> dict[str, Any]:
+    """Returns what `show` prints, as values that JSON can hold; sizes are in bytes.
+
+    Args:
+        results: What `plan` returns.
+        hardware: What the plan was made for.
+        usable: Bytes of a device that a stage may take.
+    """
     return {
         "device": hardware.device,
         "gpus": hardware.gpus,
         "memory": hardware.memory,
         "usable": usable,
-        "stages": stages,
+        "stages": [_stage_as_dict(plan, advice, hardware, usable) for plan, advice in results],
+    }
+
+
+def _stage_as_dict(
+    plan: "StagePlan", advice: "Advice | None", hardware: Hardware, usable: int
+) -> dict[str, Any]:
+    models = [
+        {
+            "role": model.role,
+            "start": model.start,
+            "parameters": model.count.all,
+            "trained": model.count.trained if model.trained else 0,
+            **model.states._asdict(),
+            **plan.use[model.role],
+        }
+        for model in plan.models
+    ]
+    options = [
+        {
+            "setting": option.choice.words(plan.name),
+            "costs": option.choice.cost,
+            "alone": option.alone,
+            "together": option.together,
+            "fits": option.fits,
+        }
+        for option in (advice.tried if advice else [])
+    ]
+    return {
+        "stage": plan.name,
+        "kind": plan.kind,
+        "models": models,
+        "host": plan.host,
+        "moments": [{"moment": phase.name, "total": phase.total, **phase.parts} for phase in plan.phases],
+        "sent": [{**sent._asdict(), "of_each": sent.wire(hardware.gpus)} for sent in plan.sent],
+        "link_seconds": link_seconds(plan, hardware) if hardware.device == "cuda" else None,
+        "peak": plan.worst.total,
+        "fits": plan.worst.total <= usable,
+        "options": options,
+        "type": [choice.words(plan.name) for choice in advice.enough] if advice else [],
     }

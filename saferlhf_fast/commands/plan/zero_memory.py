@@ -1,9 +1,8 @@
-"""What a model costs under DeepSpeed whatever it reads: weights, gradients, optimiser states, buffers; on one
-device.
+"""What a model costs under DeepSpeed, whatever it reads: weights, gradients, optimiser states, buffers.
 
-Bytes per parameter as measured on the CPU with DeepSpeed 0.19.8, one and two processes (docs/memory.md has
-the table; how it is sharded and what is there for a moment is in DeepSpeed's stage_1_and_2.py, stage3.py and
-unfused_optimizer.py):
+All sizes are those of one device. Bytes per parameter were measured on the CPU with DeepSpeed 0.19.8, with
+one and two processes (docs/memory.md has the table). How states are sharded, and what exists only for a short
+time, was read from DeepSpeed's stage_1_and_2.py, stage3.py and unfused_optimizer.py:
 
     ZeRO   fp32                                      bf16, fp16
     0      weights 4, gradients 4, Adam 8            2, gradients 2, master 4, Adam 8
@@ -14,56 +13,84 @@ unfused_optimizer.py):
 ZeRO 1 to 3 also take a bucket of `reduce_bucket_size` elements, whatever the size of the model.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from .sizes import Count
 
 GATHERED = 10**9  # stage3_max_live_parameters: weights that ZeRO-3 leaves gathered
-PREFETCHED = 5 * 10**7  # stage3_prefetch_bucket_size: weights on their way
+PREFETCHED = 5 * 10**7  # stage3_prefetch_bucket_size: weights that are being gathered
 PERSISTENT = 10**5  # stage3_param_persistence_threshold: smaller weights are never sharded
 BUCKET = 5 * 10**8  # reduce_bucket_size
 FLATTENED = 5 * 10**8  # elements of gradients that ZeRO-0 adds up over ranks at once
-# stage3_max_reuse_distance: weights that pass before a module that comes again is let go of
+# stage3_max_reuse_distance: a module whose next use is further away, in elements, is released
 REUSED = 10**9
 SUB_GROUP = 10**9  # sub_group_size: weights that ZeRO-3 updates at once
 MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.03, "adafactor": 0.02}
-"""Bytes per trained parameter that an optimiser remembers (runtime/optimizers.py); of Adafactor, rows and columns of matrices."""
+"""Bytes per trained parameter that an optimiser keeps (runtime/optimizers.py); Adafactor keeps sums of rows
+and columns."""
 
 
 class States(NamedTuple):
-    """Bytes on one device; what is at 0 is not there."""
+    """Bytes on one device; a size of 0 means that there is none.
 
-    weights: int  # and buffers
-    gradients: int = 0  # between the passes of a step
-    optimizer: int = 0  # float32 master weights and moments
-    late: int = 0  # of these, what comes with the first step
-    # of ZeRO, for the whole run (3) or from a first backward pass to the step (1)
+    Attributes:
+        weights: Weights and buffers.
+        gradients: Gradients between the passes of a step.
+        optimizer: Float32 master weights and moments.
+        late: Of `optimizer`, what the first step allocates.
+        bucket: ZeRO's bucket: for the whole run (3), or from a first backward pass to the step (1).
+        gathered: Whole weights under ZeRO-3, from forward to backward.
+        fetching: Weights that are being gathered for a layer, in the forward pass.
+        backward: Only during the backward pass, together with activations.
+        epilogue: Only at the end of the backward pass, when activations are freed.
+        step: Only during the optimiser's step.
+        load: The whole model while it is handed to DeepSpeed.
+        host: Host memory of one process that replaces device memory.
+        whole: Whether each weight's gradient stays as it is until the step (ZeRO 0 and 1).
+    """
+
+    weights: int
+    gradients: int = 0
+    optimizer: int = 0
+    late: int = 0
     bucket: int = 0
-    gathered: int = 0  # whole weights of ZeRO-3, from forward to backward
-    fetching: int = 0  # weights on their way to a layer, in forward
-    backward: int = 0  # for a moment of backward, together with activations
-    epilogue: int = 0  # for a moment at the end of backward, when activations are gone
-    step: int = 0  # for a moment of the optimiser's step
-    load: int = 0  # all of this model while it is handed to DeepSpeed
-    host: int = 0  # in host memory instead, of one process
-    whole: bool = False  # each weight's gradient stays as it is until the step (ZeRO 0 and 1)
+    gathered: int = 0
+    fetching: int = 0
+    backward: int = 0
+    epilogue: int = 0
+    step: int = 0
+    load: int = 0
+    host: int = 0
+    whole: bool = False
 
     @property
-    def resident(self):
-        """There for the whole run, once the first step is done."""
+    def resident(self) -> int:
+        """Bytes that stay for the whole run, once the first step is done."""
         return self.weights + self.optimizer + (self.gradients + self.bucket if self.sharded else 0)
 
     @property
-    def sharded(self):
-        """Told by ZeRO-3's buffers, which are there from the start."""
+    def sharded(self) -> bool:
+        """Whether ZeRO-3 shards the weights: its buffers exist from the start."""
         return self.fetching > 0
 
     @property
-    def held(self):
-        """There from the first backward pass of a step to its end."""
+    def until_step(self) -> int:
+        """Bytes that exist from the first backward pass of a step to its end."""
         return 0 if self.sharded else self.gradients + self.bucket
 
 
-def zero_settings(config):
-    """DeepSpeed's configuration -> its zero_optimization part, with the defaults of what is used here."""
+def zero_settings(config: Mapping[str, Any]) -> dict[str, int]:
+    """Reads the ZeRO settings that a plan needs from DeepSpeed's configuration.
+
+    Args:
+        config: DeepSpeed's own configuration, as for `deepspeed.initialize`.
+
+    Returns:
+        {name: value}, with DeepSpeed's defaults for what `config` leaves out: `stage`, sizes in elements, and
+        whether optimiser states or weights are offloaded.
+    """
     zero = config.get("zero_optimization", {})
     names = {
         "bucket": ("reduce_bucket_size", BUCKET),
@@ -80,31 +107,54 @@ def zero_settings(config):
     }
 
 
-def frozen(count, width, zero, gpus, on_cpu=False):
-    """A model that is only asked. count: sizes.Count · width: bytes of a weight · zero: `zero_settings` ·
-    on_cpu: a CPU.
+def frozen(count: "Count", width: int, zero: Mapping[str, int], gpus: int, on_cpu: bool = False) -> States:
+    """Returns the states of a model that is not trained.
+
+    Args:
+        count: Parameters of the model.
+        width: Bytes of a weight.
+        zero: What `zero_settings` returns.
+        gpus: Devices over which ZeRO shards.
+        on_cpu: Whether the device is a CPU.
     """
     if zero["stage"] < 3:
         return States(width * count.all + count.buffers, load=width * count.all)
-    whole, live, fetching = _gathering(count, width, zero, gpus)
+    small, live, fetching = _gathering(count, width, zero, gpus)
     shard = _share(width * count.all, gpus)
     on_host = shard if zero["offload_parameters"] else 0
-    load = width * count.all if on_cpu else _arriving(count, width, shard - on_host + whole)
+    load = width * count.all if on_cpu else _sharding(count, width, shard - on_host + small)
     return States(
-        shard - on_host + whole + count.buffers, gathered=live, fetching=fetching, load=load, host=on_host
+        shard - on_host + small + count.buffers, gathered=live, fetching=fetching, load=load, host=on_host
     )
 
 
-def _arriving(count, width, kept):
-    """Bytes on a GPU while ZeRO-3 takes a model over, one weight at a time. kept: what each GPU keeps of the
-    weights. (On a CPU the model that is handed over lies in the same memory.)
+def _sharding(count: "Count", width: int, resident: int) -> int:
+    """Returns the bytes on a GPU while ZeRO-3 shards a model, one weight at a time.
+
+    On a CPU the model that is handed over is in the same memory, so this does not apply. resident: bytes of
+    weights that each GPU keeps.
     """
-    return kept + count.buffers + width * count.largest
+    return resident + count.buffers + width * count.largest
 
 
-def trained(count, width, zero, gpus, kind="adamw", on_cpu=False):
-    """A model under an optimiser. kind: as in optim.kind · on_cpu: DeepSpeed's bucket takes only as much
-    memory as is written to, and 8-bit moments are spread out for a step.
+def trained(
+    count: "Count",
+    width: int,
+    zero: Mapping[str, int],
+    gpus: int,
+    kind: str = "adamw",
+    on_cpu: bool = False,
+) -> States:
+    """Returns the states of a model that an optimiser trains.
+
+    Args:
+        count: Parameters of the model.
+        width: Bytes of a weight.
+        zero: What `zero_settings` returns.
+        gpus: Devices over which ZeRO shards.
+        kind: The optimiser, as in optim.kind.
+        on_cpu: Whether the device is a CPU: there DeepSpeed's bucket takes only as much memory as is written
+            to, and a step unpacks 8-bit moments.
     """
     build = {0: _zero_0, 1: _zero_1_2, 2: _zero_1_2, 3: _zero_3}[zero["stage"]]
     bucket = min(zero["bucket"], count.trained) if on_cpu else zero["bucket"]
@@ -116,48 +166,51 @@ def trained(count, width, zero, gpus, kind="adamw", on_cpu=False):
     return states._replace(step=max(states.step, in_turn + working))
 
 
-def _share(size, gpus):
+def _share(size: float, gpus: int) -> int:
+    """Returns one device's share of a size, rounded up."""
     return -(-int(size) // gpus)
 
 
-def _zero_0(count, width, zero, gpus, moments):
-    weights, trained_ = width * count.all + count.buffers, count.trained
+def _zero_0(count: "Count", width: int, zero: Mapping[str, int], gpus: int, moments: float) -> States:
+    """States without sharding. moments: bytes per trained parameter that the optimiser keeps."""
+    weights, parameters = width * count.all + count.buffers, count.trained
     if width == 4:
-        remembered = int(moments * trained_)
+        moment_bytes = int(moments * parameters)
         return States(
             weights,
-            4 * trained_,
-            remembered,
-            remembered,
-            step=4 * min(trained_, FLATTENED),
+            4 * parameters,
+            moment_bytes,
+            moment_bytes,
+            step=4 * min(parameters, FLATTENED),
             load=4 * count.all,
             whole=True,
         )
-    master = int((4 + moments) * trained_)
+    master = int((4 + moments) * parameters)
     return States(
         weights,
-        width * trained_,
+        width * parameters,
         master,
-        int(moments * trained_),
-        step=4 * trained_,
-        load=max(4 * count.all, weights + master + (4 + width) * trained_),
+        int(moments * parameters),
+        step=4 * parameters,
+        load=max(4 * count.all, weights + master + (4 + width) * parameters),
         whole=True,
     )
 
 
-def _zero_1_2(count, width, zero, gpus, moments):
+def _zero_1_2(count: "Count", width: int, zero: Mapping[str, int], gpus: int, moments: float) -> States:
+    """States under ZeRO 1 and 2."""
     weights, all_gradients = width * count.all + count.buffers, width * count.trained
-    mine, flattened = _share(all_gradients, gpus), min(zero["bucket"], all_gradients)
-    master, remembered = _share(4 * count.trained, gpus), _share(moments * count.trained, gpus)
+    gradient_shard, flattened = _share(all_gradients, gpus), min(zero["bucket"], all_gradients)
+    master, moment_shard = _share(4 * count.trained, gpus), _share(moments * count.trained, gpus)
     first = zero["stage"] == 1
     # ZeRO-1 moves its gradients into the bucket in the step; until then a CPU has not given it memory.
     bucket, moved = (0, 0) if zero["lazy"] or not first else (zero["bucket"], flattened)
-    filling = 0 if zero["lazy"] else zero["bucket"]  # a CPU gives the bucket memory as activations go
-    passing = max(flattened, mine)  # at the end of backward, or in the step of ZeRO-1
-    copies = master + (mine if width < 4 else 0)  # gradients as the optimiser takes them
+    filling = 0 if zero["lazy"] else zero["bucket"]  # a CPU gives the bucket memory as activations are freed
+    reducing = max(flattened, gradient_shard)  # at the end of backward, or in the step of ZeRO-1
+    copies = master + (gradient_shard if width < 4 else 0)  # gradients as the optimiser takes them
     load = max(4 * count.all, 2 * weights + master, weights + 2 * master)
     if zero["offload_optimizer"]:
-        host = 2 * master + mine + remembered + (0 if first else mine)
+        host = 2 * master + gradient_shard + moment_shard + (0 if first else gradient_shard)
         gathering = all_gradients if zero["lazy"] and gpus > 1 else 0  # gloo gathers weights into a copy
         return States(
             weights,
@@ -174,58 +227,62 @@ def _zero_1_2(count, width, zero, gpus, moments):
         return States(
             weights,
             all_gradients,
-            master + remembered,
-            remembered,
+            master + moment_shard,
+            moment_shard,
             bucket,
-            step=max(0, max(flattened, copies - (all_gradients - mine)) - moved),
+            step=max(0, max(flattened, copies - (all_gradients - gradient_shard)) - moved),
             load=load,
             whole=True,
         )
-    crowded = passing if all_gradients > zero["bucket"] else 0
+    overflow = reducing if all_gradients > zero["bucket"] else 0
     return States(
         weights,
-        mine,
-        master + remembered,
-        remembered,
-        backward=filling + crowded,
-        epilogue=zero["bucket"] + passing,
+        gradient_shard,
+        master + moment_shard,
+        moment_shard,
+        backward=filling + overflow,
+        epilogue=zero["bucket"] + reducing,
         step=copies,
         load=load,
     )
 
 
-def _zero_3(count, width, zero, gpus, moments):
+def _zero_3(count: "Count", width: int, zero: Mapping[str, int], gpus: int, moments: float) -> States:
+    """States under ZeRO-3."""
     all_gradients = width * count.trained
-    mine, weights = _share(all_gradients, gpus), _share(width * count.all, gpus)
-    master, remembered = _share(4 * count.trained, gpus), _share(moments * count.trained, gpus)
-    whole, live, fetching = _gathering(count, width, zero, gpus)
+    gradient_shard, weights = _share(all_gradients, gpus), _share(width * count.all, gpus)
+    master, moment_shard = _share(4 * count.trained, gpus), _share(moments * count.trained, gpus)
+    small, live, fetching = _gathering(count, width, zero, gpus)
     reducing = min(zero["bucket"], all_gradients)
     reducing += _share(reducing, gpus)
     at_once = min(1.0, zero["sub_group"] / max(1, _share(count.trained, gpus)))
     states = States(
-        weights + whole + count.buffers,
-        mine,
-        master + remembered,
-        remembered,
+        weights + small + count.buffers,
+        gradient_shard,
+        master + moment_shard,
+        moment_shard,
         zero["bucket"],
         live,
         fetching,
         backward=reducing if all_gradients > zero["bucket"] else 0,
         epilogue=reducing,
-        step=int(at_once * (master + (mine if width < 4 else 0))),
-        load=4 * count.all if zero["lazy"] else _arriving(count, width, weights + whole),
+        step=int(at_once * (master + (gradient_shard if width < 4 else 0))),
+        load=4 * count.all if zero["lazy"] else _sharding(count, width, weights + small),
     )
     if not zero["offload_optimizer"]:
         return states
-    offloaded = states._replace(gradients=0, optimizer=0, late=0, step=0, host=2 * master + mine + remembered)
+    host = 2 * master + gradient_shard + moment_shard
+    offloaded = states._replace(gradients=0, optimizer=0, late=0, step=0, host=host)
     if not zero["offload_parameters"]:
         return offloaded
-    return offloaded._replace(weights=whole + count.buffers, host=offloaded.host + weights)
+    return offloaded._replace(weights=small + count.buffers, host=offloaded.host + weights)
 
 
-def _gathering(count, width, zero, gpus):
-    """(small weights that are whole everywhere, weights that stay gathered, weights on their way) of ZeRO-3,
-    in bytes.
+def _gathering(count: "Count", width: int, zero: Mapping[str, int], gpus: int) -> tuple[int, int, int]:
+    """Returns what ZeRO-3 holds besides shards, in bytes.
+
+    These are the small weights that every device has whole, the weights that stay gathered, and those that
+    are being gathered.
     """
     if gpus == 1:
         return 0, 0, 1  # a single process has its weights already
