@@ -30,7 +30,7 @@ def world(tmp_path_factory):
     return {
         "folder": folder,
         "model": base,
-        **kit.make_data(folder / "data"),
+        **kit.make_data(folder / "data", n=12),
         **kit.make_scores(folder, base),
     }
 
