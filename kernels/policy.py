@@ -97,13 +97,9 @@ def arguments(
     advantage_shift: float | torch.Tensor | None,
     impl: str,
 ) -> Policy:
-    """Checks a public call's arguments.
+    """Checks a public call's arguments, which are those of `ppo_loss` and `token_logprob`.
 
-    Args:
-        op: Name of the op, for messages.
-        like: A tensor of the computation's dtype and device.
-
-    The others are the public arguments (`ppo_loss`, `token_logprob`).
+    `op` is the name of the op in messages; `like` is a tensor of the computation's dtype and device.
 
     Raises:
         ValueError: An argument that does not fit.

@@ -11,21 +11,16 @@ import triton
 import triton.language as tl
 
 from ..ppo_loss.triton_impl import policy_terms
+from ..tiles_triton import INTEGERS, depth, tiling, unit_rows, unit_target, width
 from ..token_logprob.triton_impl import (
-    INTEGERS,
     LN2,
     columns,
-    depth,
     finish,
     gradient,
     row_head,
     row_statistics,
     store_target,
     tile,
-    tiling,
-    unit_rows,
-    unit_target,
-    width,
 )
 
 # (widest vocabulary, warps): 32 warps of more than 32 registers are one program per multiprocessor, so that
