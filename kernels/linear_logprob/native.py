@@ -38,5 +38,5 @@ def linear_logprob(
 
 def linear_logprob_backward(*arguments: Any) -> linear.HeadGradients:
     """See the reference; arguments: its own."""
-    narrow = False
-    return linear.logprob_backward(rows.token_logprob_backward, *arguments, narrow)
+    with_narrow = (*arguments, False)
+    return linear.logprob_backward(rows.token_logprob_backward, *with_narrow)

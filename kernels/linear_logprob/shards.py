@@ -1,13 +1,15 @@
 """A vocabulary split over the ranks of a process group: the log-sum-exps of all shards merged into one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 
 def _resolve(group: str) -> "dist.ProcessGroup":
-    return dist.distributed_c10d._resolve_process_group(group)
+    name: Any = group  # some versions of torch have a type of its own for it
+    return dist.distributed_c10d._resolve_process_group(name)
 
 
 def local_ids(ids_N: torch.Tensor, size: int, group: str) -> tuple[torch.Tensor, torch.Tensor]:

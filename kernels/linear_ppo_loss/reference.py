@@ -4,6 +4,7 @@ All logits are made at once.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -39,5 +40,6 @@ def linear_ppo_loss(
         logp_N, entropy_N (nats) and (d hidden, d weight, d bias).
     """
     d_NV = logits_of(hidden_NH, weight_VH, bias_V)
-    logp_N, entropy_N = rows.ppo_loss_from_logits(d_NV, ids_N, *tokens, *objective, d_NV)
+    arguments: tuple[Any, ...] = (*tokens, *objective, d_NV)
+    logp_N, entropy_N = rows.ppo_loss_from_logits(d_NV, ids_N, *arguments)
     return logp_N, entropy_N, gradients(d_NV, hidden_NH, weight_VH, wanted, held(hidden_NH.dtype))

@@ -10,5 +10,5 @@ from ..ppo_loss_from_logits import triton_impl as rows
 
 def linear_ppo_loss(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, linear.HeadGradients]:
     """See the reference; arguments: its own."""
-    narrow = True
-    return linear.policy_gradients(rows.ppo_loss_from_logits, *arguments, narrow)
+    with_narrow = (*arguments, True)
+    return linear.policy_gradients(rows.ppo_loss_from_logits, *with_narrow)

@@ -18,7 +18,7 @@ from saferlhf_fast import gae, token_logprob
 from saferlhf_fast.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
+ROOMS = sorted(dispatch.ROOMS)
 
 
 def run(code, **environment):
