@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import interpret
+import op_table
 import pytest
 import torch
 
@@ -56,6 +57,11 @@ def test_a_room_has_its_five_places(op):
     assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists()
     assert (ROOT / "bench" / f"bench_{op}.py").exists()
     assert re.search(rf"^\| `{op}` \|", (ROOT / "kernels" / "README.md").read_text(), re.MULTILINE)
+
+
+def test_every_op_is_in_the_table_of_inputs():
+    """Else nobody would try its memory layouts, bad inputs and derivatives."""
+    assert sorted(op_table.TABLE) == ROOMS
 
 
 def test_every_folder_with_an_init_is_a_room():
