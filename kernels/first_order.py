@@ -28,7 +28,7 @@ def transformed() -> bool:
 def learns(tensor: torch.Tensor | None) -> bool:
     """True if a gradient of the tensor is wanted.
 
-    Under torch.vmap a row of a tensor does not say so itself: the tensor that it is taken from is asked.
+    Under torch.vmap a row of a tensor does not know; the tensor that it is taken from does.
     """
     if tensor is None or not torch.is_grad_enabled():
         return False

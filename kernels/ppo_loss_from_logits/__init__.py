@@ -76,7 +76,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) 
 
 @first_order_only("ppo_loss_from_logits")
 def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> Gradients:
-    assert ctx.gradient, "a gradient is wanted that the forward pass did not make, since nobody needed it"
+    assert ctx.gradient, "backward was called, but the forward pass made no gradient: none was wanted then"
     if upstream is None:
         return (None,) * (3 + len(shared.Policy._fields))
     gradient_NV, unscale = ctx.saved_tensors
