@@ -61,7 +61,7 @@ def _head(module: Any) -> dict[str, Any]:
     }
 
 
-def build(
+def build_from_export_metadata(
     folder: Path, lora: "Lora", trust_remote_code: bool = False
 ) -> "tuple[Policy | ScoreModel, PreTrainedTokenizerBase]":
     """Builds a module from a folder of export metadata; its weights mean nothing until they are loaded.

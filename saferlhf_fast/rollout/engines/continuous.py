@@ -33,7 +33,7 @@ from ...models import attention
 from ...models.lora import plain as unwrapped
 from ...models.sampling_distribution import pick, sampling_logits, uniforms
 from ..types import Response
-from .gathered_weights import whole
+from .gathered_weights import gathered_lm
 from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Continuous:
     ) -> list[Response]:
         """See RolloutEngine."""
         responses = []
-        with whole(self.actor) as wrapped, own_attention(unwrapped(wrapped)) as lm:
+        with gathered_lm(self.actor) as wrapped, own_attention(unwrapped(wrapped)) as lm:
             size = self.sampling.batch_size or max(1, len(prompts))
             for start in range(0, len(prompts), size):
                 rows = slice(start, start + size)

@@ -34,7 +34,7 @@ HOOKS = (
 
 
 @contextlib.contextmanager
-def whole(actor: "SamplingActor", gather: bool = True) -> "Iterator[PreTrainedModel]":
+def gathered_lm(actor: "SamplingActor", gather: bool = True) -> "Iterator[PreTrainedModel]":
     """Context with the causal LM of an actor, in evaluation mode. Every rank must enter it.
 
     Args:
@@ -50,11 +50,11 @@ def whole(actor: "SamplingActor", gather: bool = True) -> "Iterator[PreTrainedMo
         yield lm
         return
     with engine.gathered(actor.module, True):
-        gathered_lm = weight_sharing_copy(lm)
+        sharing_lm = weight_sharing_copy(lm)
         try:
-            yield gathered_lm
+            yield sharing_lm
         finally:
-            for parameter in gathered_lm.parameters():  # DeepSpeed releases its own reference alone
+            for parameter in sharing_lm.parameters():  # DeepSpeed releases its own reference alone
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 

@@ -22,7 +22,7 @@ from ...models.lora import plain as unwrapped
 from ...models.sampling_distribution import pick, sampling_logits, uniforms
 from ...runtime import engine
 from ..types import Response
-from .gathered_weights import whole
+from .gathered_weights import gathered_lm
 from .stop_strings import StopStrings
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class Generate:
             most = max(engine.gather_objects(len(batches)))
             batches += [[]] * (most - len(batches))
         done: dict[int, Row] = {}
-        with whole(self.actor, self.sampling.gather) as lm, without_own_settings(unwrapped(lm)):
+        with gathered_lm(self.actor, self.sampling.gather) as lm, without_own_settings(unwrapped(lm)):
             for batch in batches:
                 rows = [Row(prompts[i], seeds[i], limits[i]) for i in batch]
                 rows = rows or [Row([*self.ends[:1]] or [0], 0, 1)]

@@ -23,7 +23,7 @@ from ...models.lora import plain as unwrapped
 from ...models.lora import plain_state
 from ...runtime import engine
 from ..types import Response
-from .gathered_weights import whole
+from .gathered_weights import gathered_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +81,7 @@ class LocalVLLM:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # vLLM needs the memory that torch caches
         self.llm.wake_up(tags=["weights"])
-        with whole(self.actor) as lm:
+        with gathered_lm(self.actor) as lm:
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": iter(plain_state(lm).items())}
             )

@@ -27,7 +27,7 @@ from ...models.causal_lm import save_causal_lm
 from ...models.sampling_distribution import plain
 from ...runtime import engine
 from ..types import Response
-from .gathered_weights import whole
+from .gathered_weights import gathered_lm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,7 +122,7 @@ class ServedVLLM:
             self.own_folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-weights-")
             self.folder = self.own_folder.name
         failed: UserError | None = None
-        with whole(self.actor) as lm:
+        with gathered_lm(self.actor) as lm:
             if engine.rank() == 0:
                 assert self.folder is not None, "rank 0 has a folder for the weights"
                 target = Path(self.folder).resolve() / "weights"
