@@ -22,10 +22,11 @@ Shapes are suffixes of names, one letter for each axis. The legend of every room
     K   candidates for the next token: those of a block, or of a nucleus
     1   an axis of length one
 
-A file of kernels/ that needs further letters (tiles, groups, critics) explains them at its top.
+A file that needs another letter, or one of these for something else (tiles and critics in kernels/,
+categories in data/), explains it in its first docstring.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import TYPE_CHECKING
@@ -145,12 +146,12 @@ class Response:
     ended: bool  # stopped by itself (end token or stop string), not at its limit
 
 
-def per_constraint(stem: str, name: str, names: Sequence[str]) -> str:
+def per_constraint(stem: str, name: str, names: Collection[str]) -> str:
     """The metric name of one cost out of `names`: the stem, or <stem>/<name> where there are several."""
     return stem if len(names) == 1 else f"{stem}/{name}"
 
 
-def per_stream(stem: str, stream: str, names: Sequence[str]) -> str:
+def per_stream(stem: str, stream: str, names: Collection[str]) -> str:
     """The metric name of one stream: reward_<stem>, cost_<stem>.
 
     Args:
