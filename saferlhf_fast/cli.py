@@ -229,7 +229,7 @@ def _run_with_settings(args: argparse.Namespace, words: list[str], argv: Sequenc
         print(schema.help_text(command))
         return 0
     recipe, overrides = split_words(command, words)
-    if command == "run" and recipe is None:
+    if command == "run" and recipe is None:  # below, a recipe that is None is of another command
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
     from saferlhf_fast.commands import run
     from saferlhf_fast.config import load
@@ -240,20 +240,20 @@ def _run_with_settings(args: argparse.Namespace, words: list[str], argv: Sequenc
         processes = launcher.wanted(args.processes, lambda: _check(command, recipe, overrides))
         if processes > 1:
             return launcher.start(argv, processes, args.grace)
-    if command == "run":
+    if command == "run" and recipe is not None:
         run.run(recipe, overrides)
     else:
         run.run_stage(command, load.load(command, recipe, overrides))
     return 0
 
 
-def _check(command: str, recipe: str | None, overrides: Mapping[str, Any]) -> None:
+def _check(command: str, recipe: str | None, overrides: dict[str, Any]) -> None:
     """Raises the UserErrors that a stage, or `run`, would raise before it imports torch."""
     from saferlhf_fast.commands import run
     from saferlhf_fast.config import checks, load
     from saferlhf_fast.runtime import run_folder
 
-    if command == "run":
+    if command == "run" and recipe is not None:
         run.plan(recipe, overrides)
         return
     cfg = load.load(command, recipe, overrides)
