@@ -83,7 +83,7 @@ def rooms():
     """
     from saferlhf_fast.kernels import dispatch
 
-    ops = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
+    ops = sorted(dispatch.ROOMS)
 
     def owner(name):
         return max((op for op in ops if name == op or name.startswith(op + "_")), key=len, default=None)

@@ -1,10 +1,13 @@
-"""Shape, dtype and device checks of the public ops: messages with expected and got.
+"""Checks of shape, dtype and device of the ops' arguments; a message says what was expected and got.
 
-They never look at values.
-
-Looking at values would make the host wait for the device; what can be known without that (on the CPU) is
-checked by the implementations. Shapes: N packed tokens, B rows, T padded width, C critics (1 or 2).
+Most of them look at no values, which would make the host wait for the device. `known_ids`,
+`known_temperatures` and the offsets of `rows` look at values on the CPU, and on a device only with
+SAFERLHF_CHECK=1. In all functions `op` is the name of the op, with which the message begins. Shapes: N packed
+tokens, B rows, T padded width, V vocabulary, H hidden size.
 """
+
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 
@@ -12,21 +15,29 @@ from .dispatch import checking, interpreted
 from .first_order import transformed
 
 
-def result_dtype(*tensors):
-    """float64 when the first tensor is float64, else float32: what the ops compute in and return."""
+def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype that an op computes in and returns: float64 if the first tensor is float64, else float32."""
     return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
 
 
-def constant(tensor):
-    """The tensor without its history; None stays None. (detach makes a new tensor even where there is none.)"""
+def constant(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The tensor without its autograd history; None stays None.
+
+    A tensor without history is returned itself, since detach makes a new tensor even then.
+    """
     return tensor.detach() if tensor is not None and tensor.requires_grad else tensor
 
 
-def scalar(value, like, name):
-    """A 0-d tensor of the ops' dtype on `like`'s device, from a number or a one-element tensor; None stays
-    None.
+def scalar(value: float | torch.Tensor | None, like: torch.Tensor, name: str) -> torch.Tensor | None:
+    """A scalar argument as a 0-d tensor of the op's dtype; the host never reads a tensor.
 
-    A tensor that lives on the device stays there: it is never read by the host.
+    Args:
+        value: A number, a tensor of one element, or None, which stays None.
+        like: A tensor of the op, whose device and `result_dtype` the scalar gets.
+        name: The argument's name in messages.
+
+    Raises:
+        ValueError: A tensor of more than one element, of complex numbers, or that is on "meta" alone.
     """
     if value is None:
         return None
@@ -44,8 +55,11 @@ def scalar(value, like, name):
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
-def normalizer(op, value, like):
-    """As scalar; a number must be >= 0. A tensor's value is not looked at: below 0 or NaN makes the loss NaN."""
+def normalizer(op: str, value: float | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
+    """As `scalar`, for a count of sequences or tokens.
+
+    A number below 0 or NaN raises ValueError. In a tensor, which is not read, it makes the loss NaN.
+    """
     if value is not None and not isinstance(value, torch.Tensor):
         not_negative(op, "normalizer", value)
     return scalar(value, like, "normalizer")
@@ -54,25 +68,23 @@ def normalizer(op, value, like):
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating(tensor):
-    """Of a floating point type that the ops know: not of 8 bits."""
+def floating(tensor: torch.Tensor) -> bool:
+    """True for the floating point types that the ops know: those of 8 bits are not among them."""
     return tensor.dtype in FLOATS
 
 
-def whole(tensor):
-    """Of an integer type with values to count or to look up: not bool."""
+def whole(tensor: torch.Tensor) -> bool:
+    """True for integer types, with which one counts or looks up; bool is not among them."""
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
-def wide(ids):
-    """Integers of 32 or 64 bits, signed: narrower ones could not be compared with the size of a vocabulary in
-    a kernel.
-    """
+def wide(ids: torch.Tensor) -> torch.Tensor:
+    """Ids as signed integers of 32 or 64 bits: a kernel could not compare narrower ones with V."""
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
 
 
-def overlaps(tensor):
-    """Whether two elements may share memory (an expanded tensor): then nothing may be written over it."""
+def overlaps(tensor: torch.Tensor) -> bool:
+    """True if two elements may share memory (an expanded tensor): then nothing may be written into it."""
     reach = 1
     for stride, size in sorted(
         (stride, size) for size, stride in zip(tensor.shape, tensor.stride()) if size > 1
@@ -83,20 +95,23 @@ def overlaps(tensor):
     return False
 
 
-def disposable(tensor, flat):
-    """Whether something may be written over the tensor, whose rows `flat` are: an intermediate result, in
-    memory of its own.
+def disposable(tensor: torch.Tensor, flat: torch.Tensor) -> bool:
+    """True if an op may write over the tensor: it is an intermediate result in memory of its own.
 
-    Not a leaf nor a view of one: that is somebody's parameter. What torch.func holds is no memory of one
-    tensor.
+    A leaf or a view of a leaf is not, since it is somebody's parameter. Under torch.func a tensor's memory is
+    not its own.
+
+    Args:
+        tensor: What the caller gave, [..., V].
+        flat: Its rows, [N, V], which would be written.
     """
     if torch.compiler.is_compiling() or transformed() or tensor.is_leaf:
         return False
     return not (tensor._base is not None and tensor._base.is_leaf) and not overlaps(flat)
 
 
-def same_tokens(op, names, tensors):
-    """All of `tensors` have the first one's shape and device and are floating point."""
+def same_tokens(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
+    """Raises ValueError unless all tensors are floating point, of the first one's shape and device."""
     shape, device = tensors[0].shape, tensors[0].device
     for name, tensor in zip(names, tensors):
         if tensor.shape != shape:
@@ -111,11 +126,30 @@ def same_tokens(op, names, tensors):
             )
 
 
-def rows(op, name, shape, device, cu_seqlens, mask):
-    """(cu_seqlens, mask, B) for token tensors of `shape`, exactly one of the two given back, the other None.
+def rows(
+    op: str,
+    name: str,
+    shape: torch.Size,
+    device: torch.device,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """Where the rows of token tensors are, packed or padded.
 
-    Packed [N] takes cu_seqlens (int32, [B+1]), padded [B, T] a boolean mask. With neither, [N] is one
-    sequence and [B, T] has no padding. Offsets are not looked at here: on the CPU the implementations do.
+    Args:
+        op: Name of the op.
+        name: Name of the argument whose shape and device are given.
+        shape: [N] packed, or [B, T] padded.
+        device: The token tensors' device.
+        cu_seqlens: Offsets of packed rows, integers [B+1]; not looked at here.
+        mask: Valid tokens of padded rows, bool [B, T]. With neither of the two, [N] is one sequence and [B,
+            T] has no padding.
+
+    Returns:
+        (cu_seqlens, mask, B): one of the first two is None; offsets are int32.
+
+    Raises:
+        ValueError: Both are given, or one that does not fit.
     """
     if cu_seqlens is not None and mask is not None:
         raise ValueError(f"{op}: expected cu_seqlens (packed [N]) or mask (padded [B, T]), got both")
@@ -137,6 +171,7 @@ def rows(op, name, shape, device, cu_seqlens, mask):
         if cu_seqlens.device != device:
             raise ValueError(f"{op}: cu_seqlens: expected device {device} as {name}, got {cu_seqlens.device}")
         return _offsets(op, cu_seqlens), None, cu_seqlens.shape[0] - 1
+    assert mask is not None, "one of the two has been made above"
     if len(shape) != 2 or mask.shape != shape:
         raise ValueError(
             f"{op}: expected {name} [B, T] and a mask of that shape, "
@@ -149,20 +184,21 @@ def rows(op, name, shape, device, cu_seqlens, mask):
     return None, mask, shape[0]
 
 
-def _offsets(op, cu_seqlens):
-    """As int32, in which none may come out as another: what does not fit is refused on the CPU, and
-    impossible elsewhere.
+def _offsets(op: str, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Offsets as int32, none of which may wrap around into a plausible one.
+
+    One that does not fit raises ValueError on the CPU; on a device it becomes an offset that cannot be.
     """
     if cu_seqlens.dtype == torch.int32:
         return cu_seqlens
-    wide, most = cu_seqlens.long(), torch.iinfo(torch.int32).max
-    if _looks(cu_seqlens) and ((wide < 0) | (wide > most)).any():
-        raise ValueError(f"{op}: cu_seqlens: expected offsets in 0..{most}, got {cu_seqlens.tolist()[:8]}")
-    return wide.clamp(-1, most).to(torch.int32)
+    offsets, largest = cu_seqlens.long(), torch.iinfo(torch.int32).max
+    if _looks(cu_seqlens) and ((offsets < 0) | (offsets > largest)).any():
+        raise ValueError(f"{op}: cu_seqlens: expected offsets in 0..{largest}, got {cu_seqlens.tolist()[:8]}")
+    return offsets.clamp(-1, largest).to(torch.int32)
 
 
-def per_row(op, name, tensor, count, device):
-    """A floating point tensor [B] on `device`."""
+def per_row(op: str, name: str, tensor: torch.Tensor, count: int, device: torch.device) -> None:
+    """Raises ValueError unless the tensor is floating point [B] with B = `count`, on `device`."""
     if tensor.dim() != 1 or tensor.shape[0] != count or not floating(tensor):
         raise ValueError(
             f"{op}: {name}: expected floating point [B] = [{count}], got {tensor.dtype} {tuple(tensor.shape)}"
@@ -171,8 +207,8 @@ def per_row(op, name, tensor, count, device):
         raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
 
 
-def logits_and_ids(op, logits, ids):
-    """Floating point logits [..., V] and integer ids [...] on one device."""
+def logits_and_ids(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
+    """Raises ValueError unless these are floating logits [..., V] and integer ids [...] on one device."""
     if logits.dim() < 1 or ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last dimension, "
@@ -186,8 +222,13 @@ def logits_and_ids(op, logits, ids):
         raise ValueError(f"{op}: ids: expected device {logits.device} as logits, got {ids.device}")
 
 
-def head(op, hidden, weight, ids, bias):
-    """Hidden [..., H], weight [V, H], bias [V] or None of one floating dtype and device, integer ids [...]."""
+def head(
+    op: str, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Raises ValueError unless these are hidden [..., H], weight [V, H], ids [...] and bias [V] or None.
+
+    All are on one device; ids are integers, the others of one floating point dtype.
+    """
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: expected hidden [..., H] and weight [V, H], got {tuple(hidden.shape)}, "
@@ -208,22 +249,32 @@ def head(op, hidden, weight, ids, bias):
     if ids.shape != hidden.shape[:-1] or ids.device != hidden.device:
         raise ValueError(
             f"{op}: ids: expected shape {tuple(hidden.shape[:-1])} on {hidden.device} as hidden without its "
-            f"last "
-            f"dimension, got {tuple(ids.shape)} on {ids.device}"
+            f"last dimension, got {tuple(ids.shape)} on {ids.device}"
         )
 
 
-def chunk_tokens(op, value):
-    """None, or an integer >= 1."""
+def chunk_tokens(op: str, value: int | None) -> None:
+    """Raises ValueError unless `value` is None or an integer >= 1."""
     if value is not None and not (isinstance(value, int) and value >= 1):
         raise ValueError(f"{op}: chunk_tokens: expected None or an integer >= 1, got {value!r}")
 
 
-def temperature(op, value, shape, like):
-    """(number, None) or (1.0, [N]): one temperature for all tokens, or one per token, of `like`'s dtype and
-    device.
+def temperature(
+    op: str, value: float | torch.Tensor, shape: torch.Size, like: torch.Tensor
+) -> tuple[float, torch.Tensor | None]:
+    """A temperature as one number for all tokens, or as a number for each; the host never reads a tensor.
 
-    A tensor is never read by the host.
+    Args:
+        op: Name of the op.
+        value: A number > 0, or a tensor of numbers, 0-d or of `shape`.
+        shape: Shape of the ids, [...] with N elements.
+        like: A tensor of the op, whose device and `result_dtype` a tensor of temperatures gets.
+
+    Returns:
+        (number, None), or (1.0, temperatures [N]).
+
+    Raises:
+        ValueError: A number that is not > 0, or a tensor of another shape or that is not floating point.
     """
     if not isinstance(value, torch.Tensor):
         if not value > 0:
@@ -242,8 +293,8 @@ def temperature(op, value, shape, like):
     return 1.0, value.expand(shape).reshape(-1).contiguous()
 
 
-def softcap(op, value):
-    """0.0 for None, else the number, which must be > 0."""
+def softcap(op: str, value: float | None) -> float:
+    """The cap as a number, 0.0 for None (no cap); ValueError unless it is > 0."""
     if value is None:
         return 0.0
     if isinstance(value, torch.Tensor) and value.numel() != 1 or not value > 0:
@@ -251,18 +302,23 @@ def softcap(op, value):
     return float(value)
 
 
-def _looks(tensor):
-    """Whether values are looked at: on the CPU, or with checks switched on.
+def _looks(tensor: torch.Tensor) -> bool:
+    """Whether values are looked at: on the CPU, or with SAFERLHF_CHECK=1.
 
     Triton's interpreter stands for a device.
     """
     return tensor.device.type == "cpu" and not interpreted() or checking()
 
 
-def known_temperatures(op, temperature_N, counted=None):
-    """Where known_ids looks at ids: every temperature of a token is > 0, or ValueError.
+def known_temperatures(
+    op: str, temperature_N: torch.Tensor | None, counted: torch.Tensor | None = None
+) -> None:
+    """Raises ValueError for a token's temperature that is not > 0, where values are looked at (`known_ids`).
 
-    None: there is but one, a number.
+    Args:
+        op: Name of the op.
+        temperature_N: As `temperature` returns it; None for one number, which has been checked there.
+        counted: Tokens whose temperature matters, bool [N]; None for all.
     """
     if temperature_N is None or temperature_N.numel() == 0 or not _looks(temperature_N):
         return
@@ -273,12 +329,17 @@ def known_temperatures(op, temperature_N, counted=None):
         raise ValueError(f"{op}: temperature: expected numbers > 0, got {temperature_N[wrong][0].item()}")
 
 
-def known_ids(op, ids, vocabulary, counted=None):
-    """On the CPU, or with checks switched on (SAFERLHF_CHECK=1): every id lies in the vocabulary, or
-    ValueError.
+def known_ids(op: str, ids: torch.Tensor, vocabulary: int, counted: torch.Tensor | None = None) -> None:
+    """Raises ValueError for an id outside the vocabulary, where values are looked at.
 
-    counted: None, or where an id matters at all. Elsewhere nobody looks: knowing would make the host wait for
-    the device.
+    That is on the CPU, or anywhere with SAFERLHF_CHECK=1; else looking would make the host wait for the
+    device.
+
+    Args:
+        op: Name of the op.
+        ids: Integers of any shape.
+        vocabulary: V; ids are in 0..V-1.
+        counted: Tokens whose id matters, bool, shaped as ids; None for all.
     """
     if ids.numel() == 0 or not _looks(ids):
         return
@@ -291,27 +352,33 @@ def known_ids(op, ids, vocabulary, counted=None):
         )
 
 
-def one_of(op, name, value, allowed):
-    """`value` is one of `allowed`."""
+def one_of(op: str, name: str, value: Any, allowed: Collection[str]) -> None:
+    """Raises ValueError unless `value` is one of `allowed`."""
     if value not in allowed:
         raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
-def not_negative(op, name, value):
-    """`value` is a number >= 0 (NaN is refused)."""
+def not_negative(op: str, name: str, value: float) -> None:
+    """Raises ValueError unless `value` is a number >= 0 (NaN is not)."""
     if not value >= 0:
         raise ValueError(f"{op}: {name}: expected a number >= 0, got {value}")
 
 
-def share(op, name, value):
-    """`value` is a number in 0..1 (NaN is refused)."""
+def share(op: str, name: str, value: float) -> None:
+    """Raises ValueError unless `value` is a number in 0..1 (NaN is not)."""
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name}: expected a number in 0..1, got {value}")
 
 
-def clip(op, clip_ratio, clip_high, dual_clip):
-    """(clip_ratio, clip_high, dual_clip) as numbers: None for clip_high is clip_ratio, for dual_clip infinity
-    (no bound).
+def clip(
+    op: str, clip_ratio: float, clip_high: float | None, dual_clip: float | None
+) -> tuple[float, float, float]:
+    """(clip_ratio, clip_high, dual_clip) as numbers.
+
+    None for clip_high becomes clip_ratio; None for dual_clip becomes infinity, which bounds nothing.
+
+    Raises:
+        ValueError: A negative clip, or dual_clip that is not > 1.
     """
     clip_high = clip_ratio if clip_high is None else clip_high
     not_negative(op, "clip_ratio", clip_ratio)

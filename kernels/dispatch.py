@@ -1,17 +1,19 @@
-"""Which implementation of an op runs here, and why. The one place that reads SAFERLHF_IMPL.
+"""Which implementation of an op runs here, and why. The one table of the ops.
 
-A room `kernels/<op>/` holds `reference.py` and, where they exist, `triton_impl.py` and `native.py`; each
-defines a function with the op's name and one signature. `choose` picks one by name or, for "auto", the first
-of the op's list that can run on the tensors at hand. Nothing is imported before it is chosen: neither triton
-nor the native module.
+A room `kernels/<op>/` holds `reference.py`, `triton_impl.py` and `native.py`; each defines a function with
+the op's name and one signature. `choose` takes one by name or, for "auto", the first of the op's list that
+can run on the given tensors. An implementation is imported when it is chosen: until then neither triton nor
+the native module is loaded. This is the only file of kernels/ that reads environment variables
+(SAFERLHF_IMPL, SAFERLHF_CHECK).
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from importlib import import_module, util
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +23,9 @@ BUILD_COMMAND = (
     if any((folder / "setup.py").is_file() for folder in _ABOVE)
     else "pip install --force-reinstall --no-deps --no-binary saferlhf-fast saferlhf-fast"
 )
-INTERFACE = 2  # of _C: its arguments and outputs as the native.py of the rooms know them (csrc/bindings.cpp)
+# The version of what _C takes and returns, as each room's native.py expects it. csrc/bindings.cpp has the
+# same number; both are raised with any change of an argument or an output.
+INTERFACE = 2
 ENVIRONMENT = "SAFERLHF_IMPL"
 NAMES = ("auto", "reference", "triton", "native")
 _FILES = {"reference": "reference", "triton": "triton_impl", "native": "native"}
@@ -29,36 +33,48 @@ _PACKAGE = __name__.rpartition(".")[0]
 
 
 class Op(NamedTuple):
-    """room: folder. order: implementations in the order that "auto" tries them; the reference is always last."""
+    """One function that the dispatcher chooses an implementation of.
+
+    Attributes:
+        room: The folder that implements it. An op that users call has the name of its room.
+        order: Its implementations in the order in which "auto" tries them; the reference is the last.
+        native_float64: The native version computes float64 in float64. False where it works on rows of
+            logits, which it reads in float32 or a narrower type.
+        native_cuda: The native version also runs on a GPU (csrc/<op>.cu).
+    """
 
     room: str
-    order: tuple[str, ...]
+    order: tuple[str, ...] = ("triton", "native", "reference")
+    native_float64: bool = True
+    native_cuda: bool = False
 
 
+# Every list of ops in this file is derived from this table; kernels/README.md says what else an op needs.
 OPS = {
-    "token_logprob": Op("token_logprob", ("triton", "native", "reference")),
-    "token_logprob_backward": Op("token_logprob", ("triton", "native", "reference")),
-    "linear_logprob": Op("linear_logprob", ("triton", "native", "reference")),
-    "linear_logprob_backward": Op("linear_logprob", ("triton", "native", "reference")),
-    "linear_ppo_loss": Op("linear_ppo_loss", ("triton", "native", "reference")),
-    "ppo_loss_from_logits": Op("ppo_loss_from_logits", ("triton", "native", "reference")),
-    "gae": Op("gae", ("triton", "native", "reference")),
-    "ppo_lag_advantage": Op("ppo_lag_advantage", ("triton", "native", "reference")),
-    "ppo_loss": Op("ppo_loss", ("triton", "native", "reference")),
-    "value_loss": Op("value_loss", ("triton", "native", "reference")),
+    "token_logprob": Op("token_logprob", native_float64=False),
+    "token_logprob_backward": Op("token_logprob", native_float64=False),
+    "linear_logprob": Op("linear_logprob", native_float64=False),
+    "linear_logprob_backward": Op("linear_logprob", native_float64=False),
+    "linear_ppo_loss": Op("linear_ppo_loss", native_float64=False),
+    "ppo_loss_from_logits": Op("ppo_loss_from_logits", native_float64=False),
+    "gae": Op("gae", native_cuda=True),
+    "ppo_lag_advantage": Op("ppo_lag_advantage", native_cuda=True),
+    "ppo_loss": Op("ppo_loss"),
+    "value_loss": Op("value_loss"),
 }
-
-
-# Rooms whose fast versions work on rows of logits: in float32, whatever narrower type comes in.
-LOGIT_ROOMS = ("token_logprob", "linear_logprob", "ppo_loss_from_logits", "linear_ppo_loss")
-
-# Ops whose native version also runs on a GPU (csrc/*.cu).
-CUDA_OPS = ("gae", "ppo_lag_advantage")
+ROOMS = tuple(name for name, op in OPS.items() if name == op.room)  # the ops that users call
+CUDA_OPS = tuple(name for name, op in OPS.items() if op.native_cuda)
 
 
 class Row(NamedTuple):
-    """One line of `table()`. why: the reason for `available`, and whether "auto" takes it for float32 on
-    `device`.
+    """One line of `table()`.
+
+    Attributes:
+        op: The op.
+        implementation: "reference", "triton" or "native".
+        available: It can run here.
+        chosen: "auto" takes it for float32 tensors.
+        why: The reason for `available`.
     """
 
     op: str
@@ -69,10 +85,10 @@ class Row(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def native_module():
-    """(module or None, reason).
+def native_module() -> tuple[ModuleType | None, str]:
+    """The module `_C` with the C++ and CUDA versions, or None, and the reason in words.
 
-    A missing `_C` is a state, not an error: the build's reason is kept in a file.
+    A missing `_C` is a state, not an error: the build leaves its reason in a file.
     """
     package = _PACKAGE.rpartition(".")[0]
     try:
@@ -92,19 +108,23 @@ def native_module():
         return None, "not built"
 
 
-def interpreted():
-    """True when Triton kernels run in triton's interpreter, on CPU tensors (the variable belongs to triton)."""
+def interpreted() -> bool:
+    """True when Triton kernels run in triton's interpreter, on CPU tensors; the variable is triton's own."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def checking():
-    """True when SAFERLHF_CHECK=1 asks for checks that make the host wait for the device: ids outside the
-    vocabulary.
-    """
+def checking() -> bool:
+    """True when SAFERLHF_CHECK=1 asks for checks of values that make the host wait for the device."""
     return os.environ.get("SAFERLHF_CHECK") == "1"
 
 
-def _triton_reason(op, device, dtype):
+def _reference_reason(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """None: the reference runs everywhere."""
+    return None
+
+
+def _triton_reason(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton version of `op` cannot run, or None where it can."""
     if util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -114,117 +134,140 @@ def _triton_reason(op, device, dtype):
     return None
 
 
-def _native_reason(op, device, dtype):
+def _native_reason(op: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the native version of `op` cannot run, or None where it can."""
     module, reason = native_module()
     if module is None:
         return f"saferlhf_fast._C: {reason}"
-    if dtype == torch.float64 and OPS[op].room in LOGIT_ROOMS:
+    if dtype == torch.float64 and not OPS[op].native_float64:
         return f"the native version takes float32, bfloat16 and float16, not {dtype}"
-    if device == "cuda" and op in CUDA_OPS:
+    if device == "cuda" and OPS[op].native_cuda:
         return None if module.cuda else f"saferlhf_fast._C was built without CUDA: {module.cuda_note}"
     if device != "cpu":
         return f"the native version runs on the CPU, the tensors are on {device}"
     return None
 
 
-_WHY_NOT = {"reference": lambda op, device, dtype: None, "triton": _triton_reason, "native": _native_reason}
+_WHY_NOT: dict[str, Callable[[str, str, torch.dtype], str | None]] = {
+    "reference": _reference_reason,
+    "triton": _triton_reason,
+    "native": _native_reason,
+}
 
 
 @cache
-def _load(op, name):
+def _load(op: str, name: str) -> Callable[..., Any]:
+    """The function of an implementation; imports its file."""
     module = import_module(f"{_PACKAGE}.{OPS[op].room}.{_FILES[name]}")
     return getattr(module, op)
 
 
-def _pick(op, device, dtype, asked, from_environment):
-    """(name of the implementation, the reason for it); raises as `choose` does."""
+def _pick(
+    op: str, device: str, dtype: torch.dtype, requested: str, from_environment: bool
+) -> tuple[str, str]:
+    """The name of the implementation and the reason for it; raises as `choose` does."""
     order = OPS[op].order
-    if asked not in NAMES:
-        source = f"{ENVIRONMENT}={asked}" if from_environment else f"impl={asked!r}"
+    if requested not in NAMES:
+        source = f"{ENVIRONMENT}={requested}" if from_environment else f"impl={requested!r}"
         raise ValueError(f"{op}: {source} is not one of {', '.join(NAMES)}")
-    # The variable speaks for all ops at once: one that has no such implementation goes on as with "auto".
-    if asked != "auto" and not (from_environment and asked not in order):
-        if asked not in order:
+    # The variable is for all ops at once: one that has no such implementation is chosen as with "auto".
+    if requested != "auto" and not (from_environment and requested not in order):
+        if requested not in order:
             raise NotImplementedError(
-                f"{op}: there is no {asked} implementation; there is {', '.join(order)}"
+                f"{op}: there is no {requested} implementation; there is {', '.join(order)}"
             )
-        problem = _WHY_NOT[asked](op, device, dtype)
+        problem = _WHY_NOT[requested](op, device, dtype)
         if problem is not None:
             remedy = (
                 f"; build it with `{BUILD_COMMAND}`"
-                if asked == "native" and native_module()[0] is None
+                if requested == "native" and native_module()[0] is None
                 else ""
             )
-            raise NotImplementedError(f"{op}: implementation {asked!r} cannot run here: {problem}{remedy}")
-        return asked, "asked for in " + (ENVIRONMENT if from_environment else "the call")
-    passed_over = []
+            raise NotImplementedError(
+                f"{op}: implementation {requested!r} cannot run here: {problem}{remedy}"
+            )
+        return requested, "asked for in " + (ENVIRONMENT if from_environment else "the call")
+    passed_over: list[str] = []
     for name in order:
         problem = _WHY_NOT[name](op, device, dtype)
         if problem is None:
-            return name, f"{name}: first that can run" + (
-                f" ({'; '.join(passed_over)})" if passed_over else ""
-            )
+            reasons = f" ({'; '.join(passed_over)})" if passed_over else ""
+            return name, f"{name}: first that can run{reasons}"
         passed_over.append(f"{name}: {problem}")
     raise AssertionError(f"{op}: the reference must always be able to run")
 
 
 @cache
-def _choose(op, device, dtype, asked, from_environment, interpret):
-    name, why = _pick(op, device, dtype, asked, from_environment)
+def _choose(
+    op: str, device: str, dtype: torch.dtype, requested: str, from_environment: bool, interpret: bool
+) -> tuple[Callable[..., Any], str]:
+    """As `choose`; `interpret` is only a key of the cache."""
+    name, why = _pick(op, device, dtype, requested, from_environment)
     return _load(op, name), why
 
 
-def _asked(impl):
-    """(name that is asked for, whether the variable asks): `impl` comes first, "auto" gives way to
-    SAFERLHF_IMPL.
-    """
-    asked = os.environ.get(ENVIRONMENT) or "auto" if impl == "auto" else impl
-    return asked, impl == "auto" and asked != "auto"
+def _requested(impl: str) -> tuple[str, bool]:
+    """The name that is asked for, and whether SAFERLHF_IMPL asks for it: only "auto" gives way to it."""
+    name = os.environ.get(ENVIRONMENT) or "auto" if impl == "auto" else impl
+    return name, impl == "auto" and name != "auto"
 
 
-def choose(op: str, tensors, impl: str = "auto") -> tuple[Callable, str]:
-    """The implementation of `op` for `tensors` (the first one decides device and dtype) and the reason for
-    it.
+def choose(op: str, tensors: Sequence[torch.Tensor], impl: str = "auto") -> tuple[Callable[..., Any], str]:
+    """The implementation of an op that runs on the given tensors.
 
-    impl: "auto", "reference", "triton" or "native"; "auto" gives way to the variable SAFERLHF_IMPL.
-    Raises NotImplementedError when an implementation asked for by name is missing here, with the build
-    command.
+    Args:
+        op: A name of `OPS`.
+        tensors: The op's inputs; the first one decides device and dtype.
+        impl: "auto", "reference", "triton" or "native". "auto" gives way to the variable SAFERLHF_IMPL.
+
+    Returns:
+        The function, with the signature of the room's reference, and the reason for it in words.
+
+    Raises:
+        NotImplementedError: An implementation that is asked for by name cannot run here. The message has the
+            command that builds it, where building helps.
+        ValueError: `impl` or SAFERLHF_IMPL is no such name.
     """
     lead = tensors[0]
-    return _choose(op, lead.device.type, lead.dtype, *_asked(impl), interpreted())
+    return _choose(op, lead.device.type, lead.dtype, *_requested(impl), interpreted())
 
 
 def explain(op: str, device: str | None = None) -> tuple[str | None, str]:
-    """(implementation, reason): what `choose` takes for float32 tensors on `device`, without loading it.
+    """What `choose` takes for float32 tensors, without loading it. SAFERLHF_IMPL counts.
 
-    device: "cpu" or "cuda"; default: what is here. SAFERLHF_IMPL counts. (None, message): `choose` would
-    raise the message.
+    Args:
+        op: A name of `OPS`.
+        device: "cpu" or "cuda"; None for "cuda" where there is a GPU.
+
+    Returns:
+        The name of the implementation and the reason for it, or None and the message that `choose` would
+        raise.
     """
     try:
-        return _pick(op, device or _device_here(), torch.float32, *_asked("auto"))
+        return _pick(op, device or _device_here(), torch.float32, *_requested("auto"))
     except (NotImplementedError, ValueError) as error:
         return None, str(error)
 
 
-def _device_here():
+def _device_here() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def table(device: str | None = None) -> list[Row]:
-    """Op x implementation x available x why; SAFERLHF_IMPL does not count. device: "cpu" or "cuda"; default:
+    """Every op with every implementation, whether it can run here, and why. SAFERLHF_IMPL does not count.
 
-    what is here.
+    Args:
+        device: "cpu" or "cuda"; None for "cuda" where there is a GPU.
     """
     device = device or _device_here()
     rows = []
-    for op, (room, order) in OPS.items():
-        if op != room:
-            continue
-        taken = next(name for name in order if _WHY_NOT[name](op, device, torch.float32) is None)
+    for op in ROOMS:
+        order = OPS[op].order
+        chosen = next(name for name in order if _WHY_NOT[name](op, device, torch.float32) is None)
         for name in ("reference", "triton", "native"):
             if name not in order:
                 rows.append(Row(op, name, False, False, "does not exist; see kernels/README.md"))
                 continue
             problem = _WHY_NOT[name](op, device, torch.float32)
-            rows.append(Row(op, name, problem is None, name == taken, problem or f"can run on {device}"))
+            rows.append(Row(op, name, problem is None, name == chosen, problem or f"can run on {device}"))
     return rows

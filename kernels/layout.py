@@ -10,8 +10,15 @@ import torch
 
 
 class Layout(NamedTuple):
-    """valid_N: token is real. row_N: its row. edge_N: last position of a row. final_N: last valid token of a
-    row. count_B: valid tokens per row. span: no row is longer than this (bounds the scan).
+    """Where rows and valid tokens are among N flat positions.
+
+    Attributes:
+        valid_N: The position holds a token that counts; bool.
+        row_N: Index of the position's row; int64.
+        edge_N: The position is the last of its row, masked or not; bool.
+        final_N: The position is the last valid token of its row; bool.
+        count_B: Valid tokens of each row; int64.
+        span: No row has more positions than this; it bounds the number of steps of a scan.
     """
 
     valid_N: torch.Tensor
@@ -22,8 +29,11 @@ class Layout(NamedTuple):
     span: int
 
 
-def check_offsets(op, cu_seqlens, tokens):
-    """On the CPU, where values are at hand: offsets start at 0, never fall, and end at or before `tokens`."""
+def check_offsets(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
+    """Raises ValueError unless offsets start at 0, never fall, and end at or before `tokens`.
+
+    Only on the CPU: on a device looking at values would make the host wait.
+    """
     if cu_seqlens.device.type != "cpu":
         return
     offsets = cu_seqlens.tolist()
@@ -34,11 +44,20 @@ def check_offsets(op, cu_seqlens, tokens):
         )
 
 
-def layout(op, tokens, cu_seqlens, mask):
-    """The Layout of `tokens` flat positions; exactly one of cu_seqlens and mask is given."""
-    device = (mask if cu_seqlens is None else cu_seqlens).device
-    at_N = torch.arange(tokens, device=device)
+def layout(op: str, tokens: int, cu_seqlens: torch.Tensor | None, mask: torch.Tensor | None) -> Layout:
+    """The Layout of `tokens` flat positions.
+
+    Args:
+        op: Name of the op, for messages.
+        tokens: N, or B*T.
+        cu_seqlens: int32 [B+1], or None with a mask.
+        mask: bool [B, T], or None with cu_seqlens.
+
+    Raises:
+        ValueError: Offsets that do not fit, on the CPU.
+    """
     if cu_seqlens is not None:
+        at_N = torch.arange(tokens, device=cu_seqlens.device)
         check_offsets(op, cu_seqlens, tokens)
         offsets = cu_seqlens.long()
         count_B = offsets.diff()
@@ -49,6 +68,8 @@ def layout(op, tokens, cu_seqlens, mask):
             return Layout(valid_N, row_N, ~valid_N, valid_N, count_B, 0)
         edge_N = at_N + 1 == offsets[1:][row_N]
         return Layout(valid_N, row_N, edge_N, edge_N & valid_N, count_B, tokens)
+    assert mask is not None, f"{op}: rows need cu_seqlens or a mask"
+    at_N = torch.arange(tokens, device=mask.device)
     width = max(mask.shape[1], 1)
     later_BT = mask.flip(1).cumsum(1).flip(1)  # valid tokens at or after each position
     final_N = (mask & (later_BT == 1)).reshape(-1)
@@ -57,19 +78,28 @@ def layout(op, tokens, cu_seqlens, mask):
     )
 
 
-def per_token(value_B, rows):
-    """value_B[row] for each flat position; zeros where there is no row at all."""
+def per_token(value_B: torch.Tensor, rows: Layout) -> torch.Tensor:
+    """[N]: each position's value of its row; zeros where there is no row at all."""
     if value_B.shape[0] == 0:
         return torch.zeros(rows.row_N.shape, dtype=value_B.dtype, device=value_B.device)
     return value_B[rows.row_N]
 
 
-def shares(rows, token_mean, normalizer, dtype):
-    """(share_N, inverse) such that the reduced loss is inverse * sum(share * x); share is 0 where masked.
+def shares(
+    rows: Layout, token_mean: bool, normalizer: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two factors of a reduced loss, which is inverse * sum(share * x).
 
-    share: 1 / tokens of the row (sequence-mean) or 1 (token-mean). inverse: 1 / `normalizer` (0-d), or
-    without one 1 / rows with a token (or tokens) of this call; 0 where that is 0, NaN where `normalizer` is
-    NaN or negative.
+    Args:
+        rows: Where the tokens are.
+        token_mean: The mean over tokens; else the mean over sequences of each one's token mean.
+        normalizer: 0-d count of sequences (or tokens) that the loss is divided by; None for those of this
+            call.
+        dtype: Of the results.
+
+    Returns:
+        share_N: 1 / tokens of the row, or 1 with token_mean; 0 where masked.
+        inverse: 0-d, 1 / the count; 0 where that is 0, NaN where it is negative or NaN.
     """
     share_N = rows.valid_N.to(dtype)
     if not token_mean:
@@ -79,8 +109,10 @@ def shares(rows, token_mean, normalizer, dtype):
     return share_N, torch.where(normalizer == 0, 0, torch.where(normalizer > 0, 1 / normalizer, torch.nan))
 
 
-def weights(rows, token_mean, normalizer, dtype):
-    """weight_N = share * inverse: the reduced loss is sum(weight * x).
+def weights(
+    rows: Layout, token_mean: bool, normalizer: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """weight_N such that the reduced loss is sum(weight * x); the arguments are those of `shares`.
 
     0 where masked, whatever the normalizer is.
     """
@@ -88,9 +120,13 @@ def weights(rows, token_mean, normalizer, dtype):
     return torch.where(rows.valid_N, share_N * inverse, 0)
 
 
-def suffix_scan(add_N, decay_N, span):
-    """y_t = add_t + decay_t * y_{t+1}, y after the end 0, in log2(span) doublings (decay is 0 at a row's last
-    position).
+def suffix_scan(add_N: torch.Tensor, decay_N: torch.Tensor, span: int) -> torch.Tensor:
+    """y_t = add_t + decay_t * y_{t+1}, with y = 0 after the end, in log2(span) doublings.
+
+    Args:
+        add_N: What each position adds.
+        decay_N: Its factor; 0 at the last position of a row, which separates the rows.
+        span: The most positions of a row.
     """
     step = 1
     while step < span:
@@ -100,7 +136,7 @@ def suffix_scan(add_N, decay_N, span):
     return add_N
 
 
-def following(value_N, rows):
+def following(value_N: torch.Tensor, rows: Layout) -> torch.Tensor:
     """value_{t+1} inside a row, 0 after its last position."""
     shifted_N = torch.cat([value_N[1:], value_N[:1]])
     return torch.where(rows.edge_N, torch.zeros_like(value_N), shifted_N)

@@ -1,32 +1,45 @@
-"""The head's matrix products in chunks of tokens, around kernels that work on rows of logits: no [N, V]
-tensor ever exists.
+"""A head's matrix products in chunks of tokens, around kernels that work on rows of logits.
 
-A chunk's logits are made in float32 whatever the inputs are (a bfloat16 logit of 20 is off by up to .06, and
-so would be its log-prob), and d logits are written over them, in the inputs' type on a device, where the
-products want it. d weight is accumulated in float32. Shapes: N tokens, H hidden, V vocabulary, C tokens of
-one chunk.
+No [N, V] tensor ever exists. A chunk's logits are made in float32 whatever the inputs are (a bfloat16 logit
+of 20 is off by up to .06, and so would be its log-prob), and d logits are written over them, in the inputs'
+type on a device, where the products want it. d weight is accumulated in float32. Shapes: N tokens, H hidden,
+V vocabulary, C tokens of one chunk.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+if TYPE_CHECKING:
+    from .policy import Objective
 WORKSPACE = {"cpu": 64 << 20, "cuda": 1 << 30}  # bytes of float32 logits in a chunk
+HeadGradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def chunk_size(vocabulary, device):
+def chunk_size(vocabulary: int, device: torch.device) -> int:
     """Tokens whose logits fit the workspace, a multiple of 16."""
     return max(16, WORKSPACE.get(device.type, 1 << 30) // (4 * max(vocabulary, 1)) // 16 * 16)
 
 
-def chunks(count, vocabulary, chunk_tokens, device):
-    """Slices of tokens. chunk_tokens: None chooses by workspace."""
+def chunks(count: int, vocabulary: int, chunk_tokens: int | None, device: torch.device) -> list[slice]:
+    """Slices of `count` tokens of at most `chunk_tokens`; None for as many as fit the workspace."""
     chunk_tokens = chunk_tokens or chunk_size(vocabulary, device)
     return [slice(at, min(at + chunk_tokens, count)) for at in range(0, count, chunk_tokens)]
 
 
-def product(a, b, out, add=False):
-    """Out (float32) = a @ b, or += ; the sums run in float32 whatever a and b are."""
+def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = False) -> torch.Tensor:
+    """The matrix product a @ b, summed in float32 whatever the inputs are.
+
+    Args:
+        a: [M, K], any float dtype up to float32.
+        b: [K, P], of the same dtype.
+        out: [M, P], float32; it is written.
+        add: Add the product to `out` instead of overwriting it.
+
+    Returns:
+        `out`.
+    """
     if a.dtype == torch.float32 and b.dtype == torch.float32:
         return out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     if a.device.type == "cuda":
@@ -36,46 +49,67 @@ def product(a, b, out, add=False):
     return product(a.float(), b.float(), out, add)
 
 
-def held(dtype):
-    """In what d hidden waits for backward: float16 may overflow before the upstream factor and 1/Z come in."""
+def held(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which d hidden waits for the backward pass, for hidden states of `dtype`.
+
+    float16 could overflow before the upstream factor and 1/Z come in, so it waits in float32.
+    """
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def scaled(gradient, factor, kind):
-    """Gradient * factor in float32, rounded once to `kind`; no second float32 tensor on the way."""
+def scaled(gradient: torch.Tensor, factor: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+    """The gradient times a factor, computed in float32 and rounded once, without a second float32 tensor.
+
+    Args:
+        gradient: Of any shape, in the dtype of `held` or float32.
+        factor: 0-d.
+        kind: The dtype of the result.
+    """
     if gradient.dtype == kind or torch.compiler.is_compiling():
         return (gradient * factor).to(kind)
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=kind))
 
 
 class Head(NamedTuple):
-    """hidden_NH, weight_VH, bias_V or None as the products take them; made: the type of d logits."""
+    """A head and its inputs as the matrix products take them.
+
+    Attributes:
+        hidden_NH: Hidden states.
+        weight_VH: The head's weight, of the same dtype.
+        bias_V: float32, or None.
+        made: The dtype of d logits.
+    """
 
     hidden_NH: torch.Tensor
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None
     made: torch.dtype
 
-    def buffer(self, slices):
-        """Room for the logits of the longest chunk."""
+    def buffer(self, slices: Sequence[slice]) -> torch.Tensor:
+        """Memory for the float32 logits of the longest of the chunks `slices`."""
         longest = max((at.stop - at.start for at in slices), default=0)
         return self.hidden_NH.new_empty((longest, self.weight_VH.shape[0]), dtype=torch.float32)
 
-    def logits(self, at, buffer_CV):
-        """Logits of the tokens `at`, float32, in the buffer."""
+    def logits(self, at: slice, buffer_CV: torch.Tensor) -> torch.Tensor:
+        """The float32 logits of the tokens `at`, written into the buffer."""
         logits_CV = buffer_CV[: at.stop - at.start]
         product(self.hidden_NH[at], self.weight_VH.t(), logits_CV)
         return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
 
-    def over(self, logits_CV):
-        """Where d logits go: over the logits, each row from where its logits begin."""
+    def over(self, logits_CV: torch.Tensor) -> torch.Tensor:
+        """Where d logits are written: over the logits, each row from where its logits begin."""
         return logits_CV if self.made == torch.float32 else logits_CV.view(self.made)[:, : logits_CV.shape[1]]
 
 
-def head(hidden_NH, weight_VH, bias_V, narrow):
+def head(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, narrow: bool) -> Head:
     """The Head of a call.
 
-    On a CPU half-precision inputs are widened once: its half-precision products are slower.
+    Args:
+        hidden_NH: Hidden states, float32 or narrower.
+        weight_VH: The head's weight, of the same dtype.
+        bias_V: Its bias, or None.
+        narrow: Multiply half-precision inputs as they are. On a CPU they are widened once instead: its
+            half-precision products are slower.
     """
     if not narrow:
         hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()
@@ -83,9 +117,24 @@ def head(hidden_NH, weight_VH, bias_V, narrow):
 
 
 class Gradients:
-    """d hidden, d weight and d bias, chunk by chunk; each may be unwanted. d weight and d bias are float32."""
+    """d hidden, d weight and d bias, added up chunk by chunk; d weight and d bias are float32.
 
-    def __init__(self, head, dtype, hidden, weight, bias):
+    Attributes:
+        hidden_NH: d hidden, or None if it is not wanted.
+        weight_VH: d weight, or None.
+        bias_V: d bias, or None.
+    """
+
+    def __init__(self, head: Head, dtype: torch.dtype, hidden: bool, weight: bool, bias: bool) -> None:
+        """Allocates what is wanted.
+
+        Args:
+            head: The head of the call.
+            dtype: Of d hidden.
+            hidden: Whether d hidden is wanted.
+            weight: Whether d weight is wanted.
+            bias: Whether d bias is wanted.
+        """
         vocabulary, width = head.weight_VH.shape
         empty = head.hidden_NH.new_empty
         self.head = head
@@ -94,8 +143,8 @@ class Gradients:
         self.bias_V = empty(vocabulary, dtype=torch.float32).zero_() if bias else None
         self.first = True
 
-    def add(self, at, d_CV):
-        """Takes in d logits of the tokens `at`."""
+    def add(self, at: slice, d_CV: torch.Tensor) -> None:
+        """Adds what the d logits of the tokens `at` mean for hidden states, weight and bias."""
         if self.hidden_NH is not None:
             out, weight_VH = self.hidden_NH[at], self.head.weight_VH
             if out.dtype == d_CV.dtype == weight_VH.dtype:
@@ -111,39 +160,54 @@ class Gradients:
             self.bias_V += d_CV.sum(0, dtype=torch.float32)
         self.first = False
 
-    def done(self):
-        """(d hidden, d weight, d bias), None where unwanted; zeros when there was no token."""
+    def done(self) -> HeadGradients:
+        """(d hidden, d weight, d bias), None where not wanted; zeros when there was no token."""
         if self.first and self.weight_VH is not None:
             self.weight_VH.zero_()
         return self.hidden_NH, self.weight_VH, self.bias_V
 
 
 def logprob(
-    forward,
-    hidden_NH,
-    weight_VH,
-    ids_N,
-    bias_V,
-    temperature,
-    temperature_N,
-    softcap,
-    entropy,
-    chunk_tokens,
-    narrow,
-):
-    """Log-prob, entropy ([0] if not asked for) and log-sum-exp of N tokens by `forward`, a room's
-    `token_logprob`.
+    forward: Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]],
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+    chunk_tokens: int | None,
+    narrow: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob, entropy and log-sum-exp of tokens, with logits made in chunks.
+
+    Args:
+        forward: The `token_logprob` of an implementation of that room.
+        hidden_NH: Hidden states, float32 or narrower.
+        weight_VH: The head's weight, of the same dtype.
+        ids_N: The tokens.
+        bias_V: The head's bias, or None.
+        temperature: One for all tokens.
+        temperature_N: One for each token, or None.
+        softcap: 0 for none.
+        entropy: Whether the entropy is wanted.
+        chunk_tokens: As in `chunks`.
+        narrow: As in `head`.
+
+    Returns:
+        logp_N, entropy_N ([0] if not wanted) and lse_N, in nats, float32.
     """
     count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
     logp_N, lse_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(2))
     entropy_N = hidden_NH.new_empty(count if entropy else 0, dtype=torch.float32)
-    mine = head(hidden_NH, weight_VH, bias_V, narrow)
+    inputs = head(hidden_NH, weight_VH, bias_V, narrow)
     slices = chunks(count, vocabulary, chunk_tokens, hidden_NH.device)
-    buffer_CV = mine.buffer(slices)
+    buffer_CV = inputs.buffer(slices)
     for at in slices:
-        part_N = None if temperature_N is None else temperature_N[at]
+        temperature_C = None if temperature_N is None else temperature_N[at]
         logp_N[at], entropy_C, lse_N[at] = forward(
-            mine.logits(at, buffer_CV), ids_N[at], temperature, part_N, softcap, entropy
+            inputs.logits(at, buffer_CV), ids_N[at], temperature, temperature_C, softcap, entropy
         )
         if entropy:
             entropy_N[at] = entropy_C
@@ -151,68 +215,105 @@ def logprob(
 
 
 def logprob_backward(
-    backward,
-    hidden_NH,
-    weight_VH,
-    ids_N,
-    bias_V,
-    logp_N,
-    entropy_N,
-    lse_N,
-    grad_logp_N,
-    grad_entropy_N,
-    temperature,
-    temperature_N,
-    softcap,
-    wanted,
-    chunk_tokens,
-    narrow,
-):
+    backward: Callable[..., torch.Tensor],
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    logp_N: torch.Tensor,
+    entropy_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    grad_logp_N: torch.Tensor | None,
+    grad_entropy_N: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    wanted: Sequence[bool],
+    chunk_tokens: int | None,
+    narrow: bool,
+) -> HeadGradients:
     """(d hidden, d weight, d bias) for any upstream gradient: the logits are made again, chunk by chunk.
 
-    wanted: three booleans. `backward` is a room's `token_logprob_backward`.
+    Args:
+        backward: The `token_logprob_backward` of an implementation of that room.
+        hidden_NH: As in `logprob`, and so are the other inputs of the forward pass.
+        weight_VH: The head's weight.
+        ids_N: The tokens.
+        bias_V: The head's bias, or None.
+        logp_N: What `logprob` has returned.
+        entropy_N: The same.
+        lse_N: The same.
+        grad_logp_N: Upstream gradient of the log-probs, or None.
+        grad_entropy_N: Upstream gradient of the entropies, or None.
+        temperature: One for all tokens.
+        temperature_N: One for each token, or None.
+        softcap: 0 for none.
+        wanted: Which of the three gradients are wanted; the others are None.
+        chunk_tokens: As in `chunks`.
+        narrow: As in `head`.
     """
-    mine = head(hidden_NH, weight_VH, bias_V, narrow)
-    gradients = Gradients(mine, hidden_NH.dtype, *wanted)
+    inputs = head(hidden_NH, weight_VH, bias_V, narrow)
+    gradients = Gradients(inputs, hidden_NH.dtype, *wanted)
     slices = chunks(hidden_NH.shape[0], weight_VH.shape[0], chunk_tokens, hidden_NH.device)
-    buffer_CV = mine.buffer(slices)
+    buffer_CV = inputs.buffer(slices)
     for at in slices:
-        logits_CV = mine.logits(at, buffer_CV)
-        d_CV = mine.over(logits_CV)
-        parts = [
+        logits_CV = inputs.logits(at, buffer_CV)
+        d_CV = inputs.over(logits_CV)
+        vectors_C = [
             tensor[at] if tensor is not None and tensor.numel() else tensor
             for tensor in (logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N)
         ]
-        part_N = None if temperature_N is None else temperature_N[at]
-        backward(logits_CV, ids_N[at], *parts, temperature, part_N, softcap, d_CV)
+        temperature_C = None if temperature_N is None else temperature_N[at]
+        backward(logits_CV, ids_N[at], *vectors_C, temperature, temperature_C, softcap, d_CV)
         gradients.add(at, d_CV)
     return gradients.done()
 
 
 def policy_gradients(
-    rows, hidden_NH, weight_VH, ids_N, bias_V, tokens, objective, wanted, chunk_tokens, narrow
-):
-    """(logp_N, entropy_N, (d hidden, d weight, d bias)) of the weighted policy objective: three products in
-    all.
+    rows: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    tokens: Sequence[torch.Tensor | None],
+    objective: "Objective",
+    wanted: Sequence[bool],
+    chunk_tokens: int | None,
+    narrow: bool,
+) -> tuple[torch.Tensor, torch.Tensor, HeadGradients]:
+    """Log-probs, entropies and gradients of the weighted policy objective: three matrix products in all.
 
-    rows: a room's `ppo_loss_from_logits`. tokens: old_logp_N, advantage_N, ref_logp_N or None, weight_N.
-    objective: the scalars and temperature_N as `policy.objective` gives them. Rows of weight 0 must hold
-    finite hidden states.
+    Args:
+        rows: The `ppo_loss_from_logits` of an implementation of that room.
+        hidden_NH: Hidden states, float32 or narrower; finite where the weight is 0, too.
+        weight_VH: The head's weight, of the same dtype.
+        ids_N: The tokens.
+        bias_V: The head's bias, or None.
+        tokens: old_logp_N, advantage_N, ref_logp_N or None, and weight_N: the first four of
+            `policy.Weighted`.
+        objective: As `policy.objective` returns it.
+        wanted: Which of the three gradients are wanted; the others are None.
+        chunk_tokens: As in `chunks`.
+        narrow: As in `head`.
+
+    Returns:
+        logp_N, entropy_N (nats, float32) and (d hidden, d weight, d bias); d hidden is in the dtype of
+        `held`.
     """
     *scalars, temperature, temperature_N, softcap = objective
     count = hidden_NH.shape[0]
     logp_N, entropy_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(2))
-    mine = head(hidden_NH, weight_VH, bias_V, narrow)
-    gradients = Gradients(mine, held(hidden_NH.dtype), *wanted)
+    inputs = head(hidden_NH, weight_VH, bias_V, narrow)
+    gradients = Gradients(inputs, held(hidden_NH.dtype), *wanted)
     slices = chunks(count, weight_VH.shape[0], chunk_tokens, hidden_NH.device)
-    buffer_CV = mine.buffer(slices)
+    buffer_CV = inputs.buffer(slices)
     for at in slices:
-        logits_CV = mine.logits(at, buffer_CV)
-        d_CV = mine.over(logits_CV)
-        parts = [None if tensor is None else tensor[at] for tensor in tokens]
-        part_N = None if temperature_N is None else temperature_N[at]
+        logits_CV = inputs.logits(at, buffer_CV)
+        d_CV = inputs.over(logits_CV)
+        tokens_C = [None if tensor is None else tensor[at] for tensor in tokens]
+        temperature_C = None if temperature_N is None else temperature_N[at]
         logp_N[at], entropy_N[at] = rows(
-            logits_CV, ids_N[at], *parts, *scalars, temperature, part_N, softcap, d_CV
+            logits_CV, ids_N[at], *tokens_C, *scalars, temperature, temperature_C, softcap, d_CV
         )
         gradients.add(at, d_CV)
     return logp_N, entropy_N, gradients.done()

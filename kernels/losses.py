@@ -4,15 +4,21 @@ A loss is `inverse` times the sum over tokens of share * term (layout.shares). T
 forward pass without `inverse`, so that one launch can write it before the global count is known.
 """
 
+from collections.abc import Sequence
+
 import torch
+
+from .layout import Layout
 
 REDUCTIONS = ("sequence-mean", "token-mean")
 KL_ESTIMATORS = ("k3", "k1")
 
 
-def total(value):
-    """The sum over the last dimension in blocks: torch shares out one long sum among threads, whose number
-    would show in the last bits, but not many short ones.
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum over the last dimension, in blocks.
+
+    torch splits one long sum among threads, whose number would show in the last bits, but not many short
+    ones.
     """
     length, block = value.shape[-1], 1024
     if length <= block:
@@ -22,10 +28,13 @@ def total(value):
     return total(value.unflatten(-1, (-1, block)).sum(-1))
 
 
-def statistics(rows, dtype, tokens):
-    """The means over valid tokens of each of `tokens` ([..., N], 0 where masked), then sequences and tokens:
+def statistics(rows: Layout, dtype: torch.dtype, tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The means of K quantities over valid tokens, then the counts of sequences and of tokens: [..., K + 2].
 
-    [..., K + 2].
+    Args:
+        rows: Where the tokens are.
+        dtype: Of the result.
+        tokens: K tensors [..., N], 0 where masked.
     """
     count = rows.count_B.sum().to(dtype)
     means = [total(value.to(dtype)) / count.clamp(min=1) for value in tokens]
@@ -33,8 +42,8 @@ def statistics(rows, dtype, tokens):
     return torch.stack([*means, *counts], dim=-1)
 
 
-def scaled(gradient, inverse, upstream, dtype):
-    """The gradient of the forward pass times 1/Z and the upstream gradient, in float32, then in the input's
-    dtype.
-    """
+def scaled(
+    gradient: torch.Tensor, inverse: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """The gradient of the forward pass times `inverse` and the upstream gradient, rounded once to `dtype`."""
     return (gradient * (inverse * upstream)).to(dtype)

@@ -14,8 +14,8 @@ import triton.language as tl
 CONFIGS = (dict(BLOCK=256, num_warps=4), dict(BLOCK=512, num_warps=8))
 
 
-def config(tokens, rows):
-    """The config for rows of tokens / rows positions on average."""
+def config(tokens: int, rows: int) -> dict[str, int]:
+    """Options of a launch for rows of tokens / rows positions on average: BLOCK and num_warps."""
     return CONFIGS[tokens > 256 * rows]
 
 
@@ -44,9 +44,9 @@ def report(
     K: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    """Loss, 1/Z and statistics [M + 2] from the sums of the programs first .. first + rows. first, programs:
+    """Writes loss, 1/Z and statistics [M + 2] from the sums of the programs first .. first + rows - 1.
 
-    int64. K: a power of two > M + 2.
+    first, programs: int64. K: a power of two > M + 2.
     """
     k = tl.arange(0, K)
     sum_KB = tl.zeros([K, BLOCK_B], tl.float64)

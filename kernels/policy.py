@@ -1,8 +1,8 @@
-"""What ppo_loss_from_logits and linear_ppo_loss share: their arguments, each token's weight and advantage,
-loss and statistics.
+"""What ppo_loss_from_logits and linear_ppo_loss share.
 
-The token-level work is `ppo_loss`'s own; here it is prepared for kernels that need every token's weight
-before they know the loss, since they write the gradient of the logits in the forward pass.
+That is their arguments, each token's weight and advantage, the loss and its statistics. The work on a token
+is `ppo_loss`'s own. Here it is prepared for kernels that need every token's weight before they know the loss,
+since they write the gradient of the logits in the forward pass.
 """
 
 from typing import NamedTuple
@@ -18,15 +18,20 @@ from .losses import KL_ESTIMATORS, REDUCTIONS
 HALF_HEADROOM = 6
 SCHEMA = (
     "Tensor ids, Tensor old_logp, Tensor advantages, Tensor? ref_logp, Tensor? cu_seqlens, Tensor? mask, "
-    "float clip_ratio, float clip_high, float dual_clip, float kl_coeff, bool k1, float entropy_coeff, float "
-    "temperature, "
-    "Tensor? temperatures, float softcap, bool token_mean, Tensor? normalizer, Tensor? scale, Tensor? shift, "
-    "str impl"
+    "float clip_ratio, float clip_high, float dual_clip, float kl_coeff, bool k1, float entropy_coeff, "
+    "float temperature, Tensor? temperatures, float softcap, bool token_mean, Tensor? normalizer, "
+    "Tensor? scale, Tensor? shift, str impl"
 )
+# What a kernel on rows takes of a policy: see `objective`.
+Objective = tuple[float, float, float, float, bool, float, float, torch.Tensor | None, float]
 
 
 class Policy(NamedTuple):
-    """The arguments of SCHEMA, in its order; token tensors are packed [N] or padded [B, T]."""
+    """The arguments of SCHEMA, in its order; token tensors are packed [N] or padded [B, T].
+
+    Their meaning is that of the public arguments (`ppo_loss`). k1: the KL estimator is k1, not k3.
+    temperature_N: one for each token, [N]; then `temperature` is 1. scale, shift: of the advantages, 0-d.
+    """
 
     ids: torch.Tensor
     old_logp: torch.Tensor
@@ -51,9 +56,14 @@ class Policy(NamedTuple):
 
 
 class Weighted(NamedTuple):
-    """What the row kernels take, flat: old_logp_N, advantage_N (scaled and shifted), ref_logp_N or None,
-    weight_N (0 where masked), and unscale: 0-d, what the gradient has to be multiplied with in float32 (1 but
-    in float16), or None for 1.
+    """What the kernels on rows take, flat.
+
+    Attributes:
+        old_logp_N: Log-probs of the policy that sampled.
+        advantage_N: Scaled and shifted.
+        ref_logp_N: Log-probs of the reference policy, or None.
+        weight_N: The token's weight in the loss; 0 where masked.
+        unscale: 0-d factor of the gradient, in float32; None for 1. It is other than 1 only in float16.
     """
 
     old_logp_N: torch.Tensor
@@ -64,30 +74,36 @@ class Weighted(NamedTuple):
 
 
 def arguments(
-    op,
-    like,
-    ids,
-    old_logp,
-    advantages,
+    op: str,
+    like: torch.Tensor,
+    ids: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
     *,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    cu_seqlens,
-    mask,
-    ref_logp,
-    kl_coeff,
-    kl_estimator,
-    entropy_coeff,
-    temperature,
-    softcap,
-    reduction,
-    normalizer,
-    advantage_scale,
-    advantage_shift,
-    impl,
-):
-    """Checks a public call's arguments -> Policy. like: a tensor of the computation's dtype and device."""
+    clip_ratio: float,
+    clip_high: float | None,
+    dual_clip: float | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    ref_logp: torch.Tensor | None,
+    kl_coeff: float,
+    kl_estimator: str,
+    entropy_coeff: float,
+    temperature: float | torch.Tensor,
+    softcap: float | None,
+    reduction: str,
+    normalizer: float | torch.Tensor | None,
+    advantage_scale: float | torch.Tensor | None,
+    advantage_shift: float | torch.Tensor | None,
+    impl: str,
+) -> Policy:
+    """Checks a public call's arguments, which are those of `ppo_loss` and `token_logprob`.
+
+    `op` is the name of the op in messages; `like` is a tensor of the computation's dtype and device.
+
+    Raises:
+        ValueError: An argument that does not fit.
+    """
     tokens = (old_logp, advantages) if ref_logp is None else (old_logp, advantages, ref_logp)
     checks.same_tokens(op, ("old_logp", "advantages", "ref_logp"), tokens)
     if old_logp.shape != ids.shape or old_logp.device != like.device:
@@ -103,21 +119,19 @@ def arguments(
             f"{op}: ref_logp: expected the reference's log-probs with kl_coeff {kl_coeff}, got None"
         )
     cu_seqlens, mask, _ = checks.rows(op, "old_logp", old_logp.shape, like.device, cu_seqlens, mask)
-    temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
-    old_logp, advantages = old_logp.detach(), advantages.detach()
-    ref_logp = None if ref_logp is None else ref_logp.detach()
+    one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
     return Policy(
         checks.wide(ids),
-        old_logp,
-        advantages,
-        ref_logp,
+        old_logp.detach(),
+        advantages.detach(),
+        None if ref_logp is None else ref_logp.detach(),
         cu_seqlens,
         mask,
         *clip,
         kl_coeff,
         kl_estimator == "k1",
         entropy_coeff,
-        temperature,
+        one_temperature,
         temperature_N,
         checks.softcap(op, softcap),
         reduction == "token-mean",
@@ -128,9 +142,10 @@ def arguments(
     )
 
 
-def objective(policy):
-    """What a row kernel takes: clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff, temperature,
-    temperature_N, softcap.
+def objective(policy: Policy) -> Objective:
+    """What a kernel on rows takes.
+
+    (clip_ratio, clip_high, dual_clip, kl_coeff, k1, entropy_coeff, temperature, temperature_N, softcap).
     """
     return (
         policy.clip_ratio,
@@ -145,18 +160,29 @@ def objective(policy):
     )
 
 
-def weighted(op, policy, gradient_dtype, dtype):
-    """Flat tokens with their weights -> (Weighted, valid_N). No host sync.
+def weighted(
+    op: str, policy: Policy, gradient_dtype: torch.dtype, dtype: torch.dtype
+) -> tuple[Weighted, torch.Tensor]:
+    """The tokens with their weights, flat. No host sync.
 
-    In float16 a gradient over 1/Z flushes to zero (93 % of d logits at V = 32000): there the weights are
+    In float16 a gradient over 1/Z flushes to zero (93 % of d logits at V = 32000). There the weights are
     multiplied by a power of two that brings the largest weighted advantage near 2^6, and `unscale` undoes it,
     in float32, in backward.
+
+    Args:
+        op: Name of the op, for messages.
+        policy: The arguments of the call.
+        gradient_dtype: In which the gradient will be written.
+        dtype: In which the op computes.
+
+    Returns:
+        The tokens, and valid_N (bool).
     """
     rows = layout(op, policy.ids.numel(), policy.cu_seqlens, policy.mask)
     weight_N = weights(rows, policy.token_mean, policy.normalizer, dtype)
 
-    def flat(tensor):
-        return None if tensor is None else torch.where(rows.valid_N, tensor.reshape(-1).to(dtype), 0)
+    def flat(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.where(rows.valid_N, tensor.reshape(-1).to(dtype), 0)
 
     advantage_N = flat(policy.advantages)
     if policy.scale is not None:
@@ -169,14 +195,16 @@ def weighted(op, policy, gradient_dtype, dtype):
         exponent = (HALF_HEADROOM - torch.frexp(size).exponent).clamp(-60, 60)
         one = torch.ones_like(size)
         weight_N, unscale = weight_N * torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
-    return Weighted(
-        flat(policy.old_logp), advantage_N, flat(policy.ref_logp), weight_N, unscale
-    ), rows.valid_N
+    ref_logp_N = None if policy.ref_logp is None else flat(policy.ref_logp)
+    return Weighted(flat(policy.old_logp), advantage_N, ref_logp_N, weight_N, unscale), rows.valid_N
 
 
-def loss_of(policy, logp_N, entropy_N):
-    """(loss [], statistics [11]) of `ppo_loss` on log-probs and entropies that are known: one more launch on
-    N numbers.
+def loss_of(
+    policy: Policy, logp_N: torch.Tensor, entropy_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss [] and statistics [11] of `ppo_loss`, from log-probs and entropies that are known.
+
+    That is one more launch on N numbers.
     """
     shape = policy.ids.shape
     function, _ = choose("ppo_loss", (logp_N,), policy.impl)

@@ -1,11 +1,20 @@
-"""Multiplies a large gradient by a scalar that lives on its device, and leaves it alone when the scalar is 1."""
+"""Multiplies a large gradient by a scalar that is on its device; where the scalar is 1, nothing is done."""
+
+import torch
 
 
-def scale_in_place(tensor, factor):
-    """Tensor *= factor (0-d), computed in float32 -> tensor. No host sync.
+def scale_in_place(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiplies a tensor by a 0-d factor in place, in float32. No host sync on a device.
 
-    A loss whose normaliser counts everything has upstream 1: then nothing is read or written, on the CPU by a
-    look at the scalar, on a device by a kernel whose programs look at it first.
+    A loss whose normaliser counts everything has upstream 1: then nothing is read or written. On the CPU the
+    host looks at the scalar; on a device a kernel does, whose programs look at it first.
+
+    Args:
+        tensor: Of any shape and float dtype; it is written.
+        factor: 0-d, on the tensor's device.
+
+    Returns:
+        The tensor.
     """
     if tensor.device.type == "cpu":
         return tensor if factor.item() == 1 else tensor.mul_(factor)

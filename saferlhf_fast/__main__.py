@@ -1,6 +1,4 @@
-"""`python -m saferlhf_fast`: the command line where its script is not on the path (torchrun -m saferlhf_fast
-…).
-"""
+"""`python -m saferlhf_fast`: the command line, where its script is not on the path (torchrun -m …)."""
 
 import sys
 

@@ -1,10 +1,11 @@
 """The command line: saferlhf-fast COMMAND [recipe.yaml] [key=value …] [--key value …] [--debug].
 
-This file and `info` need the standard library only. A stage's settings, whether its models and data are there
-and of a kind that can be read, and its output are checked before torch is imported, so a mistake in them ends
-in well under two seconds; what the data holds is seen when it is read, with torch but before a model is
-trained or an output is touched. Exit codes: 0 done, 1 a bug of ours (or a regression that `bench` found), 2
-bad input, 130 interrupted, 143 or 138 stopped by SIGTERM or SIGUSR1 after a checkpoint.
+This file and `info` need the standard library only. Before torch is imported the command line checks a
+stage's settings, whether its models and data exist in a form that can be read, and its output, so a mistake
+in them ends the command in well under two seconds. What the data contains is checked when it is read, with
+torch but before a model is trained or an output is written. Exit codes: 0 success, 1 a bug in this package
+(or a regression that `bench` found), 2 bad input, 130 interrupted, 143 or 138 stopped by SIGTERM or SIGUSR1
+after a checkpoint.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS
@@ -54,19 +57,29 @@ examples:
   saferlhf-fast sft model=DIR data=FILE output=DIR               one stage, without a recipe
   saferlhf-fast run quickstart sft.train.max_steps=10            a shipped recipe, one setting changed
   saferlhf-fast ppo-lag --help                                   every setting of a stage, with its default
-  saferlhf-fast bench --quick                                    how fast the kernels are here, on small shapes
+  saferlhf-fast bench --quick                                    how fast the kernels are here, on small
+  shapes
 
 options:
   -h, --help     this text, or a command's settings
   --version      the version
   --debug        show the traceback of an error
-  --processes N  start N processes on this machine; default: one for each GPU, one on a CPU (docs/multi-node.md: more machines)
-  --grace S      seconds that they get after SIGTERM or SIGUSR1 to end their step and write a checkpoint; default: 120
+  --processes N  start N processes on this machine; default: one for each GPU, one on a CPU
+                 (docs/multi-node.md: more machines)
+  --grace S      seconds that they get after SIGTERM or SIGUSR1 to end their step and write a checkpoint;
+                 default: 120
 """
 
 
-def main(argv=None):
-    """Runs one command and returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The words after `saferlhf-fast`; None for those of this process.
+
+    Returns:
+        The exit code.
+    """
     parser = argparse.ArgumentParser(prog="saferlhf-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("-h", "--help", action="store_true")
@@ -87,7 +100,9 @@ def main(argv=None):
         print(_top_help())
         return 0 if args.help else EXIT_CODE
     try:
-        return _done(_dispatch(args, words, argv))
+        code = _dispatch(args, words, argv)
+        _end_watch()
+        return code
     except UserError as e:
         return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
     except KeyboardInterrupt as e:
@@ -95,9 +110,11 @@ def main(argv=None):
     except preemption.Preempted as e:  # after a checkpoint: no fault
         if os.environ.get("RANK", "0") == "0":
             print(e, file=sys.stderr)
-        return _done(e.code, limit=20)
+        _end_watch(limit=20)
+        assert isinstance(e.code, int), f"a preempted run ends with a number, got {e.code!r}"
+        return e.code
     except SystemExit:
-        _done(None, limit=20)
+        _end_watch(limit=20)
         raise
     except BrokenPipeError as e:  # `saferlhf-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,53 +126,53 @@ def main(argv=None):
         return _failed(e, 1, f"bug: {type(e).__name__}: {_one_line(e)}{hint}", args.debug)
 
 
-def _done(code, limit=None):
-    """Ends the watch over other ranks, where there is one: this one is done. Returns the exit code."""
+def _end_watch(limit: float | None = None) -> None:
+    """Ends the watch over other ranks, if there is one: this rank is done. limit: seconds at most."""
     if "saferlhf_fast.runtime.watchdog" in sys.modules:
         sys.modules["saferlhf_fast.runtime.watchdog"].end(limit)
-    return code
 
 
-def _failed(error, code, line, debug=False):
+def _failed(error: BaseException, code: int, line: str, debug: bool = False) -> int:
     """Says in one line why this process ends, or which other rank is to blame; returns the exit code."""
     if debug:
         traceback.print_exc()
     watch = sys.modules.get("saferlhf_fast.runtime.watchdog")
     blame = watch.failed(error, code) if watch else None
-    if blame is None:
+    if watch is None or blame is None:
         if line and os.environ.get("LOCAL_RANK", "0") != "0":
             # settings are as wrong for the machine's first rank: its launcher ends this one for it
             time.sleep(2)
         if line:
             _complain(line)
         return code
-    said, code = blame
-    if said is None and line:
+    other_line, code = blame
+    if other_line is None and line:
         _complain(line)
-    elif said:
-        print(said, file=sys.stderr)
-    watch.leave(code)
+    elif other_line:
+        print(other_line, file=sys.stderr)
+    return watch.leave(code)  # which ends the process
 
 
-def _dispatch(args, words, argv):
-    """Runs a command and returns the exit code. argv: the whole command line, for the processes that it may
-    start.
+def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -> int:
+    """Runs a command.
+
+    Args:
+        args: The options of the command line.
+        words: What follows the command, without those options.
+        argv: The whole command line, for the processes that the command may start.
+
+    Returns:
+        The exit code.
     """
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
-    from saferlhf_fast.runtime import launcher, process_environment
-
     cluster_check = command == "info" and "--cluster" in words
-    if command not in launcher.COMMANDS and not cluster_check and not wants_help:
-        for option, value in (("--processes", args.processes), ("--grace", args.grace)):
-            if value is not None:
-                raise UserError(
-                    f"{option}: {command} runs in one process"
-                    + ("; info --cluster runs in several" if command == "info" else "")
-                )
+    if not cluster_check and not wants_help:
+        _refuse_processes(command, args)
     if cluster_check and not wants_help:
         from saferlhf_fast.commands import preflight
+        from saferlhf_fast.runtime import launcher, process_environment
 
         process_environment.adopt()
         processes = launcher.wanted(args.processes, lambda: preflight.arguments(words))
@@ -186,36 +203,57 @@ def _dispatch(args, words, argv):
 
         print(plan.help_text()) if wants_help else plan.main(words)
         return 0
+    return _run_with_settings(args, words, argv)
+
+
+def _refuse_processes(command: str, args: argparse.Namespace) -> None:
+    """Raises UserError for --processes or --grace with a command that runs in one process."""
+    from saferlhf_fast.runtime import launcher
+
+    if command in launcher.COMMANDS:
+        return
+    for option, value in (("--processes", args.processes), ("--grace", args.grace)):
+        if value is not None:
+            raise UserError(
+                f"{option}: {command} runs in one process"
+                + ("; info --cluster runs in several" if command == "info" else "")
+            )
+
+
+def _run_with_settings(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -> int:
+    """Runs a stage, a recipe or the demo, or starts the processes that do; returns the exit code."""
     from saferlhf_fast.config import schema
 
-    if wants_help:
+    command = args.command
+    if args.help:
         print(schema.help_text(command))
         return 0
     recipe, overrides = split_words(command, words)
-    if command == "run" and recipe is None:
+    if command == "run" and recipe is None:  # below, a recipe that is None is of another command
         raise UserError("run: missing: a recipe, e.g. saferlhf-fast run quickstart")
     from saferlhf_fast.commands import run
     from saferlhf_fast.config import load
+    from saferlhf_fast.runtime import launcher, process_environment
 
     if command in launcher.COMMANDS:
         process_environment.adopt()
         processes = launcher.wanted(args.processes, lambda: _check(command, recipe, overrides))
         if processes > 1:
             return launcher.start(argv, processes, args.grace)
-    if command == "run":
+    if command == "run" and recipe is not None:
         run.run(recipe, overrides)
     else:
         run.run_stage(command, load.load(command, recipe, overrides))
     return 0
 
 
-def _check(command, recipe, overrides):
-    """Refuses what a stage, or `run`, would refuse before it imports torch."""
+def _check(command: str, recipe: str | None, overrides: dict[str, Any]) -> None:
+    """Raises the UserErrors that a stage, or `run`, would raise before it imports torch."""
     from saferlhf_fast.commands import run
     from saferlhf_fast.config import checks, load
     from saferlhf_fast.runtime import run_folder
 
-    if command == "run":
+    if command == "run" and recipe is not None:
         run.plan(recipe, overrides)
         return
     cfg = load.load(command, recipe, overrides)
@@ -223,23 +261,23 @@ def _check(command, recipe, overrides):
     run_folder.check_output(command, cfg)
 
 
-def _top_help():
+def _top_help() -> str:
     width = max(map(len, COMMANDS))
     return TOP_HELP.format(commands="\n".join(f"  {name:{width}}  {line}" for name, line in COMMANDS.items()))
 
 
-def _guess(command):
+def _guess(command: str) -> str:
     import difflib
 
     close = difflib.get_close_matches(command, COMMANDS, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _one_line(error):
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _complain(line):
+def _complain(line: str) -> None:
     process = os.environ.get("RANK", "0")
     print(line if process == "0" else f"[rank {process}] {line}", file=sys.stderr)
 

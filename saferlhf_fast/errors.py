@@ -1,7 +1,7 @@
-"""The one exception for mistakes of the caller's: bad recipes, bad data, bad folders.
+"""The one exception for mistakes of the caller: bad recipes, bad data, bad folders.
 
 The command line turns it into a single line and exit code 2 (`--debug` shows the traceback). It is a
-ValueError, so that library users catch what they expect. Everything else that is raised is a bug of ours.
+ValueError, so that library users catch what they expect. Any other exception is a bug in this package.
 """
 
 import sys
@@ -11,7 +11,7 @@ EXIT_CODE = 2
 
 
 class UserError(ValueError):
-    """Bad input: the message names the file, row or field, what was expected and what came, in one line."""
+    """Bad input: the message names the file, row or field, what was expected and what it got, in one line."""
 
 
 class NonFinite(UserError):
@@ -19,14 +19,19 @@ class NonFinite(UserError):
 
 
 class MissingExtra(UserError, ImportError):
-    """Packages that a part of the project needs are not installed; the message names the extra that brings
-    them.
-    """
+    """Packages that are needed are not installed; the message names the extra that installs them."""
 
 
-def require(what, extra, *names):
-    """MissingExtra when one of the packages `names`, which `what` needs, is not installed; nothing is
-    imported.
+def require(what: str, extra: str, *names: str) -> None:
+    """Checks that packages are installed, without importing them.
+
+    Args:
+        what: What needs them, for the message.
+        extra: The extra of this package that installs them.
+        names: Names under which they are imported.
+
+    Raises:
+        MissingExtra: One of them is not installed.
     """
     # find_spec raises ValueError for a name that is set to None in sys.modules.
     missing = [name for name in names if sys.modules.get(name, ...) is None or util.find_spec(name) is None]

@@ -1,3 +1,3 @@
-"""The version, for everybody who writes it down. pyproject.toml has it too."""
+"""The version, for whatever writes it down. pyproject.toml has it too."""
 
 __version__ = "0.1.0"

@@ -10,18 +10,35 @@ from ..dispatch import choose
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(
-    "gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, bool "
-    "carry, "
-    "str impl) -> (Tensor, Tensor)"
+    "gae(Tensor rewards, Tensor values, Tensor? cu_seqlens, Tensor? mask, float gamma, float lam, "
+    "bool carry, str impl) -> (Tensor, Tensor)"
 )
 
 
-def _run(rewards, values, cu_seqlens, mask, gamma, lam, carry, impl):
+def _run(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+    carry: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     function, _ = choose("gae", (rewards,), impl)
     return function(rewards, values, cu_seqlens, mask, gamma, lam, carry)
 
 
-def _fake(rewards, values, cu_seqlens, mask, gamma, lam, carry, impl):
+def _fake(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+    carry: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = checks.result_dtype(rewards)
     return (rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype))
 
@@ -41,7 +58,7 @@ def gae(
     masked: str = "zero",
     impl: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, eq. 16), each row by itself.
+    """Generalised advantage estimation, each row by itself.
 
     Means the same as, for one row of T tokens::
 
@@ -49,15 +66,30 @@ def gae(
             A[t] = rewards[t] + gamma * V[t + 1] - V[t] + gamma * lam * A[t + 1]
         returns = A + V
 
-    rewards, values: packed [N] with `cu_seqlens` (int32 [B+1]) or padded [B, T] with a boolean `mask`, one
-    run of valid tokens per row; with neither, [N] is one sequence and [B, T] has no padding. values[t] is
-    read at the position that predicts token t. gamma, lam: in 0..1. masked: what a masked token between valid
-    ones does. "zero": its reward and value count as 0 (safe-rlhf). "carry": it is skipped, the next value and
-    the running sum pass through it (verl). Rows with one run are the same in both. impl: "auto", "reference"
-    or "native".
+    Masked entries are never read. No gradient flows back.
 
-    Returns (advantages, returns), shaped as rewards, 0 where masked; float64 for float64 rewards, else
-    float32. Masked entries are never read. Raises ValueError for shapes, dtypes or devices that do not fit.
+    Args:
+        rewards: Packed [N] with `cu_seqlens` or padded [B, T] with `mask`, one run of valid tokens per row;
+            with neither, [N] is one sequence and [B, T] has no padding.
+        values: Shaped as rewards. values[t] is read at the position that predicts token t.
+        gamma: Discount, in 0..1.
+        lam: Decay of the sum of differences, in 0..1.
+        cu_seqlens: Offsets of packed rows, int32 [B+1], or None.
+        mask: Valid tokens of padded rows, bool [B, T], or None.
+        masked: What a masked token between valid ones does. "zero": its reward and value count as 0
+            (safe-rlhf). "carry": it is skipped, the next value and the running sum go through it (verl). Rows
+            with one run are the same in both.
+        impl: "auto", "reference", "triton" or "native".
+
+    Returns:
+        (advantages, returns), shaped as rewards, 0 where masked; float64 for float64 rewards, else float32.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit; gamma or lam outside 0..1.
+        NotImplementedError: `impl` cannot run here.
+
+    Source:
+        Schulman et al. 2016, arXiv 1506.02438, eq. 16.
     """
     checks.same_tokens("gae", ("rewards", "values"), (rewards, values))
     checks.one_of("gae", "masked", masked, ("zero", "carry"))

@@ -6,12 +6,20 @@ from .. import pointers
 from ..checks import result_dtype
 
 
-def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
-    """See the op. Outputs shaped as rewards. On a GPU the offsets are trusted."""
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference. On a GPU the offsets are trusted."""
     dtype, tokens = result_dtype(rewards), rewards.numel()
     rewards, values = pointers.flat(rewards, dtype), pointers.flat(values, dtype)
     advantages, returns = torch.empty_like(rewards), torch.empty_like(rewards)
-    keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
+    referenced, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
     arguments = (
         advantages.data_ptr(),
         returns.data_ptr(),
@@ -28,5 +36,5 @@ def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
             pointers.module().gae_cuda(*arguments, pointers.stream(rewards.device))
     else:
         pointers.module().gae_cpu(*arguments, pointers.threads(tokens))
-    del keep
+    del referenced
     return advantages, returns

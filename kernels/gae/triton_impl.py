@@ -5,13 +5,14 @@ Also what the scan of ppo_lag_advantage is made of.
 What token t + 1 hands to token t is x[t] = gamma * V[t+1] + gamma * lam * A[t+1], so that A[t] = rewards[t] +
 x[t] - V[t]. It obeys one recurrence in both mask modes, with no look at a neighbour:
 
-    x[t-1] = decay * x[t] + decay * rewards[t] + share * V[t]      decay = gamma * lam, share = gamma * (1 -
-    lam) x[t-1] = decay * x[t]    at a masked token of mode "zero",    x[t-1] = x[t]    at one of mode "carry"
+    x[t-1] = decay * x[t] + decay * rewards[t] + share * V[t]     decay = gamma * lam
+    x[t-1] = decay * x[t]    at a masked token of mode "zero"     share = gamma * (1 - lam)
+    x[t-1] = x[t]            at a masked token of mode "carry"
 
-One program per row takes the row in blocks from right to left. A thread holds PER neighbouring positions of a
+One program per row takes the row in blocks from right to left. A thread has PER neighbouring positions of a
 block, which it goes through one after another; the groups of all threads are joined by an associative scan.
-The groups lie in the scan's order (the last comes first), because a scan asked to run in reverse turns its
-operands round with shuffles of their own.
+The groups are in the scan's order (the last comes first), because a scan that runs in reverse turns its
+operands round with shuffles of its own.
 
 Shape suffixes: G groups of a block, K = PER positions of a group. Blocks start at multiples of 16 positions,
 wherever the row starts, so that stores are vectors; rows that share a group store its positions one by one.
@@ -23,7 +24,7 @@ import triton.language as tl
 
 from ..rows_triton import load_valid, row_arguments, segment_bounds, valid_mask, zero_tail
 
-# Positions of a block: warps. The first block that holds a row of mean length is taken, or the largest.
+# Positions of a block: warps. The first block that a row of mean length fits into is taken, or the largest.
 CONFIGS = {128: 1, 512: 4, 1024: 8}
 PER = 4  # positions of a thread, as `split4` takes them: 16 bytes of float32
 
@@ -45,16 +46,18 @@ def join4(x0, x1, x2, x3):
 
 @triton.jit
 def compose(a1, b1, e1, f1, a2, b2, e2, f2):
-    """Of two runs of groups, 2 standing left of 1, one: x from the right leaves it as a*x + b and reaches its
-    leftmost group as e*x + f.
+    """Joins two runs of groups, 2 left of 1, into one.
+
+    An x that comes in from the right leaves a run as a*x + b, and reaches its leftmost group as e*x + f.
     """
     return a2 * a1, a2 * b1 + b2, e2 * a1, e2 * b1 + f2
 
 
 @triton.jit
 def scan_block(give_GK, decay_GK, state):
-    """(x [G, K] that reaches each position, the state that leaves the block) where position t turns x into
-    decay * x + give and `state` comes in from the right.
+    """(the x [G, K] that reaches each position, the state that leaves the block).
+
+    A position turns x into decay * x + give; `state` comes in from the right.
     """
     g0, g1, g2, g3 = split4(give_GK)
     d0, d1, d2, d3 = split4(decay_GK)
@@ -71,7 +74,7 @@ def scan_block(give_GK, decay_GK, state):
 
 @triton.jit
 def places(GROUPS: tl.constexpr):
-    """(first position [G, 1] of each group, position [G, K]) within a block; the rightmost group comes first."""
+    """(first position [G, 1] of each group, positions [G, K]) within a block, the rightmost group first."""
     first_G = (GROUPS - 1 - tl.arange(0, GROUPS)) * 4
     return first_G[:, None], first_G[:, None] + tl.arange(0, 4)[None, :]
 
@@ -86,8 +89,9 @@ def vector_bounds(cu_seqlens, row, rows, width):
 
 @triton.jit
 def stream(reward_GK, values_N, base, at_GK, valid_GK, decay, share, CARRY: tl.constexpr, state):
-    """(return_GK, advantage_GK, the state that leaves the block), 0 where not valid; reward_GK is 0 there
-    too.
+    """(return_GK, advantage_GK, the state that leaves the block), 0 where not valid.
+
+    reward_GK is 0 there too.
     """
     value_GK = load_valid(values_N, base, at_GK, valid_GK)
     decay_GK = tl.where(valid_GK, decay, 1.0 if CARRY else decay)
@@ -98,10 +102,10 @@ def stream(reward_GK, values_N, base, at_GK, valid_GK, decay, share, CARRY: tl.c
 
 @triton.jit
 def write(out_N, base, first_G1, at_GK, value_GK, lead, stop):
-    """Stores at the row's own positions, masked or not: whole groups as vectors, the others one by one."""
-    whole_G1 = (first_G1 >= lead) & (first_G1 + 4 <= stop)
-    tl.store(out_N + base + at_GK, value_GK, mask=whole_G1)
-    tl.store(out_N + base + at_GK, value_GK, mask=(at_GK >= lead) & (at_GK < stop) & (whole_G1 == 0))
+    """Stores at the row's own positions, masked or not: complete groups as vectors, the others one by one."""
+    complete_G1 = (first_G1 >= lead) & (first_G1 + 4 <= stop)
+    tl.store(out_N + base + at_GK, value_GK, mask=complete_G1)
+    tl.store(out_N + base + at_GK, value_GK, mask=(at_GK >= lead) & (at_GK < stop) & (complete_G1 == 0))
 
 
 @triton.jit
@@ -120,9 +124,9 @@ def gae_kernel(
     CARRY: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """Row by row; `width` is T of padded rows.
+    """The rows of this program; `width` is T of padded rows.
 
-    There are as many programs as rows, but one at least, for the tail.
+    There are as many programs as rows, but at least one, for the positions after the last row.
     """
     first_G1, at_GK = places(GROUPS)
     for row in range(tl.program_id(0), rows, tl.num_programs(0)):
@@ -142,17 +146,26 @@ def gae_kernel(
     zero_tail(returns_N, cu_seqlens, rows, tokens, tl.program_id(0), tl.num_programs(0), 4 * GROUPS)
 
 
-def scan_config(tokens, rows):
-    """{"GROUPS", "num_warps"} for rows of tokens / rows positions on average; the host knows no more of
-    packed rows.
+def scan_config(tokens: int, rows: int) -> dict[str, int]:
+    """Options of a launch for rows of tokens / rows positions on average: GROUPS and num_warps.
+
+    The host knows no more than the average of packed rows.
     """
     mean = tokens / max(rows, 1)
     block = next((size for size in CONFIGS if size >= mean), max(CONFIGS))
     return dict(GROUPS=block // PER, num_warps=CONFIGS[block])
 
 
-def gae(rewards, values, cu_seqlens, mask, gamma, lam, carry):
-    """See the op. float32, bfloat16 or float16, read as they are; outputs float32, shaped as rewards."""
+def gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    gamma: float,
+    lam: float,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference; float32, bfloat16 or float16 in, float32 out."""
     tokens = rewards.numel()
     rewards, values = rewards.contiguous(), values.contiguous()
     cu_seqlens, mask, rows, width = row_arguments("gae", cu_seqlens, mask, tokens)

@@ -1,50 +1,50 @@
-"""linear_logprob: log-prob and entropy of tokens from hidden states and the head's weight; logits exist only
-in chunks.
+"""linear_logprob: log-prob and entropy of tokens from hidden states and the head's weight.
+
+Logits exist only in chunks.
 """
 
-from typing import Literal, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..first_order import first_order_only, learns, refuse_tangents, track_inputs
+from ..first_order import Gradients, first_order_only, learns, refuse_tangents, track_inputs
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(
-    "linear_logprob(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, Tensor? "
-    "temperatures, "
-    "float softcap, bool entropy, int? chunk_tokens, bool gradient, str group, str impl) -> (Tensor, Tensor, "
-    "Tensor)"
+    "linear_logprob(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, float temperature, "
+    "Tensor? temperatures, float softcap, bool entropy, int? chunk_tokens, bool gradient, str group, "
+    "str impl) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, Tensor logp, Tensor "
-    "entropy, "
-    "Tensor lse, Tensor? grad_logp, Tensor? grad_entropy, float temperature, Tensor? temperatures, float "
-    "softcap, "
-    "bool[] wanted, int? chunk_tokens, str group, str impl) -> (Tensor, Tensor, Tensor)"
+    "linear_logprob_backward(Tensor hidden, Tensor weight, Tensor ids, Tensor? bias, Tensor logp, "
+    "Tensor entropy, Tensor lse, Tensor? grad_logp, Tensor? grad_entropy, float temperature, "
+    "Tensor? temperatures, float softcap, bool[] wanted, int? chunk_tokens, str group, str impl) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
 def _run(
-    hidden_NH,
-    weight_VH,
-    ids_N,
-    bias_V,
-    temperature,
-    temperature_N,
-    softcap,
-    entropy,
-    chunk_tokens,
-    gradient,
-    group,
-    impl,
-):
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+    chunk_tokens: int | None,
+    gradient: bool,
+    group: str,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     checks.known_temperatures("linear_logprob", temperature_N)
     function, _ = choose("linear_logprob", (hidden_NH,), impl)
 
-    def local(ids_N, entropy):
+    def local(ids_N: torch.Tensor, entropy: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         return function(
             hidden_NH,
             weight_VH,
@@ -64,7 +64,17 @@ def _run(
     return local(ids_N, entropy)
 
 
-def _fake(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap, entropy, *rest):
+def _fake(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+    *settings: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype, count = checks.result_dtype(hidden_NH), hidden_NH.shape[0]
     return (
         hidden_NH.new_empty(count, dtype=dtype),
@@ -73,30 +83,40 @@ def _fake(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softc
     )
 
 
-def _run_backward(hidden_NH, weight_VH, ids_N, *rest):
-    *arguments, group, impl = rest
+def _run_backward(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, ids_N: torch.Tensor, *inputs: Any
+) -> tuple[torch.Tensor, ...]:
+    *arguments, group, impl = inputs
     function, _ = choose("linear_logprob_backward", (hidden_NH,), impl)
     if group:
-        ids_N = shards.mine(ids_N, weight_VH.shape[0], group)[0]
-    inputs = (hidden_NH, weight_VH, arguments[0])
-    made = [
+        ids_N = shards.local_ids(ids_N, weight_VH.shape[0], group)[0]
+    sources = (hidden_NH, weight_VH, arguments[0])
+    gradients = [
         hidden_NH.new_empty(0) if gradient is None else gradient.to(source.dtype)
-        for gradient, source in zip(function(hidden_NH, weight_VH, ids_N, *arguments), inputs)
+        for gradient, source in zip(function(hidden_NH, weight_VH, ids_N, *arguments), sources)
     ]
-    if group and made[0].numel():
-        shards.add_up(made[0], group)
-    return tuple(made)
+    if group and gradients[0].numel():
+        shards.add_up(gradients[0], group)
+    return tuple(gradients)
 
 
-def _fake_backward(hidden_NH, weight_VH, ids_N, bias_V, *rest):
-    wanted = rest[8]
+def _fake_backward(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    *inputs: Any,
+) -> tuple[torch.Tensor, ...]:
+    wanted: Sequence[bool] = inputs[8]
     return tuple(
-        torch.empty_like(source, memory_format=torch.contiguous_format) if want else hidden_NH.new_empty(0)
+        hidden_NH.new_empty(0)
+        if source is None or not want
+        else torch.empty_like(source, memory_format=torch.contiguous_format)
         for want, source in zip(wanted, (hidden_NH, weight_VH, bias_V))
     )
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     (
         hidden_NH,
         weight_VH,
@@ -117,7 +137,9 @@ def _setup(ctx, inputs, output):
 
 
 @first_order_only("linear_logprob")
-def _backward(ctx, grad_logp_N, grad_entropy_N, _):
+def _backward(
+    ctx: Any, grad_logp_N: torch.Tensor | None, grad_entropy_N: torch.Tensor | None, _: None
+) -> Gradients:
     hidden_NH, weight_VH, ids_N, bias_V, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:
         grad_entropy_N = None
@@ -128,7 +150,7 @@ def _backward(ctx, grad_logp_N, grad_entropy_N, _):
         ctx.needs_input_grad[1],
         bias_V is not None and ctx.needs_input_grad[3],
     ]
-    made = torch.ops.saferlhf_fast.linear_logprob_backward(
+    gradients = torch.ops.saferlhf_fast.linear_logprob_backward(
         hidden_NH,
         weight_VH,
         ids_N,
@@ -146,7 +168,7 @@ def _backward(ctx, grad_logp_N, grad_entropy_N, _):
         ctx.group,
         ctx.impl,
     )
-    d_hidden, d_weight, d_bias = (gradient if want else None for gradient, want in zip(made, wanted))
+    d_hidden, d_weight, d_bias = (gradient if want else None for gradient, want in zip(gradients, wanted))
     return d_hidden, d_weight, None, d_bias, *[None] * 8
 
 
@@ -218,40 +240,54 @@ def linear_logprob(
     group: "torch.distributed.ProcessGroup | None" = None,
     impl: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of `ids` under softmax(hidden @ weight.T + bias), and its entropy, without logits of all
-    tokens.
+    """Log-prob of `ids` under softmax(hidden @ weight.T + bias), and its entropy, in nats.
 
     Means the same as::
 
-        token_logprob(hidden.float() @ weight.float().T + bias, ids, temperature=temperature, softcap=softcap, ...)
+        logits = hidden.float() @ weight.float().T + bias
+        token_logprob(logits, ids, temperature=temperature, softcap=softcap, ...)
 
-    hidden: [..., H]; weight: [V, H]; bias: [V] or None; fp32, bf16 or fp16 (float64: the reference). ids:
-    [...], integers. temperature, softcap, ids outside the vocabulary: as in `token_logprob`. Logits are
-    float32 whatever the inputs are. chunk_tokens: tokens whose logits exist at once; None: what fits 64 MiB
-    on a CPU, 1 GiB on a GPU. A different chunk may change the last bits, since a matrix product's may depend
-    on its number of rows. group: a process group over which the vocabulary is split in shards of one size, in
-    rank order; `weight` and `bias` are this rank's, `hidden` and `ids` the same on all. impl: "auto",
-    "reference", "triton" or "native".
+    without logits of all tokens. Backward makes the logits again: four matrix products in all
+    (`linear_ppo_loss` needs three). d weight is accumulated in float32. Under ZeRO-3 call it inside the head
+    module's own forward, so that DeepSpeed gathers the weight again for backward. Activation checkpointing is
+    not needed around it: it keeps no logits.
 
-    Returns logp [...] or (logp, entropy), float32 (float64 for float64). Differentiable in hidden, weight and
-    bias through both, for any upstream gradient: backward makes the logits again (four matrix products in
-    all; `linear_ppo_loss` needs three). d weight is accumulated in float32. Under ZeRO-3 call it inside the
-    head module's own forward, so that DeepSpeed gathers the weight again for backward. Activation
-    checkpointing is not needed around it: it keeps no logits. Raises ValueError for arguments that do not
-    fit, and for ids outside the vocabulary on the CPU (on a device: NaN).
+    Args:
+        hidden: [..., H]; float32, bfloat16 or float16 (float64: the reference). Logits are float32 whatever
+            the inputs are.
+        weight: [V, H], of the same dtype.
+        ids: [...], integers; as in `token_logprob`.
+        bias: [V], of the same dtype, or None.
+        temperature: As in `token_logprob`.
+        softcap: As in `token_logprob`.
+        return_entropy: Also return the entropy of each token's distribution.
+        chunk_tokens: Tokens whose logits exist at once; None for what fits 64 MiB on a CPU, 1 GiB on a GPU.
+            Another number may change the last bits, since those of a matrix product may depend on its number
+            of rows.
+        group: A process group over which the vocabulary is split in shards of one size, in rank order.
+            `weight` and `bias` are this rank's shard; `hidden` and `ids` are the same on all ranks.
+        impl: "auto", "reference", "triton" or "native".
+
+    Returns:
+        logp [...], or (logp, entropy) with return_entropy; float64 for float64 inputs, else float32. Both are
+        differentiable in hidden, weight and bias, for any upstream gradient.
+
+    Raises:
+        ValueError: Arguments that do not fit, and ids outside the vocabulary on the CPU (on a device: NaN).
+        NotImplementedError: `impl` cannot run here.
     """
     op = "linear_logprob"
     checks.head(op, hidden, weight, ids, bias)
     refuse_tangents(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
-    temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
+    one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
     gradient = any(map(learns, (hidden, weight, bias)))
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
         hidden.reshape(ids.numel(), hidden.shape[-1]),
         weight,
         checks.wide(ids).reshape(-1),
         bias,
-        temperature,
+        one_temperature,
         temperature_N,
         checks.softcap(op, softcap),
         return_entropy,

@@ -1,14 +1,15 @@
-"""linear_logprob in Triton.
+"""linear_logprob in Triton: without a gradient, logits never reach memory.
 
-Without a gradient: one kernel in which logits never reach memory, and one that merges its sums.
-
+Without a gradient there is one kernel that makes sums over parts of the vocabulary, and one that merges them.
 A program makes the logits of a block of tokens for SPLIT columns of the vocabulary, tile by tile, and folds
 each tile from its accumulators into running sums, as token_logprob does with logits that it loads. The sums
 of a token's splits are merged by a second kernel, in one fixed order. Tiles and splits depend on dtype,
-alignment and GPU alone: a token's bits do not depend on other tokens or their number. With a gradient:
-torch's matrix products in chunks around the kernels of token_logprob, whose log-probs may differ from the
-fused kernel's in the last bits.
+alignment and GPU alone: a token's bits do not depend on other tokens or their number. With a gradient
+it is torch's matrix products in chunks around the kernels of token_logprob, whose log-probs may differ from
+the fused kernel's in the last bits.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -17,11 +18,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import linear
 from ..dispatch import interpreted
+from ..functions_triton import tanh
+from ..tiles_triton import INTEGERS, unit_rows
 from ..token_logprob import triton_impl as rows
-from ..token_logprob.triton_impl import FLOOR, INTEGERS, LOG2E, finish, finite, tanh
+from ..token_logprob.triton_impl import FLOOR, LOG2E, finish, finite
 
 SPLIT = 1024  # columns of a program
-# blocks of tokens that go through the vocabulary together, so that they find its tiles in the L2 cache
+# blocks of tokens that read the same tiles of the vocabulary at one time, so that these are in the L2 cache
 GROUP = 16
 # Tiles: tokens x columns x hidden, by major compute capability; None: any other GPU. Not tuned on a device.
 CONFIGS = {
@@ -53,7 +56,7 @@ def tile_logits(
     V: tl.constexpr,
     H: tl.constexpr,
 ):
-    """Hidden @ weight.T of the tokens n from first_n and the columns v from first_v on, in float32."""
+    """[N, V] in float32: hidden @ weight.T of the tokens n (first_n on) and the columns v (first_v on)."""
     width *= W
     logits = tl.zeros([N, V], tl.float32)
     if DESCRIBED:
@@ -99,7 +102,8 @@ def fused_kernel(
     SPLIT: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # Programs that run side by side: GROUP blocks of tokens times neighbouring splits.
+    """The sums of N tokens over SPLIT columns of the vocabulary: those of token_logprob's row_statistics."""
+    # Programs that run at the same time: GROUP blocks of tokens times neighbouring splits.
     program, blocks = tl.program_id(0).to(tl.int64), tl.cdiv(count, N)
     group = program // (GROUP * splits)
     members = tl.minimum(blocks - group * GROUP, GROUP)
@@ -137,9 +141,9 @@ def fused_kernel(
             x += tl.load(bias_V + v, mask=v < vocabulary, other=0.0).to(tl.float32)[None, :]
         if CAPPED:
             x = softcap * tanh(x / softcap)
-        mine = v[None, :] == id_n[:, None]
-        target_n += tl.sum(tl.where(mine, x, 0.0), 1)
-        x = tl.where(mine | (v >= vocabulary)[None, :], float("-inf"), x)
+        is_target = v[None, :] == id_n[:, None]
+        target_n += tl.sum(tl.where(is_target, x, 0.0), 1)
+        x = tl.where(is_target | (v >= vocabulary)[None, :], float("-inf"), x)
         new_n = tl.maximum(base_n, tl.max(x, 1) * scale_n)
         down_n = base_n - new_n
         t = x * scale_n[:, None] - new_n[:, None]
@@ -170,6 +174,7 @@ def merge_kernel(
     SPLIT: tl.constexpr,
     S: tl.constexpr,
 ):
+    """Merges the sums of all splits of a token in one order; one program per token."""
     row = tl.program_id(0).to(tl.int64)
     s = tl.arange(0, S)
     at = row * splits + s
@@ -192,9 +197,13 @@ def merge_kernel(
     tl.store(lse_N + row, lse)
 
 
-def config(dtype, aligned, major):
-    """Options of a launch on a GPU of that major compute capability: tiles, W (what row lengths are multiples
-    of).
+def config(dtype: torch.dtype, aligned: bool, major: int) -> dict[str, Any]:
+    """Options of a launch: tiles, and W, a number of which row lengths are multiples.
+
+    Args:
+        dtype: Of hidden states and weight.
+        aligned: Whether all rows begin and end at 16 bytes.
+        major: Major compute capability of the GPU.
     """
     if dtype == torch.float32:
         return dict(FLOAT32, DESCRIBED=False, W=4 if aligned else 1)
@@ -203,8 +212,43 @@ def config(dtype, aligned, major):
     return dict(CONFIGS.get(major, CONFIGS[None]), DESCRIBED=major in DESCRIPTORS, W=8)
 
 
-def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap):
-    """(logp_N, entropy_N, lse_N) in float32 of tokens from their hidden states, without logits in memory."""
+def _launch_config(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> dict[str, Any]:
+    """The config for these matrices on their device; the interpreter stands for the first of DESCRIPTORS."""
+    width = hidden_NH.shape[1]
+    aligned = width * hidden_NH.element_size() % 16 == 0 and all(
+        tensor.data_ptr() % 16 == 0
+        and tensor.stride(0) * tensor.element_size() % 16 == 0
+        and tensor.stride(0) >= width
+        for tensor in (hidden_NH, weight_VH)
+    )
+    on_gpu = hidden_NH.device.type == "cuda"
+    major = torch.cuda.get_device_capability(hidden_NH.device)[0] if on_gpu else DESCRIPTORS[0]
+    return config(hidden_NH.dtype, aligned, major)
+
+
+def fused_forward(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log-prob, entropy and log-sum-exp of tokens from their hidden states, without logits in memory.
+
+    Args:
+        hidden_NH: Float32, bfloat16 or float16.
+        weight_VH: Of the same dtype.
+        ids_N: Integers; one outside the vocabulary gives NaN.
+        bias_V: Of the same dtype, or None.
+        temperature: One for all tokens.
+        temperature_N: One for each token, or None.
+        softcap: 0 for none.
+
+    Returns:
+        logp_N, entropy_N, lse_N, float32, in nats.
+    """
     (count, width), vocabulary = hidden_NH.shape, weight_VH.shape[0]
     logp_N, entropy_N, lse_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(3))
     if count == 0:
@@ -212,38 +256,27 @@ def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_
     if hidden_NH.dtype == torch.bfloat16 and interpreted():
         # the interpreter multiplies bfloat16 bits as integers
         hidden_NH, weight_VH = hidden_NH.float(), weight_VH.float()
-    hidden_NH, weight_VH, ids_N = rows.unit_rows(hidden_NH), rows.unit_rows(weight_VH), ids_N.contiguous()
-    aligned = width * hidden_NH.element_size() % 16 == 0 and all(
-        tensor.data_ptr() % 16 == 0
-        and tensor.stride(0) * tensor.element_size() % 16 == 0
-        and tensor.stride(0) >= width
-        for tensor in (hidden_NH, weight_VH)
-    )
-    major = (
-        torch.cuda.get_device_capability(hidden_NH.device)[0]
-        if hidden_NH.device.type == "cuda"
-        else DESCRIPTORS[0]
-    )
-    how = config(hidden_NH.dtype, aligned, major)
+    hidden_NH, weight_VH, ids_N = unit_rows(hidden_NH), unit_rows(weight_VH), ids_N.contiguous()
+    launch = _launch_config(hidden_NH, weight_VH)
     splits = triton.cdiv(vocabulary, SPLIT)
     sums = [hidden_NH.new_empty((count, splits), dtype=torch.float32) for _ in range(4)]
-    hidden, weight, bias_V = hidden_NH, weight_VH, None if bias_V is None else bias_V.contiguous()
-    if how["DESCRIBED"]:
-        hidden = TensorDescriptor.from_tensor(hidden_NH, [how["N"], how["H"]])
-        weight = TensorDescriptor.from_tensor(weight_VH, [how["V"], how["H"]])
+    hidden, weight = hidden_NH, weight_VH
+    if launch["DESCRIBED"]:
+        hidden = TensorDescriptor.from_tensor(hidden_NH, [launch["N"], launch["H"]])
+        weight = TensorDescriptor.from_tensor(weight_VH, [launch["V"], launch["H"]])
     with torch.cuda.device(hidden_NH.get_device()):
-        fused_kernel[(triton.cdiv(count, how["N"]) * splits,)](
+        fused_kernel[(triton.cdiv(count, launch["N"]) * splits,)](
             *sums,
             hidden,
             weight,
-            bias_V,
+            None if bias_V is None else bias_V.contiguous(),
             ids_N,
             logp_N if temperature_N is None else temperature_N.contiguous(),
-            hidden_NH.stride(0) // how["W"],
-            weight_VH.stride(0) // how["W"],
+            hidden_NH.stride(0) // launch["W"],
+            weight_VH.stride(0) // launch["W"],
             count,
             vocabulary,
-            width // how["W"],
+            width // launch["W"],
             splits,
             float(temperature),
             int(temperature_N is not None),
@@ -251,7 +284,7 @@ def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_
             CAPPED=softcap > 0,
             SPLIT=SPLIT,
             GROUP=GROUP,
-            **how,
+            **launch,
         )
         merge_kernel[(count,)](
             logp_N,
@@ -269,8 +302,17 @@ def fused_forward(hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_
 
 
 def linear_logprob(
-    hidden_NH, weight_VH, ids_N, bias_V, temperature, temperature_N, softcap, entropy, chunk_tokens, gradient
-):
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    ids_N: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+    chunk_tokens: int | None,
+    gradient: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See the reference."""
     if gradient:
         return linear.logprob(
@@ -292,6 +334,7 @@ def linear_logprob(
     return logp_N, entropy_N if entropy else entropy_N.new_empty(0), lse_N
 
 
-def linear_logprob_backward(*arguments):
-    """See the reference."""
-    return linear.logprob_backward(rows.token_logprob_backward, *arguments, narrow=True)
+def linear_logprob_backward(*arguments: Any) -> linear.HeadGradients:
+    """See the reference; arguments: its own."""
+    with_narrow = (*arguments, True)
+    return linear.logprob_backward(rows.token_logprob_backward, *with_narrow)

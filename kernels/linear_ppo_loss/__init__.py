@@ -1,27 +1,33 @@
-"""linear_ppo_loss: the clipped policy loss on hidden states. Its gradients are made in the forward pass:
+"""linear_ppo_loss: the clipped policy loss on hidden states, with its gradients made in the forward pass."""
 
-three products.
-"""
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..first_order import first_order_only, learns, refuse_tangents, track_inputs
-from ..linear import held, scaled
+from ..first_order import Gradients, first_order_only, learns, refuse_tangents, track_inputs
+from ..linear import HeadGradients, held, scaled
 from ..ppo_loss.reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(
-    f"linear_ppo_loss(Tensor hidden, Tensor weight, Tensor? bias, bool[] wanted, int? chunk_tokens, "
-    f"{shared.SCHEMA}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "linear_ppo_loss(Tensor hidden, Tensor weight, Tensor? bias, bool[] wanted, int? chunk_tokens, "
+    f"{shared.SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
-def _run(hidden_NH, weight_VH, bias_V, wanted, chunk_tokens, *rest):
-    policy, op = shared.Policy(*rest), "linear_ppo_loss"
+def _run(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    wanted: Sequence[bool],
+    chunk_tokens: int | None,
+    *policy_arguments: Any,
+) -> tuple[torch.Tensor, ...]:
+    policy, op = shared.Policy(*policy_arguments), "linear_ppo_loss"
     dtype = checks.result_dtype(hidden_NH)
     ids_N = policy.ids.reshape(-1)
     tokens, valid_N = shared.weighted(op, policy, hidden_NH.dtype, dtype)
@@ -29,10 +35,10 @@ def _run(hidden_NH, weight_VH, bias_V, wanted, chunk_tokens, *rest):
     checks.known_temperatures(op, policy.temperature_N, valid_N)
     # Masked rows may hold anything, and 0 times NaN would reach d weight.
     hidden_NH = torch.where(valid_N[:, None], hidden_NH, 0)
-    made = (None, None, None)
+    gradients: HeadGradients = (None, None, None)
     if any(wanted):
         function, _ = choose(op, (hidden_NH,), policy.impl)
-        logp_N, entropy_N, made = function(
+        logp_N, entropy_N, gradients = function(
             hidden_NH, weight_VH, ids_N, bias_V, tokens[:4], shared.objective(policy), wanted, chunk_tokens
         )
     else:
@@ -51,30 +57,36 @@ def _run(hidden_NH, weight_VH, bias_V, wanted, chunk_tokens, *rest):
         )
     loss, statistics = shared.loss_of(policy, logp_N, entropy_N)
     unscale = torch.ones_like(loss) if tokens.unscale is None else tokens.unscale
-    made = [
+    outputs = [
         hidden_NH.new_empty(0, dtype=kind) if gradient is None else gradient
-        for gradient, kind in zip(made, (held(hidden_NH.dtype), dtype, dtype))
+        for gradient, kind in zip(gradients, (held(hidden_NH.dtype), dtype, dtype))
     ]
-    return loss, *made, unscale, statistics
+    return loss, *outputs, unscale, statistics
 
 
-def _fake(hidden_NH, weight_VH, bias_V, wanted, *rest):
+def _fake(
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    wanted: Sequence[bool],
+    *settings: Any,
+) -> tuple[torch.Tensor, ...]:
     dtype = checks.result_dtype(hidden_NH)
-    made = [
-        hidden_NH.new_empty(source.shape if want else (0,), dtype=kind)
+    gradients = [
+        hidden_NH.new_empty((0,) if source is None or not want else source.shape, dtype=kind)
         for want, source, kind in zip(
             wanted, (hidden_NH, weight_VH, bias_V), (held(hidden_NH.dtype), dtype, dtype)
         )
     ]
     return (
         hidden_NH.new_empty((), dtype=dtype),
-        *made,
+        *gradients,
         hidden_NH.new_empty((), dtype=dtype),
         hidden_NH.new_empty(len(STATISTICS), dtype=dtype),
     )
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, weight_VH, _, ctx.wanted = inputs[:4]
     ctx.kinds = (inputs[0].dtype, weight_VH.dtype, weight_VH.dtype)
     ctx.save_for_backward(*output[1:5])
@@ -83,14 +95,14 @@ def _setup(ctx, inputs, output):
 
 
 @first_order_only("linear_ppo_loss")
-def _backward(ctx, upstream, *_):
+def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> Gradients:
     if upstream is None:
         return (None,) * (5 + len(shared.Policy._fields))
-    *made, unscale = ctx.saved_tensors
+    *gradients, unscale = ctx.saved_tensors
     factor = upstream * unscale
     d_hidden, d_weight, d_bias = (
         scaled(gradient, factor, kind) if want else None
-        for gradient, kind, want in zip(made, ctx.kinds, ctx.wanted)
+        for gradient, kind, want in zip(gradients, ctx.kinds, ctx.wanted)
     )
     return d_hidden, d_weight, d_bias, *[None] * (2 + len(shared.Policy._fields))
 
@@ -130,27 +142,51 @@ def linear_ppo_loss(
 
     Means the same as::
 
-        logp, entropy = linear_logprob(hidden, weight, ids, bias=bias, temperature=temperature, softcap=softcap,
-                                       return_entropy=True)
-        loss, stats = ppo_loss(logp, old_logp, advantages, entropy=entropy, ...)     # the other arguments as given
+        logp, entropy = linear_logprob(hidden, weight, ids, bias=bias, temperature=temperature,
+                                       softcap=softcap, return_entropy=True)
+        loss, stats = ppo_loss(logp, old_logp, advantages, entropy=entropy, ...)   # the others as given
 
     with three matrix products for loss and gradients instead of four, and no logits but those of one chunk:
     what the gradient needs of a token (its log-prob, old log-prob, advantage, mask) is known when its logits
-    are.
+    are. Under ZeRO-3 call it inside the head module's own forward. Inside an activation-checkpointed region
+    the gradients would be made twice: call it outside.
 
-    hidden: [N, H] with cu_seqlens or [B, T, H] with mask, row t predicting ids[t]; weight [V, H]; bias [V] or
-    None; fp32, bf16 or fp16 (float64: the reference). ids, old_logp, advantages, ref_logp: packed [N] or
-    padded [B, T]; the other arguments as in `ppo_loss`; temperature, softcap, chunk_tokens as in
-    `linear_logprob`. Masked rows change nothing, whatever they hold, but cost as much as others: pack them
-    away. The old log-probs and the normaliser must be known beforehand: `normalizer` counts all micro-batches
-    and ranks.
+    Args:
+        hidden: [N, H] with cu_seqlens or [B, T, H] with mask, row t predicting ids[t]; float32, bfloat16 or
+            float16 (float64: the reference). Masked rows change nothing, whatever they hold, but cost as much
+            as others: leave them out.
+        weight: [V, H], of the same dtype.
+        ids: Packed [N] or padded [B, T], integers; as in `token_logprob`.
+        old_logp: Shaped as ids; log-probs of the policy that sampled, which must be known beforehand.
+        advantages: Shaped as ids.
+        clip_ratio: As in `ppo_loss`.
+        clip_high: As in `ppo_loss`.
+        dual_clip: As in `ppo_loss`.
+        bias: [V], of the same dtype, or None.
+        softcap: As in `token_logprob`.
+        cu_seqlens: As in `ppo_loss`.
+        mask: As in `ppo_loss`.
+        ref_logp: Shaped as ids, or None; as in `ppo_loss`.
+        kl_coeff: As in `ppo_loss`.
+        kl_estimator: As in `ppo_loss`.
+        entropy_coeff: As in `ppo_loss`.
+        temperature: As in `token_logprob`.
+        reduction: As in `ppo_loss`.
+        normalizer: As in `ppo_loss`; it counts all micro-batches and ranks.
+        advantage_scale: As in `ppo_loss`.
+        advantage_shift: As in `ppo_loss`.
+        chunk_tokens: As in `linear_logprob`.
+        impl: "auto", "reference", "triton" or "native".
 
-    Returns (loss [], stats): stats as in `ppo_loss`, with `entropy` (mean over valid tokens) and, with
-    ref_logp, `ref_kl`. The gradient goes to hidden, weight and bias, those of them that require it; d weight
-    is held in float32 from forward to backward, which multiplies by the upstream scalar and rounds once. In
-    float16 they are held times a power of two. Under ZeRO-3 call it inside the head module's own forward.
-    Inside an activation-checkpointed region the gradients would be made twice: call it outside. Raises
-    ValueError as `linear_logprob`.
+    Returns:
+        (loss [], stats): stats as in `ppo_loss`, with `entropy` (mean over valid tokens) and, with ref_logp,
+        `ref_kl`. The gradient goes to hidden, weight and bias, those of them that require it. d weight is
+        kept in float32 from forward to backward, which multiplies it by the upstream scalar and rounds once;
+        in float16 the gradients are kept times a power of two.
+
+    Raises:
+        ValueError: Arguments that do not fit, and ids outside the vocabulary on the CPU (on a device: NaN).
+        NotImplementedError: `impl` cannot run here.
     """
     op = "linear_ppo_loss"
     checks.head(op, hidden, weight, ids, bias)

@@ -1,5 +1,6 @@
-"""KL shaping, both scans, their combination and the statistics in one pass, in C++ and CUDA
-(csrc/ppo_lag_advantage.*).
+"""KL shaping, both scans, their combination and the statistics in one pass, in C++ and CUDA.
+
+The sources are csrc/ppo_lag_advantage.cpp and csrc/ppo_lag_advantage.cu.
 """
 
 import torch
@@ -11,37 +12,33 @@ from .reference import STATISTICS
 
 
 def ppo_lag_advantage(
-    logp,
-    ref_logp,
-    reward,
-    cost,
-    reward_values,
-    cost_values,
-    multiplier,
-    cu_seqlens,
-    mask,
-    kl_coeff,
-    gamma,
-    lam,
-    clip_score,
-    carry,
-):
-    """See the op.
-
-    Returns advantages, reward_returns, cost_returns (empty without cost), statistics [12]. On a GPU one
-    launch, and the offsets are trusted.
-    """
+    logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    reward: torch.Tensor,
+    cost: torch.Tensor | None,
+    reward_values: torch.Tensor,
+    cost_values: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    kl_coeff: float,
+    gamma: float,
+    lam: float,
+    clip_score: float,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference. On a GPU it is one launch, and the offsets are trusted."""
     dtype, tokens, device, module = result_dtype(logp), logp.numel(), logp.device, pointers.module()
+    flat_logp = pointers.flat(logp, dtype)
     inputs = [
         None if tensor is None else pointers.flat(tensor, dtype)
-        for tensor in (logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)
+        for tensor in (flat_logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)
     ]
-    advantages, reward_returns = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
-    cost_returns = torch.empty_like(inputs[0]) if cost is not None else logp.new_empty(0, dtype=dtype)
+    advantages, reward_returns = torch.empty_like(flat_logp), torch.empty_like(flat_logp)
+    cost_returns = torch.empty_like(flat_logp) if cost is not None else logp.new_empty(0, dtype=dtype)
     statistics = logp.new_empty(len(STATISTICS), dtype=dtype)
-    # No rows means no row to read a cost of; the native side tells "no cost" by a null address, which an
-    # empty tensor has.
-    keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
+    # A null address says "no cost"; an empty tensor has one too, but without rows no cost is read.
+    referenced, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
     arguments = (
         advantages.data_ptr(),
         reward_returns.data_ptr(),
@@ -64,5 +61,5 @@ def ppo_lag_advantage(
             )
     else:
         module.ppo_lag_advantage_cpu(*arguments, pointers.threads(tokens))
-    del keep
+    del referenced
     return advantages, reward_returns, cost_returns, statistics

@@ -1,5 +1,6 @@
-"""KL shaping, two GAE scans, their combination and the statistics, in plain torch, any float dtype: the
-definition.
+"""KL shaping, two GAE scans, their combination and the statistics in plain torch: the definition.
+
+Any float dtype.
 """
 
 import torch
@@ -26,28 +27,39 @@ STATISTICS = (
 
 
 def ppo_lag_advantage(
-    logp,
-    ref_logp,
-    reward,
-    cost,
-    reward_values,
-    cost_values,
-    multiplier,
-    cu_seqlens,
-    mask,
-    kl_coeff,
-    gamma,
-    lam,
-    clip_score,
-    carry,
-):
-    """See the op. Returns advantages, reward_returns, cost_returns (empty without cost) and statistics [12]."""
+    logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    reward: torch.Tensor,
+    cost: torch.Tensor | None,
+    reward_values: torch.Tensor,
+    cost_values: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    kl_coeff: float,
+    gamma: float,
+    lam: float,
+    clip_score: float,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Advantages, returns and statistics.
+
+    The arguments are those of the op (`__init__.py`) after its checks: a 0-d tensor for the multiplier,
+    infinity for a clip_score of None, carry instead of a name. cost, cost_values and multiplier are None
+    together.
+
+    Returns:
+        advantages, reward_returns and cost_returns ([0] without cost), shaped as logp, and statistics [12] in
+        the order of STATISTICS.
+    """
     dtype = result_dtype(logp)
     rows = layout("ppo_lag_advantage", logp.numel(), cu_seqlens, mask)
     weight_N = weights(rows, False, None, dtype)
     kl_N = torch.where(rows.valid_N, (logp.to(dtype) - ref_logp.to(dtype)).reshape(-1), 0)
 
-    def stream(score_B, values, sign):
+    def stream(
+        score_B: torch.Tensor, values: torch.Tensor, sign: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(shaped, advantage, return) of one score; sign is that of the KL term.
 
         The clamp comes after the score.
@@ -57,15 +69,15 @@ def ppo_lag_advantage(
         value_N = torch.where(rows.valid_N, values.reshape(-1).to(dtype), 0)
         return shaped_N, *scan(shaped_N, value_N, rows, gamma, lam, carry)
 
-    def per_sequence(value_N):
+    def per_sequence(value_N: torch.Tensor) -> torch.Tensor:
         """Mean over sequences of the sum over a sequence's tokens."""
         return value_N.sum() / (rows.count_B > 0).sum().clamp(min=1)
 
     shaped_reward_N, reward_advantage_N, reward_return_N = stream(reward, reward_values, -1.0)
-    nothing = torch.zeros((), dtype=dtype, device=logp.device)
-    if cost is None:
+    zero = torch.zeros((), dtype=dtype, device=logp.device)
+    if cost is None or cost_values is None or multiplier is None:
         advantage_N, cost_return_N = reward_advantage_N, logp.new_empty(0, dtype=dtype)
-        cost_statistics = (nothing, nothing, nothing)
+        cost_statistics = (zero, zero, zero)
     else:
         shaped_cost_N, cost_advantage_N, cost_return_N = stream(cost, cost_values, 1.0)
         advantage_N = (reward_advantage_N - multiplier * cost_advantage_N) / (1 + multiplier)

@@ -1,10 +1,10 @@
-"""KL shaping, both scans, their combination and the statistics in Triton, in one launch; λ is read in the
-kernel.
+"""KL shaping, both scans, their combination and the statistics in Triton, in one launch.
 
-Each token is read once (the mask twice: its row must be known to the end before the first block). A program
-takes every PROGRAMS-th row; the scan is that of kernels/gae/triton_impl.py, where the shape suffixes stand.
-Its sums stay in registers, one per thread, until its last row is done; then it writes its share of the
-statistics, and the last program of all adds the shares up in order. S: the 12 statistics. P: programs.
+The kernel reads λ (the multiplier) from device memory. Each token is read once (the mask twice: its row must
+be known to the end before the first block). A program takes every PROGRAMS-th row; the scan is that of
+kernels/gae/triton_impl.py, which also explains the shape suffixes. Its sums stay in registers, one per
+thread, until its last row is done; then it writes its share of the statistics, and the last program of all
+adds the shares up in order. S: the 12 statistics. P: programs.
 """
 
 import torch
@@ -19,28 +19,29 @@ from .reference import STATISTICS
 # Programs of a launch at most, the same on every device, so that the order of the sums is too. It bounds what
 # the last program has to add up alone.
 PROGRAMS = tl.constexpr(1024)
-# Registers of a thread at most. ptxas left to itself takes fewer, to fit one more block on a multiprocessor,
-# and spills for it.
+# Registers of a thread at most. Without this bound ptxas takes fewer, to fit one more block on a
+# multiprocessor, and spills for it.
 REGISTERS = 128
 
 
 @triton.jit
 def bounded(x, limit):
-    """X between -limit and limit; NaN stays NaN."""
+    """The number, bounded to -limit .. limit; NaN stays NaN."""
     return tl.where(x > limit, limit, tl.where(x < -limit, -limit, x))
 
 
 @triton.jit
 def put_four(shares_SP, at, x0_G, x1_G, x2_G, x3_G):
-    """This program's share of the statistics at .. at + 3."""
+    """Writes this program's share of the statistics at .. at + 3."""
     places_S = (at + tl.arange(0, 4)) * PROGRAMS + tl.program_id(0)
     tl.store(shares_SP + places_S, tl.sum(join4(x0_G, x1_G, x2_G, x3_G), 0))
 
 
 @triton.jit
 def add_up(statistics_S, shares_SP, programs, STRIDE: tl.constexpr, BLOCK_P: tl.constexpr):
-    """The statistics from all programs' shares: from the fifth on, divided by the number of sequences, the
-    fourth.
+    """Writes the statistics from all programs' shares.
+
+    Those from the fifth on are divided by the number of sequences, which is the fourth.
     """
     at_S, at_P = tl.arange(0, 16), tl.arange(0, BLOCK_P)
     total_SP = tl.zeros([16, BLOCK_P], tl.float32)
@@ -85,8 +86,10 @@ def advantage_kernel(
     CARRY: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """cost_returns_N, cost_B, cost_values_N and multiplier are None without cost; cu_seqlens or mask_N is
-    None.
+    """Every PROGRAMS-th row; the last program adds up the statistics.
+
+    cost_returns_N, cost_B, cost_values_N and multiplier are None without cost; one of cu_seqlens and mask_N
+    is None.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
     first_G1, at_GK = places(GROUPS)
@@ -154,39 +157,38 @@ def advantage_kernel(
 
 
 def ppo_lag_advantage(
-    logp,
-    ref_logp,
-    reward,
-    cost,
-    reward_values,
-    cost_values,
-    multiplier,
-    cu_seqlens,
-    mask,
-    kl_coeff,
-    gamma,
-    lam,
-    clip_score,
-    carry,
-):
-    """See the op. float32, bfloat16 or float16, read as they are.
-
-    Returns advantages, reward_returns, cost_returns (empty without cost) and statistics [12], all float32.
-    """
+    logp: torch.Tensor,
+    ref_logp: torch.Tensor,
+    reward: torch.Tensor,
+    cost: torch.Tensor | None,
+    reward_values: torch.Tensor,
+    cost_values: torch.Tensor | None,
+    multiplier: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    kl_coeff: float,
+    gamma: float,
+    lam: float,
+    clip_score: float,
+    carry: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference; float32, bfloat16 or float16 in, float32 out."""
     tokens, device = logp.numel(), logp.device
     cu_seqlens, mask, rows, width = row_arguments("ppo_lag_advantage", cu_seqlens, mask, tokens)
     programs = min(max(rows, 1), PROGRAMS.value)
+    flat_logp = logp.contiguous()
     inputs = [
         None if tensor is None else tensor.contiguous()
-        for tensor in (logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)
+        for tensor in (flat_logp, ref_logp, reward, cost, reward_values, cost_values, multiplier)
     ]
-    outputs = [torch.empty_like(inputs[0], dtype=torch.float32) for _ in range(2 if cost is None else 3)]
+    advantages, reward_returns = (torch.empty_like(flat_logp, dtype=torch.float32) for _ in range(2))
+    cost_returns = None if cost is None else torch.empty_like(flat_logp, dtype=torch.float32)
     statistics_S = torch.empty(len(STATISTICS), dtype=torch.float32, device=device)
     shares_SP = torch.empty(len(STATISTICS) * PROGRAMS.value, dtype=torch.float32, device=device)
-    cost_returns = None if cost is None else outputs[2]
     with torch.cuda.device(logp.get_device()):
         advantage_kernel[(programs,)](
-            *outputs[:2],
+            advantages,
+            reward_returns,
             cost_returns,
             statistics_S,
             shares_SP,
@@ -205,8 +207,6 @@ def ppo_lag_advantage(
             maxnreg=REGISTERS,
             **scan_config(tokens, rows),
         )
-    return (
-        *outputs[:2],
-        torch.empty(0, dtype=torch.float32, device=device) if cost is None else cost_returns,
-        statistics_S,
-    )
+    if cost_returns is None:
+        cost_returns = torch.empty(0, dtype=torch.float32, device=device)
+    return advantages, reward_returns, cost_returns, statistics_S

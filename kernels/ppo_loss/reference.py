@@ -1,5 +1,6 @@
-"""The policy loss (clipped surrogate, KL, entropy) and its gradients in plain torch, any float dtype: the
-definition.
+"""The policy loss (clipped surrogate, KL, entropy) and its gradients in plain torch: the definition.
+
+Any float dtype.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,9 @@ from ..checks import result_dtype
 from ..layout import layout, shares
 from ..losses import statistics, total
 
-LOG_RATIO_LIMIT = 20.0  # exp of more than this overflows sums in float32 long before it says anything
+# The log ratio is bounded to this: its exp would overflow sums in float32, and a ratio that large means
+# nothing.
+LOG_RATIO_LIMIT = 20.0
 STATISTICS = (
     "clip_fraction",
     "approx_kl",
@@ -26,9 +29,12 @@ STATISTICS = (
 )
 
 
-def named(statistics, **optional):
-    """The public stats dict of statistics [11]; `optional` names those that are reported only where their
-    value is not None.
+def named(statistics: torch.Tensor, **optional: object) -> dict[str, torch.Tensor]:
+    """The public stats dict of a statistics vector.
+
+    Args:
+        statistics: [11], in the order of STATISTICS.
+        optional: Names of statistics that are reported only if the value here is not None.
     """
     return {
         name: value
@@ -38,9 +44,18 @@ def named(statistics, **optional):
 
 
 class Terms(NamedTuple):
-    """Of each token: loss, d loss / d logp, ratio outside the clip (bool), k3 to the old policy, ratio, kl to
-    the reference, whether the clipped term is the larger loss, whether the dual clip bounds the loss, log
-    ratio as clamped.
+    """The objective of each token, and what is reported of it; all of one shape.
+
+    Attributes:
+        loss: Unweighted.
+        d_logp: d loss / d logp.
+        outside: The ratio is outside the clip; bool.
+        divergence: k3 to the old policy, nats.
+        ratio: Of the probabilities, new to old.
+        kl: To the reference policy, nats.
+        clipped: The clipped term is the larger loss; bool.
+        dual_clipped: The dual clip bounds the loss; bool.
+        log_ratio: Bounded to LOG_RATIO_LIMIT.
     """
 
     loss: torch.Tensor
@@ -55,23 +70,32 @@ class Terms(NamedTuple):
 
 
 def policy_terms(
-    logp,
-    old_logp,
-    advantage,
-    ref_logp,
-    entropy,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    kl_coeff,
-    k1,
-    entropy_coeff,
-):
-    """The objective of each token, unweighted, elementwise in the tensors' dtype; d loss / d entropy is
-    -entropy_coeff.
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantage: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+    clip_ratio: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coeff: float,
+    k1: bool,
+    entropy_coeff: float,
+) -> Terms:
+    """The objective of each token, elementwise in the tensors' dtype; d loss / d entropy is -entropy_coeff.
 
-    advantage: scaled and shifted already. ref_logp, entropy: None where there is no such term; kl is then 0.
-    k1: bool. dual_clip: infinity where there is none.
+    Args:
+        logp: Log-probs, of any shape.
+        old_logp: The same of the policy that sampled.
+        advantage: Scaled and shifted already.
+        ref_logp: Log-probs of the reference policy; None for no KL term, kl is then 0.
+        entropy: Of each token's distribution, nats; None for no entropy term.
+        clip_ratio: The ratio is clipped below 1 - clip_ratio
+        clip_high: and above 1 + clip_high.
+        dual_clip: The largest ratio that counts where the advantage is negative; infinity for no bound.
+        kl_coeff: Coefficient of kl.
+        k1: The KL estimator is k1, not k3.
+        entropy_coeff: Coefficient of the entropy.
     """
     difference = logp - old_logp
     log_ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -100,50 +124,54 @@ def policy_terms(
 
 
 def ppo_loss(
-    logp,
-    old_logp,
-    advantages,
-    ref_logp,
-    entropy,
-    cu_seqlens,
-    mask,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    kl_coeff,
-    k1,
-    entropy_coeff,
-    token_mean,
-    normalizer,
-    scale,
-    shift,
-):
-    """See the op.
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    clip_ratio: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coeff: float,
+    k1: bool,
+    entropy_coeff: float,
+    token_mean: bool,
+    normalizer: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss, and its gradients without the factor `inverse`.
 
-    Returns loss [], d loss / d logp shaped as logp, d loss / d entropy likewise (or [0]), both without the
-    factor `inverse` [], which follows, and statistics [11].
+    The arguments are those of the op (`__init__.py`) after its checks: numbers instead of None for clip_high
+    and dual_clip (infinity), k1 and token_mean instead of names, 0-d tensors for normalizer, scale and shift.
+
+    Returns:
+        loss [], d loss / d logp shaped as logp, d loss / d entropy likewise ([0] without entropy), both
+        without the factor inverse [], which follows, and statistics [11] in the order of STATISTICS.
     """
     dtype = result_dtype(logp)
     rows = layout("ppo_loss", logp.numel(), cu_seqlens, mask)
     share_N, inverse = shares(rows, token_mean, normalizer, dtype)
 
-    def real(token_N):
+    def masked(token_N: torch.Tensor) -> torch.Tensor:
         return torch.where(rows.valid_N, token_N, 0)
 
-    def read(tensor):
-        return None if tensor is None else real(tensor.reshape(-1).to(dtype))
+    def read(tensor: torch.Tensor) -> torch.Tensor:
+        return masked(tensor.reshape(-1).to(dtype))
 
-    advantage_N, entropy_N = read(advantages), read(entropy)
+    advantage_N, entropy_N = read(advantages), None if entropy is None else read(entropy)
     if scale is not None:
         advantage_N = advantage_N * scale
     if shift is not None:
         advantage_N = advantage_N + shift
-    advantage_N = real(advantage_N)
+    advantage_N = masked(advantage_N)
     terms = policy_terms(
         read(logp),
         read(old_logp),
         advantage_N,
-        read(ref_logp),
+        None if ref_logp is None else read(ref_logp),
         entropy_N,
         clip_ratio,
         clip_high,
@@ -159,10 +187,10 @@ def ppo_loss(
     averaged = (
         terms.outside,
         terms.divergence,
-        real(terms.ratio),
+        masked(terms.ratio),
         advantage_N,
         terms.kl,
-        torch.zeros_like(advantage_N) if entropy is None else entropy_N,
+        torch.zeros_like(advantage_N) if entropy_N is None else entropy_N,
         terms.clipped,
         terms.dual_clipped,
         terms.log_ratio,

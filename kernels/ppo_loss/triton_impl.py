@@ -1,7 +1,7 @@
-"""The policy loss and its gradients in Triton, in one launch: a program per row, the last one adds up what
-they found.
+"""The policy loss and its gradients in Triton, in one launch.
 
-`policy_terms`, the objective of one token, is also what the kernels use that start from logits.
+There is a program per row; the last one adds up the sums of all. `policy_terms`, the objective of one token,
+is also what the kernels use that start from logits.
 """
 
 import torch
@@ -19,13 +19,13 @@ LOG_RATIO_LIMIT = tl.constexpr(20.0)  # as in reference.py
 
 @triton.jit
 def clamped(x, low, high):
-    """X between low and high; NaN stays NaN."""
+    """The number, bounded to low .. high; NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def k3(x, exp_x):
-    """exp(x) - 1 - x, from its series near 0, where the subtraction would lose every digit."""
+    """The value of exp(x) - 1 - x, from its series near 0, where the subtraction would lose every digit."""
     series = x * x * 0.5 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
     return tl.where(tl.abs(x) < 0.25, series, exp_x - 1 - x)
 
@@ -107,6 +107,7 @@ def loss_kernel(
     K1: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """One row: its gradients and sums; the last program adds up the sums."""
     row, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     begin, end = segment_bounds(cu_seqlens, row, rows, width)
     length = (end - begin).to(tl.int32)
@@ -164,19 +165,19 @@ def loss_kernel(
     zero_tail(gradient_N, cu_seqlens, rows, positions, row, programs, BLOCK)
     if entropy_N is not None:
         zero_tail(entropy_gradient_N, cu_seqlens, rows, positions, row, programs, BLOCK)
-    mine = sums_KP + row
-    tl.store(mine, tl.sum(outside_t, 0))
-    tl.store(mine + programs, tl.sum(divergence_t, 0))
-    tl.store(mine + 2 * programs, tl.sum(ratio_t, 0))
-    tl.store(mine + 3 * programs, tl.sum(advantage_t, 0))
-    tl.store(mine + 4 * programs, tl.sum(kl_t, 0))
-    tl.store(mine + 5 * programs, tl.sum(entropy_t, 0))
-    tl.store(mine + 6 * programs, tl.sum(clipped_t, 0))
-    tl.store(mine + 7 * programs, tl.sum(bounded_t, 0))
-    tl.store(mine + 8 * programs, tl.sum(log_ratio_t, 0))
-    tl.store(mine + 9 * programs, (count > 0).to(tl.float32))
-    tl.store(mine + 10 * programs, count)
-    tl.store(mine + 11 * programs, tl.sum(loss_t, 0) * share)
+    sums_K = sums_KP + row
+    tl.store(sums_K, tl.sum(outside_t, 0))
+    tl.store(sums_K + programs, tl.sum(divergence_t, 0))
+    tl.store(sums_K + 2 * programs, tl.sum(ratio_t, 0))
+    tl.store(sums_K + 3 * programs, tl.sum(advantage_t, 0))
+    tl.store(sums_K + 4 * programs, tl.sum(kl_t, 0))
+    tl.store(sums_K + 5 * programs, tl.sum(entropy_t, 0))
+    tl.store(sums_K + 6 * programs, tl.sum(clipped_t, 0))
+    tl.store(sums_K + 7 * programs, tl.sum(bounded_t, 0))
+    tl.store(sums_K + 8 * programs, tl.sum(log_ratio_t, 0))
+    tl.store(sums_K + 9 * programs, (count > 0).to(tl.float32))
+    tl.store(sums_K + 10 * programs, count)
+    tl.store(sums_K + 11 * programs, tl.sum(loss_t, 0) * share)
     if is_last(counter, programs):
         report(
             loss,
@@ -195,25 +196,25 @@ def loss_kernel(
 
 
 def ppo_loss(
-    logp,
-    old_logp,
-    advantages,
-    ref_logp,
-    entropy,
-    cu_seqlens,
-    mask,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    kl_coeff,
-    k1,
-    entropy_coeff,
-    token_mean,
-    normalizer,
-    scale,
-    shift,
-):
-    """See the op and reference.py."""
+    logp: torch.Tensor,
+    old_logp: torch.Tensor,
+    advantages: torch.Tensor,
+    ref_logp: torch.Tensor | None,
+    entropy: torch.Tensor | None,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    clip_ratio: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coeff: float,
+    k1: bool,
+    entropy_coeff: float,
+    token_mean: bool,
+    normalizer: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference; float32, bfloat16 or float16 in, float32 out."""
     inputs = [
         None if tensor is None else tensor.contiguous()
         for tensor in (logp, old_logp, advantages, ref_logp, entropy)
@@ -221,7 +222,7 @@ def ppo_loss(
     cu_seqlens, mask, rows, width = row_arguments("ppo_loss", cu_seqlens, mask, logp.numel())
     programs = max(rows, 1)
 
-    def new(*shape):
+    def new(*shape: int) -> torch.Tensor:
         return logp.new_empty(shape, dtype=torch.float32)
 
     loss, gradient, inverse, statistics = new(), new(*logp.shape), new(), new(len(STATISTICS))

@@ -7,26 +7,26 @@ from ..token_logprob.native import rows_of
 
 
 def ppo_loss_from_logits(
-    logits_NV,
-    ids_N,
-    old_logp_N,
-    advantage_N,
-    ref_logp_N,
-    weight_N,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    kl_coeff,
-    k1,
-    entropy_coeff,
-    temperature,
-    temperature_N,
-    softcap,
-    out_NV,
-):
-    """See the reference. CPU tensors, not float64."""
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    old_logp_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    weight_N: torch.Tensor,
+    clip_ratio: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coeff: float,
+    k1: bool,
+    entropy_coeff: float,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    out_NV: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference; CPU tensors, not float64."""
     logp_N, entropy_N = (logits_NV.new_empty(logits_NV.shape[0], dtype=torch.float32) for _ in range(2))
-    keep, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
+    referenced, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
     target_NV = pointers.unit_rows(out_NV)
     vectors = [
         None if tensor is None else tensor.to(torch.float32).contiguous()
@@ -48,7 +48,7 @@ def ppo_loss_from_logits(
         entropy_coeff,
         pointers.threads(logits_NV.numel()),
     )
-    del keep
+    del referenced
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)
     return logp_N, entropy_N

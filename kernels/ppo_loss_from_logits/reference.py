@@ -1,4 +1,7 @@
-"""The gradient of the policy objective over rows of logits in plain torch, any float dtype: the definition."""
+"""The gradient of the policy objective over rows of logits in plain torch: the definition.
+
+Any float dtype.
+"""
 
 import torch
 
@@ -7,27 +10,46 @@ from ..token_logprob.reference import token_logprob, token_logprob_backward
 
 
 def ppo_loss_from_logits(
-    logits_NV,
-    ids_N,
-    old_logp_N,
-    advantage_N,
-    ref_logp_N,
-    weight_N,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    kl_coeff,
-    k1,
-    entropy_coeff,
-    temperature,
-    temperature_N,
-    softcap,
-    out_NV,
-):
-    """Writes d sum(weight * objective) / d logits into out_NV -> (logp_N, entropy_N); weight 0 is masked: all
-    of it 0.
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    old_logp_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    weight_N: torch.Tensor,
+    clip_ratio: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coeff: float,
+    k1: bool,
+    entropy_coeff: float,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    out_NV: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Writes d sum(weight * objective) / d logits into out_NV.
 
-    out_NV may be logits_NV, or begin where each of its rows begins with narrower elements.
+    Args:
+        logits_NV: Any float dtype.
+        ids_N: Integers.
+        old_logp_N: Log-probs of the policy that sampled.
+        advantage_N: Scaled and shifted already.
+        ref_logp_N: Log-probs of the reference policy, or None.
+        weight_N: The token's weight in the loss; 0 means masked, and everything of the row is then 0.
+        clip_ratio: The ratio is clipped below 1 - clip_ratio
+        clip_high: and above 1 + clip_high.
+        dual_clip: The largest ratio that counts where the advantage is negative; infinity for no bound.
+        kl_coeff: Coefficient of the KL to the reference policy.
+        k1: The KL estimator is k1, not k3.
+        entropy_coeff: Coefficient of the entropy.
+        temperature: One for all rows.
+        temperature_N: One for each row, or None.
+        softcap: 0 for none.
+        out_NV: Is written, in its own dtype. It may be logits_NV, or begin where each of its rows begins with
+            narrower elements.
+
+    Returns:
+        logp_N and entropy_N, in nats.
     """
     logp_N, entropy_N, lse_N = token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, True)
     on_N = weight_N != 0

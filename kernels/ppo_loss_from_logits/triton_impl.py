@@ -1,9 +1,8 @@
-"""The gradient of the policy objective over rows of logits in Triton: two reads of the logits, one program
-per row.
+"""The gradient of the policy objective over rows of logits in Triton: one program reads its row twice.
 
-The first read gives the row's log-prob and entropy, which decide the objective's derivative; the second
-writes d logits and comes from the caches as far as the rows in flight fit there: a long row is one
-multiprocessor's, and the second read begins where the first one ended.
+The first read gives the row's log-prob and entropy, which decide the objective's derivative. The second one
+writes d logits, and comes from the caches as far as the rows that are worked on at one time fit there: it
+begins where the first read ended.
 """
 
 import torch
@@ -11,25 +10,20 @@ import triton
 import triton.language as tl
 
 from ..ppo_loss.triton_impl import policy_terms
+from ..tiles_triton import INTEGERS, depth, tiling, unit_rows, unit_target, width
 from ..token_logprob.triton_impl import (
-    INTEGERS,
     LN2,
     columns,
-    depth,
     finish,
     gradient,
     row_head,
     row_statistics,
     store_target,
     tile,
-    tiling,
-    unit_rows,
-    unit_target,
-    width,
 )
 
 # (widest vocabulary, warps): 32 warps of more than 32 registers are one program per multiprocessor, so that
-# on an H200 132 rows of 151936 bfloat16, 40 MB, are in flight. Chosen for that, not tuned on a device.
+# an H200 works on 132 rows of 151936 bfloat16, 40 MB, at one time. Chosen for that, not tuned on a device.
 WARPS = ((8192, 8), (65536, 16), (1 << 31, 32))
 
 
@@ -63,6 +57,7 @@ def rows_kernel(
     ALIGNED: tl.constexpr,
     T: tl.constexpr,
 ):
+    """One row: its log-prob and entropy, then its gradient; zeros where the weight is 0."""
     W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
     R: tl.constexpr = depth(W, CAPPED)
     row = tl.program_id(0).to(tl.int64)
@@ -142,33 +137,30 @@ def rows_kernel(
 
 
 def ppo_loss_from_logits(
-    logits_NV,
-    ids_N,
-    old_logp_N,
-    advantage_N,
-    ref_logp_N,
-    weight_N,
-    clip_ratio,
-    clip_high,
-    dual_clip,
-    kl_coeff,
-    k1,
-    entropy_coeff,
-    temperature,
-    temperature_N,
-    softcap,
-    out_NV,
-):
-    """Writes d sum(weight * objective) / d logits into out_NV -> (logp_N, entropy_N); see the reference.
-
-    Nothing of a row with weight 0 is read.
-    """
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    old_logp_N: torch.Tensor,
+    advantage_N: torch.Tensor,
+    ref_logp_N: torch.Tensor | None,
+    weight_N: torch.Tensor,
+    clip_ratio: float,
+    clip_high: float,
+    dual_clip: float,
+    kl_coeff: float,
+    k1: bool,
+    entropy_coeff: float,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    out_NV: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the reference. Nothing of a row with weight 0 is read."""
     count, vocabulary = logits_NV.shape
     logp_N, entropy_N = (logits_NV.new_empty(count, dtype=torch.float32) for _ in range(2))
     if count == 0:
         return logp_N, entropy_N
     target_NV, logits_NV = unit_target(out_NV), unit_rows(logits_NV)
-    how, w, _ = tiling(WARPS, softcap > 0, target_NV, logits_NV)
+    launch, w, _ = tiling(WARPS, softcap > 0, target_NV, logits_NV)
     vectors = [
         logp_N if tensor is None else tensor.contiguous()
         for tensor in (ids_N, old_logp_N, advantage_N, ref_logp_N, weight_N, temperature_N)
@@ -194,7 +186,7 @@ def ppo_loss_from_logits(
             float(kl_coeff),
             int(k1),
             float(entropy_coeff),
-            **how,
+            **launch,
         )
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)

@@ -1,12 +1,12 @@
 """token_logprob: log-prob (and entropy) of given tokens under given logits."""
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..first_order import first_order_only, refuse_tangents, track_inputs
+from ..first_order import Gradients, first_order_only, refuse_tangents, track_inputs
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(
@@ -14,20 +14,38 @@ _lib.define(
     "bool entropy, bool inplace, str impl) -> (Tensor, Tensor, Tensor)"
 )
 _lib.define(
-    "token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tensor entropy, Tensor lse, Tensor? "
-    "grad_logp, "
-    "Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, str impl) -> Tensor"
+    "token_logprob_backward(Tensor logits, Tensor ids, Tensor logp, Tensor entropy, Tensor lse, "
+    "Tensor? grad_logp, Tensor? grad_entropy, float temperature, Tensor? temperatures, float softcap, "
+    "str impl) -> Tensor"
 )
 
 
-def _run(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
+def _run(
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+    inplace: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     checks.known_ids("token_logprob", ids_N, logits_NV.shape[1])
     checks.known_temperatures("token_logprob", temperature_N)
     function, _ = choose("token_logprob", (logits_NV,), impl)
     return function(logits_NV, ids_N, temperature, temperature_N, softcap, entropy)
 
 
-def _fake(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplace, impl):
+def _fake(
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+    inplace: bool,
+    impl: str,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dtype, count = checks.result_dtype(logits_NV), logits_NV.shape[0]
     return (
         logits_NV.new_empty(count, dtype=dtype),
@@ -36,23 +54,24 @@ def _fake(logits_NV, ids_N, temperature, temperature_N, softcap, entropy, inplac
     )
 
 
-def _write_gradient(logits_NV, *rest, out_NV):
-    *arguments, impl = rest
+def _write_gradient(logits_NV: torch.Tensor, *inputs: Any, out_NV: torch.Tensor) -> torch.Tensor:
+    """The backward op with its result in out_NV; inputs: the op's, after the logits."""
+    *arguments, impl = inputs
     function, _ = choose("token_logprob_backward", (logits_NV,), impl)
     return function(logits_NV, *arguments, out_NV)
 
 
-def _run_backward(logits_NV, *rest):
+def _run_backward(logits_NV: torch.Tensor, *inputs: Any) -> torch.Tensor:
     return _write_gradient(
-        logits_NV, *rest, out_NV=torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
+        logits_NV, *inputs, out_NV=torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
     )
 
 
-def _fake_backward(logits_NV, *rest):
+def _fake_backward(logits_NV: torch.Tensor, *inputs: Any) -> torch.Tensor:
     return torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     logits_NV, ids_N, ctx.temperature, temperature_N, ctx.softcap, ctx.entropy, ctx.inplace, ctx.impl = inputs
     logp_N, entropy_N, lse_N = output
     ctx.mark_non_differentiable(lse_N)
@@ -61,13 +80,15 @@ def _setup(ctx, inputs, output):
 
 
 @first_order_only("token_logprob")
-def _backward(ctx, grad_logp_N, grad_entropy_N, _):
+def _backward(
+    ctx: Any, grad_logp_N: torch.Tensor | None, grad_entropy_N: torch.Tensor | None, _: None
+) -> Gradients:
     logits_NV, ids_N, temperature_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
     if not ctx.entropy:
         grad_entropy_N = None
     if grad_logp_N is None and grad_entropy_N is None:
         return (None,) * 8
-    rest = (
+    inputs = (
         ids_N,
         logp_N,
         entropy_N,
@@ -83,10 +104,10 @@ def _backward(ctx, grad_logp_N, grad_entropy_N, _):
         # Below autograd: the buffer is the caller's to destroy. The new version makes a second backward pass
         # an error.
         with torch.no_grad():
-            gradient = _write_gradient(logits_NV.detach(), *rest, out_NV=logits_NV.detach())
+            gradient = _write_gradient(logits_NV.detach(), *inputs, out_NV=logits_NV.detach())
         torch.autograd.graph.increment_version(logits_NV)
     else:
-        gradient = torch.ops.saferlhf_fast.token_logprob_backward(logits_NV, *rest)
+        gradient = torch.ops.saferlhf_fast.token_logprob_backward(logits_NV, *inputs)
     return (gradient, *[None] * 7)
 
 
@@ -152,30 +173,43 @@ def token_logprob(
 
         z = logits.float() if softcap is None else softcap * torch.tanh(logits.float() / softcap)
         log_p = torch.log_softmax(z / temperature, -1)
-        logp = log_p.gather(-1, ids[..., None]).squeeze(-1);  entropy = torch.special.entr(log_p.exp()).sum(-1)
+        logp = log_p.gather(-1, ids[..., None]).squeeze(-1)
+        entropy = torch.special.entr(log_p.exp()).sum(-1)
 
-    logits: [..., V], any float dtype; -inf is allowed (probability 0), +inf gives NaN. ids: [...], integers
-    in 0..V-1; give only the tokens that count: there is no ignored id. An id outside the vocabulary raises
-    ValueError on the CPU and gives NaN on a device, where knowing would make the host wait; with
-    SAFERLHF_CHECK=1 it raises there too. temperature: number > 0, or a tensor of them, 0-d or shaped as ids
-    (no gradient flows to it; ValueError for others where ids are looked at, too). softcap: as Gemma caps its
-    logits, or None. inplace_backward: the backward pass writes d logits into the memory of `logits`, which
-    must not be needed again (ignored for leaves and views of leaves, expanded tensors, and under
-    torch.compile and torch.func). impl: "auto", "reference", "triton" or "native".
+    A row depends on no other row in any implementation, and the same inputs give the same bits. On a device
+    the host never waits.
 
-    Returns logp [...], or (logp, entropy) with return_entropy; float64 for float64 logits, else float32. logp
-    <= 0 always. Differentiable in logits, through both. No host sync on a device; same inputs, same bits; in
-    every implementation a row depends on no other row.
+    Args:
+        logits: [..., V], any float dtype. -inf is allowed (probability 0); +inf gives NaN.
+        ids: [...], integers in 0..V-1. Every id counts: leave out the tokens that do not. One outside the
+            vocabulary raises on the CPU, and on a device with SAFERLHF_CHECK=1; otherwise it gives NaN there,
+            since looking would make the host wait.
+        temperature: A number > 0, or a tensor of numbers, 0-d or shaped as ids. No gradient goes to it.
+        softcap: The cap of Gemma's logits, > 0, in units of the logits; None for none.
+        return_entropy: Also return the entropy of each token's distribution.
+        inplace_backward: The backward pass writes d logits into the memory of `logits`, which must not be
+            needed again. Ignored for leaves and views of leaves, for expanded tensors, and under
+            torch.compile and torch.func.
+        impl: "auto", "reference", "triton" or "native".
+
+    Returns:
+        logp [...] in nats, <= 0, or (logp, entropy) with return_entropy, both differentiable in logits;
+        float64 for float64 logits, else float32.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit; a temperature or softcap that is not > 0; an id
+            outside the vocabulary.
+        NotImplementedError: `impl` cannot run here.
     """
     checks.logits_and_ids("token_logprob", logits, ids)
     refuse_tangents("token_logprob", logits)
-    temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
+    one_temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
     flat = logits.reshape(ids.numel(), logits.shape[-1])
     inplace = inplace_backward and checks.disposable(logits, flat)
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
         flat,
         checks.wide(ids).reshape(-1),
-        temperature,
+        one_temperature,
         temperature_N,
         checks.softcap("token_logprob", softcap),
         return_entropy,

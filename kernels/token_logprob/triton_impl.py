@@ -11,28 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..functions_triton import log1p, one_minus_p, tanh
+from ..tiles_triton import INTEGERS, depth, tiling, unit_rows, unit_target, width
+
 # (widest vocabulary, warps); chosen by registers and occupancy, not tuned on a device
 WARPS = ((1 << 31, 8),)
-# Arguments whose value must not choose another kernel: what a launch knows of alignment it says in ALIGNED or
-# W.
-INTEGERS = [
-    "logits_stride",
-    "out_stride",
-    "vocabulary",
-    "parts",
-    "tiles",
-    "upwards",
-    "per_row",
-    "has_logp",
-    "has_entropy",
-    "has_ref",
-    "k1",
-    "count",
-    "splits",
-    "width",
-    "hidden_stride",
-    "weight_stride",
-]
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e30)  # a z that is lower counts as -inf
@@ -40,53 +23,9 @@ FLOOR = tl.constexpr(-1e30)  # a z that is lower counts as -inf
 LOWEST = tl.constexpr(-300.0)
 
 
-@triton.constexpr_function
-def width(bits, aligned):
-    """W, how many logits of so many bits a thread loads at once: 16 bytes, or one where not all rows are
-    aligned so.
-    """
-    return 128 // bits if aligned else 1
-
-
-@triton.constexpr_function
-def depth(w, capped):
-    """R, how often a thread loads: a tile is [R, T, W] for T threads. Fewer where there is more else to hold."""
-    return 16 // w if w > 1 and not capped else 8 // w
-
-
-@triton.jit
-def tanh(x):
-    """tanh(x) from exp; from its series near 0, where 1 - 2 / (exp(2x) + 1) would lose every digit."""
-    y = x * x
-    series = -17.0 / 315 + y * (62.0 / 2835 + y * (-1382.0 / 155925 + y * (21844.0 / 6081075)))
-    series = x + x * y * (-1.0 / 3 + y * (2.0 / 15 + y * series))
-    return tl.where(y < 0.0625, series, 1 - 2 / (tl.exp(2 * x) + 1))
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) of x >= 0; from the series of atanh below 1, where 1 + x would lose digits of x."""
-    s = x / (2 + x)
-    y = s * s
-    series = 1 + y * (
-        1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9 + y * (1.0 / 11 + y * (1.0 / 13 + y / 15)))))
-    )
-    return tl.where(x < 1, 2 * s * series, tl.log(1 + x))
-
-
-@triton.jit
-def one_minus_p(logp):
-    """-expm1(logp) of logp <= 0; the series near 0, where 1 - exp would lose every digit."""
-    x = logp
-    series = -x * (
-        1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
-    )
-    return tl.where(logp > -0.3, series, 1 - tl.exp(logp))
-
-
 @triton.jit
 def finite(x):
-    """x, but not below LOWEST. Where x is NaN, what it is multiplied by must be NaN too."""
+    """The number, but not below LOWEST. Where x is NaN, what it is multiplied by must be NaN too."""
     return tl.maximum(x, LOWEST)
 
 
@@ -108,7 +47,7 @@ def tile(row_V, at, first, vocabulary, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def fold(x, scale, base, total, weighted, ENTROPY: tl.constexpr):
-    """Takes a tile [R, T, W] into what its T threads hold: as row_statistics gives it for a row."""
+    """Adds a tile [R, T, W] to the sums of its T threads, which are those of row_statistics."""
     new = tl.maximum(base, tl.max(tl.max(x, 2), 0) * scale)
     down = base - new
     shrink = tl.exp2(down)
@@ -132,8 +71,10 @@ def row_statistics(
     T: tl.constexpr,
     W: tl.constexpr,
 ):
-    """(base, others, weighted) of a row without the column `id`: the highest z (FLOOR where there is none),
-    the sum of 2^(z - base), the sum of 2^(z - base) * (z - base).
+    """(base, others, weighted) of a row without the column `id`.
+
+    base: the highest z, FLOOR where there is none. others: the sum of 2^(z - base). weighted: the sum of
+    2^(z - base) * (z - base).
     """
     at, first = columns(R, T, W)
     base = tl.full([T], FLOOR, tl.float32)
@@ -160,21 +101,25 @@ def row_statistics(
 
 @triton.jit
 def finish(base, others, weighted, target):
-    """(logp, entropy, lse, highest, total) from row_statistics and the target's z: the first three in nats,
-    the highest z of all, the sum of 2^(z - highest) over all.
+    """(logp, entropy, lse, highest, total) from row_statistics and the target's z.
+
+    The first three are in nats. highest: the highest z of all. total: the sum of 2^(z - highest) over all.
     """
     gap = (base - target + tl.log2(others)) * LN2
     logp = 0.0 - (tl.where(gap < 0, 0.0, gap) + log1p(tl.exp(-tl.abs(gap))))
     # No logit above FLOOR, or an infinite one: there is no distribution.
     logp = tl.where((base <= FLOOR) & (target <= FLOOR) | (target == float("inf")), float("nan"), logp)
     highest = tl.maximum(base, target)
-    down, mine = base - highest, target - highest
-    rest = others * tl.exp2(down)
-    total = rest + tl.exp2(mine)
-    # Where the target is highest its term is 1 and the rest may be tiny.
-    log_total = tl.where(target >= base, log1p(rest), tl.log(total))
+    down, target_down = base - highest, target - highest
+    without_target = others * tl.exp2(down)
+    total = without_target + tl.exp2(target_down)
+    # Where the target is highest its term is 1 and the others' sum may be tiny.
+    log_total = tl.where(target >= base, log1p(without_target), tl.log(total))
     entropy = (
-        log_total - LN2 * ((weighted + down * others) * tl.exp2(down) + tl.exp2(mine) * finite(mine)) / total
+        log_total
+        - LN2
+        * ((weighted + down * others) * tl.exp2(down) + tl.exp2(target_down) * finite(target_down))
+        / total
     )
     return logp, tl.where(entropy < 0, 0.0, entropy), highest * LN2 + log_total, highest, total
 
@@ -185,7 +130,7 @@ def row_head(
 ):
     """(id, whether it is in the vocabulary, log2(e) / temperature, the target's z or -inf) of a row.
 
-    The temperature is temperature_N's where per_row is not 0; else nothing is read there.
+    Where per_row is 0 temperature_N is not read, and `temperature` is that of all rows.
     """
     id = tl.load(ids_N + row)
     known = (id >= 0) & (id < vocabulary)
@@ -216,6 +161,7 @@ def forward_kernel(
     ALIGNED: tl.constexpr,
     T: tl.constexpr,
 ):
+    """A row of logits is read once; one program per row."""
     W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
     R: tl.constexpr = depth(W, CAPPED)
     row = tl.program_id(0).to(tl.int64)
@@ -233,8 +179,9 @@ def forward_kernel(
 
 @triton.jit
 def gradient(x, scale, shift, plain, slope, softcap, CAPPED: tl.constexpr):
-    """D logits of all columns but the target's from their capped logits x: with t = x * scale - shift,
-    2^t * (plain + slope * t), through the softcap.
+    """The gradient of all logits of a row but the target's, from the capped logits x.
+
+    With t = x * scale - shift it is 2^t * (plain + slope * t), through the softcap.
     """
     t = x * scale - shift
     d = tl.exp2(t) * (plain + slope * finite(t))
@@ -243,15 +190,16 @@ def gradient(x, scale, shift, plain, slope, softcap, CAPPED: tl.constexpr):
 
 @triton.jit
 def through(d, x, softcap):
-    """The derivative by a logit from that by the capped logit x."""
+    """The derivative by a logit, from the derivative by the capped logit x."""
     u = x / softcap
     return d * (1 - u * u)
 
 
 @triton.jit
 def store_target(out, x, owned, logp, entropy, grad, grad_entropy, softcap, CAPPED: tl.constexpr):
-    """Where `owned`, writes d of the target over what the tiles have left there: from the log-prob itself,
-    since 1 - p would lose everything at p near 1. x: its capped logit.
+    """Where `owned`, writes the target's gradient over what the tiles have left there.
+
+    It comes from the log-prob itself, since 1 - p would lose every digit at p near 1. x: its capped logit.
     """
     d = grad * one_minus_p(logp) - grad_entropy * tl.exp(logp) * (finite(logp) + entropy)
     if CAPPED:
@@ -285,6 +233,7 @@ def backward_kernel(
     ALIGNED: tl.constexpr,
     T: tl.constexpr,
 ):
+    """The gradient of `tiles` tiles of a row; `parts` programs share a row."""
     W: tl.constexpr = width(logits_NV.dtype.element_ty.primitive_bitwidth, ALIGNED)
     R: tl.constexpr = depth(W, CAPPED)
     row = (tl.program_id(0) // parts).to(tl.int64)
@@ -313,57 +262,21 @@ def backward_kernel(
     store_target(out_V + id, target / scale, owned, logp, entropy, grad, grad_entropy, softcap, CAPPED)
 
 
-def unit_rows(tensor_NV):
-    """The tensor itself, or a copy, with rows whose elements lie side by side."""
-    return tensor_NV if tensor_NV.stride(1) == 1 else tensor_NV.contiguous()
-
-
-def unit_target(out_NV):
-    """out_NV itself, or room of its shape with rows whose elements lie side by side."""
-    return (
-        out_NV if out_NV.stride(1) == 1 else torch.empty_like(out_NV, memory_format=torch.contiguous_format)
-    )
-
-
-def tiling(table, capped, out_NV, logits_NV):
-    """(options of a launch, W, tiles of a row). table: as WARPS.
-
-    Aligned are rows that begin and end at 16 bytes.
-    """
-    vocabulary, bits = logits_NV.shape[1], 8 * logits_NV.element_size()
-    w = width(bits, True)
-    aligned = vocabulary % w == 0 and all(
-        tensor.data_ptr() % 16 == 0 and tensor.stride(0) % w == 0 for tensor in (out_NV, logits_NV)
-    )
-    how = options(next(warps for limit, warps in table if vocabulary <= limit), capped, aligned)
-    w = width(bits, aligned)
-    return how, w, triton.cdiv(vocabulary, depth(w, capped) * how["T"] * w)
-
-
-def options(warps, capped, aligned):
-    """See tiling. ptxas aims at 32 or 40 registers and misses by a few where there is more to hold: there it
-    may have 64.
-    """
-    return dict(
-        ALIGNED=aligned,
-        T=32 * warps,
-        CAPPED=capped,
-        num_warps=warps,
-        maxnreg=None if aligned and not capped else 64,
-    )
-
-
-def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy):
-    """(logp_N, entropy_N or [0], lse_N) in float32; lse is the log-sum-exp of the capped logits over the
-    temperature.
-    """
+def token_logprob(
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    entropy: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference; float32, bfloat16 or float16 in, float32 out."""
     count, vocabulary = logits_NV.shape
     logits_NV, ids_N = unit_rows(logits_NV), ids_N.contiguous()
     logp_N, lse_N = (logits_NV.new_empty(count, dtype=torch.float32) for _ in range(2))
     entropy_N = logits_NV.new_empty(count if entropy else 0, dtype=torch.float32)
     if count:
-        per_row = temperature_N is not None
-        how, w, _ = tiling(WARPS, softcap > 0, logits_NV, logits_NV)
+        launch, w, _ = tiling(WARPS, softcap > 0, logits_NV, logits_NV)
         with torch.cuda.device(logits_NV.get_device()):
             forward_kernel[(count,)](
                 logp_N,
@@ -371,44 +284,44 @@ def token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, entropy
                 lse_N,
                 logits_NV,
                 ids_N,
-                temperature_N.contiguous() if per_row else logp_N,
+                logp_N if temperature_N is None else temperature_N.contiguous(),
                 logits_NV.stride(0) // w,
                 vocabulary,
                 float(temperature),
-                int(per_row),
+                int(temperature_N is not None),
                 float(softcap),
                 ENTROPY=entropy,
-                **how,
+                **launch,
             )
     return logp_N, entropy_N, lse_N
 
 
 def token_logprob_backward(
-    logits_NV,
-    ids_N,
-    logp_N,
-    entropy_N,
-    lse_N,
-    grad_logp_N,
-    grad_entropy_N,
-    temperature,
-    temperature_N,
-    softcap,
-    out_NV,
-):
-    """Writes d logits into out_NV, which may be logits_NV or begin where each of its rows begins with
-    narrower elements.
-    """
+    logits_NV: torch.Tensor,
+    ids_N: torch.Tensor,
+    logp_N: torch.Tensor,
+    entropy_N: torch.Tensor,
+    lse_N: torch.Tensor,
+    grad_logp_N: torch.Tensor | None,
+    grad_entropy_N: torch.Tensor | None,
+    temperature: float,
+    temperature_N: torch.Tensor | None,
+    softcap: float,
+    out_NV: torch.Tensor,
+) -> torch.Tensor:
+    """See the reference."""
     count, vocabulary = logits_NV.shape
     if count == 0 or vocabulary == 0:
         return out_NV
     target_NV = unit_target(out_NV)
     logits_NV, ids_N = unit_rows(logits_NV), ids_N.contiguous()
-    how, w, tiles = tiling(WARPS, softcap > 0, target_NV, logits_NV)
-    # Over its own logits in a narrower type a row is one program's, else each of its tiles is.
+    launch, w, tiles = tiling(WARPS, softcap > 0, target_NV, logits_NV)
+    # Over its own logits in a narrower type a program takes a whole row, else each tile has its own program.
     alone = target_NV.data_ptr() == logits_NV.data_ptr() and target_NV.dtype != logits_NV.dtype
     parts = 1 if alone else tiles
-    given = [tensor is not None for tensor in (grad_logp_N, grad_entropy_N, temperature_N)]
+    has_logp, has_entropy, per_row = (
+        int(tensor is not None) for tensor in (grad_logp_N, grad_entropy_N, temperature_N)
+    )
     vectors = [
         logp_N if tensor is None else tensor.contiguous()
         for tensor in (grad_logp_N, grad_entropy_N, temperature_N)
@@ -428,11 +341,11 @@ def token_logprob_backward(
             parts,
             tiles // parts,
             float(temperature),
-            int(given[2]),
+            per_row,
             float(softcap),
-            int(given[0]),
-            int(given[1]),
-            **how,
+            has_logp,
+            has_entropy,
+            **launch,
         )
     if target_NV is not out_NV:
         out_NV.copy_(target_NV)

@@ -3,11 +3,13 @@
 The gradient is made in the forward pass.
 """
 
+from typing import Any
+
 import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..first_order import first_order_only, refuse_tangents, track_inputs
+from ..first_order import Gradients, first_order_only, refuse_tangents, track_inputs
 from ..losses import REDUCTIONS, scaled
 from .reference import STATISTICS
 
@@ -18,18 +20,19 @@ _lib.define(
 )
 
 
-def _run(values, *rest):
-    function, _ = choose("value_loss", (values,), rest[-1])
-    return function(values, *rest[:-1])
+def _run(values: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
+    *arguments, impl = inputs
+    function, _ = choose("value_loss", (values,), impl)
+    return function(values, *arguments)
 
 
-def _fake(values, *rest):
+def _fake(values: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
     critics = values.shape[0]
-    shapes = (critics, values.shape, (), (critics, len(STATISTICS)))
+    shapes = ((critics,), values.shape, (), (critics, len(STATISTICS)))
     return tuple(values.new_empty(shape, dtype=checks.result_dtype(values)) for shape in shapes)
 
 
-def _setup(ctx, inputs, output):
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.dtype = inputs[0].dtype
     ctx.save_for_backward(*output[1:3])
     ctx.mark_non_differentiable(*output[1:])
@@ -37,7 +40,7 @@ def _setup(ctx, inputs, output):
 
 
 @first_order_only("value_loss")
-def _backward(ctx, upstream_C, *_):
+def _backward(ctx: Any, upstream_C: torch.Tensor | None, *_: None) -> Gradients:
     if upstream_C is None:
         return (None,) * 9
     gradient, inverse = ctx.saved_tensors
@@ -62,24 +65,42 @@ def value_loss(
     normalizer: float | torch.Tensor | None = None,
     impl: str = "auto",
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Half the mean of the larger of two squares (PPO2's clipped value loss; safe-rlhf's critic_loss_fn).
+    """Half the mean of the larger of two squares, of one critic or of both.
 
     Means the same as::
 
         clipped = old_values + (values - old_values).clamp(-clip_value, clip_value)
         loss = 0.5 * mean(torch.maximum((values - returns) ** 2, (clipped - returns) ** 2))
 
-    values, old_values, returns: packed [N] with `cu_seqlens` or padded [B, T] with `mask` for one critic; [2,
-    N] or [2, B, T] for both, the reward's first. With neither, [N] is one sequence, and [B, T] (also [2, T])
-    one critic without padding. clip_value, in the values' units; infinity for no clip. reduction, normalizer,
-    impl: as `ppo_loss`.
+    Masked entries are never read.
 
-    Returns (loss, stats): loss [] or [2], float64 for float64 values, else float32. The gradient goes to
-    values only and is exactly 0 where masked; masked entries are never read. stats, 0-d, over this call's
-    valid tokens: clip_fraction (share of values further than clip_value from the old), clipped (share where
-    the clipped square is the larger one), value, return (means), error (mean square against the returns),
-    sequences (with a token), tokens; with two critics each of the first five twice, as reward_* and cost_*.
-    Raises ValueError for shapes, dtypes or devices that do not fit.
+    Args:
+        values: Packed [N] with `cu_seqlens` or padded [B, T] with `mask` for one critic; [2, N] or [2, B, T]
+            for both, the reward's first. With neither, [N] is one sequence, and [B, T] (also [2, T]) one
+            critic without padding.
+        old_values: Shaped as values; of the critic that scored the batch.
+        returns: Shaped as values.
+        clip_value: How far a value may move from the old one, in the values' units; infinity for no clip.
+        cu_seqlens: Offsets of packed rows, int32 [B+1], or None.
+        mask: Valid tokens of padded rows, bool [B, T], or None.
+        reduction: As in `ppo_loss`.
+        normalizer: As in `ppo_loss`.
+        impl: "auto", "reference", "triton" or "native".
+
+    Returns:
+        (loss, stats): loss [], or [2] for both critics; float64 for float64 values, else float32. The
+        gradient goes to values only and is exactly 0 where masked. stats are 0-d, over this call's valid
+        tokens: clip_fraction (share of values further than clip_value from the old), clipped (share where the
+        clipped square is the larger one), value, return (means), error (mean square against the returns),
+        sequences (with a token), tokens; with two critics each of the first five twice, as reward_* and
+        cost_*.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices that do not fit.
+        NotImplementedError: `impl` cannot run here.
+
+    Source:
+        The clipped value loss of OpenAI baselines' PPO2; safe-rlhf's critic_loss_fn.
     """
     checks.same_tokens("value_loss", ("values", "old_values", "returns"), (values, old_values, returns))
     refuse_tangents("value_loss", values)

@@ -1,18 +1,29 @@
 """The clipped value loss of one or two critics and its gradient in one pass in C++ (csrc/value_loss.cpp)."""
 
+import torch
+
 from .. import pointers
 from ..checks import result_dtype
 from .reference import STATISTICS
 
 
-def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_mean, normalizer):
-    """See the op and reference.py. CPU tensors [C, N] or [C, B, T]."""
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    clip_value: float,
+    token_mean: bool,
+    normalizer: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference; CPU tensors."""
     dtype, critics, tokens = result_dtype(values), values.shape[0], values[0].numel()
     inputs = [pointers.flat(tensor, dtype) for tensor in (values, old_values, returns)]
     loss_C, inverse = values.new_empty(critics, dtype=dtype), values.new_empty((), dtype=dtype)
     gradient = values.new_empty(values.shape, dtype=dtype)
     statistics = values.new_empty((critics, len(STATISTICS)), dtype=dtype)
-    keep, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
+    referenced, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
     pointers.module().value_loss_cpu(
         loss_C.data_ptr(),
         gradient.data_ptr(),
@@ -26,5 +37,5 @@ def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_
         token_mean,
         pointers.threads(tokens * critics),
     )
-    del keep
+    del referenced
     return loss_C, gradient, inverse, statistics

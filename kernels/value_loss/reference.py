@@ -1,5 +1,6 @@
-"""The clipped value loss of one or two critics and its gradient in plain torch, any float dtype: the
-definition.
+"""The clipped value loss of one or two critics and its gradient in plain torch: the definition.
+
+Any float dtype.
 """
 
 import torch
@@ -11,18 +12,38 @@ from ..losses import statistics, total
 STATISTICS = ("clip_fraction", "value", "return", "error", "clipped", "sequences", "tokens")
 
 
-def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_mean, normalizer):
-    """See the op.
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    clip_value: float,
+    token_mean: bool,
+    normalizer: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The loss of each critic, and its gradient without the factor `inverse`.
 
-    Inputs [C, N] or [C, B, T]; returns loss [C], gradient shaped as values without the factor `inverse` [],
-    which follows, and statistics [C, 7].
+    Args:
+        values: [C, N] or [C, B, T], of C critics.
+        old_values: The same shape.
+        returns: The same shape.
+        cu_seqlens: int32 [B+1], or None with a mask.
+        mask: bool [B, T], or None with cu_seqlens.
+        clip_value: How far a value may move from the old one, in the values' units; infinity for any.
+        token_mean: The mean over tokens, not over sequences.
+        normalizer: 0-d count that the loss is divided by; None for that of this call.
+
+    Returns:
+        loss [C], gradient shaped as values without the factor inverse [], which follows, and statistics [C,
+        7] in the order of STATISTICS.
     """
     dtype = result_dtype(values)
     critics = values.shape[0]
     rows = layout("value_loss", values[0].numel(), cu_seqlens, mask)
     share_N, inverse = shares(rows, token_mean, normalizer, dtype)
 
-    def read(tensor):
+    def read(tensor: torch.Tensor) -> torch.Tensor:
         return torch.where(rows.valid_N, tensor.reshape(critics, -1).to(dtype), 0)
 
     value_CN, old_CN, return_CN = read(values), read(old_values), read(returns)

@@ -1,5 +1,6 @@
-"""The clipped value loss of one or two critics in Triton, in one launch: a program per critic and row, the
-last adds up.
+"""The clipped value loss of one or two critics in Triton, in one launch.
+
+There is a program per critic and row; the last one adds up the sums of all.
 """
 
 import torch
@@ -36,6 +37,7 @@ def loss_kernel(
     clip_value,
     BLOCK: tl.constexpr,
 ):
+    """One row of one critic: its gradient and sums; the last program adds up the sums."""
     program, programs = tl.program_id(0), tl.num_programs(0).to(tl.int64)
     each = tl.maximum(rows, 1)  # programs of one critic
     critic, row = program // each, program % each
@@ -62,9 +64,9 @@ def loss_kernel(
         plain_square, other_square = plain * plain, other * other
         # Two equal squares outside the range: autograd of maximum gives half to each, and the clipped one has
         # none.
-        whole = tl.where(far & (other_square == plain_square), 0.5, 1.0)
+        tie = tl.where(far & (other_square == plain_square), 0.5, 1.0)
         flat = far & (other_square > plain_square)
-        slope = tl.where(flat, 0.0, plain * whole)
+        slope = tl.where(flat, 0.0, plain * tie)
         tl.store(gradient_N + begin + at, tl.where(on, slope * share, 0.0), mask=at < length)
         # A NaN anywhere is in other_square, which wins what cannot be compared.
         loss_t += 0.5 * tl.where(plain_square >= other_square, plain_square, other_square)
@@ -74,15 +76,15 @@ def loss_kernel(
         error_t += plain_square
         flat_t += flat.to(tl.float32)
     zero_tail(gradient_N, cu_seqlens, rows, positions, row, each, BLOCK)
-    mine = sums_KP + program
-    tl.store(mine, tl.sum(outside_t, 0))
-    tl.store(mine + programs, tl.sum(value_t, 0))
-    tl.store(mine + 2 * programs, tl.sum(return_t, 0))
-    tl.store(mine + 3 * programs, tl.sum(error_t, 0))
-    tl.store(mine + 4 * programs, tl.sum(flat_t, 0))
-    tl.store(mine + 5 * programs, (count > 0).to(tl.float32))
-    tl.store(mine + 6 * programs, count)
-    tl.store(mine + 7 * programs, tl.sum(loss_t, 0) * share)
+    sums_K = sums_KP + program
+    tl.store(sums_K, tl.sum(outside_t, 0))
+    tl.store(sums_K + programs, tl.sum(value_t, 0))
+    tl.store(sums_K + 2 * programs, tl.sum(return_t, 0))
+    tl.store(sums_K + 3 * programs, tl.sum(error_t, 0))
+    tl.store(sums_K + 4 * programs, tl.sum(flat_t, 0))
+    tl.store(sums_K + 5 * programs, (count > 0).to(tl.float32))
+    tl.store(sums_K + 6 * programs, count)
+    tl.store(sums_K + 7 * programs, tl.sum(loss_t, 0) * share)
     if is_last(counter, programs):
         first = programs * 0
         for _ in range(critics):
@@ -105,14 +107,23 @@ def loss_kernel(
             first += each
 
 
-def value_loss(values, old_values, returns, cu_seqlens, mask, clip_value, token_mean, normalizer):
-    """See the op and reference.py. [C, N] or [C, B, T]."""
+def value_loss(
+    values: torch.Tensor,
+    old_values: torch.Tensor,
+    returns: torch.Tensor,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    clip_value: float,
+    token_mean: bool,
+    normalizer: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See the reference; float32, bfloat16 or float16 in, float32 out."""
     critics, positions = values.shape[0], values[0].numel()
     cu_seqlens, mask, rows, width = row_arguments("value_loss", cu_seqlens, mask, positions)
     programs = critics * max(rows, 1)
     inputs = [tensor.contiguous() for tensor in (values, old_values, returns)]
 
-    def new(*shape):
+    def new(*shape: int) -> torch.Tensor:
         return values.new_empty(shape, dtype=torch.float32)
 
     loss_C, gradient, inverse, statistics = (

@@ -1,3 +1,1 @@
-"""The models and what a forward pass takes: causal language model, score model, policy, attention over packed
-rows, adapters, files.
-"""
+"""Models and their files: causal LM, score model and policy, with packing, attention and adapters."""

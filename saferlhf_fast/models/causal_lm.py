@@ -1,12 +1,15 @@
-"""Causal language models of any Hugging Face architecture: loaded, trained in every row, saved.
+"""Causal language models of any Hugging Face architecture: load one, train every row of it, save it.
 
     lm = load_causal_lm(folder)
     save_causal_lm(folder, lm, tokenizer)
 
-Dropout is left as the config has it; the PPO stages switch it off (`without_dropout`).
+Dropout stays as the config has it; the PPO stages switch it off (`without_dropout`).
 """
 
 import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,16 +28,39 @@ from .folders import (
 )
 from .lora import has_lora, plain, plain_state
 
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+Module = TypeVar("Module", bound=nn.Module)
+
 LOADERS = ("transformers", "huggingface_hub", "safetensors")  # what reading a model folder needs
 
 
-def load_causal_lm(path, *, dtype=torch.float32, tokenizer=None, trust_remote_code=False, allow_pickle=False):
-    """-> a causal LM from a folder or the Hub, attention by SDPA where the architecture has it.
+def load_causal_lm(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> "PreTrainedModel":
+    """Loads a causal LM from a folder or the Hub, with attention by SDPA where the architecture has it.
 
-    tokenizer: when given, its vocabulary must fit the embedding. UserError: no folder, no config.json, no
-    weights, or weights missing from them (a score model has no language-model head), a vocabulary larger than
-    the embedding, weights in pickles alone without allow_pickle (then tensors are taken from them, and
-    nothing is run).
+    Args:
+        path: A model folder or a name on the Hub.
+        dtype: The type of the weights.
+        tokenizer: When given, its vocabulary must fit the embedding.
+        trust_remote_code: Whether code beside the model may run.
+        allow_pickle: Whether weights that exist in pickles alone are read. Only tensors are taken from them;
+            nothing in them is run.
+
+    Returns:
+        The model, every row of its embedding trainable.
+
+    Raises:
+        UserError: There is no folder, no config.json or no weights; weights are missing (a score model has no
+            language-model head); the vocabulary is larger than the embedding; or the weights are pickles and
+            `allow_pickle` is False.
     """
     require("load_causal_lm", "train", *LOADERS)
     folder = checked(path)
@@ -59,26 +85,26 @@ def load_causal_lm(path, *, dtype=torch.float32, tokenizer=None, trust_remote_co
     return lm
 
 
-def allowed_files(allow_pickle):
-    """What transformers may read: safetensors alone, or pickles too, but only tensors of them."""
+def allowed_files(allow_pickle: bool) -> dict[str, bool | None]:
+    """Arguments of from_pretrained: safetensors alone, or pickles too, but only their tensors."""
     return {"use_safetensors": None if allow_pickle else True, "weights_only": True}
 
 
-def train_every_row(model):
+def train_every_row(model: "PreTrainedModel") -> None:
     """Lets the padding token's embedding learn, in place.
 
-    An nn.Embedding has no gradient at its padding_idx. With pad == eos (or pad == unk) that is a token that
-    the model reads in earnest; where it is padding the mask keeps gradients away by itself.
+    An nn.Embedding has no gradient at its padding_idx. With pad == eos (or pad == unk) that row belongs to a
+    token that the model does read; where the token is padding, the mask already keeps gradients away.
     """
     embedding = model.get_input_embeddings()
     if isinstance(embedding, nn.Embedding):
         embedding.padding_idx = None
 
 
-def savable_generation(generation, tokenizer):
-    """-> a copy of a generation config that transformers can save, with the tokenizer's ids where it has
-    none.
-    """
+def savable_generation(
+    generation: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> "GenerationConfig":
+    """A copy of a generation config that transformers can save; missing ids are the tokenizer's."""
     generation = copy.deepcopy(generation)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name, None) is None:
@@ -86,18 +112,33 @@ def savable_generation(generation, tokenizer):
     # Some published configs give a temperature without sampling, which transformers loads but refuses to
     # save.
     if any(
-        getattr(generation, name, None) not in (None, plain_value)
-        for name, plain_value in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50))
+        getattr(generation, name, None) not in (None, default)
+        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50))
     ):
         generation.do_sample = True
     return generation
 
 
-def save_causal_lm(folder, model, tokenizer, state_dict=None, card=None):
+def save_causal_lm(
+    folder: str | Path,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    state_dict: Mapping[str, torch.Tensor] | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a causal LM: safetensors, tokenizer with chat template, generation config, model card.
 
-    Adapters are merged into what is written, not into the model. state_dict: weights to write instead of the
-    model's (of a plain model: {name: tensor}). An existing model folder is replaced at the end.
+    Adapters are merged into what is written, not into the model.
+
+    Args:
+        folder: Where to write; an existing model folder is replaced at the end.
+        model: A causal LM, which peft may wrap.
+        tokenizer: Its tokenizer.
+        state_dict: {name: tensor} of a plain model, to write instead of the model's weights.
+        card: What the model card tells.
+
+    Raises:
+        UserError: The folder exists and holds something else than a model.
     """
     assert state_dict is None or not has_lora(model), "a state dict of a model with adapters cannot be merged"
     lm = plain(model)
@@ -109,9 +150,10 @@ def save_causal_lm(folder, model, tokenizer, state_dict=None, card=None):
         write_card(new, "policy", card)
 
 
-def without_dropout(model):
-    """Switches every dropout off, in place: the log-probs of a rollout and of its update must be the same
-    function.
+def without_dropout(model: Module) -> Module:
+    """Switches every dropout off, in place, and returns the model.
+
+    The log-probs of a rollout and of its update must be the same function of the weights.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):

@@ -1,26 +1,41 @@
-"""What an export needs besides weights: config, tokenizer and head of a trained model, in a checkpoint's
-<model>/hf.
+"""What an export needs besides weights: config, tokenizer and head of a trained model.
+
+They are in a checkpoint's folder <model>/hf.
 """
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .causal_lm import savable_generation
 from .lora import plain
 
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config.sections import Lora
+    from .policy import Policy
+    from .score_model import ScoreModel
+
 SCORE = "score.json"
 
 
-def export_metadata_writer(module, tokenizer):
-    """-> a function that writes what belongs to a Policy or a ScoreModel (also one on a shared base) into a
-    folder.
+def export_metadata_writer(
+    module: "nn.Module", tokenizer: "PreTrainedTokenizerBase"
+) -> Callable[[str | Path], None]:
+    """Prepares to write the export metadata of a Policy or a ScoreModel (also one on a shared base).
+
+    Returns:
+        A function that writes them into a folder; it writes nothing for a critic on a shared base.
     """
 
-    def write(folder):
-        lm = getattr(module, "lm", None)
+    def write(folder: str | Path) -> None:
+        lm: Any = getattr(module, "lm", None)
         # a critic on a shared base: its base is the actor's
         if lm is None and not hasattr(module, "backbone"):
             return
@@ -37,7 +52,7 @@ def export_metadata_writer(module, tokenizer):
     return write
 
 
-def _head(module):
+def _head(module: Any) -> dict[str, Any]:
     return {
         "kind": module.kind,
         "bias": module.score.bias is not None,
@@ -46,9 +61,21 @@ def _head(module):
     }
 
 
-def build(folder, lora, trust_remote_code=False):
-    """A folder of `export_metadata_writer` -> (module without weights that mean anything, tokenizer). lora: a
-    Lora config.
+def build_from_export_metadata(
+    folder: Path, lora: "Lora", trust_remote_code: bool = False
+) -> "tuple[Policy | ScoreModel, PreTrainedTokenizerBase]":
+    """Builds a module from a folder of export metadata; its weights mean nothing until they are loaded.
+
+    Args:
+        folder: Written by the function of `export_metadata_writer`.
+        lora: The run's adapters, which the module gets too.
+        trust_remote_code: Whether code in the folder may run.
+
+    Returns:
+        The module and its tokenizer.
+
+    Raises:
+        UserError: The folder has no config.json, or belongs to a critic of several heads.
     """
     import torch
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -68,15 +95,16 @@ def build(folder, lora, trust_remote_code=False):
         lm = AutoModelForCausalLM.from_config(config, **options)
         lm.generation_config = GenerationConfig.from_pretrained(folder)
         return Policy(add_lora(lm, lora) if lora.rank else lm), tokenizer
-    said = json.loads((folder / SCORE).read_text(encoding="utf-8"))
-    if said["outputs"] != 1:
+    head = json.loads((folder / SCORE).read_text(encoding="utf-8"))
+    if head["outputs"] != 1:
         raise UserError(
-            f"{folder}: a critic of {said['outputs']} heads is no score model; it can only be gone on with"
+            f"{folder}: a critic of {head['outputs']} heads is no score model; a run can only be resumed "
+            "with it"
         )
     model = ScoreModel(
         AutoModel.from_config(config, **options),
-        bias=said["bias"],
-        kind=said["kind"],
-        normalizer=said["normalizer"] and Normalizer(**said["normalizer"]),
+        bias=head["bias"],
+        kind=head["kind"],
+        normalizer=head["normalizer"] and Normalizer(**head["normalizer"]),
     )
     return add_lora(model, lora) if lora.rank else model, tokenizer

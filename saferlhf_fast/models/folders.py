@@ -1,25 +1,37 @@
-"""Folders that hold a model: checked before they are read, replaced whole when they are written, with a model
-card.
+"""Folders that hold a model: checked before they are read, replaced as one when they are written.
 
-Nothing here knows what kind of model it is.
+They are written with a model card. Nothing here depends on the kind of the model.
 """
 
 import contextlib
 import functools
 import json
 import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..config.paths import is_local, pickle_problem
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
 WEIGHTS = ("*.safetensors", "*.bin")
 
 
-def checked(path, needs=("config.json",)):
-    """-> the folder of a local model, or None for a name on the Hub.
+def checked(path: str | Path, needs: Sequence[str] = ("config.json",)) -> Path | None:
+    """Checks that a model exists.
 
-    UserError when it is not there or lacks a file.
+    Args:
+        path: A model folder or a name on the Hub.
+        needs: Files that the folder must have.
+
+    Returns:
+        The folder of a local model, or None for a name on the Hub.
+
+    Raises:
+        UserError: The folder or the name does not exist, or a file is missing.
     """
     path = str(path)
     if not is_local(path):
@@ -42,8 +54,8 @@ def checked(path, needs=("config.json",)):
 
 
 @functools.cache
-def _find_on_hub(name):
-    """UserError when a name is not on the Hub; asked once, because the loaders retry for most of a minute."""
+def _find_on_hub(name: str) -> None:
+    """Refuses a name that is not on the Hub; asks once, because the loaders retry for most of a minute."""
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
     if constants.HF_HUB_OFFLINE or isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -58,9 +70,18 @@ def _find_on_hub(name):
         ) from error
 
 
-def local_copy(path, allow_pickle=False):
-    """-> the folder of a model: its own when it is local, else the Hub's, downloaded (safetensors; .bin files
-    where there are none and allow_pickle). UserError for weights that are pickles alone, or lie elsewhere.
+def local_copy(path: str | Path, allow_pickle: bool = False) -> Path:
+    """The local folder of a model; a model on the Hub is downloaded.
+
+    Args:
+        path: A model folder or a name on the Hub.
+        allow_pickle: Whether .bin files may be read where there are no safetensors.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: The weights are pickles and not allowed, or an index names files outside the folder.
     """
     folder = checked(path)
     if folder is not None:
@@ -70,66 +91,80 @@ def local_copy(path, allow_pickle=False):
 
     small = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
     with readable(path, "model"):
-        folder = Path(snapshot_download(path, allow_patterns=[*small, "*.safetensors"]))
+        folder = Path(snapshot_download(str(path), allow_patterns=[*small, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             _refuse_pickles_on_hub(path, allow_pickle)
-            folder = Path(snapshot_download(path, allow_patterns=[*small, "*.bin"]))
+            folder = Path(snapshot_download(str(path), allow_patterns=[*small, "*.bin"]))
     refuse_foreign(path, folder, allow_pickle)
     return folder
 
 
-def _refuse_pickles_on_hub(path, allow_pickle):
+def _refuse_pickles_on_hub(path: str | Path, allow_pickle: bool) -> None:
     if not allow_pickle:
         raise UserError(f"{path} has no weights in .safetensors; allow_pickle=true reads .bin files")
 
 
-def refuse_foreign(path, folder, allow_pickle):
-    """UserError for weights that are pickles alone and not allowed, and for an index that names files outside
-    the folder.
+def refuse_foreign(path: str | Path, folder: Path, allow_pickle: bool) -> None:
+    """Refuses weights that are pickles and not allowed, and an index that names files outside the folder.
+
+    Args:
+        path: The model as the user named it, for the message.
+        folder: Its local folder.
+        allow_pickle: Whether pickles are allowed.
+
+    Raises:
+        UserError: In both cases.
     """
     problem = pickle_problem(folder, allow_pickle)
     if problem:
         raise UserError(f"{path} {problem}")
     for index in sorted(folder.glob("*.index.json")):
         with readable(path, "model"):
-            named = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
-        for name in sorted(set(map(str, named))):
+            files = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {}).values()
+        for name in sorted(set(map(str, files))):
             if Path(name).name != name:
                 raise UserError(f"{path}: {index.name} names {name}; expected a file of this folder")
 
 
-def has_weights(folder):
+def has_weights(folder: Path) -> bool:
     """True when a folder holds a file of weights."""
     return any(any(folder.glob(pattern)) for pattern in WEIGHTS)
 
 
 @contextlib.contextmanager
-def readable(path, what):
-    """Context in which a loader's failure becomes one line that names the folder; the cause stays attached."""
+def readable(path: str | Path, what: str) -> Iterator[None]:
+    """Context in which a loader's failure becomes one line that names the folder; the cause stays attached.
+
+    Args:
+        path: The model as the user named it.
+        what: What was to be loaded, for the message.
+
+    Raises:
+        UserError: The loader failed.
+    """
     try:
         yield
     except UserError:
         raise
     # The loaders' failures have no common type (tokenizers raises bare Exception), and all mean a folder that
-    # cannot be read; --debug shows what it was.
+    # cannot be read; --debug shows the cause.
     except Exception as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{path} needs code that lies beside it, which was not run; expected a model that "
-                f"transformers has, "
-                "or trust_remote_code=true for one whose code you have read"
+                f"{path} needs code that is beside it, which was not run; expected a model that "
+                "transformers has, or trust_remote_code=true for one whose code you have read"
             ) from error
         raise UserError(f"{path} cannot be loaded as a {what}: {_one_line(error)}") from error
 
 
-def _one_line(error, limit=240):
+def _one_line(error: BaseException, limit: int = 240) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[:limit] + " …"
 
 
 @contextlib.contextmanager
-def quiet():
-    """Context without transformers' bars and load reports; what they report is checked by us."""
+def quiet() -> Iterator[None]:
+    """Context without transformers' progress bars and load reports; the callers check what those report."""
     from transformers.utils import logging
 
     before, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
@@ -143,16 +178,26 @@ def quiet():
             logging.enable_progress_bar()
 
 
-def refuse_missing(path, info, what, ignore=()):
-    """UserError when weights were missing (transformers would have drawn them at random)."""
+def refuse_missing(path: str | Path, info: Mapping[str, Any], what: str, ignore: Sequence[str] = ()) -> None:
+    """Refuses a model whose weights are incomplete: transformers has drawn the missing ones at random.
+
+    Args:
+        path: The model as the user named it.
+        info: transformers' loading info.
+        what: The kind of model, for the message.
+        ignore: Parts of names that may be missing.
+
+    Raises:
+        UserError: Weights are missing.
+    """
     missing = sorted(key for key in info["missing_keys"] if not any(part in key for part in ignore))
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(f"{path} lacks weights of a {what}: {', '.join(missing[:3])}{more}")
 
 
-def refuse_large_vocabulary(path, tokenizer, rows):
-    """UserError when the tokenizer makes ids that the embedding has no row for."""
+def refuse_large_vocabulary(path: str | Path, tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
+    """Raises a UserError when the tokenizer makes ids for which the embedding has no row."""
     needed = max(tokenizer.get_vocab().values()) + 1
     if needed > rows:
         raise UserError(
@@ -161,9 +206,19 @@ def refuse_large_vocabulary(path, tokenizer, rows):
         )
 
 
-def refuse_short_context(path, config, length, what):
-    """UserError when texts of `length` tokens go beyond a model's positions: some architectures would crash,
-    others give numbers that mean nothing. what: the setting that says otherwise, for the message.
+def refuse_short_context(path: str | Path, config: "PretrainedConfig", length: int, what: str) -> None:
+    """Refuses texts that are longer than a model's positions.
+
+    Some architectures would crash on them, others give numbers that mean nothing.
+
+    Args:
+        path: The model as the user named it.
+        config: The model's config.
+        length: Tokens of the longest text.
+        what: The setting that allows such a length, for the message.
+
+    Raises:
+        UserError: The model has fewer positions.
     """
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if isinstance(positions, int) and 0 < positions < length:
@@ -171,11 +226,14 @@ def refuse_short_context(path, config, length, what):
 
 
 @contextlib.contextmanager
-def replacing(folder):
+def replacing(folder: str | Path) -> Iterator[Path]:
     """Context that yields an empty folder beside `folder` and puts it in its place at the end.
 
-    When the body fails nothing is left and what stood there stays. Only a model's folder, or an empty one, is
-    replaced.
+    When the block fails, nothing is left of the new folder, and the old one stays. Only a model's folder, or
+    an empty one, is replaced.
+
+    Raises:
+        UserError: The folder exists and holds something else.
     """
     folder = Path(folder)
     if folder.exists() and not (
@@ -204,17 +262,23 @@ def replacing(folder):
 _MEANING = {
     "reward": "A reward model: one score for a prompt and its response; higher is more helpful.",
     "cost": "A cost model: one score for a prompt and its response; C > 0 means unsafe, C < 0 safe, and "
-    "higher is more "
-    "harmful.",
+    "higher is more harmful.",
     "policy": "A causal language model.",
 }
 
 
-def write_card(folder, kind, card, notes=()):
-    """Writes README.md: what the model is, what it was made from, its figures, how to load it.
+def write_card(
+    folder: str | Path, kind: str, card: Mapping[str, Any] | None, notes: Sequence[str] = ()
+) -> None:
+    """Writes README.md: what the model is, what it was trained from, its figures, how to load it.
 
-    kind: reward, cost or policy · card: {name: value}, values may be dicts and lists · notes: more sentences.
-    Cards are published: of a local path they have the last name alone.
+    Cards are published: of a local path they show the last name alone.
+
+    Args:
+        folder: The model's folder.
+        kind: reward, cost or policy.
+        card: {name: value}; values may be dicts and lists.
+        notes: Further sentences.
     """
     card = dict(card or {})
     tags = ["saferlhf-fast", "rlhf", *([f"{kind}-model"] if kind != "policy" else [])]
@@ -232,22 +296,22 @@ def write_card(folder, kind, card, notes=()):
         "",
         _MEANING.get(kind, "A score model: one score for a prompt and its response."),
     ]
-    body = ["", *notes] if notes else []
+    sections = ["", *notes] if notes else []
     if card:
-        body += ["", "## Training", "", *_lines(card)]
+        sections += ["", "## Training", "", *_lines(card)]
     (Path(folder) / "README.md").write_text(
-        "\n".join([*head, *body, "", *_usage(kind)]) + "\n", encoding="utf-8"
+        "\n".join([*head, *sections, "", *_usage(kind)]) + "\n", encoding="utf-8"
     )
 
 
-def _title(folder):
+def _title(folder: Path) -> str:
     """The folder's name; the run's where the folder is just called model."""
     name = folder.name.removesuffix(".tmp")
     return folder.parent.name if name in ("model", "best") else name
 
 
-def _lines(card, depth=0):
-    out = []
+def _lines(card: Mapping[str, Any], depth: int = 0) -> list[str]:
+    out: list[str] = []
     for name, value in card.items():
         if value is None:
             continue
@@ -271,12 +335,12 @@ def _lines(card, depth=0):
     return out
 
 
-def _public(value):
-    """A local path's last name; anything else as it is."""
+def _public(value: Any) -> Any:
+    """A local path's last name; anything else unchanged."""
     return Path(value).name if isinstance(value, str) and "/" in value and is_local(value) else value
 
 
-def _usage(kind):
+def _usage(kind: str) -> list[str]:
     folder = 'folder = "path/to/this/folder"'
     if kind == "policy":
         return [

@@ -6,15 +6,34 @@ weights and taking the adapters out again would leave rounding errors behind at 
 
 import contextlib
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
-def add_lora(model, cfg):
-    """Puts adapters into a causal LM or into a ScoreModel's backbone; everything else is frozen but the score
-    head.
+    from ..config.sections import Lora
+    from .score_model import ScoreModel
 
-    cfg: a `config.Lora`. -> the causal LM inside peft's wrapper, or the same ScoreModel.
+
+def add_lora(model: "PreTrainedModel | ScoreModel", cfg: "Lora") -> Any:
+    """Puts adapters into a causal LM or into a ScoreModel's backbone.
+
+    Everything else is frozen, except a score head.
+
+    Args:
+        model: The model to adapt; a ScoreModel is changed in place.
+        cfg: Rank, alpha, dropout and target layers.
+
+    Returns:
+        The causal LM inside peft's wrapper, or the same ScoreModel.
+
+    Raises:
+        UserError: `target_modules` does not name linear layers of the model.
     """
     import peft
 
@@ -35,8 +54,8 @@ def add_lora(model, cfg):
 
 
 @contextlib.contextmanager
-def quiet_peft():
-    """Without what peft says of its own doings when it puts adapters in."""
+def quiet_peft() -> Iterator[None]:
+    """Context without peft's warnings about what it does itself when it adds adapters."""
     with warnings.catch_warnings():
         # GPT-2's layers keep their weight transposed; peft notices, corrects itself and says so for each.
         warnings.filterwarnings("ignore", message="fan_in_fan_out")
@@ -44,8 +63,8 @@ def quiet_peft():
         yield
 
 
-def lora_config(cfg, task_type):
-    """A `config.Lora` -> peft's config."""
+def lora_config(cfg: "Lora", task_type: str | None) -> "LoraConfig":
+    """The config that peft needs for our `Lora` section."""
     import peft
 
     targets = cfg.target_modules if isinstance(cfg.target_modules, str) else list(cfg.target_modules)
@@ -58,30 +77,30 @@ def lora_config(cfg, task_type):
     )
 
 
-def is_score_model(model):
-    """True for a ScoreModel, told by what it does: score_model.py imports this file."""
+def is_score_model(model: object) -> bool:
+    """True for a ScoreModel, recognised by its method: score_model.py imports this file."""
     return hasattr(model, "end_scores")
 
 
-def has_lora(model):
+def has_lora(model: object) -> bool:
     """True for a model that peft wraps."""
     return hasattr(model, "get_base_model") and hasattr(model, "peft_config")
 
 
-def plain(model):
+def plain(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
     """The Hugging Face model under peft's wrapper, or the model itself."""
     return model.get_base_model() if has_lora(model) else model
 
 
-def plain_state(model):
-    """-> {name: tensor} of the plain model, adapters merged; the model itself stays as it is."""
+def plain_state(model: "PreTrainedModel | PeftModel") -> "dict[str, Tensor]":
+    """{name: tensor} of the plain model, with adapters merged; the model itself does not change."""
     if not has_lora(model):
         return dict(model.state_dict())
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
     state, adapted = base.state_dict(), set()
-    out = {}
+    merged = {}
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
@@ -91,8 +110,8 @@ def plain_state(model):
             weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
         for key, value in state.items():
             if key.startswith(name + ".base_layer."):
-                out[name + "." + key.removeprefix(name + ".base_layer.")] = value
-        out[name + ".weight"] = weight
-    inside = tuple(adapted)
-    out.update({key: value for key, value in state.items() if not key.startswith(inside)})
-    return out
+                merged[name + "." + key.removeprefix(name + ".base_layer.")] = value
+        merged[name + ".weight"] = weight
+    prefixes = tuple(adapted)
+    merged.update({key: value for key, value in state.items() if not key.startswith(prefixes)})
+    return merged

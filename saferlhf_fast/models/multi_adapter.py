@@ -1,33 +1,49 @@
-"""Several low-rank adapters (peft) on one base, one of them on at a time; and a score model's adapter in
-files.
+"""Several low-rank adapters (peft) on one base, one of them on at a time; and the files of a score model's.
 
-A score model that was trained with LoRA is saved whole, and beside it, in <model>/adapter, as peft would save
-it (AutoPeftModelForSequenceClassification reads it): one shared base takes that instead of another base.
+A score model that was trained with LoRA is saved with merged weights, and its adapter alone is saved in
+<model>/adapter, in peft's own form (AutoPeftModelForSequenceClassification reads it). A shared base loads
+that adapter and so needs no second base.
 """
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+from torch import nn
 
 from .lora import lora_config, plain, quiet_peft
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers import PreTrainedModel
+
+    from ..config.sections import Lora
+    from .score_model import ScoreModel
 
 HEAD = "base_model.model.score.weight"
 
 
 class Saved(NamedTuple):
-    """A score model's adapter as it lies in files."""
+    """A score model's adapter, read from files."""
 
-    config: object  # peft.LoraConfig
-    state: dict  # {name: tensor} of the adapter, as peft names them
+    config: "LoraConfig"  # peft's
+    state: dict[str, torch.Tensor]  # {name: tensor} of the adapter, by peft's names
     head: torch.Tensor  # [1, H]
 
 
-def add(model, config, role):
-    """Adds an adapter that changes nothing yet to a causal LM, or to one that has some -> peft's wrapper.
+def add(model: "PreTrainedModel | PeftModel", config: "Lora | LoraConfig", role: str) -> "PeftModel":
+    """Adds an adapter that changes nothing yet to a causal LM, which may have adapters already.
 
-    config: a Lora config or a peft.LoraConfig. Every adapter takes gradients, whichever is on.
+    Args:
+        model: A causal LM or peft's wrapper of one.
+        config: Our Lora section or a peft.LoraConfig.
+        role: The adapter's name.
+
+    Returns:
+        peft's wrapper. Every adapter takes gradients, whichever is on.
     """
     import peft
 
@@ -43,17 +59,17 @@ def add(model, config, role):
     return model
 
 
-def layers(model):
-    """All layers that carry adapters."""
+def layers(model: nn.Module) -> "list[BaseTunerLayer]":
+    """All layers that have adapters."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
 
-def use(all_layers, role):
+def use(all_layers: "Iterable[BaseTunerLayer]", role: str | None) -> None:
     """Switches one adapter on, or all off (None).
 
-    Not by peft's set_adapter: that takes gradients from the others.
+    peft's set_adapter would do, but it takes gradients from the other adapters.
     """
     for layer in all_layers:
         layer._disable_adapters = role is None
@@ -61,26 +77,41 @@ def use(all_layers, role):
             layer._active_adapter = [role]
 
 
-def parameters(model, role):
+def parameters(model: nn.Module, role: str) -> list[nn.Parameter]:
     """The weights of one adapter, in the model's order."""
     return [p for name, p in model.named_parameters() if "lora_" in name and f".{role}." in f"{name}."]
 
 
-def load(model, role, state):
-    """Puts weights into an adapter. ValueError when they are not its."""
+def load(model: "PeftModel", role: str, state: Mapping[str, torch.Tensor]) -> None:
+    """Loads weights into an adapter.
+
+    Args:
+        model: peft's wrapper.
+        role: The adapter's name.
+        state: {name: tensor} by peft's names.
+
+    Raises:
+        ValueError: The weights belong to other layers.
+    """
     import peft
 
-    done = peft.set_peft_model_state_dict(model, state, adapter_name=role)
-    missing = [name for name in done.missing_keys if "lora_" in name and f".{role}." in name]
-    if done.unexpected_keys or missing:
+    result = peft.set_peft_model_state_dict(model, state, adapter_name=role)
+    missing = [name for name in result.missing_keys if "lora_" in name and f".{role}." in name]
+    if result.unexpected_keys or missing:
         raise ValueError(
             f"adapter {role}: expected weights for all of its layers, got {len(missing)} missing and "
-            f"{len(done.unexpected_keys)} unknown"
+            f"{len(result.unexpected_keys)} unknown"
         )
 
 
-def save_score(folder, score, base):
-    """Writes the adapter and head of a ScoreModel. base: what it was trained on, as a path or Hub name."""
+def save_score(folder: str | Path, score: "ScoreModel", base: str | Path) -> None:
+    """Writes the adapter and head of a ScoreModel.
+
+    Args:
+        folder: Where to write.
+        score: A ScoreModel with adapters.
+        base: The model that it was trained on, as a path or Hub name.
+    """
     import copy
 
     import peft
@@ -103,9 +134,15 @@ def save_score(folder, score, base):
     save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def config_of_score(path, base):
-    """-> peft.LoraConfig of the score model's adapter in a folder, or None where it has none, or one of
-    another base. Reads no weights.
+def config_of_score(path: str | Path, base: str | Path) -> "LoraConfig | None":
+    """The config of a score model's adapter; reads no weights.
+
+    Args:
+        path: The score model's folder.
+        base: The base that the adapter must belong to, as a path or Hub name.
+
+    Returns:
+        The config, or None where the folder has no adapter or one of another base.
     """
     folder = Path(path).expanduser() / "adapter"
     if not (folder / "adapter_config.json").is_file():
@@ -116,8 +153,8 @@ def config_of_score(path, base):
     return config if config.base_model_name_or_path == _name(base) else None
 
 
-def of_score(path, base):
-    """-> Saved of the score model in a folder, or None where it has none, or one of another base."""
+def of_score(path: str | Path, base: str | Path) -> Saved | None:
+    """Reads a score model's adapter and head; arguments and None as in `config_of_score`."""
     from safetensors.torch import load_file
 
     config = config_of_score(path, base)
@@ -129,6 +166,6 @@ def of_score(path, base):
     return Saved(config, state, head)
 
 
-def _name(base):
-    """A local folder by its real path, anything else as it is."""
+def _name(base: str | Path) -> str:
+    """A local folder by its real path, anything else unchanged."""
     return os.path.realpath(os.path.expanduser(base)) if Path(base).expanduser().exists() else str(base)

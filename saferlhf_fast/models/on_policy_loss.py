@@ -1,15 +1,18 @@
-"""The policy loss of the policy that sampled: log-probs, what is made of them, and gradients, from one look
-at the logits.
+"""The policy loss of the policy that sampled: log-probs, loss and gradients from one pass over the logits.
 
-With one optimiser step per batch the advantages depend on log-probs that this very forward makes (KL
-shaping), and so do the losses. A sequence's advantages need the log-probs of the whole sequence and of no
-other: so the head works through chunks of whole sequences. A chunk's logits are made, its log-probs read,
-advantages and d loss / d log-prob made of those, d logits written over the logits, and both gradient products
-taken: three products in all, where a pass for the old log-probs and `linear_ppo_loss` after it take four.
+With one optimiser step per batch the advantages depend on log-probs that this same forward computes (KL
+shaping), and so do the losses. A sequence's advantages need the log-probs of the complete sequence and of no
+other, so the head works through chunks of complete sequences. For each chunk it computes the logits, reads
+the log-probs, has advantages and d loss / d log-prob computed from those, writes d logits over the logits,
+and takes both gradient products. That is three products in all; a pass for the old log-probs followed by
+`linear_ppo_loss` takes four.
 
 Leaves out: several optimiser steps per batch, whose ratio is not 1 (`linear_ppo_loss`).
-Shapes: N tokens, C those of a chunk, H hidden, V vocabulary.
+Shapes: legend in rollout/types.py.
 """
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -18,15 +21,34 @@ from ..kernels.checks import known_ids
 from ..kernels.dispatch import choose
 from ..kernels.first_order import first_order_only, track_inputs
 
+ChunkLoss = Callable[[slice, slice, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""(slice of sequences, slice of tokens, logp_C: fp32, nats, no graph) -> (loss, d loss / d logp_C)."""
+
 
 def on_policy_loss(
-    hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature=1.0, softcap=None
-):
-    """-> loss, a scalar with gradients to hidden, weight and bias.
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    counts: Sequence[int],
+    chunk_loss: ChunkLoss,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """The policy loss, with gradients computed in the forward.
 
-    counts: tokens of each sequence, host integers · chunk_loss(sequences, tokens, logp_C) -> (loss, d loss /
-    d logp_C): two slices that say where the chunk lies, and its log-probs (fp32, nats, no graph). It is
-    called once for each chunk, in order.
+    Args:
+        hidden_NH: Hidden states before each token.
+        weight_VH: The head's weight.
+        bias_V: The head's bias, or None.
+        targets_N: int64; the token after each hidden state.
+        counts: Tokens of each sequence, host integers.
+        chunk_loss: Called once for each chunk, in order.
+        temperature: Of the distribution that was sampled.
+        softcap: The model's cap on logits, or None.
+
+    Returns:
+        The loss, a scalar (fp32) with gradients to hidden states, weight and bias.
     """
     loss = _OnPolicy.apply(
         hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature, softcap or 0.0
@@ -35,34 +57,57 @@ def on_policy_loss(
     return loss
 
 
-def loss_of(logp_N, counts, chunk_loss):
-    """The same loss from log-probs that were made otherwise, with graph."""
+def loss_of(logp_N: torch.Tensor, counts: Sequence[int], chunk_loss: ChunkLoss) -> torch.Tensor:
+    """The same loss from log-probs with a graph that were computed in another way."""
     loss, grad_N = chunk_loss(slice(0, len(counts)), slice(0, len(logp_N)), logp_N.detach())
     return loss + ((logp_N - logp_N.detach()) * grad_N).sum()
 
 
-def whole_sequences(counts, most):
-    """Chunks of at most `most` tokens, or one sequence -> [(slice of sequences, slice of tokens)]."""
-    cuts, first, at, held = [], 0, 0, 0
+def whole_sequences(counts: Sequence[int], most: int) -> list[tuple[slice, slice]]:
+    """Cuts a pass into chunks of complete sequences.
+
+    Args:
+        counts: Tokens of each sequence.
+        most: Tokens that a chunk may have; a longer sequence is a chunk by itself.
+
+    Returns:
+        (slice of sequences, slice of tokens) of each chunk.
+    """
+    chunks: list[tuple[slice, slice]] = []
+    first, start, tokens = 0, 0, 0
     for i, count in enumerate(counts):
-        if held and held + count > most:
-            cuts.append((slice(first, i), slice(at, at + held)))
-            first, at, held = i, at + held, 0
-        held += count
-    return [*cuts, (slice(first, len(counts)), slice(at, at + held))] if len(counts) > first else cuts
+        if tokens and tokens + count > most:
+            chunks.append((slice(first, i), slice(start, start + tokens)))
+            first, start, tokens = i, start + tokens, 0
+        tokens += count
+    return (
+        [*chunks, (slice(first, len(counts)), slice(start, start + tokens))]
+        if len(counts) > first
+        else chunks
+    )
 
 
 class _OnPolicy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, weight_VH, bias_V, targets_N, counts, chunk_loss, temperature, softcap):
+    def forward(
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        targets_N: torch.Tensor,
+        counts: Sequence[int],
+        chunk_loss: ChunkLoss,
+        temperature: float,
+        softcap: float,
+    ) -> torch.Tensor:
         known_ids("on_policy_loss", targets_N, len(weight_VH))
         forward, _ = choose("token_logprob", (hidden_NH,), "auto")
         backward, _ = choose("token_logprob_backward", (hidden_NH,), "auto")
         head = linear.head(hidden_NH, weight_VH, bias_V, hidden_NH.device.type == "cuda")
         gradients = linear.Gradients(head, linear.held(hidden_NH.dtype), *ctx.needs_input_grad[:3])
-        cuts = whole_sequences(counts, linear.chunk_size(len(weight_VH), hidden_NH.device))
-        buffer_CV, total = head.buffer([at for _, at in cuts]), hidden_NH.new_zeros((), dtype=torch.float32)
-        for sequences, at in cuts:
+        chunks = whole_sequences(counts, linear.chunk_size(len(weight_VH), hidden_NH.device))
+        buffer_CV, total = head.buffer([at for _, at in chunks]), hidden_NH.new_zeros((), dtype=torch.float32)
+        for sequences, at in chunks:
             logits_CV = head.logits(at, buffer_CV)
             logp_C, entropy_C, lse_C = forward(logits_CV, targets_N[at], temperature, None, softcap, False)
             loss, grad_C = chunk_loss(sequences, at, logp_C)
@@ -82,17 +127,16 @@ class _OnPolicy(torch.autograd.Function):
                 d_CV,
             )
             gradients.add(at, d_CV)
-        made = gradients.done()
-        ctx.kinds = hidden_NH.dtype, weight_VH.dtype
-        ctx.save_for_backward(*made)
+        ctx.dtypes = hidden_NH.dtype, weight_VH.dtype
+        ctx.save_for_backward(*gradients.done())
         return total
 
     @staticmethod
     @first_order_only("on_policy_loss")
-    def backward(ctx, upstream):
-        hidden, weight = ctx.kinds
-        made = [
-            None if gradient is None else linear.scaled(gradient, upstream, kind)
-            for gradient, kind in zip(ctx.saved_tensors, (hidden, weight, weight))
+    def backward(ctx: Any, upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight = ctx.dtypes
+        scaled = [
+            None if gradient is None else linear.scaled(gradient, upstream, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, (hidden, weight, weight))
         ]
-        return *made, None, None, None, None, None
+        return *scaled, None, None, None, None, None

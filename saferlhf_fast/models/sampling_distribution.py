@@ -1,57 +1,73 @@
-"""The distribution that responses are sampled from, for who samples and for who scores: one definition.
+"""The distribution that responses are sampled from: one definition for sampling and for scoring.
 
 A repetition penalty, then temperature, top-k and top-p, on fp32 logits, in the order of transformers and
-vLLM. A nucleus is told by its smallest logit, so that of equally likely tokens all belong to it or none,
-whatever the order of a sort. Only a temperature (`plain`): the fused ops of saferlhf_fast.kernels score that,
-and nothing of this file is needed but `pick`.
+vLLM. A nucleus is defined by its smallest logit, so that of equally likely tokens all belong to it or none,
+whatever the order of a sort. Where a temperature is all there is (`plain`), the fused ops of
+saferlhf_fast.kernels score, and of this file only `pick` is needed.
 
-Shapes: N rows (one per token to sample or to score), C those of a chunk, V vocabulary, H hidden size, L
-tokens before a row's, S sequences, J blocks of the vocabulary, K tokens of a block or of a nucleus.
+Shapes: legend in rollout/types.py; N counts one row per token to sample or to score, L the tokens before it.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..kernels import linear
 
+if TYPE_CHECKING:
+    from ..config.sections import Sampling
+
 BLOCK = 256
 """Tokens of a block in which `pick` looks for one: two short sums instead of one over the vocabulary."""
 
 
-def plain(sampling):
+def plain(sampling: "Sampling") -> bool:
     """True when nothing but a temperature shapes the distribution."""
     return sampling.top_p == 1.0 and sampling.top_k == 0 and sampling.repetition_penalty == 1.0
 
 
-def sampling_logits(logits_NV, sampling, seen_NL=None, targets_N=None):
-    """Logits of a model, fp32 -> logits whose softmax is sampled from; −inf where nothing is. Differentiable.
+def sampling_logits(
+    logits_NV: torch.Tensor,
+    sampling: "Sampling",
+    seen_NL: torch.Tensor | None = None,
+    targets_N: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The logits whose softmax is the sampling distribution. Differentiable.
 
-    seen_NL: ids of the tokens before each row's, repeats allowed; only read for a repetition penalty.
-    targets_N: tokens that stay possible whatever the nucleus says, so that their log-prob is finite: the
-    trainer's logits are not the sampler's to the last bit, and a token at its edge may lie outside by now.
+    Args:
+        logits_NV: A model's logits, fp32.
+        sampling: Repetition penalty, temperature, top-k and top-p.
+        seen_NL: Ids of the tokens before each row's, repeats allowed; read for a repetition penalty only.
+        targets_N: Tokens that stay possible even outside the nucleus, so that their log-prob is finite: the
+            trainer's logits differ from the sampler's in the last bits, and a token at the nucleus's edge may
+            now be outside.
+
+    Returns:
+        Logits [N, V], −inf at tokens that cannot be sampled.
     """
     if sampling.repetition_penalty != 1.0:
+        assert seen_NL is not None, "a repetition penalty needs the tokens before each row"
         logits_NV = logits_NV * _penalties(logits_NV.detach(), seen_NL, sampling.repetition_penalty)
     if sampling.temperature != 1.0:
         logits_NV = logits_NV / sampling.temperature
     smallest_N1 = _smallest_kept(logits_NV.detach(), sampling)
     if smallest_N1 is None:
         return logits_NV
-    out_NV = logits_NV.detach() < smallest_N1
+    excluded_NV = logits_NV.detach() < smallest_N1
     if targets_N is not None:
-        out_NV.scatter_(1, targets_N[:, None], False)
-    return logits_NV.masked_fill(out_NV, -torch.inf)
+        excluded_NV.scatter_(1, targets_N[:, None], False)
+    return logits_NV.masked_fill(excluded_NV, -torch.inf)
 
 
-def _penalties(logits_NV, seen_NL, penalty):
-    """What each logit is multiplied by. Repeats in seen_NL write the same value."""
+def _penalties(logits_NV: torch.Tensor, seen_NL: torch.Tensor, penalty: float) -> torch.Tensor:
+    """The factor of each logit, [N, V]. Repeats in seen_NL write the same value."""
     factor_NL = torch.where(logits_NV.gather(1, seen_NL) < 0, penalty, 1.0 / penalty).to(logits_NV.dtype)
     return torch.ones_like(logits_NV).scatter_(1, seen_NL, factor_NL)
 
 
-def _smallest_kept(scores_NV, sampling):
-    """[N, 1]: the smallest score inside top-k and nucleus, or None where all are."""
+def _smallest_kept(scores_NV: torch.Tensor, sampling: "Sampling") -> torch.Tensor | None:
+    """[N, 1]: the smallest score inside top-k and nucleus, or None where all scores are inside."""
     size = scores_NV.shape[1]
     k = sampling.top_k if 0 < sampling.top_k < size else size
     if sampling.top_p == 1.0:
@@ -66,27 +82,32 @@ def _smallest_kept(scores_NV, sampling):
     return _edge(top_NK, top_NK.logsumexp(-1, keepdim=True) if k < size else lse_N1, sampling.top_p)
 
 
-def _edge(top_NK, lse_N1, top_p):
-    """Score of the last token of the nucleus: the first at which the probability of all before and itself
-    reaches top_p.
-    """
+def _edge(top_NK: torch.Tensor, lse_N1: torch.Tensor, top_p: float) -> torch.Tensor:
+    """[N, 1]: score of the nucleus's last token, the first at which the summed probability reaches top_p."""
     reached_NK = (top_NK - lse_N1).exp().double().cumsum(-1)
     last_N1 = (reached_NK < top_p).sum(-1, keepdim=True).clamp_(max=top_NK.shape[1] - 1)
     return top_NK.gather(1, last_N1)
 
 
-def pick(scores_NV, uniform_N):
-    """Warped fp32 scores, which it destroys, and a number in [0, 1) for each row -> (token_N, logp_N).
+def pick(scores_NV: torch.Tensor, uniform_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Samples a token for each row from one number in [0, 1).
 
-    The first token, in the order of ids, at which the sum of probabilities exceeds the number. Sums are made
-    in float64 over blocks and then inside one. A row that is not finite gives some token and NaN.
+    It is the first token, in the order of ids, at which the sum of probabilities exceeds the number. Sums are
+    computed in float64 over blocks and then inside one.
+
+    Args:
+        scores_NV: Logits of `sampling_logits`, fp32; overwritten.
+        uniform_N: A number in [0, 1) for each row.
+
+    Returns:
+        The tokens [N] and their log-probs [N] (fp32, nats). A row that is not finite gives a token and NaN.
     """
     size = scores_NV.shape[1]
-    whole = size - size % BLOCK
+    in_blocks = size - size % BLOCK
     weight_NV = scores_NV.sub_(scores_NV.amax(-1, keepdim=True)).exp_()
-    blocks_NJ = weight_NV[:, :whole].unflatten(1, (-1, BLOCK)).sum(-1) if whole else weight_NV[:, :0]
-    if whole < size:
-        blocks_NJ = torch.cat([blocks_NJ, weight_NV[:, whole:].sum(-1, keepdim=True)], 1)
+    blocks_NJ = weight_NV[:, :in_blocks].unflatten(1, (-1, BLOCK)).sum(-1) if in_blocks else weight_NV[:, :0]
+    if in_blocks < size:
+        blocks_NJ = torch.cat([blocks_NJ, weight_NV[:, in_blocks:].sum(-1, keepdim=True)], 1)
     upto_NJ = blocks_NJ.double().cumsum(-1)
     total_N1 = upto_NJ[:, -1:]
     aim_N1 = uniform_N.double()[:, None] * total_N1
@@ -99,62 +120,102 @@ def pick(scores_NV, uniform_N):
     # The two ways of summing a block may differ in the last bit: never beyond its last token that can be
     # sampled.
     aim_N1 = torch.minimum(aim_N1, inside_NK[:, -1:] * (1 - 1e-12))
-    at_N1 = torch.searchsorted(inside_NK, aim_N1, right=True).clamp_(max=BLOCK - 1)
-    token_N1 = (block_N1 * BLOCK + at_N1).clamp_(max=size - 1)
+    place_N1 = torch.searchsorted(inside_NK, aim_N1, right=True).clamp_(max=BLOCK - 1)
+    token_N1 = (block_N1 * BLOCK + place_N1).clamp_(max=size - 1)
     return token_N1[:, 0], (weight_NV.gather(1, token_N1) / total_N1).log()[:, 0].float()
 
 
-def uniforms(seeds, counts):
-    """Numbers in [0, 1) that decide the tokens of each sequence -> [sequences, most steps], float64, on the
-    CPU.
+def uniforms(seeds: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
+    """Numbers in [0, 1) that decide the tokens of each sequence.
 
-    A sequence's depend on its seed alone: not on how many there are, nor on how many tokens it may have.
+    A sequence's numbers depend on its seed alone, not on how many sequences there are, nor on how many tokens
+    it may have.
+
+    Args:
+        seeds: One for each sequence.
+        counts: Most steps of each sequence.
+
+    Returns:
+        [S, T], float64, on the CPU; 0 behind a sequence's last step.
     """
-    made = torch.zeros(len(seeds), max(counts, default=0), dtype=torch.float64)
-    for row, seed, count in zip(made, seeds, counts):
-        row[:count] = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return made
+    numbers_ST = torch.zeros(len(seeds), max(counts, default=0), dtype=torch.float64)
+    for row_T, seed, count in zip(numbers_ST, seeds, counts):
+        row_T[:count] = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return numbers_ST
 
 
 class Context(NamedTuple):
-    """What stands before each asked-for row of packed sequences; `seen` is what `sampling_logits` reads."""
+    """What stands before each requested row of packed sequences; `seen` is what `sampling_logits` reads."""
 
-    ids_SL: torch.Tensor  # int64, filled up with the sequence's first token
-    sequence_N: torch.Tensor  # int64
+    ids_SL: torch.Tensor  # int64, padded with the sequence's first token
+    sequence_N: torch.Tensor  # int64: each row's sequence
     length_N: torch.Tensor  # int64: tokens before the target
 
-    def seen(self, at):
-        """Ids [rows, L] of a slice of rows."""
+    def seen(self, at: slice) -> torch.Tensor:
+        """Ids [rows, L] before a slice of rows."""
         ids_NL = self.ids_SL[self.sequence_N[at]]
         known_NL = torch.arange(ids_NL.shape[1], device=ids_NL.device) < self.length_N[at][:, None]
         return torch.where(known_NL, ids_NL, ids_NL[:, :1])
 
 
-def context_of(ids_M, lengths, rows_N):
-    """Packed ids, host lengths of the sequences, positions in M that are asked for -> Context."""
+def context_of(ids_M: torch.Tensor, lengths: Sequence[int], rows_N: torch.Tensor) -> Context:
+    """The tokens before each requested row.
+
+    Args:
+        ids_M: Packed ids.
+        lengths: Tokens of each sequence, host integers.
+        rows_N: Positions in M that are asked for.
+
+    Returns:
+        The Context.
+    """
     lengths_S = torch.tensor(lengths, device=ids_M.device)
     ends_S = lengths_S.cumsum(0)
-    at_SL = (ends_S - lengths_S)[:, None] + torch.arange(max(lengths, default=0), device=ids_M.device)
-    at_SL = torch.where(at_SL < ends_S[:, None], at_SL, at_SL[:, :1])
+    place_SL = (ends_S - lengths_S)[:, None] + torch.arange(max(lengths, default=0), device=ids_M.device)
+    place_SL = torch.where(place_SL < ends_S[:, None], place_SL, place_SL[:, :1])
     sequence_N = torch.searchsorted(ends_S, rows_N, right=True)
-    return Context(ids_M[at_SL], sequence_N, rows_N - (ends_S - lengths_S)[sequence_N] + 1)
+    return Context(ids_M[place_SL], sequence_N, rows_N - (ends_S - lengths_S)[sequence_N] + 1)
 
 
 def sampling_logprob(
-    hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens=None
-):
-    """Log-prob of targets under the sampling distribution, fp32 [N].
+    hidden_NH: torch.Tensor,
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    softcap: float | None,
+    scale: float,
+    targets_N: torch.Tensor,
+    sampling: "Sampling",
+    context: Context | None,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """Log-prob of targets under the sampling distribution.
 
     Means the same as::
 
-        logits_NV = softcap(scale * (hidden_NH.float() @ weight_VH.float().T + bias_V))      # softcap * tanh(· / softcap)
+        logits_NV = scale * (hidden_NH.float() @ weight_VH.float().T + bias_V)
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
         sampling_logits(logits_NV, sampling, seen, targets_N).log_softmax(-1).gather(1, targets_N[:, None])
 
-    with logits in chunks of rows, fp32 whatever the inputs are, made again in the backward. Differentiable in
-    hidden, weight and bias; the gradient of the weight is added up in fp32. Which tokens belong to the
-    nucleus is taken as given. softcap: None for none · context: a `Context`, None without a repetition
-    penalty · chunk_tokens: rows whose logits exist at once, by the workspace when None. Under ZeRO-3 call it
-    inside the head module's own forward.
+    with logits in chunks of rows, fp32 whatever the inputs are, computed again in the backward.
+    Differentiable in hidden, weight and bias; the gradient of the weight is summed in fp32. No gradient
+    flows through the choice of the nucleus. Under ZeRO-3 call it inside the head module's own forward.
+
+    Args:
+        hidden_NH: Hidden states before each target.
+        weight_VH: The head's weight.
+        bias_V: The head's bias, or None.
+        softcap: The model's cap on logits, or None.
+        scale: The model's factor on logits.
+        targets_N: int64.
+        sampling: Repetition penalty, temperature, top-k and top-p.
+        context: The tokens before each target; None without a repetition penalty.
+        chunk_tokens: Rows whose logits exist at once; None: as many as the workspace holds.
+
+    Returns:
+        logp_N, fp32, nats.
+
+    Raises:
+        ValueError: A repetition penalty without a context.
     """
     if sampling.repetition_penalty != 1.0 and context is None:
         raise ValueError("context: expected the tokens before each row, for a repetition penalty, got None")
@@ -164,14 +225,21 @@ def sampling_logprob(
 
 
 class _SamplingLogprob(torch.autograd.Function):
-    """Chunks of rows: autograd goes through what lies between logits and log-prob, the head's products are
-    ours.
-    """
+    """Chunks of rows: autograd runs from logits to log-prob; the head's products are written out here."""
 
     @staticmethod
     def forward(
-        ctx, hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens
-    ):
+        ctx: Any,
+        hidden_NH: torch.Tensor,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        softcap: float | None,
+        scale: float,
+        targets_N: torch.Tensor,
+        sampling: "Sampling",
+        context: Context | None,
+        chunk_tokens: int | None,
+    ) -> torch.Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, *(context or ()))
         ctx.settings = softcap, scale, sampling, chunk_tokens
         logp_N = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
@@ -181,39 +249,49 @@ class _SamplingLogprob(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_N):
-        hidden_NH, weight_VH, bias_V, targets_N, *context = ctx.saved_tensors
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden_NH, weight_VH, bias_V, targets_N, *fields = ctx.saved_tensors
         softcap, scale, sampling, chunk_tokens = ctx.settings
-        context = Context(*context) if context else None
-        head, parts = _logits(hidden_NH, weight_VH, bias_V, chunk_tokens)
+        context = Context(*fields) if fields else None
+        head, chunks = _logits(hidden_NH, weight_VH, bias_V, chunk_tokens)
         gradients = linear.Gradients(head, hidden_NH.dtype, *ctx.needs_input_grad[:3])
-        for at, logits_CV in parts:
+        for at, logits_CV in chunks:
             logits_CV = logits_CV.detach().requires_grad_()
             with torch.enable_grad():
                 logp_C = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at)
             (d_CV,) = torch.autograd.grad(logp_C, logits_CV, grad_N[at])
             gradients.add(at, d_CV.to(head.made))
-        made = [
+        rounded = [
             None if gradient is None else gradient.to(source.dtype)
             for gradient, source in zip(gradients.done(), (hidden_NH, weight_VH, bias_V))
         ]
-        return *made, *[None] * 6
+        return *rounded, *[None] * 6
 
 
-def _logits(hidden_NH, weight_VH, bias_V, chunk_tokens):
-    """-> the head, and an iterator over (slice, its fp32 logits), which is good for one chunk at a time."""
+def _logits(
+    hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, chunk_tokens: int | None
+) -> tuple[linear.Head, Iterator[tuple[slice, torch.Tensor]]]:
+    """The head, and an iterator over (slice, its fp32 logits); each step overwrites the logits before it."""
     head = linear.head(hidden_NH, weight_VH, bias_V, hidden_NH.device.type == "cuda")
     slices = linear.chunks(len(hidden_NH), len(weight_VH), chunk_tokens, hidden_NH.device)
     buffer_CV = head.buffer(slices)
     return head, ((at, head.logits(at, buffer_CV)) for at in slices)
 
 
-def _rows(logits_CV, softcap, scale, targets_N, sampling, context, at):
-    """A chunk's logits as the head makes them -> logp_C."""
+def _rows(
+    logits_CV: torch.Tensor,
+    softcap: float | None,
+    scale: float,
+    targets_N: torch.Tensor,
+    sampling: "Sampling",
+    context: Context | None,
+    at: slice,
+) -> torch.Tensor:
+    """logp_C from the logits of the chunk `at`, which the head gives before scale and softcap."""
     if scale != 1.0:
         logits_CV = logits_CV * scale
     if softcap is not None:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
-    seen_CL = context.seen(at) if sampling.repetition_penalty != 1.0 else None
+    seen_CL = context.seen(at) if context is not None and sampling.repetition_penalty != 1.0 else None
     scores_CV = sampling_logits(logits_CV, sampling, seen_CL, targets_N[at])
     return scores_CV.gather(1, targets_N[at][:, None])[:, 0] - scores_CV.logsumexp(-1)

@@ -1,22 +1,31 @@
-"""Files of score models: which layout a folder has, its head, and writing the one that everybody reads.
+"""Files of score models: reading the head of either layout, and writing the layout that transformers reads.
 
-Read: `score.weight` beside a backbone (AutoModelForSequenceClassification(num_labels=1), and ours) and
-safe-rlhf's `score_head.weight`, `score_head.bias`, `normalizer.mean`, `normalizer.var`. Written: the former,
-with what it cannot say (kind, bias, normaliser) under `saferlhf_fast` in config.json. No torch at import.
+Read: `score.weight` beside a backbone (AutoModelForSequenceClassification(num_labels=1), and our own files)
+and safe-rlhf's `score_head.weight`, `score_head.bias`, `normalizer.mean`, `normalizer.var`. Written: the
+former, with what it has no place for (kind, bias, normaliser) under `saferlhf_fast` in config.json. No torch
+at import.
 """
 
 import copy
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .folders import quiet, readable, replacing, write_card
 from .lora import has_lora, plain, plain_state
 from .tokenizer import with_distinct_pad
 
-OURS = "saferlhf_fast"
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from .score_model import Normalizer, ScoreModel
+
+ENTRY = "saferlhf_fast"
+"""Our entry in config.json."""
 _HEAD_NAMES = (
     "score.weight",
     "score.bias",
@@ -25,9 +34,9 @@ _HEAD_NAMES = (
     "normalizer.mean",
     "normalizer.var",
 )
-# safe-rlhf's normaliser does what the kind of score says.
-_REF_FUNCTION = {"reward": "affine", "cost": "scale", "critic": "identity"}
-_REF_FIELDS = (
+# In safe-rlhf the kind of score decides what the normaliser does.
+_SAFE_RLHF_FUNCTION = {"reward": "affine", "cost": "scale", "critic": "identity"}
+_SAFE_RLHF_FIELDS = (
     "score_dim",
     "score_bias",
     "score_type",
@@ -42,25 +51,39 @@ _REF_FIELDS = (
 
 @dataclass(frozen=True)
 class Head:
-    """A score head as it lies in files."""
+    """A score head, read from files."""
 
-    weight: Any  # [1, H]
+    weight: "torch.Tensor"  # [1, H]
     bias: float | None = None
-    normalizer: dict | None = None  # {"function", "mean", "var"}
+    normalizer: dict[str, Any] | None = None  # {"function", "mean", "var"}
     kind: str | None = None  # reward, cost, critic
 
 
-def read_head(folder, path, may_lack=False):
-    """-> Head, or None for a plain language model when may_lack. path: what the user called the folder."""
+def read_head(folder: str | Path, path: str | Path, may_lack: bool = False) -> Head | None:
+    """Reads a score head in either layout.
+
+    Args:
+        folder: The model's local folder.
+        path: The model as the user named it, for messages.
+        may_lack: Whether a plain language model, without a head, is accepted.
+
+    Returns:
+        The head, or None for a plain language model.
+
+    Raises:
+        UserError: There is no head, or one of several scores, or config.json cannot be read.
+    """
     folder = Path(folder)
     config = _config(folder, path)
     architectures = config.get("architectures") or []
-    is_ref = "score_dim" in config or any(name.endswith("ForScore") for name in architectures)
-    claims = is_ref or OURS in config or any("ForSequenceClassification" in name for name in architectures)
+    is_safe_rlhf = "score_dim" in config or any(name.endswith("ForScore") for name in architectures)
+    claims_head = (
+        is_safe_rlhf or ENTRY in config or any("ForSequenceClassification" in name for name in architectures)
+    )
     with readable(path, "score model"):
         tensors = read_tensors(folder, _HEAD_NAMES)
     weight = tensors.get("score.weight", tensors.get("score_head.weight"))
-    if weight is None and claims:
+    if weight is None and claims_head:
         raise UserError(
             f"{path}: expected the head of a score model (score.weight or score_head.weight), got weights "
             f"without one, though its architecture is {', '.join(architectures) or 'a score model'}"
@@ -75,22 +98,24 @@ def read_head(folder, path, may_lack=False):
         )
     if weight.dim() != 2 or weight.shape[0] != 1:
         raise UserError(f"{path}: expected a head with one score, got a weight of shape {list(weight.shape)}")
-    bias = tensors.get("score.bias", tensors.get("score_head.bias"))
-    bias = None if bias is None else float(bias.float().reshape(-1)[0])
-    if is_ref and OURS not in config:
+    bias_1 = tensors.get("score.bias", tensors.get("score_head.bias"))
+    bias = None if bias_1 is None else float(bias_1.float().reshape(-1)[0])
+    if is_safe_rlhf and ENTRY not in config:
         kind = config.get("score_type")
-        return Head(weight, bias, _ref_normalizer(config, tensors, kind, path), kind)
-    said = config.get(OURS) or {}
-    return Head(weight, said.get("score_bias", bias), said.get("normalizer"), said.get("kind"))
+        return Head(weight, bias, _safe_rlhf_normalizer(config, tensors, kind, path), kind)
+    entry = config.get(ENTRY) or {}
+    return Head(weight, entry.get("score_bias", bias), entry.get("normalizer"), entry.get("kind"))
 
 
-def _ref_normalizer(config, tensors, kind, path):
+def _safe_rlhf_normalizer(
+    config: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]", kind: str | None, path: str | Path
+) -> dict[str, Any] | None:
     if not config.get("do_normalize"):
         return None
-    if (kind or "reward") not in _REF_FUNCTION:
+    if (kind or "reward") not in _SAFE_RLHF_FUNCTION:
         raise UserError(f"{path}: config.json: expected score_type reward, cost or critic, got {kind!r}")
 
-    def number(name, default):
+    def number(name: str, default: float) -> float:
         value = tensors.get(f"normalizer.{name}", config.get(name))
         if value is None:
             return default
@@ -101,13 +126,13 @@ def _ref_normalizer(config, tensors, kind, path):
         )
 
     return {
-        "function": _REF_FUNCTION[kind or "reward"],
+        "function": _SAFE_RLHF_FUNCTION[kind or "reward"],
         "mean": number("mean", 0.0),
         "var": number("var", 1.0),
     }
 
 
-def _config(folder, path):
+def _config(folder: Path, path: str | Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -117,25 +142,28 @@ def _config(folder, path):
     return config
 
 
-def read_tensors(folder, names):
-    """-> {name: tensor} of those that a folder's weights have; one file or several, safetensors before .bin."""
+def read_tensors(folder: Path, names: Collection[str]) -> "dict[str, torch.Tensor]":
+    """Those of the named tensors that a folder's weights have.
+
+    The weights are one file or several; safetensors are read before .bin files.
+    """
     for stem, ending in (("model", "safetensors"), ("pytorch_model", "bin")):
         index = folder / f"{stem}.{ending}.index.json"
         if index.is_file():
-            where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted({where[name] for name in names if name in where})
+            file_of = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            files = sorted({file_of[name] for name in names if name in file_of})
         elif (folder / f"{stem}.{ending}").is_file():
             files = [f"{stem}.{ending}"]
         else:
             continue
-        out = {}
+        tensors = {}
         for file in files:
-            out.update(_tensors_of(folder / file, names))
-        return out
+            tensors.update(_tensors_of(folder / file, names))
+        return tensors
     return {}
 
 
-def _tensors_of(file, names):
+def _tensors_of(file: Path, names: Collection[str]) -> "dict[str, torch.Tensor]":
     if file.suffix == ".safetensors":
         from safetensors import safe_open
 
@@ -150,23 +178,38 @@ def _tensors_of(file, names):
 # ---------------------------------------------------------------- writing
 
 
-def check_score_export(model, tokenizer, drop_bias=False, keep_bias=False):
-    """UserError when `save_score_model` would refuse: call it before training, not after."""
+def check_score_export(
+    model: "ScoreModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    drop_bias: bool = False,
+    keep_bias: bool = False,
+) -> None:
+    """Refuses before training what `save_score_model` would refuse after it.
+
+    Args:
+        model: The score model.
+        tokenizer: Its tokenizer.
+        drop_bias: Whether a bias and a normaliser are left out of the files.
+        keep_bias: Whether they are kept in config.json.
+
+    Raises:
+        UserError: There is a bias or a normaliser and neither is allowed, or no token can be the padding.
+    """
     with_distinct_pad(tokenizer)
     bias, normalizer = _bias(model), model.normalizer
     if (bias is not None or normalizer is not None) and not (drop_bias or keep_bias):
-        has = " and ".join(
-            part
-            for part in (
+        extras = " and ".join(
+            text
+            for text in (
                 f"a bias ({bias:+.4f})" if bias is not None else "",
                 f"a normaliser ({normalizer})" if normalizer is not None else "",
             )
-            if part
+            if text
         )
         raise UserError(
-            f"this score model has {has}, which AutoModelForSequenceClassification cannot hold: its scores "
-            "would differ and C > 0 would mean something else; expected drop_bias=true to leave it out, "
-            "got none"
+            f"this score model has {extras}, which AutoModelForSequenceClassification cannot hold: "
+            "its scores would differ and C > 0 would mean something else; expected drop_bias=true to leave "
+            "it out, got none"
         )
 
 
@@ -183,34 +226,47 @@ def save_score_model(
 ) -> None:
     """Writes a score model that AutoModelForSequenceClassification(num_labels=1) loads with the same scores.
 
-    Safetensors, tokenizer with chat template, model card. Adapters are merged into what is written. kind:
-    reward or cost · card: what the model card tells · state_dict: weights to write instead of the model's
-    (its own names). A bias or normaliser is refused, unless drop_bias (left out; the shift is printed) or
-    keep_bias (kept in config.json, where `load_score_model` finds it and the transformers class does not; the
-    card says so). pad == eos: another special token becomes the padding token; refused when there is none.
-    Architectures without such a class are written alike, for our loader alone.
+    Written are safetensors, tokenizer with chat template and model card; adapters are merged into what is
+    written. Where pad == eos, another special token becomes the padding token. Architectures without such a
+    class are written in the same form, which our loader alone reads.
+
+    Args:
+        folder: Where to write; an existing model folder is replaced at the end.
+        model: A ScoreModel.
+        tokenizer: Its tokenizer.
+        kind: reward or cost.
+        card: What the model card tells.
+        state_dict: {name: tensor} by the model's own names, to write instead of its weights.
+        drop_bias: A bias or normaliser is left out; the shift of the scores is printed.
+        keep_bias: A bias or normaliser is kept in config.json, where `load_score_model` finds it and the
+            transformers class does not; the card says so.
+
+    Raises:
+        UserError: There is a bias or normaliser and neither is allowed, no token can be the padding, or the
+            folder holds something else than a model.
     """
     assert state_dict is None or not has_lora(model.backbone), "a state dict of adapters cannot be merged"
     check_score_export(model, tokenizer, drop_bias, keep_bias)
     tokenizer = with_distinct_pad(tokenizer)
     backbone = plain(model.backbone)
-    said, notes = {"kind": kind}, []
+    entry: dict[str, Any] = {"kind": kind}
+    notes = []
     bias, normalizer = _bias(model), model.normalizer
     if keep_bias and (bias is not None or normalizer is not None):
-        said |= {"score_bias": bias, "normalizer": normalizer and _normalizer_fields(normalizer)}
+        entry |= {"score_bias": bias, "normalizer": normalizer and _normalizer_fields(normalizer)}
         notes.append(
             f"Its scores include a bias ({bias}) and a normaliser ({normalizer}), which only saferlhf-fast's "
             "loader applies: through AutoModelForSequenceClassification the scores differ."
         )
     elif bias is not None or normalizer is not None:
         notes.append(_say_dropped(bias, normalizer))
-    body, weight = _weights(model, state_dict)
-    exported = _export_class(backbone, tokenizer, body)
+    backbone_state, weight = _weights(model, state_dict)
+    exported = _export_class(backbone, tokenizer, backbone_state)
     config = copy.deepcopy(backbone.config)
-    _set_labels(config, tokenizer, said)
+    _set_labels(config, tokenizer, entry)
     prefix = (exported or type(backbone)).base_model_prefix
     state = {
-        **{f"{prefix}.{name}" if prefix else name: tensor for name, tensor in body.items()},
+        **{f"{prefix}.{name}" if prefix else name: tensor for name, tensor in backbone_state.items()},
         "score.weight": weight,
     }
     with replacing(folder) as new, quiet():
@@ -219,7 +275,7 @@ def save_score_model(
                 f"transformers has no sequence-classification class with a plain linear head for "
                 f"{type(backbone).__name__}: load it with saferlhf-fast."
             )
-            _save_ours(new, backbone, config, state)
+            _save_without_class(new, backbone, config, state)
         else:
             shell = _shell(exported, config, weight.dtype)
             shell.save_pretrained(new, state_dict=state)
@@ -227,41 +283,48 @@ def save_score_model(
         write_card(new, kind, card, notes)
 
 
-def _bias(model):
+def _bias(model: "ScoreModel") -> float | None:
     return None if model.score.bias is None else float(model.score.bias.detach().float()[0])
 
 
-def _normalizer_fields(normalizer):
+def _normalizer_fields(normalizer: "Normalizer") -> dict[str, Any]:
     return {name: value for name, value in asdict(normalizer).items() if name != "eps"}
 
 
-def _say_dropped(bias, normalizer):
+def _say_dropped(bias: float | None, normalizer: "Normalizer | None") -> str:
+    """Prints what the written files leave out, and returns it as a sentence."""
     from ..runtime import console
 
-    parts = [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
+    changes = (
+        [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
+    )
     if normalizer is not None:
-        parts.append(f"scores are no longer normalised ({normalizer})")
-    line = "drop_bias: " + "; ".join(parts)
+        changes.append(f"scores are no longer normalised ({normalizer})")
+    line = "drop_bias: " + "; ".join(changes)
     console.say(line)
     return line[0].upper() + line[1:] + "."
 
 
-def _weights(model, state_dict):
-    """-> ({backbone's name: tensor}, head's weight)."""
+def _weights(
+    model: "ScoreModel", state_dict: "Mapping[str, torch.Tensor] | None"
+) -> "tuple[dict[str, torch.Tensor], torch.Tensor]":
+    """({backbone's name: tensor}, head's weight)."""
     if state_dict is None:
         return plain_state(model.backbone), model.score.weight.detach()
-    body = {
+    backbone_state = {
         name.removeprefix("backbone."): tensor
         for name, tensor in state_dict.items()
         if name.startswith("backbone.")
     }
-    return body, state_dict["score.weight"]
+    return backbone_state, state_dict["score.weight"]
 
 
-def _export_class(backbone, tokenizer, body):
-    """-> the transformers class that gives our scores from our weights under its own names; None when there
-    is none.
-    """
+def _export_class(
+    backbone: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    backbone_state: "Mapping[str, torch.Tensor]",
+) -> "type[PreTrainedModel] | None":
+    """The transformers class that gives our scores from our weights under its own names, or None."""
     from transformers import AutoModelForSequenceClassification
 
     mapping = AutoModelForSequenceClassification._model_mapping
@@ -271,36 +334,44 @@ def _export_class(backbone, tokenizer, body):
     config = copy.deepcopy(backbone.config)
     _set_labels(config, tokenizer, {})
     shell = _shell(cls, config, backbone.dtype)
-    names = {f"{cls.base_model_prefix}.{name}" for name in body} | {"score.weight"}
-    # Encoder classes have another head, multimodal ones other names: the names of the weights tell.
+    names = {f"{cls.base_model_prefix}.{name}" for name in backbone_state} | {"score.weight"}
+    # Encoder classes have another head, multimodal ones other names; the names of the weights show it.
     return cls if set(shell.state_dict()) == names else None
 
 
-def _shell(cls, config, dtype):
-    """A model without memory for weights, whose save_pretrained writes a given state dict in the class's
-    format.
-    """
+def _shell(
+    cls: "type[PreTrainedModel]", config: "PretrainedConfig", dtype: "torch.dtype"
+) -> "PreTrainedModel":
+    """A model without memory for weights, whose save_pretrained writes a state dict in the class's format."""
     import torch
 
     with torch.device("meta"):
         return cls(config).to(dtype)
 
 
-def _set_labels(config, tokenizer, said):
-    for field in _REF_FIELDS:
+def _set_labels(
+    config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase", entry: Mapping[str, Any]
+) -> None:
+    """Changes a config, in place, to that of a one-score model, with our entry and no safe-rlhf fields."""
+    for field in _SAFE_RLHF_FIELDS:
         # `bias` and the like belong to safe-rlhf only where the architecture itself has no such field.
         if hasattr(config, "score_dim") and field not in type(config)().to_dict() and field != "score_dim":
             config.__dict__.pop(field, None)
     config.__dict__.pop("score_dim", None)
     config.num_labels = 1
     config.problem_type = "regression"
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        part.pad_token_id = tokenizer.pad_token_id
+    for section in {id(c): c for c in (config, config.get_text_config())}.values():
+        section.pad_token_id = tokenizer.pad_token_id
     config.use_cache = True
-    setattr(config, OURS, {name: value for name, value in said.items() if value is not None})
+    setattr(config, ENTRY, {name: value for name, value in entry.items() if value is not None})
 
 
-def _save_ours(folder, backbone, config, state):
+def _save_without_class(
+    folder: Path,
+    backbone: "PreTrainedModel",
+    config: "PretrainedConfig",
+    state: "dict[str, torch.Tensor]",
+) -> None:
     from huggingface_hub import save_torch_state_dict
 
     config.architectures = [type(backbone).__name__]

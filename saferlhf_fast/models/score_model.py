@@ -1,19 +1,21 @@
 """One `ScoreModel` (reward, cost, critic) around any backbone.
 
-    score = load_score_model(folder)            # AutoModelForSequenceClassification(num_labels=1), or
-    safe-rlhf's layout scores_BL = score(ids_BL, mask_BL)          # one per token, fp32 score_B =
-    score.end_scores(scores_BL, mask_BL)
+    score = load_score_model(folder)              # transformers' layout of one label, or safe-rlhf's
+    scores_BL = score(ids_BL, mask_BL)            # one per token, fp32
+    score_B = score.end_scores(scores_BL, mask_BL)
 
-Dropout is left as the config has it; the PPO stages switch it off. Files are read in score_checkpoint.py.
+Dropout stays as the config has it; the PPO stages switch it off. Files are read in score_checkpoint.py, masks
+are checked in score_inputs.py.
 
-Shapes: B sequences, L tokens with padding, H hidden size.
+Shapes: legend in rollout/types.py.
 """
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -27,21 +29,23 @@ from .folders import has_weights, local_copy, quiet, readable, refuse_large_voca
 from .lora import plain
 from .packing import Packed
 from .score_checkpoint import read_head
+from .score_inputs import checks_values, real_tokens, refuse_positions
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Normalizer:
-    """safe-rlhf's score normaliser with fixed statistics.
-
-    Plain numbers, so that no cast to bf16 can round them.
-    """
+    """safe-rlhf's score normaliser with fixed statistics, plain numbers that no cast to bf16 can round."""
 
     function: str  # affine: (s − mean)/std · scale: s/std · translate: s − mean · identity
     mean: float = 0.0
     var: float = 1.0
     eps: float = 1e-8
 
-    def __call__(self, scores):
+    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
+        """Scores of any shape, normalised."""
         std = self.var**0.5 + self.eps
         if self.function == "affine":
             return (scores - self.mean) / std
@@ -56,22 +60,24 @@ class ScoreHead(nn.Module):
     A module of its own: ZeRO-3 gathers a module's own weights.
     """
 
-    def __init__(self, hidden_size, bias=False, dtype=None, outputs=1):
+    def __init__(
+        self, hidden_size: int, bias: bool = False, dtype: torch.dtype | None = None, outputs: int = 1
+    ) -> None:
         super().__init__()
         self.outputs = outputs  # ZeRO-3 may leave the weight no shape
         self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
 
-    def forward(self, hidden_BLH):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[…, H] -> […], or […, outputs] where there are several; fp32, under torch.autocast too."""
         bias = None if self.bias is None else self.bias.float()
-        with _no_autocast(hidden_BLH.device.type):
-            scores = F.linear(hidden_BLH.float(), self.weight.float(), bias)
+        with _no_autocast(hidden.device.type):
+            scores = F.linear(hidden.float(), self.weight.float(), bias)
         return scores.squeeze(-1) if len(self.weight) == 1 else scores
 
 
-def _no_autocast(device):
-    """Context in which F.linear keeps fp32. Not every device has an autocast to switch off (meta has none)."""
+def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Context in which F.linear keeps fp32. Not every device has an autocast (meta has none)."""
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
@@ -82,14 +88,17 @@ class ScoreModel(nn.Module):
     In code of your own::
 
         model = load_score_model(path)               # a reward model as TRL, OpenRLHF or safe-rlhf save it
-        model = score_model_from_backbone(path)      # a new head on the body of a causal LM; or ScoreModel(a transformers body)
+        model = score_model_from_backbone(path)      # a new head on the backbone of a causal LM
+        model = ScoreModel(backbone)                 # a new head on a transformers model
         score_B = model.end_scores(model(ids_BL, mask_BL), mask_BL)
-        save_score_model(folder, model, tokenizer, kind="reward")        # AutoModelForSequenceClassification(num_labels=1)
+        save_score_model(folder, model, tokenizer, kind="reward")        # as transformers reads it
 
     The head has no bias, so that export as AutoModelForSequenceClassification is exact; a checkpoint of
     safe-rlhf may bring a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None
     when the files do not say.
     """
+
+    backbone: "PreTrainedModel"  # peft may wrap it
 
     def __init__(
         self,
@@ -102,9 +111,9 @@ class ScoreModel(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        self.packs = packs(plain(backbone)) and packing
-        self.config = backbone.config
-        self.score = ScoreHead(hidden_size(backbone.config), bias, backbone.dtype)
+        self.packs = packs(plain(self.backbone)) and packing
+        self.config = self.backbone.config
+        self.score = ScoreHead(hidden_size(self.config), bias, self.backbone.dtype)
         self.normalizer = normalizer
         self.kind = kind
         accepted = inspect.signature(backbone.forward).parameters
@@ -115,8 +124,8 @@ class ScoreModel(nn.Module):
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
 
-        That is what safe-rlhf and transformers' own class do, so scores start at about 0.02·√H (the last norm
-        leaves entries of size one). Under ZeRO-3 the weight is gathered, drawn on rank 0 and handed out;
+        safe-rlhf and transformers' own class do the same, so scores start at about 0.02·√H (the last norm
+        leaves entries of size one). Under ZeRO-3 the weight is gathered, drawn on rank 0 and broadcast;
         without that each rank would write into an empty tensor and the head would stay uninitialised.
         """
         std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
@@ -126,10 +135,7 @@ class ScoreModel(nn.Module):
                 self.score.bias.zero_()
 
     def add_head(self) -> None:
-        """A second head, drawn anew, beside the one there is: a critic of two streams.
-
-        Its scores are [..., 2].
-        """
+        """Adds a second head, newly drawn, for a critic of two streams; scores are then [..., 2]."""
         first = self.score.weight.detach().clone()
         self.score = ScoreHead(first.shape[1], outputs=2, dtype=first.dtype)
         self.init_head()
@@ -143,14 +149,21 @@ class ScoreModel(nn.Module):
         attention_mask_BL: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """-> scores_BL in fp32; entries at padding are finite and mean nothing.
+        """One score for each token.
 
-        Of a `Packed` alone: scores_N of the positions that it asks for.
+        Args:
+            input_ids_BL: Integers, or a `Packed` alone; an empty batch gives an empty answer.
+            attention_mask_BL: 1 at real tokens (bool or numbers 0 and 1), padding on either side; None: all
+                tokens are real.
+            position_ids: Integers [B, L] or [1, L]; None: counted from each row's first real token.
 
-        attention_mask_BL: 1 at real tokens (bool or numbers 0 and 1), padding on either side; None: all are.
-        Position ids are counted from each row's first real token when not given. An empty batch gives an
-        empty answer. ValueError for what does not fit; ids and a mask's numbers are looked at on the CPU
-        alone: elsewhere the host would wait for the device.
+        Returns:
+            scores_BL, fp32; entries at padding are finite and mean nothing. Of a `Packed` scores_N of the
+            positions that it asks for.
+
+        Raises:
+            ValueError: Shapes, types or devices do not agree, or (on the CPU) ids are outside the vocabulary
+                or a mask holds other numbers.
         """
         if isinstance(input_ids_BL, Packed):
             if attention_mask_BL is not None or position_ids is not None:
@@ -164,16 +177,14 @@ class ScoreModel(nn.Module):
             refuse_positions(position_ids, input_ids_BL)
         if input_ids_BL.numel():
             return self._padded_scores(checks.wide(input_ids_BL), mask_BL, position_ids)
-        # A token runs in the place of none: under ZeRO-3 every rank has to gather the weights, and gradients
-        # are to be zeros.
+        # An empty batch runs one token: under ZeRO-3 every rank has to gather the weights, and gradients
+        # must be zeros.
         one = torch.zeros(1, 1, dtype=torch.long, device=input_ids_BL.device)
-        made, (rows, columns) = self._padded_scores(one, one + 1, None), input_ids_BL.shape
-        return made.expand(max(rows, 1), max(columns, 1), *made.shape[2:])[:rows, :columns]
+        scores, (rows, columns) = self._padded_scores(one, one + 1, None), input_ids_BL.shape
+        return scores.expand(max(rows, 1), max(columns, 1), *scores.shape[2:])[:rows, :columns]
 
-    def _refuse_ids(self, ids_BL):
-        """ValueError for ids that are no integers [B, L], lie outside the vocabulary, or have no values to
-        look up.
-        """
+    def _refuse_ids(self, ids_BL: torch.Tensor) -> None:
+        """Raises a ValueError for ids that are no integers [B, L], without values or out of vocabulary."""
         if ids_BL.dim() != 2 or not checks.whole(ids_BL):
             raise ValueError(
                 f"ScoreModel: ids: expected integers [B, L], got {ids_BL.dtype} {list(ids_BL.shape)}"
@@ -183,11 +194,13 @@ class ScoreModel(nn.Module):
                 f"ScoreModel: ids: expected a device with values, as the model's {self.score.weight.device}, "
                 "got meta"
             )
-        words = getattr(plain(self.backbone).get_input_embeddings(), "num_embeddings", None)
-        if words is not None and not torch.compiler.is_compiling():
-            checks.known_ids("ScoreModel", ids_BL, words)
+        vocabulary = getattr(plain(self.backbone).get_input_embeddings(), "num_embeddings", None)
+        if vocabulary is not None and not torch.compiler.is_compiling():
+            checks.known_ids("ScoreModel", ids_BL, vocabulary)
 
-    def _padded_scores(self, ids_BL, mask_BL, position_ids):
+    def _padded_scores(
+        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
         if self.takes_positions:
             inputs["position_ids"] = (
@@ -195,20 +208,27 @@ class ScoreModel(nn.Module):
             )
         return self._scores(self.backbone(**inputs).last_hidden_state)
 
-    def _packed_scores(self, packed):
+    def _packed_scores(self, packed: Packed) -> torch.Tensor:
         hidden_MH = hidden_states(plain(self.backbone), packed, self.packs)
         return self._scores(hidden_MH.index_select(0, packed.rows_N))
 
-    def _scores(self, hidden):
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden)
         return scores if self.normalizer is None else self.normalizer(scores)
 
     @staticmethod
     def end_scores(scores_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
-        """[B, L] -> [B]: the score at each row's last real token. The mask decides, never a token id.
+        """The score at each row's last real token. The mask decides which that is, never a token id.
 
-        A row without a token has no score: ValueError on the CPU; elsewhere, where nobody looks at values,
-        NaN.
+        Args:
+            scores_BL: Floating point.
+            attention_mask_BL: 1 at real tokens.
+
+        Returns:
+            [B]; NaN for a row without a token on a device where values are not checked.
+
+        Raises:
+            ValueError: Shapes, types or devices do not agree, or (on the CPU) a row has no token.
         """
         if scores_BL.dim() != 2 or not checks.floating(scores_BL):
             raise ValueError(
@@ -221,7 +241,7 @@ class ScoreModel(nn.Module):
         if not scores_BL.shape[0]:
             return scores_BL.flatten()
         some_B = mask_BL.any(1)
-        if not mask_BL.shape[1] or looks(mask_BL) and not some_B.all():
+        if not mask_BL.shape[1] or checks_values(mask_BL) and not some_B.all():
             raise ValueError(
                 f"end_scores: attention_mask: expected a real token in each row, got none in row "
                 f"{some_B.tolist().index(False)}"
@@ -230,60 +250,9 @@ class ScoreModel(nn.Module):
         return scores_BL.gather(1, last_B[:, None]).squeeze(1).where(some_B, float("nan"))
 
 
-def looks(tensor):
-    """Whether values are looked at: on the CPU; elsewhere, and in torch.compile's graph, it would stop what
-    runs.
-    """
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def real_tokens(op, mask_BL, like_BL):
-    """A mask of real tokens as int64 [B, L], shaped as `like_BL` and on its device; None: ones.
-
-    Floats count too when they are 0 and 1 with a 1 in each row: without one it is the other kind of mask,
-    which is added to attention's scores and has 0 where this one has 1.
-    """
-    if mask_BL is None:
-        return torch.ones_like(like_BL, dtype=torch.long)
-    if mask_BL.shape != like_BL.shape or mask_BL.device != like_BL.device or mask_BL.dtype.is_complex:
-        raise ValueError(
-            f"{op}: attention_mask: expected booleans or numbers 0 and 1 {list(like_BL.shape)} on "
-            f"{like_BL.device}, got {mask_BL.dtype} {list(mask_BL.shape)} on {mask_BL.device}"
-        )
-    if mask_BL.dtype != torch.bool and looks(mask_BL):
-        other = (mask_BL != 0) & (mask_BL != 1)
-        if other.any():
-            raise ValueError(
-                f"{op}: attention_mask: expected booleans or numbers 0 and 1, got {mask_BL[other][0].item()}"
-            )
-        if mask_BL.dtype.is_floating_point and mask_BL.numel() and not mask_BL.any(1).all():
-            raise ValueError(
-                f"{op}: attention_mask: expected a 1 at each real token (booleans or integers where a row "
-                f"has "
-                f"none), got {mask_BL.dtype} and a row of zeros, as in a mask that is added"
-            )
-    return mask_BL.long()
-
-
-def refuse_positions(position_ids, ids_BL):
-    """ValueError for position ids that would be broadcast over columns, or are no integers."""
-    expected = (list(ids_BL.shape), [1, ids_BL.shape[1]])
-    if (
-        list(position_ids.shape) not in expected
-        or not checks.whole(position_ids)
-        or position_ids.device != ids_BL.device
-    ):
-        raise ValueError(
-            f"ScoreModel: position_ids: expected integers {expected[0]} on {ids_BL.device}, got "
-            f"{position_ids.dtype} {list(position_ids.shape)} on {position_ids.device}"
-        )
-
-
 @contextlib.contextmanager
-def written(module):
-    """Context in which weights may be written even where ZeRO-3 has sharded them: whole on every rank, rank
-    0's count.
-    """
+def written(module: nn.Module) -> Iterator[None]:
+    """Context in which weights are complete and may be written; ZeRO-3 broadcasts rank 0's at the end."""
     sharded = [p for p in module.parameters() if hasattr(p, "ds_id")]
     if not sharded:
         yield
@@ -294,18 +263,32 @@ def written(module):
         yield
 
 
-def hidden_size(config):
-    """H of what a backbone returns; multimodal configs keep it in their text part, OPT may project its
-    output.
-    """
+def hidden_size(config: "PretrainedConfig") -> int:
+    """H of a backbone's output; a multimodal config has it in its text config, OPT may project its output."""
     text = config.get_text_config()
     return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
 
 
-def load_backbone(path, *, dtype=torch.float32, trust_remote_code=False, allow_pickle=False):
-    """-> the architecture's base model, without any head; of a multimodal one the text part.
+def load_backbone(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> "PreTrainedModel":
+    """Loads an architecture's base model, without a head; of a multimodal model the language model.
 
-    UserError when weights are missing.
+    Args:
+        path: A model folder or a name on the Hub.
+        dtype: The type of the weights.
+        trust_remote_code: Whether code beside the model may run.
+        allow_pickle: Whether weights that exist in pickles alone are read.
+
+    Returns:
+        The backbone.
+
+    Raises:
+        UserError: The model does not exist, weights are missing, or it is an encoder-decoder.
     """
     require("loading a score model", "train", *LOADERS)
     folder = local_copy(path, allow_pickle)
@@ -342,9 +325,25 @@ def score_model_from_backbone(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
-    """-> a ScoreModel with a new head on the backbone of a folder or Hub name (a causal LM's, usually)."""
-    options = {"dtype": dtype, "trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
-    return ScoreModel(load_backbone(path, **options), kind=kind)
+    """A ScoreModel with a new head on the backbone of another model, usually a causal LM.
+
+    Args:
+        path: A model folder or a name on the Hub.
+        dtype: The type of the weights.
+        kind: reward, cost, critic or None.
+        trust_remote_code: Whether code beside the model may run.
+        allow_pickle: Whether weights that exist in pickles alone are read.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: As `load_backbone`.
+    """
+    backbone = load_backbone(
+        path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    return ScoreModel(backbone, kind=kind)
 
 
 def load_score_model(
@@ -356,12 +355,25 @@ def load_score_model(
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
-    """-> a ScoreModel from a folder or Hub name, head included.
+    """Loads a ScoreModel with its head.
 
-    Read: AutoModelForSequenceClassification(num_labels=1), which is what we write, and safe-rlhf's layout
-    with its bias and normaliser. A plain language model is a UserError, unless new_head: then it gets a new
-    head (one that has a head keeps it). A folder that says it is a score model and has no head is always one:
-    no head is ever drawn in silence. tokenizer: when given, its vocabulary must fit the embedding.
+    Both layouts are read: AutoModelForSequenceClassification(num_labels=1), which we write too, and
+    safe-rlhf's with its bias and normaliser.
+
+    Args:
+        path: A model folder or a name on the Hub.
+        dtype: The type of the weights.
+        new_head: Whether a plain language model gets a new head; a model that has a head keeps it.
+        tokenizer: When given, its vocabulary must fit the embedding.
+        trust_remote_code: Whether code beside the model may run.
+        allow_pickle: Whether weights that exist in pickles alone are read.
+
+    Returns:
+        The model.
+
+    Raises:
+        UserError: As `load_backbone`; and for a plain language model without `new_head`. A folder that says
+            that it is a score model and has no head is refused in any case: no head is ever drawn silently.
     """
     require("load_score_model", "train", *LOADERS)
     folder = local_copy(path, allow_pickle)
@@ -382,6 +394,6 @@ def load_score_model(
         )
     with torch.no_grad(), written(model.score):
         model.score.weight.copy_(head.weight)
-        if head.bias is not None:
+        if model.score.bias is not None and head.bias is not None:
             model.score.bias.fill_(head.bias)
     return model

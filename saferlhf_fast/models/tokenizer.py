@@ -1,12 +1,17 @@
 """Tokenizers: loading with clear refusals, the padding token, and whether two of them are the same."""
 
 import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config.paths import TOKENIZER_FILES
 from ..errors import UserError, require
 from .folders import checked, quiet, readable
 
-# Text that no vocabulary has whole: shows whether `unk` can come out of text.
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Text that no vocabulary covers: it shows whether a text can give `unk`.
 _STRANGE = "\u2603 \ua728 \U00013080 zqxj \u0416"
 _PROBES = (
     "The quick brown fox: 12,345.67!",
@@ -16,12 +21,21 @@ _PROBES = (
 )
 
 
-def load_tokenizer(path, trust_remote_code=False):
-    """-> a tokenizer with an end-of-sequence and a padding token.
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+    """Loads a tokenizer that has an end-of-sequence and a padding token.
 
     Without a padding token it gets another special token's id (see `spare_special`), or the end token's:
-    masks are never made from token ids, so stopping is learned all the same. UserError: no folder, no
-    tokenizer, no end token.
+    masks are never computed from token ids, so a model still learns to stop.
+
+    Args:
+        path: A folder or a name on the Hub.
+        trust_remote_code: Whether code beside the tokenizer may run.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        UserError: There is no folder, no tokenizer or no end token.
     """
     require("load_tokenizer", "train", "transformers", "tokenizers")
     folder = checked(path, needs=())
@@ -31,7 +45,7 @@ def load_tokenizer(path, trust_remote_code=False):
 
     with readable(path, "tokenizer"), quiet():
         tokenizer = AutoTokenizer.from_pretrained(str(folder or path), trust_remote_code=trust_remote_code)
-    # Some classes make themselves from nothing when their files are missing: special tokens, and no words.
+    # Some classes load without their files: they have special tokens then, and no vocabulary.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise UserError(
             f"{path}: expected a tokenizer with a vocabulary, got one with {len(tokenizer)} special tokens "
@@ -44,19 +58,19 @@ def load_tokenizer(path, trust_remote_code=False):
     return tokenizer
 
 
-def _has_tokenizer(folder):
+def _has_tokenizer(folder: Path) -> bool:
     # A tokenizer without a vocabulary file (bytes, or code of its own) still has its config.
     return any((folder / name).is_file() for name in (*TOKENIZER_FILES, "tokenizer_config.json")) or any(
         folder.glob("*.tiktoken")
     )
 
 
-def spare_special(tokenizer):
-    """-> a special token that can stand for padding: not the end token, and never the last one of a text; or
-    None.
+def spare_special(tokenizer: "PreTrainedTokenizerBase") -> str | None:
+    """A special token that can be the padding token: not the end token, and never the last one of a text.
 
-    In this order: one that is named for padding, one that is reserved or unused, `unk` where no text gives
-    it, `bos`.
+    Returns:
+        In this order: a token that is named for padding, one that is reserved or unused, `unk` where no text
+        gives it, `bos`; None where there is none of these.
     """
     ids = tokenizer.get_vocab()
     special = [t for t in tokenizer.all_special_tokens if t in ids]
@@ -77,13 +91,14 @@ def spare_special(tokenizer):
     return bos if bos not in (None, end) else None
 
 
-def with_distinct_pad(tokenizer):
-    """-> the tokenizer, or a copy whose padding token differs from the end token.
-
-    UserError when it has no other.
+def with_distinct_pad(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokenizerBase":
+    """The tokenizer, or a copy whose padding token differs from the end token.
 
     AutoModelForSequenceClassification reads the score at the last token that is not padding: with pad == eos
-    it would pass over the end token.
+    it would skip the end token.
+
+    Raises:
+        UserError: The tokenizer has no other special token.
     """
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer
@@ -99,12 +114,11 @@ def with_distinct_pad(tokenizer):
     return tokenizer
 
 
-def same_tokenizer(a, b):
-    """True when both give the same ids for the same text and conversation, so that ids of one can be read by
-    the other.
+def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:
+    """True when both give the same ids for the same text and conversation.
 
-    Compared: vocabulary (the padding token aside, which masks hide), begin, end and unknown token, chat
-    template, and some texts.
+    A model can then read ids of the other tokenizer. Compared are the vocabulary (without the padding token,
+    which masks hide), begin, end and unknown token, chat template, and some texts.
     """
     if a is b:
         return True

@@ -1,1 +1,1 @@
-"""Responses of the current policy and what frozen models say of them: one batch of experience."""
+"""Responses of the current policy with the scores of frozen models: one batch of experience."""

@@ -1,11 +1,11 @@
-"""Prompts in, responses of the current policy out: a rollout engine samples, ranks share the tokens out
-evenly.
+"""Prompts in, responses of the current policy out: a rollout engine samples, ranks divide the tokens evenly.
 
-What samples is one of saferlhf_fast.rollout.engines; what comes back lies on the host, packed into the passes
-that scoring and update will make.
+One of saferlhf_fast.rollout.engines samples. Its responses are on the host, and are divided into the passes
+that scoring and update will run.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,24 +13,45 @@ from ..data.examples import PromptExample
 from ..data.templates import Template
 from ..models.packing import pack_into_microbatches
 from ..runtime import engine
-from .types import Minibatch, Response, Rollout
+from .types import FrozenScores, Minibatch, Response, Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ..config.sections import Sampling
+    from .engines import RolloutEngine
 
 
-def end_tokens(tokenizer, lm, template):
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", lm: "PreTrainedModel", template: str) -> list[int]:
     """Ids that end a response: the template's ends of a turn and those of the model's generation config."""
-    named = lm.generation_config.eos_token_id
-    named = [] if named is None else named if isinstance(named, (list, tuple)) else [named]
-    return sorted({*Template(tokenizer, template).stop_ids, *named})
+    eos = lm.generation_config.eos_token_id
+    model_ends = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
+    return sorted({*Template(tokenizer, template).stop_ids, *model_ends})
 
 
-def generate(generator, prompts, tokenizer, sampling, max_length, seed=0, first=0):
-    """Samples `sampling.num_return_sequences` responses for each prompt -> ([PromptExample], [Response]),
-    prompt after prompt.
+def generate(
+    generator: "RolloutEngine",
+    prompts: Sequence[PromptExample],
+    tokenizer: "PreTrainedTokenizerBase",
+    sampling: "Sampling",
+    max_length: int,
+    seed: int = 0,
+    first: int = 0,
+) -> tuple[list[PromptExample], list[Response]]:
+    """Samples `sampling.num_return_sequences` responses for each prompt.
 
-    generator: of `open_generator` · prompts: PromptExamples of this rank · max_length: longest prompt +
-    response (tokens) · seed: of the step; each sequence has a seed of its own from it and its place in the
-    global batch, so that its sample depends on neither the number of ranks nor the size of a batch · first:
-    place of the batch's first prompt.
+    Args:
+        generator: From `open_generator`.
+        prompts: Of this rank.
+        tokenizer: Of the policy.
+        sampling: The distribution and its limits.
+        max_length: Longest prompt + response (tokens).
+        seed: Of the step. Each sequence has a seed of its own, from this one and its place in the global
+            batch, so that its sample depends on neither the number of ranks nor the size of a batch.
+        first: Place of the batch's first prompt.
+
+    Returns:
+        Each response's prompt, and the responses, prompt after prompt.
     """
     n = sampling.num_return_sequences
     rows = [p for p in prompts for _ in range(n)]
@@ -40,9 +61,17 @@ def generate(generator, prompts, tokenizer, sampling, max_length, seed=0, first=
     return rows, generator.generate([list(p.ids) for p in rows], seeds, limits)
 
 
-def global_places(count, n, rank=None, world=None):
-    """Places in the global batch of this rank's `count` prompts with n responses each, as
-    `data.batches.share` deals prompts.
+def global_places(count: int, n: int, rank: int | None = None, world: int | None = None) -> list[int]:
+    """Places in the global batch of one rank's responses, as `data.batches.share` deals prompts.
+
+    Args:
+        count: Prompts of the rank.
+        n: Responses to each prompt.
+        rank: None: this process's.
+        world: Number of ranks; None: this run's.
+
+    Returns:
+        One place for each response.
     """
     rank, world = engine.rank() if rank is None else rank, engine.world_size() if world is None else world
     return [(i * world + rank) * n + k for i in range(count) for k in range(n)]
@@ -54,60 +83,94 @@ class Sampled(NamedTuple):
     place: int  # in the global batch
     prompt: PromptExample
     response: Response
-    # of `scoring.frozen_scores`, where the frozen models were asked already
-    frozen_scores: tuple | None = None
+    frozen_scores: FrozenScores | None = None  # where the frozen models have run already
 
     @property
-    def ids(self):
+    def ids(self) -> list[int]:
+        """Prompt and response."""
         return [*self.prompt.ids, *self.response.ids]
 
 
-def assemble(rows, responses, tokenizer, budget, *, minibatches=1, n=1, version=0, frozen_scores=None):
-    """PromptExamples and their Responses of this rank -> Rollout, on the device.
+def assemble(
+    rows: Sequence[PromptExample],
+    responses: Sequence[Response],
+    tokenizer: "PreTrainedTokenizerBase",
+    budget: int,
+    *,
+    minibatches: int = 1,
+    n: int = 1,
+    version: int = 0,
+    frozen_scores: Sequence[FrozenScores | None] | None = None,
+) -> Rollout:
+    """Gathers all ranks' responses and gives each rank about as many tokens, whichever rank sampled them.
 
-    Every rank gets about as many tokens, whoever sampled them: ids are small beside the time that a rank
-    would wait. budget: most tokens of a forward pass · minibatches: optimiser steps per batch · n: responses
-    per prompt · version: PPO steps that the policy has made since it sampled · frozen_scores: what frozen
-    models said already.
+    Ids are small beside the time that a rank would wait. A collective.
+
+    Args:
+        rows: Each response's prompt, of this rank.
+        responses: In the same order.
+        tokenizer: Of the policy.
+        budget: Most tokens of a forward pass.
+        minibatches: Optimiser steps per batch.
+        n: Responses per prompt.
+        version: PPO steps that the policy has taken since it sampled.
+        frozen_scores: Of each response, where the frozen models have run already.
+
+    Returns:
+        This rank's Rollout.
     """
     places = global_places(len(rows) // n, n)
-    mine = [Sampled(*row) for row in zip(places, rows, responses, frozen_scores or [None] * len(rows))]
-    batch = sorted((row for part in engine.gather_objects(mine) for row in part), key=lambda row: row.place)
+    local = [Sampled(*row) for row in zip(places, rows, responses, frozen_scores or [None] * len(rows))]
+    batch = sorted(
+        (row for rank_rows in engine.gather_objects(local) for row in rank_rows), key=lambda row: row.place
+    )
     return arrange(batch, tokenizer, budget, minibatches, version, engine.rank(), engine.world_size())
 
 
-def arrange(batch, tokenizer, budget, minibatches=1, version=0, rank=0, world=1):
-    """The global batch, [Sampled], -> Rollout of one rank. No collective."""
-    made, mine = [], []
+def arrange(
+    batch: Sequence[Sampled],
+    tokenizer: "PreTrainedTokenizerBase",
+    budget: int,
+    minibatches: int = 1,
+    version: int = 0,
+    rank: int = 0,
+    world: int = 1,
+) -> Rollout:
+    """One rank's Rollout of the global batch; arguments as in `assemble`. No collective."""
+    steps: list[Minibatch] = []
+    own_rows: list[Sampled] = []
     size = -(-len(batch) // minibatches)
-    for at in range(0, len(batch), size):
-        part = batch[at : at + size]
+    for start in range(0, len(batch), size):
+        minibatch = batch[start : start + size]
         passes = []
-        for each in pack_into_microbatches([len(row.ids) for row in part], budget, world)[rank]:
-            passes.append(slice(len(mine), len(mine) + len(each)))
-            mine += [part[i] for i in each]
-        lengths = [len(row.response.ids) for row in part]
-        made.append(Minibatch(passes, sum(n > 0 for n in lengths), sum(lengths)))
+        for indices in pack_into_microbatches([len(row.ids) for row in minibatch], budget, world)[rank]:
+            passes.append(slice(len(own_rows), len(own_rows) + len(indices)))
+            own_rows += [minibatch[i] for i in indices]
+        lengths = [len(row.response.ids) for row in minibatch]
+        steps.append(Minibatch(passes, sum(n > 0 for n in lengths), sum(lengths)))
     shortest = min(batch, key=lambda row: len(row.ids))
     return Rollout(
-        sequences=[row.ids for row in mine],
-        lengths=[len(row.response.ids) for row in mine],
-        prompts=[row.prompt for row in mine],
-        ended=[row.response.ended for row in mine],
-        order=[row.place for row in mine],
-        texts=[tokenizer.decode(row.response.ids, skip_special_tokens=True).strip() for row in mine],
-        minibatches=made,
+        sequences=[row.ids for row in own_rows],
+        lengths=[len(row.response.ids) for row in own_rows],
+        prompts=[row.prompt for row in own_rows],
+        ended=[row.response.ended for row in own_rows],
+        order=[row.place for row in own_rows],
+        texts=[tokenizer.decode(row.response.ids, skip_special_tokens=True).strip() for row in own_rows],
+        minibatches=steps,
         dummy=(shortest.ids, len(shortest.response.ids)),
         device=engine.device(),
-        engine_logp_N=packed_numbers([row.response.logp for row in mine]),
+        engine_logp_N=packed_numbers([row.response.logp for row in own_rows]),
         version=version,
         size=len(batch),
-        frozen_scores=[row.frozen_scores for row in mine],
+        frozen_scores=[row.frozen_scores for row in own_rows],
     )
 
 
-def packed_numbers(parts):
-    """Lists of numbers, one for each sequence -> one fp32 tensor; None where a list is missing."""
-    if not parts or any(part is None for part in parts):
-        return None
-    return torch.tensor([x for part in parts for x in part], dtype=torch.float32, device=engine.device())
+def packed_numbers(columns: Sequence[Sequence[float] | None]) -> torch.Tensor | None:
+    """One fp32 tensor on the device from the numbers of each sequence; None where a sequence has none."""
+    numbers: list[float] = []
+    for column in columns:
+        if column is None:
+            return None
+        numbers += column
+    return torch.tensor(numbers, dtype=torch.float32, device=engine.device()) if columns else None

@@ -1,51 +1,70 @@
-"""Sampling ahead: while one batch is learned from, the next is sampled by the weights before that step, in a
-thread.
+"""Prefetch: while the update uses one batch, a thread samples the next with the weights before that update.
 
-The batch is then one PPO step stale when its turn comes, which importance weights correct
+A batch is then one PPO step stale when its update comes, which importance weights correct
 (ppo.importance_cap, or ppo.old_logp=engine). A batch is sampled in portions of sampling.batch_size prompts,
-and the frozen models are asked about each portion as soon as it is there. An engine that samples with the
-trainer's own weights gets a copy of the policy, which takes the weights over between two steps; one that has
-its own takes them then too.
+and the frozen models score each portion as soon as it is sampled. An engine that samples with the trainer's
+own weights gets a copy of the policy, which is updated between two steps; an engine with weights of its own
+is updated then too.
 
-On CUDA the thread has a stream of its own. Leaves out ZeRO-3 (two threads must not start collectives) and one
-shared base (whose adapter is state of the shared base).
+On CUDA the thread has a stream of its own. Leaves out ZeRO-3 (two threads must not start collectives) and
+adapters on a shared base (which adapter is on is state of the base).
 """
 
 import contextlib
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..runtime import engine
 from .batch import Sampled, arrange, assemble, generate
-from .engines import open_generator
+from .engines import RolloutEngine, open_generator
 from .engines.gathered_weights import weight_sharing_copy
 from .sample import step_seed
 from .scoring import frozen_scores
+from .types import FrozenScores, Response, Rollout
+
+if TYPE_CHECKING:
+    from ..config.stages import PPOConfig
+    from ..data.examples import PromptExample
+    from .roles import Roles
+
+    Batch = tuple[int, Sequence[PromptExample]]
+
+SampledBatch = tuple["list[PromptExample]", list[Response], list[FrozenScores]]
+"""Each response's prompt, the responses, and the frozen models' scores of each."""
 
 
-def prefetched_rollouts(roles, batches, cfg, prefetcher):
-    """Yields (step, Rollout) of each (step, prompts): the first at once, then each sampled during the step
-    before its own.
+def prefetched_rollouts(
+    roles: "Roles", batches: "Iterable[Batch]", cfg: "PPOConfig", prefetcher: "RolloutPrefetcher"
+) -> Iterator[tuple[int, Rollout]]:
+    """Samples the first batch at once, and each further one during the step before its own.
 
-    prefetcher: an `RolloutPrefetcher`, which keeps for a checkpoint by which weights the batch after the
-    current one is sampled.
+    Args:
+        roles: The policy, its rollout engine and the frozen models.
+        batches: (step, prompts of this rank).
+        cfg: The stage's config.
+        prefetcher: Keeps the weights that sample the next batch, for a checkpoint.
+
+    Yields:
+        (step, Rollout).
     """
-    if cfg.sampling.engine == "vllm-server":  # it has the weights that were pushed last
-        snapshot, source = None, roles.generator
-    else:
+    snapshot: PolicySnapshot | None = None
+    generator: RolloutEngine = roles.generator
+    if cfg.sampling.engine != "vllm-server":  # the server has the weights that were pushed last
         snapshot = prefetcher.snapshot = PolicySnapshot(roles.actor)
-        prefetcher.give(snapshot)
-        source = open_generator(snapshot, roles.tokenizer, roles.ends, cfg.sampling)
+        prefetcher.restore(snapshot)
+        generator = open_generator(snapshot, roles.tokenizer, roles.ends, cfg.sampling)
     threads = ThreadPoolExecutor(1, "rollout")
     stream = torch.cuda.Stream() if engine.device().type == "cuda" else None
     steps = iter(batches)
     try:
-        pending = _begin(threads, stream, source, roles, next(steps, None), cfg)
+        pending = _begin(threads, stream, generator, roles, next(steps, None), cfg)
         while pending is not None:
             step, future = pending
-            rows, responses, said = future.result()
+            rows, responses, scores = future.result()
             rollout = assemble(
                 rows,
                 responses,
@@ -54,37 +73,53 @@ def prefetched_rollouts(roles, batches, cfg, prefetcher):
                 minibatches=cfg.ppo.minibatches,
                 n=cfg.sampling.num_return_sequences,
                 version=min(1, step - 1),
-                frozen_scores=said,
+                frozen_scores=scores,
             )
-            if snapshot is not None:  # the weights after the step before: the next batch's
-                snapshot.take()
-            source.refresh()
-            pending = _begin(threads, stream, source, roles, next(steps, None), cfg)
+            if snapshot is not None:  # the weights after the previous step sample the next batch
+                snapshot.copy_weights()
+            generator.refresh()
+            pending = _begin(threads, stream, generator, roles, next(steps, None), cfg)
             yield step, rollout
     finally:
         threads.shutdown(wait=True, cancel_futures=True)
-        if source is not roles.generator:
-            source.close()
+        if generator is not roles.generator:
+            generator.close()
 
 
-def _begin(threads, stream, source, roles, numbered, cfg):
-    """Starts to sample a batch -> (step, its future), or None after the last."""
-    if numbered is None:
+def _begin(
+    threads: ThreadPoolExecutor,
+    stream: torch.cuda.Stream | None,
+    generator: RolloutEngine,
+    roles: "Roles",
+    batch: "Batch | None",
+    cfg: "PPOConfig",
+) -> tuple[int, Future[SampledBatch]] | None:
+    """Starts to sample a batch; (step, its future), or None after the last batch."""
+    if batch is None:
         return None
-    step, prompts = numbered
+    step, prompts = batch
     if stream is not None:
-        stream.wait_stream(torch.cuda.current_stream())  # the copied weights are there
-    return step, threads.submit(_sample, stream, source, roles, prompts, cfg, step)
+        stream.wait_stream(torch.cuda.current_stream())  # until the weights are copied
+    return step, threads.submit(_sample, stream, generator, roles, prompts, cfg, step)
 
 
-def _sample(stream, source, roles, prompts, cfg, step):
-    """In the thread -> (PromptExamples, Responses, frozen_scores)."""
+def _sample(
+    stream: torch.cuda.Stream | None,
+    generator: RolloutEngine,
+    roles: "Roles",
+    prompts: "Sequence[PromptExample]",
+    cfg: "PPOConfig",
+    step: int,
+) -> SampledBatch:
+    """Samples and scores one batch; runs in the thread."""
     portion = cfg.sampling.batch_size or len(prompts)
-    rows, responses, said = [], [], []
+    rows: list[PromptExample] = []
+    responses: list[Response] = []
+    scores: list[FrozenScores] = []
     with torch.no_grad(), torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
         for start in range(0, len(prompts), portion):
-            new = generate(
-                source,
+            new_rows, new_responses = generate(
+                generator,
                 prompts[start : start + portion],
                 roles.tokenizer,
                 cfg.sampling,
@@ -93,56 +128,59 @@ def _sample(stream, source, roles, prompts, cfg, step):
                 first=start * engine.world_size(),
             )
             local = arrange(
-                [Sampled(i, *row) for i, row in enumerate(zip(*new))], roles.tokenizer, cfg.pass_tokens()
+                [Sampled(i, *row) for i, row in enumerate(zip(new_rows, new_responses))],
+                roles.tokenizer,
+                cfg.pass_tokens(),
             )
-            found = dict(zip(local.order, frozen_scores(local, roles, cfg)))
-            rows, responses, said = (
-                rows + new[0],
-                responses + new[1],
-                said + [found[i] for i in range(len(found))],
-            )
+            by_place = dict(zip(local.order, frozen_scores(local, roles, cfg)))
+            rows += new_rows
+            responses += new_responses
+            scores += [by_place[i] for i in range(len(by_place))]
         if stream is not None:
             stream.synchronize()
-    return rows, responses, said
+    return rows, responses, scores
 
 
 class RolloutPrefetcher:
-    """The weights by which the next batch is being sampled: a checkpoint after a step needs them, since the
-    run that goes on samples that batch anew. With a vLLM server they are not at hand, and that one batch is
-    sampled by the current weights.
+    """The weights that sample the next batch, for a checkpoint: a resumed run samples that batch again.
+
+    With a vLLM server they are not available, and that one batch is sampled by the current weights.
     """
 
-    def __init__(self):
-        self.snapshot = self.weights = None
+    def __init__(self) -> None:
+        self.snapshot: PolicySnapshot | None = None
+        self.weights: Sequence[torch.Tensor] | None = None
 
-    def give(self, snapshot):
-        """Hands the weights of a checkpoint to a new snapshot."""
+    def restore(self, snapshot: "PolicySnapshot") -> None:
+        """Copies the weights of a checkpoint into a new snapshot, where there are any."""
         if self.weights is not None:
             for parameter, weight in zip(snapshot.module.lm.parameters(), self.weights):
                 parameter.data.copy_(weight)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """For a checkpoint."""
         return {"weights": None if self.snapshot is None else list(self.snapshot.module.lm.parameters())}
 
-    def load_state_dict(self, values):
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """From a checkpoint."""
         self.weights = values["weights"]
 
 
 class PolicySnapshot:
-    """A copy of an actor's policy that a rollout engine can sample with while the actor learns; see
-    engine.Frozen.
+    """A copy of an actor's policy, with which a rollout engine samples while the actor learns.
+
+    It has the attributes of engine.Frozen that rollout engines read.
     """
 
-    def __init__(self, actor):
+    def __init__(self, actor: Any) -> None:
+        """Copies the current weights. actor: an engine.Engine of a Policy."""
         self.actor, self.sharded = actor, False
         self.module = SimpleNamespace(lm=weight_sharing_copy(actor.module.lm).eval())
         for parameter in self.module.lm.parameters():
             parameter.data = parameter.data.clone()
 
     @torch.no_grad()
-    def take(self):
-        """Takes the actor's weights over."""
-        for mine, theirs in zip(self.module.lm.parameters(), self.actor.module.lm.parameters()):
-            mine.copy_(theirs)
+    def copy_weights(self) -> None:
+        """Copies the actor's current weights."""
+        for copied, trained in zip(self.module.lm.parameters(), self.actor.module.lm.parameters()):
+            copied.copy_(trained)

@@ -1,9 +1,8 @@
-"""The models that score a rollout and the policy that makes it, by role: what every stage with rollouts hands
-around.
-"""
+"""The models that score a rollout and the policy that samples it, by role, for every stage with rollouts."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,63 +10,69 @@ from ..config.sections import REWARD
 from ..models.shared_base import OnSharedBase
 from ..runtime import engine
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..models.packing import Packed
+    from .scorers import Scorer
+
 
 @dataclass(frozen=True)
 class Critic:
     """A trained model that gives values of one stream, or of several by a head for each."""
 
     engine: engine.Engine
-    names: tuple  # of its streams: "reward", or a constraint's name
+    names: tuple[str, ...]  # of its streams: "reward", or a constraint's name
 
-    def __call__(self, packed):
-        """-> {"reward": values_N, …} before each asked-for token, fp32."""
+    def __call__(self, packed: "Packed") -> dict[str, torch.Tensor]:
+        """{"reward": values_N, …} before each requested token, fp32."""
         values = self.engine(packed)
         return {self.names[0]: values} if len(self.names) == 1 else dict(zip(self.names, values.unbind(-1)))
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Who plays in a PPO run, or in an evaluation, which has no critics and may lack other roles."""
+    """The models of a PPO run, or of an evaluation, which has no critics and may lack other roles."""
 
-    tokenizer: Any
-    ends: list  # token ids that end a response
-    actor: engine.Engine
-    reference: engine.Frozen
+    tokenizer: "PreTrainedTokenizerBase"
+    ends: list[int]  # token ids that end a response
+    actor: Any  # an engine.Engine of a Policy; in an evaluation, which trains nothing, an engine.Frozen
+    reference: engine.Frozen | None  # of a Policy; None where an evaluation has none
     # {"reward": scorer, name of a cost: scorer}, as PPOConfig.scorers() has them
-    scorers: dict = field(default_factory=dict)
-    # Critic of the reward, then of each constraint; or one for all
-    critics: list = field(default_factory=list)
-    generator: Any = None  # a rollout engine of saferlhf_fast.rollout.engines
+    scorers: "Mapping[str, Scorer]" = field(default_factory=dict)
+    # of the reward, then of each constraint; or one for all
+    critics: Sequence[Critic] = field(default_factory=list)
+    generator: Any = None  # a RolloutEngine; None until all roles are loaded
 
     @property
-    def costs(self):
+    def costs(self) -> tuple[str, ...]:
         """Names of the costs that are scored, whether they are constrained or not."""
         return tuple(name for name in self.scorers if name != REWARD)
 
     @property
-    def constraints(self):
+    def constraints(self) -> tuple[str, ...]:
         """Names of the costs that have a critic, and so a multiplier."""
         return tuple(name for critic in self.critics for name in critic.names if name != REWARD)
 
     @property
-    def trained(self):
+    def trained(self) -> list[engine.Engine]:
         """Engines of all trained models."""
         return [self.actor, *(critic.engine for critic in self.critics)]
 
-    def train(self, mode=True):
+    def train(self, mode: bool = True) -> None:
         """Puts actor and critics into training mode, or out of it."""
         for model in self.trained:
             model.train(mode)
 
-    def has_dropout(self):
-        """True when a trained model drops anything out (adapters may; the models' own is off)."""
+    def has_dropout(self) -> bool:
+        """True when a trained model has dropout (adapters may; the models' own is off)."""
         return any(
             isinstance(module, torch.nn.Dropout) and module.p > 0
             for model in self.trained
-            for module in whole(model.module).modules()
+            for module in with_shared_base(model.module).modules()
         )
 
 
-def whole(module):
-    """A trained module with the base that it stands on, if it is an adapter."""
+def with_shared_base(module: torch.nn.Module) -> torch.nn.Module:
+    """The base with its adapters where a trained module is one of them, else the module."""
     return module.shared_base.lm if isinstance(module, OnSharedBase) else module

@@ -1,11 +1,20 @@
-"""Prompts of a step into its Rollout, by the policy as it is now; prefetch.py samples a step ahead."""
+"""A step's prompts become its Rollout, by the policy as it is now; prefetch.py samples a step ahead."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from .batch import assemble, generate
 
+if TYPE_CHECKING:
+    from ..config.stages import EvaluateConfig, PPOConfig
+    from ..data.examples import PromptExample
+    from .roles import Roles
+    from .types import Rollout
 
-def sample(roles, prompts, cfg, step):
-    """-> Rollout of this rank's prompts at the current weights."""
+
+def sample(roles: "Roles", prompts: "Sequence[PromptExample]", cfg: "PPOConfig", step: int) -> "Rollout":
+    """Samples this rank's prompts of a step at the current weights."""
     rows, responses = generate(
         roles.generator, prompts, roles.tokenizer, cfg.sampling, cfg.max_length, step_seed(cfg, step)
     )
@@ -19,22 +28,33 @@ def sample(roles, prompts, cfg, step):
     )
 
 
-def rollouts_now(roles, batches, cfg):
-    """Yields (step, Rollout) of each (step, prompts), sampled by the policy as it is when it is asked for."""
+def rollouts_now(
+    roles: "Roles", batches: "Iterable[tuple[int, Sequence[PromptExample]]]", cfg: "PPOConfig"
+) -> "Iterator[tuple[int, Rollout]]":
+    """Samples each batch by the policy as it is when the batch is requested.
+
+    Args:
+        roles: The policy and its rollout engine.
+        batches: (step, prompts of this rank).
+        cfg: The stage's config.
+
+    Yields:
+        (step, Rollout).
+    """
     for step, prompts in batches:
         yield step, sample(roles, prompts, cfg, step)
 
 
-def step_seed(cfg, step):
+def step_seed(cfg: "PPOConfig | EvaluateConfig", step: int) -> int:
     """Seed of a step's rollout."""
     return cfg.seed * 100_003 + step
 
 
-def require_engine_logprobs(rollout, cfg):
-    """UserError when the recipe starts from log-probs that the rollout engine does not report."""
+def require_engine_logprobs(rollout: "Rollout", cfg: "PPOConfig") -> None:
+    """Raises a UserError when the recipe needs log-probs that the rollout engine does not report."""
     if rollout.engine_logp_N is None and (cfg.ppo.old_logp == "engine" or cfg.ppo.importance_cap is not None):
         key = "importance_cap" if cfg.ppo.old_logp == "trainer" else "old_logp"
         raise UserError(
             f"ppo.{key}: needs the log-probs of the rollout engine; sampling.engine={cfg.sampling.engine} "
-            f"gave none"
+            "gave none"
         )

@@ -1,9 +1,9 @@
-"""One response to each prompt, scored by the models of a run: what evaluations and best-of-run selection look
-at.
-"""
+"""One response to each prompt, scored by the models of a run, for evaluations and best-of-run selection."""
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,27 +16,44 @@ from .batch import assemble, generate
 from .scoring import kept
 from .types import per_constraint
 
+if TYPE_CHECKING:
+    from ..config.stages import EvaluateConfig
+    from ..data.examples import PromptExample
+    from .roles import Roles
+    from .types import Rollout
+
 
 @torch.no_grad()
-def sample_and_score(roles, prompts, cfg, seed=0):
-    """Samples one response for each prompt and scores it -> one dict per prompt, in order, on every rank.
+def sample_and_score(
+    roles: "Roles", prompts: "Sequence[PromptExample]", cfg: "PPOConfig | EvaluateConfig", seed: int = 0
+) -> list[dict[str, Any]]:
+    """Samples one response for each prompt and scores it.
 
-    Each has prompt, response, reward, cost (of several costs cost/<name> each), kl (summed over the response,
-    nats) and length (tokens); what there is no model for is None. Random numbers are the same at each call,
-    so that evaluations of one run compare.
+    Random numbers are the same at each call, so that evaluations of one run can be compared. A collective.
+
+    Args:
+        roles: The policy, its reference and the scorers.
+        prompts: The same on every rank.
+        cfg: The stage's config.
+        seed: Of the responses.
+
+    Returns:
+        One dict for each prompt, in order, on every rank: prompt, response, reward, cost (of several costs
+        cost/<name> each), kl (summed over the response, nats) and length (tokens). None stands where there is
+        no model for a number.
     """
     world = engine.world_size()
-    mine = [prompts[i] for i in share(range(len(prompts)), engine.rank(), world)]
-    # Every rank asks for as many as the fullest one: under ZeRO-3 each forward pass is a collective.
-    mine += prompts[:1] * (math.ceil(len(prompts) / world) - len(mine))
+    own_prompts = [prompts[i] for i in share(range(len(prompts)), engine.rank(), world)]
+    # Every rank runs as many as the one with the most: under ZeRO-3 each forward pass is a collective.
+    own_prompts += list(prompts[:1]) * (math.ceil(len(prompts) / world) - len(own_prompts))
     sampling = dataclasses.replace(cfg.sampling, num_return_sequences=1)
     # Generation fits more rows than scoring does.
     size = sampling.batch_size or (cfg.ppo.batch_size if isinstance(cfg, PPOConfig) else 4 * cfg.batch_size)
-    found = []
-    for start in range(0, len(mine), size):
+    scored: list[tuple[int, dict[str, Any]]] = []
+    for start in range(0, len(own_prompts), size):
         rows, responses = generate(
             roles.generator,
-            mine[start : start + size],
+            own_prompts[start : start + size],
             roles.tokenizer,
             sampling,
             cfg.max_length,
@@ -44,43 +61,54 @@ def sample_and_score(roles, prompts, cfg, seed=0):
             first=start * world,
         )
         rollout = assemble(rows, responses, roles.tokenizer, cfg.pass_tokens())
-        found += [
+        scored += [
             (start * world + place, row) for place, row in zip(rollout.order, _rows(roles, rollout, cfg))
         ]
-    everyone = dict(pair for part in engine.gather_objects(found) for pair in part)
-    return [everyone[i] for i in range(len(prompts))]
+    by_place = dict(pair for rank_pairs in engine.gather_objects(scored) for pair in rank_pairs)
+    return [by_place[i] for i in range(len(prompts))]
 
 
-def _rows(roles, rollout, cfg):
-    parts = {name: [] for name in (*roles.scorers, "kl")}
+def _rows(roles: "Roles", rollout: "Rollout", cfg: "PPOConfig | EvaluateConfig") -> list[dict[str, Any]]:
+    """One dict for each row of a rollout."""
+    by_pass: dict[str, list[torch.Tensor]] = {name: [] for name in (*roles.scorers, "kl")}
     for rows in rollout.passes:
         for name, scorer in roles.scorers.items():
-            parts[name].append(scorer(rollout, rows))
+            by_pass[name].append(scorer(rollout, rows))
         if roles.reference is not None:
             packed = rollout.packed(rows)
             gap_N = roles.actor(packed, cfg.sampling) - roles.reference(packed, cfg.sampling)
-            parts["kl"].append(sequence_sums(gap_N, packed))
+            by_pass["kl"].append(sequence_sums(gap_N, packed))
     labels = {name: per_constraint(COST, name, roles.costs) for name in roles.costs}
-    scores = dict.fromkeys((REWARD, *(labels.values() or (COST,)), "kl"), [None] * len(rollout))
+    scores: dict[str, list[Any]] = dict.fromkeys(
+        (REWARD, *(labels.values() or (COST,)), "kl"), [None] * len(rollout)
+    )
     scores |= {
-        labels.get(name, name): kept(values, rollout).tolist() for name, values in parts.items() if values
+        labels.get(name, name): kept(values, rollout).tolist() for name, values in by_pass.items() if values
     }
     prompts = [prompt.text for prompt in rollout.prompts]
-    columns = {"prompt": prompts, "response": rollout.texts, **scores, "length": rollout.lengths}
+    columns: dict[str, list[Any]] = {
+        "prompt": prompts,
+        "response": rollout.texts,
+        **scores,
+        "length": rollout.lengths,
+    }
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
 
-def summary_of(rows):
-    """Means over the rows of `sample_and_score` -> {"reward", "cost", "unsafe_share" (cost > 0), "kl",
-    "length"}, those there are; of several costs each has its name behind it.
+def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Means over the rows of `sample_and_score`.
+
+    Returns:
+        Those of "reward", "cost", "unsafe_share" (cost > 0), "kl" and "length" that the rows have; of several
+        costs cost/<name> and unsafe_share/<name>.
     """
     names = [name for name in (rows[0] if rows else ()) if name not in ("prompt", "response")]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in names}
-    out = {name: sum(column) / len(column) for name, column in columns.items() if column}
+    means = {name: sum(column) / len(column) for name, column in columns.items() if column}
     for name in names:
         stem, _, cost = name.partition("/")
         if stem == COST and columns[name]:
-            out["unsafe_share" + (f"/{cost}" if cost else "")] = sum(c > 0 for c in columns[name]) / len(
+            means["unsafe_share" + (f"/{cost}" if cost else "")] = sum(c > 0 for c in columns[name]) / len(
                 columns[name]
             )
-    return out
+    return means

@@ -1,54 +1,69 @@
 """What scores a response, by the kind that a ScorerSpec names.
 
 A scorer is called with a rollout and a slice of its rows and gives scores_b, fp32, one for each of them. It
-is asked about the dummy sequence of a pass without rows too, since sharded models need every rank; what it
-says of that is left out by who asks.
+also runs on the dummy micro-batch of a pass without rows, since sharded models need every rank; the caller
+leaves that score out.
 """
 
 import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..data.examples import retokenize
 from ..models.folders import refuse_short_context
 from ..models.packing import end_row, pack_sequences
-from ..models.score_model import load_score_model
+from ..models.score_model import ScoreModel, load_score_model
 from ..models.tokenizer import load_tokenizer, same_tokenizer
 from ..runtime import engine
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config.sections import ScorerSpec
+    from ..config.stages import EvaluateConfig, PPOConfig
+    from .types import Rollout
+
+Scorer = Callable[["Rollout", slice], "Tensor"]
+"""(rollout, slice of its rows) -> scores_b, fp32."""
 
 
 @dataclass(frozen=True)
 class ScoreModelScorer:
-    """A frozen score model with its own tokenizer; text is re-tokenised where that differs from the actor's."""
+    """A frozen score model; text is re-tokenised where its tokenizer differs from the actor's."""
 
-    model: engine.Frozen
-    tokenizer: Any
+    model: engine.Frozen  # of a ScoreModel, or of a ScoreOnSharedBase
+    tokenizer: "PreTrainedTokenizerBase"
     template: str
     retokenizes: bool
 
-    def __call__(self, rollout, rows):
-        """-> scores_b of some rows of a rollout, fp32."""
+    def __call__(self, rollout: "Rollout", rows: slice) -> "Tensor":
+        """scores_b of some rows of a rollout, fp32."""
         if not self.retokenizes or rows.start == rows.stop:
             return self.model(rollout.packed(rows, at_end=True))
+        backbone: Any = self.model.module.backbone
         ids = retokenize(
             [p.messages for p in rollout.prompts[rows]],
             rollout.texts[rows],
             self.tokenizer,
             self.template,
             ended=rollout.ended[rows],
-            max_length=getattr(self.model.module.backbone.config, "max_position_embeddings", None),
+            max_length=getattr(backbone.config, "max_position_embeddings", None),
         )
         return self.model(pack_sequences(ids, [end_row(len(row)) for row in ids], rollout.device))
 
 
-def load_score_model_scorer(spec, tokenizer, cfg):
-    """-> (ScoreModelScorer, its ScoreModel in fp32, from which a critic may start)."""
+def load_score_model_scorer(
+    spec: "ScorerSpec", tokenizer: "PreTrainedTokenizerBase", cfg: "PPOConfig | EvaluateConfig"
+) -> tuple[ScoreModelScorer, ScoreModel]:
+    """A ScoreModelScorer, and its ScoreModel in fp32, from which a critic may start."""
     own = load_tokenizer(spec.path, trust_remote_code=cfg.trust_remote_code)
     score = load_score_model(
         spec.path, tokenizer=own, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
     )
     differs = not same_tokenizer(tokenizer, own)
-    if not differs:  # else texts are cut to what it can read
+    if not differs:  # else texts are cut to the model's context
         refuse_short_context(spec.path, score.config, cfg.max_length, "max_length")
     score.packs &= cfg.engine.packing
     return ScoreModelScorer(
@@ -56,12 +71,23 @@ def load_score_model_scorer(spec, tokenizer, cfg):
     ), score
 
 
-KINDS = {"score_model": load_score_model_scorer}
-"""{kind of a ScorerSpec: (spec, tokenizer of the policy, config of the stage) -> (scorer, ScoreModel or None)}."""
+KINDS: Mapping[str, Callable[..., tuple[Scorer, ScoreModel | None]]] = {
+    "score_model": load_score_model_scorer
+}
+"""{kind of a ScorerSpec: its loader}; a loader has `load_scorer`'s arguments and result."""
 
 
-def load_scorer(spec, tokenizer, cfg):
-    """Loads what a ScorerSpec names, for texts of a policy with `tokenizer` -> (scorer, ScoreModel in fp32
-    from which a critic may start, or None where it is none).
+def load_scorer(
+    spec: "ScorerSpec", tokenizer: "PreTrainedTokenizerBase", cfg: "PPOConfig | EvaluateConfig"
+) -> tuple[Scorer, ScoreModel | None]:
+    """Loads what a ScorerSpec names.
+
+    Args:
+        spec: Kind and path.
+        tokenizer: Of the policy whose texts are scored.
+        cfg: The stage's config.
+
+    Returns:
+        The scorer, and its ScoreModel in fp32, from which a critic may start; None where it has none.
     """
     return KINDS[spec.kind](spec, tokenizer, cfg)

@@ -1,65 +1,106 @@
-"""What models say of a rollout, without gradient: the frozen ones, and actor and critics where the update
-does not ask them.
+"""Scores of a rollout without gradient: by the frozen models, and by actor and critics before an update.
+
+Actor and critics run here only where the update's own forward passes do not give their numbers.
 """
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..config.sections import REWARD
 from .batch import packed_numbers
-from .types import Scored
+from .types import FrozenScores, Rollout, Scored
+
+if TYPE_CHECKING:
+    from ..config.stages import PPOConfig
+    from .roles import Roles
 
 
-def kept(parts, rollout):
-    """Concatenation of what each pass gave, without what fillers gave."""
+def kept(by_pass: Sequence[torch.Tensor], rollout: Rollout) -> torch.Tensor:
+    """Concatenates the results of all passes, without those of dummy micro-batches."""
     return torch.cat(
-        [part[:0] if rows.start == rows.stop else part for part, rows in zip(parts, rollout.passes)]
+        [result[:0] if rows.start == rows.stop else result for result, rows in zip(by_pass, rollout.passes)]
     )
 
 
 @torch.no_grad()
-def score_rollout(rollout, roles, cfg):
-    """Asks the frozen models, where that has not been done -> Scored without log-probs of the actor and
-    values.
+def score_rollout(rollout: Rollout, roles: "Roles", cfg: "PPOConfig") -> Scored:
+    """Runs the frozen models, unless the rollout has their scores already.
+
+    Args:
+        rollout: This rank's batch.
+        roles: The reference and the scorers.
+        cfg: The stage's config.
+
+    Returns:
+        Scored without log-probs of the actor and without values.
     """
-    if rollout.frozen_scores and rollout.frozen_scores[0] is not None:
-        ref_logp, *scores = zip(*rollout.frozen_scores)
-        ref_logp_N, scores = packed_numbers(ref_logp), [packed_numbers([column]) for column in scores]
-    else:
-        ref_logp, scores = [], [[] for _ in roles.scorers]
+    columns = _frozen_columns(rollout)
+    if columns is None:
+        assert roles.reference is not None, "a PPO run has a reference"
+        by_pass: list[list[torch.Tensor]] = [[] for _ in ("reference", *roles.scorers)]
         for rows in rollout.passes:
-            ref_logp.append(roles.reference(rollout.packed(rows), cfg.sampling))
-            for scorer, column in zip(roles.scorers.values(), scores):
-                column.append(scorer(rollout, rows))
-        ref_logp_N, scores = kept(ref_logp, rollout), [kept(column, rollout) for column in scores]
+            by_pass[0].append(roles.reference(rollout.packed(rows), cfg.sampling))
+            for scorer, results in zip(roles.scorers.values(), by_pass[1:]):
+                results.append(scorer(rollout, rows))
+        columns = [kept(results, rollout) for results in by_pass]
+    ref_logp_N, *scores = columns
     costs = dict(zip(roles.scorers, scores))
     return Scored(ref_logp_N, costs.pop(REWARD), costs)
 
 
-def frozen_scores(rollout, roles, cfg):
-    """Asks the frozen models -> for each row of a rollout (ref_logp list, score by each of roles.scorers …),
-    on the host.
+def _frozen_columns(rollout: Rollout) -> list[Any] | None:
+    """[ref_logp_N, score_B by each scorer] where the frozen models have run already, else None."""
+    rows: Sequence[Any] = rollout.frozen_scores
+    if not rows or rows[0] is None:
+        return None
+    ref_logp, *scores = zip(*rows)
+    return [packed_numbers(ref_logp), *(packed_numbers([column]) for column in scores)]
+
+
+def frozen_scores(rollout: Rollout, roles: "Roles", cfg: "PPOConfig") -> list[FrozenScores]:
+    """The frozen models' results for each row of a rollout, on the host.
+
+    Args:
+        rollout: The batch.
+        roles: The reference and the scorers.
+        cfg: The stage's config.
+
+    Returns:
+        For each row (reference log-probs, score by each of roles.scorers …).
     """
     scored = score_rollout(rollout, roles, cfg)
     scores = (column.tolist() for column in (scored.reward_B, *scored.costs.values()))
-    return list(zip((part.tolist() for part in scored.ref_logp_N.split(rollout.lengths)), *scores))
+    return list(zip((logp_T.tolist() for logp_T in scored.ref_logp_N.split(rollout.lengths)), *scores))
 
 
 @torch.no_grad()
-def old_logprobs_and_values(rollout, roles, cfg):
-    """Asks actor and critics as they are now -> fields of Scored.
+def old_logprobs_and_values(rollout: Rollout, roles: "Roles", cfg: "PPOConfig") -> dict[str, Any]:
+    """Runs actor and critics at their weights before the update.
 
-    An actor whose engine's log-probs count is not asked.
+    Args:
+        rollout: This rank's batch.
+        roles: The actor and the critics.
+        cfg: The stage's config. With ppo.old_logp=engine the engine's log-probs count, and the actor does
+            not run.
+
+    Returns:
+        The fields logp_N and values of Scored.
     """
     roles.train(False)
-    logp, values = [], []
-    own = cfg.ppo.old_logp == "trainer"
+    logp: list[torch.Tensor] = []
+    by_pass: list[dict[str, torch.Tensor]] = []
+    runs_actor = cfg.ppo.old_logp == "trainer"
     for rows in rollout.passes:
         packed = rollout.packed(rows)
-        if own:
+        if runs_actor:
             logp.append(roles.actor(packed, cfg.sampling))
-        made = {}
+        values: dict[str, torch.Tensor] = {}
         for critic in roles.critics:
-            made |= critic(packed)
-        values.append(made)
-    values = {name: kept([part[name] for part in values], rollout) for name in values[0]}
-    return {"logp_N": kept(logp, rollout) if own else rollout.engine_logp_N, "values": values}
+            values |= critic(packed)
+        by_pass.append(values)
+    return {
+        "logp_N": kept(logp, rollout) if runs_actor else rollout.engine_logp_N,
+        "values": {name: kept([values[name] for values in by_pass], rollout) for name in by_pass[0]},
+    }

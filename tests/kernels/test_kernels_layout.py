@@ -11,6 +11,7 @@ import sysconfig
 from pathlib import Path
 
 import interpret
+import op_table
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from saferlhf_fast import gae, token_logprob
 from saferlhf_fast.kernels import dispatch
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = sorted(op for op, (room, _) in dispatch.OPS.items() if op == room)
+ROOMS = sorted(dispatch.ROOMS)
 
 
 def run(code, **environment):
@@ -56,6 +57,11 @@ def test_a_room_has_its_five_places(op):
     assert (ROOT / "tests" / "kernels" / f"test_{op}.py").exists()
     assert (ROOT / "bench" / f"bench_{op}.py").exists()
     assert re.search(rf"^\| `{op}` \|", (ROOT / "kernels" / "README.md").read_text(), re.MULTILINE)
+
+
+def test_every_op_is_in_the_table_of_inputs():
+    """Else nobody would try its memory layouts, bad inputs and derivatives."""
+    assert sorted(op_table.TABLE) == ROOMS
 
 
 def test_every_folder_with_an_init_is_a_room():

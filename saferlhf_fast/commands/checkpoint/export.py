@@ -12,7 +12,7 @@ import torch
 
 from ...config.stages import Lora
 from ...errors import UserError
-from ...models.export_files import build
+from ...models.export_files import build_from_export_metadata
 from ...runtime.checkpoint import safe_pickle
 from .convert import quiet
 from .verify import whole
@@ -96,7 +96,7 @@ def _module(
     trust = settings.get("trust_remote_code", False)
     if any(key.startswith("adapter.") for key in state):
         return _on_shared_base(name, state, settings, lora, trust)
-    module, tokenizer = build(folder / name / "hf", lora, trust)
+    module, tokenizer = build_from_export_metadata(folder / name / "hf", lora, trust)
     missing, unexpected = module.load_state_dict(state, strict=False)
     tied = set(getattr(getattr(module, "lm", module), "all_tied_weights_keys", None) or ())
     missing = [key for key in missing if key.removeprefix("lm.") not in tied]

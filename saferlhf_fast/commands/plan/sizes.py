@@ -184,12 +184,12 @@ def _without_probes() -> Iterator[None]:
     """
     from ...models import backbone, policy
 
-    alike, holds, probes = backbone._alike, policy._holds, dict(backbone.PROBES)
-    backbone._alike, policy._holds = (lambda *_: True), (lambda *_: True)
+    alike, holds, probes = backbone._packed_equals_alone, policy._gives_the_logits, dict(backbone.PROBES)
+    backbone._packed_equals_alone, policy._gives_the_logits = (lambda *_: True), (lambda *_: True)
     try:
         yield
     finally:
-        backbone._alike, policy._holds = alike, holds
+        backbone._packed_equals_alone, policy._gives_the_logits = alike, holds
         backbone.PROBES.clear()
         backbone.PROBES.update(probes)
 

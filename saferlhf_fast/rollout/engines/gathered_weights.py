@@ -1,17 +1,26 @@
-"""The actor's causal LM with whole weights, for as long as it generates.
+"""The actor's causal LM with gathered weights, for as long as it generates.
 
-Under ZeRO-3 the weights are gathered once, and a twin of the model that shares them generates: DeepSpeed's
-hooks, which gather for each layer and let go again, stay with the model itself. So ranks need not keep step,
-token by token.
+Under ZeRO-3 the weights are gathered once, and a weight-sharing copy of the model generates: DeepSpeed's
+hooks, which gather and release the weights of each layer, stay with the model itself. So ranks need not
+generate in step, token by token.
 """
 
 import contextlib
 import copy
 from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from ...runtime import engine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from . import SamplingActor
+
+Module = TypeVar("Module", bound=torch.nn.Module)
 
 HOOKS = (
     "_forward_hooks",
@@ -25,10 +34,15 @@ HOOKS = (
 
 
 @contextlib.contextmanager
-def whole(actor, gather=True):
-    """Context with the causal LM of an Engine or a Frozen, in evaluation mode. Every rank must enter it.
+def gathered_lm(actor: "SamplingActor", gather: bool = True) -> "Iterator[PreTrainedModel]":
+    """Context with the causal LM of an actor, in evaluation mode. Every rank must enter it.
 
-    gather: False leaves sharded weights sharded; every forward pass is then a collective.
+    Args:
+        actor: Holds a Policy.
+        gather: False leaves sharded weights sharded; every forward pass is then a collective.
+
+    Yields:
+        The causal LM, which peft may wrap.
     """
     lm = actor.module.lm
     lm.train(False)
@@ -36,28 +50,29 @@ def whole(actor, gather=True):
         yield lm
         return
     with engine.gathered(actor.module, True):
-        made = weight_sharing_copy(lm)
+        sharing_lm = weight_sharing_copy(lm)
         try:
-            yield made
+            yield sharing_lm
         finally:
-            for parameter in made.parameters():  # DeepSpeed lets go of its own reference alone
+            for parameter in sharing_lm.parameters():  # DeepSpeed releases its own reference alone
                 parameter.data = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
 
 
-def weight_sharing_copy(module):
-    """A copy of a module that shares its weights' and buffers' memory and has no hooks; its weights take no
-    gradient.
+def weight_sharing_copy(module: Module) -> Module:
+    """A copy of a module that shares the memory of its weights and buffers.
+
+    It has no hooks, and its weights take no gradient.
     """
-    shared = {}
-    for part in module.modules():
-        for buffer in part._buffers.values():
+    shared: dict[int, Any] = {}
+    for submodule in module.modules():
+        for buffer in submodule._buffers.values():
             shared[id(buffer)] = buffer
         for name in HOOKS:  # not copied: they would bring DeepSpeed's engine along
-            shared[id(getattr(part, name))] = OrderedDict()
+            shared[id(getattr(submodule, name))] = OrderedDict()
     for parameter in module.parameters():
         shared[id(parameter)] = torch.nn.Parameter(parameter.data, requires_grad=False)
-    for part in module.modules():  # plain dicts: DeepSpeed's would gather
-        shared[id(part._parameters)] = {
-            name: shared.get(id(parameter)) for name, parameter in part._parameters.items()
+    for submodule in module.modules():  # plain dicts: DeepSpeed's would gather
+        shared[id(submodule._parameters)] = {
+            name: shared.get(id(parameter)) for name, parameter in submodule._parameters.items()
         }
     return copy.deepcopy(module, shared)

@@ -1,7 +1,7 @@
 """Responses from vLLM in this process, on the trainer's GPU; every rank has an engine of its own.
 
-vLLM keeps a second copy of the weights in kernels' own layout. While training it sleeps: its weights and its
-cache leave the GPU. For a rollout it wakes, takes the trainer's weights as they are then, samples and sleeps
+vLLM keeps a second copy of the weights in the layout of its kernels. It sleeps during training: its weights
+and its cache leave the GPU. For a rollout it wakes, takes the trainer's current weights, samples and sleeps
 again. Nothing is read from disk: it starts with random weights from the model's configuration.
 
 Needs: pip install 'vllm>=0.33', a GPU, and versions of torch and transformers that this vLLM accepts.
@@ -13,6 +13,8 @@ import copy
 import os
 import socket
 import tempfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,14 +23,27 @@ from ...models.lora import plain as unwrapped
 from ...models.lora import plain_state
 from ...runtime import engine
 from ..types import Response
-from .gathered_weights import whole
+from .gathered_weights import gathered_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import CompletionOutput, SamplingParams
+
+    from ...config.sections import Sampling
+    from . import SamplingActor
 
 
 class LocalVLLM:
     """A rollout engine (see saferlhf_fast.rollout.engines)."""
 
-    def __init__(self, actor, tokenizer, ends, sampling):
-        # In this process, not in a child: weights are handed over as tensors. Read when vllm is imported.
+    def __init__(
+        self,
+        actor: "SamplingActor",
+        tokenizer: "PreTrainedTokenizerBase",
+        ends: Sequence[int],
+        sampling: "Sampling",
+    ) -> None:
+        # In this process, not in a child: it gets the weights as tensors. Read when vllm is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:
             import vllm
@@ -39,11 +54,11 @@ class LocalVLLM:
         self.actor, self.ends, self.sampling, self.vllm = actor, list(ends), sampling, vllm
         self.folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-vllm-")
         lm = unwrapped(actor.module.lm)
-        config = copy.deepcopy(lm.config)  # with the vocabulary that it has by now
+        config = copy.deepcopy(lm.config)  # with the model's current vocabulary
         config.architectures = [type(lm).__name__]
         config.save_pretrained(self.folder.name)
         tokenizer.save_pretrained(self.folder.name)
-        with launched():
+        with launcher_variables():
             self.llm = vllm.LLM(
                 model=self.folder.name,
                 dtype=str(lm.dtype).removeprefix("torch."),
@@ -59,11 +74,14 @@ class LocalVLLM:
             )
         self.llm.sleep(level=2)
 
-    def generate(self, prompts, seeds, limits):
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], limits: Sequence[int]
+    ) -> list[Response]:
+        """See RolloutEngine."""
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what torch holds back would be missing when vLLM wakes
+            torch.cuda.empty_cache()  # vLLM needs the memory that torch caches
         self.llm.wake_up(tags=["weights"])
-        with whole(self.actor) as lm:
+        with gathered_lm(self.actor) as lm:
             self.llm.collective_rpc(
                 "reload_weights", kwargs={"weights_iterator": iter(plain_state(lm).items())}
             )
@@ -81,7 +99,7 @@ class LocalVLLM:
         self.llm.sleep(level=2)
         return [self._response(answer.outputs[0]) for answer in answers]
 
-    def _parameters(self, seed, limit):
+    def _parameters(self, seed: int, limit: int) -> "SamplingParams":
         settings = self.sampling
         return self.vllm.SamplingParams(
             n=1,
@@ -101,23 +119,25 @@ class LocalVLLM:
             logprobs=0,
         )
 
-    def _response(self, output):
+    def _response(self, output: "CompletionOutput") -> Response:
         ids = list(output.token_ids)
-        logp = [said[token].logprob for token, said in zip(ids, output.logprobs)]
+        logp = [by_token[token].logprob for token, by_token in zip(ids, output.logprobs)]
         return Response(ids, logp, output.finish_reason == "stop")
 
-    def refresh(self):
-        """Nothing to do: the weights are taken when they are needed, since a sleeping engine has none."""
+    def refresh(self) -> None:
+        """Nothing to do: `generate` takes the weights, since a sleeping engine has none."""
 
-    def close(self):
+    def close(self) -> None:
+        """Drops vLLM's engine and its temporary folder."""
         self.llm = None
         self.folder.cleanup()
 
 
 @contextlib.contextmanager
-def launched():
-    """Context with the variables of a launcher, which vLLM reads; a single process has none (see
-    `engine.start`).
+def launcher_variables() -> Iterator[None]:
+    """Context with a launcher's environment variables, which vLLM reads.
+
+    A single process has none (see `engine.start`).
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -134,5 +154,5 @@ def launched():
     try:
         yield
     finally:
-        for name in missing:  # a child process would take them for a launcher's
+        for name in missing:  # a child process would think that a launcher started it
             del os.environ[name]

@@ -1,12 +1,11 @@
-"""Responses from a vLLM server, asked over its OpenAI-compatible HTTP interface; new weights go to it as
-files.
+"""Responses from a vLLM server over its OpenAI-compatible HTTP interface; it gets new weights as files.
 
     VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --logprobs-mode processed_logprobs --generation-config vllm
 
-Every sequence is one request with its own seed and limit, many under way at once; the server batches them.
-After an update the weights are written to a folder that the server sees under the same path, and it is told
-to read them (`/collective_rpc` reload_weights, `/reset_prefix_cache`: that is what its development mode is
-for; such a server must not be reachable by others). No process group spans trainer and server. The trainer
+Every sequence is one request with its own seed and limit; many run at a time, and the server batches them.
+After an update the weights are written to a folder that the server sees under the same path, and a request
+makes it read them (`/collective_rpc` reload_weights, `/reset_prefix_cache`; these need its development mode,
+and such a server must not be reachable by others). No process group spans trainer and server. The trainer
 needs no vLLM, only the server does.
 
 Leaves out: transfer by NCCL or CUDA IPC, and starting the server. Written after the source of vLLM 0.33.
@@ -18,20 +17,28 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ...errors import UserError
 from ...models.causal_lm import save_causal_lm
 from ...models.sampling_distribution import plain
 from ...runtime import engine
 from ..types import Response
-from .gathered_weights import whole
+from .gathered_weights import gathered_lm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ...config.sections import Sampling
+    from . import SamplingActor
 
 AT_ONCE = 256
-"""Requests under way at a time, of each rank."""
+"""Requests that each rank runs at a time."""
 TRIES = 4
-"""How often a request is sent, when the server does not answer or answers that it cannot for now."""
+"""How often a request is sent, when the server does not answer or answers that it is busy."""
 PAUSE = 1.0
 """Wait before the second try, doubled before each further one (seconds)."""
 TIMEOUT = 3600.0
@@ -41,32 +48,42 @@ TIMEOUT = 3600.0
 class ServedVLLM:
     """A rollout engine (see saferlhf_fast.rollout.engines)."""
 
-    def __init__(self, actor, tokenizer, ends, sampling):
+    def __init__(
+        self,
+        actor: "SamplingActor",
+        tokenizer: "PreTrainedTokenizerBase",
+        ends: Sequence[int],
+        sampling: "Sampling",
+    ) -> None:
         self.actor, self.tokenizer, self.ends, self.sampling = actor, tokenizer, list(ends), sampling
         self.server = Server(sampling.server, getattr(actor.module.lm.config, "_name_or_path", "") or "MODEL")
         self.model = self.server.ask("/v1/models")["data"][0]["id"]
         self._check_log_probs()
-        self.folder, self.own_folder, self.pushed = sampling.server_weights, None, False
+        self.folder, self.pushed = sampling.server_weights, False
+        self.own_folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def _check_log_probs(self):
-        """The server must say log-probs of what it sampled from, not of the model's plain distribution."""
+    def _check_log_probs(self) -> None:
+        """The server must report log-probs of the distribution it samples, not of the model's plain one."""
         if plain(self.sampling) and self.sampling.temperature == 1.0:
             return
-        told = self.server.ask("/server_info?config_format=json")["vllm_config"]
-        mode = told.get("model_config", {}).get("logprobs_mode") if isinstance(told, dict) else None
+        config = self.server.ask("/server_info?config_format=json")["vllm_config"]
+        mode = config.get("model_config", {}).get("logprobs_mode") if isinstance(config, dict) else None
         if mode != "processed_logprobs":
             raise UserError(
                 f"sampling.server: expected a server with --logprobs-mode processed_logprobs, got {mode}; "
                 f"{self.server.advice}"
             )
 
-    def generate(self, prompts, seeds, limits):
+    def generate(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], limits: Sequence[int]
+    ) -> list[Response]:
+        """See RolloutEngine."""
         if not self.pushed:
             self.refresh()
         with ThreadPoolExecutor(max_workers=min(AT_ONCE, max(1, len(prompts)))) as pool:
             return list(pool.map(self._one, prompts, seeds, limits))
 
-    def _one(self, prompt, seed, limit):
+    def _one(self, prompt: list[int], seed: int, limit: int) -> Response:
         settings = self.sampling
         answer = self.server.ask(
             "/v1/completions",
@@ -82,7 +99,7 @@ class ServedVLLM:
                 "repetition_penalty": settings.repetition_penalty,
                 "stop": settings.stop,
                 "stop_token_ids": self.ends,
-                "ignore_eos": True,  # the ends are ours
+                "ignore_eos": True,  # stop_token_ids has all ends
                 "include_stop_str_in_output": True,
                 "skip_special_tokens": False,
                 "add_special_tokens": False,
@@ -99,14 +116,15 @@ class ServedVLLM:
             )
         return Response(ids, logp, choice["finish_reason"] == "stop")
 
-    def refresh(self):
-        """Writes the weights and has the server read them; every rank waits for it."""
+    def refresh(self) -> None:
+        """Writes the weights and makes the server read them; every rank waits for it."""
         if engine.rank() == 0 and self.folder is None:
             self.own_folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-weights-")
             self.folder = self.own_folder.name
-        failed = None
-        with whole(self.actor) as lm:
+        failed: UserError | None = None
+        with gathered_lm(self.actor) as lm:
             if engine.rank() == 0:
+                assert self.folder is not None, "rank 0 has a folder for the weights"
                 target = Path(self.folder).resolve() / "weights"
                 try:
                     save_causal_lm(target, lm, self.tokenizer)
@@ -120,29 +138,40 @@ class ServedVLLM:
                 except OSError as error:
                     failed = UserError(f"sampling.server_weights: {target}: {error}")
         failed = next((error for error in engine.gather_objects(failed) if error is not None), None)
-        if failed is not None:  # on every rank: none is left waiting for the others
+        if failed is not None:  # on every rank, so that none waits for the others
             raise failed
         self.pushed = True
 
-    def close(self):
-        """The server goes on; a temporary folder of weights goes."""
+    def close(self) -> None:
+        """Deletes a temporary folder of weights; the server keeps running."""
         if self.own_folder is not None:
             self.own_folder.cleanup()
             self.own_folder = self.folder = None
 
 
 class Server:
-    """JSON over HTTP, with retries while the server is not there or busy; what it refuses is a UserError."""
+    """JSON over HTTP, with retries while the server is unreachable or busy; a refusal is a UserError."""
 
-    def __init__(self, address, model):
+    def __init__(self, address: str, model: str) -> None:
         self.address = address.rstrip("/")
         self.advice = (
             f"start it with: VLLM_SERVER_DEV_MODE=1 vllm serve {model} --logprobs-mode processed_logprobs "
             "--generation-config vllm"
         )
 
-    def ask(self, path, body=None):
-        """GET, or POST of a body -> what the answer's JSON says ({} when it has none)."""
+    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        """Sends a GET, or a POST where there is a body.
+
+        Args:
+            path: Of the resource.
+            body: Sent as JSON.
+
+        Returns:
+            The answer's JSON; {} when it is empty.
+
+        Raises:
+            UserError: No answer, an answer that is not JSON, or a refusal.
+        """
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         for attempt in range(TRIES):
@@ -153,20 +182,20 @@ class Server:
                     text = answer.read()
                     return json.loads(text) if text else {}
             except urllib.error.HTTPError as error:
-                said = error.read().decode(errors="replace")
-                trouble = f"{path} answered {error.code}: {_short(said)}"
+                answer_text = error.read().decode(errors="replace")
+                problem = f"{path} answered {error.code}: {_short(answer_text)}"
                 if error.code == 404:
-                    trouble += "; " + self.advice
+                    problem += "; " + self.advice
                 if error.code < 500 and error.code not in (408, 429):
                     break
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                trouble = f"no answer ({getattr(error, 'reason', error)}); {self.advice}"
+                problem = f"no answer ({getattr(error, 'reason', error)}); {self.advice}"
             except json.JSONDecodeError:
-                trouble = f"{path} answered {_short(text.decode(errors='replace'))}, expected JSON"
+                problem = f"{path} answered {_short(text.decode(errors='replace'))}, expected JSON"
                 break
-        raise UserError(f"sampling.server: {self.address}: {trouble}")
+        raise UserError(f"sampling.server: {self.address}: {problem}")
 
 
-def _short(value):
+def _short(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 200 else text[:199] + "…"

@@ -1,0 +1,68 @@
+"""What a ScoreModel accepts as masks and position ids.
+
+Values are read on the CPU alone: elsewhere, and in torch.compile's graph, reading them would make the host
+wait for the device.
+
+Shapes: legend in rollout/types.py.
+"""
+
+import torch
+
+from ..kernels import checks
+
+
+def checks_values(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's values are read to check them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def real_tokens(op: str, mask_BL: torch.Tensor | None, like_BL: torch.Tensor) -> torch.Tensor:
+    """The mask of real tokens.
+
+    Floats are accepted when they are 0 and 1 with a 1 in each row. A row without a 1 shows the other kind of
+    mask, which is added to attention's scores and has 0 where this one has 1.
+
+    Args:
+        op: The caller's name, for messages.
+        mask_BL: Booleans or numbers 0 and 1; None: all tokens are real.
+        like_BL: A tensor whose shape and device the mask must have.
+
+    Returns:
+        int64 [B, L], 1 at real tokens.
+
+    Raises:
+        ValueError: Another shape, device or (on the CPU) value.
+    """
+    if mask_BL is None:
+        return torch.ones_like(like_BL, dtype=torch.long)
+    if mask_BL.shape != like_BL.shape or mask_BL.device != like_BL.device or mask_BL.dtype.is_complex:
+        raise ValueError(
+            f"{op}: attention_mask: expected booleans or numbers 0 and 1 {list(like_BL.shape)} on "
+            f"{like_BL.device}, got {mask_BL.dtype} {list(mask_BL.shape)} on {mask_BL.device}"
+        )
+    if mask_BL.dtype != torch.bool and checks_values(mask_BL):
+        other = (mask_BL != 0) & (mask_BL != 1)
+        if other.any():
+            raise ValueError(
+                f"{op}: attention_mask: expected booleans or numbers 0 and 1, got {mask_BL[other][0].item()}"
+            )
+        if mask_BL.dtype.is_floating_point and mask_BL.numel() and not mask_BL.any(1).all():
+            raise ValueError(
+                f"{op}: attention_mask: expected a 1 at each real token (booleans or integers where a row "
+                f"has none), got {mask_BL.dtype} and a row of zeros, as in a mask that is added"
+            )
+    return mask_BL.long()
+
+
+def refuse_positions(position_ids: torch.Tensor, ids_BL: torch.Tensor) -> None:
+    """Raises a ValueError for position ids that would be broadcast over columns, or are no integers."""
+    expected = (list(ids_BL.shape), [1, ids_BL.shape[1]])
+    if (
+        list(position_ids.shape) not in expected
+        or not checks.whole(position_ids)
+        or position_ids.device != ids_BL.device
+    ):
+        raise ValueError(
+            f"ScoreModel: position_ids: expected integers {expected[0]} on {ids_BL.device}, got "
+            f"{position_ids.dtype} {list(position_ids.shape)} on {position_ids.device}"
+        )
