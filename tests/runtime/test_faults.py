@@ -1,9 +1,7 @@
-"""Killed, failing and damaged: two processes lose no more than the steps since the last complete checkpoint,
-and say what it was.
+"""Two processes that are killed, fail or find damaged files lose at most the steps since the last checkpoint.
 
-    make test-faults                                the trials (20 for each of ZeRO 2 and 3), and what else
-    takes minutes python tests/runtime/test_faults.py                     the same trials, and the line for
-    docs/benchmarks.md
+make test-faults                       the trials (20 for each of ZeRO 2 and 3) and the other long ones
+python tests/runtime/test_faults.py    the same trials, and the line for docs/benchmarks.md
 """
 
 import json
