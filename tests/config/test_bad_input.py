@@ -95,7 +95,9 @@ def output(tmp_path):
 
 
 def line_of(capfd, *words, code=2):
-    """Runs a command that must be refused -> its one line, without `error: `. capfd: C libraries write too."""
+    """Runs a command that must be refused -> its one line, without `error: `. capfd: C libraries write
+    too.
+    """
     capfd.readouterr()
     got, (_, err) = kit.main(*words), capfd.readouterr()
     assert got == code, err
@@ -322,7 +324,9 @@ def test_a_name_that_is_not_on_the_hub_is_told_from_the_first_answer(world, outp
 
 
 def test_contrary_rows_are_counted_and_skipped(world, tmp_path, capsys):
-    """A cost row that calls the safer answer unsafe and the other safe never ends a run; nor do its fellows."""
+    """A cost row that calls the safer answer unsafe and the other safe never ends a run; nor do its
+    fellows.
+    """
     good = [kit.pair(f"what is {word}", "yes red", "harm red", 0) for word in ("one", "two", "three")]
     rows = [
         *good,
@@ -359,7 +363,9 @@ SUPERVISED = {"sft": "sft", "reward": "pairs", "cost": "pairs", "dpo": "pairs"}
 
 
 def stopped_at(line, folder):
-    """The step that a run's one line names: the one after the last that was logged, and nothing was finished."""
+    """The step that a run's one line names: the one after the last that was logged, and nothing was
+    finished.
+    """
     step = int(re.match(r"step (\d): ", line)[1])
     assert kit.steps(folder)[-1] == step - 1 > 0
     assert not (folder / "finished.json").exists() and not (folder / "model").exists()

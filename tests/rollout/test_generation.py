@@ -127,7 +127,9 @@ def test_rows_that_have_ended_leave_the_batch(lm):
 
 
 def test_ends(lm):
-    """The end token belongs to the response and is the last; at a limit a response has not ended by itself."""
+    """The end token belongs to the response and is the last; at a limit a response has not ended by
+    itself.
+    """
     made = sampled(lm, generation_kit.prompts(12), list(range(12)), [40] * 12, ends=[2, 5, 9])
     assert 2 < sum(r.ended for r in made) < 12
     for response in made:

@@ -1,4 +1,6 @@
-"""The engine: the same gradients however the global batch is split over micro-batches, ranks and ZeRO stages."""
+"""The engine: the same gradients however the global batch is split over micro-batches, ranks and ZeRO
+stages.
+"""
 
 import json
 import math

@@ -22,7 +22,8 @@ NAMESPACES = ["unshare", "--user", "--map-root-user", "--net", "--uts", "--mount
 SRUN = r"""
 # srun: the tasks of a step on this machine, with SLURM's variables; two, whatever was asked for.
 while [[ $1 == -* ]]; do shift; done
-step=$(cat "$STUBS/step" 2>/dev/null || echo 0); echo $((step + 1)) > "$STUBS/step"; echo "$@" >> "$STUBS/srun.log"
+step=$(cat "$STUBS/step" 2>/dev/null || echo 0)
+echo $((step + 1)) > "$STUBS/step"; echo "$@" >> "$STUBS/srun.log"
 for task in 0 1; do
     SLURM_STEP_ID=$step SLURM_STEP_NUM_TASKS=2 SLURM_NTASKS=2 SLURM_PROCID=$task SLURM_LOCALID=$task \
         SLURM_STEP_NODELIST='host[1-2]' "$@" & pids[$task]=$!
@@ -48,8 +49,13 @@ code=0; for pid in ${pids[@]}; do wait $pid || code=$?; done; exit $code
 
 @functools.cache
 def machines():
-    """How two machines are played here: "namespaces", each with its own network and address, or "loopback"."""
-    probe = "ip link add va type veth peer name vb && unshare --net --pid --fork true && mount --bind /dev/null /etc/hosts"
+    """How two machines are played here: "namespaces", each with its own network and address, or
+    "loopback".
+    """
+    probe = (
+        "ip link add va type veth peer name vb && unshare --net --pid --fork true "
+        "&& mount --bind /dev/null /etc/hosts"
+    )
     try:
         done = subprocess.run([*NAMESPACES, "bash", "-c", probe], capture_output=True, timeout=30)
         return "loopback" if done.returncode else "namespaces"

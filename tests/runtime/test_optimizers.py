@@ -56,7 +56,9 @@ def test_learns(results, kind, stage, precision):
 
 @pytest.mark.parametrize("kind, stage", CASES)
 def test_split_and_stage_change_little(results, kind, stage):
-    """The same losses in two processes and in every ZeRO stage; the blocks of 8 bits lie elsewhere in each."""
+    """The same losses in two processes and in every ZeRO stage; the blocks of 8 bits lie elsewhere in
+    each.
+    """
     needs_package(kind)
     expected = results[1][f"{kind}/0/fp32/"]
     for got in (results[n][f"{kind}/{stage}/fp32/"] for n in ((1,) if kind == "adafactor" else (1, 2))):

@@ -27,7 +27,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def no_report():
-    with mock.patch("saferlhf_fast.evaluation.report.write_report"):
+    with kit.no_report():
         yield
 
 
@@ -281,7 +281,9 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
 @pytest.mark.parametrize("zero, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
 @pytest.mark.parametrize("gradients", ["nan", "1"])
 def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, gradients, capsys):
-    """Also where this model's own gradients are finite, since another rank's loss or another model's was not."""
+    """Also where this model's own gradients are finite, since another rank's loss or another model's was
+    not.
+    """
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.runtime.engine import Engine
 

@@ -20,7 +20,8 @@ from saferlhf_fast.runtime.run_state import RunState
 
 RESUMES = (None, "auto", "its own checkpoint", "a checkpoint elsewhere")
 ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
-"""(overwrite, resume, restart), in the order of the columns of EXPECTED: without overwrite, a space, with it."""
+"""(overwrite, resume, restart), in the order of the columns of EXPECTED: without overwrite, a space, with it.
+"""
 
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
 REFUSALS = {

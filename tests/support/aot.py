@@ -409,7 +409,9 @@ def _is_jit(decorator):
 
 
 def compile_all(arch, cache, everything=False, timeout=580):
-    """The rows that `main` prints, from one process without TRITON_INTERPRET and with its own cache folder."""
+    """The rows that `main` prints, from one process without TRITON_INTERPRET and with its own cache
+    folder.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.update(TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
     result = subprocess.run(

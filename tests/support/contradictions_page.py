@@ -11,10 +11,11 @@ from pathlib import Path
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "contradictions.md"
 HEAD = """# Settings that do not go together
 
-A stage checks its settings before it loads anything. It reports the first row of this page, from the top, that applies to its
-settings, with this message. In a message, ‹max_length› stands for the value of max_length, and ‹got› for the given value.
-`saferlhf-fast ppo-lag --help` explains the settings themselves. The tables are in `saferlhf_fast/config/contradictions.py`;
-`python tests/support/contradictions_page.py` writes this page from them.
+A stage checks its settings before it loads anything. It reports the first row of this page, from the top,
+that applies to its settings, with this message. In a message, ‹max_length› stands for the value of
+max_length, and ‹got› for the given value. `saferlhf-fast ppo-lag --help` explains the settings themselves.
+The tables are in `saferlhf_fast/config/contradictions.py`; `python tests/support/contradictions_page.py`
+writes this page from them.
 """
 
 

@@ -1,8 +1,8 @@
 """Programs in processes of their own, forked from one that has imported torch, DeepSpeed and transformers.
 
-A fresh interpreter spends six seconds of a core on these imports, a forked one none; a test file that starts
-ten processes would wait a minute for nothing else. What is about a fresh interpreter (which module is imported
-when, how a launcher starts ranks) starts a fresh one: `kit.command(fresh=True)`.
+A fresh interpreter spends six seconds of a core on these imports, a forked one none. Tests whose subject is the
+interpreter itself (which module is imported when, how a launcher starts ranks) start a fresh one, as by
+`kit.command(fresh=True)`.
 """
 
 import atexit
@@ -31,8 +31,8 @@ _context.set_forkserver_preload(["forked_imports"])
 def run(arguments, processes=1, timeout=240, env=None, cwd=ROOT):
     """Runs `python ARGUMENTS` in `processes` ranks -> CompletedProcess, its texts those of all ranks.
 
-    arguments: ("-m", module, ...) or (path of a script, ...). Raises subprocess.TimeoutExpired after `timeout`
-    seconds.
+    arguments: ("-m", module, ...) or (path of a script, ...).
+    Raises subprocess.TimeoutExpired after `timeout` seconds.
     """
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"

@@ -19,7 +19,9 @@ TOKENS, WIDTH, VOCABULARY = 24, 16, 40
 
 
 class Head(torch.nn.Linear):
-    """A language model's head whose forward gives the loss: of logits ("plain", "plain ppo") or of our ops."""
+    """A language model's head whose forward gives the loss: of logits ("plain", "plain ppo") or of our
+    ops.
+    """
 
     def __init__(self, kind):
         super().__init__(WIDTH, VOCABULARY, bias=False)

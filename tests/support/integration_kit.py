@@ -29,7 +29,9 @@ ROUNDING = {
 
 
 def near(got, expected, message=""):
-    """Within the rounding of the narrower of the two dtypes; gradients are measured on their largest entry."""
+    """Within the rounding of the narrower of the two dtypes; gradients are measured on their largest
+    entry.
+    """
     kinds = [tensor.dtype for tensor in (got, expected) if tensor.dtype in ROUNDING]
     relative, absolute = max(ROUNDING[kind] for kind in kinds) if kinds else (0, 0)
     scale = max(1.0, float(expected.detach().double().abs().nan_to_num().max())) if expected.numel() else 1.0

@@ -209,15 +209,20 @@ def main(*arguments):
     return cli.main([str(a) for a in arguments])
 
 
+def no_report():
+    """A context in which no run writes its report.html, which takes longer than a tiny run."""
+    return mock.patch("saferlhf_fast.evaluation.report.write_report")
+
+
 def run(stage, output, report=False, **settings):
     """Runs a stage in this process without progress bars -> its folder. Dots in a setting's name are written
     as __.
 
-    report: with report.html, which takes longer than a tiny run.
+    report: with report.html.
     """
     words = [f"{key.replace('__', '.')}={value}" for key, value in {"output": output, **settings}.items()]
     quiet = [] if stage == "evaluate" else ["log.progress=false"]
-    with contextlib.nullcontext() if report else mock.patch("saferlhf_fast.evaluation.report.write_report"):
+    with contextlib.nullcontext() if report else no_report():
         code = main(stage, *words, *quiet)
     assert code == 0, f"{stage} ended with exit code {code}"
     return Path(output)

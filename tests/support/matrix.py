@@ -49,10 +49,14 @@ UPDATES = {
     "whiten": {"whiten": True, "epochs": 2, "micro_batch_size": 2},
     "lora": {"micro_tokens": 30},
 }
-"""Settings of group `ppo`. Passes of few tokens leave ranks without sequences in some of them, which they join all the same."""
+"""Settings of group `ppo`. Passes of few tokens leave ranks without sequences in some of them, which they
+join all the same.
+"""
 WITH_PTX, WITH_ONE_CRITIC, LORA = ("one-pass", "epochs"), ("whiten",), "lora"
-"""Updates with supervised data in them; those of ppo-lag whose two critics are one; low-rank adapters, in policy optimisation on
-one shared base."""
+"""Updates with supervised data; those of ppo-lag with one critic of two heads; low-rank adapters.
+
+In policy optimisation the adapters are on one shared base.
+"""
 
 AXES = {
     "stage": (*SUPERVISED, *PPO),

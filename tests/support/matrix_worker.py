@@ -163,7 +163,9 @@ def learn(roles, rollout, scored, value, cfg, texts):
 
 
 def policy_optimisation(cell, world, tokenizer):
-    """-> [{name: number}] of each step, as the stages log them: on the same stored rollouts, with all models."""
+    """-> [{name: number}] of each step, as the stages log them: on the same stored rollouts, with all
+    models.
+    """
     constrained = cell.stage == "ppo-lag"
     ppo = PPO(
         **UPDATES[cell.form],

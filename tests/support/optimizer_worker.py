@@ -76,7 +76,9 @@ def run(kind, stage, precision, offload, zero=False):
 
 
 def state_bytes(optimizer):
-    """Bytes of all tensors that an optimiser remembers, each counted once (bitsandbytes shares its tables)."""
+    """Bytes of all tensors that an optimiser remembers, each counted once (bitsandbytes shares its
+    tables).
+    """
     tensors = {
         id(value): value
         for state in optimizer.state.values()

@@ -23,7 +23,9 @@ def entropy_p_log_p(logits):
 
 
 def entropy_lse(logits):
-    """verl's entropy_from_logits; also Liger's beside its scaled cross-entropy and TRL's in its chunked path."""
+    """verl's entropy_from_logits; also Liger's beside its scaled cross-entropy and TRL's in its chunked
+    path.
+    """
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
@@ -51,7 +53,9 @@ def nll_with_ignored(logits, ids, ignored=-100):
 
 
 def gae_zeroed(values, rewards, mask, start, gamma, lam):
-    """safe-rlhf's get_advantages_and_returns: masked entries count as 0, columns before `start` are left out."""
+    """safe-rlhf's get_advantages_and_returns: masked entries count as 0, columns before `start` are left
+    out.
+    """
     values, rewards = values * mask, rewards * mask
     advantage, after, out = 0.0, 0.0, []
     for t in reversed(range(start, values.shape[1])):
@@ -82,7 +86,9 @@ def sample_whitened(x, mask):
 
 
 def shaped(score, logp, ref_logp, mask, kl_coeff, clip, sign):
-    """safe-rlhf's add_kl_divergence_regularization: penalty, score at the last valid token, then the clamp."""
+    """safe-rlhf's add_kl_divergence_regularization: penalty, score at the last valid token, then the
+    clamp.
+    """
     out = -sign * kl_coeff * (logp - ref_logp)
     for row, score_of_row in enumerate(score):
         out[row, mask[row].nonzero()[-1]] += score_of_row

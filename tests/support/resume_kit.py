@@ -105,7 +105,9 @@ def digest(path):
 
 
 def launch(commands, processes, timeout=400, check=True, worker="resume_worker.py", **env):
-    """Runs command lines one after the other in the same processes -> CompletedProcess with all their output."""
+    """Runs command lines one after the other in the same processes -> CompletedProcess with all their
+    output.
+    """
     done = forked.run([kit.SUPPORT / worker, json.dumps(commands)], processes, timeout, env)
     assert not check or done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
     return done

@@ -52,7 +52,9 @@ def assert_same(got, expected):
 
 
 def assert_near_in_another_batch(got, expected, message=""):
-    """`got`, a tensor, a list of numbers or {name: tensor}, is `expected` but for what another batch changes."""
+    """`got`, a tensor, a list of numbers or {name: tensor}, is `expected` but for what another batch
+    changes.
+    """
     if not isinstance(got, dict):
         got, expected = {message: got}, {message: expected}
     assert sorted(got) == sorted(expected)

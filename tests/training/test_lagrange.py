@@ -38,7 +38,9 @@ def test_nonfinite_costs_are_left_out_of_the_mean():
 
 @pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
 def test_nothing_moves_before_there_is_a_cost(rule):
-    """The mean of no cost is no cost of 0: with a threshold under 0 that would raise λ without any evidence."""
+    """The mean of no cost is no cost of 0: with a threshold under 0 that would raise λ without any
+    evidence.
+    """
     nothing = (torch.zeros(0), torch.full((3,), float("nan")), torch.full((2,), 1e9))
     multiplier, fresh = (rule(init=1.0, threshold=-4.0, window=2) for _ in range(2))
     for costs in nothing:

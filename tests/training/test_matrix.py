@@ -21,8 +21,11 @@ CHUNK = 60  # cells of one launch
 TOLERANCE = {stage: 1e-4 if stage in matrix.PPO else 2e-5 for stage in matrix.AXES["stage"]}
 BF16_FIRST, BF16_LATER = 3e-2, 1e-1
 COUNTS = ("accuracy", "unsafe_share", "gap_share", "clip_fraction")
-"""Largest difference of a number from the reference's, relative to the larger of that and 1: in fp32; in bf16 for the first
-step, whose weights are the same, and for later ones. What counts how many numbers lie above another jumps in bf16."""
+"""Largest difference of a number from the reference's, relative to the larger of that and 1.
+
+In fp32 by stage; in bf16 for the first step, whose weights are the same, and for later ones. COUNTS, which
+count how many numbers are above another, jump in bf16.
+"""
 
 
 @pytest.fixture(scope="module")

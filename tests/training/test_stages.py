@@ -121,7 +121,9 @@ def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
 def test_the_model_is_one_of_transformers(world, stage):
-    """Loaded by its own classes, which know nothing of us; and it is not the model that the run began with."""
+    """Loaded by its own classes, which know nothing of us; and it is not the model that the run began
+    with.
+    """
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from saferlhf_fast.models.score_model import load_score_model
@@ -371,7 +373,9 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
 
 @pytest.mark.numeric
 def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_path):
-    """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by hand."""
+    """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by
+    hand.
+    """
     from transformers import AutoModelForCausalLM
 
     from saferlhf_fast.data.examples import PairExample

@@ -103,7 +103,9 @@ def test_micro_batches_change_nothing(go, changes):
     ],
 )
 def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
-    """Old log-probs and values from a pass of their own, padded rows: the same figures, weights and samples."""
+    """Old log-probs and values from a pass of their own, padded rows: the same figures, weights and
+    samples.
+    """
     common = {"ptx": world["sft"], "ppo__reduction": changes.get("ppo__reduction", "sequence-mean")}
     one, two = go(**{**common, **changes}), go(**common, ppo__single_pass=False)
     said = capsys.readouterr().out
