@@ -22,41 +22,14 @@ def bench_modules():
     sys.path.remove(str(BENCH))
 
 
-# The interpreter's time grows with the rows: half as many as the tiny shapes have, and one vocabulary less for
-# the checks. TRL takes ten seconds to import; the peers are run by test_bench.py.
-SMALL = """
-import sys
-sys.path.insert(0, {bench!r})
-sys.modules["trl"] = None
-import gpu_window
-from gpu import sections
-
-def device(window):
-    sections.device(window)
-    import shapes
-    kind = shapes.LOGITS["cpu"][0][2]
-    for device in ("cpu", "cuda"):
-        shapes.LOGITS[device], shapes.LINEAR[device], shapes.ROWS[device] = (
-            [(4, 515, kind)], [(4, 64, 512, kind)], [(2, 160)])
-    shapes.FULL |= {{(4, 515, kind), (4, 64, 512, kind), (2, 160)}}
-    from gpu import checks
-    checks.COUNTS = (1, 3)
-
-first = [(name, seconds, device if name == "device" else section) for name, seconds, section in sections.first()]
-sys.exit(gpu_window.main(sections=first))
-"""
-
-
 def rehearse(out, kind, *more):
     """(rows, what was printed) of a whole rehearsal."""
-    script = out / "window.py"
-    script.write_text(SMALL.format(bench=str(BENCH)))
     result = subprocess.run(
-        [sys.executable, str(script), str(out), "--rehearse", kind, *more],
+        [sys.executable, str(BENCH / "gpu_window.py"), str(out), "--rehearse", kind, *more],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=580,
         env=ENVIRONMENT,
     )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
@@ -83,16 +56,41 @@ OURS = {
 }
 
 
-def test_every_section_gives_rows_in_the_interpreter(tmp_path):
-    rows, printed = rehearse(tmp_path, "interpreter", "--seconds", "270")
+def in_the_interpreter(out, *more):
+    """(rows, {section: how it ended}, the rows of checks) of a rehearsal in which nothing may be wrong."""
+    rows, printed = rehearse(out, "interpreter", "--seconds", "560", *more)
     assert not of_kind(rows, "failure") and not of_kind(rows, "test")
     ended = {row["section"]: row["ended"] for row in of_kind(rows, "section")}
-    import gpu.sections
-
-    assert list(ended) == [name for name, *_ in gpu.sections.first()]
     assert {ended[name] for name in ended if name != "counters"} == {"done"} and "ncu" in ended["counters"]
     for section in ended:
         assert any(row["section"] == section and row["kind"] != "section" for row in rows), section
+    assert all(row["wrong"] == "" for row in of_kind(rows, "row"))
+    checks = of_kind(rows, "check")
+    assert {row["op"] for row in checks} == OURS and {row["result"] for row in checks} == {"right"}
+    assert {row["impl"] for row in checks} == {"triton", "native"}
+    table = (out / "table.md").read_text()
+    assert printed.endswith(table) and len(table) < 10_000 and "A rehearsal (interpreter)" in table
+    figures = of_kind(rows, "figure")
+    assert any(row["what"] == "tests on the device" and "1 passed" in row["value"] for row in figures)
+    return rows, ended
+
+
+@pytest.mark.timeout(600)
+def test_tests_checks_and_rows_of_tokens_run_in_the_interpreter(tmp_path):
+    sections = ["device", "build and tests", "rows of tokens", "counters"]
+    rows, ended = in_the_interpreter(tmp_path, "--only", *sections)
+    assert list(ended) == sections
+    scans = {"gae", "ppo_lag_advantage", "ppo_loss", "value_loss"}
+    assert {op for op, version in names(rows) if version == "triton"} == scans
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_section_gives_rows_in_the_interpreter(tmp_path):
+    rows, ended = in_the_interpreter(tmp_path)
+    import gpu.sections
+
+    assert list(ended) == [name for name, *_ in gpu.sections.first()]
     assert {op for op, version in names(rows) if version == "triton"} >= OURS
     variants = {
         "triton, threads first",
@@ -105,15 +103,6 @@ def test_every_section_gives_rows_in_the_interpreter(tmp_path):
         "triton, chunks of 2",
     }
     assert {version for _, version in names(rows)} >= variants
-    assert all(row["wrong"] == "" for row in of_kind(rows, "row"))
-    checks = of_kind(rows, "check")
-    assert {row["op"] for row in checks} == OURS and {row["result"] for row in checks} == {"right"}
-    assert {row["impl"] for row in checks} == {"triton", "native"}
-    table = (tmp_path / "table.md").read_text()
-    assert printed.endswith(table) and len(table) < 10_000 and "A rehearsal (interpreter)" in table
-    assert any(
-        row["what"] == "tests on the device" and "1 passed" in row["value"] for row in of_kind(rows, "figure")
-    )
 
 
 def test_kernels_are_compiled_where_the_interpreter_cannot_run(tmp_path):
