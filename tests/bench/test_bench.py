@@ -70,7 +70,7 @@ def results(*rows, device="A CPU, 2 thread(s)", missing=()):
 
 
 def test_every_bench_runs_and_is_right_on_tiny_shapes():
-    """Without torch.compile, which takes a minute; foreign packages are skipped where they are not installed."""
+    """Without torch.compile, which takes a minute; packages that are not installed are skipped."""
     words = ["-m", "pytest", BENCH, "--benchmark-disable", "-q", "-k", "not compile and not step"]
     result = forked.run([*words, "-p", "no:cacheprovider", "-rs"], timeout=280, env=TINY)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -118,7 +118,7 @@ def test_lengths_are_those_of_the_rows(rows_file):
 
 @pytest.mark.skipif(kit.shared() is None, reason="needs the real rows: set SAFERLHF_DATA to their folder")
 def test_the_default_work_has_real_lengths(monkeypatch):
-    """32 prompts of real PKU lengths, about 2,100 response tokens, less than half of a padded batch useful."""
+    """32 prompts of real PKU lengths: 2,100 response tokens, less than half of a padded batch useful."""
     import step_work
 
     monkeypatch.setenv("SAFERLHF_DATA", str(kit.shared()))

@@ -143,7 +143,9 @@ def deaf(window):
     window.emit("figure", what="child", value=child.pid)
     time.sleep(60)
 
-sections = [("first", 1, fine), ("raises", 1, raises), ("slow", 1, slow), ("deaf", 1, deaf), ("last", 20, fine)]
+sections = [
+    ("first", 1, fine), ("raises", 1, raises), ("slow", 1, slow), ("deaf", 1, deaf), ("last", 20, fine)
+]
 sys.exit(gpu_window.main(sections=sections))
 """
 
@@ -391,7 +393,7 @@ NCU = """
     Memory Throughput                 %        88.15
     Duration                         us       652.30
 
-  void saferlhf::cuda::<unnamed>::gae_kernel<float, (bool)1>(T1 *, T1 *) (132, 1, 1)x(256, 1, 1), Context 1, Device 0, CC 9.0
+  void saferlhf::cuda::<unnamed>::gae_kernel<float, (bool)1>(T1 *, T1 *) (132, 1, 1)x(256, 1, 1), Context 1
     Achieved Occupancy                %        41.00
 """
 

@@ -17,7 +17,7 @@ def few(source, count):
 
 
 def short_recipe(path):
-    """Writes the recipe with a few rows of each of its files, and prompts to evaluate in a file of their own."""
+    """Writes the recipe with a few rows of each of its files."""
     recipe = yaml.safe_load((kit.ROOT / "saferlhf_fast/recipes/pku_tiny.yaml").read_text())
     for stage in recipe["stages"]:
         (kind, settings) = next((k, v) for k, v in stage.items() if k != "name")

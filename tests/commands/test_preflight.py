@@ -1,4 +1,4 @@
-"""`info --cluster`: what a run stands on is checked between all ranks, and the rank that is wrong is named."""
+"""`info --cluster`: what a run stands on is checked between all ranks; a rank that is wrong is named."""
 
 import re
 import threading
@@ -13,7 +13,7 @@ from saferlhf_fast.errors import UserError
 
 
 def made(n=4, **changes):
-    """Reports of n ranks on two machines with two GPUs each; changes: {"_3": {"torch": …}} of single ranks."""
+    """Reports of n ranks on two machines of two GPUs each; changes: {"_3": {"torch": …}} of single ranks."""
     reports = [
         {
             "host": f"node{r // 2}",

@@ -1,4 +1,4 @@
-"""The page holds the run's numbers, needs nothing from elsewhere and cannot be broken by what a model wrote."""
+"""The page holds the run's numbers, needs nothing from elsewhere; what a model wrote cannot break it."""
 
 import json
 import math

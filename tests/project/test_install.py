@@ -61,7 +61,7 @@ print(json.dumps({{"file": saferlhf_fast.__file__, "torch": middle - start, "our
 
 
 def call(*command, cwd=None, **environment):
-    """Runs a command without what the tests' own environment says of Python, in a folder without any package."""
+    """Runs a command without what the tests' own environment says of Python."""
     kept = {
         name: value
         for name, value in os.environ.items()
