@@ -1,4 +1,4 @@
-"""Templates: the texts they stand for, the learned tokens, the prefix property, cutting prompts on the left."""
+"""Templates: their texts, the learned tokens, the prefix property, cutting prompts on the left."""
 
 import pytest
 from data_tokenizers import CHATML, LLAMA2, THINKING, byte_tokenizer, space_tokenizer

@@ -142,7 +142,10 @@ def test_functions_exist(page):
 
 def test_a_name_that_is_none_is_found():
     page = kit.ROOT / "docs" / "step.md"
-    text = "see `training/ppo/nothing.py`, `kernels/<op>/reference.py`, `nowhere.py`, `train/loss` and `models/policy.py`"
+    text = (
+        "see `training/ppo/nothing.py`, `kernels/<op>/reference.py`, `nowhere.py`, `train/loss` and "
+        "`models/policy.py`"
+    )
     assert list(missing_paths(text, page)) == ["training/ppo/nothing.py", "nowhere.py"]
 
 

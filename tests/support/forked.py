@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import runpy
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
@@ -58,6 +60,7 @@ class Program:
             )
             for variables in launcher_variables(processes)
         ]
+        _start_server()
         for rank in self.ranks:
             rank.start()
 
@@ -94,6 +97,17 @@ class Program:
                     os.killpg(rank.pid, signal.SIGKILL)
                 rank.kill()
             rank.join()
+
+
+def _start_server():
+    """Starts the process that is forked, unless it runs.
+
+    Python before 3.13 does not give it this process's sys.path: it would not find `forked_imports`, and would
+    go on without.
+    """
+    paths = [str(ROOT), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        multiprocessing.forkserver.ensure_running()
 
 
 def launcher_variables(processes):
