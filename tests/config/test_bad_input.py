@@ -257,7 +257,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_is_lost(world, output, capfd, case):
+def test_bad_input_gets_one_line_and_deletes_nothing(world, output, capfd, case):
     words, *fragments = CASES[case]
     before = kit.files(output)
     words = [word.format(**world) for word in words.split(" ")]
@@ -302,7 +302,7 @@ def test_debug_shows_the_traceback(world, output, capfd):
     assert "Traceback (most recent call last)" in err and err.splitlines()[-1].startswith("error: ")
 
 
-def test_a_name_that_is_not_on_the_hub_is_told_from_the_first_answer(world, output, capfd, monkeypatch):
+def test_an_unknown_name_on_the_hub_is_refused_after_one_request(world, output, capfd, monkeypatch):
     """The loaders would ask again and again, for half a minute."""
     asked = []
 
@@ -323,7 +323,7 @@ def test_a_name_that_is_not_on_the_hub_is_told_from_the_first_answer(world, outp
     assert 0 < len(asked) <= 4 and kit.files(output) == before
 
 
-def test_contrary_rows_are_counted_and_skipped(world, tmp_path, capsys):
+def test_contradictory_rows_are_counted_and_skipped(world, tmp_path, capsys):
     """A cost row that calls the safer answer unsafe and the other safe never ends a run; nor do its
     fellows.
     """

@@ -34,7 +34,7 @@ def plan(name, root, **overrides):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_is_a_whole_loop(path, root):
+def test_every_recipe_has_all_stages_in_order(path, root):
     _, steps = plan(path.stem, root)
     assert [s.kind for s in steps][:4] == ["sft", "reward", "cost", "ppo-lag"]
     sft, reward, cost, ppo = (s.cfg for s in steps[:4])
@@ -45,7 +45,7 @@ def test_every_recipe_is_a_whole_loop(path, root):
     assert path.read_text().startswith("# "), "a recipe begins with what it is for and how to run it"
 
 
-def test_the_recipes_that_the_readme_promises_are_there():
+def test_the_recipes_that_the_readme_names_exist():
     assert {"paper", "pku_tiny", "quickstart", "single-gpu", "multi-node"} <= {p.stem for p in RECIPES}
 
 
@@ -64,7 +64,7 @@ def test_pku_tiny_splits_by_prompt_and_compares_with_a_baseline(root):
 
 
 @pytest.mark.parametrize("name, gpus", [("paper", 8), ("multi-node", 16)])
-def test_the_paper_s_global_batches(name, gpus, root):
+def test_global_batches_equal_those_of_the_paper(name, gpus, root):
     _, steps = plan(name, root)
     sft, reward, cost, ppo = (s.cfg for s in steps)
     assert sft.train.batch_size * sft.train.accumulation * gpus == 256
@@ -74,7 +74,7 @@ def test_the_paper_s_global_batches(name, gpus, root):
 
 
 @pytest.mark.parametrize("name", ["paper", "multi-node"])
-def test_the_paper_s_table(name, root):
+def test_settings_equal_the_table_of_the_paper(name, root):
     """The recipe table of the paper's reference implementation, line by line."""
     _, steps = plan(name, root)
     sft, reward, cost, ppo = (s.cfg for s in steps)
@@ -114,7 +114,7 @@ def test_the_paper_s_table(name, root):
         assert (cfg.engine.zero_stage, cfg.engine.precision, cfg.template) == (3, "bf16", "safe-rlhf")
 
 
-def test_paper_takes_a_stand_in_model_and_data(root):
+def test_the_recipe_paper_accepts_another_model_and_other_data(root):
     """So that the recipe can be tried on one CPU: nothing of the Hub is left when these are given."""
     data = str(root / "data.json")
     (root / "data.json").write_text("[{}]")

@@ -93,13 +93,13 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
         ),
     ],
 )
-def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said):
+def test_nested_values_are_checked_like_other_settings(given, said):
     with pytest.raises(UserError) as caught:
         settings.load("ppo-lag", None, {**GIVEN, "reward": "r", **given})
     assert said in str(caught.value)
 
 
-def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
+def test_nested_scorers_and_constraints_are_listed_as_inputs():
     cfg = settings.load(
         "ppo-lag", None, {**GIVEN, "reward": "{path: r}", "constraints": "[{cost: {path: c}, critic: v}]"}
     )
@@ -116,7 +116,7 @@ def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
     }
 
 
-def test_a_run_from_before_there_were_constraints_keeps_its_hash():
+def test_a_run_without_constraints_keeps_the_hash_of_earlier_versions():
     """Its folder would otherwise count as one of other settings."""
     values = {"model": "org/model", "data": "data.json", "output": "out", "reward": "r", "cost": "c"}
     cfg = settings.load("ppo-lag", None, values)
@@ -126,7 +126,7 @@ def test_a_run_from_before_there_were_constraints_keeps_its_hash():
     )
 
 
-def test_text_stays_text_whatever_it_looks_like():
+def test_text_stays_text_even_if_it_looks_like_a_number():
     cfg = load(output="2026", log__project="1e5", data="runs/a #1.json", template="none")
     assert (cfg.output, cfg.log.project, cfg.data, cfg.template) == ("2026", "1e5", "runs/a #1.json", "none")
 
@@ -140,7 +140,7 @@ def test_interpolation_and_mandatory_keys(tmp_path):
     assert "recipe.yaml: model" in line and "nowhere" in line
 
 
-def test_frozen():
+def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().seed = 1
 
@@ -226,20 +226,20 @@ def test_an_error_names_the_file_where_the_key_stands(tmp_path):
         ("", "missing: model, data, output"),
     ],
 )
-def test_a_recipe_that_is_none_is_refused_by_name(tmp_path, text, expected):
+def test_a_file_that_is_no_recipe_is_refused_with_its_path(tmp_path, text, expected):
     path = recipe(tmp_path, text)
     line = error(recipe=path)
     assert line.startswith(str(path)) and expected in line
 
 
-def test_a_recipe_that_cannot_be_read(tmp_path):
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
     assert "bytes.yaml: cannot be read as text" in error(recipe=tmp_path / "bytes.yaml")
     assert "cannot be read" in error(recipe=tmp_path)
     assert "no such recipe" in error(recipe=tmp_path / "absent.yaml")
 
 
-def test_every_setting_explains_itself():
+def test_every_setting_has_a_help_text():
     for command, cls in schema.SETTINGS.items():
         text = schema.help_text(command)
         for key, leaf in schema.leaves(cls).items():
@@ -251,7 +251,7 @@ def test_every_setting_explains_itself():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_defaults_validate_and_survive_the_way_to_yaml_and_back(stage):
+def test_defaults_are_valid_and_unchanged_after_a_round_trip(stage):
     given = {"model": "m", "data": "d", "prompts": "d", "reward": "r", "output": "o"}
     given = {k: v for k, v in given.items() if k in schema.leaves(STAGES[stage])}
     cfg = settings.load(stage, None, given)
@@ -279,7 +279,7 @@ PPO_GIVEN = {"reward": "org/reward", "cost": "org/cost"}
         ("evaluation.margin", 3.0),
     ],
 )
-def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
+def test_ppo_refuses_settings_of_a_constraint(key, value):
     given = {**GIVEN, **PPO_GIVEN, key: str(value)}
     with pytest.raises(UserError) as caught:
         checks.check_settings("ppo", settings.load("ppo", None, given), "one.")
@@ -290,7 +290,7 @@ def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
     checks.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
 
 
-def test_ppo_takes_a_multiplier_of_defaults():
+def test_ppo_accepts_a_multiplier_with_default_values():
     checks.check_settings(
         "ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"})
     )
@@ -337,7 +337,7 @@ def test_a_key_that_deepspeed_does_not_have_is_refused(config, expected):
     assert str(caught.value) == expected
 
 
-def test_every_key_that_deepspeed_has_is_let_through():
+def test_every_key_that_deepspeed_has_is_accepted():
     """The top level as deepspeed.runtime.config asks for it, and every field of its ZeRO class by name and by
     alias.
     """
@@ -396,7 +396,7 @@ def test_every_key_that_deepspeed_has_is_let_through():
     assert len(names) > len(fields) > 30 and deepspeed_keys.unknown({ZERO: dict.fromkeys(names)}) is None
 
 
-def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
+def test_without_deepspeed_its_keys_are_not_checked(monkeypatch):
     monkeypatch.setattr(deepspeed_keys, "find_spec", lambda name: None)
     assert deepspeed_keys.unknown({"foo": 1}) is None
 
@@ -414,13 +414,13 @@ def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
         ({"lora.rank": "4", "lora.dropout": "0.1"}, False),
     ],
 )
-def test_what_takes_old_numbers_from_a_pass_of_their_own(changed, expected):
+def test_which_settings_allow_one_pass(changed, expected):
     """lora.dropout says nothing while no adapter is there."""
     needed = {"model": "m", "reward": "r", "data": "d", "output": "o"}
     assert settings.load("ppo", None, {**needed, **changed}).in_one_pass() is expected
 
 
-def test_lengths_that_are_not_given_are_what_max_length_leaves():
+def test_default_lengths_are_derived_from_max_length():
     for given, prompt, responses in (
         ({}, 50, {50: 50, 1: 99, 99: 1, 100: 1}),
         ({"max_prompt_length": 70, "max_new_tokens": 40}, 70, {50: 40, 70: 30}),
@@ -430,14 +430,14 @@ def test_lengths_that_are_not_given_are_what_max_length_leaves():
         assert {at: sampling.response_limit(at, 100) for at in responses} == responses
 
 
-def test_shares_of_memory_are_those_that_help_names():
+def test_shares_of_memory_equal_those_in_the_help_text():
     text = schema.leaves(STAGES["ppo"])["sampling.memory"].doc
     for engine, share in MEMORY_SHARES.items():
         assert re.search(rf"{engine} .*?{share:g} when not given", text.replace("\n", " ")), engine
         assert Sampling().memory_share(engine) == share and Sampling(memory=0.5).memory_share(engine) == 0.5
 
 
-def test_no_torch_is_imported_by_settings():
+def test_settings_import_no_torch():
     code = (
         "import sys; from saferlhf_fast.commands import run; from saferlhf_fast.config import "
         "deepspeed_keys; "

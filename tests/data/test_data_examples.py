@@ -65,7 +65,7 @@ def test_kinds_put_the_right_response_first(put):
         pairs(path, "harm")
 
 
-def test_rows_of_no_use_are_counted_and_never_the_end(put):
+def test_unusable_rows_are_counted_and_do_not_end_the_loading(put):
     path = put(
         [
             pku(0),
@@ -122,7 +122,7 @@ def test_mistakes_in_a_row_end_the_loading(put):
     assert len(pairs(put([row]), "cost")[0]) == 1  # which does not need it
 
 
-def test_wrong_kind_of_data(put):
+def test_the_wrong_kind_of_data_is_refused(put):
     with pytest.raises(UserError, match="expected preferences .*got the format alpaca"):
         pairs(put([{"instruction": "a", "output": "b"}]))
     with pytest.raises(UserError, match="expected conversations .*got the format pku"):
@@ -141,7 +141,7 @@ def test_contradictions_are_flagged_and_kept(put):
     assert pairs(put(stated), "cost")[0][0].flagged
 
 
-def test_answers_are_never_cut_and_prompts_on_the_left(put):
+def test_prompts_are_cut_on_the_left_and_answers_are_never_cut(put):
     limit = 160
     rows = [
         pku(0, prompt="x" * 300 + " end?", response_0="Short.", response_1="Brief."),
@@ -200,7 +200,7 @@ def test_pad_equal_to_eos_still_learns_to_stop(put):
     assert example.ids[-1] == tokenizer.eos_token_id and example.mask[-2:] == [True, True]
 
 
-def test_a_refusing_chat_template_drops_and_counts(put):
+def test_rows_that_a_chat_template_refuses_are_dropped_and_counted(put):
     rows = [
         {
             "messages": [
@@ -218,7 +218,7 @@ def test_a_refusing_chat_template_drops_and_counts(put):
     assert len(pairs(put(rows[1:]), tokenizer=byte_tokenizer(template=LLAMA2))[0]) == 1
 
 
-def test_prompts(put):
+def test_prompts_are_cut_on_the_left_and_unusable_ones_are_counted(put):
     long = "x" * 200 + " end?"
     path = put([{"prompt": "a", "category": "short"}, {"prompt": "a"}, {"prompt": long}, {"prompt": " "}])
     examples, report = prompt_examples(path, byte_tokenizer(), "auto", 60)

@@ -94,18 +94,18 @@ def refused(fields, name="auto", untyped=False):
 
 
 @pytest.mark.parametrize("row", [PKU, PKU_V0])
-def test_pku(row):
+def test_pku_rows_become_preferences(row):
     name, (record,) = records(row)
     assert name == "pku"
     assert record == Preference((ask(Q),), (A, B), "f.jsonl line 1", better=1, safer=0, signs=(-1, 1))
 
 
-def test_pku_from_csv_has_text_for_everything():
+def test_pku_rows_from_csv_are_read_from_text():
     _, (record,) = records({key: str(value) for key, value in PKU_V0.items()}, untyped=True)
     assert (record.better, record.safer, record.signs) == (1, 0, (-1, 1))
 
 
-def test_other_preferences():
+def test_other_formats_of_preferences_become_preferences():
     assert records(SINGLE)[0] == "pku-single"
     assert records(SINGLE)[1] == [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=1)]
     name, (record,) = records(SAFE_OVER)
@@ -124,7 +124,7 @@ def test_other_preferences():
     )
 
 
-def test_hh_dialogues():
+def test_hh_dialogues_become_preferences_over_the_last_answer():
     name, (record,) = records({"chosen": HH + A, "rejected": HH + B})
     assert name == "hh" and record.responses == (A, B) and record.better == 0
     assert record.messages == (ask("Hello"), say("Hi."), ask(Q))
@@ -150,7 +150,7 @@ def test_hh_dialogues():
         },
     ],
 )
-def test_chosen_and_rejected(row):
+def test_chosen_and_rejected_become_a_preference(row):
     assert records(row) == ("preference", [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=0)])
 
 
@@ -209,11 +209,11 @@ def test_text_parts_are_joined_as_a_chat_template_writes_them():
         ({"instruction": Q, "instances": [{"input": "", "output": A}]}, "alpaca-seed", (ask(Q), say(A))),
     ],
 )
-def test_conversations(row, name, messages):
+def test_conversations_of_every_format_are_read(row, name, messages):
     assert records(row) == (name, [Conversation(messages, "f.jsonl line 1")])
 
 
-def test_prompt_lists():
+def test_prompt_lists_become_prompts():
     assert records({"prompt": Q, "category": "birds", "n": 3, "long": "x" * 999, "none": None}) == (
         "prompts",
         [Prompt((ask(Q),), "f.jsonl line 1", {"category": "birds", "n": 3})],
@@ -294,7 +294,7 @@ def test_a_row_that_lacks_a_field_is_an_error_of_that_row():
         list(form.parse(rows[1]))
 
 
-def test_formats_by_name():
+def test_a_format_can_be_chosen_by_name():
     assert (
         records({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0}, "prompts")[0]
         == "prompts"

@@ -82,7 +82,7 @@ def load(tmp_path):
 # ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_taxonomies_are_complete_and_every_category_is_mapped_or_said_to_have_no_counterpart():
+def test_every_category_is_mapped_or_listed_as_without_counterpart():
     assert {name: len(names) for name, names in TAXONOMIES.items()} == {
         "pku": 19,
         "beavertails": 14,
@@ -119,7 +119,7 @@ def test_taxonomies_are_complete_and_every_category_is_mapped_or_said_to_have_no
     }
 
 
-def test_translations_say_what_is_lost():
+def test_translations_report_missing_and_uncertain_categories():
     made = translate(["Cybercrime", "Privacy Violation", "Environmental Damage"], "pku", "openai")
     assert made.categories == ("illicit",) and made.missing == ("Privacy Violation", "Environmental Damage")
     assert made.uncertain == () and made.shared == ("illicit",)  # seven other crimes are illicit too
@@ -210,7 +210,7 @@ def test_labels_of_single_responses_reach_the_batch(load, row, sign, severity, h
     assert not other.known_BC.any() and not other.categories_BC.any() and other.sign_B.tolist() == [sign]
 
 
-def test_what_a_schema_does_not_have_is_unknown(load):
+def test_labels_that_a_schema_lacks_are_unknown(load):
     v0 = collate_labels(load([pair()], kind="cost")[0])
     assert v0.sign_B.tolist() == [-1, 1] and v0.severity_B.tolist() == [-1, -1] and not v0.known_BC.any()
     over = load([{"prompt": "Which bird?", "safe_response": A, "unsafe_response": B}], kind="cost")[0]
@@ -221,7 +221,7 @@ def test_what_a_schema_does_not_have_is_unknown(load):
     assert collate_labels(load([text], name="rows.csv", kind="cost")[0]).severity_B.tolist() == [-1, 3]
 
 
-def test_the_worlds_labels_come_through(load):
+def test_labels_of_the_demo_world_reach_the_batch(load):
     from saferlhf_fast.demo.world import World
 
     world = World(0)
@@ -269,7 +269,7 @@ def test_the_worlds_labels_come_through(load):
         ),
     ],
 )
-def test_wrong_labels_are_counted_and_named_where_labels_are_asked_for(load, changes, reason):
+def test_wrong_labels_are_counted_by_reason_where_labels_are_requested(load, changes, reason):
     rows = [full(), full(prompt="Which tree?", **changes), full(prompt="Which fish?")]
     examples, report = load(rows, kind="cost")
     assert [example.prompt_text for example in examples] == ["Which bird?", "Which fish?"]

@@ -42,7 +42,7 @@ def path(name):
         ("instruct/stanford_alpaca_seed_tasks.jsonl", 175, 156),
     ],
 )
-def test_instructions(tokenizer, name, rows, kept):
+def test_instruction_files_have_the_expected_counts(tokenizer, name, rows, kept):
     examples, report = sft_examples(path(name), tokenizer, "auto", LIMIT)
     assert report.sources[0].rows == rows and len(examples) == kept == rows - report.dropped.total()
     assert all(
@@ -62,7 +62,7 @@ def test_instructions(tokenizer, name, rows, kept):
         ("preference/dpo_en_demo.json.gz", "better", 300, 33, 0),
     ],
 )
-def test_preferences(tokenizer, name, kind, records, kept, flagged):
+def test_preference_files_have_the_expected_counts(tokenizer, name, kind, records, kept, flagged):
     examples, report = preference_examples(path(name), tokenizer, "auto", LIMIT, 0, kind)
     assert len(examples) == kept == records - report.dropped.total()
     assert flagged is None or sum(pair.flagged for pair in examples) == flagged
@@ -102,7 +102,7 @@ def test_most_pairs_of_alpaca_eval_do_not_fit(tokenizer):
         ("preference/pku_saferlhf_safe_over_unsafe.jsonl.gz", 728),
     ],
 )
-def test_prompts(tokenizer, name, kept):
+def test_prompt_files_have_the_expected_counts(tokenizer, name, kept):
     examples, _ = prompt_examples(path(name), tokenizer, "auto", LIMIT // 2)
     assert len(examples) == kept and all(len(example.ids) <= LIMIT // 2 for example in examples)
 

@@ -53,7 +53,7 @@ def made(output, step, score=None, content=b"weights"):
 # ---------------------------------------------------------------- manifest
 
 
-def test_a_checkpoint_is_what_has_a_manifest(tmp_path):
+def test_a_folder_without_a_manifest_is_not_a_complete_checkpoint(tmp_path):
     folder = made(tmp_path, 3)
     assert whole(folder)["step"] == 3 and manifest.is_committed(folder)
     (folder / manifest.NAME).unlink()
@@ -62,7 +62,7 @@ def test_a_checkpoint_is_what_has_a_manifest(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["first", "middle", "last"])
-def test_a_flipped_byte_in_any_file_is_found_and_named(tmp_path, at):
+def test_a_flipped_byte_in_any_file_is_detected_and_the_file_is_named(tmp_path, at):
     folder = made(tmp_path, 3)
     for path in [p for p in folder.rglob("*") if p.is_file()]:
         before = path.read_bytes()
@@ -97,7 +97,7 @@ def test_missing_short_and_swapped_files_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "", "a//b", "~/x", ".", "a\\b"])
-def test_no_file_name_leads_out_of_a_checkpoint(tmp_path, name):
+def test_a_file_name_that_leads_out_of_the_checkpoint_is_refused(tmp_path, name):
     folder = made(tmp_path, 3)
     values = manifest.read(folder)
     values["files"][name] = {"bytes": 1, "sha256": "0"}
@@ -105,7 +105,7 @@ def test_no_file_name_leads_out_of_a_checkpoint(tmp_path, name):
     assert not manifest.is_inside(name)
 
 
-def test_links_and_other_names_are_no_checkpoints(tmp_path):
+def test_links_and_folders_with_other_names_are_not_listed_as_checkpoints(tmp_path):
     made(tmp_path / "other", 9)
     made(tmp_path, 3)
     root = manifest.root(tmp_path)
@@ -115,7 +115,7 @@ def test_links_and_other_names_are_no_checkpoints(tmp_path):
     assert [step for step, _ in manifest.listed(tmp_path)] == [3]
 
 
-def test_the_newest_and_the_best_are_kept(tmp_path):
+def test_pruning_keeps_the_newest_and_the_best_checkpoint(tmp_path):
     for step, score in ((1, [0.5]), (2, [0.9]), (3, None), (4, [0.7]), (5, None)):
         made(tmp_path, step, score)
     unfinished = manifest.folder_of(tmp_path, 3).with_name("step-00000002.universal")
@@ -133,7 +133,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert [step for step, path in manifest.listed(tmp_path) if manifest.is_committed(path)] == [5]
 
 
-def test_a_manifest_replaces_nothing_half(tmp_path, monkeypatch):
+def test_a_failed_manifest_write_leaves_the_old_manifest(tmp_path, monkeypatch):
     folder = made(tmp_path, 3)
     before = (folder / manifest.NAME).read_bytes()
     monkeypatch.setattr(
@@ -172,7 +172,7 @@ def test_files_are_hashed_as_they_are_written(tmp_path, background):
     assert loaded["step"] == 3 and loaded["weights"].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_a_failed_write_is_remembered_and_nothing_more_is_written(tmp_path):
+def test_after_a_failed_write_the_error_is_kept_and_nothing_more_is_written(tmp_path):
     def full(file):
         file.write(b"some")
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -184,7 +184,7 @@ def test_a_failed_write_is_remembered_and_nothing_more_is_written(tmp_path):
     assert not (tmp_path / "b.pt").exists()
 
 
-def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
+def test_a_file_that_reads_back_with_another_hash_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(manifest, "sha256", lambda path: "0")
     files = CheckpointWriter(tmp_path)
     files.put("a.pt", lambda file: file.write(b"some"))
@@ -194,7 +194,7 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, monkeypatch):
 # ---------------------------------------------------------------- state
 
 
-def test_a_state_comes_back_bit_for_bit():
+def test_flatten_and_restore_return_the_same_state_bit_for_bit():
     tree = {
         "a": torch.tensor([1.5, float("nan")]),
         "list": [1, None, {"b": torch.tensor(3)}],
@@ -212,7 +212,7 @@ def test_a_state_comes_back_bit_for_bit():
         flatten({"x": {"y": object()}})
 
 
-def test_generators_go_on_where_they_were():
+def test_restored_random_generators_draw_the_same_numbers():
     import numpy
 
     saved = json.loads(json.dumps(generators()))
@@ -234,7 +234,7 @@ def test_generators_go_on_where_they_were():
         lambda: multiplier.PIDMultiplier(window=5),
     ],
 )
-def test_a_multiplier_goes_on_bit_for_bit(make):
+def test_a_restored_multiplier_gives_the_same_values_bit_for_bit(make):
     costs = [torch.randn(3) for _ in range(6)]
     straight, first, second = make(), make(), make()
     for batch in costs:
@@ -254,7 +254,7 @@ def test_a_multiplier_goes_on_bit_for_bit(make):
 # ---------------------------------------------------------------- what may be loaded
 
 
-def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
+def test_code_in_a_pickle_is_not_run(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "shard.pt"
     torch.save({"module": {"w": torch.ones(2)}, "extra": Marker(mark)}, path)
     torch.load(path, weights_only=False)  # the marker works
@@ -269,7 +269,7 @@ def test_a_pickle_that_wants_to_run_something_does_not(tmp_path):
     assert not mark.exists() and torch.load is safe_pickle._TORCH_LOAD
 
 
-def test_what_deepspeed_writes_is_let_through(tmp_path):
+def test_objects_that_deepspeed_writes_can_be_loaded(tmp_path):
     from saferlhf_fast.runtime import deepspeed_library
 
     deepspeed_library.imported_deepspeed()
@@ -292,7 +292,7 @@ def test_what_deepspeed_writes_is_let_through(tmp_path):
     )
 
 
-def test_an_old_style_pickle_is_refused_too(tmp_path):
+def test_code_in_an_old_style_pickle_is_not_run(tmp_path):
     mark, path = tmp_path / "ran", tmp_path / "old.pt"
     path.write_bytes(pickle.dumps(Marker(mark)))
     with pytest.raises(UserError, match="old.pt"):
@@ -342,7 +342,7 @@ def test_settings_that_change_no_result_may_differ():
         compatibility.refuse("x", ["seed: 1 then, 2 now"])
 
 
-def test_another_number_of_processes_keeps_the_batch_of_all():
+def test_with_another_number_of_processes_the_global_batch_must_be_equal():
     assert compatibility.differences(BEFORE, changed(train={"batch_size": 8}), 2, 1) == []
     assert compatibility.differences(BEFORE, BEFORE, 2, 1) == [
         "batch of all processes: 16 then, 8 now (a process's portion times 2 and 1 processes)"
@@ -355,7 +355,7 @@ def test_another_number_of_processes_keeps_the_batch_of_all():
 # ---------------------------------------------------------------- skips and alarms
 
 
-def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
+def test_too_many_non_finite_steps_in_a_row_end_the_run(tmp_path):
     skips = NonFiniteGuard(2)
     skips.note(1, ["loss"], None)
     skips.note(2, [], None)
@@ -369,7 +369,7 @@ def test_skips_end_a_run_after_so_many_in_a_row(tmp_path):
     assert again.total == 3
 
 
-def test_a_spike_is_told_once(capsys):
+def test_a_loss_spike_is_reported_once(capsys):
     spikes = LossSpikeMonitor(("loss",))
     for step in range(60):
         spikes.look(step, {"loss": 1.0 if step < 30 or step > 50 else 3.0})
@@ -380,7 +380,7 @@ def test_a_spike_is_told_once(capsys):
     spikes.look(61, {"loss": float("nan")})
 
 
-def test_a_multiplier_at_its_bound_is_told(capsys):
+def test_a_multiplier_at_its_bound_is_reported(capsys):
     bound = MultiplierSaturation(5.0, -1.0, patience=3)
     for step, value in enumerate((5.0, 5.0, 4.0, 5.0, 5.0, 5.0, 5.0)):
         bound.look(step, {"lambda": value, "episode_cost": 2.0})
@@ -394,7 +394,7 @@ def test_a_multiplier_at_its_bound_is_told(capsys):
 # ---------------------------------------------------------------- commands
 
 
-def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
+def test_inspect_lists_checkpoints_and_reports_damage(tmp_path, capsys):
     made(tmp_path, 1, [-0.5])
     folder = made(tmp_path, 2)
     cli.main(["inspect", str(tmp_path)])
@@ -418,7 +418,7 @@ def test_inspect_tells_what_there_is_and_what_is_damaged(tmp_path, capsys):
         ("ppo", [1, 2], "reward 2.000"),
     ],
 )
-def test_an_evaluation_is_told_in_words(stage, score, said):
+def test_an_evaluation_is_described_in_words(stage, score, said):
     assert cli.evaluation({"stage": stage, "score": score}) == said
 
 
@@ -432,7 +432,7 @@ def test_an_evaluation_is_told_in_words(stage, score, said):
         (["convert", "/no/where/step-00000001"], "is no folder"),
     ],
 )
-def test_mistakes_are_told_in_a_line(words, said):
+def test_mistakes_in_the_command_line_are_refused(words, said):
     with pytest.raises(UserError, match=said):
         cli.main(words)
 
@@ -449,7 +449,7 @@ def test_inspect_needs_no_torch(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_conversion_deletes_nothing_that_is_not_its_own(tmp_path, capsys):
+def test_convert_refuses_an_output_folder_that_is_not_empty(tmp_path, capsys):
     folder, mine = made(tmp_path, 1), tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("precious")
@@ -463,7 +463,7 @@ def test_a_conversion_deletes_nothing_that_is_not_its_own(tmp_path, capsys):
     assert (mine / "thesis.tex").read_text() == "precious" and whole(folder)
 
 
-def test_what_is_newer_than_what_a_run_goes_on_from_is_set_aside(tmp_path):
+def test_checkpoints_newer_than_the_resumed_one_are_set_aside(tmp_path):
     for step in (2, 3, 4):
         made(tmp_path, step)
     manifest.folder_of(tmp_path, 5).mkdir()  # was being written
@@ -476,7 +476,7 @@ def test_what_is_newer_than_what_a_run_goes_on_from_is_set_aside(tmp_path):
     assert sorted(os.listdir(manifest.root(tmp_path))) == [three, f"{three}-2", four]
 
 
-def test_the_newest_whole_one_of_a_run_is_meant(tmp_path):
+def test_newest_returns_the_newest_complete_checkpoint(tmp_path):
     made(tmp_path, 1)
     shard = made(tmp_path, 2) / "actor" / "shard.pt"
     shard.write_bytes(b"WEIGHTS")
@@ -487,7 +487,7 @@ def test_the_newest_whole_one_of_a_run_is_meant(tmp_path):
         newest(tmp_path)
 
 
-def test_a_file_that_cannot_be_read_is_a_reason_and_no_crash(tmp_path, monkeypatch):
+def test_an_unreadable_file_is_reported_as_a_problem_of_the_checkpoint(tmp_path, monkeypatch):
     folder = made(tmp_path, 1)
     values = manifest.read(folder)
     monkeypatch.setattr(
@@ -496,7 +496,7 @@ def test_a_file_that_cannot_be_read_is_a_reason_and_no_crash(tmp_path, monkeypat
     assert "cannot be read: [Errno 5] Input/output error" in manifest.problem(folder, values)
 
 
-def test_a_config_that_cannot_be_written_ends_no_run(tmp_path):
+def test_an_error_while_a_config_is_written_is_kept_and_not_raised(tmp_path):
     files = CheckpointWriter(tmp_path)
     files.put_folder("hf", lambda folder: (_ for _ in ()).throw(ValueError("temperature without do_sample")))
     assert "hf: ValueError: temperature without do_sample" in files.error

@@ -29,7 +29,7 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_split_changes_nothing(results, stage):
+def test_micro_batches_processes_and_zero_stage_change_no_number(results, stage):
     expected = results[1]["runs"]["0/1"]
     for processes in (1, 2):
         for micro_batches in (1, 2, 5):
@@ -44,7 +44,7 @@ def test_gather_keeps_the_global_order(results):
     assert results[1]["gathered"] == results[2]["gathered"] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_schedule_moves_from_the_first_step():
+def test_the_first_step_has_a_learning_rate_above_zero():
     from saferlhf_fast.runtime.deepspeed_config import learning_rate_factor
 
     factor = learning_rate_factor(Optimizer(schedule="cosine", warmup_ratio=0.1), 100)
@@ -54,7 +54,7 @@ def test_schedule_moves_from_the_first_step():
     assert constant(0) == constant(99) == 1.0
 
 
-def test_fp16_without_a_gpu_is_refused_in_words():
+def test_fp16_without_a_gpu_is_refused():
     import torch
 
     from saferlhf_fast.runtime import engine

@@ -94,12 +94,12 @@ def trials(world, folder, zero, count, tell=lambda line: None):
 @pytest.mark.faults
 @pytest.mark.timeout(1700)
 @pytest.mark.parametrize("zero", [2, 3])
-def test_a_rank_killed_anywhere_in_a_save_costs_nothing(world, tmp_path, zero):
+def test_a_run_resumes_after_a_rank_is_killed_anywhere_in_a_save(world, tmp_path, zero):
     assert trials(world, tmp_path, zero, 20) == 20
 
 
 @pytest.mark.numeric
-def test_a_rank_killed_in_a_save_once(world, tmp_path):
+def test_a_run_resumes_after_a_rank_is_killed_in_the_middle_of_its_shard(world, tmp_path):
     """The short form, for every test run: rank 1 in the middle of its shard."""
     assert trials(world, tmp_path, 3, 1) == 1
 
@@ -117,7 +117,7 @@ def two(world, tmp_path_factory):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", ["missing", "swapped"])
-def test_a_missing_or_swapped_shard_is_told_alike_on_all_ranks(world, two, tmp_path, damage):
+def test_all_ranks_refuse_a_missing_or_swapped_shard(world, two, tmp_path, damage):
     copy = interrupted(two["sft", 2], tmp_path / "b")
     a, b = sorted((manifest.folder_of(copy, 2) / "model").glob("*optim_states.pt"))
     if damage == "missing":
@@ -136,7 +136,7 @@ def test_a_missing_or_swapped_shard_is_told_alike_on_all_ranks(world, two, tmp_p
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stage, zero", [("sft", 0), ("sft", 2), ("cost", 3), ("ppo-lag", 2)])
-def test_nan_on_one_rank_is_left_out_on_all(world, tmp_path, stage, zero):
+def test_nan_on_one_rank_skips_the_step_on_all_ranks(world, tmp_path, stage, zero):
     command = words(stage, world, tmp_path / "a", **{"engine.zero_stage": zero})
     done = together(command, 2, FAULT=json.dumps({"rank": 1, "at": "nan", "save": 2}))
     assert [code for code, _, _ in done] == [0, 0], done
@@ -148,7 +148,7 @@ def test_nan_on_one_rank_is_left_out_on_all(world, tmp_path, stage, zero):
 @pytest.mark.parametrize(
     "kind, value", [("reward", "nan"), ("cost", "inf"), ("cost", "1e30"), ("reward", "-inf")]
 )
-def test_a_score_that_cannot_be_is_left_out_and_lambda_stays(world, tmp_path, kind, value):
+def test_an_invalid_score_skips_the_step_and_lambda_stays_in_its_bounds(world, tmp_path, kind, value):
     command = words("ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 2})
     done = together(
         command, 2, FAULT=json.dumps({"rank": 1, "at": "score", "kind": kind, "value": value, "save": 2})
@@ -228,7 +228,7 @@ def exported(folder, output, *more):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_from_equal_weights(
+def test_another_number_of_processes_resumes_from_equal_weights(
     world, tmp_path, zero, precision, before, after
 ):
     size = {1: 6, 2: 3}
@@ -271,7 +271,7 @@ def same_weights(checkpoint, dumped):
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
-def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
+def test_an_export_equals_the_model_that_the_run_saved(world, tmp_path, zero, precision):
     """In two processes; the run saves its model at the step of its last checkpoint."""
     common = {"engine.zero_stage": zero, "engine.precision": precision}
     launch([words(stage, world, tmp_path / stage, **common) for stage in ("dpo", "cost", "ppo-lag")], 2)
@@ -285,7 +285,7 @@ def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
 
 
 @pytest.mark.numeric
-def test_an_adapter_s_export_stands_on_its_base(world, tmp_path):
+def test_a_run_with_adapters_exports_the_model_that_it_saved(world, tmp_path):
     output = tmp_path / "a"
     assert kit.main(*words("ppo-lag", world, output, **{"lora.rank": 2})) == 0
     assert exported(output, tmp_path / "b") == digest(output / "model" / "model.safetensors")

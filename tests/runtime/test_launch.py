@@ -48,7 +48,7 @@ def adopted(**environ):
     return environ
 
 
-def test_srun_s_variables_become_torch_s(scontrol):
+def test_srun_variables_are_translated_to_torchrun_variables(scontrol):
     found = adopted(**SLURM)
     assert (scontrol / "asked").read_text() == "show hostnames node[3-4]\n"
     assert [found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["5", "8", "1", "node3"]
@@ -60,7 +60,7 @@ def test_srun_s_variables_become_torch_s(scontrol):
     assert adopted(**SLURM | {"SLURM_STEP_NODELIST": "alone"})["MASTER_ADDR"] == "alone"
 
 
-def test_a_batch_script_one_task_and_a_launcher_under_srun_are_left_alone():
+def test_a_batch_script_one_task_and_a_launcher_under_srun_change_no_variable():
     script = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}
     for environ in (script, SLURM | {"SLURM_NTASKS": "1"}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {}):
         assert adopted(**environ) == environ
@@ -68,7 +68,7 @@ def test_a_batch_script_one_task_and_a_launcher_under_srun_are_left_alone():
     assert adopted(**given) == given
 
 
-def test_a_step_whose_first_host_nobody_names_is_refused(tmp_path, monkeypatch):
+def test_a_slurm_step_without_a_known_first_host_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         adopted(**SLURM)
@@ -76,7 +76,7 @@ def test_a_step_whose_first_host_nobody_names_is_refused(tmp_path, monkeypatch):
     assert adopted(**SLURM, MASTER_ADDR="10.0.0.8")["MASTER_ADDR"] == "10.0.0.8"
 
 
-def test_mpirun_s_variables_become_torch_s():
+def test_mpirun_variables_are_translated_to_torchrun_variables():
     ompi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
     found = adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="2", MASTER_ADDR="node1", MASTER_PORT="29500")
     assert [found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")] == ["3", "4", "1", "29500"]
@@ -87,7 +87,7 @@ def test_mpirun_s_variables_become_torch_s():
     assert (found["RANK"], found["LOCAL_RANK"]) == ("1", "0")
 
 
-def test_deepspeed_s_word_is_not_a_setting(capsys):
+def test_the_option_local_rank_of_deepspeed_is_not_read_as_a_setting(capsys):
     assert cli.main(["--local_rank=1", "stf"]) == 2
     assert "unknown command 'stf'" in capsys.readouterr().err
 
@@ -116,7 +116,7 @@ def test_gpus_are_counted_as_cuda_does_without_torch(named, count, monkeypatch):
     assert launcher.visible({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
 
 
-def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
+def test_the_settings_are_checked_before_one_process_per_gpu_is_chosen(monkeypatch):
     gpus(monkeypatch, 4, 4)
     seen, environ = [], {}
     assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 4
@@ -134,7 +134,7 @@ def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
     assert environ == {}
 
 
-def test_one_process_stays_this_one(monkeypatch):
+def test_one_process_is_chosen_without_a_check(monkeypatch):
     gpus(monkeypatch, 1, 1)
     assert launcher.wanted(None, never, {}) == 1
     gpus(monkeypatch, 4, 4)
@@ -145,7 +145,7 @@ def test_one_process_stays_this_one(monkeypatch):
     assert launcher.wanted("3", lambda: None, {}) == 3
 
 
-def test_wrong_numbers_are_refused(monkeypatch):
+def test_wrong_numbers_of_processes_are_refused(monkeypatch):
     gpus(monkeypatch, 2, 2)
     for asked, environ, line in (
         ("0", {}, "from 1 on, got 0"),
@@ -158,7 +158,7 @@ def test_wrong_numbers_are_refused(monkeypatch):
             launcher.wanted(asked, lambda: None, environ)
 
 
-def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_started():
+def test_bad_settings_are_refused_before_torch_is_imported_and_processes_are_started():
     code = (
         "import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
@@ -174,7 +174,7 @@ def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_start
     assert done.stderr.startswith("error: model: /no/where does not exist")
 
 
-def test_commands_of_one_process_take_no_number(capsys):
+def test_commands_of_one_process_refuse_the_option_processes(capsys):
     assert cli.main(["demo", "--processes", "2"]) == 2
     assert capsys.readouterr().err == "error: --processes: demo runs in one process\n"
 
@@ -225,7 +225,7 @@ def when(path, call):
         ),
     ],
 )
-def test_exit_codes_come_back_and_the_rest_is_ended(group, script, code, line, capfd):
+def test_the_exit_code_is_returned_and_the_other_ranks_are_ended(group, script, code, line, capfd):
     assert group(script) == code
     out, err = capfd.readouterr()
     assert out.startswith("starting 2 processes on this machine") and out.count("\n") == 1
@@ -233,7 +233,7 @@ def test_exit_codes_come_back_and_the_rest_is_ended(group, script, code, line, c
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_reaches_all_ranks_and_they_are_waited_for(group, tmp_path, number, code):
+def test_a_signal_reaches_all_ranks_and_the_launcher_waits_for_them(group, tmp_path, number, code):
     script = f"""
 def stop(number, frame):
     time.sleep(1)                                       # a checkpoint
@@ -252,7 +252,7 @@ time.sleep(60)"""
     assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
 
 
-def test_ranks_that_do_not_end_are_killed_after_the_grace(group, tmp_path):
+def test_ranks_that_do_not_end_are_killed_after_the_grace_period(group, tmp_path):
     script = f"""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(f'{tmp_path}/ready{{rank}}', 'w').close()

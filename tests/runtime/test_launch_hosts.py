@@ -165,7 +165,7 @@ def test_torchrun_with_a_rendezvous_on_two_machines_after_a_preflight(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_machine_that_loses_its_power_is_named(tmp_path):
+def test_a_rank_of_a_machine_that_is_gone_is_named(tmp_path):
     """With namespaces, hostb's network goes with it: nobody tells hosta that its connections are closed."""
     if machines() != "namespaces":
         pytest.skip("needs two network namespaces")
@@ -273,7 +273,7 @@ def slurm_job(recipe, stubs, step, restarts):
 
 
 @pytest.mark.faults
-def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, stubs):
+def test_the_slurm_script_is_queued_again_and_resumes_after_its_time_is_up(tmp_path, stubs):
     """srun, scontrol and SLURM's signal are stand-ins."""
     recipe = lag(tmp_path)
     said, code = slurm_job(recipe, stubs, 1, restarts=0)
@@ -289,7 +289,7 @@ def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, stubs):
     assert steps == sorted(set(steps)) and steps[-1] > before, "it did not go on where it stopped"
 
 
-def test_the_slurm_script_says_what_the_documentation_promises():
+def test_the_slurm_script_has_the_lines_that_the_documentation_names():
     text = SLURM.read_text()
     assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
     for line in (
@@ -302,7 +302,7 @@ def test_the_slurm_script_says_what_the_documentation_promises():
         assert line in text
 
 
-def test_the_kubernetes_manifest_fits_together():
+def test_the_kubernetes_manifest_is_consistent():
     jobset = yaml.safe_load((kit.ROOT / "examples" / "k8s" / "ppo_lag.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (job,) = jobset["spec"]["replicatedJobs"]

@@ -46,7 +46,7 @@ def needs_package(kind="adamw-8bit"):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_learns(results, kind, stage, precision):
+def test_each_optimizer_lowers_the_loss_and_follows_the_schedule(results, kind, stage, precision):
     needs_package(kind)
     got = results[1][f"{kind}/{stage}/{precision}/"]
     assert got["class"] == {"adamw": "AdamW", "adamw-8bit": "AdamW8bit", "adafactor": "Adafactor"}[kind]
@@ -55,7 +55,7 @@ def test_learns(results, kind, stage, precision):
 
 
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_split_and_stage_change_little(results, kind, stage):
+def test_processes_and_zero_stage_change_losses_only_within_tolerance(results, kind, stage):
     """The same losses in two processes and in every ZeRO stage; the blocks of 8 bits lie elsewhere in
     each.
     """
@@ -66,7 +66,7 @@ def test_split_and_stage_change_little(results, kind, stage):
             assert got[name] == pytest.approx(expected[name], rel=2e-3 if kind == "adamw-8bit" else 2e-5)
 
 
-def test_eight_bits_follow_adamw(results):
+def test_adamw_8bit_stays_close_to_adamw(results):
     needs_package()
     for stage in STAGES["adamw"]:
         for precision in ("fp32", "bf16"):
@@ -76,7 +76,7 @@ def test_eight_bits_follow_adamw(results):
 
 
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_only_matrices_decay_and_as_scheduled(results, kind, stage):
+def test_only_matrices_decay_and_the_decay_follows_the_schedule(results, kind, stage):
     needs_package(kind)
     got = results[1][f"decay/{kind}/{stage}"]
     (matrices, biases), after = got["weights"]
@@ -86,7 +86,7 @@ def test_only_matrices_decay_and_as_scheduled(results, kind, stage):
 
 
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_no_step_but_ours_is_counted(results, kind, stage):
+def test_the_optimizer_counts_only_the_steps_of_training(results, kind, stage):
     """DeepSpeed's own, on gradients of zero, made the first ones too small in ZeRO-0 and bf16."""
     needs_package(kind)
     for precision in ("fp32", "bf16"):
@@ -95,7 +95,7 @@ def test_no_step_but_ours_is_counted(results, kind, stage):
     assert low == pytest.approx(whole, rel=4e-3)
 
 
-def test_states_are_as_small_as_they_say(results):
+def test_optimizer_states_have_the_documented_size(results):
     for processes, stages in ((1, (0, 1, 2, 3)), (2, (1, 2, 3))):
         for stage in stages:
             wide = results[processes][f"adamw/{stage}/fp32/"]["bytes"]
@@ -125,7 +125,7 @@ def test_offload_changes_no_number(results, processes, stage, offload):
         assert not any(whole[name] for name in ("cpu_offload", "offload_optimizer", "offload_param"))
 
 
-def test_offload_of_eight_bits(results):
+def test_offload_of_adamw_8bit_changes_no_number(results):
     needs_package()
     for precision in ("fp32", "bf16"):
         whole, off = (results[1][f"adamw-8bit/2/{precision}/{where}"] for where in ("", "states"))
@@ -142,7 +142,7 @@ def test_offloaded_weights_can_be_read_and_replaced(results, processes):
         assert got["skipped"] == 1 and got["after_nan"] == 0.0
 
 
-def test_what_cannot_be_had_is_refused(monkeypatch):
+def test_adafactor_under_zero_and_a_missing_bitsandbytes_are_refused(monkeypatch):
     net = torch.nn.Linear(3, 2)
     for stage in (1, 2, 3):
         with pytest.raises(
@@ -156,7 +156,7 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
         optimizers.build(net, Optimizer(kind="adamw-8bit"), 0)
 
 
-def test_frozen_weights_are_left_alone():
+def test_frozen_weights_are_in_no_parameter_group():
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     net[0].requires_grad_(False)
     groups = optimizers.build(net, Optimizer(weight_decay=0.1), 0).param_groups

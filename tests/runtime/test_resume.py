@@ -42,7 +42,7 @@ def rows_without_time(folder):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_goes_on_as_if_nothing_had_happened(world, tmp_path, stage, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     run(stage, world, copy, resume="auto")
@@ -70,7 +70,7 @@ VARIANTS = {
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
+def test_a_resumed_run_of_each_form_of_ppo_lag_equals_an_uninterrupted_one(world, tmp_path, variant):
     run("ppo-lag", world, tmp_path / "a", **VARIANTS[variant])
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     run("ppo-lag", world, copy, resume="auto", **VARIANTS[variant])
@@ -78,7 +78,7 @@ def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
 
 
 @pytest.mark.numeric
-def test_writing_checkpoints_changes_nothing(world, tmp_path):
+def test_writing_checkpoints_changes_no_number(world, tmp_path):
     run("sft", world, tmp_path / "a")
     run("sft", world, tmp_path / "b", **{"checkpoint.interval": 100})
     run("sft", world, tmp_path / "c", **{"checkpoint.interval": 1, "checkpoint.asynchronous": "true"})
@@ -94,7 +94,7 @@ def test_writing_checkpoints_changes_nothing(world, tmp_path):
     assert_same(tmp_path / "a", tmp_path / "c")  # written in the background: the same bytes
 
 
-def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
+def test_steps_logged_after_the_checkpoint_are_not_logged_twice(world, tmp_path):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     # the killed run had told more than its last checkpoint knows
@@ -105,7 +105,7 @@ def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "ppo-lag"])
-def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a", **{"checkpoint.interval": STEPS})
     before = signal.getsignal(signal.SIGTERM)
     from saferlhf_fast.runtime.metrics import Metrics
@@ -128,7 +128,7 @@ def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
-def test_the_clock_makes_a_checkpoint_due(world, tmp_path):
+def test_a_checkpoint_is_written_after_the_configured_minutes(world, tmp_path):
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1000, "checkpoint.minutes": 1e-9})
     assert [step for step, _ in manifest.listed(tmp_path / "a")] == list(range(STEPS, 0, -1))
 
@@ -137,7 +137,7 @@ def test_the_clock_makes_a_checkpoint_due(world, tmp_path):
 
 
 @pytest.mark.numeric
-def test_a_damaged_one_is_passed_over_and_named(world, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=3)
     shard = manifest.folder_of(copy, 3) / "model" / "mp_rank_00_model_states.pt"
@@ -150,7 +150,7 @@ def test_a_damaged_one_is_passed_over_and_named(world, tmp_path, capsys):
     assert_same(tmp_path / "a", copy)
 
 
-def test_nothing_whole_is_refused_and_nothing_is_lost(world, tmp_path, capsys):
+def test_without_an_undamaged_checkpoint_resume_is_refused_and_deletes_nothing(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     (manifest.folder_of(copy, AT) / "state.json").unlink()
@@ -169,7 +169,7 @@ def test_without_a_checkpoint_the_run_starts_anew(world, tmp_path, capsys):
     assert_same(tmp_path / "a", copy)
 
 
-def test_a_finished_run_is_not_done_again(world, tmp_path, capsys):
+def test_a_finished_run_is_not_run_again(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     before = kit.files(tmp_path / "a")
     run("reward", world, tmp_path / "a", resume="auto")
@@ -178,7 +178,7 @@ def test_a_finished_run_is_not_done_again(world, tmp_path, capsys):
     assert "holds a finished run" in capsys.readouterr().err and kit.files(tmp_path / "a") == before
 
 
-def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
+def test_resume_with_other_settings_or_inputs_is_refused(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     before = kit.files(copy)
@@ -196,7 +196,7 @@ def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
 
 
 @pytest.mark.numeric
-def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
+def test_another_run_can_start_from_a_named_checkpoint(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     run("reward", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT))
     assert kit.losses(tmp_path / "b") == kit.losses(tmp_path / "a")[AT:]
@@ -209,7 +209,7 @@ def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
     assert "of the stage reward, expected cost" in capsys.readouterr().err
 
 
-def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
+def test_code_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
     """Even when the manifest is made to fit: whoever can write the folder can do that."""
     import torch
 
@@ -280,7 +280,7 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
 @pytest.mark.numeric
 @pytest.mark.parametrize("zero, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
 @pytest.mark.parametrize("gradients", ["nan", "1"])
-def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, gradients, capsys):
+def test_a_step_with_nan_changes_no_weight(world, tmp_path, zero, precision, gradients, capsys):
     """Also where this model's own gradients are finite, since another rank's loss or another model's was
     not.
     """
@@ -354,21 +354,21 @@ def both(world, tmp_path, cells, processes=2, **settings):
 
 
 @pytest.mark.numeric
-def test_two_processes_go_on_as_if_nothing_had_happened(world, tmp_path):
+def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one(world, tmp_path):
     for pair in both(world, tmp_path, CELLS):
         assert_same(*pair)
 
 
 @pytest.mark.numeric
 @pytest.mark.faults
-def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_under_every_zero_stage(world, tmp_path):
     cells = list(product(STAGES, (0, 1, 2, 3), ("fp32", "bf16")))
     for pair in both(world, tmp_path, cells):
         assert_same(*pair)
 
 
 @pytest.mark.numeric
-def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path, capsys):
+def test_a_recipe_of_several_stages_resumes_in_the_middle_of_a_stage(world, tmp_path, capsys):
     settings = {"batch_size": 3, "accumulation": 1, "max_steps": STEPS, "epochs": 9}
     recipe = tmp_path / "recipe.yaml"
     stages = [
@@ -433,7 +433,7 @@ def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_pat
 
 
 @pytest.mark.numeric
-def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsys):
+def test_resume_expands_a_home_folder(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     run("reward", world, "~/a")
     interrupted(tmp_path / "a", tmp_path / "b")
@@ -442,7 +442,7 @@ def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.numeric
-def test_the_best_weights_of_another_run_come_along(world, tmp_path):
+def test_a_run_that_starts_from_a_checkpoint_keeps_its_best_weights(world, tmp_path):
     # A rate that rises to far too much: the first loss is the best; those after step AT were 2.9 to 19 times
     # it over 5 seeds.
     settings = {
@@ -463,7 +463,7 @@ def test_the_best_weights_of_another_run_come_along(world, tmp_path):
 
 
 @pytest.mark.numeric
-def test_a_damaged_newer_one_does_not_push_out_what_is_written_now(world, tmp_path):
+def test_damaged_newer_checkpoints_do_not_displace_new_ones(world, tmp_path):
     keep = {"checkpoint.interval": 1, "checkpoint.keep": 9}
     run("reward", world, tmp_path / "a", **keep)
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=4)

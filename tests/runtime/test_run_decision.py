@@ -152,7 +152,7 @@ def letter(decision):
 
 
 @pytest.mark.parametrize("line", EXPECTED.strip().splitlines())
-def test_every_case_has_its_action(world, line):
+def test_every_state_of_the_output_folder_has_its_action(world, line):
     *case, without, with_overwrite = line.split()
     make_output(world, *case)
     names = dict(zip(RESUMES, (None, "auto", manifest.folder_of(world.out, 2), checkpoint(world.elsewhere))))
@@ -171,7 +171,7 @@ def test_every_case_has_its_action(world, line):
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", "a: [", "\x00\x01"])
-def test_damaged_files_of_a_run_are_no_bug(world, damage):
+def test_damaged_files_of_a_run_cause_no_crash(world, damage):
     """What settings cannot be read does not go on; lost hashes are written anew; without versions.json it is
     not ours.
     """
@@ -200,7 +200,7 @@ def test_a_link_that_leads_to_no_folder_is_refused_before_anything_is_loaded(wor
             run_folder.check_output("reward", world(output=str(link), overwrite="true"))
 
 
-def test_the_check_before_says_what_the_stage_then_does(world):
+def test_check_output_predicts_what_open_run_does(world):
     for resume, action, remains in (
         (None, Action.NEW, ["reward"]),
         ("auto", Action.REPLACE, ["reward"]),
@@ -222,7 +222,7 @@ def test_the_check_before_says_what_the_stage_then_does(world):
     assert run_folder.check_output("reward", world(resume="auto")) is Action.SKIP
 
 
-def test_the_demo_resumes_nothing():
+def test_the_demo_never_resumes():
     assert asked_by(DemoConfig(overwrite=True)) == Asked(None, True)
 
 
@@ -242,9 +242,7 @@ def counted(monkeypatch, *functions):
 
 
 @pytest.mark.parametrize("saved, hashed", [("checkpt", 0), ("model", 1)])
-def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_its_folder(
-    world, monkeypatch, saved, hashed
-):
+def test_a_start_computes_settings_and_hashes_no_more_often_than_needed(world, monkeypatch, saved, hashed):
     make_output(world, "none", "same", saved)
     stage = types.ModuleType("fake_stage")
     stage.train = lambda cfg, restart: run_folder.open_run("reward", cfg, restart) and {}

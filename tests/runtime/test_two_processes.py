@@ -40,7 +40,7 @@ def close(a, b, tolerance=2e-5):
         ),
     ],
 )
-def test_supervised(world, tmp_path, stage, key, zero):
+def test_supervised_losses_equal_those_of_one_process(world, tmp_path, stage, key, zero):
     """Through torchrun and the command line; test_matrix.py has every stage under every sharding."""
     base, data, _ = world
     common = [

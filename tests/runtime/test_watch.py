@@ -58,7 +58,7 @@ def small(fault, ranks_, timeout=60, interval=0.3, world=2):
     return ended(ranks([SMALL, fault, ranks_, timeout, interval], world), 90)
 
 
-def test_a_rank_that_raises_ends_the_others_who_wait_for_it():
+def test_a_rank_that_raises_ends_the_ranks_that_wait_for_it():
     codes, (first, second) = small("raise", "1")
     assert codes == [1, 1]
     assert "[rank 1] bug: RuntimeError: no tokens left" in second and second.count("\n") == 1
@@ -68,13 +68,13 @@ def test_a_rank_that_raises_ends_the_others_who_wait_for_it():
     assert first.count("\n") == 1
 
 
-def test_a_killed_rank_is_named_also_when_the_store_goes_with_it():
+def test_a_killed_rank_is_named_even_if_it_hosted_the_store():
     codes, (_, second) = small("kill", "0")
     assert codes == [-signal.SIGKILL, 1]
     assert "[rank 1] ended: rank 0 (" in second and "is gone, and the store with it" in second
 
 
-def test_a_rank_that_hangs_is_named_with_the_place_where_it_stands():
+def test_a_rank_that_hangs_is_named_with_its_line_of_code():
     codes, said = small("hang", "1", timeout=3)
     assert codes == [1, 1]
     for line in said:
@@ -86,12 +86,12 @@ def test_a_rank_that_hangs_is_named_with_the_place_where_it_stands():
         )
 
 
-def test_the_same_error_on_all_ranks_is_one_line():
+def test_the_same_error_on_all_ranks_is_printed_once():
     codes, said = small("refuse", "0,1")
     assert codes == [2, 2] and said == ["error: row 3: expected a prompt, got none\n", ""]
 
 
-def test_nothing_is_watched_in_one_process():
+def test_one_process_has_no_watchdog():
     watchdog.begin(1.0)
     assert watchdog._watchdog is None and watchdog.failed(ValueError("x")) is None
     watchdog.end()
@@ -118,7 +118,7 @@ def beat(count=1, stood=0.0, waits=True, collectives=5, state="runs", at="x.py:1
     }
 
 
-def test_to_blame_for_a_hang_is_who_does_not_wait_and_is_behind():
+def test_the_rank_that_does_not_wait_and_is_behind_is_blamed_for_a_hang():
     one = stub()
     assert one._hang({0: beat(stood=9.9), 1: beat(), 2: beat(waits=False)}) is None
     assert one._hang({0: beat(stood=10), 1: beat(), 2: beat(waits=False)}).rank == 2
@@ -131,7 +131,7 @@ def test_to_blame_for_a_hang_is_who_does_not_wait_and_is_behind():
     assert one._hang({0: beat(stood=99, state="ended"), 1: beat(), 2: beat()}) is None
 
 
-def test_silence_counts_for_other_machines():
+def test_silence_counts_only_for_ranks_on_other_machines():
     one = stub(timeout=600.0)
     for _ in range(60):  # LOST is 120 s
         assert one._silence({0: beat(), 1: beat(), 2: beat()}, 2.0) is None
@@ -145,7 +145,7 @@ def test_silence_counts_for_other_machines():
     assert one._silence({0: beat(), 1: beat(), 2: beat(count=2)}, 2.0).gone == (2,)
 
 
-def test_a_dead_process_is_not_taken_for_a_later_one_of_the_same_number():
+def test_a_dead_process_is_not_confused_with_a_later_one_of_the_same_pid():
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     who = {"pid": process.pid, "born": process_identity.start_time(process.pid)}
     assert process_identity.is_running(who) and not process_identity.is_running({**who, "born": "1"})
@@ -166,7 +166,7 @@ def test_a_dead_process_is_not_taken_for_a_later_one_of_the_same_number():
         ("interrupt", [130, 130, 130], None),
     ],
 )
-def test_three_ranks(fault, codes, cause):
+def test_a_fault_of_one_of_three_ranks_ends_the_others(fault, codes, cause):
     found, said = small(fault, "1", world=3)
     assert found == codes
     for r in (0, 2):
@@ -174,7 +174,7 @@ def test_three_ranks(fault, codes, cause):
 
 
 @pytest.mark.faults
-def test_a_rank_that_was_told_to_end_is_no_fault():
+def test_ranks_that_exit_after_sigterm_report_no_fault():
     codes, said = small("early", "0,1")
     assert codes == [143, 143] and said == ["", ""]
 
@@ -208,7 +208,7 @@ def recipe(tmp_path_factory):
         ("kill", "0", [-9, 1], "rank 0 ("),
     ],
 )
-def test_a_fault_in_the_middle_of_a_rollout(recipe, tmp_path, fault, faulty, codes, cause):
+def test_a_fault_in_the_middle_of_a_rollout_ends_all_ranks(recipe, tmp_path, fault, faulty, codes, cause):
     """Ends within the collectives' limit (engine.timeout, 12 s here) + 30 s, start included in what is
     allowed.
     """
