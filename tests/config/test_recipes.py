@@ -1,4 +1,4 @@
-"""The shipped recipes load, validate and say what the paper's table says."""
+"""The shipped recipes load, are valid and have the settings of the paper's table."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STAND_INS = {"pku_tiny": ("root",), "multi-node": ("output",)}
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder with everything that pku_tiny names, as empty as can pass the checks."""
+    """A folder with every file that pku_tiny names, with the least content that passes the checks."""
     model = tmp_path / "models" / "stories260k"
     model.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -42,7 +42,7 @@ def test_every_recipe_has_all_stages_in_order(path, root):
     assert (ppo.reward, ppo.cost) == (f"{reward.output}/model", f"{cost.output}/model")
     for step in steps[4:]:
         assert step.kind == "evaluate" and step.cfg.reference == ppo.model
-    assert path.read_text().startswith("# "), "a recipe begins with what it is for and how to run it"
+    assert path.read_text().startswith("# "), "a recipe begins with a comment on its purpose and its command"
 
 
 def test_the_recipes_that_the_readme_names_exist():
@@ -75,7 +75,7 @@ def test_global_batches_equal_those_of_the_paper(name, gpus, root):
 
 @pytest.mark.parametrize("name", ["paper", "multi-node"])
 def test_settings_equal_the_table_of_the_paper(name, root):
-    """The recipe table of the paper's reference implementation, line by line."""
+    """The settings of the paper's reference implementation, line by line."""
     _, steps = plan(name, root)
     sft, reward, cost, ppo = (s.cfg for s in steps)
     assert (sft.train.epochs, reward.train.epochs, cost.train.epochs, ppo.ppo.prompt_epochs) == (3, 2, 2, 1)
@@ -115,7 +115,7 @@ def test_settings_equal_the_table_of_the_paper(name, root):
 
 
 def test_the_recipe_paper_accepts_another_model_and_other_data(root):
-    """So that the recipe can be tried on one CPU: nothing of the Hub is left when these are given."""
+    """So the recipe can be tried on one CPU: with these settings it names nothing on the Hub."""
     data = str(root / "data.json")
     (root / "data.json").write_text("[{}]")
     stand_ins = {

@@ -1,4 +1,4 @@
-"""Batches: the same global batches for any ranks; padding whose mask comes from lengths."""
+"""Batches: equal global batches for any number of ranks; the padding mask comes from the lengths."""
 
 import subprocess
 import sys
@@ -11,12 +11,14 @@ from saferlhf_fast.data.batches import collate_left, global_batches, share
 
 @pytest.mark.parametrize("n, size", [(1, 1), (1, 4), (7, 3), (12, 4), (63, 10)])
 def test_epochs_visit_everything_once_in_a_seeded_order(n, size):
-    made = global_batches(n, size, seed=1, epoch=0)
-    assert sorted(i for batch in made for i in batch) == list(range(n))
-    assert [len(batch) for batch in made[:-1]] == [size] * (len(made) - 1) and 1 <= len(made[-1]) <= size
-    assert made == global_batches(n, size, seed=1, epoch=0)
+    batches = global_batches(n, size, seed=1, epoch=0)
+    assert sorted(i for batch in batches for i in batch) == list(range(n))
+    assert [len(batch) for batch in batches[:-1]] == [size] * (len(batches) - 1) and 1 <= len(
+        batches[-1]
+    ) <= size
+    assert batches == global_batches(n, size, seed=1, epoch=0)
     if n > 10:
-        assert made != global_batches(n, size, seed=1, epoch=1) != global_batches(n, size, seed=2, epoch=1)
+        assert batches != global_batches(n, size, seed=1, epoch=1) != global_batches(n, size, seed=2, epoch=1)
     assert global_batches(n, size, shuffle=False)[0] == list(range(min(n, size)))
 
 

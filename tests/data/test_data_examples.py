@@ -1,4 +1,4 @@
-"""Examples: what is kept, what is dropped and counted, what ends the loading, which tokens are learned."""
+"""Examples: which rows are kept, dropped and counted or end the loading, and which tokens are learned."""
 
 import json
 
@@ -15,7 +15,7 @@ HEAD = len("BEGINNING OF CONVERSATION: USER: ") + len(" ASSISTANT:") + 1  # with
 
 @pytest.fixture
 def put(tmp_path):
-    """Writes rows to a file -> its path."""
+    """A function that writes rows to a file and returns its path."""
 
     def write(rows, name="rows.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -86,7 +86,7 @@ def test_unusable_rows_are_counted_and_do_not_end_the_loading(put):
     lines = report.lines()
     assert lines[0] == f"{path} (pku): 5 rows, 1 examples"
     assert "  1 dropped: the two responses are identical (first: line 2)" in lines
-    # the safety labels are none of its business
+    # for a reward model the safety labels do not matter
     assert len(pairs(path, "reward", 200)[0]) == 2
 
 
@@ -119,7 +119,7 @@ def test_mistakes_in_a_row_end_the_loading(put):
     del row["better_response_id"]
     with pytest.raises(UserError, match="line 1: no field 'better_response_id'"):
         pairs(put([row]))
-    assert len(pairs(put([row]), "cost")[0]) == 1  # which does not need it
+    assert len(pairs(put([row]), "cost")[0]) == 1  # the cost model does not need that label
 
 
 def test_the_wrong_kind_of_data_is_refused(put):
@@ -255,12 +255,16 @@ def test_mixture_is_reported_by_source(put):
 
 def test_split_by_prompt_is_disjoint_and_the_same_everywhere(put):
     examples, _ = pairs(put([pku(i, response_0=f"Robin {j}.") for i in range(60) for j in range(3)]))
-    train, held = split_by_prompt(examples, 0.25, seed=3)
-    sides = [{pair.prompt_text for pair in side} for side in (train, held)]
-    assert not sides[0] & sides[1] and len(train) + len(held) == 180 and 6 <= len(sides[1]) <= 26
+    train, held_out = split_by_prompt(examples, 0.25, seed=3)
+    prompts_of = [{pair.prompt_text for pair in side} for side in (train, held_out)]
+    assert (
+        not prompts_of[0] & prompts_of[1]
+        and len(train) + len(held_out) == 180
+        and 6 <= len(prompts_of[1]) <= 26
+    )
     prompts, _ = prompt_examples(put([pku(i) for i in range(0, 60, 2)]), byte_tokenizer())
-    assert {prompt.text for prompt in split_by_prompt(prompts, 0.25, seed=3)[1]} <= sides[1]
-    assert split_by_prompt(examples, 0.25, seed=4)[1] != held
+    assert {prompt.text for prompt in split_by_prompt(prompts, 0.25, seed=3)[1]} <= prompts_of[1]
+    assert split_by_prompt(examples, 0.25, seed=4)[1] != held_out
     assert split_by_prompt(examples, 0) == (examples, [])
     two = [examples[0], examples[-1]]
     assert all(split_by_prompt(two, fraction, seed) for fraction in (0.01, 0.99) for seed in range(5))

@@ -1,4 +1,4 @@
-"""Files and sources: every format of file, every kind of damage (one line that names the place), mixtures."""
+"""Files and sources: every format of file, every kind of damage (one line names the place), mixtures."""
 
 import csv
 import gzip
@@ -22,7 +22,7 @@ def fields(path, **more):
 
 
 def refusal(path, content=None, **more):
-    """The UserError's text, which must be a single line."""
+    """Returns the text of the UserError, which must be a single line."""
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -140,7 +140,9 @@ def test_a_missing_file_is_refused(tmp_path):
 
 def test_an_unknown_hub_name_is_an_error_of_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the Hub is not asked first
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # so that no request is sent to the Hub before
 
     def load_dataset(path, name=None, split=None):
         raise ConnectionError("no\nnetwork")
@@ -154,16 +156,18 @@ def test_an_unknown_hub_name_is_an_error_of_one_line(monkeypatch):
 
 def test_rows_are_read_from_the_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the Hub is not asked first
-    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # so that no request is sent to the Hub before
+    calls = []
 
     def load_dataset(path, name=None, split=None):
-        asked.append((path, name, split))
+        calls.append((path, name, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert fields("owner/trees", name="small", split="test") == ROWS
-    assert asked == [("owner/trees", "small", "test")]
+    assert calls == [("owner/trees", "small", "test")]
 
 
 def test_columns_are_renamed(tmp_path):

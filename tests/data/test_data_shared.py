@@ -1,7 +1,6 @@
-"""The real files, where they are (SAFERLHF_DATA, else ../shared): every one loads, with the counts it should
-have.
+"""Real data files, if their folder exists (SAFERLHF_DATA, else ../shared): each loads with the expected counts.
 
-Only counts and structure are looked at; nothing of these files is copied.
+The tests check only counts and structure; they copy nothing of these files.
 """
 
 import random
@@ -25,10 +24,10 @@ def tokenizer():
 
 
 def path(name):
-    found = ROOT / "data" / name
-    if not found.is_file():
-        pytest.skip(f"{name} is not there")
-    return str(found)
+    file = ROOT / "data" / name
+    if not file.is_file():
+        pytest.skip(f"{name} does not exist")
+    return str(file)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_preference_files_have_the_expected_counts(tokenizer, name, kind, record
         assert pair.first_ids[: pair.prompt_length] == pair.second_ids[: pair.prompt_length]
         assert pair.first_ids[pair.prompt_length - len(tag) : pair.prompt_length] == tag
         assert pair.first_ids[-1] == pair.second_ids[-1] == 2
-    # A response's tokens are the response's text, whole.
+    # The tokens of a response decode to its whole text.
     for pair in random.Random(0).sample(examples, min(20, len(examples))):
         assert tokenizer.decode(pair.first_ids[pair.prompt_length : -1]) in (
             pair.first_text,

@@ -1,4 +1,4 @@
-"""Templates: the texts they stand for, the learned tokens, the prefix property, cutting prompts on the left."""
+"""Templates: their texts, the learned tokens, the prefix property, prompts cut on the left."""
 
 import pytest
 from data_tokenizers import CHATML, LLAMA2, THINKING, byte_tokenizer, space_tokenizer
@@ -68,7 +68,7 @@ def test_a_chat_template_gives_the_text_of_apply_chat_template():
     tokenizer = byte_tokenizer(bos=False, template=CHATML)
     template = Template(tokenizer)
     ids, mask = encoded(template, TALK)
-    # The line break behind the last turn's end is not generated, so it is neither learned nor there.
+    # The line break after the end of the last turn is not generated, so it is left out.
     assert shown(tokenizer, ids) == tokenizer.apply_chat_template(list(TALK), tokenize=False).rstrip()
     assert shown(tokenizer, ids, mask) == "Hi there.<|im_end|>The oak.<|im_end|>"
     assert set(template.stop_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
@@ -139,8 +139,8 @@ def test_sentencepiece_puts_no_space_behind_the_tag():
         "a",
         "k",
     ]
-    whole = tokenizer("BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.")["input_ids"]
-    assert encoded(template, TALK[:2])[0] == [*whole, tokenizer.eos_token_id]
+    expected = tokenizer("BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.")["input_ids"]
+    assert encoded(template, TALK[:2])[0] == [*expected, tokenizer.eos_token_id]
 
 
 def test_truncation_keeps_the_end_and_the_tag():
@@ -149,7 +149,7 @@ def test_truncation_keeps_the_end_and_the_tag():
     ids = template.encode_prompts([({"role": "user", "content": "x" * 500 + " the end?"},)])[0]
     assert shown(tokenizer, template.truncate_prompt(ids, 40)) == "<s>" + "x" * 19 + " the end? ASSISTANT:"
     assert template.truncate_prompt(ids, len(ids)) == ids
-    # bos, 10 tokens of tag, nothing else
+    # only bos and the 10 tokens of the tag fit
     assert template.truncate_prompt(ids, 11) is None
 
 
@@ -160,9 +160,11 @@ def test_a_tokenizer_without_an_end_of_sequence_token_is_refused():
 
 def test_retokenize_gives_the_ids_of_the_dialogue():
     tokenizer = byte_tokenizer()
-    made = retokenize([TALK[:1], TALK[:1]], ["Hi there.", "Hi"], tokenizer, "safe-rlhf", ended=[True, False])
-    assert made[0] == encoded(Template(tokenizer, "safe-rlhf"), TALK[:2])[0]
-    assert shown(tokenizer, made[1]) == "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi"
+    dialogues = retokenize(
+        [TALK[:1], TALK[:1]], ["Hi there.", "Hi"], tokenizer, "safe-rlhf", ended=[True, False]
+    )
+    assert dialogues[0] == encoded(Template(tokenizer, "safe-rlhf"), TALK[:2])[0]
+    assert shown(tokenizer, dialogues[1]) == "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi"
     (short,) = retokenize([TALK[:1]], ["Hi there."], tokenizer, "safe-rlhf", max_length=30)
     assert shown(tokenizer, short) == "<s>R: Hello ASSISTANT:Hi there.</s>"
     (long,) = retokenize([TALK[:1]], ["Hi there." * 9], tokenizer, "safe-rlhf", max_length=30)

@@ -1,4 +1,4 @@
-"""A replacement for a vLLM server: the same routes, answered by a tiny model that loads weights on request."""
+"""A replacement for a vLLM server: its routes, answered by a tiny model that loads weights on request."""
 
 import contextlib
 import json

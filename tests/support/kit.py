@@ -1,4 +1,4 @@
-"""Tiny models and data for tests: a Llama with a word-level tokenizer, and files like those of PKU-SafeRLHF."""
+"""Tiny models and data for tests: a Llama with a word-level tokenizer, files like those of PKU-SafeRLHF."""
 
 import contextlib
 import json
