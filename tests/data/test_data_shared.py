@@ -1,4 +1,4 @@
-"""Real data files, if their folder exists (SAFERLHF_DATA, else ../shared): each loads with the expected counts.
+"""Real data files, if their folder exists (SAFERLHF_DATA or ../shared): each loads with the expected counts.
 
 The tests check only counts and structure; they copy nothing of these files.
 """

@@ -1,4 +1,4 @@
-"""Plain lines where there is no terminal, a bar where there is one, nothing from other ranks."""
+"""Output is plain lines without a terminal, a progress bar with one, and only rank 0 prints."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ STEP = {
 
 
 class Terminal(io.StringIO):
-    """A stdout that says it is a terminal."""
+    """A stdout that claims to be a terminal."""
 
     encoding = "utf-8"
 
@@ -30,7 +30,7 @@ class Terminal(io.StringIO):
 
 @contextlib.contextmanager
 def terminal():
-    """What is printed inside goes to a terminal of 120 columns -> its stream."""
+    """Prints inside of the context go to a terminal of 120 columns; yields its stream."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(Terminal()) as stream:
         for name, value in {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}.items():
             patch.setenv(name, value)
@@ -64,7 +64,7 @@ def test_every_step_has_its_line_and_speed_in_plain_output(capsys):
     steps = [line for line in out.splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in steps] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert all("tokens/s" in line and "left" in line for line in steps[1:])
-    assert len(out.splitlines()) == 6 and is_plain(out)  # and one line at the end
+    assert len(out.splitlines()) == 6 and is_plain(out)  # five steps and one line at the end
 
 
 def test_plain_progress_prints_a_line_every_few_seconds(capsys, monkeypatch):
@@ -75,7 +75,7 @@ def test_plain_progress_prints_a_line_every_few_seconds(capsys, monkeypatch):
             now[0] += 0.25
             bar.advance(tokens=500, line=f"loss {step}")
     lines = capsys.readouterr().out.splitlines()
-    # 25 seconds at one line every 5, the last step, the summary: not 100 lines.
+    # 25 seconds give one line every 5 seconds, the last step and the summary, not 100 lines.
     assert 6 <= len(lines) <= 8, lines
     assert "2,000 tokens/s" in lines[1] and "left" in lines[1] and "loss" in lines[1]
     assert lines[-1] == "sft: 100 steps in 0:25, 2,000 tokens/s"
@@ -105,7 +105,7 @@ def test_a_disabled_track_prints_nothing(capsys):
         bar.advance(tokens=3, line=console.step_line(1, 3, STEP))
         console.sample_table([{"prompt": "p", "response": "r", "reward": 1.0}])
     assert capsys.readouterr().out == ""
-    console.step_line(1, 3, STEP)  # outside of it, all is as before
+    console.step_line(1, 3, STEP)  # outside of the track it prints again
     assert capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl stays valid JSON, trackers are written and only those that are named, only rank 0 writes."""
+"""metrics.jsonl is valid JSON, only the named trackers are used, and only rank 0 writes."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def cfg(*trackers):
 
 def lines(folder):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not valid JSON")
 
     return [
         json.loads(line, parse_constant=refuse)
@@ -41,7 +41,7 @@ def test_each_step_is_written_at_once_as_one_line_of_valid_json(tmp_path):
 
 
 def test_numbers_keep_order_and_precision():
-    found = to_numbers(
+    numbers = to_numbers(
         {
             "a": torch.tensor(2**24 + 1),
             "b": 3,
@@ -51,13 +51,15 @@ def test_numbers_keep_order_and_precision():
             "f": torch.tensor(1.5, dtype=torch.bfloat16),
         }
     )
-    assert list(found) == list("abcdef")
-    assert list(found.values()) == [2**24 + 1, 3, 0.1, 1, 1, 1.5]
+    assert list(numbers) == list("abcdef")
+    assert list(numbers.values()) == [2**24 + 1, 3, 0.1, 1, 1, 1.5]
 
 
-@pytest.mark.parametrize("value, got", [(torch.zeros(2), r"shape \[2\]"), ("1.0", "str"), (None, "NoneType")])
-def test_a_value_that_is_no_number_is_refused_by_name(value, got):
-    with pytest.raises(ValueError, match=f"train/x: expected a number or a 0-d tensor, got .*{got}"):
+@pytest.mark.parametrize(
+    "value, kind", [(torch.zeros(2), r"shape \[2\]"), ("1.0", "str"), (None, "NoneType")]
+)
+def test_a_value_that_is_no_number_is_refused_by_name(value, kind):
+    with pytest.raises(ValueError, match=f"train/x: expected a number or a 0-d tensor, got .*{kind}"):
         to_numbers({"train/x": value})
 
 
@@ -110,7 +112,7 @@ def finish(): calls.append(("finish",))
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A package of a tracker's name that notes its calls."""
+    """A function that makes a package with the name of a tracker; the package records its calls."""
 
     def make(name):
         folder = tmp_path / "packages"
@@ -149,7 +151,7 @@ def test_missing_tracker_names_the_command_on_every_rank(rank, tmp_path, monkeyp
 
 def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
     (tmp_path / "trackio").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing else can be found
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # no other package can be imported
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     with pytest.raises(UserError, match="pip install trackio"):
         check_trackers(["trackio"])

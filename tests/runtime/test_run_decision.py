@@ -1,6 +1,4 @@
-"""What becomes of an output folder: the table, case by case, and how often the facts behind it are worked
-out.
-"""
+"""What happens to an output folder: the table of all cases, and how often its facts are computed."""
 
 import itertools
 import sys
@@ -20,13 +18,12 @@ from saferlhf_fast.runtime.run_state import RunState
 
 RESUMES = (None, "auto", "its own checkpoint", "a checkpoint elsewhere")
 ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
-"""(overwrite, resume, restart), in the order of the columns of EXPECTED: without overwrite, a space, with it.
-"""
+"""(overwrite, resume, restart) in the order of the columns of EXPECTED: without overwrite, then with it."""
 
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
 REFUSALS = {
     "; choose another folder, or overwrite=true": "h",
-    "no run folder of ours": "f",
+    "overwrite=true does not delete": "f",
     "belongs to other settings": "c",
     "expected auto or the folder of a checkpoint": "m",
     "is a file; expected a folder": "d",
@@ -34,8 +31,9 @@ REFUSALS = {
     "belongs to the stage": "k",
 }
 
-# A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no
-# result (free), in ones that do (other), in the number of processes, in its stage (kind) · what it saved.
+# The columns of a run: its finished.json (none, damaged, whole); what differs in its settings (same: nothing,
+# free: settings that change no result, other: settings that do, processes: their number, kind: the stage,
+# inputs: their content); what the run has saved.
 EXPECTED = """
 absent                      NNNNmmNN NNNNmmNN
 empty                       NNNNmmNN NNNNmmNN
@@ -95,7 +93,7 @@ CHANGES = {"free": {"engine.threads": "3"}, "other": {"seed": "2"}}
 
 @pytest.fixture
 def world(tmp_path):
-    """Makes a config of the stage reward over a model folder and a data file; world.out is its output."""
+    """A function that makes a config of the stage reward; world.out is its output folder."""
     model, data = tmp_path / "llama", tmp_path / "data.json"
     model.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -111,7 +109,7 @@ def world(tmp_path):
 
 
 def checkpoint(output):
-    """Writes a checkpoint of no files -> its folder."""
+    """Writes a checkpoint without files; returns its folder."""
     folder = manifest.folder_of(output, 2)
     folder.mkdir(parents=True)
     manifest.write(folder, {"files": {}})
@@ -148,7 +146,7 @@ def make_output(world, content, differs=None, saved=None):
 def letter(decision):
     if decision.action is not Action.REFUSE:
         return LETTERS[decision.action]
-    return next(letter for part, letter in REFUSALS.items() if part in decision.sentence)
+    return next(letter for fragment, letter in REFUSALS.items() if fragment in decision.sentence)
 
 
 @pytest.mark.parametrize("line", EXPECTED.strip().splitlines())
@@ -172,8 +170,9 @@ def test_every_state_of_the_output_folder_has_its_action(world, line):
 
 @pytest.mark.parametrize("damage", ["", "[1]", "a: [", "\x00\x01"])
 def test_damaged_files_of_a_run_cause_no_crash(world, damage):
-    """What settings cannot be read does not go on; lost hashes are written anew; without versions.json it is
-    not ours.
+    """Lost hashes are written anew; without readable settings resume is refused.
+
+    Without a readable versions.json the folder does not count as a run folder.
     """
     make_output(world, "none", "same", "checkpt")
     resuming = world(resume="auto")
@@ -187,7 +186,7 @@ def test_damaged_files_of_a_run_cause_no_crash(world, damage):
     with pytest.raises(UserError, match="config.yaml cannot be read"):
         run_folder.check_output("reward", resuming)
     (world.out / "versions.json").write_text(damage)
-    with pytest.raises(UserError, match="no run folder of ours"):
+    with pytest.raises(UserError, match="no run folder"):
         run_folder.check_output("reward", world(overwrite="true"))
 
 
@@ -227,7 +226,7 @@ def test_the_demo_never_resumes():
 
 
 def counted(monkeypatch, *functions):
-    """Counts the calls of functions, by whatever name a module of ours knows them -> Counter by name."""
+    """Counts the calls of functions under every name that a module of the package has for them."""
     counts = Counter()
     for function in functions:
 
@@ -250,8 +249,8 @@ def test_a_start_computes_settings_and_hashes_no_more_often_than_needed(world, m
     monkeypatch.setitem(pipeline.ENTRIES, "reward", "fake_stage:train")
     counts = counted(monkeypatch, load.to_dict, fingerprint.recipe_hash, fingerprint.hashes)
     pipeline.run_stage("reward", world(resume="auto"))
-    # to_dict: once for the check of the inputs; then with and without secrets, by the check of the output and
-    # by the stage.
+    # to_dict: once for the check of the inputs, then with and without secrets for the check of the output and
+    # for the stage.
     assert (
         Counter(to_dict=1, hashes=hashed)
         <= counts
