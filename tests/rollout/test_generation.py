@@ -45,7 +45,7 @@ def sampled(lm, prompts, seeds, limits, ends=ENDS, **sampling):
         {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3},
     ],
 )
-def test_samples_and_log_probs_are_those_of_one_sequence_at_a_time(lm, settings):
+def test_samples_and_log_probs_equal_those_of_one_sequence_at_a_time(lm, settings):
     prompts = generation_kit.prompts()
     seeds, limits = [100 + i for i in range(7)], [9, 1, 30, 4, 17, 12, 2]
     got = sampled(lm, prompts, seeds, limits, **settings)
@@ -72,7 +72,7 @@ def test_a_sample_depends_on_prompt_and_seed_alone(lm):
     assert [r.ids[:20] for r in sampled(lm, prompts, seeds, [40] * 7)] == [r.ids for r in whole]
 
 
-def test_one_prompt_several_seeds(lm):
+def test_several_seeds_of_one_prompt_give_different_samples(lm):
     prompt = generation_kit.prompts(1)
     made = sampled(lm, prompt * 6, list(range(6)), [12] * 6)
     assert len({tuple(r.ids) for r in made}) == 6
@@ -88,7 +88,7 @@ def test_one_prompt_several_seeds(lm):
         {"temperature": 0.7, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.3},
     ],
 )
-def test_log_probs_are_those_that_scoring_gives(lm, settings):
+def test_log_probs_of_sampling_equal_those_of_scoring(lm, settings):
     prompts = generation_kit.prompts()
     made = sampled(lm, prompts, list(range(7)), [10] * 7, **settings)
     sequences = [p + r.ids for p, r in zip(prompts, made)]
@@ -126,7 +126,7 @@ def test_rows_that_have_ended_leave_the_batch(lm):
     assert sizes == [8] * 3 + [1] * 37
 
 
-def test_ends(lm):
+def test_a_response_ends_with_an_end_token_or_at_its_limit(lm):
     """The end token belongs to the response and is the last; at a limit a response has not ended by
     itself.
     """
@@ -140,7 +140,7 @@ def test_ends(lm):
         assert len(response.logp) == len(response.ids)
 
 
-def test_an_end_token_in_the_prompt_ends_nothing(lm):
+def test_an_end_token_in_the_prompt_does_not_end_the_response(lm):
     prompt = [7, 2, 11]
     assert len(sampled(lm, [prompt], [1], [5], ends=[2])[0].ids) == len(
         generation_kit.naive(lm, prompt, 1, 5, [2], Sampling())[0]
@@ -172,7 +172,7 @@ def test_stop_strings_cut_after_the_token_that_completes_them(lm):
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen2"])
-def test_other_architectures(architecture):
+def test_samples_of_other_architectures_equal_naive_sampling(architecture):
     """Absolute positions; sliding windows and soft-capped attention; tied heads."""
     import transformers
 
@@ -217,7 +217,7 @@ def test_other_architectures(architecture):
         assert_near_in_another_batch(response.logp, logp)
 
 
-def test_a_model_without_a_cache_of_keys_is_one_call(lm):
+def test_a_model_without_a_cache_of_keys_samples_the_same_tokens(lm):
     """Recurrent models bring caches of their own kind, from which no rows are taken out."""
     import transformers
 
@@ -233,7 +233,7 @@ def test_a_model_without_a_cache_of_keys_is_one_call(lm):
         assert response.ids == generation_kit.naive(mamba, prompt, seed, limit, [], Sampling())[0]
 
 
-def test_adapters_answer(lm):
+def test_adapters_take_part_in_sampling(lm):
     """A model inside peft: its adapters take part."""
     import peft
 
@@ -266,18 +266,18 @@ def test_the_model_s_own_generation_settings_change_nothing(lm):
         lm.generation_config = own
 
 
-def test_a_diverged_model_is_not_the_end_of_the_process():
+def test_a_model_with_nan_weights_does_not_end_the_process():
     lm = generation_kit.llama()
     lm.lm_head.weight.data.fill_(torch.nan)
     made = sampled(lm, generation_kit.prompts(2), [0, 1], [3, 3], ends=[])
     assert all(len(r.ids) == 3 and max(r.ids) < 61 for r in made) and str(made[0].logp[0]) == "nan"
 
 
-def test_no_prompts(lm):
+def test_no_prompts_give_no_responses(lm):
     assert sampled(lm, [], [], []) == []
 
 
-def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
+def test_the_weight_sharing_copy_shares_memory_and_has_no_hooks(lm):
     from saferlhf_fast.rollout.engines.gathered_weights import weight_sharing_copy
 
     calls = []
@@ -297,7 +297,7 @@ def test_gathered_twin_shares_memory_and_has_no_hooks(lm):
         handle.remove()
 
 
-def test_engines_by_name(lm):
+def test_auto_chooses_an_engine_and_an_unknown_name_is_refused(lm):
     actor, tokenizer = generation_kit.actor(lm), generation_kit.tokenizer()
     from saferlhf_fast.rollout.engines.hf_generate import Generate
 
@@ -312,7 +312,7 @@ def test_engines_by_name(lm):
         )
 
 
-def test_zero_3_in_two_processes(tmp_path):
+def test_zero_3_in_two_processes_samples_the_tokens_of_one_process(tmp_path):
     """Ranks with other prompts, other lengths and one without any: the samples of one process with whole
     weights.
     """

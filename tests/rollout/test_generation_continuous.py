@@ -38,21 +38,21 @@ def same(got, expected):
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"repetition_penalty": 1.4}, ALL])
-def test_samples_are_those_of_generate(lm, settings):
+def test_samples_equal_those_of_generate(lm, settings):
     prompts, seeds, limits = generation_kit.prompts(), [50 + i for i in range(7)], [9, 1, 30, 4, 17, 12, 2]
     got = sampled(lm, "continuous", prompts, seeds, limits, **settings)
     same(got, sampled(lm, "generate", prompts, seeds, limits, **settings))
     assert len({len(r.ids) for r in got}) > 3
 
 
-def test_batches_and_several_responses_per_prompt(lm):
+def test_the_batch_size_changes_no_sample_of_repeated_prompts(lm):
     prompts, seeds, limits = generation_kit.prompts(2) * 3, list(range(6)), [12] * 6
     whole = sampled(lm, "continuous", prompts, seeds, limits)
     same(sampled(lm, "continuous", prompts, seeds, limits, batch_size=4), whole)
     assert len({tuple(r.ids) for r in whole}) == 6
 
 
-def test_ends_and_stop_strings(lm):
+def test_end_tokens_and_stop_strings_end_responses_as_in_generate(lm):
     tokenizer = generation_kit.tokenizer()
     prompts, seeds, limits = generation_kit.prompts(8), list(range(8)), [25] * 8
     free = sampled(lm, "generate", prompts, seeds, limits, ends=[])
@@ -63,7 +63,7 @@ def test_ends_and_stop_strings(lm):
     assert len(got[1].ids) == 1 and 1 < sum(r.ended for r in got) <= 8
 
 
-def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
+def test_a_sequence_that_lost_its_cache_continues_with_the_same_tokens(lm, monkeypatch):
     """A cache with room for two of five sequences: the others wait, are put off, and start again with what
     they had.
     """
@@ -95,7 +95,7 @@ def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
     assert any(restarts)
 
 
-def test_our_attention_for_packed_sequences_is_put_aside_and_put_back(lm):
+def test_attention_for_packed_sequences_is_replaced_while_sampling_and_restored(lm):
     prompts, seeds, limits = generation_kit.prompts(3), [1, 2, 3], [6] * 3
     expected = sampled(lm, "continuous", prompts, seeds, limits)
     own = generation_kit.llama()
@@ -105,7 +105,7 @@ def test_our_attention_for_packed_sequences_is_put_aside_and_put_back(lm):
     assert own.config._attn_implementation == ours != lm.config._attn_implementation
 
 
-def test_sliding_windows_and_softcaps():
+def test_sliding_windows_and_softcaps_give_the_samples_of_generate():
     import transformers
 
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_sliding_windows_and_softcaps():
     same(sampled(lm, "continuous", prompts, seeds, limits), sampled(lm, "generate", prompts, seeds, limits))
 
 
-def test_adapters_answer(lm):
+def test_adapters_take_part_in_sampling(lm):
     import peft
 
     torch.manual_seed(0)
@@ -145,7 +145,7 @@ def test_adapters_answer(lm):
     assert [r.ids for r in got] != [r.ids for r in sampled(lm, "generate", prompts, seeds, limits)]
 
 
-def test_weights_are_the_trained_ones_at_every_rollout():
+def test_every_rollout_uses_the_current_weights():
     lm = generation_kit.llama()
     prompts, seeds, limits = generation_kit.prompts(3), [4, 5, 6], [8] * 3
     generator = open_generator(
@@ -161,7 +161,7 @@ def test_weights_are_the_trained_ones_at_every_rollout():
     assert [r.ids for r in before] != [r.ids for r in after]
 
 
-def test_an_error_in_the_thread_that_generates_is_raised_here(lm, monkeypatch):
+def test_an_error_in_the_sampling_thread_is_raised_in_the_caller(lm, monkeypatch):
     def broken(*_):
         raise ValueError("no such luck")
 
@@ -171,7 +171,7 @@ def test_an_error_in_the_thread_that_generates_is_raised_here(lm, monkeypatch):
     assert lm.config._attn_implementation == "sdpa"
 
 
-def test_what_it_cannot_run_is_refused():
+def test_recurrent_models_and_sharded_weights_are_refused():
     import transformers
 
     mamba = transformers.MambaForCausalLM(
@@ -188,5 +188,5 @@ def test_what_it_cannot_run_is_refused():
         open_generator(sharded, None, ENDS, Sampling(engine="continuous", gather=False))
 
 
-def test_no_prompts(lm):
+def test_no_prompts_give_no_responses(lm):
     assert sampled(lm, "continuous", [], [], []) == []

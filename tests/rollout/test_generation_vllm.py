@@ -40,7 +40,7 @@ def expected(lm, prompts, seeds, limits, **sampling):
 
 
 @pytest.mark.parametrize("settings", [{}, ALL])
-def test_responses_are_in_order_and_of_the_trainer_s_weights(settings):
+def test_responses_are_in_order_and_sampled_with_the_weights_of_the_trainer(settings):
     """The server starts with other weights than the trainer's."""
     lm, other = generation_kit.llama(0), generation_kit.llama(1)
     prompts, seeds, limits = generation_kit.prompts(9), list(range(9)), [6, 3, 9, 1, 7, 2, 8, 4, 5]
@@ -54,7 +54,7 @@ def test_responses_are_in_order_and_of_the_trainer_s_weights(settings):
         generator.close()
 
 
-def test_new_weights_are_read_before_the_next_rollout():
+def test_after_a_refresh_the_next_rollout_uses_the_new_weights():
     lm = generation_kit.llama(0)
     prompts, seeds, limits = generation_kit.prompts(3), [1, 2, 3], [8] * 3
     with serving(generation_kit.llama(1)) as stand:
@@ -81,7 +81,7 @@ def test_new_weights_are_read_before_the_next_rollout():
         assert not folder.exists()
 
 
-def test_weights_with_merged_adapters_in_a_folder_of_the_recipe_s(tmp_path):
+def test_adapters_are_merged_into_the_weights_in_the_configured_folder(tmp_path):
     import peft
 
     torch.manual_seed(0)
@@ -100,7 +100,7 @@ def test_weights_with_merged_adapters_in_a_folder_of_the_recipe_s(tmp_path):
     assert (tmp_path / "shared" / "weights" / "config.json").exists()
 
 
-def test_what_a_request_says():
+def test_a_request_has_the_settings_of_sampling():
     lm = generation_kit.llama()
     with serving(lm) as stand:
         generator = generator_of(lm, stand, temperature=0.5, top_p=0.9, stop=["yes", "no"])
@@ -123,7 +123,7 @@ def test_what_a_request_says():
     assert body["logprobs"] == 0 and body["return_token_ids"]
 
 
-def test_a_busy_server_is_asked_again():
+def test_a_request_to_a_busy_server_is_repeated():
     lm = generation_kit.llama()
     prompts, seeds, limits = generation_kit.prompts(2), [1, 2], [5, 5]
     with serving(lm) as stand:
@@ -136,7 +136,7 @@ def test_a_busy_server_is_asked_again():
         assert len(stand.bodies("/v1/completions")) == 5
 
 
-def test_a_server_that_is_not_there_is_one_clear_line():
+def test_a_missing_server_is_an_error_of_one_line():
     with serving(generation_kit.llama()) as stand:
         address = stand.address
     with pytest.raises(UserError) as caught:
@@ -151,7 +151,7 @@ def test_a_server_that_is_not_there_is_one_clear_line():
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in line
 
 
-def test_what_the_server_refuses_is_said_once():
+def test_a_request_that_the_server_refuses_is_not_repeated():
     lm = generation_kit.llama()
     with serving(lm) as stand:
         generator = generator_of(lm, stand)
@@ -162,7 +162,7 @@ def test_what_the_server_refuses_is_said_once():
         generator.close()
 
 
-def test_a_server_that_says_other_log_probs_is_refused():
+def test_a_server_with_raw_log_probs_is_refused():
     lm = generation_kit.llama()
     with serving(lm, mode="raw_logprobs") as stand:
         generator_of(lm, stand).close()  # at temperature 1 there is no difference
@@ -182,7 +182,7 @@ def test_a_server_out_of_development_mode_cannot_take_weights():
         generator.close()
 
 
-def test_without_vllm_the_command_is_said(monkeypatch):
+def test_without_vllm_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     actor = generation_kit.actor(generation_kit.llama())
@@ -241,7 +241,7 @@ class LLM:
         return answers
 
 
-def test_in_this_process_it_sleeps_but_for_rollouts_and_takes_the_weights_of_then(monkeypatch):
+def test_vllm_in_this_process_sleeps_between_rollouts_and_uses_the_current_weights(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
     )

@@ -86,7 +86,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
     assert json.loads((Path(out) / "summary.json").read_text())["steps"] == 4
 
 
-def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, monkeypatch):
+def test_scoring_in_portions_during_sampling_changes_no_number(world, tmp_path, monkeypatch):
     """Frozen models are asked in the thread, portion by portion; the figures are those of one portion."""
     import threading
 
@@ -110,7 +110,7 @@ def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, mon
         assert a == pytest.approx(b, rel=2e-3, abs=1e-4), name
 
 
-def test_from_the_engine_s_log_probs(world, tmp_path):
+def test_old_log_probs_of_the_engine_correct_stale_batches(world, tmp_path):
     """old_logp=engine: the ratio itself corrects, so it is not 1 from the second step on."""
     out = kit.run(
         "ppo-lag",
@@ -137,7 +137,7 @@ def test_from_the_engine_s_log_probs(world, tmp_path):
         ({"lora.rank": 4}, "got one shared base (lora.rank)"),
     ],
 )
-def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, said):
+def test_settings_that_exclude_overlap_are_refused(world, tmp_path, capsys, settings, said):
     given = {**{key.replace("__", "."): value for key, value in SETTINGS.items()}, **settings}
     code = kit.main(
         "ppo-lag",

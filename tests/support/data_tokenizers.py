@@ -1,4 +1,4 @@
-"""Small tokenizers for the data tests, made on the spot: one token per byte or per character."""
+"""Small tokenizers for the data tests: one token per byte or per character."""
 
 from functools import cache
 
@@ -27,7 +27,7 @@ THINKING = (
 
 @cache
 def byte_tokenizer(bos=True, template=None, eos="</s>"):
-    """One token per byte; any text comes back as it was."""
+    """One token per byte; decoding gives back any text unchanged."""
     vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -53,12 +53,12 @@ def _wrapped(core, bos, template, eos):
     core.add_special_tokens(SPECIAL)
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>" if bos or template else None,
         eos_token=eos,
         unk_token="<unk>",
         pad_token="<unk>",
     )
-    made.chat_template = template
-    return made
+    tokenizer.chat_template = template
+    return tokenizer

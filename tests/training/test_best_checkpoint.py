@@ -15,7 +15,7 @@ def offered(scores, keep=None, best=None):
     return best
 
 
-def test_the_best_is_kept_with_the_weights_of_its_moment():
+def test_the_best_evaluation_is_kept_with_the_weights_of_its_step():
     kept = iter("abcd")
     best = offered([1.0, 3.0, 3.0, 2.0], lambda: next(kept))
     assert (best.step, best.evaluation, best.weights) == (2, {"score": 3.0}, "b")  # the first of equals
@@ -23,12 +23,12 @@ def test_the_best_is_kept_with_the_weights_of_its_moment():
     assert next(kept) == "c"
 
 
-def test_without_keep_the_last_one_counts():
+def test_without_keep_the_last_evaluation_counts():
     best = offered([1.0, 3.0, 2.0])
     assert (best.step, best.evaluation, best.weights) == (3, {"score": 2.0}, None)
 
 
-def test_a_resumed_one_goes_on_from_its_best():
+def test_a_restored_best_checkpoint_compares_with_its_earlier_best():
     again = BestCheckpoint(lambda evaluation: [evaluation["score"]], lambda: "new")
     again.load_state_dict(offered([1.0, 3.0], lambda: "old").state_dict())
     again.offer(3, {"score": 2.0})
@@ -61,7 +61,7 @@ def test_a_resumed_one_goes_on_from_its_best():
         ),
     ],
 )
-def test_checkpoints_of_before_are_read(older, expected):
+def test_states_of_earlier_versions_are_read(older, expected):
     best = BestCheckpoint(lambda evaluation: [0.0], lambda: "new")
     best.load_state_dict(older)
     assert best.state_dict() == expected

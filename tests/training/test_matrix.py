@@ -129,14 +129,14 @@ def whole(world):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("cell", COVER, ids=lambda cell: cell.name)
-def test_cover(cover, cell):
+def test_a_pairwise_cover_of_the_matrix_gives_the_losses_of_the_references(cover, cell):
     agrees(cell, cover[cell], cover[cell.reference])
 
 
 @pytest.mark.numeric
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", PRODUCT, ids=lambda cell: cell.name)
-def test_product(whole, cell):
+def test_the_whole_matrix_gives_the_losses_of_the_references(whole, cell):
     agrees(cell, whole[cell], whole[cell.reference])
 
 
@@ -196,7 +196,7 @@ def test_every_pair_of_values_is_covered():
     assert len(COVER) < 60
 
 
-def test_the_product_is_whole():
+def test_the_product_has_every_combination():
     places = {
         (0, "none"),
         *((zero, kind) for zero in (1, 2, 3) for kind in ("none", "states")),
@@ -219,7 +219,7 @@ def test_the_product_is_whole():
         assert met == there
 
 
-def test_a_crash_hides_no_other_cell(tmp_path, monkeypatch):
+def test_the_cells_after_a_crash_are_run(tmp_path, monkeypatch):
     """Of five cells the second raises on one rank, the third kills its process without a word and the fourth
     hangs.
     """
@@ -251,7 +251,7 @@ def test_a_crash_hides_no_other_cell(tmp_path, monkeypatch):
     ]
 
 
-def test_a_difference_is_named():
+def test_a_difference_is_reported_with_step_and_name():
     cell = matrix.Cell("sft", 2, "none", "fp32", 2, "-", "plain")
     rows = [{"loss": 1.0, "grad_norm": 2.0}, {"weights": 0.02}]
     agrees(cell, {"rows": rows}, {"rows": rows})

@@ -49,6 +49,6 @@ def test_a_new_head_has_the_configured_spread(found, head):
     assert found[f"{head}: same on all ranks"]
 
 
-@pytest.mark.parametrize("how", ["whole", "sharded", "replicated", "trained on"])
+@pytest.mark.parametrize("how", ["gathered", "sharded", "replicated", "trained on"])
 def test_a_saved_score_model_gives_the_same_bits(found, how):
     assert found["moved"] and found[f"reloaded, {how}"]

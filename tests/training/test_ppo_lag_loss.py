@@ -38,7 +38,7 @@ def batch(seed=0, dtype=torch.float64, rows=4, columns=7):
 
 
 @pytest.mark.parametrize("multiplier", [0, 0.3, 5.0])
-def test_formula_and_gradient(multiplier):
+def test_loss_and_gradient_equal_the_formula(multiplier):
     (logp, *rest), mask = batch()
     logp.requires_grad_()
     loss, stats = PPOLagLoss()(logp, *rest, multiplier, mask=mask)
@@ -50,7 +50,7 @@ def test_formula_and_gradient(multiplier):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_and_padded(dtype):
+def test_packed_and_padded_inputs_give_the_same_loss(dtype):
     tensors, mask = batch(3, dtype)
     packed, cu_seqlens = pack(tensors, mask)
     criterion = PPOLagLoss(reduction="token-mean")
@@ -68,7 +68,7 @@ def test_packed_and_padded(dtype):
     )
 
 
-def test_every_way_to_say_lambda():
+def test_lambda_may_be_a_number_a_tensor_or_a_multiplier():
     tensors, mask = batch(1, torch.float32)
     expected = PPOLagLoss()(*tensors, 0.25, mask=mask)[0]
     for rule in (
@@ -99,7 +99,7 @@ def test_masked_entries_may_hold_anything():
     assert all(tensor.grad is None for tensor in poisoned[1:])
 
 
-def test_no_token_is_no_loss():
+def test_no_token_gives_a_loss_of_zero():
     loss, _ = PPOLagLoss()(*torch.zeros(4, 0, 3), 1.0, mask=torch.zeros(0, 3, dtype=torch.bool))
     assert loss.item() == 0.0
 
@@ -123,14 +123,14 @@ def test_no_token_is_no_loss():
         ({"mask": torch.ones(4, 7)}, "mask: expected dtype torch.bool"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_inputs_that_do_not_fit_are_refused(change, message):
     tensors, mask = batch(0, torch.float32)
     names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
     with pytest.raises(ValueError, match=message):
         PPOLagLoss()(**{**dict(zip(names, tensors)), "multiplier": 1.0, "mask": mask, **change})
 
 
-def test_clip_higher_and_dual_clip():
+def test_clip_higher_and_dual_clip_equal_the_formula():
     (logp, old_logp, reward, cost), mask = batch(5)
     old_logp = old_logp - 0.5
     advantages = (reward - 0.5 * cost) / 1.5
@@ -143,7 +143,7 @@ def test_clip_higher_and_dual_clip():
     assert_near(scaled, 2 * term[mask].mean())
 
 
-def test_settings():
+def test_wrong_settings_are_refused_by_name():
     with pytest.raises(ValueError, match="expected settings out of .*clip_ratio.* got clip_rato"):
         PPOLagLoss(clip_rato=0.1)
     for settings, message in [
@@ -169,7 +169,7 @@ def test_settings():
     )
 
 
-def test_numbers_and_tensors_of_a_call():
+def test_arguments_of_a_call_are_those_of_ppo_loss():
     """Numbers where ppo_loss takes numbers: the hints say so, so that a type checker does not refuse them."""
     tensors, mask = batch(7, torch.float32)
     ref_logp, entropy = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(2))

@@ -57,7 +57,7 @@ def world(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
+def test_a_run_folder_is_complete_and_holds_no_environment_variable(world, stage):
     folder = world["folder"] / stage
     names = {"config.yaml", "versions.json", "started.json", "summary.json", "finished.json"}
     names |= {"evaluation.json", "samples.jsonl"} if stage == "evaluate" else {"metrics.jsonl", "report.html"}
@@ -72,7 +72,7 @@ def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
-def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, stage):
+def test_the_model_card_names_no_path_and_its_code_runs(world, stage):
     folder = world["folder"] / stage / "model"
     card = (folder / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
@@ -101,7 +101,7 @@ def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, 
         ("~/mine", None, "mine"),
     ],
 )
-def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown):
+def test_a_model_card_names_a_base_only_if_it_is_a_name_on_the_hub(tmp_path, model, base, shown):
     sources = [
         {"path": "/private/a/x.json", "kept": 1},
         {"path": "/private/b/x.json", "kept": 2},
@@ -120,7 +120,7 @@ def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
-def test_the_model_is_one_of_transformers(world, stage):
+def test_the_saved_model_loads_with_the_classes_of_transformers(world, stage):
     """Loaded by its own classes, which know nothing of us; and it is not the model that the run began
     with.
     """
@@ -284,7 +284,7 @@ def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
 
 
 @pytest.mark.numeric
-def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
+def test_gradient_checkpointing_changes_no_loss(world, tmp_path):
     runs = [
         kit.run(
             "sft",
@@ -302,7 +302,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "cost"])
-def test_bf16_on_a_cpu(world, tmp_path, stage):
+def test_bf16_on_a_cpu_stays_close_to_fp32(world, tmp_path, stage):
     data = world["sft" if stage == "sft" else "pairs"]
     runs = [
         kit.run(
@@ -322,7 +322,7 @@ def test_bf16_on_a_cpu(world, tmp_path, stage):
 
 
 @pytest.mark.numeric
-def test_accumulation_is_one_larger_batch(world, tmp_path):
+def test_accumulation_equals_one_larger_batch(world, tmp_path):
     common = {"model": world["model"], "data": world["sft"], "train__max_steps": 3}
     runs = [
         kit.run(
@@ -402,7 +402,7 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
 
 
 @pytest.mark.numeric
-def test_token_wise_loss_by_hand(world):
+def test_token_wise_loss_equals_the_formula(world):
     """The responses share their first token: from the second on, the shorter one's last score standing in."""
     from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.models.score_model import score_model_from_backbone

@@ -57,13 +57,13 @@ def close(a, b, tolerance=1e-4):
             assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
 
 
-def test_a_run_is_the_same_twice_and_another_with_another_seed(go):
+def test_runs_with_one_seed_are_equal_and_another_seed_gives_another_run(go):
     a, b, c = go(), go(), go(seed=7)
     close(a, b, 0)
     assert kit.losses(a) == [] and kit.losses(a, "train/actor_loss") != kit.losses(c, "train/actor_loss")
 
 
-def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
+def test_the_long_form_of_one_constraint_equals_the_short_form(go, world):
     """Bit for bit and under the same names, whatever the constraint is called."""
     settings = {"rule": "pid", "threshold": -0.1, "init": 0.5}
     selecting = {"evaluation__select": True, "evaluation__fraction": 0.2}
@@ -87,7 +87,7 @@ def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
 @pytest.mark.parametrize(
     "changes", [{}, {"ppo__epochs": 2, "ppo__whiten": True}, {"ppo__reduction": "token-mean"}]
 )
-def test_micro_batches_change_nothing(go, changes):
+def test_micro_batches_change_no_number(go, changes):
     whole = go(ppo__micro_batch_size=4, **changes)
     for size in (1, 2):
         close(whole, go(ppo__micro_batch_size=size, **changes))
@@ -102,7 +102,7 @@ def test_micro_batches_change_nothing(go, changes):
         {"ppo__single_pass": False, "engine__packing": False},
     ],
 )
-def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
+def test_one_pass_equals_two_and_packed_equals_padded(go, world, capsys, changes):
     """Old log-probs and values from a pass of their own, padded rows: the same figures, weights and
     samples.
     """
@@ -114,7 +114,7 @@ def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
     close(one, two)
 
 
-def test_several_steps_per_batch_ask_beforehand(go, capsys):
+def test_several_steps_per_batch_score_in_a_pass_of_its_own(go, capsys):
     """Epochs, minibatches and whitening switch the single pass off by themselves; each minibatch is a step of
     its own.
     """
@@ -127,7 +127,7 @@ def test_several_steps_per_batch_ask_beforehand(go, capsys):
     assert kit.losses(halves, "train/actor_lr")[-1] == pytest.approx(1e-3 / 5)
 
 
-def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
+def test_log_probs_of_the_engine_are_compared_and_can_serve_as_the_old_ones(go):
     """`generate` samples with the trainer's own weights: what it says differs in the last bits alone. Taken
     as old ones, or with importance weights of 1, they change nothing.
     """
@@ -223,7 +223,7 @@ def test_ptx_keeps_the_policy_near_its_data(go, world):
     assert not kit.losses(go(ptx=world["sft"], ppo__ptx_coeff=0), "train/ptx_loss")
 
 
-def test_reward_shaping_is_ppo_on_the_difference(go, world, tmp_path):
+def test_reward_shaping_equals_ppo_on_the_difference(go, world, tmp_path):
     """R − 2·C fed by two models, and by one model whose head is the difference of theirs (their backbones are
     the same).
     """
@@ -251,7 +251,7 @@ def test_reward_shaping_is_ppo_on_the_difference(go, world, tmp_path):
     )
 
 
-def test_ppo_is_ppo_lag_with_a_multiplier_of_zero(go):
+def test_ppo_equals_ppo_lag_with_a_multiplier_of_zero(go):
     """λ = 0 is possible with the pid rule alone; the actor then sees the reward's advantage only."""
     lag = go(multiplier__rule="pid", multiplier__init=0, multiplier__kp=0, multiplier__ki=0, multiplier__kd=0)
     ppo = go("ppo")
@@ -259,7 +259,7 @@ def test_ppo_is_ppo_lag_with_a_multiplier_of_zero(go):
         assert kit.losses(lag, name) == pytest.approx(kit.losses(ppo, name), rel=1e-5, abs=1e-6)
 
 
-def test_a_whitened_token_mean_starts_at_zero(go):
+def test_the_first_loss_of_a_whitened_token_mean_is_zero(go):
     """Before the first update the ratio is 1, so the loss is minus the mean advantage, which whitening makes
     0.
     """
@@ -268,7 +268,7 @@ def test_a_whitened_token_mean_starts_at_zero(go):
     assert abs(kit.losses(go(ppo__max_steps=1), "train/actor_loss")[0]) > 1e-3
 
 
-def test_epochs_go_over_each_batch_again(go):
+def test_a_second_epoch_trains_on_each_batch_again(go):
     """The second pass starts off the rollout's policy, so its divergence is not 0; learning rates see every
     update.
     """
@@ -385,7 +385,7 @@ def permuted(folder, base, score):
     return str(folder)
 
 
-def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
+def test_a_scorer_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
     """The same function under other ids gives the same scores; its critic starts from the policy, which is
     said.
     """
@@ -427,7 +427,7 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     assert kit.losses(out, "train/reward_critic_loss")
 
 
-def test_evaluation_on_training_prompts_is_told(go, capsys):
+def test_evaluation_on_training_prompts_is_reported(go, capsys):
     """The report says so too: test_report.py."""
     go(ppo__max_steps=1)
     told = " ".join(capsys.readouterr().out.split())
@@ -440,7 +440,7 @@ def test_evaluation_on_training_prompts_is_told(go, capsys):
 
 
 @pytest.mark.parametrize("pad_is_eos", [True, False])
-def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
+def test_stopping_at_the_end_token_is_learned(tmp_path, pad_is_eos):
     """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end
     token.
     """
@@ -493,7 +493,7 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architecture):
+def test_end_tokens_as_padding_of_a_prompt_change_no_log_prob(tmp_path, architecture):
     """Prompts of other lengths, padded with the end token on the left, are answered as alone. GPT-2's
     positions are absolute: they must be counted from each row's first token.
     """

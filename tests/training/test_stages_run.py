@@ -191,7 +191,7 @@ stages:
 NAMES = ["sft", "reward", "cost", "ppo-lag", "evaluate"]
 
 
-def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
+def test_a_pipeline_runs_and_a_second_start_skips_finished_stages(world, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     out = tmp_path / "out"
     words = ["run", tmp_path / "recipe.yaml", f"root={world['folder']}", f"output={out}"]
@@ -216,7 +216,7 @@ def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
     assert states == ["skipped", "skipped", "skipped", "done", "done"]
 
 
-def test_the_paper_s_recipe_starts_on_stand_ins(world, tmp_path):
+def test_the_recipe_of_the_paper_runs_with_a_small_model_and_small_data(world, tmp_path):
     """The shipped recipe with ZeRO-3 and its batch sizes: only model, data, precision and length are other
     ones.
     """
@@ -248,7 +248,7 @@ def test_the_paper_s_recipe_starts_on_stand_ins(world, tmp_path):
 
 
 @pytest.mark.numeric
-def test_a_run_s_model_is_compared_with_what_it_started_from(world, tmp_path):
+def test_evaluate_compares_a_trained_model_with_the_one_it_started_from(world, tmp_path):
     trained = kit.run(
         "sft",
         tmp_path / "sft",
