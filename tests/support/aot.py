@@ -84,7 +84,7 @@ class Variant(NamedTuple):
 
 def _rows(room):
     """Configs of the kernels on rows of logits."""
-    options = import_module(f"{PACKAGE}.token_logprob.triton_impl").options
+    options = import_module(f"{PACKAGE}.tiles_triton").options
     return [
         options(warps, capped, aligned)
         for _, warps in room.WARPS
