@@ -11,7 +11,7 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 INSTALL := -m pip install -q --no-compile
 
 OLDEST := .venv-oldest
-SECONDS_OF_TEST := 900
+SECONDS_OF_TEST := 480
 QUICK  := "not slow and not matrix and not faults"
 PORTABLE := "numeric and not slow and not matrix and not faults"
 UNTOUCHED := addresses faults resume matrix two_processes pku_tiny bench_step integration_trl_run

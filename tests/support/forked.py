@@ -103,7 +103,7 @@ def _start_server():
     """Starts the process that is forked, unless it runs.
 
     Python before 3.13 does not give it this process's sys.path: it would not find `forked_imports`, and would
-    go on without.
+    start without it and say nothing.
     """
     paths = [str(ROOT), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
@@ -134,6 +134,7 @@ def _run_rank(arguments, environment, folder, out, err):
     _reseed()
     code = 1
     try:
+        assert "forked_imports" in sys.modules, "the fork server could not import forked_imports"
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
