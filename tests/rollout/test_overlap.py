@@ -81,7 +81,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
             sampled[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
         assert lengths[step - 1] == pytest.approx(sampled["stale"][0])
         if step == 3:
-            assert sampled["stale"][1] != sampled["fresh"][1]  # else this test would not tell them apart
+            assert sampled["stale"][1] != sampled["fresh"][1]  # else the lengths could not tell the two apart
     assert json.loads((Path(out) / "summary.json").read_text())["steps"] == 4
 
 
@@ -150,7 +150,7 @@ def test_a_failure_in_the_thread_ends_the_run(world, tmp_path, monkeypatch, caps
     """The error is raised in the step that waits for the batch, and no thread remains."""
     import threading
 
-    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", lambda *rest: 1 / 0)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", lambda *arguments: 1 / 0)
     code = kit.main(
         "ppo-lag",
         f"output={tmp_path / 'no'}",

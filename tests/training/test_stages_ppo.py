@@ -344,7 +344,7 @@ def test_the_actor_is_saved_every_n_steps(go):
 
 
 def permuted(folder, base, score):
-    """Writes the model `score` with a permuted vocabulary, texts keep their scores; returns its path."""
+    """Writes the model `score` with a permuted vocabulary, under which texts keep their scores."""
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
     from saferlhf_fast.models.tokenizer import load_tokenizer
