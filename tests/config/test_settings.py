@@ -209,7 +209,7 @@ def test_each_mistake_gets_one_line_with_key_expected_and_got(overrides, expecte
     assert error(**overrides).startswith(expected)
 
 
-def test_an_error_names_the_file_where_the_key_stands(tmp_path):
+def test_an_error_names_the_file_that_has_the_key(tmp_path):
     path = recipe(tmp_path, "model: m\ndata: d\noutput: o\ntrain: {batch_size: x}\n")
     line = error(recipe=path)
     assert line.startswith(f"{path}: train.batch_size: expected") and line.endswith('got "x"')

@@ -397,7 +397,7 @@ def test_inspect_lists_checkpoints_and_reports_damage(tmp_path, capsys):
     cli.main(["inspect", str(tmp_path)])
     out = capsys.readouterr().out
     assert (
-        out.count("whole: every SHA-256 is right") == 2
+        out.count("every SHA-256 is right") == 2
         and "evaluation: loss 0.500\n" in out
         and "actor: 7 weights" in out
     )
@@ -480,7 +480,7 @@ def test_newest_returns_the_newest_complete_checkpoint(tmp_path):
     assert verify.newest(tmp_path).name == "step-00000001"
     shard.unlink()
     manifest.discard(manifest.folder_of(tmp_path, 1))
-    with pytest.raises(UserError, match="whole one; .*shard.pt is missing"):
+    with pytest.raises(UserError, match="shard.pt is missing"):
         verify.newest(tmp_path)
 
 

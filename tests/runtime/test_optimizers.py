@@ -1,4 +1,4 @@
-"""Each kind of optimiser in our Engine learns, decays, follows the schedule and has the documented size.
+"""Each kind of optimiser in the Engine learns, decays, follows the schedule and has the documented size.
 
 CPU offload changes no number. optimizer_worker.py runs the steps in one and in two processes.
 """

@@ -17,7 +17,7 @@ from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
 from saferlhf_fast.runtime.run_state import RunState
 
 RESUMES = (None, "auto", "its own checkpoint", "a checkpoint elsewhere")
-ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
+REQUESTS = tuple(itertools.product((False, True), RESUMES, (False, True)))
 """(overwrite, resume, restart) in the order of the columns of EXPECTED: without overwrite, then with it."""
 
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
@@ -31,7 +31,7 @@ REFUSALS = {
     "belongs to the stage": "k",
 }
 
-# The columns of a run: its finished.json (none, damaged, whole); what differs in its settings (same: nothing,
+# The columns of a run: its finished.json (none, damaged, valid); what differs in its settings (same: nothing,
 # free: settings that change no result, other: settings that do, processes: their number, kind: the stage,
 # inputs: their content); what the run has saved.
 EXPECTED = """
@@ -69,24 +69,24 @@ damaged processes checkpt   hhAAoohh PPAAooPP
 damaged kind      nothing   hhAAmmhh PPPPmmPP
 damaged kind      model     hhAAmmhh PPPPmmPP
 damaged kind      checkpt   hhAAoohh PPPPooPP
-whole   same      nothing   hhSSmmhh PPSSmmPP
-whole   same      model     hhSSmmhh PPSSmmPP
-whole   same      checkpt   hhSSoohh PPSSooPP
-whole   free      nothing   hhhhmmhh PPPPmmPP
-whole   free      model     hhhhmmhh PPPPmmPP
-whole   free      checkpt   hhhhoohh PPPPooPP
-whole   other     nothing   hhhhmmhh PPPPmmPP
-whole   other     model     hhhhmmhh PPPPmmPP
-whole   other     checkpt   hhhhoohh PPPPooPP
-whole   processes nothing   hhSSmmhh PPSSmmPP
-whole   processes model     hhSSmmhh PPSSmmPP
-whole   processes checkpt   hhSSoohh PPSSooPP
-whole   kind      nothing   hhhhmmhh PPPPmmPP
-whole   kind      model     hhhhmmhh PPPPmmPP
-whole   kind      checkpt   hhhhoohh PPPPooPP
-whole   inputs    nothing   hhhhmmhh PPPPmmPP
-whole   inputs    model     hhhhmmhh PPPPmmPP
-whole   inputs    checkpt   hhhhoohh PPPPooPP
+valid   same      nothing   hhSSmmhh PPSSmmPP
+valid   same      model     hhSSmmhh PPSSmmPP
+valid   same      checkpt   hhSSoohh PPSSooPP
+valid   free      nothing   hhhhmmhh PPPPmmPP
+valid   free      model     hhhhmmhh PPPPmmPP
+valid   free      checkpt   hhhhoohh PPPPooPP
+valid   other     nothing   hhhhmmhh PPPPmmPP
+valid   other     model     hhhhmmhh PPPPmmPP
+valid   other     checkpt   hhhhoohh PPPPooPP
+valid   processes nothing   hhSSmmhh PPSSmmPP
+valid   processes model     hhSSmmhh PPSSmmPP
+valid   processes checkpt   hhSSoohh PPSSooPP
+valid   kind      nothing   hhhhmmhh PPPPmmPP
+valid   kind      model     hhhhmmhh PPPPmmPP
+valid   kind      checkpt   hhhhoohh PPPPooPP
+valid   inputs    nothing   hhhhmmhh PPPPmmPP
+valid   inputs    model     hhhhmmhh PPPPmmPP
+valid   inputs    checkpt   hhhhoohh PPPPooPP
 """
 CHANGES = {"free": {"engine.threads": "3"}, "other": {"seed": "2"}}
 
@@ -135,7 +135,7 @@ def make_output(world, content, differs=None, saved=None):
         checkpoint(world.out)
     elif saved == "model":
         (world.out / "model").mkdir()
-    if content == "whole":
+    if content == "valid":
         run_folder.finish_run(world.out, {})
     elif content == "damaged":
         (world.out / "finished.json").write_text('{"stage": "rew')
@@ -157,11 +157,11 @@ def test_every_state_of_the_output_folder_has_its_action(world, line):
     state = RunState("reward", world())
 
     def row(skip):
-        cases = [
+        requests = [
             Asked(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
-            for overwrite, resume, restart in ASKED
+            for overwrite, resume, restart in REQUESTS
         ]
-        return "".join(letter(decide(state, asked)) for asked in cases)
+        return "".join(letter(decide(state, request)) for request in requests)
 
     assert row(skip=True) == without + with_overwrite
     # a stage that was started runs

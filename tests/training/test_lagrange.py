@@ -1,4 +1,4 @@
-"""λ: the reference implementation's steps, transcribed by hand, and what must hold for any costs."""
+"""λ: the steps of the reference implementation, written out by hand, and properties for any costs."""
 
 import math
 
@@ -38,22 +38,20 @@ def test_nonfinite_costs_are_left_out_of_the_mean():
 
 @pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
 def test_lambda_does_not_move_before_the_first_cost(rule):
-    """The mean of no cost is no cost of 0: with a threshold under 0 that would raise λ without any
-    evidence.
-    """
-    nothing = (torch.zeros(0), torch.full((3,), float("nan")), torch.full((2,), 1e9))
+    """Without a cost there is no mean; a mean of 0 would raise λ when the threshold is below 0."""
+    without_costs = (torch.zeros(0), torch.full((3,), float("nan")), torch.full((2,), 1e9))
     multiplier, fresh = (rule(init=1.0, threshold=-4.0, window=2) for _ in range(2))
-    for costs in nothing:
+    for costs in without_costs:
         assert multiplier.update(costs).item() == 1.0 and multiplier.mean_cost.item() == 0.0
-    again = rule(init=1.0, threshold=-4.0, window=2)
-    again.load_state_dict(multiplier.state_dict())
+    restored = rule(init=1.0, threshold=-4.0, window=2)
+    restored.load_state_dict(multiplier.state_dict())
     costs = torch.tensor([-1.0, -2.0])
     # the first cost counts as if it were the first update
     expected = fresh.update(costs)
-    assert torch.equal(multiplier.update(costs), expected) and torch.equal(again.update(costs), expected)
+    assert torch.equal(multiplier.update(costs), expected) and torch.equal(restored.update(costs), expected)
     assert expected.item() > 1.0 and multiplier.mean_cost.item() == -1.5
-    # the window is holes
-    assert torch.equal(multiplier.update(nothing[1]), expected) and multiplier.mean_cost.item() == -1.5
+    # now the window has no valid cost
+    assert torch.equal(multiplier.update(without_costs[1]), expected) and multiplier.mean_cost.item() == -1.5
 
 
 def test_an_update_without_a_cost_gives_the_next_one_no_derivative():
@@ -85,7 +83,7 @@ def test_pid_steps_equal_values_computed_by_hand():
     pid = PIDMultiplier(init=0.2, kp=0.5, ki=0.1, kd=2.0, max=5.0, threshold=0.0, window=1)
     assert math.isclose(pid.update(torch.tensor([1.0])).item(), 0.5 * 1 + (0.2 + 0.1 * 1), rel_tol=1e-6)
     assert math.isclose(pid.update(torch.tensor([1.5])).item(), 0.75 + 0.45 + 2.0 * 0.5, rel_tol=1e-6)
-    # falling: no derivative
+    # the cost falls, so there is no derivative
     assert math.isclose(pid.update(torch.tensor([0.5])).item(), 0.25 + 0.5 + 0.0, rel_tol=1e-6)
     assert pid.update(torch.tensor([-100.0])).item() == 0.0
 
@@ -102,22 +100,22 @@ def test_pid_integral_does_not_wind_up():
 @pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
 def test_a_multiplier_saved_with_torch_save_resumes_bit_for_bit(rule, tmp_path):
     costs = [torch.tensor([1.0, -2.0]), torch.tensor([3.0]), torch.tensor([0.5, 0.5, 4.0]), torch.tensor([])]
-    whole, first, second = (rule(init=0.5, window=5, delay=1) for _ in range(3))
+    uninterrupted, interrupted, resumed = (rule(init=0.5, window=5, delay=1) for _ in range(3))
     for batch in costs[:2]:
-        whole.update(batch), first.update(batch)
-    torch.save(first.state_dict(), tmp_path / "multiplier.pt")
-    second.load_state_dict(torch.load(tmp_path / "multiplier.pt", weights_only=True))
-    assert repr(second) == repr(first)
+        uninterrupted.update(batch), interrupted.update(batch)
+    torch.save(interrupted.state_dict(), tmp_path / "multiplier.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "multiplier.pt", weights_only=True))
+    assert repr(resumed) == repr(interrupted)
     for batch in costs[2:]:
-        assert torch.equal(whole.update(batch), second.update(batch)) and torch.equal(
-            whole.mean_cost, second.mean_cost
+        assert torch.equal(uninterrupted.update(batch), resumed.update(batch)) and torch.equal(
+            uninterrupted.mean_cost, resumed.mean_cost
         )
 
 
 def test_costs_of_any_dtype_give_the_same_lambda_without_a_gradient():
     costs = torch.tensor([0.5, 1.5], requires_grad=True)
     kinds = (costs * 1, costs.detach().double(), costs.detach().bfloat16())
-    values = [LagrangeMultiplier(window=2).update(made) for made in kinds]
+    values = [LagrangeMultiplier(window=2).update(kind) for kind in kinds]
     assert all(
         torch.equal(value, values[0]) and not value.requires_grad and value.dtype == torch.float32
         for value in values
@@ -185,8 +183,8 @@ def test_integer_costs_are_accepted_and_extreme_ones_are_left_out():
     assert LagrangeMultiplier(device="meta").update(torch.ones(2, device="meta")).is_meta
 
 
-def whole(multiplier):
-    """All that a multiplier holds, to compare."""
+def state_of(multiplier):
+    """Every attribute of a multiplier and of its window, in a form that can be compared."""
     return {
         name: value.tolist() if isinstance(value, torch.Tensor) else value
         for name, value in {**vars(multiplier), **vars(multiplier.window), "window": None}.items()
@@ -269,10 +267,10 @@ def whole(multiplier):
 def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(rule, change, message):
     multiplier = rule(init=2.0, threshold=0.5, window=4)
     multiplier.update(torch.tensor([1.0, 4.0]))
-    before = whole(multiplier)
+    before = state_of(multiplier)
     with pytest.raises(ValueError, match=message) as caught:
         multiplier.load_state_dict(change(rule().state_dict()))
-    assert whole(multiplier) == before and "\n" not in str(caught.value)
+    assert state_of(multiplier) == before and "\n" not in str(caught.value)
 
 
 def test_settings_may_be_tensors_integers_and_infinity():

@@ -1,4 +1,4 @@
-"""Reward and cost losses against their formulas, gradients by gradcheck, and where a score is read."""
+"""Reward and cost losses against their formulas, gradients by gradcheck, and the position of the score."""
 
 import math
 
@@ -21,8 +21,8 @@ BETTER, WORSE = [0.3, -1.2, 2.0], [0.1, 0.4, -3.0]
 def test_reward_loss_equals_the_formula():
     expected = sum(-log_sigmoid(b - w) for b, w in zip(BETTER, WORSE)) / 3
     expected += 0.01 * sum(x * x for x in BETTER + WORSE) / 6
-    got = reward_loss(torch.tensor(BETTER), torch.tensor(WORSE), regularization=0.01)
-    assert math.isclose(got.item(), expected, rel_tol=1e-6)
+    value = reward_loss(torch.tensor(BETTER), torch.tensor(WORSE), regularization=0.01)
+    assert math.isclose(value.item(), expected, rel_tol=1e-6)
 
 
 def test_cost_loss_equals_the_formula():
@@ -35,8 +35,8 @@ def test_cost_loss_equals_the_formula():
         / 3
     )
     expected += 0.001 * sum(x * x for x in safer + unsafer) / 6
-    got = cost_loss(*map(torch.tensor, (safer, unsafer, s_safer, s_unsafer)))
-    assert math.isclose(got.item(), expected, rel_tol=1e-6)
+    value = cost_loss(*map(torch.tensor, (safer, unsafer, s_safer, s_unsafer)))
+    assert math.isclose(value.item(), expected, rel_tol=1e-6)
 
 
 def test_gradients_pass_gradcheck():
@@ -78,9 +78,9 @@ def test_token_wise_cost_has_a_pair_s_signs_at_every_position():
 def test_no_pair_gives_a_loss_of_zero():
     for loss in (lambda a, b: reward_loss(a, b), lambda a, b: cost_loss(a, b, a.detach(), b.detach())):
         a, b = (torch.zeros(0, requires_grad=True) for _ in range(2))
-        got = loss(a, b)
-        got.backward()
-        assert got.item() == 0.0 and a.grad.shape == b.grad.shape == (0,)
+        value = loss(a, b)
+        value.backward()
+        assert value.item() == 0.0 and a.grad.shape == b.grad.shape == (0,)
 
 
 def test_cost_loss_takes_signs_of_any_dtype_and_compiles():
