@@ -6,6 +6,7 @@ Everything is float64. A batch is a list of rows; a row is a list of tokens.
 
 import itertools
 
+import hypothesis
 import interpret
 import pytest
 import torch
@@ -27,6 +28,9 @@ PLACES = [
 ]
 if INTERPRETED:
     interpret.patch_once()
+    # a failing example is not made smaller: that runs it hundreds of times
+    hypothesis.settings.register_profile("interpreter", phases=[hypothesis.Phase.generate])
+    hypothesis.settings.load_profile("interpreter")
     PLACES = [pytest.param("triton", "cpu", id="triton-interpreted")]
 elif torch.cuda.is_available():
     PLACES += [pytest.param(impl, "cuda", id=f"{impl}-cuda") for impl in ("triton", "reference")]
