@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+UNLEARNED_END = "the chat template's {% generation %} leaves out the end of an answer, which is not learned"
+
+
 @dataclass(frozen=True, slots=True)
 class SFTExample:
     """A dialogue to imitate."""
@@ -102,12 +105,16 @@ def sft_examples(
         split = each_accepted(counts, records, lambda record: template.pieces(record.messages))
         answered = []
         for record, pieces in split:
-            if any(is_response and not text.strip() for text, is_response in pieces):
+            answers = [item for item in record.messages if item["role"] == "assistant"]
+            if not all(template.answer_text(a["content"]).strip() or a.get("tool_calls") for a in answers):
                 counts.drop(EMPTY, record.where)
             else:
                 answered.append((record, pieces))
         encoded = template.encode_pieces([pieces for _, pieces in answered])
         for (record, pieces), (ids, mask) in zip(answered, encoded):
+            if template.has_no_token(pieces, mask):
+                counts.drop(EMPTY, record.where)
+                continue
             start = mask.index(True)
             prompt = template.fit_prompt(ids[:start], len(ids) - start, max_length)
             if prompt is None:
@@ -115,9 +122,8 @@ def sft_examples(
                 continue
             if len(prompt) < start:
                 counts.flag(SHORTENED, record.where)
-            if sum(mask) == len(template.end([])) * sum(is_response for _, is_response in pieces):
-                counts.drop(EMPTY, record.where)  # the text has no token
-                continue
+            if not template.learns_end(pieces):
+                counts.flag(UNLEARNED_END, record.where)
             counts.kept += 1
             examples.append(
                 SFTExample(
@@ -210,11 +216,8 @@ def retokenize(
         ended: Whether each response has the end of its turn; all have it when not given.
     """
     template = Template(tokenizer, template_name)
-    heads = template.encode_prompts(prompts)
-    tails = template.encode_responses([template.response_text(m, text) for m, text in zip(prompts, texts)])
     joined = []
-    for head, tail, end in zip(heads, tails, [True] * len(tails) if ended is None else ended):
-        tail = template.end(tail) if end else tail
+    for head, tail in template.encode_scored(prompts, texts, [True] * len(texts) if ended is None else ended):
         if max_length is not None and len(head) + len(tail) > max_length:
             least = min(len(head), template.tag_length + 2)
             tail = tail[: max_length - least]
