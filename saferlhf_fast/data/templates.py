@@ -185,7 +185,12 @@ class Template:
         dialogues = [item for group in groups for item in group.dialogues]
         borders = [(item.last.begin, item.last.stop) for item in dialogues if item.last]
         encoded = iter(tokenize_with_places(self.tokenizer, [item.text for item in dialogues], borders))
-        return [self._split(group.dialogues, [next(encoded) for _ in group.dialogues]) for group in groups]
+        split = []
+        for group in groups:
+            prompt, responses = self._split(group.dialogues, [next(encoded) for _ in group.dialogues])
+            # A template may write something before an answer without a text.
+            split.append((prompt, [ids if text.strip() else [] for text, ids in zip(group.texts, responses)]))
+        return split
 
     def encode_scored(
         self, prompts: Sequence[Sequence[Message]], texts: Sequence[str], ended: Sequence[bool]

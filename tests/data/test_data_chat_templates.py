@@ -224,6 +224,8 @@ def test_kinds_of_templates(kind, tmp_path):
             rows(tmp_path, {"prompt": "q", "completion": answer + brought}), tokenizer
         )
         assert dialogue.ids == pair.first_ids
+    with pytest.raises(UserError, match="a response with no token"):
+        preference_examples(rows(tmp_path, {"prompt": "q", "chosen": "a", "rejected": end}), tokenizer)
     assert retokenize([talk("q")], [answer], tokenizer) == [pair.first_ids]
     (cut,) = retokenize([talk("q")], [answer], tokenizer, ended=[False])
     assert tokenizer.decode(cut[pair.prompt_length :]) == answer
