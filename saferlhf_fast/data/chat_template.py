@@ -7,8 +7,8 @@ The text is always the template's own. Places in it are found by rendering again
     end     before what the template writes behind an answer, with the end mark. That is known from answers
             that stand for others (`_PROBE`) in a dialogue of the same form.
 
-A template with `{% generation %}` says itself which characters are learned. A dialogue whose answers cannot be
-placed is refused (UserError), which callers count.
+A template with `{% generation %}` says itself which characters are learned. A dialogue whose answers cannot
+be placed is refused (UserError), which callers count.
 
 The end mark is what the template writes behind the last answer and behind earlier ones: "<|end|>" where a
 dialogue ends with "<|end|></s>". Where the two have nothing in common, it is that of the last

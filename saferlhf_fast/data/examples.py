@@ -30,7 +30,7 @@ from saferlhf_fast.data.pairs import KINDS as KINDS
 from saferlhf_fast.data.pairs import PairExample as PairExample
 from saferlhf_fast.data.pairs import preference_examples as preference_examples
 from saferlhf_fast.data.records import Conversation, HarmLabel, Message, Messages, prompt_of, prompt_text
-from saferlhf_fast.data.report import Report
+from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
@@ -102,16 +102,10 @@ def sft_examples(
         require_record(
             counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
         )
-        split = each_accepted(counts, records, lambda record: template.pieces(record.messages))
-        answered = []
-        for record, pieces in split:
-            answers = [item for item in record.messages if item["role"] == "assistant"]
-            if not all(template.answer_text(a["content"]).strip() or a.get("tool_calls") for a in answers):
-                counts.drop(EMPTY, record.where)
-            else:
-                answered.append((record, pieces))
-        encoded = template.encode_pieces([pieces for _, pieces in answered])
-        for (record, pieces), (ids, mask) in zip(answered, encoded):
+        answered = _with_answers(counts, template, records)
+        split = each_accepted(counts, answered, lambda record: template.pieces(record.messages))
+        encoded = template.encode_pieces([pieces for _, pieces in split])
+        for (record, pieces), (ids, mask) in zip(split, encoded):
             if template.has_no_token(pieces, mask):
                 counts.drop(EMPTY, record.where)
                 continue
@@ -230,3 +224,17 @@ def _opening(messages: Messages) -> Messages:
     """Returns a dialogue's messages before its first answer, which are its prompt in a split by prompt."""
     first = next(i for i, item in enumerate(messages) if item["role"] == "assistant")
     return messages[:first] or messages[:1]
+
+
+def _with_answers(
+    counts: SourceReport, template: Template, records: Sequence[Conversation]
+) -> list[Conversation]:
+    """Returns the dialogues in which each assistant turn has text, or calls tools, and counts the others."""
+    answered = []
+    for record in records:
+        answers = [item for item in record.messages if item["role"] == "assistant"]
+        if all(template.answer_text(a["content"]).strip() or a.get("tool_calls") for a in answers):
+            answered.append(record)
+        else:
+            counts.drop(EMPTY, record.where)
+    return answered
