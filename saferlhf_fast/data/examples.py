@@ -30,12 +30,15 @@ from saferlhf_fast.data.pairs import KINDS as KINDS
 from saferlhf_fast.data.pairs import PairExample as PairExample
 from saferlhf_fast.data.pairs import preference_examples as preference_examples
 from saferlhf_fast.data.records import Conversation, HarmLabel, Message, Messages, prompt_of, prompt_text
-from saferlhf_fast.data.report import Report
+from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+UNLEARNED_END = "the chat template's {% generation %} leaves out the end of an answer, which is not learned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,15 +102,13 @@ def sft_examples(
         require_record(
             counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
         )
-        split = each_accepted(counts, records, lambda record: template.pieces(record.messages))
-        answered = []
-        for record, pieces in split:
-            if any(is_response and not text.strip() for text, is_response in pieces):
+        answered = _with_answers(counts, template, records)
+        split = each_accepted(counts, answered, lambda record: template.pieces(record.messages))
+        encoded = template.encode_pieces([pieces for _, pieces in split])
+        for (record, pieces), (ids, mask) in zip(split, encoded):
+            if template.has_no_token(pieces, mask):
                 counts.drop(EMPTY, record.where)
-            else:
-                answered.append((record, pieces))
-        encoded = template.encode_pieces([pieces for _, pieces in answered])
-        for (record, pieces), (ids, mask) in zip(answered, encoded):
+                continue
             start = mask.index(True)
             prompt = template.fit_prompt(ids[:start], len(ids) - start, max_length)
             if prompt is None:
@@ -115,9 +116,8 @@ def sft_examples(
                 continue
             if len(prompt) < start:
                 counts.flag(SHORTENED, record.where)
-            if sum(mask) == len(template.end([])) * sum(is_response for _, is_response in pieces):
-                counts.drop(EMPTY, record.where)  # the text has no token
-                continue
+            if not template.learns_end(pieces):
+                counts.flag(UNLEARNED_END, record.where)
             counts.kept += 1
             examples.append(
                 SFTExample(
@@ -210,11 +210,8 @@ def retokenize(
         ended: Whether each response has the end of its turn; all have it when not given.
     """
     template = Template(tokenizer, template_name)
-    heads = template.encode_prompts(prompts)
-    tails = template.encode_responses([template.response_text(m, text) for m, text in zip(prompts, texts)])
     joined = []
-    for head, tail, end in zip(heads, tails, [True] * len(tails) if ended is None else ended):
-        tail = template.end(tail) if end else tail
+    for head, tail in template.encode_scored(prompts, texts, [True] * len(texts) if ended is None else ended):
         if max_length is not None and len(head) + len(tail) > max_length:
             least = min(len(head), template.tag_length + 2)
             tail = tail[: max_length - least]
@@ -227,3 +224,17 @@ def _opening(messages: Messages) -> Messages:
     """Returns a dialogue's messages before its first answer, which are its prompt in a split by prompt."""
     first = next(i for i, item in enumerate(messages) if item["role"] == "assistant")
     return messages[:first] or messages[:1]
+
+
+def _with_answers(
+    counts: SourceReport, template: Template, records: Sequence[Conversation]
+) -> list[Conversation]:
+    """Returns the dialogues in which each assistant turn has text, or calls tools, and counts the others."""
+    answered = []
+    for record in records:
+        answers = [item for item in record.messages if item["role"] == "assistant"]
+        if all(template.answer_text(a["content"]).strip() or a.get("tool_calls") for a in answers):
+            answered.append(record)
+        else:
+            counts.drop(EMPTY, record.where)
+    return answered

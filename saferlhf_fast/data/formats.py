@@ -39,6 +39,9 @@ from saferlhf_fast.errors import UserError
 PROMPT_COLUMNS = ("prompt", "goal", "question", "instruction")
 """Columns that may hold the prompt in the format `prompts`, in this order."""
 
+SYSTEM_COLUMNS = ("system", "system_prompt")
+"""Columns that may hold a system text, in every format."""
+
 
 def _pku(row: Row) -> Iterator[Preference]:
     """PKU-SafeRLHF dual record, 16 fields or v0's 7. A cost model needs no better_response_id."""
@@ -177,10 +180,12 @@ def _hh_turns(text: str) -> Messages:
 def _last_answers(row: Row, chosen: Messages, rejected: Messages) -> Preference | Dropped:
     """Returns the preference between the last answers of two dialogues."""
     if any(
-        len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] != "user"
+        len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] not in ("user", "tool")
         for item in (chosen, rejected)
     ):
         return Dropped("not a dialogue that ends with an answer", row.where)
+    if any(key not in ("role", "content") for item in (chosen, rejected) for key in item[-1]):
+        return Dropped("an answer with tool calls or with thoughts apart from its text", row.where)
     if chosen[:-1] != rejected[:-1]:
         return Dropped("the two dialogues differ before the last answer", row.where)
     return Preference(chosen[:-1], (chosen[-1]["content"], rejected[-1]["content"]), row.where, 0)
@@ -294,7 +299,9 @@ def _prompts(row: Row) -> Iterator[Prompt | Dropped]:
     meta = {
         key: value
         for key, value in row.fields.items()
-        if key != name and isinstance(value, (str, int, float, bool)) and len(str(value)) <= 200
+        if key not in (name, *SYSTEM_COLUMNS, "tools")
+        and isinstance(value, (str, int, float, bool))
+        and len(str(value)) <= 200
     }
     prompt = prompt_of(messages)
     yield Prompt(prompt, row.where, meta) if prompt else Dropped("no user turn", row.where)

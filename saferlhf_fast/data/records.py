@@ -11,10 +11,12 @@ from typing import Any
 
 from saferlhf_fast.data.files import Row, describe, shorten
 from saferlhf_fast.data.harm_taxonomy import SEVERITIES, TAXONOMIES
+from saferlhf_fast.data.tool_calls import KEPT, tool_calls_of
 from saferlhf_fast.errors import UserError
 
-Message = dict[str, str]
-"""{"role": "system" | "user" | "assistant", "content": text}."""
+Message = dict[str, Any]
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that chat templates read:
+tool_calls (tool_calls.py), reasoning_content …; in the first message also the `tools` of the dialogue."""
 
 Messages = tuple[Message, ...]
 """A dialogue."""
@@ -32,6 +34,9 @@ _ROLES = {
     "chatgpt": "assistant",
     "system": "system",
     "developer": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
 }
 
 
@@ -295,15 +300,26 @@ def _message(row: Row, name: str, item: object) -> Message:
     role, content = item.get(role_key), item.get(content_key)
     if not isinstance(role, str) or role not in _ROLES:
         raise UserError(
-            f"{row.where}, field '{name}.{role_key}': expected system, user or assistant, "
+            f"{row.where}, field '{name}.{role_key}': expected system, user, assistant or tool, "
             f"got {describe(role)}"
         )
+    calls = tool_calls_of(row, f"{name}.tool_calls", item.get("tool_calls"))
+    if calls and _ROLES[role] != "assistant":
+        raise UserError(
+            f"{row.where}, field '{name}': expected tool_calls of an assistant, got those of a {role}"
+        )
+    content = "" if calls and content is None else content
+    further: Message = {"tool_calls": calls} if calls else {}
+    for key in KEPT:
+        if item.get(key) is not None:
+            further[key] = checked_text(row, f"{name}.{key}", item[key])
     name = f"{name}.{content_key}"
     return {
         "role": _ROLES[role],
         "content": _joined_parts(row, name, content)
         if isinstance(content, list)
         else checked_text(row, name, content),
+        **further,
     }
 
 

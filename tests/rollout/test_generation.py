@@ -176,6 +176,24 @@ def test_stop_strings_cut_after_the_token_that_completes_them(lm):
     assert len(responses[1].ids) == 1
 
 
+@pytest.mark.parametrize("engine", ["generate", "continuous"])
+def test_an_end_mark_of_several_tokens_ends_when_it_is_complete(lm, engine):
+    """Its single tokens end nothing; it counts as an end of its own, beside end tokens and stop strings."""
+    tokenizer = generation_kit.tokenizer()
+    prompts, seeds, limits = generation_kit.prompts(4), list(range(4)), [20] * 4
+    free = sampled(lm, prompts, seeds, limits, ends=[])
+    mark = tokenizer.decode(free[0].ids[6:9])
+    assert len(mark.split()) == 3 and mark not in tokenizer.decode(free[0].ids[:8])
+    generator = open_generator(
+        generation_kit.actor(lm), tokenizer, [2, mark], Sampling(engine=engine, stop=["nothing"])
+    )
+    made = generator.generate(prompts, seeds, limits)
+    assert made[0].ids == free[0].ids[:9] and made[0].ended and len(made[0].logp) == 9
+    for response, before in zip(made[1:], free[1:]):
+        assert response.ids == before.ids[: len(response.ids)]
+        assert response.ended == (2 in response.ids or mark in tokenizer.decode(response.ids))
+
+
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2", "qwen2"])
 def test_samples_of_other_architectures_equal_naive_sampling(architecture):
     """GPT-2: absolute positions; Gemma 2: sliding windows and soft-capped attention; Qwen2: tied heads."""

@@ -121,6 +121,15 @@ def test_a_request_has_the_settings_of_sampling():
     )
     assert body["stop"] == ["yes", "no"] and body["stop_token_ids"] == ENDS and body["ignore_eos"]
     assert body["logprobs"] == 0 and body["return_token_ids"]
+    with serving(lm) as stand:  # an end mark of several tokens is a stop text
+        settings = Sampling(engine="vllm-server", server=stand.address, stop=["yes"])
+        generator = open_generator(
+            generation_kit.actor(lm), generation_kit.tokenizer(), [*ENDS, "[[END>>"], settings
+        )
+        generator.generate([[7, 8, 9]], [1], [4])
+        (body,) = stand.bodies("/v1/completions")
+        generator.close()
+    assert body["stop"] == ["yes", "[[END>>"] and body["stop_token_ids"] == ENDS
 
 
 def test_a_request_to_a_busy_server_is_repeated():
