@@ -136,7 +136,7 @@ def ppo_lag_advantage(
         NotImplementedError: `impl` cannot run here.
 
     Source:
-        Dai et al. 2024, Safe RLHF, arXiv 2310.12773; safe-rlhf's PPOLagTrainer.
+        Dai et al. (2023), Safe RLHF, arXiv 2310.12773; safe-rlhf's PPOLagTrainer.
     """
     op = "ppo_lag_advantage"
     given = [cost is not None, cost_values is not None, multiplier is not None]

@@ -1,6 +1,6 @@
 """The clipped value loss of one or two critics and its gradient in plain torch: the definition.
 
-Any float dtype.
+Any float dtype. In this file C is the number of critics.
 """
 
 import torch

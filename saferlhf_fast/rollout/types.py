@@ -124,7 +124,7 @@ class Scored:
     ref_logp_N: torch.Tensor  # nats, reference
     reward_B: torch.Tensor
     costs: dict[str, torch.Tensor] = field(default_factory=dict)  # {name of a cost: cost_B}, > 0: unsafe
-    logp_N: torch.Tensor | None = None  # nats, actor
+    logp_N: torch.Tensor | None = None  # nats, the old log-probs: of the actor before the update
     values: dict[str, torch.Tensor] = field(default_factory=dict)  # {stream: value_N before each token}
 
 

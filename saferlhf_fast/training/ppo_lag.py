@@ -97,8 +97,8 @@ def loop(
         #    reward_B = R(x, y) from the reward model, cost_B = C(x, y) from the cost model.
         scored = score_rollout(rollout, roles, cfg)
 
-        # 3. Move λ before the actor: log λ += lr · λ · (J_C − d). J_C is the mean cost of the last
-        #    multiplier.window episodes of all ranks, this batch included.
+        # 3. Move λ before the actor by its rule (ppo/multiplier.py): log λ += lr · λ · (J_C − d), or PID.
+        #    J_C is the mean cost of the last multiplier.window episodes of all ranks, this batch included.
         update_multipliers(multipliers, scored, rollout)
         lambdas = {name: multiplier.value for name, multiplier in multipliers.items()}
 

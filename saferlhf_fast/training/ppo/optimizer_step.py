@@ -1,8 +1,7 @@
 """One optimiser step of PPO: its passes, their losses, and the step of all trained models.
 
 Every loss divides by a count over the global batch, so the cut into passes and ranks changes nothing. With
-supervised (PTX) data the actor's step minimises ½ · (L_actor + ptx_coeff · L_ptx), as in the reference
-implementation.
+supervised (PTX) data the actor's step minimises ½ · (L_actor + ptx_coeff · L_ptx), as in safe-rlhf.
 """
 
 from collections.abc import Iterator, Mapping, Sequence

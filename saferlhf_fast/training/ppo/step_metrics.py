@@ -1,4 +1,4 @@
-"""What a PPO step reports: means over all ranks under the reference implementation's names, and sample rows.
+"""What a PPO step reports: means over all ranks under safe-rlhf's names, and sample rows.
 
 With several constraints each has its name behind those of its numbers (rollout.types.per_constraint).
 """
