@@ -20,7 +20,7 @@ def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
 
 
-def constant(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor without its autograd history; None stays None.
 
     A tensor without history is returned itself, since detach makes a new tensor even then.
@@ -50,7 +50,7 @@ def scalar(value: float | torch.Tensor | None, like: torch.Tensor, name: str) ->
                 f"{name}: expected a real number on {like.device}, got {value.dtype} on {value.device}"
             )
         if value.dim() == 0 and value.dtype == dtype and value.device == like.device:
-            return constant(value)
+            return detached(value)
         return value.detach().reshape(()).to(device=like.device, dtype=dtype)
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
@@ -68,17 +68,17 @@ def normalizer(op: str, value: float | torch.Tensor | None, like: torch.Tensor) 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating(tensor: torch.Tensor) -> bool:
+def is_floating(tensor: torch.Tensor) -> bool:
     """True for the floating point types that the ops know: those of 8 bits are not among them."""
     return tensor.dtype in FLOATS
 
 
-def whole(tensor: torch.Tensor) -> bool:
+def is_integer(tensor: torch.Tensor) -> bool:
     """True for integer types, with which one counts or looks up; bool is not among them."""
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
-def wide(ids: torch.Tensor) -> torch.Tensor:
+def as_int32_or_int64(ids: torch.Tensor) -> torch.Tensor:
     """Ids as signed integers of 32 or 64 bits: a kernel could not compare narrower ones with V."""
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
 
@@ -120,7 +120,7 @@ def same_tokens(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) 
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {name}: expected device {device} as {names[0]}, got {tensor.device}")
-        if not floating(tensor):
+        if not is_floating(tensor):
             raise ValueError(
                 f"{op}: {name}: expected a floating point dtype of 16, 32 or 64 bits, got {tensor.dtype}"
             )
@@ -163,7 +163,7 @@ def rows(
             raise ValueError(
                 f"{op}: {name}: expected packed tokens [N] with cu_seqlens, got shape {tuple(shape)}"
             )
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not whole(cu_seqlens):
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not is_integer(cu_seqlens):
             raise ValueError(
                 f"{op}: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} "
                 f"{tuple(cu_seqlens.shape)}"
@@ -199,7 +199,7 @@ def _offsets(op: str, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 def per_row(op: str, name: str, tensor: torch.Tensor, count: int, device: torch.device) -> None:
     """Raises ValueError unless the tensor is floating point [B] with B = `count`, on `device`."""
-    if tensor.dim() != 1 or tensor.shape[0] != count or not floating(tensor):
+    if tensor.dim() != 1 or tensor.shape[0] != count or not is_floating(tensor):
         raise ValueError(
             f"{op}: {name}: expected floating point [B] = [{count}], got {tensor.dtype} {tuple(tensor.shape)}"
         )
@@ -214,7 +214,7 @@ def logits_and_ids(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
             f"{op}: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last dimension, "
             f"got {tuple(ids.shape)}"
         )
-    if not floating(logits) or not whole(ids):
+    if not is_floating(logits) or not is_integer(ids):
         raise ValueError(
             f"{op}: expected floating point logits and integer ids, got {logits.dtype}, {ids.dtype}"
         )
@@ -242,7 +242,7 @@ def head(
             )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    if not floating(hidden) or not whole(ids):
+    if not is_floating(hidden) or not is_integer(ids):
         raise ValueError(
             f"{op}: expected floating point hidden states and integer ids, got {hidden.dtype}, {ids.dtype}"
         )
@@ -364,7 +364,7 @@ def not_negative(op: str, name: str, value: float) -> None:
         raise ValueError(f"{op}: {name}: expected a number >= 0, got {value}")
 
 
-def share(op: str, name: str, value: float) -> None:
+def fraction(op: str, name: str, value: float) -> None:
     """Raises ValueError unless `value` is a number in 0..1 (NaN is not)."""
     if not 0 <= value <= 1:
         raise ValueError(f"{op}: {name}: expected a number in 0..1, got {value}")

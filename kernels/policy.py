@@ -121,7 +121,7 @@ def arguments(
     cu_seqlens, mask, _ = checks.rows(op, "old_logp", old_logp.shape, like.device, cu_seqlens, mask)
     one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
     return Policy(
-        checks.wide(ids),
+        checks.as_int32_or_int64(ids),
         old_logp.detach(),
         advantages.detach(),
         None if ref_logp is None else ref_logp.detach(),

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..linear import HeadGradients, held
+from ..linear import HeadGradients, stored_dtype
 from ..linear_logprob.reference import gradients, logits_of
 from ..policy import Objective
 from ..ppo_loss_from_logits import reference as rows
@@ -42,4 +42,4 @@ def linear_ppo_loss(
     d_NV = logits_of(hidden_NH, weight_VH, bias_V)
     arguments: tuple[Any, ...] = (*tokens, *objective, d_NV)
     logp_N, entropy_N = rows.ppo_loss_from_logits(d_NV, ids_N, *arguments)
-    return logp_N, entropy_N, gradients(d_NV, hidden_NH, weight_VH, wanted, held(hidden_NH.dtype))
+    return logp_N, entropy_N, gradients(d_NV, hidden_NH, weight_VH, wanted, stored_dtype(hidden_NH.dtype))
