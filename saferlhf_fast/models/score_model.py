@@ -32,7 +32,7 @@ from .score_checkpoint import read_head
 from .score_inputs import checks_values, real_tokens, refuse_positions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def load_score_model(
     *,
     dtype: torch.dtype = torch.float32,
     new_head: bool = False,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
