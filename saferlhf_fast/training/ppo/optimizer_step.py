@@ -78,7 +78,7 @@ class OptimizerStep:
 
     def train_actor(self, loss: torch.Tensor) -> None:
         """Runs the backward of a pass's policy loss; the factor ½ leaves the other half to the PTX loss."""
-        self.roles.actor.backward(loss * (0.5 if self.supervised else 1.0))
+        self.roles.trained_actor.backward(loss * (0.5 if self.supervised else 1.0))
         self.step_metrics.add("actor_loss", loss)
 
     def train_critic(
@@ -167,14 +167,14 @@ def step_all_models(
     """
     if ptx:
         _train_on_ptx(roles, ptx, cfg, step_metrics)
-    models = {"actor": roles.actor} | {
+    models = {"actor": roles.trained_actor} | {
         " and ".join(f"{name}_critic" for name in c.names): c.engine for c in roles.critics
     }
     step_metrics.bad = bad = _not_finite(models, scored, step_metrics)
     streams = {"actor": (), **{name: critic.names for name, critic in zip(list(models)[1:], roles.critics)}}
     for name, model in models.items():
         if bad:
-            step = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
+            step: engine.StepResult = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
             model.discard()
         else:
             step = model.step()
@@ -209,7 +209,7 @@ def _train_on_ptx(
     passes = pack_into_microbatches(lengths, cfg.pass_tokens(), engine.world_size())
     for indices in passes[engine.rank()]:
         # A rank that has no examples left joins the collectives with one example at weight zero.
-        loss, _ = sft_loss(roles.actor, [examples[i] for i in indices] or [shortest])
+        loss, _ = sft_loss(roles.trained_actor, [examples[i] for i in indices] or [shortest])
         loss = loss * ((1.0 if indices else 0.0) / weight)
-        roles.actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
+        roles.trained_actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
         step_metrics.add("ptx_loss", loss)
