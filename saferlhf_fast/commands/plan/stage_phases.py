@@ -86,7 +86,7 @@ def plan_stage(
         stage.use,
         phases,
         sum(model.states.host for model in stage.models),
-        communication.of_stage(stage),
+        communication.collectives_of_stage(stage),
     )
 
 
@@ -121,7 +121,9 @@ def _supervised(
         cfg.train.gradient_checkpointing,
     )
     lengths, several = lengths_of(longest_pass(stage), cfg.train.max_length), passes_of_step(stage).several
-    footprint = stage.footprint(model, lengths, predicted, keep_gradients=not several and model.states.whole)
+    footprint = stage.footprint(
+        model, lengths, predicted, keep_gradients=not several and model.states.unpartitioned_gradients
+    )
     before = add(stage.resident(), resident_gradients([model], not several))
     turns = [
         add(before, forward(model, footprint)),
