@@ -1,6 +1,6 @@
 """Which models take part in a stage, and how much memory they take in each of its phases.
 
-The phases follow the order of calls in training/sft.py, preference.py, dpo.py, ppo/load_roles.py and
+The phases follow the order of calls in training/sft.py, pair_loss.py, dpo.py, ppo/load_roles.py and
 ppo/update.py, and in rollout/scoring.py. ppo_phases.py has ppo, ppo-lag and evaluate.
 """
 

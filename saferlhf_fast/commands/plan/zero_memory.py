@@ -75,11 +75,6 @@ class States(NamedTuple):
         """Whether ZeRO-3 shards the weights: its buffers exist from the start."""
         return self.fetching > 0
 
-    @property
-    def until_step(self) -> int:
-        """Bytes that exist from the first backward pass of a step to its end."""
-        return 0 if self.sharded else self.gradients + self.bucket
-
 
 def zero_settings(config: Mapping[str, Any]) -> dict[str, int]:
     """Reads the ZeRO settings that a plan needs from DeepSpeed's configuration.
@@ -131,8 +126,8 @@ def frozen(count: "Count", width: int, zero: Mapping[str, int], gpus: int, on_cp
 def _sharding(count: "Count", width: int, resident: int) -> int:
     """Returns the bytes on a GPU while ZeRO-3 shards a model, one weight at a time.
 
-    On a CPU the model that DeepSpeed takes over is in the same memory, so this does not apply. resident: bytes of
-    weights that each GPU keeps.
+    On a CPU the model that DeepSpeed takes over is in the same memory, so this does not apply.
+    resident: bytes of weights that each GPU keeps.
     """
     return resident + count.buffers + width * count.largest
 
