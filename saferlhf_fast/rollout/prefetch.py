@@ -121,7 +121,6 @@ def _sample(
             new_rows, new_responses = generate(
                 generator,
                 prompts[start : start + portion],
-                roles.tokenizer,
                 cfg.sampling,
                 cfg.max_length,
                 step_seed(cfg, step),

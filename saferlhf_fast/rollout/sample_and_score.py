@@ -54,7 +54,6 @@ def sample_and_score(
         rows, responses = generate(
             roles.rollout_engine,
             own_prompts[start : start + size],
-            roles.tokenizer,
             sampling,
             cfg.max_length,
             seed,

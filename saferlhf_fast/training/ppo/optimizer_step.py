@@ -43,11 +43,11 @@ class Pass:
         """True where the pass has no rows."""
         return self.rows.stop == self.rows.start
 
-    def of_tokens(self, values_N: torch.Tensor) -> torch.Tensor:
+    def select_tokens(self, values_N: torch.Tensor) -> torch.Tensor:
         """[n] from [N]: this pass's share of a number for each token."""
         return values_N.new_zeros(sum(self.packed.counts)) if self.is_dummy else values_N[self.tokens]
 
-    def of_rows(self, values_B: torch.Tensor) -> torch.Tensor:
+    def select_rows(self, values_B: torch.Tensor) -> torch.Tensor:
         """[b] from [B]: this pass's share of a number for each row."""
         return values_B.new_zeros(len(self.packed.counts)) if self.is_dummy else values_B[self.rows]
 
@@ -114,7 +114,7 @@ class OptimizerStep:
         critic.engine.backward(sum(losses[1:], start=losses[0]))
 
     def count(self, stats: Mapping[str, torch.Tensor]) -> None:
-        """Tallies the statistics of a policy loss, which are means over the tokens of a pass."""
+        """Adds the statistics of a policy loss (means over the tokens of a pass) to the step's metrics."""
         for name in ("clip_fraction", "approx_kl"):
             self.step_metrics.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
 
@@ -123,7 +123,7 @@ class OptimizerStep:
     ) -> torch.Tensor:
         """A · min(π_trainer / π_engine, cap): truncated importance weights, where the recipe has a cap.
 
-        Also tallies how far the rollout engine's log-probs are from the trainer's.
+        Also adds to the step's metrics how far the rollout engine's log-probs are from the trainer's.
 
         Args:
             advantages_n: [n] advantages A.
