@@ -3,8 +3,11 @@ not take.
 """
 
 import json
+import os
 import sys
+import types
 
+import forked
 import pytest
 import torch
 
@@ -99,7 +102,24 @@ def stored(tmp_path, *entries, **machine):
     return path
 
 
-def test_saved_and_compared_for_real(tmp_path, capfd, monkeypatch):
+@pytest.fixture
+def forked_pytest(monkeypatch):
+    """The benches in forked processes; test_bench.py runs them in a fresh one."""
+    monkeypatch.syspath_prepend(bench.BENCH)
+    import run
+
+    def start(command, cwd, stdout, env):
+        done = forked.run(command[1:], env=env, cwd=cwd)
+        stdout.write(done.stdout)
+        print(done.stderr, file=sys.stderr)
+        return done
+
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(run, "subprocess", types.SimpleNamespace(run=start))
+
+
+def test_saved_and_compared_for_real(tmp_path, capfd, monkeypatch, forked_pytest):
     """One op on tiny shapes: a stored time made smaller by hand is a regression, the others are equal to
     themselves within a factor.
     """

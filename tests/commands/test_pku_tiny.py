@@ -37,7 +37,11 @@ def short_recipe(path):
     SHARED is None, reason="real data and models are not there: set SAFERLHF_DATA to their folder"
 )
 def test_slice_of_the_real_run(tmp_path):
-    short = [f"{stage}.train.max_steps=3" for stage in ("sft", "reward", "cost")]
+    short = [
+        f"{stage}.train.{setting}"
+        for stage in ("sft", "reward", "cost")
+        for setting in ("max_steps=2", "accumulation=1")
+    ]
     little = [
         "ppo-lag.ppo.max_steps=2",
         "ppo-lag.ppo.batch_size=4",
