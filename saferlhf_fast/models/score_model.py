@@ -63,6 +63,14 @@ class ScoreHead(nn.Module):
     def __init__(
         self, hidden_size: int, bias: bool = False, dtype: torch.dtype | None = None, outputs: int = 1
     ) -> None:
+        """Allocates the head; the weight is not drawn.
+
+        Args:
+            hidden_size: H.
+            bias: Whether it has a bias, which is 0 at first.
+            dtype: That of the weights; None for torch's default.
+            outputs: Scores of each hidden state.
+        """
         super().__init__()
         self.outputs = outputs  # ZeRO-3 may leave the weight no shape
         self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=dtype))
@@ -109,6 +117,15 @@ class ScoreModel(nn.Module):
         kind: str | None = None,
         packing: bool = True,
     ) -> None:
+        """Adds a new head to a backbone.
+
+        Args:
+            backbone: A transformers model without a head; peft may wrap it.
+            bias: Whether the head has a bias.
+            normalizer: What is applied to the scores; None for nothing.
+            kind: reward, cost, critic, or None where it is not known.
+            packing: Whether packed sequences run without padding, where the architecture can do that.
+        """
         super().__init__()
         self.backbone = backbone
         self.packs = packs(plain(self.backbone)) and packing
