@@ -341,7 +341,7 @@ def settings(
 
 @contextlib.contextmanager
 def own_attention(lm: "PreTrainedModel") -> "Iterator[PreTrainedModel]":
-    """Context with a model that has its own attention, since ours for packed sequences has no paged cache."""
+    """Context with a model that has its own attention: ours for packed sequences has no paged cache."""
     packed_form = lm.config._attn_implementation
     attention.uninstall(lm)
     try:
