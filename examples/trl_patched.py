@@ -180,7 +180,7 @@ def main() -> None:
     gap = max(abs(plain - patched) for plain, patched in zip(plain_losses, patched_losses))
     print(
         f"{args.trainer}: largest difference {gap:.1e}; {plain_seconds:.1f} s alone, {patched_seconds:.1f} s "
-        f"patched; {sum(report.calls.values())} calls of ours"
+        f"patched; {sum(report.calls.values())} calls of saferlhf-fast"
     )
 
 

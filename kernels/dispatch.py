@@ -185,7 +185,7 @@ def _pick(
             raise NotImplementedError(
                 f"{op}: implementation {requested!r} cannot run here: {problem}{remedy}"
             )
-        return requested, "asked for in " + (ENVIRONMENT if from_environment else "the call")
+        return requested, "requested in " + (ENVIRONMENT if from_environment else "the call")
     passed_over: list[str] = []
     for name in order:
         problem = _WHY_NOT[name](op, device, dtype)
@@ -206,7 +206,7 @@ def _choose(
 
 
 def _requested(impl: str) -> tuple[str, bool]:
-    """The name that is asked for, and whether SAFERLHF_IMPL asks for it: only "auto" gives way to it."""
+    """The requested name, and whether it is that of SAFERLHF_IMPL, which replaces "auto" alone."""
     name = os.environ.get(ENVIRONMENT) or "auto" if impl == "auto" else impl
     return name, impl == "auto" and name != "auto"
 
@@ -217,13 +217,13 @@ def choose(op: str, tensors: Sequence[torch.Tensor], impl: str = "auto") -> tupl
     Args:
         op: A name of `OPS`.
         tensors: The op's inputs; the first one decides device and dtype.
-        impl: "auto", "reference", "triton" or "native". "auto" gives way to the variable SAFERLHF_IMPL.
+        impl: "auto", "reference", "triton" or "native". The variable SAFERLHF_IMPL replaces "auto".
 
     Returns:
         The function, with the signature of the room's reference, and the reason for it in words.
 
     Raises:
-        NotImplementedError: An implementation that is asked for by name cannot run here. The message has the
+        NotImplementedError: An implementation that is requested by name cannot run here. The message has the
             command that builds it, where building helps.
         ValueError: `impl` or SAFERLHF_IMPL is no such name.
     """

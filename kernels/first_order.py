@@ -25,7 +25,7 @@ def transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None
 
 
-def learns(tensor: torch.Tensor | None) -> bool:
+def needs_gradient(tensor: torch.Tensor | None) -> bool:
     """True if a gradient of the tensor is wanted.
 
     Under torch.vmap a row of a tensor does not know; the tensor that it is taken from does.

@@ -45,5 +45,12 @@ def statistics(rows: Layout, dtype: torch.dtype, tokens: Sequence[torch.Tensor])
 def scaled(
     gradient: torch.Tensor, inverse: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """The gradient of the forward pass times `inverse` and the upstream gradient, rounded once to `dtype`."""
+    """The gradient of the forward pass times `inverse` and the upstream gradient, rounded once.
+
+    Args:
+        gradient: Of any shape, without the factor `inverse`.
+        inverse: 0-d, as `layout.shares` returns it.
+        upstream: Upstream gradient of the loss, of a shape that broadcasts with that of `gradient`.
+        dtype: That of the result.
+    """
     return (gradient * (inverse * upstream)).to(dtype)

@@ -2,8 +2,8 @@
 
 One launch: a program per row leaves the sums over its tokens in sums_KP (K kinds, P programs), and the one
 that finishes last adds them up in row order, in float64. K kinds: M means, then whether the row has a token,
-its tokens, and the row's share of the loss. None stands for what is not given; Triton compiles a kernel for
-each case.
+its tokens, and the row's share of the loss. An argument that is not given is None; Triton compiles a kernel
+for each case.
 """
 
 import triton

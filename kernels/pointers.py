@@ -31,7 +31,7 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def unit_rows(out_NV: torch.Tensor) -> torch.Tensor:
+def unit_target(out_NV: torch.Tensor) -> torch.Tensor:
     """A matrix with rows of contiguous elements to write into: out_NV itself, or a new one to copy from."""
     if out_NV.stride(1) == 1 or out_NV.shape[1] <= 1:
         return out_NV

@@ -10,7 +10,7 @@ import torch
 
 from .. import checks
 from ..dispatch import choose
-from ..first_order import Gradients, first_order_only, learns, refuse_tangents, track_inputs
+from ..first_order import Gradients, first_order_only, needs_gradient, refuse_tangents, track_inputs
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -281,7 +281,7 @@ def linear_logprob(
     refuse_tangents(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
     one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
-    gradient = any(map(learns, (hidden, weight, bias)))
+    gradient = any(map(needs_gradient, (hidden, weight, bias)))
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
         hidden.reshape(ids.numel(), hidden.shape[-1]),
         weight,

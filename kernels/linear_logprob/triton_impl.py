@@ -213,7 +213,7 @@ def config(dtype: torch.dtype, aligned: bool, major: int) -> dict[str, Any]:
 
 
 def _launch_config(hidden_NH: torch.Tensor, weight_VH: torch.Tensor) -> dict[str, Any]:
-    """The config for these matrices on their device; the interpreter stands for the first of DESCRIPTORS."""
+    """The config for these matrices on their device; the interpreter counts as the first of DESCRIPTORS."""
     width = hidden_NH.shape[1]
     aligned = width * hidden_NH.element_size() % 16 == 0 and all(
         tensor.data_ptr() % 16 == 0

@@ -8,7 +8,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..first_order import Gradients, first_order_only, learns, refuse_tangents, track_inputs
+from ..first_order import Gradients, first_order_only, needs_gradient, refuse_tangents, track_inputs
 from ..linear import HeadGradients, scaled, stored_dtype
 from ..ppo_loss.reference import STATISTICS, named
 
@@ -215,7 +215,7 @@ def linear_ppo_loss(
         advantage_shift=advantage_shift,
         impl=impl,
     )
-    wanted = [learns(tensor) for tensor in (hidden, weight, bias)]
+    wanted = [needs_gradient(tensor) for tensor in (hidden, weight, bias)]
     loss, *_, statistics = torch.ops.saferlhf_fast.linear_ppo_loss(
         hidden.reshape(ids.numel(), hidden.shape[-1]), weight, bias, wanted, chunk_tokens, *policy
     )

@@ -139,13 +139,13 @@ def ppo_lag_advantage(
         Dai et al. (2023), Safe RLHF, arXiv 2310.12773; safe-rlhf's PPOLagTrainer.
     """
     op = "ppo_lag_advantage"
-    given = [cost is not None, cost_values is not None, multiplier is not None]
-    if any(given) and not all(given):
+    of_cost = [cost is not None, cost_values is not None, multiplier is not None]
+    if any(of_cost) and not all(of_cost):
         raise ValueError(
             f"{op}: expected all of cost, cost_values and multiplier, or none, got "
             + ", ".join(
-                f"{name} {'given' if there else 'None'}"
-                for name, there in zip(("cost", "cost_values", "multiplier"), given)
+                f"{name} {'given' if is_given else 'None'}"
+                for name, is_given in zip(("cost", "cost_values", "multiplier"), of_cost)
             )
         )
     names = ("logp", "ref_logp", "reward_values", "cost_values")

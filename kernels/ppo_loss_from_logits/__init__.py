@@ -10,7 +10,7 @@ import torch
 from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
-from ..first_order import Gradients, first_order_only, learns, refuse_tangents, track_inputs
+from ..first_order import Gradients, first_order_only, needs_gradient, refuse_tangents, track_inputs
 from ..ppo_loss.reference import STATISTICS, named
 from ..scaling import scale_in_place
 
@@ -194,7 +194,7 @@ def ppo_loss_from_logits(
         advantage_shift=advantage_shift,
         impl=impl,
     )
-    gradient = learns(logits)
+    gradient = needs_gradient(logits)
     flat = logits.reshape(ids.numel(), logits.shape[-1])
     inplace = inplace and gradient and checks.disposable(logits, flat)
     loss, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss_from_logits(flat, inplace, gradient, *policy)

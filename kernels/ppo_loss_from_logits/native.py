@@ -27,7 +27,7 @@ def ppo_loss_from_logits(
     """See the reference; CPU tensors, not float64."""
     logp_N, entropy_N = (logits_NV.new_empty(logits_NV.shape[0], dtype=torch.float32) for _ in range(2))
     referenced, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
-    target_NV = pointers.unit_rows(out_NV)
+    target_NV = pointers.unit_target(out_NV)
     vectors = [
         None if tensor is None else tensor.to(torch.float32).contiguous()
         for tensor in (old_logp_N, advantage_N, ref_logp_N, weight_N)

@@ -80,7 +80,7 @@ def token_logprob_backward(
 ) -> torch.Tensor:
     """See the reference; CPU tensors, not float64."""
     referenced, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
-    target_NV = pointers.unit_rows(out_NV)
+    target_NV = pointers.unit_target(out_NV)
     vectors = [
         None if tensor is None else tensor.to(torch.float32).contiguous()
         for tensor in (logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N)

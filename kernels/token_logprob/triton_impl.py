@@ -19,7 +19,7 @@ WARPS = ((1 << 31, 8),)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 FLOOR = tl.constexpr(-1e30)  # a z that is lower counts as -inf
-# stands for a lower exponent where it is multiplied by 2^-inf or e^-inf, which is 0
+# represents a lower exponent where it is multiplied by 2^-inf or e^-inf, which is 0
 LOWEST = tl.constexpr(-300.0)
 
 

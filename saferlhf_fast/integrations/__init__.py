@@ -33,18 +33,18 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
 
     Args:
         name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything" or "transformers".
-        model: for "transformers" alone: the instance of a Hugging Face causal LM to patch.
-        force: also patches a version or a signature that our implementation was never compared with.
-        quiet: prints nothing.
+        model: For "transformers" alone: the instance of a Hugging Face causal LM to patch.
+        force: Also patches a version or a signature that our implementation was never compared with.
+        quiet: Prints nothing.
 
     Returns:
         What was replaced and what was left; used as a context manager it restores everything at its end.
 
     Raises:
-        ImportError: the library is not installed.
-        Refused: its version is unknown, or a function's parameters have changed (the message names it); then
+        ImportError: The library is not installed.
+        Refused: Its version is unknown, or a function's parameters have changed (the message names it); then
             nothing has been replaced. It is a ValueError.
-        ValueError: the name is unknown, or `model` is missing or does not belong there.
+        ValueError: The name is unknown, or `model` is missing or does not belong there.
     """
     _require_known(name)
     if name == "transformers":
@@ -66,15 +66,15 @@ def unpatch(name: str | None = None, model: Any = None) -> list[str]:
     A place to which something else has been bound since is left as it is, with a warning.
 
     Args:
-        name: the library; None for all libraries. Patched models are not recorded here: each needs a call
+        name: The library; None for all libraries. Patched models are not recorded here: each needs a call
             with "transformers" and the model.
-        model: for "transformers" alone: the patched model.
+        model: For "transformers" alone: the patched model.
 
     Returns:
         The places that were restored.
 
     Raises:
-        ValueError: the name is unknown, or "transformers" comes without a model.
+        ValueError: The name is unknown, or "transformers" comes without a model.
     """
     if name is None:
         return [place for each in list(replacing.ACTIVE) for place in replacing.unpatch(each)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from .shared import learns
+from .shared import any_needs_gradient
 
 if TYPE_CHECKING:
     from ..models.policy import LogitForm
@@ -33,15 +33,15 @@ def through_head(model: Any, hidden_NH: torch.Tensor, use: Callable[..., Any]) -
     Under autocast the three are in its dtype, as in a linear layer; everything else stays in float32.
 
     Args:
-        model: a Hugging Face causal LM.
-        hidden_NH: hidden states of the positions.
-        use: what computes from hidden [N, H], weight [V, H] and bias [V] or None.
+        model: A Hugging Face causal LM.
+        hidden_NH: Hidden states of the positions.
+        use: What computes from hidden [N, H], weight [V, H] and bias [V] or None.
 
     Returns:
         What `use` returns.
 
     Raises:
-        ValueError: the weight is a DTensor.
+        ValueError: The weight is a DTensor.
     """
     head = model.get_output_embeddings()
 
@@ -68,16 +68,19 @@ def head_logprobs(
     temperature: float | torch.Tensor,
     entropy: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Log-probs [N] in nats, or (log-probs, entropies), of N tokens.
+    """Log-probs of N tokens, and their entropies where these are wanted.
 
     Args:
-        hidden_NH: hidden states of the positions before the tokens.
-        weight_VH: the head's weight.
-        bias_V: its bias.
-        ids_N: the tokens.
-        form: scale and softcap of the model's logits.
+        hidden_NH: Hidden states of the positions before the tokens.
+        weight_VH: The head's weight.
+        bias_V: Its bias.
+        ids_N: The tokens.
+        form: Scale and softcap of the model's logits.
         temperature: > 0; a number, or one for each token, [N].
-        entropy: also return the entropies, [N].
+        entropy: Also return the entropies.
+
+    Returns:
+        Log-probs [N] in nats, or (log-probs, entropies [N]); fp32 (float64 for float64 hidden states).
     """
     from ..kernels.linear_logprob import linear_logprob
 
@@ -99,13 +102,23 @@ def negative_sum(
     ids_N: torch.Tensor,
     form: "LogitForm",
 ) -> torch.Tensor:
-    """Sum of −log-prob over N tokens, a scalar; arguments as of `head_logprobs`.
+    """Sum of −log-prob over N tokens.
 
     Gradients are computed in the forward, where any are needed: three matrix products of the head instead of
     four.
+
+    Args:
+        hidden_NH: Hidden states of the positions before the tokens.
+        weight_VH: The head's weight.
+        bias_V: Its bias, or None.
+        ids_N: The tokens.
+        form: Scale and softcap of the model's logits.
+
+    Returns:
+        The sum, a scalar in nats, fp32 (float64 for float64 hidden states).
     """
     if (
-        not learns(hidden_NH, weight_VH, bias_V)
+        not any_needs_gradient(hidden_NH, weight_VH, bias_V)
         or hidden_NH.dtype == torch.float64
         or torch.compiler.is_compiling()
     ):

@@ -15,13 +15,13 @@ def patch_state(model: Any) -> PatchState:
     """Checks a model and opens its head.
 
     Args:
-        model: a Hugging Face causal LM.
+        model: A Hugging Face causal LM.
 
     Returns:
         The state of the patch, not attached to the model yet.
 
     Raises:
-        Refused: the model cannot be patched; then nothing has changed.
+        Refused: The model cannot be patched; then nothing has changed.
     """
     reason = _unsupported(model)
     if reason:
@@ -51,7 +51,7 @@ def patch_state(model: Any) -> PatchState:
 
 
 def _unsupported(model: Any) -> str | None:
-    """Why a model cannot be patched, found without running it; None when nothing speaks against it."""
+    """Why a model cannot be patched, found without running it; None when there is no reason."""
     head, parameters = model.get_output_embeddings(), list(model.parameters())
     if getattr(model.config, "is_encoder_decoder", False):
         return "expected a decoder, got an encoder-decoder"

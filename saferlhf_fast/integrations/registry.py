@@ -14,17 +14,17 @@ class Replace:
 
     Attributes:
         target: "module:name" or "module:Class.name".
-        make: takes the library's function and returns our implementation, which calls the library's function
+        make: Takes the library's function and returns our implementation, which calls the library's function
             in the cases that it does not handle itself.
-        parameters: its parameters and defaults, as `sites.parameters` writes them; a function with others is
+        parameters: Its parameters and defaults, as `sites.parameters` writes them; a function with others is
             refused.
-        why: what is better, in one line.
-        entries: registries that hold the function too, as pairs of "module:DICT" and key.
+        why: What is better, in one line.
+        entries: Registries that hold the function too, as pairs of "module:DICT" and key.
         digests: `sites.digest` of the sources that we compared it with, where a library has no version;
             empty where its version identifies them.
-        signature_of: the attribute of the object that has the parameters, where the object is no function.
-        optional: its module may fail to import.
-        loaded: replace it only when something else has imported the module, which is slow or has many
+        signature_of: The attribute of the object that has the parameters, where the object is no function.
+        optional: Its module may fail to import.
+        loaded: Replace it only when something else has imported the module, which is slow or has many
             dependencies.
     """
 
@@ -49,10 +49,10 @@ class Library:
     """The table of one library.
 
     Attributes:
-        name: what `patch` calls it.
-        distribution: the name that pip knows; None for a checkout without versions.
-        versions: beginnings of the versions that we compared our functions with.
-        replace: the functions that are replaced.
+        name: What `patch` calls it.
+        distribution: The name that pip knows; None for a checkout without versions.
+        versions: Beginnings of the versions that we compared our functions with.
+        replace: The functions that are replaced.
         leave: (function, reason) of those that stay.
     """
 

@@ -29,15 +29,15 @@ def patch(library: Library, force: bool) -> Report:
     """Replaces a library's functions.
 
     Args:
-        library: its table.
-        force: also for a version or a source that our implementation was never compared with.
+        library: Its table.
+        force: Also for a version or a source that our implementation was never compared with.
 
     Returns:
         What was replaced and what was left.
 
     Raises:
-        Refused: a version, parameters or a source differ; then nothing has been replaced.
-        ImportError: the library is not installed.
+        Refused: A version, parameters or a source differ; then nothing has been replaced.
+        ImportError: The library is not installed.
     """
     with LOCK:
         return _patch(library, force)
@@ -84,8 +84,8 @@ def unpatch(name: str, only: dict[str, Replaced] | None = None) -> list[str]:
     """Restores a library's functions.
 
     Args:
-        name: the library.
-        only: the replacements of one `patch`; those of a later one are left alone.
+        name: The library.
+        only: The replacements of one `patch`; those of a later one are left alone.
 
     Returns:
         Labels of the places that were restored.

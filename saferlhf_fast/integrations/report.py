@@ -17,13 +17,13 @@ class Report:
     """What one call of `patch` did; as a context manager it restores everything at its end.
 
     Attributes:
-        library: what was patched.
-        version: its version.
+        library: What was patched.
+        version: Its version.
         replaced: {function: places at which it was replaced}.
         why: {function: what is better}.
         left: {function: the reason why it stays}.
-        undo: what runs when a `with` block ends; None where an earlier `patch` replaced the functions.
-        standing: whether the replacements that it reports are still in place.
+        undo: What runs when a `with` block ends; None where an earlier `patch` replaced the functions.
+        standing: Whether the replacements that it reports are still in place.
     """
 
     library: str

@@ -65,13 +65,13 @@ def known_ids(expected: str, ids: torch.Tensor, vocabulary: int) -> None:
     """Refuses ids outside the vocabulary as our ops do, with a message in the caller's words.
 
     Args:
-        expected: beginning of the message, such as "labels: expected".
-        ids: integers of any shape; their values are read on a CPU, and on a device only where the ops check
+        expected: Beginning of the message, such as "labels: expected".
+        ids: Integers of any shape; their values are read on a CPU, and on a device only where the ops check
             them too.
         vocabulary: V.
 
     Raises:
-        ValueError: an id is not in 0 … V−1.
+        ValueError: An id is not in 0 … V−1.
     """
     if (
         torch.compiler.is_compiling()
@@ -84,7 +84,7 @@ def known_ids(expected: str, ids: torch.Tensor, vocabulary: int) -> None:
         raise ValueError(f"{expected} 0 <= id < {vocabulary}, got {ids[outside][0].item()}")
 
 
-def learns(*tensors: torch.Tensor | None) -> bool:
+def any_needs_gradient(*tensors: torch.Tensor | None) -> bool:
     """True where a gradient will flow into one of the tensors."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -98,26 +98,26 @@ def numbers(*values: object) -> bool:
 
 
 def one_temperature(value: float | torch.Tensor) -> bool:
-    """True for a number, and for a 0-d tensor without a gradient; one that learns is left to the library."""
+    """True for a number, and for a 0-d tensor that needs no gradient; the library handles the others."""
     if not isinstance(value, torch.Tensor):
         return True
-    return plain(value) and value.dim() == 0 and value.is_floating_point() and not learns(value)
+    return plain(value) and value.dim() == 0 and value.is_floating_point() and not any_needs_gradient(value)
 
 
 def counts_fit(mask: torch.Tensor, *counts: float | torch.Tensor | None) -> bool:
     """False for a global count that our losses would treat in another way than the libraries do.
 
     That is a count of 0 although there are tokens (the libraries divide by it, our losses are 0 then; without
-    tokens 0 is right), a number below 0, a tensor with dimensions or one that learns. The values of a tensor
-    on a device are not read, because the host would have to wait.
+    tokens 0 is right), a number below 0, a tensor with dimensions or one that needs a gradient. The values
+    of a tensor on a device are not read, because the host would have to wait.
 
     Args:
         mask: [B, T], nonzero at the tokens that count.
-        counts: what the libraries divide sums by; None: they count themselves.
+        counts: What the libraries divide sums by; None: they count themselves.
     """
     for count in counts:
         if isinstance(count, torch.Tensor):
-            if count.dim() or learns(count):
+            if count.dim() or any_needs_gradient(count):
                 return False
             if count.device.type != "cpu":
                 continue
@@ -150,8 +150,8 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
     """(values - mean) / sqrt(var + 1e-8), with Bessel's variance, in float32 at least.
 
     Args:
-        values: any shape.
-        mask: booleans of this shape; mean and variance are those of the values where it is True.
+        values: Any shape.
+        mask: Booleans of this shape; mean and variance are those of the values where it is True.
         shift_mean: False adds the mean again.
 
     Returns:
@@ -159,7 +159,7 @@ def whiten(values: torch.Tensor, mask: torch.Tensor, shift_mean: bool = True) ->
         device, where a check would make the host wait.
 
     Raises:
-        ValueError: fewer than two values under the mask, on a CPU.
+        ValueError: Fewer than two values under the mask, on a CPU.
     """
     dtype = torch.float64 if values.dtype == torch.float64 else torch.float32
     count = mask.sum()
@@ -189,7 +189,7 @@ def advantages(
         mask: [B, T], nonzero at the tokens that count.
         gamma: 0 … 1.
         lam: 0 … 1.
-        masked: what `gae` does at masked tokens, "zero" or "carry".
+        masked: What `gae` does at masked tokens, "zero" or "carry".
 
     Returns:
         (advantages, returns), [B, T], 0 where masked, without a graph; None where the library's own function
@@ -199,7 +199,7 @@ def advantages(
         not given(rewards, values, mask)
         or rewards.dim() != 2
         or not (mask.shape == rewards.shape == values.shape)
-        or learns(rewards, values)
+        or any_needs_gradient(rewards, values)
         or not (rewards.is_floating_point() and values.is_floating_point())
         or not numbers(gamma, lam)
         or not (0 <= gamma <= 1 and 0 <= lam <= 1)
@@ -229,9 +229,9 @@ def policy_loss(
         old_logp: [B, T], nats.
         advantages: [B, T].
         mask: [B, T], nonzero at the tokens that count.
-        reduction: as in `ppo_loss`.
-        normalizer: as in `ppo_loss`.
-        clip: clip_ratio, clip_high and dual_clip of `ppo_loss`.
+        reduction: As in `ppo_loss`.
+        normalizer: As in `ppo_loss`.
+        clip: The clip_ratio, clip_high and dual_clip of `ppo_loss`.
 
     Returns:
         (loss, statistics); None where the library's own function has to compute them.
@@ -261,9 +261,9 @@ def critic_loss(
         old_values: [B, T].
         returns: [B, T].
         mask: [B, T], nonzero at the tokens that count.
-        clip_value: how far a value may move from its old one.
-        reduction: as in `value_loss`.
-        normalizer: as in `value_loss`.
+        clip_value: How far a value may move from its old one.
+        reduction: As in `value_loss`.
+        normalizer: As in `value_loss`.
 
     Returns:
         (loss, statistics); None where the library's own function has to compute them.
@@ -285,12 +285,15 @@ def critic_loss(
 def _rows_mask(
     first: torch.Tensor, second: torch.Tensor, third: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor | None:
-    """The boolean mask of three tensors [B, T] of one shape of which the first alone learns, or None."""
+    """The boolean mask of three tensors [B, T] of one shape, or None.
+
+    None also where another one than the first needs a gradient.
+    """
     if (
         mask is None
         or not given(first, second, third, mask)
         or first.dim() != 2
-        or learns(second, third)
+        or any_needs_gradient(second, third)
         or not all(tensor.is_floating_point() for tensor in (first, second, third))
     ):
         return None

@@ -21,9 +21,9 @@ class Site(NamedTuple):
     """One binding: `holder[key]` of a dict, or attribute `key` of a module or class.
 
     Attributes:
-        holder: the dict, module or class.
-        key: its key, or the attribute's name.
-        label: how reports name the place.
+        holder: The dict, module or class.
+        key: Its key, or the attribute's name.
+        label: How reports name the place.
     """
 
     holder: object
@@ -55,7 +55,7 @@ def resolve(target: str) -> tuple[object, str]:
         The module or class, and the last part of the name.
 
     Raises:
-        AttributeError: the module has no such name of its own.
+        AttributeError: The module has no such name of its own.
     """
     module, _, path = target.partition(":")
     *outer, name = path.split(".")
@@ -84,9 +84,9 @@ def counted(target: str, function: Callable[..., Any], original: Callable[..., A
     Under torch.compile a call is counted when it is traced, not when the compiled code runs.
 
     Args:
-        target: the key in CALLS.
-        function: our implementation.
-        original: the library's function, which may be compiled.
+        target: The key in CALLS.
+        function: Our implementation.
+        original: The library's function, which may be compiled.
 
     Returns:
         The function to bind in the original's place.

@@ -49,17 +49,17 @@ def patch_model(
     labelled positions is data.
 
     Args:
-        model: any Hugging Face causal LM whose logits are its backbone's hidden states times a plain linear
+        model: Any Hugging Face causal LM whose logits are its backbone's hidden states times a plain linear
             layer, scaled (Cohere, Granite) or softcapped (Gemma) or neither. That, and the loss, is checked
             on a few tokens.
-        force: also patches with a version of transformers other than 5.
-        on_call: called at each loss and each `token_logprobs` that is computed without logits.
+        force: Also patches with a version of transformers other than 5.
+        on_call: Called at each loss and each `token_logprobs` that is computed without logits.
 
     Returns:
         The same model.
 
     Raises:
-        Refused: the model is not like that (the message says how it differs); then nothing has changed. It is
+        Refused: The model is not like that (the message says how it differs); then nothing has changed. It is
             a ValueError.
     """
     inner = _inner(model)
@@ -97,14 +97,14 @@ def patch_report(model: nn.Module, force: bool = False) -> Report:
     """`patch_model` for `integrations.patch`; calls are counted under a key of this instance's own.
 
     Args:
-        model: as in `patch_model`.
-        force: as in `patch_model`.
+        model: As in `patch_model`.
+        force: As in `patch_model`.
 
     Returns:
         What was replaced.
 
     Raises:
-        Refused: as in `patch_model`.
+        Refused: As in `patch_model`.
     """
     from . import sites
 
@@ -117,7 +117,7 @@ def patch_report(model: nn.Module, force: bool = False) -> Report:
         state.on_call = _in_turn(sites.counting(target), state.on_call)
         state.target, sites.CALLS[target] = target, 0
 
-    def standing() -> bool:
+    def is_active() -> bool:
         return vars(inner).get(STATE) is state
 
     return Report(
@@ -125,9 +125,9 @@ def patch_report(model: nn.Module, force: bool = False) -> Report:
         version,
         replaced={state.target: [f"forward and token_logprobs of this {name} alone"]},
         why={state.target: "no logits for the loss; token_logprobs"},
-        standing=standing,
-        left={f"{name} without labels, or with logits_to_keep": "whoever asks for logits gets them"},
-        undo=(lambda: unpatch_model(model) if standing() else None) if fresh else None,
+        standing=is_active,
+        left={f"{name} without labels, or with logits_to_keep": "the model's own forward runs, with logits"},
+        undo=(lambda: unpatch_model(model) if is_active() else None) if fresh else None,
     )
 
 

@@ -101,7 +101,7 @@ def _logp_and_entropy(
     if masked is not None:
         index = index.masked_fill(masked, 0)
     shared.known_ids("index: expected", index, logits.shape[-1])
-    if masked is not None and shared.learns(logits):
+    if masked is not None and shared.any_needs_gradient(logits):
         logits = _ZeroGradient.apply(logits, masked)
     result = token_logprob(logits, index, temperature=temperature, return_entropy=entropy)
     outputs = result if isinstance(result, tuple) else (result,)

@@ -22,7 +22,7 @@ EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def chunked_head(original: Any) -> type:
-    """A class that stands in for TRL's autograd function: `apply` takes the same arguments.
+    """A class that replaces TRL's autograd function: `apply` takes the same arguments.
 
     TRL's own runs for ZeRO-3 shards, and for scales and softcaps that are tensors or not positive.
     """
@@ -68,8 +68,10 @@ def chunked_head(original: Any) -> type:
             softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
             # torch.compile cannot trace the head with the extras; it compiles the registered op, which has
             # none, without a graph break.
-            learns = shared.learns(hidden, weight, bias) and not torch.compiler.is_compiling()
-            if learns or set(outputs) & set(EXTRAS):
+            needs_gradient = (
+                shared.any_needs_gradient(hidden, weight, bias) and not torch.compiler.is_compiling()
+            )
+            if needs_gradient or set(outputs) & set(EXTRAS):
                 values = _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
                 track_inputs(values[0], hidden, weight, bias)
                 return values

@@ -125,7 +125,7 @@ def _may_scale(rollout_is_weights: torch.Tensor | None) -> bool:
     if rollout_is_weights is None:
         return True
     negative = rollout_is_weights.device.type == "cpu" and bool((rollout_is_weights < 0).any())
-    return not negative and not shared.learns(rollout_is_weights)
+    return not negative and not shared.any_needs_gradient(rollout_is_weights)
 
 
 def compute_policy_loss_vanilla(original: LibraryFunction) -> LibraryFunction:

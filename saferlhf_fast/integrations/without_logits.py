@@ -42,15 +42,15 @@ class PatchState:
     """What a patched model carries.
 
     Attributes:
-        form: scale and softcap of its logits.
-        head_class: the class of its head before the head was opened.
+        form: Scale and softcap of its logits.
+        head_class: The class of its head before the head was opened.
         defaults: {parameter of the model's forward: its default}, in order.
-        backbone_parameters: names of the parameters of the backbone's forward; None: it takes any.
-        on_call: called at each loss and each `token_logprobs` that is computed without logits.
-        target: the key of its calls in `sites.CALLS`; None where they are not counted.
-        warned: whether a warning has said that evaluations get no logits.
-        output_class: the class of the model's own outputs.
-        forward: the function that replaces the class's forward.
+        backbone_parameters: Names of the parameters of the backbone's forward; None: it takes any.
+        on_call: Called at each loss and each `token_logprobs` that is computed without logits.
+        target: The key of its calls in `sites.CALLS`; None where they are not counted.
+        warned: Whether a warning has said that evaluations get no logits.
+        output_class: The class of the model's own outputs.
+        forward: The function that replaces the class's forward.
     """
 
     form: "LogitForm"
@@ -80,18 +80,18 @@ def forward_like(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # None where the model has been unpatched inside a wrapper.
         state: PatchState | None = vars(self).get(STATE)
-        given = {**dict(zip(state.defaults, args)), **kwargs} if state else {}
-        if state is None or given.get("labels") is None or len(args) > len(state.defaults):
+        arguments = {**dict(zip(state.defaults, args)), **kwargs} if state else {}
+        if state is None or arguments.get("labels") is None or len(args) > len(state.defaults):
             return type(self).forward(self, *args, **kwargs)
-        reason = _needs_logits(self, state, given)
+        reason = _needs_logits(self, state, arguments)
         if reason:
             warnings.warn(
                 f"saferlhf-fast: {type(self).__name__}'s own forward makes this loss: {reason}", stacklevel=2
             )
             return type(self).forward(self, *args, **kwargs)
         _warn_of_no_logits(self, state)
-        output = output_with_loss(self, state, given)
-        return_dict = given.get("return_dict")
+        output = output_with_loss(self, state, arguments)
+        return_dict = arguments.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.config, "return_dict", True)
         return output if return_dict else output.to_tuple()
@@ -112,18 +112,18 @@ def _warn_of_no_logits(model: nn.Module, state: PatchState) -> None:
     )
 
 
-def _needs_logits(model: Any, state: PatchState, given: Mapping[str, Any]) -> str | None:
+def _needs_logits(model: Any, state: PatchState, arguments: Mapping[str, Any]) -> str | None:
     """Why a call with labels has to run the model's own forward; None when it does not have to."""
-    logits_to_keep = given.get("logits_to_keep", 0)
+    logits_to_keep = arguments.get("logits_to_keep", 0)
     if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep not in (0, None):
         return "logits_to_keep was given"
-    if given.get("output_router_logits"):
+    if arguments.get("output_router_logits"):
         return "output_router_logits adds a loss that is made from the router"
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear and not is_open(head):
         return f"its head has become {name_of(head)}"
     if state.backbone_parameters is not None:
-        for name, value in given.items():
+        for name, value in arguments.items():
             if name in NOT_FOR_BACKBONE or name in state.backbone_parameters or value is None:
                 continue
             if isinstance(value, torch.Tensor) or value != state.defaults.get(name):
@@ -143,30 +143,30 @@ def other_loss(model: Any) -> str | None:
     return None
 
 
-def output_with_loss(model: Any, state: PatchState, given: Mapping[str, Any]) -> Any:
+def output_with_loss(model: Any, state: PatchState, arguments: Mapping[str, Any]) -> Any:
     """The model's output for a call with labels, without logits.
 
     Args:
-        model: the patched model.
-        state: its state.
-        given: {name: argument} of the call.
+        model: The patched model.
+        state: Its state.
+        arguments: {name: argument} of the call.
 
     Returns:
         An instance of `state.output_class` with the loss, and None as logits.
 
     Raises:
-        ValueError: the labels are no integers [B, T], or a label is outside the vocabulary (on a CPU).
+        ValueError: The labels are no integers [B, T], or a label is outside the vocabulary (on a CPU).
     """
     inputs = {
         name: value
-        for name, value in given.items()
+        for name, value in arguments.items()
         if name not in NOT_FOR_BACKBONE
         and (state.backbone_parameters is None or name in state.backbone_parameters)
     }
     outputs = model.base_model(**inputs, return_dict=True)
     hidden_BTH = outputs.last_hidden_state
-    ignored = given.get("ignore_index", IGNORED)
-    name, targets_M = _targets(given, hidden_BTH, ignored)
+    ignored = arguments.get("ignore_index", IGNORED)
+    name, targets_M = _targets(arguments, hidden_BTH, ignored)
     at_N = (targets_M != ignored).nonzero().squeeze(1)
     hidden_NH = hidden_BTH.reshape(-1, hidden_BTH.shape[-1]).index_select(0, at_N)
     targets_N = targets_M.index_select(0, at_N)
@@ -177,7 +177,7 @@ def output_with_loss(model: Any, state: PatchState, given: Mapping[str, Any]) ->
         return negative_sum(hidden, weight, bias, targets_N, state.form)
 
     total = through_head(model, hidden_NH, use)
-    count = given.get("num_items_in_batch")
+    count = arguments.get("num_items_in_batch")
     if isinstance(count, torch.Tensor):
         count = count.to(total.device)
     loss = total / (max(len(at_N), 1) if count is None else count)
@@ -191,10 +191,12 @@ def output_with_loss(model: Any, state: PatchState, given: Mapping[str, Any]) ->
     return state.output_class(**{**values, "loss": loss, "logits": None})
 
 
-def _targets(given: Mapping[str, Any], hidden_BTH: torch.Tensor, ignored: int) -> tuple[str, torch.Tensor]:
+def _targets(
+    arguments: Mapping[str, Any], hidden_BTH: torch.Tensor, ignored: int
+) -> tuple[str, torch.Tensor]:
     """The name of the labels' argument, and the token that each position predicts, [M]."""
-    shifted = given.get("shift_labels")
-    name, labels = ("labels", given["labels"]) if shifted is None else ("shift_labels", shifted)
+    shifted = arguments.get("shift_labels")
+    name, labels = ("labels", arguments["labels"]) if shifted is None else ("shift_labels", shifted)
     count = hidden_BTH[..., 0].numel()
     if not is_integer(labels) or labels.numel() != count:
         raise ValueError(
@@ -225,20 +227,20 @@ def token_logprobs(
         logp = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0] * real[:, 1:]
 
     Args:
-        self: the patched model.
+        self: The patched model.
         input_ids: [B, T] integers.
         mask: [B, T], booleans or integers 0 and 1, 1 at real tokens, padding on either side; None: all are
             real. Positions are counted from each row's first real token.
         labels: [B, T], ids to score in the place of input_ids, −100 where none is wanted.
         temperature: > 0; a number, or a tensor [B, T−1], which gets no gradient.
-        return_entropy: also return the entropies.
+        return_entropy: Also return the entropies.
 
     Returns:
         logp [B, T−1] in nats, or (logp, entropy): entry t belongs to token t + 1; fp32 (float64 for float64
         weights); 0 where the token or the one before it is masked, or its label −100. Differentiable.
 
     Raises:
-        ValueError: shapes or dtypes do not fit, or, on the CPU, an id is outside the vocabulary (on a device
+        ValueError: Shapes or dtypes do not fit, or, on the CPU, an id is outside the vocabulary (on a device
             its log-prob is NaN).
     """
     state: PatchState = vars(self)[STATE]

@@ -53,7 +53,7 @@ def attention(
         query: [1, A, M, D].
         key: As query, with as many heads or fewer.
         value: As key.
-        attention_mask: Handed to `own` without a Layout, ignored with one.
+        attention_mask: Passed to `own` without a Layout, ignored with one.
         packed: Where the sequences begin and end in M.
         **kwargs: What transformers passes on: scaling, dropout, sliding_window, is_causal.
 
@@ -107,7 +107,7 @@ def _cached_mask(
 ) -> torch.Tensor:
     """[1, 1, L, L]: boolean, or additive in a dtype."""
     position_L = torch.arange(length, device=device)
-    distance_LL = position_L[:, None] - position_L[None]  # how many places a key stands before its query
+    distance_LL = position_L[:, None] - position_L[None]  # how many places a key is before its query
     visible_LL = distance_LL >= 0 if causal else torch.ones_like(distance_LL, dtype=torch.bool)
     if window is not None:
         visible_LL &= distance_LL < window

@@ -153,8 +153,16 @@ def config_of_score(path: str | Path, base: str | Path) -> "LoraConfig | None":
     return config if config.base_model_name_or_path == _name(base) else None
 
 
-def of_score(path: str | Path, base: str | Path) -> Saved | None:
-    """Reads a score model's adapter and head; arguments and None as in `config_of_score`."""
+def load_score_adapter(path: str | Path, base: str | Path) -> Saved | None:
+    """Reads a score model's adapter and head.
+
+    Args:
+        path: The score model's folder.
+        base: The base that the adapter must belong to, as a path or Hub name.
+
+    Returns:
+        Both with their config, or None where the folder has no adapter or one of another base.
+    """
     from safetensors.torch import load_file
 
     config = config_of_score(path, base)

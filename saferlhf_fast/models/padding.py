@@ -173,7 +173,7 @@ def _require_representable(name: str, dtype: torch.dtype, fill: Any) -> None:
 def _require_representable_float(name: str, dtype: torch.dtype, fill: Any) -> None:
     """Raises a ValueError for a real fill that a floating point dtype cannot hold, or an int it would round.
 
-    Such an int is a marker that somebody will search for, as -100, and would not find.
+    Such an int is a marker, as -100, that a later search would not find.
     """
     most, is_integral = torch.finfo(dtype).max, isinstance(fill, Integral)
     if is_integral and abs(fill) > most or math.isfinite(fill) and abs(fill) > most:

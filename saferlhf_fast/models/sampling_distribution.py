@@ -145,7 +145,7 @@ def uniforms(seeds: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
 
 
 class Context(NamedTuple):
-    """What stands before each requested row of packed sequences; `seen` is what `sampling_logits` reads."""
+    """The tokens before each requested row of packed sequences; `seen` is what `sampling_logits` reads."""
 
     ids_SL: torch.Tensor  # int64, padded with the sequence's first token
     sequence_N: torch.Tensor  # int64: each row's sequence
@@ -164,7 +164,7 @@ def context_of(ids_M: torch.Tensor, lengths: Sequence[int], rows_N: torch.Tensor
     Args:
         ids_M: Packed ids.
         lengths: Tokens of each sequence, host integers.
-        rows_N: Positions in M that are asked for.
+        rows_N: Positions in M of the requested rows.
 
     Returns:
         The Context.

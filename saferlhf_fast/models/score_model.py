@@ -4,8 +4,8 @@
     scores_BL = score(ids_BL, mask_BL)            # one per token, fp32
     score_B = score.end_scores(scores_BL, mask_BL)
 
-Dropout stays as the config has it; the PPO stages switch it off. Files are read in score_checkpoint.py, masks
-are checked in score_inputs.py.
+Dropout stays as the config has it; the PPO stages switch it off. The head is in score_head.py, the
+reading of files in score_checkpoint.py, the checks of masks in score_inputs.py.
 
 Shapes: legend in rollout/types.py.
 """
@@ -13,13 +13,11 @@ Shapes: legend in rollout/types.py.
 import contextlib
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from ..errors import UserError, require
 from ..kernels import checks
@@ -29,57 +27,12 @@ from .folders import has_weights, local_copy, quiet, readable, refuse_large_voca
 from .lora import plain
 from .packing import Packed
 from .score_checkpoint import read_head
+from .score_head import Normalizer as Normalizer
+from .score_head import ScoreHead as ScoreHead
 from .score_inputs import checks_values, real_tokens, refuse_positions
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Normalizer:
-    """safe-rlhf's score normaliser with fixed statistics, plain numbers that no cast to bf16 can round."""
-
-    function: str  # affine: (s − mean)/std · scale: s/std · translate: s − mean · identity
-    mean: float = 0.0
-    var: float = 1.0
-    eps: float = 1e-8
-
-    def __call__(self, scores: torch.Tensor) -> torch.Tensor:
-        """Scores of any shape, normalised."""
-        std = self.var**0.5 + self.eps
-        if self.function == "affine":
-            return (scores - self.mean) / std
-        if self.function == "scale":
-            return scores / std
-        return scores - self.mean if self.function == "translate" else scores
-
-
-class ScoreHead(nn.Module):
-    """Linear(H, outputs) in fp32, whatever the weights' dtype.
-
-    A module of its own: ZeRO-3 gathers a module's own weights.
-    """
-
-    def __init__(
-        self, hidden_size: int, bias: bool = False, dtype: torch.dtype | None = None, outputs: int = 1
-    ) -> None:
-        super().__init__()
-        self.outputs = outputs  # ZeRO-3 may leave the weight no shape
-        self.weight = nn.Parameter(torch.empty(outputs, hidden_size, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(outputs, dtype=dtype)) if bias else None
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[…, H] -> […], or […, outputs] where there are several; fp32, under torch.autocast too."""
-        bias = None if self.bias is None else self.bias.float()
-        with _no_autocast(hidden.device.type):
-            scores = F.linear(hidden.float(), self.weight.float(), bias)
-        return scores.squeeze(-1) if len(self.weight) == 1 else scores
-
-
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
-    """Context in which F.linear keeps fp32. Not every device has an autocast (meta has none)."""
-    known = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()
 
 
 class ScoreModel(nn.Module):
@@ -109,6 +62,15 @@ class ScoreModel(nn.Module):
         kind: str | None = None,
         packing: bool = True,
     ) -> None:
+        """Adds a new head to a backbone.
+
+        Args:
+            backbone: A transformers model without a head; peft may wrap it.
+            bias: Whether the head has a bias.
+            normalizer: What is applied to the scores; None for nothing.
+            kind: reward, cost, critic, or None where it is not known.
+            packing: Whether packed sequences run without padding, where the architecture can do that.
+        """
         super().__init__()
         self.backbone = backbone
         self.packs = packs(plain(self.backbone)) and packing

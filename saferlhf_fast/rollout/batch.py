@@ -138,7 +138,20 @@ def arrange(
     rank: int = 0,
     world: int = 1,
 ) -> Rollout:
-    """One rank's Rollout of the global batch; arguments as in `assemble`. No collective."""
+    """One rank's Rollout of the global batch. No collective.
+
+    Args:
+        batch: All responses of the global batch, in the order of their places.
+        tokenizer: Decodes the responses.
+        budget: Most tokens of a pass.
+        minibatches: Optimiser steps that the batch is split into.
+        version: PPO steps that the policy has taken since it sampled.
+        rank: The rank.
+        world: Number of ranks.
+
+    Returns:
+        The rank's Rollout.
+    """
     steps: list[Minibatch] = []
     own_rows: list[Sampled] = []
     size = -(-len(batch) // minibatches)
@@ -169,7 +182,14 @@ def arrange(
 
 
 def packed_numbers(columns: Sequence[Sequence[float] | None]) -> torch.Tensor | None:
-    """One fp32 tensor on the device from the numbers of each sequence; None where a sequence has none."""
+    """The numbers of all sequences in one tensor.
+
+    Args:
+        columns: Numbers of each sequence, or None where it has none.
+
+    Returns:
+        [N] fp32 on the device; None where a sequence has none, or there is no sequence.
+    """
     numbers: list[float] = []
     for column in columns:
         if column is None:

@@ -13,7 +13,7 @@ from ..data.batches import share
 from ..models.policy import sequence_sums
 from ..runtime import engine
 from .batch import assemble, generate
-from .scoring import kept
+from .scoring import without_dummies
 from .types import per_constraint
 
 if TYPE_CHECKING:
@@ -39,8 +39,8 @@ def sample_and_score(
 
     Returns:
         One dict for each prompt, in order, on every rank: prompt, response, reward, cost (of several costs
-        cost/<name> each), kl (summed over the response, nats) and length (tokens). None stands where there is
-        no model for a number.
+        cost/<name> each), kl (summed over the response, nats) and length (tokens). The value is None
+        where there is no model for a number.
     """
     world = engine.world_size()
     own_prompts = [prompts[i] for i in share(range(len(prompts)), engine.rank(), world)]
@@ -82,7 +82,9 @@ def _rows(roles: "Roles", rollout: "Rollout", cfg: "PPOConfig | EvaluateConfig")
         (REWARD, *(labels.values() or (COST,)), "kl"), [None] * len(rollout)
     )
     scores |= {
-        labels.get(name, name): kept(values, rollout).tolist() for name, values in by_pass.items() if values
+        labels.get(name, name): without_dummies(values, rollout).tolist()
+        for name, values in by_pass.items()
+        if values
     }
     prompts = [prompt.text for prompt in rollout.prompts]
     columns: dict[str, list[Any]] = {

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .roles import Roles
 
 
-def kept(by_pass: Sequence[torch.Tensor], rollout: Rollout) -> torch.Tensor:
+def without_dummies(by_pass: Sequence[torch.Tensor], rollout: Rollout) -> torch.Tensor:
     """Concatenates the results of all passes, without those of dummy micro-batches."""
     return torch.cat(
         [result[:0] if rows.start == rows.stop else result for result, rows in zip(by_pass, rollout.passes)]
@@ -44,7 +44,7 @@ def score_rollout(rollout: Rollout, roles: "Roles", cfg: "PPOConfig") -> Scored:
             by_pass[0].append(roles.reference(rollout.packed(rows), cfg.sampling))
             for scorer, results in zip(roles.scorers.values(), by_pass[1:]):
                 results.append(scorer(rollout, rows))
-        columns = [kept(results, rollout) for results in by_pass]
+        columns = [without_dummies(results, rollout) for results in by_pass]
     ref_logp_N, *scores = columns
     costs = dict(zip(roles.scorers, scores))
     return Scored(ref_logp_N, costs.pop(REWARD), costs)
@@ -101,6 +101,8 @@ def old_logprobs_and_values(rollout: Rollout, roles: "Roles", cfg: "PPOConfig") 
             values |= critic(packed)
         by_pass.append(values)
     return {
-        "logp_N": kept(logp, rollout) if runs_actor else rollout.engine_logp_N,
-        "values": {name: kept([values[name] for values in by_pass], rollout) for name in by_pass[0]},
+        "logp_N": without_dummies(logp, rollout) if runs_actor else rollout.engine_logp_N,
+        "values": {
+            name: without_dummies([values[name] for values in by_pass], rollout) for name in by_pass[0]
+        },
     }

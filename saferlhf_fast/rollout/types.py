@@ -81,18 +81,18 @@ class Rollout:
         return [rows for minibatch in self.minibatches for rows in minibatch.passes]
 
     @property
-    def ends(self) -> list[int]:
+    def offsets(self) -> list[int]:
         """[B+1] host integers: each row's first response token in N."""
         return [0, *accumulate(self.lengths)]
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
-        """`ends` on the device, int32 [B+1]."""
-        return torch.tensor(self.ends, dtype=torch.int32, device=self.device)
+        """`offsets` on the device, int32 [B+1]."""
+        return torch.tensor(self.offsets, dtype=torch.int32, device=self.device)
 
     def tokens(self, rows: slice) -> slice:
         """Slice of N that belongs to a slice of rows."""
-        return slice(self.ends[rows.start], self.ends[rows.stop])
+        return slice(self.offsets[rows.start], self.offsets[rows.stop])
 
     def packed(self, rows: slice, at_end: bool = False) -> Packed:
         """Packs some rows for a forward pass.

@@ -79,7 +79,7 @@ def test_a_forced_implementation_is_the_reason_and_one_that_cannot_run_says_what
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setitem(dispatch._WHY_NOT, "triton", lambda op, device, dtype: "triton is not installed")
     monkeypatch.setenv("SAFERLHF_IMPL", "reference")
-    assert line_of("gae").startswith("gae reference asked for in SAFERLHF_IMPL; ")
+    assert line_of("gae").startswith("gae reference requested in SAFERLHF_IMPL; ")
     for forced, message in (
         ("triton", "implementation 'triton' cannot run here: triton is not installed"),
         ("quick", "SAFERLHF_IMPL=quick is not one of auto, reference, triton, native"),

@@ -160,7 +160,7 @@ def test_the_environment_variable(monkeypatch):
     assert dispatch.choose("without_triton", tensors) == ("reference", "reference: first that can run")
     with pytest.raises(NotImplementedError, match="needs a GPU"):
         dispatch.choose("token_logprob", tensors)
-    assert dispatch.choose("token_logprob", tensors, "reference")[1] == "asked for in the call"
+    assert dispatch.choose("token_logprob", tensors, "reference")[1] == "requested in the call"
     monkeypatch.setenv("SAFERLHF_IMPL", "quick")
     with pytest.raises(ValueError, match="SAFERLHF_IMPL=quick"):
         dispatch.choose("gae", tensors)

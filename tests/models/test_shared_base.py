@@ -296,7 +296,7 @@ def test_the_saved_adapter_is_read_by_peft(world):
     from peft import AutoPeftModelForSequenceClassification
 
     folder = Path(world["reward"]) / "adapter"
-    assert multi_adapter.of_score(world["reward"], world["cost"]) is None  # of another base
+    assert multi_adapter.load_score_adapter(world["reward"], world["cost"]) is None  # of another base
     theirs = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)
     theirs.config.pad_token_id = 3
     ours = load_score_model(world["reward"])

@@ -72,6 +72,17 @@ class Continuous:
         ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
+        """Takes what the engine samples with.
+
+        Args:
+            actor: The policy that samples.
+            tokenizer: Its tokenizer.
+            ends: Ids that end a response, and end marks of several tokens.
+            sampling: The distribution and its limits.
+
+        Raises:
+            UserError: The weights are sharded and not gathered, or the model cannot run in such batches.
+        """
         self.actor, self.sampling = actor, sampling
         self.ends, marks = split_ends(ends)
         self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])
@@ -330,7 +341,7 @@ def settings(
 
 @contextlib.contextmanager
 def own_attention(lm: "PreTrainedModel") -> "Iterator[PreTrainedModel]":
-    """Context with a model that has its own attention, since ours for packed sequences has no paged cache."""
+    """Context with a model that has its own attention: ours for packed sequences has no paged cache."""
     packed_form = lm.config._attn_implementation
     attention.uninstall(lm)
     try:

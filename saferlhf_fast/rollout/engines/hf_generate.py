@@ -45,6 +45,14 @@ class Generate:
         ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
+        """Takes what the engine samples with.
+
+        Args:
+            actor: The policy that samples.
+            tokenizer: Its tokenizer.
+            ends: Ids that end a response, and end marks of several tokens.
+            sampling: The distribution and its limits.
+        """
         self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
         self.ends, marks = split_ends(ends)
         self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])

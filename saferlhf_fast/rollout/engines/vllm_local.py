@@ -44,6 +44,17 @@ class LocalVLLM:
         ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
+        """Takes what the engine samples with.
+
+        Args:
+            actor: The policy that samples.
+            tokenizer: Its tokenizer.
+            ends: Ids that end a response, and end marks of several tokens.
+            sampling: The distribution and its limits.
+
+        Raises:
+            UserError: vLLM cannot be imported.
+        """
         # In this process, not in a child: it gets the weights as tensors. Read when vllm is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         try:

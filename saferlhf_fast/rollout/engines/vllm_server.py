@@ -56,6 +56,17 @@ class ServedVLLM:
         ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
+        """Takes what the engine samples with.
+
+        Args:
+            actor: The policy that samples.
+            tokenizer: Its tokenizer.
+            ends: Ids that end a response, and end marks of several tokens.
+            sampling: The distribution and its limits.
+
+        Raises:
+            UserError: The server does not answer, or reports log-probs of another distribution.
+        """
         self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
         self.ends, marks = split_ends(ends)
         self.stop = [*sampling.stop, *marks]

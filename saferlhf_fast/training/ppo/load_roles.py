@@ -151,7 +151,7 @@ def roles_on_shared_base(
     )
     shared_base.add("actor")
     specs = cfg.scorers()
-    saved = {name: multi_adapter.of_score(spec.path, cfg.model) for name, spec in specs.items()}
+    saved = {name: multi_adapter.load_score_adapter(spec.path, cfg.model) for name, spec in specs.items()}
 
     def scorer(name: str, spec: "ScorerSpec") -> "Callable[..., torch.Tensor]":
         adapter = saved[name]
