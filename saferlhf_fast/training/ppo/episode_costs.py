@@ -65,7 +65,11 @@ class CostWindow:
         return {"costs": self.costs, "kept": self.kept}
 
     def load_state_dict(self, values: Mapping[str, torch.Tensor]) -> None:
-        """Takes the state of a checkpoint; the device stays the same."""
+        """Takes the state of a checkpoint; the device stays the same.
+
+        Args:
+            values: What `state_dict` returned: `costs`, [window], and `kept`, [].
+        """
         self.costs, self.kept = (values[name].to(self.costs.device) for name in ("costs", "kept"))
 
 
