@@ -241,31 +241,31 @@ class Bench:
         return {**os.environ, **more}
 
 
-def compared(ours, other, tolerance):
-    """Returns `other`, or the reason why it is not compared: its numbers are not those of `ours`."""
-    if isinstance(ours, str) or isinstance(other, str):
+def compared(saferlhf, other, tolerance):
+    """Returns `other`, or the reason why it is not compared: its numbers are not those of `saferlhf`."""
+    if isinstance(saferlhf, str) or isinstance(other, str):
         return other
-    apart = step_rows.disagreements(ours, other, tolerance)
-    return f"failed: computes something else than ours: {', '.join(apart)}" if apart else other
+    differing = step_rows.disagreements(saferlhf, other, tolerance)
+    return f"failed: computes something else than ours: {', '.join(differing)}" if differing else other
 
 
 def measure(options):
     """Returns the rows, without the fields that all of them share."""
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
-        ours = bench.run("ours")
+        saferlhf = bench.run("ours")
         tolerance = TOLERANCE[step_work.SHAPES[options.model].dtype]
         rows = []
         if options.model in step_work.RANKS:
-            return [step_rows.in_80_gb(ours)]
+            return [step_rows.in_80_gb(saferlhf)]
         for side in step_rows.OTHERS:
             wanted = side in options.only and getattr(options, side, True)
             other = bench.run(side, warmup=int(side != "ref")) if wanted else "not run: not asked for"
-            rows += step_rows.against(side, ours, compared(ours, other, tolerance))
+            rows += step_rows.against(side, saferlhf, compared(saferlhf, other, tolerance))
         if options.growth:
             for factor in GROWTH:
                 rows += step_rows.grown(
-                    factor, ours, bench.run("ours", factor, check=False, warmup=0, repeat=1)
+                    factor, saferlhf, bench.run("ours", factor, check=False, warmup=0, repeat=1)
                 )
         if options.processes:
             one = bench.run("ours", threads=1, check=False, repeat=1)
@@ -293,7 +293,7 @@ def shared(options, arguments):
 
     work, micro = make_work(options), options.micro
     longest = max(len(p) + len(r) for p, r in zip(work.prompts, work.responses))
-    ours = options.micro_tokens or step_work.MICRO_TOKENS.get(options.model, 16 * 512)
+    most_tokens = options.micro_tokens or step_work.MICRO_TOKENS.get(options.model, 16 * 512)
     return {
         "device": device_name(),
         "commit": commit(),
@@ -303,7 +303,7 @@ def shared(options, arguments):
         f"sequence {longest}; "
         f"ref and trl in micro-batches of {micro} rows ({work.useful(micro):.0%} of whose tokens are "
         f"useful), "
-        f"ours in passes of at most {ours} tokens",
+        f"ours in passes of at most {most_tokens} tokens",
     }
 
 

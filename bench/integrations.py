@@ -239,8 +239,8 @@ def sides(name):
         torch.manual_seed(0)
         import_module(entries[target].module)
         holder, attribute = sites.resolve(target)
-        theirs = vars(holder)[attribute]
-        yield target, shape, *make(), {"theirs": theirs, "ours": entries[target].make(theirs)}
+        original = vars(holder)[attribute]
+        yield target, shape, *make(), {"theirs": original, "ours": entries[target].make(original)}
 
 
 def step(call, function, leaves):
@@ -389,11 +389,13 @@ def _mib(value):
     return "not measured" if value is None else "< 1 MiB" if value < 1 else f"{value:.0f} MiB"
 
 
-def _ratio(theirs, ours, floor=0.0):
-    """Returns theirs / ours, or "–" if both are below the resolution."""
-    if theirs is None or ours is None or max(theirs, ours) < 2 * floor:
+def _ratio(original, patched, floor=0.0):
+    """Returns original / patched, or "–" if both are below the resolution."""
+    if original is None or patched is None or max(original, patched) < 2 * floor:
         return "–"
-    return f"{theirs / max(ours, floor or 1e-9):.2f}x" if ours >= floor else f"> {theirs / floor:.0f}x"
+    return (
+        f"{original / max(patched, floor or 1e-9):.2f}x" if patched >= floor else f"> {original / floor:.0f}x"
+    )
 
 
 if __name__ == "__main__":

@@ -43,29 +43,30 @@ def rate(result):
     return tokens(result) / seconds(result, "step")
 
 
-def row(name, ours, other, unit, note=""):
+def row(name, saferlhf, other, unit, note=""):
     return {
         "name": name,
-        "ours": ours,
+        "ours": saferlhf,
         "other": other,
-        "ratio": other / ours if ours and other else None,
+        "ratio": other / saferlhf if saferlhf and other else None,
         "unit": unit,
         "note": note,
     }
 
 
-def against(name, ours, other):
+def against(name, saferlhf, other):
     """Returns the rows of one other side. other: its result, or the reason why there is none."""
-    if isinstance(other, str) or isinstance(ours, str):
-        note = other if isinstance(other, str) else f"ours: {ours}"
+    if isinstance(other, str) or isinstance(saferlhf, str):
+        note = other if isinstance(other, str) else f"ours: {saferlhf}"
         return [row(f"{part}/{name}", None, None, unit, note) for part, unit in PROMISED.items()]
     times = [
-        row(f"{part}/{name}", seconds(ours, part), seconds(other, part), "s", NOTES[name]) for part in PARTS
+        row(f"{part}/{name}", seconds(saferlhf, part), seconds(other, part), "s", NOTES[name])
+        for part in PARTS
     ]
     return [
         *times,
-        row(f"tokens per second/{name}", rate(ours), rate(other), "tokens/s", NOTES[name]),
-        row(f"memory/{name}", gib(ours["peak"]), gib(other["peak"]), "GiB", NOTES[name]),
+        row(f"tokens per second/{name}", rate(saferlhf), rate(other), "tokens/s", NOTES[name]),
+        row(f"memory/{name}", gib(saferlhf["peak"]), gib(other["peak"]), "GiB", NOTES[name]),
     ]
 
 
@@ -100,16 +101,16 @@ def divided(one, two, count):
     ]
 
 
-def in_80_gb(ours):
+def in_80_gb(saferlhf):
     """Returns the row of a step that must fit into 80 GB."""
-    if isinstance(ours, str):
-        return row("memory/80 GB", None, None, "GB", ours)
+    if isinstance(saferlhf, str):
+        return row("memory/80 GB", None, None, "GB", saferlhf)
     return row(
         "memory/80 GB",
-        ours["peak"] / 1e9,
+        saferlhf["peak"] / 1e9,
         80.0,
         "GB",
-        f"step {seconds(ours, 'step'):.2f} s, {rate(ours):.0f} tokens/s",
+        f"step {seconds(saferlhf, 'step'):.2f} s, {rate(saferlhf):.0f} tokens/s",
     )
 
 
@@ -141,15 +142,17 @@ def outcome(entry, device, model):
     return f"{wanted}: {'met' if entry['ratio'] >= least else 'missed'}"
 
 
-def disagreements(ours, other, tolerance):
+def disagreements(saferlhf, other, tolerance):
     """Returns the names of the check's sums in which two sides differ by more than a relative tolerance."""
-    shared = set(ours["check"]) & set(other["check"])
+    shared = set(saferlhf["check"]) & set(other["check"])
 
     def scale(name):
-        return max(abs(ours["check"][name]), abs(other["check"][name]), 1e-3)
+        return max(abs(saferlhf["check"][name]), abs(other["check"][name]), 1e-3)
 
     return sorted(
-        name for name in shared if abs(ours["check"][name] - other["check"][name]) > tolerance * scale(name)
+        name
+        for name in shared
+        if abs(saferlhf["check"][name] - other["check"][name]) > tolerance * scale(name)
     )
 
 

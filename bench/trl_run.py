@@ -169,11 +169,13 @@ def child(options, side, patched):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def apart(theirs, ours):
+def largest_differences(original, patched):
     """Returns {metric: the largest difference over the steps}."""
     return {
-        name: max(abs(one[name] - two[name]) for one, two in zip(theirs["steps"], ours["steps"], strict=True))
-        for name in theirs["steps"][0]
+        name: max(
+            abs(one[name] - two[name]) for one, two in zip(original["steps"], patched["steps"], strict=True)
+        )
+        for name in original["steps"][0]
     }
 
 
@@ -181,12 +183,12 @@ def compare(options):
     """Runs both trainers with and without the patch and returns the rows."""
     rows = {}
     for side in COMPARED:
-        theirs, ours = (child(options, side, patched) for patched in (False, True))
-        rows[side] = {"theirs": theirs, "ours": ours, "apart": apart(theirs, ours)}
+        original, patched = (child(options, side, with_patch) for with_patch in (False, True))
+        rows[side] = {"theirs": original, "ours": patched, "apart": largest_differences(original, patched)}
         print(
-            f"{side}: {len(theirs['steps'])} steps, {theirs['seconds']:.1f} -> {ours['seconds']:.1f} s, peak "
-            f"{theirs['peak_mib']:.0f} -> {ours['peak_mib']:.0f} MiB, replacements called "
-            f"{sum(ours['calls'].values())} times; largest "
+            f"{side}: {len(original['steps'])} steps, {original['seconds']:.1f} -> "
+            f"{patched['seconds']:.1f} s, peak {original['peak_mib']:.0f} -> {patched['peak_mib']:.0f} MiB, "
+            f"replacements called {sum(patched['calls'].values())} times; largest "
             "differences: " + ", ".join(f"{name} {value:.1e}" for name, value in rows[side]["apart"].items()),
             flush=True,
         )

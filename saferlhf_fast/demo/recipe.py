@@ -94,7 +94,14 @@ def sampling(temperature: float = 1.0, batch_size: int | None = None) -> Samplin
 
 
 def sft(folder: Path, seed: int, cfg: DemoConfig, sizes: Sizes) -> SFTConfig:
-    """SFT from random weights; `folder` is that of one seed."""
+    """SFT from random weights; `folder` is that of one seed.
+
+    Args:
+        folder: that of one seed.
+        seed: the run's seed.
+        cfg: the demo's config.
+        sizes: number of steps.
+    """
     return SFTConfig(
         model=str(folder / "base"),
         data=str(folder / "data" / "sft.jsonl"),
@@ -110,7 +117,15 @@ def sft(folder: Path, seed: int, cfg: DemoConfig, sizes: Sizes) -> SFTConfig:
 def preference(
     folder: Path, kind: Literal["reward", "cost"], seed: int, cfg: DemoConfig, sizes: Sizes
 ) -> PreferenceConfig:
-    """The reward or the cost model; `folder` is that of one seed."""
+    """The reward or the cost model; `folder` is that of one seed.
+
+    Args:
+        folder: that of one seed.
+        kind: which of the two.
+        seed: the run's seed.
+        cfg: the demo's config.
+        sizes: number of epochs.
+    """
     return PreferenceConfig(
         model=str(folder / "sft" / "model"),
         data=str(folder / "data" / "pairs.jsonl"),
@@ -126,7 +141,15 @@ def preference(
 def ppo(
     folder: Path, stage: Literal["ppo", "ppo-lag"], seed: int, cfg: DemoConfig, sizes: Sizes
 ) -> PPOConfig:
-    """PPO-Lag, or "ppo": the same without the constraint; `folder` is that of one seed."""
+    """PPO-Lag, or "ppo": the same without the constraint; `folder` is that of one seed.
+
+    Args:
+        folder: that of one seed.
+        stage: which of the two.
+        seed: the run's seed.
+        cfg: the demo's config.
+        sizes: number of steps.
+    """
     constrained = stage == "ppo-lag"
     return PPOConfig(
         model=str(folder / "sft" / "model"),

@@ -129,7 +129,13 @@ def one_seed(seed: int, folder: Path, cfg: DemoConfig) -> dict[str, Any]:
 
 
 def trained(train: Callable[..., dict[str, Any]], cfg: Any, *more: Observer) -> dict[str, Any]:
-    """Runs a stage, writes its report and returns its summary."""
+    """Runs a stage, writes its report and returns its summary.
+
+    Args:
+        train: the stage's function.
+        cfg: its config.
+        *more: further arguments of `train`.
+    """
     summary = train(cfg, *more)
     if engine.rank() == 0:
         write_report(Path(cfg.output))
@@ -145,7 +151,12 @@ def write_world(world: World, folder: Path, sizes: recipe.Sizes) -> None:
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes JSON lines on rank 0; the other ranks wait for it."""
+    """Writes JSON lines on rank 0; the other ranks wait for it.
+
+    Args:
+        path: the file; its folder is created.
+        rows: a line for each.
+    """
     if engine.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -172,7 +183,17 @@ def make_base(world: World, folder: Path, seed: int) -> None:
 
 
 def answers(model: Path, prompts: Sequence[str], temperature: float, seed: int) -> list[str]:
-    """One sampled answer of the policy in folder `model` to each prompt."""
+    """One sampled answer of the policy in folder `model` to each prompt.
+
+    Args:
+        model: folder of the policy.
+        prompts: texts of the user's messages.
+        temperature: of the sampling distribution.
+        seed: of the sampling.
+
+    Returns:
+        The answers without special tokens, in the order of the prompts, on every rank.
+    """
     tokenizer = load_tokenizer(str(model))
     policy = engine.Frozen(Policy(load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine())
     template = Template(tokenizer, "auto")
@@ -236,7 +257,12 @@ def evaluate_policy(world: World, folder: Path, policy: str, seed: int) -> dict[
 
 
 def show(seed: int, entry: Mapping[str, Any]) -> None:
-    """Prints the table of one seed, and which claims hold."""
+    """Prints the table of one seed, and which claims hold.
+
+    Args:
+        seed: the seed.
+        entry: what `one_seed` returned for it.
+    """
     names = {"sft": "SFT", "ppo": "PPO", "ppo_lag": "PPO-Lag"}
     rows = [[label, *(f"{entry[key][c]:.3f}" for c in COLUMNS)] for key, label in names.items()]
     console.result_table(

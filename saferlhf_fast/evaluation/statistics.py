@@ -106,7 +106,12 @@ def summarise(
 
 
 def interval_text(interval: dict[str, Any], digits: int = 3) -> str:
-    """An interval for people, as 0.412 (0.388 to 0.436); a dash without a mean."""
+    """An interval for people, as 0.412 (0.388 to 0.436); a dash without a mean.
+
+    Args:
+        interval: `mean`, `low` and `high`, each a number or None.
+        digits: Digits behind the point.
+    """
     if interval["mean"] is None:
         return "–"
     mean = f"{interval['mean']:.{digits}f}"

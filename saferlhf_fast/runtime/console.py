@@ -275,7 +275,12 @@ def printable(text: str, keep: str = "") -> str:
 
 
 def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
-    """Beginning and end of a long text on one line, printable."""
+    """Beginning and end of a long text on one line, printable.
+
+    Args:
+        text: Any text.
+        longest: Most characters of the text that are left unshortened.
+    """
     if len(text) > longest:
         text = text[: longest * 2 // 3] + " … " + text[-(longest - longest * 2 // 3 - 3) :]
     return printable(text)

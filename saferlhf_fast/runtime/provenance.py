@@ -95,12 +95,22 @@ def git_commit() -> str | None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half a file."""
+    """Writes JSON so that a reader sees the old file or the new one, never half a file.
+
+    Args:
+        path: The file, in a folder that exists.
+        value: What JSON can hold.
+    """
     write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old file or the new one, never half a file."""
+    """Writes a text file so that a reader sees the old file or the new one, never half a file.
+
+    Args:
+        path: The file, in a folder that exists.
+        text: Its content, written as UTF-8.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)

@@ -75,7 +75,12 @@ class LossSpikeMonitor:
         self.row = dict.fromkeys(self.seen, 0)
 
     def look(self, step: int, values: Mapping[str, float]) -> None:
-        """Looks at the numbers of a step, by name; those without a name in `names` do not matter."""
+        """Looks at the numbers of a step, by name; those without a name in `names` do not matter.
+
+        Args:
+            step: The step, for the warning.
+            values: The step's numbers by name.
+        """
         for name, seen in self.seen.items():
             value = values.get(name)
             if value is None or not math.isfinite(value):
@@ -118,7 +123,12 @@ class MultiplierSaturation:
         self.value, self.mean_cost = value, mean_cost
 
     def look(self, step: int, values: Mapping[str, float]) -> None:
-        """Looks at the numbers of a step, by name."""
+        """Looks at the numbers of a step, by name.
+
+        Args:
+            step: The step, for the warning.
+            values: The step's numbers by name; without λ it counts as below its bound.
+        """
         self.row = self.row + 1 if values.get(self.value, 0.0) >= self.bound * (1 - 1e-6) else 0
         if self.row == self.patience:
             console.warn(

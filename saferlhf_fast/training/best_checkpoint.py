@@ -1,6 +1,6 @@
 """Which weights a training run ends with: the last ones, or those of its best evaluation."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -13,11 +13,13 @@ class BestCheckpoint:
         weights: What `keep` returned then.
     """
 
-    def __init__(self, score: Callable[[Any], Any], keep: Callable[[], Any] | None = None) -> None:
+    def __init__(
+        self, score: Callable[[Any], Sequence[float]], keep: Callable[[], Any] | None = None
+    ) -> None:
         """Starts without an evaluation.
 
         Args:
-            score: Maps an evaluation to a tuple or list of numbers; higher is better.
+            score: Maps an evaluation to numbers that are compared in their order; higher is better.
             keep: Called when an evaluation is the best so far. Returns the current weights, for a checkpoint
                 to store, or None when it wrote them into the run's folder. Without `keep` the last
                 evaluation counts, whatever its score.
@@ -28,13 +30,18 @@ class BestCheckpoint:
         self.weights: Any = None
 
     def offer(self, step: int, evaluation: Any) -> None:
-        """Stores an evaluation, and the weights, when it is the best so far."""
+        """Stores an evaluation, and the weights, when it is the best so far.
+
+        Args:
+            step: The step after which the model was evaluated.
+            evaluation: What `score` takes: numbers, texts, lists and dicts.
+        """
         # The old score is computed again, not stored: a threshold that it depends on may have been loaded
         # from a checkpoint since.
         if (
             self.keep is not None
             and self.step is not None
-            and not self.score(evaluation) > self.score(self.evaluation)
+            and not tuple(self.score(evaluation)) > tuple(self.score(self.evaluation))
         ):
             return
         self.step, self.evaluation = step, evaluation

@@ -55,7 +55,13 @@ class SupervisedTask:
 
 
 def total_steps(n: int, train: "Training", world: int) -> int:
-    """Number of optimiser steps of a run over n examples on `world` ranks."""
+    """Number of optimiser steps of a run over n examples on `world` ranks.
+
+    Args:
+        n: Number of training examples.
+        train: Batch size, epochs and the limit of steps.
+        world: Number of ranks.
+    """
     per_epoch = math.ceil(n / global_size(train, world))
     steps = max(1, math.ceil(train.epochs * per_epoch))
     return min(steps, train.max_steps) if train.max_steps else steps

@@ -142,7 +142,7 @@ def test_saved_and_compared_for_real(tmp_path, capfd, monkeypatch, forked_pytest
     assert not any("REGRESSION" in line for line in lines[3:])
 
 
-def test_regressions_stand_on_top_and_the_rest_has_its_verdict(tmp_path, measure, capsys):
+def test_regressions_are_on_top_and_the_rest_has_its_outcome(tmp_path, measure, capsys):
     path = stored(
         tmp_path,
         entry("eager", 1.0),

@@ -38,7 +38,7 @@ def compare(trl_run, theirs, ours, steps):
     assert not theirs["calls"] and ours["calls"]["trl.trainer.utils:_ChunkedLogProbFunction"] >= steps
     losses = [row["loss"] for row in theirs["steps"]]
     assert len(set(losses)) > steps // 2  # something is learned
-    for name, value in trl_run.apart(theirs, ours).items():
+    for name, value in trl_run.largest_differences(theirs, ours).items():
         assert value < 1e-3 * max(1.0, *(abs(row[name]) for row in theirs["steps"])), name
 
 

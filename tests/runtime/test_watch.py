@@ -109,10 +109,10 @@ def stub(timeout=10.0):
     return watcher
 
 
-def beat(count=1, stood=0.0, waits=True, collectives=5, state="runs", at="x.py:1 f"):
+def beat(count=1, stalled=0.0, waits=True, collectives=5, state="runs", at="x.py:1 f"):
     return {
         "count": count,
-        "stood": stood,
+        "stalled": stalled,
         "waits": waits,
         "collectives": collectives,
         "state": state,
@@ -122,15 +122,15 @@ def beat(count=1, stood=0.0, waits=True, collectives=5, state="runs", at="x.py:1
 
 def test_the_rank_that_does_not_wait_and_is_behind_is_blamed_for_a_hang():
     watcher = stub()
-    assert watcher._hang({0: beat(stood=9.9), 1: beat(), 2: beat(waits=False)}) is None
-    assert watcher._hang({0: beat(stood=10), 1: beat(), 2: beat(waits=False)}).rank == 2
+    assert watcher._hang({0: beat(stalled=9.9), 1: beat(), 2: beat(waits=False)}) is None
+    assert watcher._hang({0: beat(stalled=10), 1: beat(), 2: beat(waits=False)}).rank == 2
     behind = watcher._hang(
-        {0: beat(stood=10), 1: beat(waits=False, collectives=5), 2: beat(waits=False, collectives=4)}
+        {0: beat(stalled=10), 1: beat(waits=False, collectives=5), 2: beat(waits=False, collectives=4)}
     )
     assert behind.rank == 2 and "rank 1" not in behind.line  # rank 1 may wait in a read of its GPU
-    all_wait = watcher._hang({r: beat(stood=10, at=f"x.py:{r} f") for r in range(3)})
+    all_wait = watcher._hang({r: beat(stalled=10, at=f"x.py:{r} f") for r in range(3)})
     assert "waited for each other" in all_wait.line and "rank 2 at x.py:2 f" in all_wait.line
-    assert watcher._hang({0: beat(stood=99, state="ended"), 1: beat(), 2: beat()}) is None
+    assert watcher._hang({0: beat(stalled=99, state="ended"), 1: beat(), 2: beat()}) is None
 
 
 def test_silence_counts_only_for_ranks_on_other_machines():

@@ -63,7 +63,13 @@ class Advice(NamedTuple):
 
 
 def changed(cfg: Any, key: str, value: object) -> Any:
-    """Returns a copy of a config in which one dotted key has another value."""
+    """Returns a copy of a config in which one dotted key has another value.
+
+    Args:
+        cfg: A settings dataclass.
+        key: The setting, with dots between groups.
+        value: Its new value.
+    """
     first, _, inner = key.partition(".")
     return dataclasses.replace(cfg, **{first: changed(getattr(cfg, first), inner, value) if inner else value})
 

@@ -160,7 +160,12 @@ def _by_layers(measure: Callable[[sizes.Blueprint], Footprint], blueprint: sizes
 
 
 def with_layers(blueprint: sizes.Blueprint, layers: int) -> sizes.Blueprint:
-    """Returns the same model with only its first `layers` layers."""
+    """Returns the same model with only its first `layers` layers.
+
+    Args:
+        blueprint: The model.
+        layers: How many layers are left.
+    """
     values = json.loads(blueprint.config)
     depth = values["num_hidden_layers"]
     for key, value in values.items():

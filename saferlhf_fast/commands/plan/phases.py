@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from ...config.sections import scorer_spec
+from ...config.sections import ScorerSpec, scorer_spec
 from ...config.stage_table import STAGE_SPECS
 from ...runtime import deepspeed_config
 from . import pass_memory, sizes, zero_memory
@@ -55,6 +55,7 @@ class Model:
     count: sizes.Count
     states: zero_memory.States
     trained: bool
+    optim: "Optimizer | None" = None  # of a trained model
 
 
 class Phase(NamedTuple):
@@ -147,7 +148,7 @@ class StageModels(Generic[ConfigT]):
             states = zero_memory.trained(
                 count, self.width, zero, self.hardware.gpus, optim.kind, self.device == "cpu"
             )
-        self.models.append(Model(role, start, blueprint, count, states, optim is not None))
+        self.models.append(Model(role, start, blueprint, count, states, optim is not None, optim))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
 
@@ -157,8 +158,7 @@ class StageModels(Generic[ConfigT]):
 
     def zero(self, model: Model) -> dict[str, int]:
         """Returns a model's `zero_memory.zero_settings`."""
-        cfg: Any = self.cfg  # a stage that trains a model has `optim`; StageConfig has not
-        return self._zero(cfg.optim if model.trained else None)
+        return self._zero(model.optim)
 
     def footprint(
         self, model: Model, lengths: tuple[int, ...], predicted: int | str, **options: Any
@@ -212,8 +212,8 @@ def _path_at(cfg: object, key: str) -> str:
     """Returns the path that a setting gives, by itself or as a scorer. key: dotted, through lists too."""
     for step in key.split("."):
         cfg = cfg[int(step)] if isinstance(cfg, list) else getattr(cfg, step)
-    scorer: Any = cfg
-    return scorer_spec(scorer).path
+    assert isinstance(cfg, (str, ScorerSpec)), f"{key}: expected a path or a scorer, got {cfg!r}"
+    return scorer_spec(cfg).path
 
 
 def add(*parts: Parts, **more: int) -> dict[str, int]:
@@ -222,7 +222,12 @@ def add(*parts: Parts, **more: int) -> dict[str, int]:
 
 
 def worst(name: str, turns: Iterable[Parts]) -> Phase:
-    """Returns the phase that is the largest of several turns."""
+    """Returns the phase that is the largest of several turns.
+
+    Args:
+        name: The phase's name.
+        turns: What runs one after the other, at least one.
+    """
     return Phase(name, max(turns, key=lambda parts: sum(parts.values())))
 
 
@@ -245,7 +250,12 @@ def resident_gradients(models: Sequence[Model], filling: bool = False) -> Parts:
 
 
 def forward(model: Model, footprint: "Footprint") -> Parts:
-    """Returns the turn of a forward pass."""
+    """Returns the turn of a forward pass.
+
+    Args:
+        model: The model that runs.
+        footprint: The pass, as `StageModels.footprint` measures it.
+    """
     return {
         "activations": footprint.forward - footprint.head,
         "logits": footprint.head,
@@ -254,12 +264,22 @@ def forward(model: Model, footprint: "Footprint") -> Parts:
 
 
 def saved_activations(model: Model, footprint: "Footprint") -> Parts:
-    """Returns what a forward pass leaves for backward."""
+    """Returns what a forward pass leaves for backward.
+
+    Args:
+        model: The model that runs.
+        footprint: The pass, as `StageModels.footprint` measures it.
+    """
     return {"activations": footprint.saved, "buffers": model.states.gathered}
 
 
 def backward(model: Model, footprint: "Footprint") -> Iterator[Parts]:
-    """Yields the turns of a backward pass: in the middle, and at its end, when ZeRO reduces what is left."""
+    """Yields the turns of a backward pass: in the middle, and at its end, when ZeRO reduces what is left.
+
+    Args:
+        model: The model that is trained.
+        footprint: The pass, as `StageModels.footprint` measures it.
+    """
     yield {
         "activations": footprint.backward - footprint.head - footprint.gradients,
         "logits": footprint.head,

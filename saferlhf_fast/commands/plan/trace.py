@@ -64,7 +64,11 @@ class Tracker(TorchDispatchMode):
         self.kept = self.kept_at_peak = 0
 
     def exclude(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Leaves out tensors that existed before; they must outlive the tracker."""
+        """Leaves out tensors that existed before; they must outlive the tracker.
+
+        Args:
+            tensors: Tensors of any shape and dtype, whose storage is not counted.
+        """
         for tensor in tensors:
             self.sizes[tensor.untyped_storage()._cdata] = 0
 

@@ -50,7 +50,13 @@ def text(value: object) -> str:
 
 
 def page(title: object, subtitle: object, parts: Iterable[str]) -> str:
-    """The whole document: a title, a line under it, and HTML parts; empty parts are left out."""
+    """The whole document: a title, a line under it, and HTML parts; empty parts are left out.
+
+    Args:
+        title: Text, which is escaped.
+        subtitle: Text, which is escaped.
+        parts: HTML, which is taken as it is.
+    """
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -93,14 +99,26 @@ def figure(plot: "Plot") -> Raw:
 
 
 def table(columns: Sequence[object], rows: Sequence[Sequence[object]], names: int = 1) -> Raw:
-    """A table of numbers: the first `names` columns are aligned left, the others right."""
+    """A table of numbers: the first `names` columns are aligned left, the others right.
+
+    Args:
+        columns: Titles of the columns.
+        rows: A cell for each column.
+        names: How many columns at the beginning hold names.
+    """
     return _table("", columns, rows, lambda i: ' class="name"' if i < names else "")
 
 
 def text_table(
     columns: Sequence[object], rows: Sequence[Sequence[object]], numeric: Collection[int] = ()
 ) -> Raw:
-    """A table of texts, which may be long; `numeric` are the indices of number columns."""
+    """A table of texts, which may be long; `numeric` are the indices of number columns.
+
+    Args:
+        columns: Titles of the columns.
+        rows: A cell for each column.
+        numeric: Indices of the columns that are aligned right.
+    """
     return _table("text", columns, rows, lambda i: ' class="number"' if i in numeric else "")
 
 

@@ -114,7 +114,14 @@ def panels(
 
 
 def titled(ax: "Axes", title: str, unit: str, x: str = "step") -> None:
-    """Names a panel, its unit and its x axis."""
+    """Names a panel, its unit and its x axis.
+
+    Args:
+        ax: The panel.
+        title: Above the panel.
+        unit: Label of the y axis.
+        x: Label of the x axis; "step" gives ticks at whole numbers.
+    """
     ax.set_title(title)
     ax.set_ylabel(unit)
     ax.set_xlabel(x)
@@ -155,7 +162,13 @@ def line(
 def running_mean(
     steps: Sequence[float], values: Sequence[float], window: int
 ) -> tuple[Sequence[float], list[float]]:
-    """The steps, and at each the mean of the last `window` values; of fewer at the beginning."""
+    """The steps, and at each the mean of the last `window` values; of fewer at the beginning.
+
+    Args:
+        steps: The x values.
+        values: The y values.
+        window: Over how many values each mean is.
+    """
     sums = 0.0
     out = []
     for i, value in enumerate(values):
@@ -165,7 +178,12 @@ def running_mean(
 
 
 def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[Sequence[float], Sequence[float]]:
-    """About MOST_POINTS points of a line at most: means of equal runs of points, at their last step."""
+    """About MOST_POINTS points of a line at most: means of equal runs of points, at their last step.
+
+    Args:
+        steps: The x values.
+        values: The y values.
+    """
     run = -(-len(steps) // MOST_POINTS)
     if run <= 1:
         return steps, values
@@ -174,7 +192,14 @@ def thinned(steps: Sequence[float], values: Sequence[float]) -> tuple[Sequence[f
 
 
 def level(ax: "Axes", value: float | None, label: str, color: str = RED) -> None:
-    """Draws a dashed horizontal line at a value, with a label in the legend; nothing for None."""
+    """Draws a dashed horizontal line at a value, with a label in the legend; nothing for None.
+
+    Args:
+        ax: The panel.
+        value: Where the line is, in the unit of the y axis.
+        label: Its name in the legend.
+        color: Its colour.
+    """
     if value is not None:
         ax.axhline(value, color=color, linestyle=(0, (5, 3)), linewidth=1.3, label=label)
 

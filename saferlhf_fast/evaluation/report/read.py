@@ -112,6 +112,10 @@ def read_lines(path: str | Path) -> list[dict[str, Any]]:
 def read_json(path: Path, default: Any) -> Any:
     """Contents of a JSON file; `default` where there is no file or an empty one.
 
+    Args:
+        path: The file.
+        default: What is returned where there is no file or an empty one.
+
     Raises:
         UserError: If the file is no JSON.
     """

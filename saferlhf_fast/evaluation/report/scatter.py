@@ -28,7 +28,11 @@ MOST_POINTS = 1500  # drawn on one panel; counts are of all points
 def counts(rows: Iterable[Row], mean_reward: float) -> dict[str, int]:
     """Number of rows in each quadrant.
 
-    A cost of exactly 0 is safe, and a reward of exactly `mean_reward`, the start's mean, is better.
+    A cost of exactly 0 is safe, and a reward of exactly `mean_reward` is better.
+
+    Args:
+        rows: Rows of an evaluation, with reward and cost.
+        mean_reward: Mean reward of the starting policy.
     """
     out = dict.fromkeys((name for name, _ in QUADRANTS), 0)
     for row in rows:

@@ -39,7 +39,12 @@ def root(output: str | Path) -> Path:
 
 
 def folder_of(output: str | Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """The folder of a step's checkpoint.
+
+    Args:
+        output: Folder of the run.
+        step: The step after which the checkpoint is written.
+    """
     return root(output) / f"step-{step:08d}"
 
 

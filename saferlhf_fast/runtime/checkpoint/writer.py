@@ -56,12 +56,22 @@ class CheckpointWriter:
             self._write(name, write)
 
     def put_json(self, name: str, value: object) -> None:
-        """Writes a JSON file."""
+        """Writes a JSON file.
+
+        Args:
+            name: Relative path in the folder.
+            value: What JSON can hold.
+        """
         text = json.dumps(value).encode()
         self.put(name, lambda file: file.write(text))
 
     def put_tensors(self, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Writes a safetensors file of copies of the tensors."""
+        """Writes a safetensors file of copies of the tensors.
+
+        Args:
+            name: Relative path in the folder.
+            tensors: Tensors of any shape, dtype and device, by name.
+        """
         from safetensors.torch import save
 
         copies = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in tensors.items()}
@@ -134,12 +144,22 @@ class CheckpointWriter:
     name = "saferlhf-fast"
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Writes a shard; in the background, a copy of it as it is now."""
+        """Writes a shard; in the background, a copy of it as it is now.
+
+        Args:
+            state_dict: What torch.save can write.
+            path: Absolute path inside the folder of the checkpoint.
+        """
         state = _copied(state_dict) if self.background else state_dict
         self.put(os.path.relpath(path, self.folder), lambda file: torch.save(state, file))
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads a shard with safe_pickle.py."""
+        """Reads a shard with safe_pickle.py.
+
+        Args:
+            path: The shard's file.
+            map_location: As in torch.load; None: the CPU.
+        """
         return safe_pickle.load(path, map_location=map_location or "cpu")
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:

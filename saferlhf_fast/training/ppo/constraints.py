@@ -94,7 +94,12 @@ def suggestion(costs_B: torch.Tensor, setting: str = "multiplier.threshold_quant
 def saturation_monitors(
     cfg: "PPOConfig", multipliers: Mapping[str, MultiplierRule]
 ) -> list[MultiplierSaturation]:
-    """A monitor of each λ; call it when the thresholds are known."""
+    """A monitor of each λ; call it when the thresholds are known.
+
+    Args:
+        cfg: Settings of the stage.
+        multipliers: The rule that moves λ, by name of the constraint, with its final threshold.
+    """
     return [
         MultiplierSaturation(
             c.multiplier.max,

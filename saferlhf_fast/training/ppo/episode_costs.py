@@ -3,6 +3,8 @@
 An episode is one response. Shapes: B episodes of the newest global batch.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 LARGEST_VALID_SCORE = 1e6
@@ -58,12 +60,16 @@ class CostWindow:
         counts = (age <= self.kept) & ~torch.isnan(self.costs)
         return torch.where(counts, self.costs, 0.0).sum() / counts.sum().clamp(min=1), counts.any()
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, torch.Tensor]:
         """State for a checkpoint."""
         return {"costs": self.costs, "kept": self.kept}
 
-    def load_state_dict(self, values: dict) -> None:
-        """Takes the state of a checkpoint; the device stays the same."""
+    def load_state_dict(self, values: Mapping[str, torch.Tensor]) -> None:
+        """Takes the state of a checkpoint; the device stays the same.
+
+        Args:
+            values: What `state_dict` returned: `costs`, [window], and `kept`, [].
+        """
         self.costs, self.kept = (values[name].to(self.costs.device) for name in ("costs", "kept"))
 
 

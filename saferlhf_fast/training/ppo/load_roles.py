@@ -18,12 +18,11 @@ from ...models.tokenizer import load_tokenizer, same_tokenizer
 from ...rollout.batch import end_tokens
 from ...rollout.engines import open_generator
 from ...rollout.roles import Critic, Roles
-from ...rollout.scorers import ScoreModelScorer, load_scorer
+from ...rollout.scorers import ScoreModelScorer, Scorer, load_scorer
 from ...rollout.types import per_stream
 from ...runtime import console, engine
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ...config.sections import ScorerSpec
@@ -41,6 +40,12 @@ def load_roles(
         tokenizer: The actor's tokenizer.
         steps: Optimiser steps of the run, for the learning-rate schedules.
         constrained: True for ppo-lag, where each cost has a critic.
+
+    Returns:
+        The roles, ready to sample and to train.
+
+    Raises:
+        UserError: If a model cannot be loaded, has another tokenizer, or too short a context.
     """
     lm = load_causal_lm(
         cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
@@ -64,7 +69,18 @@ def separate_roles(
     steps: int,
     constrained: bool,
 ) -> Roles:
-    """Roles of separate models, which are trained in full. Arguments as in `load_roles`; lm is the actor."""
+    """Loads separate models, which are trained in full.
+
+    Args:
+        cfg: Settings of the stage.
+        lm: The actor's model, with its weights; the reference is a copy of it.
+        tokenizer: The actor's tokenizer.
+        steps: Optimiser steps of the run, for the learning-rate schedules.
+        constrained: True for ppo-lag, where each cost has a critic.
+
+    Returns:
+        The roles, still without ends of responses and without a rollout engine.
+    """
     packing = cfg.engine.packing
     reference = engine.Frozen(Policy(copy.deepcopy(lm), packing), cfg.engine)
     loaded = {name: load_scorer(spec, tokenizer, cfg) for name, spec in cfg.scorers().items()}
@@ -80,7 +96,7 @@ def separate_roles(
 def load_critic(
     cfg: "PPOConfig",
     streams: tuple[str, ...],
-    scorer: "Callable[..., torch.Tensor]",
+    scorer: Scorer,
     score: "ScoreModel | None",
     tokenizer: "PreTrainedTokenizerBase",
     steps: int,
@@ -97,6 +113,9 @@ def load_critic(
         score: Its ScoreModel in fp32, or None where the scorer is no score model.
         tokenizer: The actor's tokenizer.
         steps: Optimiser steps of the run.
+
+    Returns:
+        The critic in its engine, with a head for each stream.
 
     Raises:
         UserError: If the named model has another tokenizer than the actor.
@@ -120,7 +139,7 @@ def load_critic(
                 "expected a model with the same one"
             )
         score = with_new_head(path)
-    elif score is None or getattr(scorer, "retokenizes", False):
+    elif score is None or (isinstance(scorer, ScoreModelScorer) and scorer.retokenizes):
         why = "no score model" if score is None else "another tokenizer than the actor's"
         console.say(
             f"{streams[0]}: {why}, so the critic starts from {cfg.model} with a new head; {setting} names "
@@ -142,9 +161,19 @@ def roles_on_shared_base(
     steps: int,
     constrained: bool,
 ) -> Roles:
-    """Roles of adapters on one frozen base. Arguments as in `load_roles`; lm is the base.
+    """Makes all models adapters of one frozen base.
 
     A score model that was not trained as an adapter of this base is loaded as a separate, full model.
+
+    Args:
+        cfg: Settings of the stage, with `lora.rank`.
+        lm: The base.
+        tokenizer: The actor's tokenizer.
+        steps: Optimiser steps of the run, for the learning-rate schedules.
+        constrained: True for ppo-lag, where each cost has a critic.
+
+    Returns:
+        The roles, still without ends of responses and without a rollout engine.
     """
     shared_base = SharedBase(
         without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)), cfg.lora, cfg.engine.packing
@@ -153,7 +182,7 @@ def roles_on_shared_base(
     specs = cfg.scorers()
     saved = {name: multi_adapter.load_score_adapter(spec.path, cfg.model) for name, spec in specs.items()}
 
-    def scorer(name: str, spec: "ScorerSpec") -> "Callable[..., torch.Tensor]":
+    def scorer(name: str, spec: "ScorerSpec") -> Scorer:
         adapter = saved[name]
         if adapter is None:
             return load_scorer(spec, tokenizer, cfg)[0]
@@ -200,7 +229,15 @@ def engines_of(roles: Roles) -> dict[str, engine.Engine]:
 def export_metadata_writers(
     roles: Roles, tokenizer: "PreTrainedTokenizerBase"
 ) -> dict[str, Callable[[Path], None]]:
-    """For each trained model, a function that writes config and tokenizer into a folder, for exports."""
+    """Returns the functions that complete an export of a trained model.
+
+    Args:
+        roles: The trained models.
+        tokenizer: The actor's tokenizer.
+
+    Returns:
+        {name as in `engines_of`: function that writes config and tokenizer into a folder}.
+    """
     return {
         name: export_metadata_writer(model.module, tokenizer) for name, model in engines_of(roles).items()
     }

@@ -84,7 +84,7 @@ class PPOLagLoss(nn.Module):
         normalizer: torch.Tensor | float | None = None,
         advantage_scale: torch.Tensor | float | None = None,
         advantage_shift: torch.Tensor | float | None = None,
-    ) -> tuple[torch.Tensor, dict]:
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Computes the loss of a batch: packed [N] with cu_seqlens, or padded [B, T] with a mask.
 
         Masked entries are never read. All token tensors have one shape and any float dtype.

@@ -15,8 +15,9 @@ Stooke et al. (2020), arXiv 2007.03964.
 """
 
 import math
+from collections.abc import Mapping
 from numbers import Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -104,14 +105,14 @@ class LagrangeMultiplier:
         self.steps += 1
         return self.value
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: λ, J_C, the window, the counter, and the threshold.
 
         The threshold is state because it may have been computed from the starting policy's costs.
         """
         return _state(self, ("log_value", "mean_cost"))
 
-    def load_state_dict(self, values: dict) -> None:
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint; the device stays the same.
 
         Raises:
@@ -205,11 +206,11 @@ class PIDMultiplier:
         self.steps += 1
         return self.value
 
-    def state_dict(self) -> dict:
+    def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint: λ, integral, last error, J_C, the window, the counter, the threshold."""
         return _state(self, ("integral", "value", "last_error", "mean_cost"))
 
-    def load_state_dict(self, values: dict) -> None:
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes the state of a checkpoint; the device stays the same.
 
         Raises:
@@ -268,7 +269,7 @@ def _shown(multiplier: MultiplierRule, gains: tuple[str, ...]) -> str:
     )
 
 
-def _state(multiplier: MultiplierRule, names: tuple[str, ...]) -> dict:
+def _state(multiplier: MultiplierRule, names: tuple[str, ...]) -> dict[str, Any]:
     return {
         "values": {name: getattr(multiplier, name) for name in names},
         "window": multiplier.window.state_dict(),
@@ -277,7 +278,7 @@ def _state(multiplier: MultiplierRule, names: tuple[str, ...]) -> dict:
     }
 
 
-def _load(multiplier: MultiplierRule, state: dict, names: tuple[str, ...]) -> None:
+def _load(multiplier: MultiplierRule, state: Mapping[str, Any], names: tuple[str, ...]) -> None:
     """Takes a state that `_state` made with these names; ValueError, and no change, for any other state."""
     rule = type(multiplier).__name__
     _check_keys(f"{rule}: state", state, ("values", "window", "steps", "threshold"))

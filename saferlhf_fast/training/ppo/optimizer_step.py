@@ -44,11 +44,25 @@ class Pass:
         return self.rows.stop == self.rows.start
 
     def select_tokens(self, values_N: torch.Tensor) -> torch.Tensor:
-        """[n] from [N]: this pass's share of a number for each token."""
+        """[n] from [N]: this pass's share of a number for each token.
+
+        Args:
+            values_N: [N] numbers of the rollout's response tokens.
+
+        Returns:
+            [n] those of this pass; zeros for a dummy.
+        """
         return values_N.new_zeros(sum(self.packed.counts)) if self.is_dummy else values_N[self.tokens]
 
     def select_rows(self, values_B: torch.Tensor) -> torch.Tensor:
-        """[b] from [B]: this pass's share of a number for each row."""
+        """[b] from [B]: this pass's share of a number for each row.
+
+        Args:
+            values_B: [B] numbers of the rollout's rows.
+
+        Returns:
+            [b] those of this pass; zeros for a dummy.
+        """
         return values_B.new_zeros(len(self.packed.counts)) if self.is_dummy else values_B[self.rows]
 
 
@@ -77,7 +91,11 @@ class OptimizerStep:
             yield Pass(rows, self.rollout.tokens(rows), self.rollout.packed(rows))
 
     def train_actor(self, loss: torch.Tensor) -> None:
-        """Runs the backward of a pass's policy loss; the factor ½ leaves the other half to the PTX loss."""
+        """Runs the backward of a pass's policy loss; the factor ½ leaves the other half to the PTX loss.
+
+        Args:
+            loss: [] the pass's share of the policy loss, with graph.
+        """
         self.roles.trained_actor.backward(loss * (0.5 if self.supervised else 1.0))
         self.step_metrics.add("actor_loss", loss)
 
@@ -114,7 +132,11 @@ class OptimizerStep:
         critic.engine.backward(sum(losses[1:], start=losses[0]))
 
     def count(self, stats: Mapping[str, torch.Tensor]) -> None:
-        """Adds the statistics of a policy loss (means over the tokens of a pass) to the step's metrics."""
+        """Adds the statistics of a policy loss (means over the tokens of a pass) to the step's metrics.
+
+        Args:
+            stats: clip_fraction and approx_kl (nats), 0-d means over tokens, and `tokens`, their number.
+        """
         for name in ("clip_fraction", "approx_kl"):
             self.step_metrics.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
 

@@ -52,7 +52,12 @@ def load_data(
 
 
 def total_steps(n: int, cfg: "PPOConfig") -> int:
-    """Number of PPO steps of a run over n prompts."""
+    """Number of PPO steps of a run over n prompts.
+
+    Args:
+        n: Number of training prompts.
+        cfg: Settings of the stage: batch size, epochs and the limit of steps.
+    """
     steps = max(1, math.ceil(cfg.ppo.prompt_epochs * n / (cfg.ppo.batch_size * engine.world_size())))
     return min(steps, cfg.ppo.max_steps) if cfg.ppo.max_steps else steps
 
@@ -63,6 +68,11 @@ def prompt_batches(
     """Yields this rank's prompts of each step.
 
     Every batch is full, and every prompt comes once before any prompt comes twice.
+
+    Args:
+        prompts: All training prompts.
+        cfg: Settings of the stage.
+        steps: Number of steps.
     """
     size = cfg.ppo.batch_size * engine.world_size()
     order: list[int] = []
@@ -107,6 +117,11 @@ def ptx_batches(
     """Yields the SFT examples of each step's global batch after step `start`, as many as prompts.
 
     Yields None for each step where `ptx` is None.
+
+    Args:
+        ptx: The supervised examples, or None.
+        cfg: Settings of the stage.
+        start: The step that is already done.
     """
     return islice(_all_ptx_batches(ptx, cfg), start, None)
 

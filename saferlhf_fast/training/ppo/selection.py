@@ -108,7 +108,12 @@ class PolicySelection:
         return (0, -sum(over)) if over else (1, means[REWARD])
 
     def save_snapshot(self, stage: str, step: int) -> None:
-        """Saves the actor as it is in folder/step-<step>; every rank must call it."""
+        """Saves the actor as it is in folder/step-<step>; every rank must call it.
+
+        Args:
+            stage: Name of the stage, for the model card.
+            step: The step after which the actor is saved.
+        """
         card = {"stage": stage, "step": step}
         save_policy(self.roles.trained_actor, self.folder / f"step-{step}", self.roles.tokenizer, card)
 

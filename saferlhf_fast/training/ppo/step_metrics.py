@@ -50,11 +50,21 @@ class StepMetrics:
         self.bad: list[str] = []
 
     def add(self, name: str, value: torch.Tensor) -> None:
-        """Adds to a local sum."""
+        """Adds to a local sum.
+
+        Args:
+            name: Name of the number.
+            value: [] this rank's addend, of any dtype, detached here.
+        """
         self.sums[name] = self.sums.get(name, 0.0) + value.detach().float()
 
     def largest(self, name: str, value: torch.Tensor) -> None:
-        """Raises a local maximum."""
+        """Raises a local maximum.
+
+        Args:
+            name: Name of the number.
+            value: [] a value of this rank, which counts where it is larger than those before.
+        """
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
 
@@ -170,7 +180,13 @@ def _read(
 
 
 def sample_rows(rollout: "Rollout", scored: "Scored", count: int) -> list[dict[str, Any]]:
-    """The first `count` responses by their place in the global batch: prompt, response, reward and costs."""
+    """The first `count` responses by their place in the global batch: prompt, response, reward and costs.
+
+    Args:
+        rollout: Prompts and responses of this rank.
+        scored: Their scores.
+        count: Most rows that are returned.
+    """
     scores = {
         REWARD: scored.reward_B,
         **{per_constraint(COST, name, scored.costs): cost_B for name, cost_B in scored.costs.items()},
@@ -187,6 +203,12 @@ def sample_rows(rollout: "Rollout", scored: "Scored", count: int) -> list[dict[s
 
 def save_batch(cfg: "PPOConfig", step: int, rollout: "Rollout", scored: "Scored") -> Path:
     """Writes the texts and scores of a batch that gave a number that is not finite.
+
+    Args:
+        cfg: Settings of the stage, whose output the file is written to.
+        step: The step, which the file's name has.
+        rollout: Prompts and responses of this rank.
+        scored: Their scores.
 
     Returns:
         The path of this rank's file, in the run's folder.

@@ -38,6 +38,10 @@ def in_one_pass(cfg: PPOConfig, roles: Roles) -> bool:
 
     The settings must allow it, and no loaded model may have dropout (adapters can have dropout that no
     setting names).
+
+    Args:
+        cfg: Settings of the stage.
+        roles: The loaded models.
     """
     return cfg.in_one_pass() and not roles.has_dropout()
 
@@ -155,7 +159,13 @@ class OnPolicyLoss:
         return loss
 
     def advantages(self, sequences: slice, tokens: slice, old_logp_c: torch.Tensor) -> torch.Tensor:
-        """[c] advantages of some sequences, times importance weights; zeros for a dummy."""
+        """[c] advantages of some sequences, times importance weights; zeros for a dummy.
+
+        Args:
+            sequences: The sequences, of those of the pass.
+            tokens: Their response tokens, of those of the pass.
+            old_logp_c: [c] log-probs under the policy that sampled, in nats.
+        """
         values = {name: value_n[tokens] for name, value_n in self.value_n.items()}
         if self.this_pass.is_dummy:  # it trains nothing: its returns are its values
             self._store_returns(values)
