@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from saferlhf_fast.config.setting_types import Data
+from saferlhf_fast.data.columns import extra_columns
 from saferlhf_fast.data.formats import FORMATS, format_of, with_labels
+from saferlhf_fast.data.messages import with_message_lists
 from saferlhf_fast.data.records import Conversation, Dropped, Preference, Prompt, Record
 from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.sources import load_sources
@@ -30,12 +32,15 @@ def records_of(
         labels: Give the records harm labels.
     """
     for item in load_sources(data, seed):
-        name, form = format_of(item.rows, item.source.format, item.source.path)
-        counts = SourceReport(item.source.path, name, item.available, len(item.rows))
+        rows = [with_message_lists(row) for row in item.rows]
+        name, form = format_of(rows, item.source.format, item.source.path)
+        extra = extra_columns(rows, form, labels)
+        counts = SourceReport(item.source.path, name, item.available, len(rows), extra.unread)
         report.sources.append(counts)
         records: list[Record] = []
-        for row in item.rows:
-            for record in form.parse(row):
+        for row in rows:
+            for parsed in form.parse(row):
+                record = extra.apply(row, parsed)
                 if labels and not isinstance(record, (Dropped, Prompt)):
                     record = with_labels(form, row, record)
                 if isinstance(record, Dropped):
