@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import OmegaConf
 
 from saferlhf_fast.config import checks, inputs, redact
+from saferlhf_fast.config.dotted_keys import with_settings_beside_stages
 from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
 from saferlhf_fast.config.schema import leaves, nearest, show
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
@@ -198,6 +199,7 @@ def steps_of(recipe: str | Path, overrides: dict[str, Any]) -> tuple[RunConfig, 
             f"{recipe}: no stages; a recipe of one stage is started with: saferlhf-fast sft {recipe}"
         )
     names_and_kinds = _stages(raw, recipe)
+    raw = with_settings_beside_stages(raw, names_and_kinds, recipe)
     for key, value in overrides.items():
         _override(raw, names_and_kinds, key, value, recipe)
     values = resolve(raw, recipe, lambda key: _as_override(key, names_and_kinds))

@@ -207,7 +207,10 @@ def nearest(key: str, known: Collection[str]) -> str | None:
 
 def show(value: object) -> str:
     """Returns a value as a recipe writes it, shortened to 80 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # Python writes integers of up to 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "…"
 
 
