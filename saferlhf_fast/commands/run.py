@@ -35,6 +35,7 @@ from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
+from saferlhf_fast.runtime.quiet_libraries import quiet_libraries
 from saferlhf_fast.runtime.run_decision import Action, asked_by
 from saferlhf_fast.runtime.run_state import RunState, is_ours
 
@@ -93,6 +94,7 @@ def run_stage(
         assert cfg.output is not None, "only a stage with an output can be finished already"
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
         return run_folder.read_summary(cfg.output)
+    quiet_libraries()
     module, name = ENTRIES[stage].split(":")
     folder = Path(cfg.output).expanduser() if cfg.output else None
     begun = time.perf_counter()

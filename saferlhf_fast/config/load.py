@@ -6,6 +6,7 @@ given. No torch.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
@@ -93,7 +94,9 @@ def read_recipe(recipe: str | Path) -> DictConfig:
     except OmegaConfBaseException as e:
         raise UserError(f"{recipe}: {_first_line(e)}") from e
     except ValueError as e:  # Python converts integers of up to 4300 digits
-        raise UserError(f"{recipe}: not YAML that can be read: {_first_line(e)}") from e
+        long = re.search(r"([\w.-]+)\s*[:=]\s*[-+]?\d{999}", text)
+        key = f"{long[1]}: " if long else ""
+        raise UserError(f"{recipe}: {key}expected a number of up to 4300 digits, got one of more") from e
     except AssertionError:  # what OmegaConf raises for a file with only a number
         raw = None
     # OmegaConf reads `abc` as {abc: null}.
@@ -152,12 +155,14 @@ def parse(value: Any, annotation: Annotation = None, key: str = "value") -> Any:
         return None
     try:
         parsed = OmegaConf.to_container(OmegaConf.create(f"x: {value}"), resolve=False)["x"]
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError) as e:
         if annotation is not None and is_text(annotation):
             return value  # a path may hold any character
         raise UserError(f"command line: {key}: {show(value)} is not YAML (quote it?)") from e
     except ValueError as e:  # Python converts integers of up to 4300 digits
-        raise UserError(f"command line: {key}: expected a value, got too many digits: {show(value)}") from e
+        raise UserError(
+            f"command line: {key}: expected a number of up to 4300 digits, got {len(value)} characters"
+        ) from e
     if get_origin(annotation) is list and parsed is not None and not isinstance(parsed, list):
         return [parsed]  # --seeds 0, log.trackers=wandb
     plain_text = is_text(annotation) and isinstance(parsed, (str, bool, int, float)) and value[0] not in "'\""

@@ -23,12 +23,12 @@ KEYS = ("role", "from", "content", "value", "weight", "train", "tool_calls", "to
 """The keys of a message that are read."""
 
 ROLES = {
-    "user": ("user", "human", "prompter", "usr"),
+    "user": ("user", "human", "prompter"),
     "assistant": (
         *("assistant", "gpt", "model", "bot", "chatbot", "ai", "llm", "agent"),
         *("chatgpt", "gpt-4", "gpt4", "bing", "bard", "claude"),
     ),
-    "system": ("system", "developer", "sys"),
+    "system": ("system", "developer"),
     "tool": ("tool", "function", "observation", "ipython", "tool_response", "function_response"),
 }
 """Role -> its names, which may be written with capitals."""
