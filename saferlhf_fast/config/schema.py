@@ -218,7 +218,8 @@ def show(value: object) -> str:
 
 PLACES = """Settings come from the defaults below, the recipe (YAML) and the command line; later ones win.
 `key=value`, `--key value` and `--key=value` mean the same; values are YAML: null, true, 1e-5, [a, b].
-A recipe may write `${root}` for the value of its key `root`, and `???` where a value must be given."""
+A recipe may write `${root}` for the value of its key `root`, and `???` where a value must be given.
+In a recipe `train.max_steps: 3` means the same as `train: {max_steps: 3}`."""
 
 
 def help_text(command: str) -> str:

@@ -69,7 +69,11 @@ class ExtraColumns:
             )
         if system:
             own = ({"role": "system", "content": system},)
-        return replace(record, messages=(*own, *before, *rest))
+        record = replace(record, messages=(*own, *before, *rest))
+        if isinstance(record, Prompt):
+            used = (*self.system, self.history)
+            return replace(record, meta={k: v for k, v in record.meta.items() if k not in used})
+        return record
 
     def _system(self, row: Row) -> str:
         texts = {

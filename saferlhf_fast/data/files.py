@@ -242,7 +242,7 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             return
         except csv.Error as error:
             is_open = str(error) == "unexpected end of data"
-            line = _open_quote(text, begin, reader.dialect.delimiter) if is_open else reader.line_num + 1
+            line = _open_quote(text, begin, reader.dialect.delimiter) if is_open else reader.line_num
             what = "a quote is opened here and not closed" if is_open else error
             beginning = f"; the record begins in line {begin}" if line != begin else ""
             raise UserError(f"{path} line {line}: not CSV ({what}{beginning})") from error

@@ -192,10 +192,3 @@ def test_numbers_fit(value, text):
 
 def test_clock():
     assert [console.clock(s) for s in (0.4, 59.6, 3725)] == ["0:00", "1:00", "1:02:05"]
-
-
-def test_a_stdout_without_unicode_does_not_fail(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
-    console.step_line(1, 1, STEP)
-    assert b"? " in raw.getvalue()
