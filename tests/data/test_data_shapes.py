@@ -212,7 +212,7 @@ def test_columns_that_nobody_reads_are_named_once(put):
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_a_lone_text_column_is_learned_as_it_is(put, bos, template):
     tokenizer = byte_tokenizer(bos=bos, template=template)
-    rows = [{"text": "Once upon a time"}, {"text": "The end.</s>", "source": "x"}, {"text": " "}]
+    rows = [{"text": f"{begin}Once upon a time"}, {"text": "The end.</s>", "source": "x"}, {"text": " "}]
     examples, report = sft_examples(put(rows), tokenizer)
     begin = "<s>" if bos else ""
     assert [tokenizer.decode(example.ids).replace(" ", "") for example in examples] == [
