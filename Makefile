@@ -11,12 +11,12 @@ TORCH  := $(shell grep '^torch==' constraints.txt)
 INSTALL := -m pip install -q --no-compile
 
 OLDEST := .venv-oldest
-SECONDS_OF_TEST := 900
+SECONDS_OF_TEST := 480
 QUICK  := "not slow and not matrix and not faults"
 PORTABLE := "numeric and not slow and not matrix and not faults"
 UNTOUCHED := addresses faults resume matrix two_processes pku_tiny bench_step integration_trl_run
 
-.PHONY: demo proof lint test test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
+.PHONY: demo proof lint test test-fast test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed: under 5 minutes on two free cores, the first time plus about 3 for the installation
 	$(BIN)/saferlhf-fast demo
@@ -33,9 +33,12 @@ lint: setup      ## ruff (rules and form), mypy, then which room may import whic
 
 # Two files at a time (pytest-xdist): most tests keep one core busy, with one thread each so that they do not wait for each other.
 # In the files' order: xdist would put those with few tests last, which are long ones, and one core would stand still at the end.
-test: setup      ## all tests but the slow ones, under 20 minutes on two free cores, the first time plus about 3 for the installation; JOBS=1 for one file at a time
+test: setup      ## all tests but the slow ones, under 8 minutes on two free cores, the first time plus about 3 for the installation; JOBS=1 for one file at a time
 	TEST_SECONDS=$(SECONDS_OF_TEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) -n $(JOBS) --dist loadfile \
 		--no-loadscope-reorder --durations 40
+
+test-fast: setup ## the inner loop: the tests of `make test` that start no process and compile nothing; under 3 minutes on two free cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m $(QUICK) --fast -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # ATen's kernels of other processors. Left out is what they cannot touch: Triton's interpreter computes with numpy, resumed runs are
 # compared with themselves, far addresses are our C++'s; and what is long: runs of two processes, killed ranks, a step's bench, TRL.

@@ -1,7 +1,7 @@
 """Measures a GPU in one command of at most seven minutes on a bare machine.
 
     bash bench/gpu.sh OUT                                the first command: everything below, in 420 s
-    bash bench/gpu.sh OUT again                          the second one, in 190 s: failures and surprises again
+    bash bench/gpu.sh OUT again                          the second one, in 190 s: failures, surprises
     python bench/gpu_window.py --table OUT/rows.jsonl    prints the table of a file of rows
 
 It needs no network and no DeepSpeed, and writes only to OUT and build/. Each section has its own time limit

@@ -1,11 +1,13 @@
-"""The same tests with the same numbers, in whichever process, order and second they run; and how long each
-folder took.
-"""
+"""The same tests with the same numbers, in any process, order and second; and how long each folder took."""
 
+import multiprocessing.process
 import os
 import random
+import subprocess
 import time
 from collections import Counter
+from pathlib import Path
+from unittest import mock
 
 import numpy
 import pytest
@@ -22,7 +24,41 @@ def pytest_make_parametrize_id(val, argname):
     return argname if isinstance(val, bytes) else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before fixtures, so that theirs are seeded too
+def pytest_addoption(parser):
+    """`--fast` for the inner loop: `make test-fast`."""
+    parser.addoption(
+        "--fast",
+        action="store_true",
+        help="skips each test that starts a Python process, torchrun or a compiler",
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def in_this_process(request):
+    """Under --fast, skips a test at the moment when it starts a process or compiles."""
+    if not request.config.getoption("--fast"):
+        yield
+        return
+    popen = subprocess.Popen.__init__
+
+    def start(self, args, *more, **options):
+        program = args if isinstance(args, str) else os.fspath(args[0])
+        if Path(program).name.startswith(("python", "torchrun", "nvcc", "gcc", "g++", "bash", "make")):
+            pytest.skip("--fast: starts a process")
+        popen(self, args, *more, **options)
+
+    def skip(*args, **options):
+        pytest.skip("--fast: starts a process or compiles")
+
+    with (
+        mock.patch.object(subprocess.Popen, "__init__", start),
+        mock.patch.object(multiprocessing.process.BaseProcess, "start", skip),
+        mock.patch.object(torch, "compile", skip),
+    ):
+        yield
+
+
+@pytest.hookimpl(tryfirst=True)  # before fixtures, so that they are seeded too
 def pytest_runtest_setup():
     """Which files a process ran before depends on xdist's timing; the state of the generators must not."""
     random.seed(0)

@@ -1,6 +1,7 @@
 """Columns that change what a record means, beside those of its format; and columns that nobody reads.
 
-A `system` column becomes the dialogue's system message, a `history` its first turns, and a `label` (as in KTO
+A `system` column becomes the dialogue's system message, a `history` its first turns, `tools` what its chat
+template shows, and a `label` (as in KTO
 data) tells which answers are not learned. The columns of a source that neither its format nor this file reads
 are reported once.
 """
@@ -24,10 +25,12 @@ from saferlhf_fast.data.records import (
     checked_text,
     user,
 )
+from saferlhf_fast.data.tool_calls import tools_of
 from saferlhf_fast.errors import UserError
 
 SYSTEM = ("system", "system_prompt")
 HISTORY = "history"
+TOOLS = "tools"
 LABELS = ("label", "kto_tag")
 """Columns that say whether a conversation's answer is wanted."""
 
@@ -45,7 +48,7 @@ class ExtraColumns:
     label: str | None = None
     """The column that is false where the answer is not wanted."""
     unread: tuple[str, ...] = ()
-    """Columns that nothing reads; of messages also their keys ("messages[].thinking")."""
+    """Columns that nothing reads; of messages also their keys ("messages[].mood")."""
 
     def apply(self, row: Row, record: Record | Dropped) -> Record | Dropped:
         """Returns the record of a row with what these columns say about it.
@@ -59,7 +62,8 @@ class ExtraColumns:
             return Dropped(f"{UNWANTED} ({self.label})", record.where)
         before = _history(row, self.history) if self.history else ()
         system = self._system(row)
-        if not before and not system:
+        tools = tools_of(row)
+        if not before and not system and not tools:
             return record
         own, rest = _split_system(record.messages)
         if system and any(item["content"].strip() != system.strip() for item in own):
@@ -69,9 +73,11 @@ class ExtraColumns:
             )
         if system:
             own = ({"role": "system", "content": system},)
-        record = replace(record, messages=(*own, *before, *rest))
+        first, *others = (*own, *before, *rest)
+        first = {**first, "tools": tools} if tools else first
+        record = replace(record, messages=(first, *others))
         if isinstance(record, Prompt):
-            used = (*self.system, self.history)
+            used = (*self.system, self.history, TOOLS)
             return replace(record, meta={k: v for k, v in record.meta.items() if k not in used})
         return record
 
@@ -104,6 +110,7 @@ def extra_columns(rows: Sequence[Row], form: Format, labels: bool = False) -> Ex
     label = None
     if form.record is Conversation:
         label = next((name for name in LABELS if name not in read and _are_flags(rows, name)), None)
+    read.add(TOOLS)
     read.update(system, filter(None, (history, label)))
     if form.record is Prompt:
         read.update(name for name in columns if any(is_meta(row.fields.get(name)) for row in rows))

@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from saferlhf_fast.config.setting_types import Data
+from saferlhf_fast.data.chat_template import Rendered
 from saferlhf_fast.data.counted_records import (
     EMPTY,
     SHORTENED,
@@ -31,14 +32,16 @@ from saferlhf_fast.data.pairs import KINDS as KINDS
 from saferlhf_fast.data.pairs import PairExample as PairExample
 from saferlhf_fast.data.pairs import preference_examples as preference_examples
 from saferlhf_fast.data.records import Conversation, HarmLabel, Message, Messages, prompt_of, prompt_text
-from saferlhf_fast.data.report import Report
+from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.templates import Pieces, Template
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 UNMATCHED = "the chat template changes the turns, so that the one with the weight 0 cannot be found"
+UNLEARNED_END = "the chat template's {% generation %} leaves out the end of an answer, which is not learned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,22 +105,20 @@ def sft_examples(
         require_record(
             counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
         )
+        answered = _with_answers(counts, template, records)
         split = each_accepted(
             counts,
-            records,
+            answered,
             lambda record: (
                 [(record.messages[0]["content"], True)]
                 if record.is_document
                 else template.pieces(record.messages)
             ),
         )
-        answered = []
-        for record, pieces in split:
-            if any(is_response and not text.strip() for text, is_response in pieces):
+        for record, pieces, ids, mask in _encoded(template, split):
+            if not record.is_document and template.has_no_token(pieces, mask):
                 counts.drop(EMPTY, record.where)
-            else:
-                answered.append((record, pieces))
-        for record, pieces, ids, mask in _encoded(template, answered):
+                continue
             start = mask.index(True)
             prompt = template.fit_prompt(ids[:start], len(ids) - start, max_length)
             if prompt is None:
@@ -125,11 +126,8 @@ def sft_examples(
                 continue
             if len(prompt) < start:
                 counts.flag(SHORTENED, record.where)
-            if not record.is_document and sum(mask) == len(template.end([])) * sum(
-                is_response for _, is_response in pieces
-            ):
-                counts.drop(EMPTY, record.where)  # the text has no token
-                continue
+            if not template.learns_end(pieces):
+                counts.flag(UNLEARNED_END, record.where)
             learned = without_unlearned(record.messages, pieces, mask)
             if learned is None:
                 counts.drop(UNMATCHED, record.where)
@@ -226,11 +224,8 @@ def retokenize(
         ended: Whether each response has the end of its turn; all have it when not given.
     """
     template = Template(tokenizer, template_name)
-    heads = template.encode_prompts(prompts)
-    tails = template.encode_responses([template.response_text(m, text) for m, text in zip(prompts, texts)])
     joined = []
-    for head, tail, end in zip(heads, tails, [True] * len(tails) if ended is None else ended):
-        tail = template.end(tail) if end else tail
+    for head, tail in template.encode_scored(prompts, texts, [True] * len(texts) if ended is None else ended):
         if max_length is not None and len(head) + len(tail) > max_length:
             least = min(len(head), template.tag_length + 2)
             tail = tail[: max_length - least]
@@ -249,7 +244,7 @@ def _encoded(
         return
     plain = Template(template.tokenizer, "none")
     bos = template.tokenizer.bos_token_id
-    texts: list[Pieces] = [[(text, False)] for _, ((text, _),) in answered]
+    texts: list[Pieces] = [[(record.messages[0]["content"], False)] for record, _ in answered]
     for (record, pieces), (ids, _) in zip(answered, plain.encode_pieces(texts)):
         if bos is not None and ids[:2] == [bos, bos]:
             ids = ids[1:]  # the text brings its own
@@ -274,7 +269,10 @@ def without_unlearned(messages: Messages, pieces: Pieces, mask: list[bool]) -> l
     turns = [item for item in messages if item["role"] == "assistant"]
     if all(item.get("weight") != 0 for item in turns):
         return mask
-    answers = [text for text, is_response in pieces if is_response]
+    if isinstance(pieces, Rendered):
+        answers = [pieces.text[begin:end] for begin, end in pieces.learned]
+    else:
+        answers = [text for text, is_response in pieces if is_response]
     runs = [list(run) for is_learned, run in groupby(range(len(mask)), mask.__getitem__) if is_learned]
     if len(answers) != len(runs):
         return None
@@ -300,3 +298,17 @@ def _opening(messages: Messages) -> Messages:
     """
     first = next(i for i, item in enumerate(messages) if item["role"] == "assistant")
     return messages[:first] or messages[:1]
+
+
+def _with_answers(
+    counts: SourceReport, template: Template, records: Sequence[Conversation]
+) -> list[Conversation]:
+    """Returns the dialogues in which each assistant turn has text, or calls tools, and counts the others."""
+    answered = []
+    for record in records:
+        answers = [item for item in record.messages if item["role"] == "assistant"]
+        if all(template.answer_text(a["content"]).strip() or a.get("tool_calls") for a in answers):
+            answered.append(record)
+        else:
+            counts.drop(EMPTY, record.where)
+    return answered

@@ -14,12 +14,13 @@ from typing import Any
 
 from saferlhf_fast.data.files import Row, describe, shorten
 from saferlhf_fast.data.records import Message, Messages, as_flag, checked_text, present
+from saferlhf_fast.data.tool_calls import KEPT, tool_calls_of
 from saferlhf_fast.errors import UserError
 
 COLUMNS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion")
 """Columns that may hold messages; all but the first two may hold a plain text too."""
 
-KEYS = ("role", "from", "content", "value", "weight", "train", "tool_calls", "tool_call_id", "name")
+KEYS = ("role", "from", "content", "value", "weight", "train", "tool_calls", *KEPT)
 """The keys of a message that are read."""
 
 ROLES = {
@@ -111,7 +112,7 @@ def messages_field(row: Row, name: str) -> Messages:
 
 
 def unread_keys(name: str, values: Iterable[Any]) -> list[str]:
-    """Returns the keys of messages that are not read, such as "messages[].thinking".
+    """Returns the keys of messages that are not read, such as "messages[].mood".
 
     Args:
         name: The column.
@@ -144,17 +145,22 @@ def _message(row: Row, name: str, item: object) -> Message:
             f"{row.where}, field '{name}.{role_key}': expected system, user, assistant or tool, "
             f"got {describe(role)}"
         )
-    calls = _called(row, f"{name}.{content_key}", content) if known in _CALLS else item.get("tool_calls")
-    if calls and (content is None or known in _CALLS):
-        content = ""  # a call of a tool without words
-    message: Message = {
-        "role": _ROLE_OF.get(known, "assistant"),
-        "content": _content(row, f"{name}.{content_key}", content),
-    }
+    standard = _ROLE_OF.get(known, "assistant")
+    if known in _CALLS:
+        calls, content = _called(row, f"{name}.{content_key}", content), ""
+    else:
+        calls = tool_calls_of(row, f"{name}.tool_calls", item.get("tool_calls"))
+    if calls and standard != "assistant":
+        raise UserError(
+            f"{row.where}, field '{name}': expected tool_calls of an assistant, got those of a {role}"
+        )
+    content = "" if calls and content is None else content  # a call of a tool without words
+    message: Message = {"role": standard, "content": _content(row, f"{name}.{content_key}", content)}
     if calls:
         message["tool_calls"] = calls
-    if message["role"] == "tool":
-        message |= {key: item[key] for key in ("tool_call_id", "name") if item.get(key) is not None}
+    for key in KEPT:
+        if item.get(key) is not None:
+            message[key] = checked_text(row, f"{name}.{key}", item[key])
     if message["role"] == "assistant" and not _is_learned(row, name, item):
         message["weight"] = 0
     return message

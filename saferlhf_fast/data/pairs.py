@@ -93,26 +93,16 @@ def preference_examples(
         require_record(counts, Preference, "preferences (two responses with labels, or chosen and rejected)")
         pairs = _labelled(counts, records, kind)
         split = each_accepted(
-            counts,
-            pairs,
-            lambda pair: (
-                template.pieces(pair[0].messages, generate=True),
-                [template.response_text(pair[0].messages, text) for text in pair[0].responses],
-            ),
+            counts, pairs, lambda pair: template.answers(pair[0].messages, pair[0].responses)
         )
-        prompts = template.encode_pieces([prompt for _, (prompt, _) in split])
-        # Each text is tokenised once: references repeat.
-        texts_once = list(dict.fromkeys(text for _, (_, texts) in split for text in texts))
-        ids_of = dict(zip(texts_once, template.encode_responses(texts_once)))
-        for ((record, first), (_, texts)), (prompt, _) in zip(split, prompts):
-            responses = [ids_of[text] for text in texts]
+        encoded = template.encode_answers([answers for _, answers in split])
+        for ((record, first), _), (prompt, responses) in zip(split, encoded):
             if not all(responses):
                 counts.drop(EMPTY, record.where)
                 continue
             if responses[0] == responses[1]:
                 counts.drop(IDENTICAL, record.where)
                 continue
-            responses = [template.end(ids) for ids in responses]
             fitting = template.fit_prompt(prompt, max(map(len, responses)), max_length)
             if fitting is None:
                 counts.drop(f"prompt + response is longer than {max_length} tokens", record.where)

@@ -164,10 +164,12 @@ def _hh_turns(text: str) -> Messages:
 def _last_answers(row: Row, chosen: Messages, rejected: Messages) -> Preference | Dropped:
     """Returns the preference between the last answers of two dialogues."""
     if any(
-        len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] != "user"
+        len(item) < 2 or item[-1]["role"] != "assistant" or item[-2]["role"] not in ("user", "tool")
         for item in (chosen, rejected)
     ):
         return Dropped("not a dialogue that ends with an answer", row.where)
+    if any(key not in ("role", "content", "weight") for item in (chosen, rejected) for key in item[-1]):
+        return Dropped("an answer with tool calls or with thoughts apart from its text", row.where)
     if chosen[:-1] != rejected[:-1]:
         return Dropped("the two dialogues differ before the last answer", row.where)
     return Preference(chosen[:-1], (chosen[-1]["content"], rejected[-1]["content"]), row.where, 0)

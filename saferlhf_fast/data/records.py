@@ -15,10 +15,10 @@ from saferlhf_fast.data.harm_taxonomy import SEVERITIES, TAXONOMIES
 from saferlhf_fast.errors import UserError
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}.
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that chat templates read.
 
-An assistant's message may have `tool_calls`, a tool's `name` and `tool_call_id`, as chat templates read them.
-An assistant's turn that is not learned has `weight` 0.
+These are tool_calls (tool_calls.py), reasoning_content …; in the first message also the `tools` of the
+dialogue. An assistant's turn that is not learned has `weight` 0.
 """
 
 Messages = tuple[Message, ...]

@@ -1,9 +1,10 @@
 """Conversation templates: messages -> token ids, and which of them the model has to produce.
 
-A dialogue is a list of pieces that are tokenised one by one and joined: prompt pieces, which end with the tag
-that begins the assistant's turn, and response pieces, which end with the token that ends the turn. So the ids
-of a prompt are always a prefix of the ids of prompt + response, and generation, scoring and training use the
-same ids.
+A chat template's text is tokenised as a whole, so its ids are those of `apply_chat_template`; the learned
+tokens are those of the learned characters (chat_template.py). A dialogue of the other templates is a list of
+pieces that are tokenised one by one and joined: prompt pieces, which end with the tag that begins the
+assistant's turn, and response pieces, which end with the end-of-sequence token. So the ids of a prompt are a
+prefix of the ids of prompt + response.
 
 Templates by name: "safe-rlhf" is `BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}` and the
 end-of-sequence token, with more turns as `USER: {prompt} ASSISTANT:{response}`; "tokenizer" is the
@@ -12,23 +13,33 @@ safe-rlhf.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from saferlhf_fast.data.files import shorten
-from saferlhf_fast.data.records import Message, assistant, user
+from saferlhf_fast.data.chat_template import Answer, ChatTemplate, Rendered
+from saferlhf_fast.data.records import Message, assistant
+from saferlhf_fast.data.token_places import place_of, tokenize, tokenize_with_places
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Pieces = list[tuple[str, bool]]
-"""[(text, is_response)] of one dialogue."""
+Pieces = list[tuple[str, bool]] | Rendered
+"""A dialogue before it is tokenised: [(text, is_response)], or a chat template's text."""
 
 NAMES = ("auto", "tokenizer", "safe-rlhf", "none")
 
 _BEGIN, _USER, _TAG = "BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:"
-_PROBE = "Zq7"  # an answer that shows how a chat template writes answers; it is in no template
 _ANCHOR = "\n"  # see Template._continuations
+
+
+class Answers(NamedTuple):
+    """A prompt and responses to it, before they are tokenised."""
+
+    prompt: Pieces | None
+    """None where `dialogues` have the prompt."""
+    texts: list[str]
+    dialogues: list[Rendered]
+    """Prompt and response of each, with a chat template."""
 
 
 class Template:
@@ -37,6 +48,7 @@ class Template:
     Attributes:
         name: The template's name; where "auto" was given, the one that was chosen.
         stop_ids: The tokens that end a response; generation must stop at any of them.
+        stop_texts: End marks that are no single token; generation must stop where a response completes one.
         tag_length: How many tokens at the end of a prompt are the assistant tag.
     """
 
@@ -52,14 +64,17 @@ class Template:
             raise UserError(
                 "the tokenizer has no end-of-sequence token (eos_token), so no response could end"
             )
+        self._chat = ChatTemplate(tokenizer) if self.name == "tokenizer" else None
         self._begin = self._leading_ids()
         self._anchor = self._anchor_ids()
-        self._end_text = self._chat_end() if self.name == "tokenizer" else ""
-        self._end_ids = (self._plain([self._end_text])[0] if self._end_text else []) or [
-            tokenizer.eos_token_id
-        ]
-        self.stop_ids = tuple(sorted({tokenizer.eos_token_id, self._end_ids[-1]}))
-        self.tag_length = len(self._plain([self._tag()])[0]) if self._tag() else 0
+        mark = self._chat.end if self._chat else ""
+        self._end_ids = self._continuations([mark])[0] or [tokenizer.eos_token_id]
+        is_token = not mark or self._end_ids[-1] in tokenizer.get_added_vocab().values()
+        self.stop_ids = tuple(sorted({tokenizer.eos_token_id, *(self._end_ids[-1:] if is_token else ())}))
+        self.stop_texts: tuple[str, ...] = () if is_token else (mark.strip(),)
+        stop_tokens = map(str, tokenizer.convert_ids_to_tokens(list(self.stop_ids)))
+        self._own_ends = tuple(text for text in (mark.strip(), *stop_tokens) if text)
+        self.tag_length = len(self._continuations([self._tag()])[0]) if self._tag() else 0
 
     def encode_prompts(self, conversations: Iterable[Sequence[Message]]) -> list[list[int]]:
         """Returns the ids of many prompts, each with bos (once, where the tokenizer has it) and the tag.
@@ -82,7 +97,16 @@ class Template:
         """Returns the ids of a response with the end of the turn added."""
         return [*ids, *self._end_ids]
 
-    def response_text(self, messages: Sequence[Message], text: str, prompt: str | None = None) -> str:
+    def answer_text(self, text: str) -> str:
+        """Returns a response's text without the end marks that it brings itself; the template adds one."""
+        bare = text.rstrip()
+        while bare.endswith(self._own_ends):
+            mark = next(mark for mark in self._own_ends if bare.endswith(mark))
+            text = bare.removesuffix(mark)
+            bare = text.rstrip()
+        return text
+
+    def response_text(self, messages: Sequence[Message], text: str) -> str:
         """Returns the text between the prompt and the end of the turn.
 
         This is `text`, except with chat templates that trim it or write something before it.
@@ -90,18 +114,15 @@ class Template:
         Args:
             messages: The prompt.
             text: The response.
-            prompt: The messages as the chat template renders them; rendered here when not given.
         """
-        if self.name != "tokenizer":
-            return text
-        prompt = self._render(messages, True) if prompt is None else prompt
-        dialogue = self._render((*messages, assistant(text)), False).rstrip()
-        if dialogue.startswith(prompt) and dialogue.endswith(self._end_text):
-            return dialogue[len(prompt) :].removesuffix(self._end_text)
-        return text
+        if self._chat is None:
+            return self.answer_text(text)
+        dialogue = self._dialogue((*messages, assistant(text)))
+        assert dialogue.last is not None, "the place of the last answer was asked for"
+        return dialogue.text[dialogue.last.begin : dialogue.last.stop]
 
     def pieces(self, messages: Sequence[Message], generate: bool = False) -> Pieces:
-        """Splits a dialogue into prompts and responses; the end of a turn is not part of a response's text.
+        """Prepares a dialogue for `encode_pieces`.
 
         Args:
             messages: The dialogue.
@@ -109,18 +130,141 @@ class Template:
                 cut after the last assistant turn.
 
         Raises:
-            UserError: There is no assistant turn, or the chat template refuses the dialogue.
+            UserError: There is no assistant turn, or the template cannot show the dialogue.
         """
+        messages = [
+            {**item, "content": self.answer_text(item["content"])} if item["role"] == "assistant" else item
+            for item in messages
+        ]
         if not generate:
             last = max((i for i, item in enumerate(messages) if item["role"] == "assistant"), default=None)
             if last is None:
                 raise UserError("a conversation without an assistant turn")
             messages = messages[: last + 1]
-        return (
-            self._chat_pieces(messages, generate)
-            if self.name == "tokenizer"
-            else self._text_pieces(messages, generate)
-        )
+        if self._chat is None:
+            return self._text_pieces(messages, generate)
+        return Rendered(self._chat.render(messages, True)) if generate else self._chat.dialogue(messages)
+
+    def answers(self, messages: Sequence[Message], responses: Sequence[str]) -> Answers:
+        """Prepares responses to one prompt for `encode_answers`.
+
+        Args:
+            messages: The prompt.
+            responses: The text of each response.
+
+        Raises:
+            UserError: The template cannot show the dialogues, or not with one prompt.
+        """
+        texts = [self.answer_text(text) for text in responses]
+        if self._chat is None:
+            return Answers(self.pieces(messages, generate=True), texts, [])
+        dialogues = [self._dialogue((*messages, assistant(text))) for text in texts]
+        begin = min(item.last.begin for item in dialogues if item.last)
+        if len({item.text[:begin] for item in dialogues}) > 1:
+            raise UserError("the chat template does not show the two responses behind the same prompt")
+        return Answers(None, texts, dialogues)
+
+    def encode_answers(self, groups: Sequence[Answers]) -> list[tuple[list[int], list[list[int]]]]:
+        """Tokenises prompts and the responses to each.
+
+        Args:
+            groups: What `answers` returns.
+
+        Returns:
+            (ids of the prompt, ids of each response with the end of its turn) of each group; [] for a
+            response whose text has no token.
+        """
+        if self._chat is None:
+            prompts = self.encode_pieces([group.prompt for group in groups if group.prompt is not None])
+            # Each text is tokenised once: references repeat.
+            texts = list(dict.fromkeys(text for group in groups for text in group.texts))
+            ids_of = {
+                text: self.end(ids) if ids else [] for text, ids in zip(texts, self.encode_responses(texts))
+            }
+            return [(ids, [ids_of[t] for t in group.texts]) for (ids, _), group in zip(prompts, groups)]
+        dialogues = [item for group in groups for item in group.dialogues]
+        borders = [(item.last.begin, item.last.stop) for item in dialogues if item.last]
+        encoded = iter(tokenize_with_places(self.tokenizer, [item.text for item in dialogues], borders))
+        split = []
+        for group in groups:
+            prompt, responses = self._split(group.dialogues, [next(encoded) for _ in group.dialogues])
+            # A template may write something before an answer without a text.
+            split.append((prompt, [ids if text.strip() else [] for text, ids in zip(group.texts, responses)]))
+        return split
+
+    def encode_scored(
+        self, prompts: Sequence[Sequence[Message]], texts: Sequence[str], ended: Sequence[bool]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Returns (ids of the prompt, ids of the response) of texts that another tokenizer's model wrote.
+
+        Args:
+            prompts: The messages of each prompt.
+            texts: The response to each.
+            ended: Whether each response has the end of its turn.
+        """
+        if self._chat is None:
+            heads = self.encode_prompts(prompts)
+            tails = self.encode_responses([self.answer_text(text) for text in texts])
+            return [(head, self.end(ids) if end else ids) for head, ids, end in zip(heads, tails, ended)]
+        dialogues = [self._scored(*item) for item in zip(prompts, texts, ended)]
+        borders = [(item.last.begin, item.last.stop) for item in dialogues if item.last]
+        encoded = tokenize_with_places(self.tokenizer, [item.text for item in dialogues], borders)
+        joined = []
+        for (ids, spans), item in zip(encoded, dialogues):
+            start = place_of(spans, item.last.begin if item.last else 0, len(item.text))[0]
+            joined.append((ids[:start], ids[start:] if item.ended else [*ids[start:], *self._end_ids]))
+        return joined
+
+    def _scored(self, messages: Sequence[Message], text: str, end: bool) -> Rendered:
+        """Renders a prompt and a response; what the template does not show follows the generation prompt."""
+        assert self._chat is not None, "the template is the tokenizer's"
+        try:
+            whole = self._dialogue((*messages, assistant(text)))
+        except UserError:
+            prompt, text = self._chat.render(messages, True), self.answer_text(text)
+            place = Answer(
+                len(prompt), len(prompt) + len(text), len(prompt) + len(text) + len(self._chat.end)
+            )
+            whole = Rendered(prompt + text + self._chat.end, (), place, bool(self._chat.end))
+        assert whole.last is not None, "the place of the last answer was asked for"
+        return whole if end else Rendered(whole.text[: whole.last.stop], (), whole.last, True)
+
+    def has_no_token(self, pieces: Pieces, mask: Sequence[bool]) -> bool:
+        """Tells whether the answers of a dialogue have no token but the ends of their turns."""
+        if isinstance(pieces, Rendered):
+            return not any(mask)
+        return sum(mask) == len(self._end_ids) * sum(is_response for _, is_response in pieces)
+
+    def learns_end(self, pieces: Pieces) -> bool:
+        """Tells whether the end of a dialogue's last answer is learned."""
+        return not isinstance(pieces, Rendered) or pieces.end_learned
+
+    def _split(
+        self, dialogues: Sequence[Rendered], encoded: Sequence[tuple[list[int], list[tuple[int, int]]]]
+    ) -> tuple[list[int], list[list[int]]]:
+        """Splits the ids of dialogues with one prompt where their responses begin."""
+        places = [item.last for item in dialogues if item.last]
+        begin = min(place.begin for place in places)
+        start = min(place_of(spans, begin, len(item.text))[0] for (_, spans), item in zip(encoded, dialogues))
+        responses = []
+        for (ids, spans), item, place in zip(encoded, dialogues, places):
+            first, stop = place_of(spans, place.begin, place.stop)
+            end = [] if item.ended else self._end_ids
+            responses.append(
+                [*ids[start:], *end] if stop > first and item.text[place.begin : place.stop] else []
+            )
+        return encoded[0][0][:start], responses
+
+    def _dialogue(self, messages: Sequence[Message]) -> Rendered:
+        """Renders a dialogue for its last answer alone."""
+        assert self._chat is not None, "the template is the tokenizer's"
+        *context, last = messages
+        context = [
+            {**item, "content": self.answer_text(item["content"])} if item["role"] == "assistant" else item
+            for item in context
+        ]
+        last = {**last, "content": self.answer_text(last["content"])}
+        return self._chat.dialogue([*context, last], last_only=True)
 
     def truncate_prompt(self, ids: list[int], limit: int) -> list[int] | None:
         """Returns the last `limit` ids of a prompt, with its bos; None when the tag does not fit.
@@ -152,13 +296,15 @@ class Template:
         room = max_length - response_length
         return self.truncate_prompt(prompt, room) if room >= max_length // 2 else None
 
-    def _text_pieces(self, messages: Sequence[Message], generate: bool) -> Pieces:
+    def _text_pieces(self, messages: Sequence[Message], generate: bool) -> list[tuple[str, bool]]:
         """Splits a dialogue for safe-rlhf and none.
 
         A system message becomes the beginning of the user's text: safe-rlhf's format has no place for it.
         """
+        if any(item["role"] == "tool" or item.get("tool_calls") or item.get("tools") for item in messages):
+            raise UserError(f"the template {self.name} has no place for tools, their calls and their results")
         tagged = self.name == "safe-rlhf"
-        pieces: Pieces = []
+        pieces: list[tuple[str, bool]] = []
         text, system = _BEGIN if tagged else "", ""
         for item in messages:
             if item["role"] == "assistant":
@@ -173,62 +319,10 @@ class Template:
             pieces.append((text + system + (_TAG if tagged else ""), False))
         return pieces
 
-    def _chat_pieces(self, messages: Sequence[Message], generate: bool) -> Pieces:
-        """Renders a dialogue with the tokenizer's chat template and splits it at the assistant turns.
-
-        The last turn is what the template adds to the generation prompt (some add more than the text).
-        Earlier turns are searched in order; a turn that the template changes (some drop thoughts from the
-        history) remains part of the prompt.
-        """
-        context = messages if generate else messages[:-1]
-        prompt = self._render(context, True)
-        pieces: Pieces = []
-        start = cursor = 0
-        for i, item in enumerate(context):
-            content = item["content"].strip()
-            begin = cursor
-            if item["role"] == "assistant" and i and context[i - 1]["role"] == "user":
-                head = self._render(context[:i], True)
-                begin = len(head) if len(head) >= cursor and prompt.startswith(head) else cursor
-            place = prompt.find(content, begin) if content else -1
-            if place < 0:
-                continue
-            if begin == cursor:
-                begin = place
-            cursor = place + len(content)
-            if item["role"] == "assistant" and prompt.startswith(self._end_text, cursor):
-                pieces += [(prompt[start:begin], False), (prompt[begin:cursor], True)]
-                start = cursor = cursor + len(self._end_text)
-        pieces.append((prompt[start:], False))
-        if not generate:
-            pieces.append((self.response_text(context, messages[-1]["content"], prompt), True))
-        return pieces
-
-    def _render(self, messages: Sequence[Message], generate: bool) -> str:
-        import jinja2
-
-        try:
-            return self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=generate
-            )
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise UserError(
-                f"the tokenizer's chat template refuses the conversation ({shorten(error, 80)})"
-            ) from error
-
-    def _chat_end(self) -> str:
-        """Returns what the chat template writes after an answer, without white space: "<|im_end|>"."""
-        dialogue = self._render((user("x"), assistant(_PROBE)), False)
-        if _PROBE not in dialogue:
-            raise UserError("the tokenizer's chat template does not show the assistant's text")
-        return dialogue[dialogue.rindex(_PROBE) + len(_PROBE) :].rstrip()
-
     def _tag(self) -> str:
-        if self.name != "tokenizer":
-            return _TAG if self.name == "safe-rlhf" else ""
-        question = (user("x"),)
-        without, with_tag = self._render(question, False), self._render(question, True)
-        return with_tag[len(without) :] if with_tag.startswith(without) else ""
+        if self._chat is not None:
+            return self._chat.tag
+        return _TAG if self.name == "safe-rlhf" else ""
 
     def encode_pieces(self, dialogues: Sequence[Pieces]) -> list[tuple[list[int], list[bool]]]:
         """Tokenises many dialogues; all texts at once, which is several times faster.
@@ -239,14 +333,17 @@ class Template:
         Returns:
             (ids, mask) of each dialogue; mask is True on responses and the ends of their turns.
         """
+        texts = [pieces for pieces in dialogues if not isinstance(pieces, Rendered)]
+        if len(texts) < len(dialogues):
+            return self._encode_rendered([item for item in dialogues if isinstance(item, Rendered)])
         prompts = iter(
-            self._plain([text for pieces in dialogues for text, is_response in pieces if not is_response])
+            self._plain([text for pieces in texts for text, is_response in pieces if not is_response])
         )
         responses = iter(
-            self._continuations([text for pieces in dialogues for text, is_response in pieces if is_response])
+            self._continuations([text for pieces in texts for text, is_response in pieces if is_response])
         )
         encoded: list[tuple[list[int], list[bool]]] = []
-        for pieces in dialogues:
+        for pieces in texts:
             ids, mask = list(self._begin), [False] * len(self._begin)
             for _, is_response in pieces:
                 piece = self.end(next(responses)) if is_response else next(prompts)
@@ -255,14 +352,21 @@ class Template:
             encoded.append((ids, mask))
         return encoded
 
+    def _encode_rendered(self, dialogues: Sequence[Rendered]) -> list[tuple[list[int], list[bool]]]:
+        encoded = []
+        borders = [[place for span in item.learned for place in span] for item in dialogues]
+        tokenized = tokenize_with_places(self.tokenizer, [item.text for item in dialogues], borders)
+        for item, (ids, spans) in zip(dialogues, tokenized):
+            mask = [False] * len(ids)
+            for begin, end in item.learned:
+                first, stop = place_of(spans, begin, end)
+                mask[first:stop] = [True] * (stop - first)
+            end_ids = [] if item.ended else self._end_ids
+            encoded.append(([*ids, *end_ids], mask + [True] * len(end_ids)))
+        return encoded
+
     def _plain(self, texts: Sequence[str]) -> list[list[int]]:
-        if not texts:
-            return []
-        # verbose=False: no warning about long sequences, because the caller checks lengths.
-        return [
-            list(ids)
-            for ids in self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        ]
+        return tokenize(self.tokenizer, texts)
 
     def _continuations(self, texts: Sequence[str]) -> list[list[int]]:
         """Tokenises texts that continue another text.

@@ -22,11 +22,15 @@ if TYPE_CHECKING:
     from .engines import RolloutEngine
 
 
-def end_tokens(tokenizer: "PreTrainedTokenizerBase", lm: "PreTrainedModel", template: str) -> list[int]:
-    """Ids that end a response: the template's ends of a turn and those of the model's generation config."""
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", lm: "PreTrainedModel", template: str) -> list[int | str]:
+    """What ends a response: ids, of the template's ends of a turn and of the model's generation config.
+
+    An end of a turn that is several ordinary tokens is its text, which is behind the ids.
+    """
     eos = lm.generation_config.eos_token_id
     model_ends = [] if eos is None else eos if isinstance(eos, (list, tuple)) else [eos]
-    return sorted({*Template(tokenizer, template).stop_ids, *model_ends})
+    ends = Template(tokenizer, template)
+    return [*sorted({*ends.stop_ids, *model_ends}), *ends.stop_texts]
 
 
 def generate(

@@ -35,7 +35,7 @@ class Roles:
     """The models of a PPO run, or of an evaluation, which has no critics and may lack other roles."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    ends: list[int]  # token ids that end a response
+    ends: list[int | str]  # token ids that end a response, and end marks of several tokens
     actor: Any  # an engine.Engine of a Policy; in an evaluation, which trains nothing, an engine.Frozen
     reference: engine.Frozen | None  # of a Policy; None where an evaluation has none
     # {"reward": scorer, name of a cost: scorer}, as PPOConfig.scorers() has them

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import retokenize
+from ..data.templates import Template
 from ..models.folders import refuse_short_context
 from ..models.packing import end_row, pack_sequences
 from ..models.score_model import ScoreModel, load_score_model
@@ -37,15 +38,17 @@ class ScoreModelScorer:
     tokenizer: "PreTrainedTokenizerBase"
     template: str
     retokenizes: bool
+    policy_template: Template | None = None  # of the policy, whose end marks may be in its texts
 
     def __call__(self, rollout: "Rollout", rows: slice) -> "Tensor":
         """scores_b of some rows of a rollout, fp32."""
         if not self.retokenizes or rows.start == rows.stop:
             return self.model(rollout.packed(rows, at_end=True))
         backbone: Any = self.model.module.backbone
+        texts = rollout.texts[rows]
         ids = retokenize(
             [p.messages for p in rollout.prompts[rows]],
-            rollout.texts[rows],
+            texts if self.policy_template is None else [self.policy_template.answer_text(t) for t in texts],
             self.tokenizer,
             self.template,
             ended=rollout.ended[rows],
@@ -66,9 +69,9 @@ def load_score_model_scorer(
     if not differs:  # else texts are cut to the model's context
         refuse_short_context(spec.path, score.config, cfg.max_length, "max_length")
     score.packs &= cfg.engine.packing
-    return ScoreModelScorer(
-        engine.Frozen(copy.deepcopy(score), cfg.engine), own, cfg.template, differs
-    ), score
+    frozen = engine.Frozen(copy.deepcopy(score), cfg.engine)
+    policy_template = Template(tokenizer, cfg.template) if differs else None
+    return ScoreModelScorer(frozen, own, cfg.template, differs, policy_template), score
 
 
 KINDS: Mapping[str, Callable[..., tuple[Scorer, ScoreModel | None]]] = {

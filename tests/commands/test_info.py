@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from saferlhf_fast.commands import info
-from saferlhf_fast.kernels import dispatch
+from saferlhf_fast.kernels import (
+    dispatch,
+    pointers,  # noqa: F401 - it takes native_module at its import, which must not be one of these tests' own
+)
 
 
 def test_it_names_versions_device_and_every_op():

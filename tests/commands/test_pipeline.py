@@ -12,7 +12,7 @@ import pytest
 from saferlhf_fast.cli import main
 from saferlhf_fast.commands import run as pipeline
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.runtime import run_folder, run_state
+from saferlhf_fast.runtime import provenance, run_folder, run_state
 
 RECIPE = """
 root: ???
@@ -30,7 +30,10 @@ class Stages:
     """Stands in for the trainers: notes each call, writes a model that depends on the config's max_steps."""
 
     def __init__(self):
-        self.calls, self.broken, self.saved = [], None, []
+        self.calls, self.broken, self.saved, self.collections = [], None, [], 0
+
+    def collected(self):
+        self.collections += 1
 
     def train(self, stage, cfg, restart):
         self.calls.append((stage, cfg))
@@ -60,6 +63,9 @@ def stages(monkeypatch):
         setattr(module, f"do_{stage}", lambda cfg, restart, stage=stage: fake.train(stage, cfg, restart))
         monkeypatch.setitem(pipeline.ENTRIES, stage, f"fake_stages:do_{stage}")
     monkeypatch.setitem(sys.modules, "fake_stages", module)
+    # Stages that train nothing leave nothing to collect; a full collection of this process takes 0.3 s.
+    monkeypatch.setattr(pipeline, "gc", types.SimpleNamespace(collect=fake.collected))
+    monkeypatch.setattr(provenance, "git_commit", lambda: "abc")
     return fake
 
 
@@ -100,6 +106,7 @@ def test_stages_run_in_order_with_the_recipe_s_output_and_seed(go, stages, capsy
     assert stages.calls[0][1].train.epochs == 3 and stages.calls[0][1].train.max_steps == 5
     written = json.loads((go.out / "summary.json").read_text())["stages"]
     assert written == done and written["second"]["summary"] == {"eval/loss": 0.25}
+    assert stages.collections == 3  # a stage's models are gone before the next stage
     assert "eval/loss 0.25" in capsys.readouterr().out
 
 

@@ -75,6 +75,7 @@ def count(cases, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sent")
     base = kit.make_model(folder / "model", hidden=128)
     scores, data = kit.make_scores(folder, base), kit.make_data(folder / "data")
+    few = kit.make_data(folder / "few", n=2)  # evaluated before and after, which is not counted
     needed = {
         "sft": [f"model={base}", f"data={data['sft']}", "train.batch_size=4", "train.max_steps=3"],
         "ppo-lag": [
@@ -85,7 +86,7 @@ def count(cases, tmp_path_factory):
             "max_length=32",
             "ppo.batch_size=3",
             "ppo.max_steps=3",
-            "evaluation.data=" + data["prompts"],
+            "evaluation.data=" + few["prompts"],
         ],
     }
     words = {}

@@ -1,4 +1,4 @@
-"""What the plan says of passes, against what torch's allocator hands out when the same pass runs on this CPU."""
+"""What the plan says of passes, against what torch's allocator hands out when the same pass runs here."""
 
 import json
 

@@ -3,9 +3,8 @@ this CPU.
 """
 
 import json
-import subprocess
-import sys
 
+import forked
 import kit
 import pytest
 
@@ -21,36 +20,8 @@ SIZES = Count(WEIGHTS, WEIGHTS, WIDTH * WIDTH, 0, 0)
 
 def measured(tmp_path, processes, stage, precision, offload=0):
     out = tmp_path / "out.json"
-    start = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={processes}",
-    ]
-    done = subprocess.run(
-        [
-            *start,
-            str(kit.SUPPORT / "plan_worker.py"),
-            str(out),
-            str(LAYERS),
-            str(stage),
-            precision,
-            str(offload),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={
-            **kit.os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(kit.ROOT),
-            "MALLOC_MMAP_THRESHOLD_": "65536",
-            "MALLOC_TRIM_THRESHOLD_": "65536",
-        },
-    )
+    worker = [kit.SUPPORT / "plan_worker.py", out, LAYERS, stage, precision, offload]
+    done = forked.run(worker, processes, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(out.read_text())
 

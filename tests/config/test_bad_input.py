@@ -1,7 +1,6 @@
-"""What a user gets for bad input: exit code 2, one line that says where and what, and nothing that was there
-is lost.
+"""Bad input gives exit code 2 and one line that says where and what is wrong, and no file is lost.
 
-Every case runs with overwrite=true over a finished run: bad input must be found before that run is replaced.
+Every case runs with overwrite=true over a finished run: bad input must be detected before it is replaced.
 """
 
 import gzip
@@ -17,7 +16,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny policy, its score models and data, by the name that a case gives in braces."""
+    """{name: path} of a tiny policy, its score models and data; a case names them in braces."""
     folder = tmp_path_factory.mktemp("bad")
     base = kit.make_model(folder / "model")
     return {
@@ -31,8 +30,8 @@ def world(tmp_path_factory):
 
 
 def bad_models(folder, base):
-    """Copies of the model folder with one thing wrong each."""
-    made = {
+    """Makes copies of the model folder with one mistake each; returns {name: path}."""
+    folders = {
         name: str(shutil.copytree(base, folder / name))
         for name in ("no_config", "no_tokenizer", "no_weights", "broken_weights", "broken_config", "no_eos")
     }
@@ -44,14 +43,14 @@ def bad_models(folder, base):
     (folder / "broken_config" / "config.json").write_text("{")
     settings = json.loads((folder / "no_eos" / "tokenizer_config.json").read_text())
     (folder / "no_eos" / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": None}))
-    return {**made, "large_vocabulary": kit.make_model(folder / "large_vocabulary", vocab=20)}
+    return {**folders, "large_vocabulary": kit.make_model(folder / "large_vocabulary", vocab=20)}
 
 
 def bad_data(folder):
-    """Data files with one mistake each."""
+    """Makes data files with one mistake each; returns {name: path}."""
     good = {"instruction": "what is red", "input": "", "output": "yes"}
     pair = kit.pair("what is red", "yes red", "harm red", 0)
-    made = {
+    rows_of = {
         "empty": [],
         "blank": ["", ""],
         "not_json": [good, good, '{"instruction": '],
@@ -72,9 +71,9 @@ def bad_data(folder):
         "no_answer": [{"messages": [{"role": "user", "content": "what"}]}],
         "bad_role": [{"messages": [{"role": "usr", "content": "what"}]}],
     }
-    paths = {name: kit.write_rows(folder / f"{name}.jsonl", rows) for name, rows in made.items()}
-    whole = gzip.compress(json.dumps(good).encode() * 50)
-    for name, content in (("truncated", whole[: len(whole) // 2]), ("not_gzip", b"hello")):
+    paths = {name: kit.write_rows(folder / f"{name}.jsonl", rows) for name, rows in rows_of.items()}
+    compressed = gzip.compress(json.dumps(good).encode() * 50)
+    for name, content in (("truncated", compressed[: len(compressed) // 2]), ("not_gzip", b"hello")):
         paths[name] = str(folder / f"{name}.jsonl.gz")
         Path(paths[name]).write_bytes(content)
     paths["latin"] = str(folder / "latin.jsonl")
@@ -86,7 +85,7 @@ def bad_data(folder):
 
 @pytest.fixture
 def output(tmp_path):
-    """The folder of a finished run, which bad input must leave as it is."""
+    """The folder of a finished run, which bad input must leave unchanged."""
     folder = tmp_path / "out"
     (folder / "model").mkdir(parents=True)
     for name in ("config.yaml", "versions.json", "finished.json", "sentinel", "model/model.safetensors"):
@@ -95,12 +94,13 @@ def output(tmp_path):
 
 
 def line_of(capfd, *words, code=2):
-    """Runs a command that must be refused -> its one line, without `error: `. capfd: C libraries write
-    too.
+    """Runs a command that must be refused; returns its one line without `error: `.
+
+    It takes capfd, since C libraries write to the file descriptor too.
     """
     capfd.readouterr()
-    got, (_, err) = kit.main(*words), capfd.readouterr()
-    assert got == code, err
+    exit_code, (_, err) = kit.main(*words), capfd.readouterr()
+    assert exit_code == code, err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err, err
     return err.removeprefix("error: ").strip()
 
@@ -134,7 +134,11 @@ CASES = {
     "unknown template": (SFT + "{sft} template=chat", "template", "safe-rlhf", "chat"),
     "no chat template": (SFT + "{sft} template=tokenizer", "template", "no chat template"),
     "wandb is missing": (SFT + "{sft} log.trackers=[wandb]", "log.trackers: wandb", "not installed"),
-    "lambda that stays 0": (f"ppo-lag {PPO} multiplier.init=0", "multiplier.init: expected above 0", "got 0"),
+    "lambda that would stay 0": (
+        f"ppo-lag {PPO} multiplier.init=0",
+        "multiplier.init: expected above 0",
+        "got 0",
+    ),
     "lambda bounded at less than its start": (
         f"ppo-lag {PPO} multiplier.init=3 multiplier.max=2",
         "multiplier.init",
@@ -257,7 +261,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_line_and_nothing_is_lost(world, output, capfd, case):
+def test_bad_input_gets_one_line_and_deletes_nothing(world, output, capfd, case):
     words, *fragments = CASES[case]
     before = kit.files(output)
     words = [word.format(**world) for word in words.split(" ")]
@@ -302,31 +306,27 @@ def test_debug_shows_the_traceback(world, output, capfd):
     assert "Traceback (most recent call last)" in err and err.splitlines()[-1].startswith("error: ")
 
 
-def test_a_name_that_is_not_on_the_hub_is_told_from_the_first_answer(world, output, capfd, monkeypatch):
-    """The loaders would ask again and again, for half a minute."""
-    asked = []
+def test_an_unknown_name_on_the_hub_is_refused_after_one_request(world, output, capfd, monkeypatch):
+    """Without this the loaders would repeat their requests for half a minute."""
+    lookups = []
 
     def fail(host, *args, **kwargs):
-        asked.append(host)
+        lookups.append(host)
         raise OSError("no network")
 
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     before = kit.files(output)
     tail = [f"output={output}", "overwrite=true"]
-    assert "nobody/nothing: expected a model folder or a model on the Hub" in line_of(
-        capfd, "sft", "model=nobody/nothing", f"data={world['sft']}", *tail
-    )
-    assert 0 < len(asked) <= 2  # one request, which may look up twice
-    assert "nobody/no-data: no such file or folder here, and the Hub says: no network" in line_of(
-        capfd, "sft", f"model={world['model']}", "data=nobody/no-data", *tail
-    )
-    assert 0 < len(asked) <= 4 and kit.files(output) == before
+    line = line_of(capfd, "sft", "model=nobody/nothing", f"data={world['sft']}", *tail)
+    assert "nobody/nothing: expected a model folder or a model on the Hub" in line
+    assert 0 < len(lookups) <= 2  # one request, which may look up twice
+    line = line_of(capfd, "sft", f"model={world['model']}", "data=nobody/no-data", *tail)
+    assert all(word in line for word in ("nobody/no-data: no such file", "Hub", "no network")), line
+    assert 0 < len(lookups) <= 4 and kit.files(output) == before
 
 
-def test_contrary_rows_are_counted_and_skipped(world, tmp_path, capsys):
-    """A cost row that calls the safer answer unsafe and the other safe never ends a run; nor do its
-    fellows.
-    """
+def test_contradictory_rows_are_counted_and_skipped(world, tmp_path, capsys):
+    """Rows whose labels contradict each other, and other unusable rows, do not end a run."""
     good = [kit.pair(f"what is {word}", "yes red", "harm red", 0) for word in ("one", "two", "three")]
     rows = [
         *good,
@@ -363,8 +363,9 @@ SUPERVISED = {"sft": "sft", "reward": "pairs", "cost": "pairs", "dpo": "pairs"}
 
 
 def stopped_at(line, folder):
-    """The step that a run's one line names: the one after the last that was logged, and nothing was
-    finished.
+    """Returns the step that a run's one line names.
+
+    It must be the step after the last logged one, and the run must not have finished.
     """
     step = int(re.match(r"step (\d): ", line)[1])
     assert kit.steps(folder)[-1] == step - 1 > 0
@@ -374,7 +375,7 @@ def stopped_at(line, folder):
 
 @pytest.mark.parametrize("stage", SUPERVISED)
 def test_a_non_finite_loss_stops_at_its_step(world, tmp_path, capfd, stage):
-    """The first step ruins the weights (learning rate 1e30); a later one's loss or gradient shows it."""
+    """The first step spoils the weights (learning rate 1e30); a later loss or gradient is not finite."""
     line = line_of(
         capfd,
         stage,
@@ -434,12 +435,12 @@ def test_a_score_model_that_gives_nan_is_named(world, tmp_path, capfd, kind):
         rf"step 3: score of the {kind} model, actor_loss\b.*: expected finite numbers.* in 3 steps", line
     )
     assert (tmp_path / "out" / "nonfinite_batch_step3_rank0.jsonl").exists()
-    # the steps before, left out and told
+    # the two skipped steps before, which were logged
     assert len(kit.losses(tmp_path / "out", "train/actor_loss")) == 2
 
 
 def test_a_critic_with_another_tokenizer_is_refused(world, tmp_path, capfd):
-    """Its ids would be read as other words."""
+    """The critic would read the ids as other words."""
     other = kit.make_model(tmp_path / "other", extra=("new", "words"))
     line = line_of(capfd, *ppo(world, tmp_path / "out", reward_critic=other))
     assert line.startswith(f"reward_critic: {other}") and "tokenizer" in line

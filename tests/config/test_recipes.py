@@ -1,4 +1,4 @@
-"""The shipped recipes load, validate and say what the paper's table says."""
+"""The shipped recipes load, are valid and have the settings of the paper's table."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ STAND_INS = {"pku_tiny": ("root",), "multi-node": ("output",)}
 
 @pytest.fixture
 def root(tmp_path):
-    """A folder with everything that pku_tiny names, as empty as can pass the checks."""
+    """A folder with every file that pku_tiny names, with the least content that passes the checks."""
     model = tmp_path / "models" / "stories260k"
     model.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
@@ -34,7 +34,7 @@ def plan(name, root, **overrides):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_is_a_whole_loop(path, root):
+def test_every_recipe_has_all_stages_in_order(path, root):
     _, steps = plan(path.stem, root)
     assert [s.kind for s in steps][:4] == ["sft", "reward", "cost", "ppo-lag"]
     sft, reward, cost, ppo = (s.cfg for s in steps[:4])
@@ -42,10 +42,10 @@ def test_every_recipe_is_a_whole_loop(path, root):
     assert (ppo.reward, ppo.cost) == (f"{reward.output}/model", f"{cost.output}/model")
     for step in steps[4:]:
         assert step.kind == "evaluate" and step.cfg.reference == ppo.model
-    assert path.read_text().startswith("# "), "a recipe begins with what it is for and how to run it"
+    assert path.read_text().startswith("# "), "a recipe begins with a comment on its purpose and its command"
 
 
-def test_the_recipes_that_the_readme_promises_are_there():
+def test_the_recipes_that_the_readme_names_exist():
     assert {"paper", "pku_tiny", "quickstart", "single-gpu", "multi-node"} <= {p.stem for p in RECIPES}
 
 
@@ -64,7 +64,7 @@ def test_pku_tiny_splits_by_prompt_and_compares_with_a_baseline(root):
 
 
 @pytest.mark.parametrize("name, gpus", [("paper", 8), ("multi-node", 16)])
-def test_the_paper_s_global_batches(name, gpus, root):
+def test_global_batches_equal_those_of_the_paper(name, gpus, root):
     _, steps = plan(name, root)
     sft, reward, cost, ppo = (s.cfg for s in steps)
     assert sft.train.batch_size * sft.train.accumulation * gpus == 256
@@ -74,8 +74,8 @@ def test_the_paper_s_global_batches(name, gpus, root):
 
 
 @pytest.mark.parametrize("name", ["paper", "multi-node"])
-def test_the_paper_s_table(name, root):
-    """The recipe table of the paper's reference implementation, line by line."""
+def test_settings_equal_the_table_of_the_paper(name, root):
+    """The settings of the paper's reference implementation, line by line."""
     _, steps = plan(name, root)
     sft, reward, cost, ppo = (s.cfg for s in steps)
     assert (sft.train.epochs, reward.train.epochs, cost.train.epochs, ppo.ppo.prompt_epochs) == (3, 2, 2, 1)
@@ -114,8 +114,8 @@ def test_the_paper_s_table(name, root):
         assert (cfg.engine.zero_stage, cfg.engine.precision, cfg.template) == (3, "bf16", "safe-rlhf")
 
 
-def test_paper_takes_a_stand_in_model_and_data(root):
-    """So that the recipe can be tried on one CPU: nothing of the Hub is left when these are given."""
+def test_the_recipe_paper_accepts_another_model_and_other_data(root):
+    """So the recipe can be tried on one CPU: with these settings it names nothing on the Hub."""
     data = str(root / "data.json")
     (root / "data.json").write_text("[{}]")
     stand_ins = {

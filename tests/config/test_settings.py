@@ -1,4 +1,4 @@
-"""Settings: defaults ← recipe ← overrides, and the one line that every mistake gets."""
+"""Settings: defaults, recipe and overrides in this order, and the one line that every mistake gets."""
 
 import dataclasses
 import json
@@ -62,7 +62,7 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "expected"),
     [
         ({"reward": "{kind: judge, path: x}"}, 'reward.kind: expected one of score_model, got "judge"'),
         ({"reward": "{kinds: score_model, path: x}"}, "reward.kinds: unknown key; did you mean kind?"),
@@ -93,13 +93,13 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
         ),
     ],
 )
-def test_what_is_written_inside_of_a_value_is_checked_like_the_rest(given, said):
+def test_nested_values_are_checked_like_other_settings(given, expected):
     with pytest.raises(UserError) as caught:
         settings.load("ppo-lag", None, {**GIVEN, "reward": "r", **given})
-    assert said in str(caught.value)
+    assert expected in str(caught.value)
 
 
-def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
+def test_nested_scorers_and_constraints_are_listed_as_inputs():
     cfg = settings.load(
         "ppo-lag", None, {**GIVEN, "reward": "{path: r}", "constraints": "[{cost: {path: c}, critic: v}]"}
     )
@@ -116,8 +116,8 @@ def test_a_scorer_and_a_constraint_are_found_wherever_they_stand():
     }
 
 
-def test_a_run_from_before_there_were_constraints_keeps_its_hash():
-    """Its folder would otherwise count as one of other settings."""
+def test_a_run_without_constraints_keeps_the_hash_of_earlier_versions():
+    """Otherwise its folder would count as a run with other settings."""
     values = {"model": "org/model", "data": "data.json", "output": "out", "reward": "r", "cost": "c"}
     cfg = settings.load("ppo-lag", None, values)
     assert (
@@ -126,7 +126,7 @@ def test_a_run_from_before_there_were_constraints_keeps_its_hash():
     )
 
 
-def test_text_stays_text_whatever_it_looks_like():
+def test_text_stays_text_even_if_it_looks_like_a_number():
     cfg = load(output="2026", log__project="1e5", data="runs/a #1.json", template="none")
     assert (cfg.output, cfg.log.project, cfg.data, cfg.template) == ("2026", "1e5", "runs/a #1.json", "none")
 
@@ -140,7 +140,7 @@ def test_interpolation_and_mandatory_keys(tmp_path):
     assert "recipe.yaml: model" in line and "nowhere" in line
 
 
-def test_frozen():
+def test_a_config_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         load().seed = 1
 
@@ -209,9 +209,10 @@ def test_each_mistake_gets_one_line_with_key_expected_and_got(overrides, expecte
     assert error(**overrides).startswith(expected)
 
 
-def test_an_error_names_the_file_where_the_key_stands(tmp_path):
+def test_an_error_names_the_file_that_has_the_key(tmp_path):
     path = recipe(tmp_path, "model: m\ndata: d\noutput: o\ntrain: {batch_size: x}\n")
-    assert error(recipe=path) == f'{path}: train.batch_size: expected whole number above 0, got "x"'
+    line = error(recipe=path)
+    assert line.startswith(f"{path}: train.batch_size: expected") and line.endswith('got "x"')
     assert error(recipe=path, train__batch_size="y").startswith("command line: train.batch_size")
 
 
@@ -226,20 +227,20 @@ def test_an_error_names_the_file_where_the_key_stands(tmp_path):
         ("", "missing: model, data, output"),
     ],
 )
-def test_a_recipe_that_is_none_is_refused_by_name(tmp_path, text, expected):
+def test_a_file_that_is_no_recipe_is_refused_with_its_path(tmp_path, text, expected):
     path = recipe(tmp_path, text)
     line = error(recipe=path)
     assert line.startswith(str(path)) and expected in line
 
 
-def test_a_recipe_that_cannot_be_read(tmp_path):
+def test_a_recipe_that_cannot_be_read_is_refused(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00a")
     assert "bytes.yaml: cannot be read as text" in error(recipe=tmp_path / "bytes.yaml")
     assert "cannot be read" in error(recipe=tmp_path)
     assert "no such recipe" in error(recipe=tmp_path / "absent.yaml")
 
 
-def test_every_setting_explains_itself():
+def test_every_setting_has_a_help_text():
     for command, cls in schema.SETTINGS.items():
         text = schema.help_text(command)
         for key, leaf in schema.leaves(cls).items():
@@ -251,7 +252,7 @@ def test_every_setting_explains_itself():
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_defaults_validate_and_survive_the_way_to_yaml_and_back(stage):
+def test_defaults_are_valid_and_unchanged_after_a_round_trip(stage):
     given = {"model": "m", "data": "d", "prompts": "d", "reward": "r", "output": "o"}
     given = {k: v for k, v in given.items() if k in schema.leaves(STAGES[stage])}
     cfg = settings.load(stage, None, given)
@@ -279,18 +280,18 @@ PPO_GIVEN = {"reward": "org/reward", "cost": "org/cost"}
         ("evaluation.margin", 3.0),
     ],
 )
-def test_ppo_refuses_a_constraint_that_it_would_not_hold(key, value):
+def test_ppo_refuses_settings_of_a_constraint(key, value):
     given = {**GIVEN, **PPO_GIVEN, key: str(value)}
     with pytest.raises(UserError) as caught:
         checks.check_settings("ppo", settings.load("ppo", None, given), "one.")
-    assert str(caught.value) == (
-        f"one.{key}: only in the stage ppo-lag; ppo has no constraint. Expected none, "
-        f"got {schema.show(value)}"
+    line = str(caught.value)
+    assert (
+        line.startswith(f"one.{key}: ") and "ppo-lag" in line and line.endswith(f"got {schema.show(value)}")
     )
     checks.check_settings("ppo-lag", settings.load("ppo-lag", None, given))
 
 
-def test_ppo_takes_a_multiplier_of_defaults():
+def test_ppo_accepts_a_multiplier_with_default_values():
     checks.check_settings(
         "ppo", settings.load("ppo", None, {**GIVEN, **PPO_GIVEN, "multiplier.threshold": "0"})
     )
@@ -306,51 +307,36 @@ ZERO = "zero_optimization"
 
 
 @pytest.mark.parametrize(
-    "config, expected",
+    "config, key, suggested",
     [
-        ({"foo": 1}, "engine.config.foo: expected a key that DeepSpeed knows, got foo"),
-        (
-            {"gradient_cliping": 1},
-            "engine.config.gradient_cliping: expected a key that DeepSpeed knows, got gradient_cliping; "
-            "did you mean gradient_clipping?",
-        ),
-        (
-            {"comms_loger": {}},
-            "engine.config.comms_loger: expected a key that DeepSpeed knows, got comms_loger; "
-            "did you mean comms_logger?",
-        ),
-        (
-            {ZERO: {"overlap_com": True}},
-            f"engine.config.{ZERO}.overlap_com: expected a key that DeepSpeed knows, got overlap_com; "
-            f"did you mean {ZERO}.overlap_comm?",
-        ),
-        (
-            {ZERO: {"comms_logger": {}}},
-            f"engine.config.{ZERO}.comms_logger: expected a key that DeepSpeed knows, got comms_logger",
-        ),
+        ({"foo": 1}, "foo", None),
+        ({"gradient_cliping": 1}, "gradient_cliping", "gradient_clipping"),
+        ({"comms_loger": {}}, "comms_loger", "comms_logger"),
+        ({ZERO: {"overlap_com": True}}, f"{ZERO}.overlap_com", f"{ZERO}.overlap_comm"),
+        ({ZERO: {"comms_logger": {}}}, f"{ZERO}.comms_logger", None),
     ],
 )
-def test_a_key_that_deepspeed_does_not_have_is_refused(config, expected):
+def test_a_key_that_deepspeed_does_not_have_is_refused(config, key, suggested):
     cfg = settings.build("sft", {**GIVEN, "engine": {"config": config}})
     with pytest.raises(UserError) as caught:
         checks.check_settings("sft", cfg)
-    assert str(caught.value) == expected
+    line, name = str(caught.value), key.split(".")[-1]
+    assert line.startswith(f"engine.config.{key}: expected") and "DeepSpeed" in line
+    assert line.endswith(f"got {name}" if suggested is None else f"got {name}; did you mean {suggested}?")
 
 
-def test_every_key_that_deepspeed_has_is_let_through():
-    """The top level as deepspeed.runtime.config asks for it, and every field of its ZeRO class by name and by
-    alias.
-    """
+def test_every_key_that_deepspeed_has_is_accepted():
+    """The keys that deepspeed.runtime.config reads, and every field of its ZeRO class by name and alias."""
     from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    class Asked(dict):
+    class RecordingDict(dict):
         def get(self, key, default=None):
-            asked.add(key)
+            keys_read.add(key)
             return super().get(key, default)
 
         def __contains__(self, key):
-            asked.add(key)
+            keys_read.add(key)
             return super().__contains__(key)
 
         def keys(self):
@@ -359,8 +345,8 @@ def test_every_key_that_deepspeed_has_is_let_through():
         def __copy__(self):
             return self
 
-    asked = set()
-    DeepSpeedConfig(Asked({"train_batch_size": 1}))
+    keys_read = set()
+    DeepSpeedConfig(RecordingDict({"train_batch_size": 1}))
     assert {
         "bf16",
         "fp16",
@@ -375,7 +361,7 @@ def test_every_key_that_deepspeed_has_is_let_through():
         "comms_logger",
         "wall_clock_breakdown",
         "tensorboard",
-    } <= asked
+    } <= keys_read
     others = {
         "elasticity",
         "compression_training",
@@ -390,13 +376,13 @@ def test_every_key_that_deepspeed_has_is_let_through():
         "memory_breakdown",
         "amp",
     }
-    assert deepspeed_keys.unknown({key: None for key in {*asked, *others}}) is None
+    assert deepspeed_keys.unknown({key: None for key in {*keys_read, *others}}) is None
     fields = DeepSpeedZeroConfig.model_fields
     names = [*fields, *filter(None, (field.alias for field in fields.values()))]
     assert len(names) > len(fields) > 30 and deepspeed_keys.unknown({ZERO: dict.fromkeys(names)}) is None
 
 
-def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
+def test_without_deepspeed_its_keys_are_not_checked(monkeypatch):
     monkeypatch.setattr(deepspeed_keys, "find_spec", lambda name: None)
     assert deepspeed_keys.unknown({"foo": 1}) is None
 
@@ -414,30 +400,30 @@ def test_without_deepspeed_nothing_is_said_of_its_keys(monkeypatch):
         ({"lora.rank": "4", "lora.dropout": "0.1"}, False),
     ],
 )
-def test_what_takes_old_numbers_from_a_pass_of_their_own(changed, expected):
-    """lora.dropout says nothing while no adapter is there."""
-    needed = {"model": "m", "reward": "r", "data": "d", "output": "o"}
-    assert settings.load("ppo", None, {**needed, **changed}).in_one_pass() is expected
+def test_which_settings_allow_one_pass(changed, expected):
+    """lora.dropout has no effect without adapters."""
+    required = {"model": "m", "reward": "r", "data": "d", "output": "o"}
+    assert settings.load("ppo", None, {**required, **changed}).in_one_pass() is expected
 
 
-def test_lengths_that_are_not_given_are_what_max_length_leaves():
+def test_default_lengths_are_derived_from_max_length():
     for given, prompt, responses in (
         ({}, 50, {50: 50, 1: 99, 99: 1, 100: 1}),
         ({"max_prompt_length": 70, "max_new_tokens": 40}, 70, {50: 40, 70: 30}),
     ):
         sampling = Sampling(**given)
         assert sampling.prompt_limit(100) == prompt
-        assert {at: sampling.response_limit(at, 100) for at in responses} == responses
+        assert {length: sampling.response_limit(length, 100) for length in responses} == responses
 
 
-def test_shares_of_memory_are_those_that_help_names():
+def test_shares_of_memory_equal_those_in_the_help_text():
     text = schema.leaves(STAGES["ppo"])["sampling.memory"].doc
     for engine, share in MEMORY_SHARES.items():
         assert re.search(rf"{engine} .*?{share:g} when not given", text.replace("\n", " ")), engine
         assert Sampling().memory_share(engine) == share and Sampling(memory=0.5).memory_share(engine) == 0.5
 
 
-def test_no_torch_is_imported_by_settings():
+def test_settings_import_no_torch():
     code = (
         "import sys; from saferlhf_fast.commands import run; from saferlhf_fast.config import "
         "deepspeed_keys; "

@@ -1,4 +1,4 @@
-"""The one table of stages: every name in it leads somewhere, and what is derived from it has nothing more."""
+"""The table of stages: every name in it exists in the code, and no stage is missing from it."""
 
 import inspect
 from importlib import import_module
@@ -14,7 +14,7 @@ from saferlhf_fast.runtime import launcher
 
 
 @pytest.mark.parametrize("name", WITH_SETTINGS)
-def test_every_name_in_a_row_leads_somewhere(name):
+def test_every_name_in_a_row_exists_in_the_code(name):
     spec = WITH_SETTINGS[name]
     assert schema.SETTINGS[name] is getattr(stages, spec.config)
     assert cli.COMMANDS[name] == spec.help and all(example.startswith(name) for example in spec.examples)
@@ -28,16 +28,14 @@ def test_every_name_in_a_row_leads_somewhere(name):
     assert (name in launcher.COMMANDS) == spec.several_processes
 
 
-def test_a_recipe_can_name_the_rows_and_nothing_else():
+def test_a_recipe_can_name_exactly_the_stages_of_the_table():
     assert list(stages.STAGES) == list(STAGE_SPECS) and set(schema.SETTINGS) == set(WITH_SETTINGS)
     trained = {name for name, config in stages.STAGES.items() if "train" in config.__dataclass_fields__}
     assert trained == {name for name, spec in STAGE_SPECS.items() if spec.best_by}
 
 
-def test_families_part_the_stages_and_know_where_their_settings_are():
-    """A key that is renamed in a config class, or a pass that is bounded by another, would leave
-    `saferlhf-fast plan` with advice that no stage takes.
-    """
+def test_each_stage_is_in_one_family_that_names_its_settings():
+    """Otherwise `saferlhf-fast plan` could name a key that was renamed or that does not bound a pass."""
     assert sorted(stages_of(*FAMILIES)) == sorted(STAGE_SPECS)
     for name, spec in STAGE_SPECS.items():
         family, leaves = FAMILIES[spec.family], schema.leaves(stages.STAGES[name])
@@ -55,7 +53,7 @@ def test_families_part_the_stages_and_know_where_their_settings_are():
             ) == 99
 
 
-def test_examples_of_preferences_are_pairs():
+def test_stages_of_preference_data_have_two_sequences_per_example():
     pairs = {
         name
         for name, config in stages.STAGES.items()

@@ -1,4 +1,4 @@
-"""Examples: what is kept, what is dropped and counted, what ends the loading, which tokens are learned."""
+"""Examples: which rows are kept, dropped and counted or end the loading, and which tokens are learned."""
 
 import json
 
@@ -15,7 +15,7 @@ HEAD = len("BEGINNING OF CONVERSATION: USER: ") + len(" ASSISTANT:") + 1  # with
 
 @pytest.fixture
 def put(tmp_path):
-    """Writes rows to a file -> its path."""
+    """A function that writes rows to a file and returns its path."""
 
     def write(rows, name="rows.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -66,7 +66,7 @@ def test_kinds_put_the_right_response_first(put):
         pairs(path, "harm")
 
 
-def test_rows_of_no_use_are_counted_and_never_the_end(put):
+def test_unusable_rows_are_counted_and_do_not_end_the_loading(put):
     path = put(
         [
             pku(0),
@@ -87,7 +87,7 @@ def test_rows_of_no_use_are_counted_and_never_the_end(put):
     lines = report.lines()
     assert lines[0] == f"{path} (pku): 5 rows, 1 examples"
     assert "  1 dropped: the two responses are identical (first: line 2)" in lines
-    # the safety labels are none of its business
+    # for a reward model the safety labels do not matter
     assert len(pairs(path, "reward", 200)[0]) == 2
 
 
@@ -120,10 +120,10 @@ def test_mistakes_in_a_row_end_the_loading(put):
     del row["better_response_id"]
     with pytest.raises(UserError, match="line 1: no field 'better_response_id'"):
         pairs(put([row]))
-    assert len(pairs(put([row]), "cost")[0]) == 1  # which does not need it
+    assert len(pairs(put([row]), "cost")[0]) == 1  # the cost model does not need that label
 
 
-def test_wrong_kind_of_data(put):
+def test_the_wrong_kind_of_data_is_refused(put):
     with pytest.raises(UserError, match="expected preferences .*got the format alpaca"):
         pairs(put([{"instruction": "a", "output": "b"}]))
     with pytest.raises(UserError, match="expected conversations .*got the format pku"):
@@ -142,7 +142,7 @@ def test_contradictions_are_flagged_and_kept(put):
     assert pairs(put(stated), "cost")[0][0].flagged
 
 
-def test_answers_are_never_cut_and_prompts_on_the_left(put):
+def test_prompts_are_cut_on_the_left_and_answers_are_never_cut(put):
     limit = 160
     rows = [
         pku(0, prompt="x" * 300 + " end?", response_0="Short.", response_1="Brief."),
@@ -201,7 +201,7 @@ def test_pad_equal_to_eos_still_learns_to_stop(put):
     assert example.ids[-1] == tokenizer.eos_token_id and example.mask[-2:] == [True, True]
 
 
-def test_a_refusing_chat_template_drops_and_counts(put):
+def test_rows_that_a_chat_template_refuses_are_dropped_and_counted(put):
     rows = [
         {
             "messages": [
@@ -219,7 +219,7 @@ def test_a_refusing_chat_template_drops_and_counts(put):
     assert len(pairs(put(rows[1:]), tokenizer=byte_tokenizer(template=LLAMA2))[0]) == 1
 
 
-def test_prompts(put):
+def test_prompts_are_cut_on_the_left_and_unusable_ones_are_counted(put):
     long = "x" * 200 + " end?"
     path = put([{"prompt": "a", "category": "short"}, {"prompt": "a"}, {"prompt": long}, {"prompt": " "}])
     examples, report = prompt_examples(path, byte_tokenizer(), "auto", 60)
@@ -256,12 +256,16 @@ def test_mixture_is_reported_by_source(put):
 
 def test_split_by_prompt_is_disjoint_and_the_same_everywhere(put):
     examples, _ = pairs(put([pku(i, response_0=f"Robin {j}.") for i in range(60) for j in range(3)]))
-    train, held = split_by_prompt(examples, 0.25, seed=3)
-    sides = [{pair.prompt_text for pair in side} for side in (train, held)]
-    assert not sides[0] & sides[1] and len(train) + len(held) == 180 and 6 <= len(sides[1]) <= 26
+    train, held_out = split_by_prompt(examples, 0.25, seed=3)
+    prompts_of = [{pair.prompt_text for pair in side} for side in (train, held_out)]
+    assert (
+        not prompts_of[0] & prompts_of[1]
+        and len(train) + len(held_out) == 180
+        and 6 <= len(prompts_of[1]) <= 26
+    )
     prompts, _ = prompt_examples(put([pku(i) for i in range(0, 60, 2)]), byte_tokenizer())
-    assert {prompt.text for prompt in split_by_prompt(prompts, 0.25, seed=3)[1]} <= sides[1]
-    assert split_by_prompt(examples, 0.25, seed=4)[1] != held
+    assert {prompt.text for prompt in split_by_prompt(prompts, 0.25, seed=3)[1]} <= prompts_of[1]
+    assert split_by_prompt(examples, 0.25, seed=4)[1] != held_out
     assert split_by_prompt(examples, 0) == (examples, [])
     two = [examples[0], examples[-1]]
     assert all(split_by_prompt(two, fraction, seed) for fraction in (0.01, 0.99) for seed in range(5))

@@ -1,4 +1,4 @@
-"""Files and sources: every format of file, every kind of damage (one line that names the place), mixtures."""
+"""Files and sources: every format of file, every kind of damage (one line names the place), mixtures."""
 
 import csv
 import gzip
@@ -22,7 +22,7 @@ def fields(path, **more):
 
 
 def refusal(path, content=None, **more):
-    """The UserError's text, which must be a single line."""
+    """Returns the text of the UserError, which must be a single line."""
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as caught:
@@ -45,7 +45,7 @@ def refusal(path, content=None, **more):
         ("a.jsonl", gzip.compress(jsonl(ROWS))),
     ],
 )
-def test_json_in_every_form(tmp_path, name, content):
+def test_json_is_read_in_every_form(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     assert fields(tmp_path / name) == ROWS
 
@@ -70,7 +70,7 @@ def test_csv_keeps_text_as_it_is(tmp_path, name):
     assert fields(tmp_path / name) == rows
 
 
-def test_parquet(tmp_path):
+def test_parquet_is_read_and_damage_is_reported(tmp_path):
     import pyarrow
     import pyarrow.parquet
 
@@ -79,7 +79,7 @@ def test_parquet(tmp_path):
     assert "Parquet" in refusal(tmp_path / "b.parquet", b"PAR1 no")
 
 
-def test_folder_takes_the_split_and_skips_what_is_no_data(tmp_path):
+def test_a_folder_gives_the_named_split_and_other_files_are_skipped(tmp_path):
     (tmp_path / "data" / "Small").mkdir(parents=True)
     (tmp_path / "README.md").write_text("no data")
     (tmp_path / "dataset_info.json").write_text("{}")
@@ -94,7 +94,7 @@ def test_folder_takes_the_split_and_skips_what_is_no_data(tmp_path):
     assert "no data file" in refusal(tmp_path / "empty")
 
 
-def test_saved_data_set(tmp_path):
+def test_a_saved_data_set_is_read(tmp_path):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     datasets.Dataset.from_list(ROWS).save_to_disk(str(tmp_path / "saved"))
@@ -129,18 +129,20 @@ def test_saved_data_set(tmp_path):
         ("a.txt", b"hello", ["expected a data file", ".jsonl"]),
     ],
 )
-def test_damaged_files(tmp_path, name, content, words):
+def test_damaged_files_are_refused_with_the_place(tmp_path, name, content, words):
     message = refusal(tmp_path / name, content)
     assert all(word in message for word in words), message
 
 
-def test_missing_file(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     assert "no such file" in refusal(tmp_path / "none.jsonl")
 
 
-def test_unknown_hub_name_is_one_line(monkeypatch):
+def test_an_unknown_hub_name_is_an_error_of_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the Hub is not asked first
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # so that no request is sent to the Hub before
 
     def load_dataset(path, name=None, split=None):
         raise ConnectionError("no\nnetwork")
@@ -152,18 +154,20 @@ def test_unknown_hub_name_is_one_line(monkeypatch):
         load_rows(Source("owner/none"))
 
 
-def test_hub_rows(monkeypatch):
+def test_rows_are_read_from_the_hub(monkeypatch):
     datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # the Hub is not asked first
-    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # so that no request is sent to the Hub before
+    calls = []
 
     def load_dataset(path, name=None, split=None):
-        asked.append((path, name, split))
+        calls.append((path, name, split))
         return datasets.Dataset.from_list(ROWS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert fields("owner/trees", name="small", split="test") == ROWS
-    assert asked == [("owner/trees", "small", "test")]
+    assert calls == [("owner/trees", "small", "test")]
 
 
 def test_columns_are_renamed(tmp_path):

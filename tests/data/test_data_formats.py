@@ -1,6 +1,4 @@
-"""Every record format: told from its columns, read into the right record, and refused with row and field
-named.
-"""
+"""Every record format: it is recognised by its columns and read; mistakes are refused with row and field."""
 
 import pytest
 
@@ -81,11 +79,11 @@ def records(fields, name="auto", untyped=False):
     return name, [extra.apply(row, record) for record in form.parse(row)]
 
 
-def ask(text):
+def user(text):
     return {"role": "user", "content": text}
 
 
-def say(text):
+def assistant(text):
     return {"role": "assistant", "content": text}
 
 
@@ -97,40 +95,40 @@ def refused(fields, name="auto", untyped=False):
 
 
 @pytest.mark.parametrize("row", [PKU, PKU_V0])
-def test_pku(row):
+def test_pku_rows_become_preferences(row):
     name, (record,) = records(row)
     assert name == "pku"
-    assert record == Preference((ask(Q),), (A, B), "f.jsonl line 1", better=1, safer=0, signs=(-1, 1))
+    assert record == Preference((user(Q),), (A, B), "f.jsonl line 1", better=1, safer=0, signs=(-1, 1))
 
 
-def test_pku_from_csv_has_text_for_everything():
+def test_pku_rows_from_csv_are_read_from_text():
     _, (record,) = records({key: str(value) for key, value in PKU_V0.items()}, untyped=True)
     assert (record.better, record.safer, record.signs) == (1, 0, (-1, 1))
 
 
-def test_other_preferences():
+def test_other_formats_of_preferences_become_preferences():
     assert records(SINGLE)[0] == "pku-single"
-    assert records(SINGLE)[1] == [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=1)]
+    assert records(SINGLE)[1] == [Preference((user(Q),), (A, B), "f.jsonl line 1", better=1)]
     name, (record,) = records(SAFE_OVER)
     assert name == "safe-over-unsafe" and record.flagged and record.better is None
     assert (record.safer, record.signs, record.responses) == (0, (-1, 1), (A, B))
     assert not records({**SAFE_OVER, "safe_response_also_labelled_unsafe": False})[1][0].flagged
-    name, made = records(EVAL)
-    assert name == "alpaca-eval" and [record.better for record in made] == [1, None, 0]
-    assert [record.tie for record in made] == [False, True, False]
-    judged = {"scenario": "x", "label": 1, "prompt": Q, "response 1": A, "response 2": B}
-    assert records(judged) == ("auto-j", [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=1)])
-    assert records({**judged, "label": 2})[1][0].tie
+    name, preferences = records(EVAL)
+    assert name == "alpaca-eval" and [record.better for record in preferences] == [1, None, 0]
+    assert [record.tie for record in preferences] == [False, True, False]
+    auto_j = {"scenario": "x", "label": 1, "prompt": Q, "response 1": A, "response 2": B}
+    assert records(auto_j) == ("auto-j", [Preference((user(Q),), (A, B), "f.jsonl line 1", better=1)])
+    assert records({**auto_j, "label": 2})[1][0].tie
     assert records({"instruction": "Name it:", "input": Q, "chosen": A, "rejected": B}) == (
         "alpaca-preference",
-        [Preference((ask(f"Name it: {Q}"),), (A, B), "f.jsonl line 1", better=0)],
+        [Preference((user(f"Name it: {Q}"),), (A, B), "f.jsonl line 1", better=0)],
     )
 
 
-def test_hh_dialogues():
+def test_hh_dialogues_become_preferences_over_the_last_answer():
     name, (record,) = records({"chosen": HH + A, "rejected": HH + B})
     assert name == "hh" and record.responses == (A, B) and record.better == 0
-    assert record.messages == (ask("Hello"), say("Hi."), ask(Q))
+    assert record.messages == (user("Hello"), assistant("Hi."), user(Q))
     assert records({"chosen": HH + A, "rejected": HH.replace("Hi.", "Ho.") + B})[1] == [
         Dropped("the two dialogues differ before the last answer", "f.jsonl line 1")
     ]
@@ -141,11 +139,11 @@ def test_hh_dialogues():
     "row",
     [
         {"prompt": Q, "chosen": A, "rejected": B},
-        {"prompt": [ask(Q)], "chosen": [say(A)], "rejected": [say(B)]},
-        {"prompt": [ask(Q)], "chosen": A, "rejected": B},
-        {"chosen": [ask(Q), say(A)], "rejected": [ask(Q), say(B)]},
-        {"prompt": Q, "chosen": [ask(Q), say(A)], "rejected": [ask(Q), say(B)]},
-        {"prompt": Q, "chosen": [say(A)], "rejected": [say(B)]},
+        {"prompt": [user(Q)], "chosen": [assistant(A)], "rejected": [assistant(B)]},
+        {"prompt": [user(Q)], "chosen": A, "rejected": B},
+        {"chosen": [user(Q), assistant(A)], "rejected": [user(Q), assistant(B)]},
+        {"prompt": Q, "chosen": [user(Q), assistant(A)], "rejected": [user(Q), assistant(B)]},
+        {"prompt": Q, "chosen": [assistant(A)], "rejected": [assistant(B)]},
         {
             "conversations": [{"from": "human", "value": Q}],
             "chosen": {"from": "gpt", "value": A},
@@ -153,15 +151,15 @@ def test_hh_dialogues():
         },
     ],
 )
-def test_chosen_and_rejected(row):
-    assert records(row) == ("preference", [Preference((ask(Q),), (A, B), "f.jsonl line 1", better=0)])
+def test_chosen_and_rejected_become_a_preference(row):
+    assert records(row) == ("preference", [Preference((user(Q),), (A, B), "f.jsonl line 1", better=0)])
 
 
 def test_chosen_and_rejected_of_different_dialogues_are_dropped():
     assert isinstance(
-        records({"chosen": [ask("Hello"), say(A)], "rejected": [ask(Q), say(B)]})[1][0], Dropped
+        records({"chosen": [user("Hello"), assistant(A)], "rejected": [user(Q), assistant(B)]})[1][0], Dropped
     )
-    assert isinstance(records({"chosen": [ask(Q)], "rejected": [ask(Q), say(B)]})[1][0], Dropped)
+    assert isinstance(records({"chosen": [user(Q)], "rejected": [user(Q), assistant(B)]})[1][0], Dropped)
 
 
 def test_text_parts_are_joined_as_a_chat_template_writes_them():
@@ -180,10 +178,13 @@ def test_text_parts_are_joined_as_a_chat_template_writes_them():
         {"role": "assistant", "content": [{"type": "text", "text": A}]},
     ]
     _, (record,) = records({"messages": talk})
-    assert record == Conversation((ask("Which bird sings?\n"), say(A)), "f.jsonl line 1")
+    assert record == Conversation((user("Which bird sings?\n"), assistant(A)), "f.jsonl line 1")
     render = byte_tokenizer(bos=False, template=template).apply_chat_template
     assert render(talk, tokenize=False) == render(list(record.messages), tokenize=False)
-    assert records({"prompt": talk[:1], "chosen": talk[1:], "rejected": [say(B)]})[1][0].responses == (A, B)
+    assert records({"prompt": talk[:1], "chosen": talk[1:], "rejected": [assistant(B)]})[1][0].responses == (
+        A,
+        B,
+    )
     assert records({"conversations": [{"from": "human", "value": parts}, {"from": "gpt", "value": A}]})[
         1
     ] == [record]
@@ -193,38 +194,46 @@ def test_text_parts_are_joined_as_a_chat_template_writes_them():
 @pytest.mark.parametrize(
     "row, name, messages",
     [
-        ({"messages": [*TALK, say(A)]}, "messages", (*TALK, say(A))),
+        ({"messages": [*TALK, assistant(A)]}, "messages", (*TALK, assistant(A))),
         (
             {"conversations": [{"from": "human", "value": Q}, {"from": "gpt", "value": A}]},
             "sharegpt",
-            (ask(Q), say(A)),
+            (user(Q), assistant(A)),
         ),
-        ({"prompt": Q, "completion": A}, "prompt-completion", (ask(Q), say(A))),
-        ({"prompt": [ask(Q)], "completion": [say(A)]}, "prompt-completion", (ask(Q), say(A))),
-        ({"instruction": "Name it:", "input": Q, "output": A}, "alpaca", (ask(f"Name it: {Q}"), say(A))),
-        ({"instruction": Q, "input": None, "output": A}, "alpaca", (ask(Q), say(A))),
+        ({"prompt": Q, "completion": A}, "prompt-completion", (user(Q), assistant(A))),
+        ({"prompt": [user(Q)], "completion": [assistant(A)]}, "prompt-completion", (user(Q), assistant(A))),
+        (
+            {"instruction": "Name it:", "input": Q, "output": A},
+            "alpaca",
+            (user(f"Name it: {Q}"), assistant(A)),
+        ),
+        ({"instruction": Q, "input": None, "output": A}, "alpaca", (user(Q), assistant(A))),
         (
             {"instruction": Q, "output": A, "history": [["Hello", "Hi."]]},
             "alpaca",
-            (ask("Hello"), say("Hi."), ask(Q), say(A)),
+            (user("Hello"), assistant("Hi."), user(Q), assistant(A)),
         ),
-        ({"prompt": Q, "response": A, "is_safe": True}, "qa", (ask(Q), say(A))),
-        ({"instruction": Q, "instances": [{"input": "", "output": A}]}, "alpaca-seed", (ask(Q), say(A))),
+        ({"prompt": Q, "response": A, "is_safe": True}, "qa", (user(Q), assistant(A))),
+        (
+            {"instruction": Q, "instances": [{"input": "", "output": A}]},
+            "alpaca-seed",
+            (user(Q), assistant(A)),
+        ),
     ],
 )
-def test_conversations(row, name, messages):
+def test_conversations_of_every_format_are_read(row, name, messages):
     assert records(row) == (name, [Conversation(messages, "f.jsonl line 1")])
 
 
-def test_prompt_lists():
+def test_prompt_lists_become_prompts():
     assert records({"prompt": Q, "category": "birds", "n": 3, "long": "x" * 999, "none": None}) == (
         "prompts",
-        [Prompt((ask(Q),), "f.jsonl line 1", {"category": "birds", "n": 3})],
+        [Prompt((user(Q),), "f.jsonl line 1", {"category": "birds", "n": 3})],
     )
     for column in ("goal", "question", "instruction"):
-        assert records({column: Q})[1][0].messages == (ask(Q),)
-    assert records({"prompt": [*TALK, say(A)]})[1][0].messages == tuple(TALK)
-    assert prompt_text((ask(Q),)) == Q
+        assert records({column: Q})[1][0].messages == (user(Q),)
+    assert records({"prompt": [*TALK, assistant(A)]})[1][0].messages == tuple(TALK)
+    assert prompt_text((user(Q),)) == Q
     assert prompt_text(tuple(TALK[1:3])) == "user: Hello\nassistant: Hi."
 
 
@@ -261,19 +270,19 @@ def test_prompt_lists():
         ({"messages": [{"role": ["user"], "content": Q}]}, ["messages[0].role", "a list"]),
         ({"messages": [{"role": "user"}]}, ["messages[0].content", "null"]),
         (
-            {"messages": [ask([{"type": "text", "text": "See"}, {"type": "image"}])]},
+            {"messages": [user([{"type": "text", "text": "See"}, {"type": "image"}])]},
             ["messages[0].content[1]", "expected a part of type text", 'type "image"', "cannot be read yet"],
         ),
         (
-            {"messages": [ask([{"type": "image_url", "image_url": {"url": "x"}}])]},
+            {"messages": [user([{"type": "image_url", "image_url": {"url": "x"}}])]},
             ["content[0]", 'type "image_url"'],
         ),
         (
-            {"messages": [ask([{"type": "text", "text": 3}])]},
+            {"messages": [user([{"type": "text", "text": 3}])]},
             ["messages[0].content[0].text", "expected text", "number 3"],
         ),
-        ({"messages": [ask([3])]}, ["messages[0].content[0]", "type: text", "number 3"]),
-        ({"messages": [ask([])]}, ["an empty list"]),
+        ({"messages": [user([3])]}, ["messages[0].content[0]", "type: text", "number 3"]),
+        ({"messages": [user([])]}, ["an empty list"]),
         ({"instruction": Q, "output": 3}, ["'output'", "number 3"]),
         ({"instruction": Q, "output": A, "history": [["alone"]]}, ["history[0]", "question, answer"]),
         ({"instruction": Q, "instances": A}, ["'instances'"]),
@@ -297,7 +306,7 @@ def test_a_row_that_lacks_a_field_is_an_error_of_that_row():
         list(form.parse(rows[1]))
 
 
-def test_formats_by_name():
+def test_a_format_can_be_chosen_by_name():
     assert (
         records({"prompt": Q, "response_0": A, "response_1": B, "better_response_id": 0}, "prompts")[0]
         == "prompts"

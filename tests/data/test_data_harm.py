@@ -1,6 +1,4 @@
-"""Harm: the taxonomies and their mappings; labels of each response from every schema to the batch; labels
-that are none.
-"""
+"""Harm: the taxonomies and their mappings; labels of each response from file to batch; invalid labels."""
 
 import json
 
@@ -30,7 +28,7 @@ def flags(*harmful, names=PKU):
 
 
 def pair(**changes):
-    """A row of v0, with the fields of `changes`."""
+    """A row of the v0 schema, with the fields of `changes`."""
     return {
         "prompt": "Which bird?",
         "response_0": A,
@@ -44,7 +42,7 @@ def pair(**changes):
 
 
 def full(**changes):
-    """A row of PKU-SafeRLHF with the labels of today's files."""
+    """A row of PKU-SafeRLHF with the labels of its current files."""
     return pair(
         **{
             "response_0_harm_category": flags(),
@@ -58,9 +56,9 @@ def full(**changes):
 
 @pytest.fixture
 def load(tmp_path):
-    """Rows -> (examples, Report), through a file."""
+    """A function that writes rows to a file and loads them; returns (examples, Report)."""
 
-    def through(rows, read=preference_examples, labels=True, name="rows.jsonl", **more):
+    def write_and_load(rows, read=preference_examples, labels=True, name="rows.jsonl", **more):
         path = tmp_path / name
         if name.endswith(".parquet"):
             import pyarrow
@@ -75,14 +73,13 @@ def load(tmp_path):
             path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return read(str(path), byte_tokenizer(), "auto", 512, labels=labels, **more)
 
-    return through
+    return write_and_load
 
 
-# ── Taxonomies
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------- taxonomies
 
 
-def test_taxonomies_are_complete_and_every_category_is_mapped_or_said_to_have_no_counterpart():
+def test_every_category_is_mapped_or_listed_as_without_counterpart():
     assert {name: len(names) for name, names in TAXONOMIES.items()} == {
         "pku": 19,
         "beavertails": 14,
@@ -119,15 +116,20 @@ def test_taxonomies_are_complete_and_every_category_is_mapped_or_said_to_have_no
     }
 
 
-def test_translations_say_what_is_lost():
-    made = translate(["Cybercrime", "Privacy Violation", "Environmental Damage"], "pku", "openai")
-    assert made.categories == ("illicit",) and made.missing == ("Privacy Violation", "Environmental Damage")
-    assert made.uncertain == () and made.shared == ("illicit",)  # seven other crimes are illicit too
+def test_translations_report_missing_and_uncertain_categories():
+    translation = translate(["Cybercrime", "Privacy Violation", "Environmental Damage"], "pku", "openai")
+    assert translation.categories == ("illicit",) and translation.missing == (
+        "Privacy Violation",
+        "Environmental Damage",
+    )
+    assert translation.uncertain == () and translation.shared == (
+        "illicit",
+    )  # seven other crimes are illicit too
     back = translate(["privacy_violation", "animal_abuse"], "beavertails", "pku")
     assert back.categories == ("Privacy Violation", "Cybercrime", "Animal Abuse")
     assert back.uncertain == ("privacy_violation",) and back.missing == back.shared == ()
-    whole = [category for category in PKU if round_trip(category, "pku", "beavertails") == (category,)]
-    assert whole == ["Endangering Public Health", "Drugs", "Disrupting Public Order", "Animal Abuse"]
+    restored = [category for category in PKU if round_trip(category, "pku", "beavertails") == (category,)]
+    assert restored == ["Endangering Public Health", "Drugs", "Disrupting Public Order", "Animal Abuse"]
     assert sum(round_trip(name, "beavertails", "pku") == (name,) for name in BEAVERTAILS) == 6
     assert all(category in round_trip(category, "pku", "beavertails") for category in PKU)
     assert round_trip("Environmental Damage", "pku", "mlcommons") == ()
@@ -152,8 +154,7 @@ def test_names_are_spelled_as_in_the_files():
         assert {row["types_of_harm"] for row in csv.DictReader(file)} == set(TAXONOMIES["do-not-answer"])
 
 
-# ── From files to batches
-# ─────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------- from files to batches
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
@@ -172,7 +173,7 @@ def test_labels_of_pairs_reach_the_batch(load, name):
     examples, report = load([full(), partial], name=name, kind="cost")
     batch = collate_labels(examples)
     assert report.kept == 2 and not report.dropped and not report.flagged
-    # Rows: the safer responses of both pairs, then the other ones.
+    # The rows are the safer responses of both pairs, then the other ones.
     assert batch.sign_B.tolist() == [-1, -1, 1, 1] and batch.severity_B.tolist() == [0, 0, 2, -1]
     assert batch.categories_BC.shape == batch.known_BC.shape == (4, 19)
     assert batch.categories_BC.nonzero().tolist() == [[2, DRUGS], [2, CRIME], [3, DRUGS]]
@@ -205,12 +206,12 @@ def test_labels_of_single_responses_reach_the_batch(load, row, sign, severity, h
     batch = collate_labels([example], taxonomy)
     assert (batch.sign_B.tolist(), batch.severity_B.tolist()) == ([sign], [severity])
     assert batch.categories_BC[0].nonzero().flatten().tolist() == harmful and batch.known_BC.sum() == known
-    # In the columns of another taxonomy nothing is known, and nothing is guessed.
+    # In the columns of another taxonomy no label is known, and none is guessed.
     other = collate_labels([example], "pku" if taxonomy == "beavertails" else "beavertails")
     assert not other.known_BC.any() and not other.categories_BC.any() and other.sign_B.tolist() == [sign]
 
 
-def test_what_a_schema_does_not_have_is_unknown(load):
+def test_labels_that_a_schema_lacks_are_unknown(load):
     v0 = collate_labels(load([pair()], kind="cost")[0])
     assert v0.sign_B.tolist() == [-1, 1] and v0.severity_B.tolist() == [-1, -1] and not v0.known_BC.any()
     over = load([{"prompt": "Which bird?", "safe_response": A, "unsafe_response": B}], kind="cost")[0]
@@ -221,7 +222,7 @@ def test_what_a_schema_does_not_have_is_unknown(load):
     assert collate_labels(load([text], name="rows.csv", kind="cost")[0]).severity_B.tolist() == [-1, 3]
 
 
-def test_the_worlds_labels_come_through(load):
+def test_labels_of_the_demo_world_reach_the_batch(load):
     from saferlhf_fast.demo.world import World
 
     world = World(0)
@@ -241,8 +242,7 @@ def test_the_worlds_labels_come_through(load):
     assert batch.categories_BC.tolist() == [[name in gold.categories for name in PKU] for gold in golds]
 
 
-# ── Labels that are none
-# ──────────────────────────────────────────────────────────────────────────────────────────
+# ---------------------------------------------------------------- invalid labels
 
 
 @pytest.mark.parametrize(
@@ -269,12 +269,12 @@ def test_the_worlds_labels_come_through(load):
         ),
     ],
 )
-def test_wrong_labels_are_counted_and_named_where_labels_are_asked_for(load, changes, reason):
+def test_wrong_labels_are_counted_by_reason_where_labels_are_requested(load, changes, reason):
     rows = [full(), full(prompt="Which tree?", **changes), full(prompt="Which fish?")]
     examples, report = load(rows, kind="cost")
     assert [example.prompt_text for example in examples] == ["Which bird?", "Which fish?"]
     assert dict(report.dropped) == {reason: 1} and report.sources[0].place(reason) == "line 2"
-    # A stage without use for them trains on the row as before.
+    # A stage that does not use the labels trains on the row.
     plain, report = load(rows, labels=False, kind="cost")
     assert len(plain) == 3 and not report.dropped and all(example.labels == () for example in plain)
 

@@ -189,10 +189,10 @@ def test_turns_with_weight_0_are_not_learned(put, template, key, off, on):
 
 
 def test_columns_that_nobody_reads_are_named_once(put):
-    row = {"messages": [{**TALK[0], "thinking": "Hm."}, TALK[1]], "tools": "[]", "none": None, "id": 1}
+    row = {"messages": [{**TALK[0], "mood": "calm"}, TALK[1]], "images": [], "none": None, "id": 1}
     _, report = sft_examples(put([row, {**row, "late": 2}]), byte_tokenizer())
-    assert report.lines()[1:] == ["  columns that are not used: tools, id, late, messages[].thinking"]
-    assert report.as_dict()["sources"][0]["unread"] == ["tools", "id", "late", "messages[].thinking"]
+    assert report.lines()[1:] == ["  columns that are not used: images, id, late, messages[].mood"]
+    assert report.as_dict()["sources"][0]["unread"] == ["images", "id", "late", "messages[].mood"]
     pair = {"prompt": "Hi", "chosen": "Yo", "rejected": "No", "margin": 2, "conversations": SHARED}
     assert preference_examples(put([pair]), byte_tokenizer())[1].sources[0].unread == (
         "margin",
@@ -212,9 +212,9 @@ def test_columns_that_nobody_reads_are_named_once(put):
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_a_lone_text_column_is_learned_as_it_is(put, bos, template):
     tokenizer = byte_tokenizer(bos=bos, template=template)
+    begin = "<s>" if bos else ""
     rows = [{"text": f"{begin}Once upon a time"}, {"text": "The end.</s>", "source": "x"}, {"text": " "}]
     examples, report = sft_examples(put(rows), tokenizer)
-    begin = "<s>" if bos else ""
     assert [tokenizer.decode(example.ids).replace(" ", "") for example in examples] == [
         f"{begin}Onceuponatime</s>",
         f"{begin}Theend.</s>",

@@ -1,7 +1,6 @@
-"""The real files, where they are (SAFERLHF_DATA, else ../shared): every one loads, with the counts it should
-have.
+"""Real data files, if their folder exists (SAFERLHF_DATA or ../shared): each loads with the expected counts.
 
-Only counts and structure are looked at; nothing of these files is copied.
+The tests check only counts and structure; they copy nothing of these files.
 """
 
 import random
@@ -25,10 +24,10 @@ def tokenizer():
 
 
 def path(name):
-    found = ROOT / "data" / name
-    if not found.is_file():
-        pytest.skip(f"{name} is not there")
-    return str(found)
+    file = ROOT / "data" / name
+    if not file.is_file():
+        pytest.skip(f"{name} does not exist")
+    return str(file)
 
 
 @pytest.mark.parametrize(
@@ -42,7 +41,7 @@ def path(name):
         ("instruct/stanford_alpaca_seed_tasks.jsonl", 175, 156),
     ],
 )
-def test_instructions(tokenizer, name, rows, kept):
+def test_instruction_files_have_the_expected_counts(tokenizer, name, rows, kept):
     examples, report = sft_examples(path(name), tokenizer, "auto", LIMIT)
     assert report.sources[0].rows == rows and len(examples) == kept == rows - report.dropped.total()
     assert all(
@@ -62,7 +61,7 @@ def test_instructions(tokenizer, name, rows, kept):
         ("preference/dpo_en_demo.json.gz", "better", 300, 33, 0),
     ],
 )
-def test_preferences(tokenizer, name, kind, records, kept, flagged):
+def test_preference_files_have_the_expected_counts(tokenizer, name, kind, records, kept, flagged):
     examples, report = preference_examples(path(name), tokenizer, "auto", LIMIT, 0, kind)
     assert len(examples) == kept == records - report.dropped.total()
     assert flagged is None or sum(pair.flagged for pair in examples) == flagged
@@ -72,7 +71,7 @@ def test_preferences(tokenizer, name, kind, records, kept, flagged):
         assert pair.first_ids[: pair.prompt_length] == pair.second_ids[: pair.prompt_length]
         assert pair.first_ids[pair.prompt_length - len(tag) : pair.prompt_length] == tag
         assert pair.first_ids[-1] == pair.second_ids[-1] == 2
-    # A response's tokens are the response's text, whole.
+    # The tokens of a response decode to its whole text.
     for pair in random.Random(0).sample(examples, min(20, len(examples))):
         assert tokenizer.decode(pair.first_ids[pair.prompt_length : -1]) in (
             pair.first_text,
@@ -102,7 +101,7 @@ def test_most_pairs_of_alpaca_eval_do_not_fit(tokenizer):
         ("preference/pku_saferlhf_safe_over_unsafe.jsonl.gz", 728),
     ],
 )
-def test_prompts(tokenizer, name, kept):
+def test_prompt_files_have_the_expected_counts(tokenizer, name, kept):
     examples, _ = prompt_examples(path(name), tokenizer, "auto", LIMIT // 2)
     assert len(examples) == kept and all(len(example.ids) <= LIMIT // 2 for example in examples)
 

@@ -1,4 +1,4 @@
-"""Templates: the texts they stand for, the learned tokens, the prefix property, cutting prompts on the left."""
+"""Templates: their texts, the learned tokens, the prefix property, prompts cut on the left."""
 
 import pytest
 from data_tokenizers import CHATML, LLAMA2, THINKING, byte_tokenizer, space_tokenizer
@@ -25,7 +25,7 @@ def encoded(template, messages):
     return template.encode_pieces([template.pieces(messages)])[0]
 
 
-def test_safe_rlhf_is_the_references_text():
+def test_the_template_safe_rlhf_writes_the_text_of_the_reference():
     tokenizer = byte_tokenizer()
     template = Template(tokenizer, "safe-rlhf")
     assert shown(tokenizer, template.encode_prompts([TALK[:1]])[0]) == (
@@ -40,7 +40,7 @@ def test_safe_rlhf_is_the_references_text():
     assert template.stop_ids == (tokenizer.eos_token_id,)
 
 
-def test_system_text_goes_before_the_users():
+def test_the_system_text_is_put_before_the_user_text():
     tokenizer = byte_tokenizer()
     messages = ({"role": "system", "content": "Be brief."}, *TALK[:1])
     assert shown(tokenizer, Template(tokenizer, "safe-rlhf").encode_prompts([messages])[0]) == (
@@ -48,14 +48,14 @@ def test_system_text_goes_before_the_users():
     )
 
 
-def test_none_is_the_texts_alone():
+def test_the_template_none_adds_no_tags():
     tokenizer = byte_tokenizer(bos=False)
     ids, mask = encoded(Template(tokenizer, "none"), TALK)
     assert shown(tokenizer, ids) == "HelloHi there.</s>\nWhich tree?The oak.</s>"
     assert shown(tokenizer, ids, mask) == "Hi there.</s>The oak.</s>"
 
 
-def test_auto_takes_the_tokenizers_own():
+def test_auto_takes_the_chat_template_of_the_tokenizer():
     assert Template(byte_tokenizer()).name == "safe-rlhf"
     assert Template(byte_tokenizer(template=CHATML)).name == "tokenizer"
     with pytest.raises(UserError, match="no chat template"):
@@ -64,11 +64,11 @@ def test_auto_takes_the_tokenizers_own():
         Template(byte_tokenizer(), "vicuna")
 
 
-def test_chat_template():
+def test_a_chat_template_gives_the_text_of_apply_chat_template():
     tokenizer = byte_tokenizer(bos=False, template=CHATML)
     template = Template(tokenizer)
     ids, mask = encoded(template, TALK)
-    # The line break behind the last turn's end is not generated, so it is neither learned nor there.
+    # The line break after the end of the last turn is not generated, so it is left out.
     assert shown(tokenizer, ids) == tokenizer.apply_chat_template(list(TALK), tokenize=False).rstrip()
     assert shown(tokenizer, ids, mask) == "Hi there.<|im_end|>The oak.<|im_end|>"
     assert set(template.stop_ids) == {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")}
@@ -78,7 +78,7 @@ def test_chat_template():
     )
 
 
-def test_chat_template_that_writes_bos_and_spaces():
+def test_a_chat_template_that_writes_bos_and_spaces_is_followed():
     tokenizer = byte_tokenizer(template=LLAMA2)
     ids, mask = encoded(Template(tokenizer), TALK)
     assert shown(tokenizer, ids) == tokenizer.apply_chat_template(list(TALK), tokenize=False)
@@ -86,20 +86,20 @@ def test_chat_template_that_writes_bos_and_spaces():
     assert ids[0] == tokenizer.bos_token_id != ids[1]
 
 
-def test_chat_template_that_treats_the_last_turn_differently():
+def test_a_chat_template_that_treats_the_last_turn_differently_is_followed():
     tokenizer = byte_tokenizer(bos=False, template=THINKING)
     ids, mask = encoded(Template(tokenizer), TALK)
     assert shown(tokenizer, ids, mask) == "Hi there.<|im_end|><think></think>The oak.<|im_end|>"
 
 
-def test_chat_template_that_refuses():
+def test_a_refusal_of_the_chat_template_is_reported():
     with pytest.raises(UserError, match="refuses the conversation .only user and assistant, please"):
         Template(byte_tokenizer(template=LLAMA2)).encode_prompts(
             [({"role": "system", "content": "x"}, TALK[0])]
         )
 
 
-def test_an_answer_that_repeats_the_question_is_found():
+def test_an_answer_that_repeats_the_question_is_located():
     tokenizer = byte_tokenizer(bos=False, template=CHATML)
     echo = tuple({"role": role, "content": "Hi"} for role in ("user", "assistant", "user", "assistant"))
     ids, mask = encoded(Template(tokenizer), echo)
@@ -139,8 +139,8 @@ def test_sentencepiece_puts_no_space_behind_the_tag():
         "a",
         "k",
     ]
-    whole = tokenizer("BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.")["input_ids"]
-    assert encoded(template, TALK[:2])[0] == [*whole, tokenizer.eos_token_id]
+    expected = tokenizer("BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi there.")["input_ids"]
+    assert encoded(template, TALK[:2])[0] == [*expected, tokenizer.eos_token_id]
 
 
 def test_truncation_keeps_the_end_and_the_tag():
@@ -149,20 +149,22 @@ def test_truncation_keeps_the_end_and_the_tag():
     ids = template.encode_prompts([({"role": "user", "content": "x" * 500 + " the end?"},)])[0]
     assert shown(tokenizer, template.truncate_prompt(ids, 40)) == "<s>" + "x" * 19 + " the end? ASSISTANT:"
     assert template.truncate_prompt(ids, len(ids)) == ids
-    # bos, 10 tokens of tag, nothing else
+    # only bos and the 10 tokens of the tag fit
     assert template.truncate_prompt(ids, 11) is None
 
 
-def test_end_of_sequence_is_needed():
+def test_a_tokenizer_without_an_end_of_sequence_token_is_refused():
     with pytest.raises(UserError, match="no end-of-sequence token"):
         Template(byte_tokenizer(eos=None))
 
 
-def test_retokenize():
+def test_retokenize_gives_the_ids_of_the_dialogue():
     tokenizer = byte_tokenizer()
-    made = retokenize([TALK[:1], TALK[:1]], ["Hi there.", "Hi"], tokenizer, "safe-rlhf", ended=[True, False])
-    assert made[0] == encoded(Template(tokenizer, "safe-rlhf"), TALK[:2])[0]
-    assert shown(tokenizer, made[1]) == "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi"
+    dialogues = retokenize(
+        [TALK[:1], TALK[:1]], ["Hi there.", "Hi"], tokenizer, "safe-rlhf", ended=[True, False]
+    )
+    assert dialogues[0] == encoded(Template(tokenizer, "safe-rlhf"), TALK[:2])[0]
+    assert shown(tokenizer, dialogues[1]) == "<s>BEGINNING OF CONVERSATION: USER: Hello ASSISTANT:Hi"
     (short,) = retokenize([TALK[:1]], ["Hi there."], tokenizer, "safe-rlhf", max_length=30)
     assert shown(tokenizer, short) == "<s>R: Hello ASSISTANT:Hi there.</s>"
     (long,) = retokenize([TALK[:1]], ["Hi there." * 9], tokenizer, "safe-rlhf", max_length=30)

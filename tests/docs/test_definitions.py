@@ -41,7 +41,7 @@ def logits_and_ids(*shape, vocabulary=37, dtype=torch.float64, seed=0):
 
 
 def batch(rows=5, width=9, seed=0, holes=False, scale=1.0):
-    """(mask, five float64 tensors [B, T]); rows of 1..T valid tokens, with `holes` some of them inside a row."""
+    """(mask, five float64 tensors [B, T]); rows of 1..T valid tokens; `holes`: some inside a row are not."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, width + 1, (rows,), generator=generator)
     lengths[0] = width
@@ -292,7 +292,7 @@ def test_whitening():
 
 @pytest.mark.parametrize("reduction", ["sequence-mean", "token-mean"])
 def test_policy_loss_same(reduction):
-    """Loss and gradient: safe-rlhf, TRL and Liger (no limit) and verl (limit) agree where |log ratio| < 20."""
+    """Loss, gradient: safe-rlhf, TRL and Liger (no limit) and verl (limit) agree where |log ratio| < 20."""
     mask, logp, old_logp, advantage, *_ = batch(scale=0.4)
     leaf, theirs = (logp.clone().requires_grad_() for _ in range(2))
     loss, _ = ppo_loss(leaf, old_logp, advantage, clip_ratio=0.2, mask=mask, reduction=reduction)

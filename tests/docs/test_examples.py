@@ -1,42 +1,29 @@
-"""Each example as a user runs it, in a process of its own, and what it prints at its end."""
+"""Each example as a user runs it, and what it prints at its end: in a forked process where it trains, in this
+process where it refuses its arguments.
+"""
 
 import ast
-import os
 import re
 import runpy
-import subprocess
 import sys
 from importlib import util
 
+import forked
 import pytest
 import torch
 import yaml
-from integration_kit import RANKS
 from kit import ROOT, make_data, make_model, make_scores
 
 EXAMPLES = ROOT / "examples"
 NUMBER = r"(-?\d+\.\d+(?:e[-+]\d+)?)"
+NEEDS_TRL = pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")
 
 
-WITHOUT_TRL = (
-    "import runpy, sys; sys.modules['trl'] = None; sys.argv = sys.argv[1:]; "
-    "runpy.run_path(sys.argv[0], run_name='__main__')"
-)
-
-
-def run(name, *arguments, code=0, trl=True):
-    """-> what it printed. trl: False hides TRL from it."""
-    alone = {name: value for name, value in os.environ.items() if name not in RANKS}
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, *([] if trl else ["-c", WITHOUT_TRL]), str(EXAMPLES / name), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={**alone, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
-    )
-    assert done.returncode == code, done.stdout[-2000:] + done.stderr[-4000:]
-    return done.stdout + (done.stderr if code else "")
+def run(name, *arguments):
+    """-> what it printed."""
+    done = forked.run([EXAMPLES / name, *arguments], timeout=300, env={"HF_HUB_OFFLINE": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def numbers(pattern, text):
@@ -182,8 +169,6 @@ def test_trl_ppo(algorithm, tmp_path):
         rate,
         "--output_dir",
         tmp_path / "run",
-        # it needs no TRL, and takes its parser where there is one
-        trl=algorithm == "ppo",
     )
     if algorithm == "ppo":
         # The reward rose by 0.1 to 2.6 over 4 seeds, from near its best: nothing is asked but that the policy
@@ -200,7 +185,7 @@ def test_trl_ppo(algorithm, tmp_path):
 
 
 @pytest.mark.numeric
-@pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed")
+@NEEDS_TRL
 @pytest.mark.parametrize("trainer", ["dpo", pytest.param("grpo", marks=pytest.mark.slow)])
 def test_trl_patched(trainer):
     text = run("trl_patched.py", "--trainer", trainer, "--steps", 3)
@@ -208,8 +193,25 @@ def test_trl_patched(trainer):
     assert gap < 1e-5 and int(re.search(r"(\d+) calls of ours", text)[1]) >= 3
 
 
-def test_trl_patched_says_what_it_needs():
-    assert "pip install 'trl==1.16.0'" in run("trl_patched.py", code=1, trl=False)
+def said_of(name, words, monkeypatch, capsys, trl=True):
+    """The last line of what an example says of arguments that it refuses, with exit code 2; in this process,
+    to be quick. trl: False hides TRL from it.
+    """
+    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
+    monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/…` does
+    if not trl:
+        monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    said = capsys.readouterr()
+    assert ended.value.code == 2 and not said.out and "Traceback" not in said.err
+    return said.err.splitlines()[-1]
+
+
+def test_trl_patched_says_what_it_needs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(SystemExit, match="pip install 'trl==1.16.0'"):
+        runpy.run_path(str(EXAMPLES / "trl_patched.py"), run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -228,29 +230,14 @@ def test_trl_patched_says_what_it_needs():
         ("custom_trainer.py --model ./nowhere --data none.jsonl", "error: .*none.jsonl"),
         ("ppo_lag_loop.py --model ./nowhere --reward a --cost b --prompts none.jsonl", "error: .*none.jsonl"),
         pytest.param(
-            "trl_patched.py --model ./nowhere --dataset ./none",
-            "error: .*nowhere",
-            marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed"),
+            "trl_patched.py --model ./nowhere --dataset ./none", "error: .*nowhere", marks=NEEDS_TRL
         ),
     ],
 )
-def test_wrong_paths_end_in_one_line(words, message):
+def test_wrong_paths_end_in_one_line(words, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
     name, *rest = words.split()
-    said = run(name, *rest, code=2)
-    assert re.search(message, said) and "Traceback" not in said
-
-
-def said_of(name, words, monkeypatch, capsys):
-    """The last line of what an example says of arguments that it refuses, with exit code 2; in this process,
-    to be quick.
-    """
-    monkeypatch.setattr(sys, "argv", [name, *map(str, words)])
-    monkeypatch.syspath_prepend(EXAMPLES)  # as `python examples/…` does
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-    said = capsys.readouterr()
-    assert ended.value.code == 2 and not said.out and "Traceback" not in said.err
-    return said.err.splitlines()[-1]
+    assert re.search(message, said_of(name, rest, monkeypatch, capsys))
 
 
 @pytest.mark.parametrize(
@@ -297,18 +284,18 @@ def test_arguments_that_cannot_be_end_in_one_line(words, message, monkeypatch, c
         pytest.param(
             "trl_patched.py --trainer grpo --rows 3",
             "--rows: expected an even number, 4 or more",
-            marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed"),
+            marks=NEEDS_TRL,
         ),
         pytest.param(
             "trl_patched.py --steps 0",
             "argument --steps: expected a whole number from 1 to inf, got 0",
-            marks=pytest.mark.skipif(util.find_spec("trl") is None, reason="TRL is not installed"),
+            marks=NEEDS_TRL,
         ),
     ],
 )
-def test_arguments_of_the_trl_examples_that_cannot_be(words, message):
+def test_arguments_of_the_trl_examples_that_cannot_be(words, message, monkeypatch, capsys):
     name, *rest = words.split()
-    assert f"error: {message}" in run(name, *rest, code=2)
+    assert f"error: {message}" in said_of(name, rest, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(
@@ -337,25 +324,23 @@ def test_a_file_without_prompts_ends_in_one_line(name, content, message, tmp_pat
 
 
 @pytest.mark.parametrize("trl", [True, False])
-def test_a_flag_that_the_trl_example_does_not_know_is_named(trl):
-    said = run("trl_ppo.py", "--nonsense", "1", code=2, trl=trl)
-    assert re.search("error: .*--nonsense", said) and "Traceback" not in said
+def test_a_flag_that_the_trl_example_does_not_know_is_named(trl, monkeypatch, capsys):
+    assert re.search(
+        "error: .*--nonsense", said_of("trl_ppo.py", ["--nonsense", "1"], monkeypatch, capsys, trl)
+    )
 
 
 @pytest.mark.skipif(util.find_spec("trl") is None, reason="--config is TRL's")
 @pytest.mark.parametrize(
     ("content", "message"), [(None, "No such file.*flags.yaml"), ("seed: [1", "flags.yaml")]
 )
-def test_a_config_of_the_trl_example_that_cannot_be_read(content, message, tmp_path):
+def test_a_config_of_the_trl_example_that_cannot_be_read(content, message, tmp_path, monkeypatch, capsys):
     path = tmp_path / "flags.yaml"
     if content:
         path.write_text(content)
-    said = run("trl_ppo.py", "--config", path, code=2)
-    assert (
-        re.search(f"error: .*{message}", said)
-        and "Traceback" not in said
-        and (content is None or path.read_text() == content)
-    )
+    said = said_of("trl_ppo.py", ["--config", path], monkeypatch, capsys)
+    assert re.search(f"error: .*{message}", said)
+    assert content is None or path.read_text() == content
 
 
 def test_readme_names_every_example():

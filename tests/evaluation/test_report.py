@@ -1,4 +1,4 @@
-"""The page holds the run's numbers, needs nothing from elsewhere and cannot be broken by what a model wrote."""
+"""The page holds the run's numbers, needs nothing from elsewhere; what a model wrote cannot break it."""
 
 import json
 import math
@@ -9,7 +9,7 @@ import pytest
 
 from saferlhf_fast.demo.report import read_seeds, verdict, write_demo_report
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.evaluation.report import curves, plots, write_report
+from saferlhf_fast.evaluation.report import curves, plots, run_report, write_report
 from saferlhf_fast.evaluation.report.read import Run, read_lines, read_run
 from saferlhf_fast.evaluation.report.scatter import counts, scatter
 
@@ -177,6 +177,14 @@ def test_page_has_the_final_numbers(lag):
     assert "torch 2.13.0" in text and "model: '<i>x</i>'" in text
 
 
+@pytest.fixture
+def without_plots(monkeypatch):
+    """The page without its plots, which take 2 s to draw."""
+    monkeypatch.setattr(run_report, "ppo_plots", lambda run: [])
+    monkeypatch.setattr(run_report, "scatter", lambda *_: None)
+
+
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     "costs, words, kind",
     [
@@ -200,6 +208,7 @@ def test_a_threshold_is_met_only_where_the_interval_says_so(tmp_path, costs, wor
     assert "counts as met when the whole interval" in Page(text).text
 
 
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize(
     "evaluation, told",
     [

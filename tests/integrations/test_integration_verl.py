@@ -351,7 +351,8 @@ def test_the_environment_patches_every_process_that_imports_verl():
         from saferlhf_fast import integrations
         import verl.trainer.ppo.core_algos as core, verl.workers.engine.fsdp.transformer_impl as engine
         assert integrations.patched() == ["verl"]
-        assert core.POLICY_LOSS_REGISTRY["vanilla"].__saferlhf_fast__ and engine.logprobs_from_logits.__saferlhf_fast__
+        assert core.POLICY_LOSS_REGISTRY["vanilla"].__saferlhf_fast__
+        assert engine.logprobs_from_logits.__saferlhf_fast__
     """
     subprocess.run(
         [sys.executable, "-c", code],

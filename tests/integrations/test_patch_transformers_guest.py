@@ -28,7 +28,7 @@ from saferlhf_fast.integrations.transformers import patch_model, unpatch_model  
 
 @pytest.fixture(autouse=True)
 def environment():
-    """As it was before: transformers' Trainer leaves ranks in it, which a later test's child would believe."""
+    """As it was before: transformers' Trainer leaves ranks in it, which a later test's child would take."""
     before = dict(os.environ)
     yield
     os.environ.clear()

@@ -8,7 +8,6 @@ they are touched. Each case runs in a process of its own, since an offset that o
 import ctypes
 import mmap
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1] / "support"), str(Path(__file__).parents[2])]
+import forked
 from tolerance import assert_near
 
 from saferlhf_fast.kernels import dispatch
@@ -64,7 +64,7 @@ def sparse(elements, dtype=torch.float32):
 
 
 def ring(elements, dtype=torch.float32, lap=WIDTH):
-    """Memory to write to: the same `lap` elements again and again, and pages of its own for the last `lap`."""
+    """Memory to write to: the same `lap` elements again and again, then `lap` with pages of their own."""
     size, step = elements * dtype.itemsize, lap * dtype.itemsize
     start = _map(None, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | NO_RESERVE)
     file = os.memfd_create("lap")
@@ -139,16 +139,20 @@ def case_ppo_lag_advantage():
     assert_near(statistics / statistics[0], expected_statistics / statistics[0])
 
 
-def case_ppo_loss():
+def case_ppo_loss(count=5):
+    """count: 5 with the reference's log-probs and the entropy, 3 without."""
     native, reference = both("ppo_loss")
-    mask, given, mask_of_row, alone = last_row(5)
-    rest = (0.2, 0.3, 3.0, 0.1, False, 0.01, True, None, None, None)
+    mask, given, mask_of_row, alone = last_row(count)
+    given, alone = (tensors + [None] * (5 - count) for tensors in (given, alone))
+    kl_coeff, entropy_coeff = (0.1, 0.01) if count == 5 else (0.0, 0.0)
+    rest = (0.2, 0.3, 3.0, kl_coeff, False, entropy_coeff, True, None, None, None)
     with HugeOutputs():
         loss, gradient, entropy_gradient, *got = native(*given, None, mask, *rest)
     expected_loss, expected_gradient, expected_entropy_gradient, *expected = reference(
         *alone, None, mask_of_row, *rest
     )
-    for mine, row in ((gradient, expected_gradient), (entropy_gradient, expected_entropy_gradient)):
+    gradients = [(gradient, expected_gradient), (entropy_gradient, expected_entropy_gradient)]
+    for mine, row in gradients[: 2 if count == 5 else 1]:
         assert_near(mine[-1:], row)
         assert (mine[0] == 0).all()
     for mine, row in zip((loss, *got), (expected_loss, *expected)):
@@ -218,6 +222,7 @@ CASES = {
     "gae": case_gae,
     "ppo_lag_advantage": case_ppo_lag_advantage,
     "ppo_loss": case_ppo_loss,
+    "ppo_loss of three": lambda: case_ppo_loss(3),
     "value_loss": case_value_loss,
     "value_loss of two": lambda: case_value_loss(2),
     "token_logprob": case_token_logprob,
@@ -225,19 +230,19 @@ CASES = {
     "ppo_loss_from_logits": case_ppo_loss_from_logits,
     "token_logprob narrow": lambda: case_token_logprob(torch.float32, torch.bfloat16),
 }
+LONG = (
+    "ppo_loss",
+    "value_loss",
+)  # up to ten seconds each: in make test-slow; "of three" and "of two" are quicker
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="sparse memory as Linux has it")
 @pytest.mark.skipif(dispatch.native_module()[0] is None, reason="the native module is not built")
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in LONG else case for case in CASES]
+)
 def test_native(case):
-    result = subprocess.run(
-        [sys.executable, __file__, case],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    result = forked.run([__file__, case], timeout=280)
     if "MemoryError: mmap" in result.stderr:
         pytest.skip(result.stderr.splitlines()[-1])
     assert result.returncode == 0, f"exit code {result.returncode}\n{result.stderr[-3000:]}"

@@ -6,21 +6,21 @@ tests/kernels/test_<op>.py.
 """
 
 import pytest
-from aot import ARCHITECTURES, TABLE, compile_all, launched, resolve, variants
+from aot import ARCHITECTURES, TABLE, by_architecture, compile_all, launched, paired, resolve, variants
 
 # Shared memory that one program may ask for, bytes (CUDA programming guide, compute capabilities).
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-def check(arch, rows):
+def check(rows):
     """Fails with one line per cubin that is not as it should be."""
     spilling = {entry.path for entry in TABLE if entry.spill}
     problems = []
     for row in rows:
         if "error" in row:
             problems.append(f"does not compile: {row}")
-        elif row["dynamic"] + row["shared"] > SHARED[arch]:
-            problems.append(f"more shared memory than sm_{arch} has: {row}")
+        elif row["dynamic"] + row["shared"] > SHARED[row["arch"]]:
+            problems.append(f"more shared memory than the architecture has: {row}")
         elif row["stack"] + row["local"] > 0 and row["kernel"] not in spilling:
             problems.append(f"spills: {row}")
         elif row["narrow"]:
@@ -29,21 +29,39 @@ def check(arch, rows):
     assert {row["kernel"] for row in rows} == {entry.path for entry in TABLE}
 
 
-# sm_80, the oldest of the three, in make test-slow: a minute of one core each
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.slow) if arch == 80 else arch for arch in ARCHITECTURES]
-)
-def test_kernels_compile(arch, tmp_path):
-    check(arch, compile_all(arch, tmp_path))
+def test_kernels_compile(tmp_path):
+    """Every kernel for sm_90, each pair of values of its constants and options; for sm_80 and sm_100 those
+    whose configs depend on the architecture.
+    """
+    rows = compile_all([90, 80, 100], tmp_path, "--pairs")
+    check(rows)
+    assert {row["arch"] for row in rows} == set(ARCHITECTURES)
+
+
+def test_pairs_leave_no_value_out():
+    """Each constant, option and dtype that the full product has is compiled in `test_kernels_compile`."""
+    for entry in TABLE:
+        for arch in ARCHITECTURES:
+            full = list(variants(entry, arch))
+            kept = paired(full) if full else []
+
+            def values(found):
+                chosen = [{**v.constants, **v.options, "dtype": v.dtype} for v in found]
+                return {(name, str(value)) for values in chosen for name, value in values.items()}
+
+            assert values(kept) == values(full)
+    assert [entry.path.rpartition(".")[2] for entry in TABLE if by_architecture(entry)] == [
+        "fused_kernel"
+    ] * 2
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_combination(arch, tmp_path):
-    """Every dtype, and integers that are no multiples of 16, on every architecture."""
-    check(arch, compile_all(arch, tmp_path, everything=True, timeout=3600))
+    """Every dtype, and integers that are no multiples of 16, on every architecture; it takes minutes."""
+    check(compile_all([arch], tmp_path, "--all", timeout=3600))
 
 
 def test_no_kernel_is_missing_from_the_table():

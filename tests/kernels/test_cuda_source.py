@@ -397,15 +397,20 @@ def test_the_architectures_can_be_chosen(setting, variable, expected, tmp_path):
     assert result.stderr.strip() == f"<{expected}>"
 
 
+@pytest.mark.parametrize(
+    "architectures",
+    [("sm_90",), pytest.param(("sm_80", "sm_90", "sm_100"), marks=pytest.mark.slow)],
+    ids="-".join,
+)
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_nvcc_compiles_it_without_spills(source, tmp_path):
+def test_nvcc_compiles_it_without_spills(source, architectures, tmp_path):
     compiler = shutil.which("nvcc")
     if compiler is None:
         pytest.skip("no nvcc")
     known = subprocess.run(
         [compiler, "--list-gpu-code"], capture_output=True, text=True, timeout=60
     ).stdout.split()
-    targets = [name for name in ("sm_80", "sm_90", "sm_100") if name in known]
+    targets = [name for name in architectures if name in known]
     result = subprocess.run(
         [
             compiler,

@@ -1,9 +1,5 @@
-"""gae: against Python loops, packed against padded, poisoned masks, holes, odd sizes, torch.library.
+"""gae: against Python loops, packed against padded, poisoned masks, holes, odd sizes, torch.library."""
 
-The last test runs this file again with the Triton version in triton's interpreter.
-"""
-
-import interpret
 import naive
 import pytest
 import torch
@@ -12,7 +8,6 @@ from hypothesis import strategies as st
 from tolerance import assert_near
 
 from saferlhf_fast import gae
-from saferlhf_fast.kernels import dispatch
 from saferlhf_fast.kernels.gae import reference
 
 pytestmark = pytest.mark.numeric
@@ -179,12 +174,12 @@ def test_bad_offsets_are_refused_on_the_cpu(impl, offsets):
         )
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=8 if naive.INTERPRETED else 25, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.integers(0, 20), max_size=6),
     gamma=st.floats(0, 1),
     lam=st.floats(0, 1),
-    impl=st.sampled_from(["reference", "auto"]),
+    impl=st.sampled_from(naive.HERE),
 )
 def test_any_lengths(lengths, gamma, lam, impl):
     batch = naive.Ragged(lengths, seed=len(lengths))
@@ -207,13 +202,13 @@ def test_bfloat16_strided_and_long(impl, device):
 
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_long_rows(impl, device):
-    """131,072 whole numbers with gamma = lam = 1, where every float32 sum is exact; then fractions."""
+    """naive.LONG whole numbers with gamma = lam = 1, where every float32 sum is exact; then fractions."""
     generator = torch.Generator().manual_seed(0)
-    rewards, values = (torch.randint(-3, 4, (131_072,), generator=generator).float() for _ in range(2))
+    rewards, values = (torch.randint(-3, 4, (naive.LONG,), generator=generator).float() for _ in range(2))
     advantages, returns = gae(rewards.to(device), values.bfloat16().to(device), gamma=1.0, lam=1.0, impl=impl)
     expected = rewards.flip(0).cumsum(0).flip(0)
     assert torch.equal(returns.cpu(), expected) and torch.equal(advantages.cpu(), expected - values)
-    rewards, values = (torch.randn(20_000, generator=generator) for _ in range(2))
+    rewards, values = (torch.randn(min(naive.LONG, 20_000), generator=generator) for _ in range(2))
     got = gae(rewards.to(device), values.to(device), gamma=1.0, lam=0.95, impl=impl)
     for ours, exact in zip(got, naive.gae_row(rewards.tolist(), values.tolist(), 1.0, 0.95)):
         assert_near(ours, torch.tensor(exact, dtype=torch.float64))
@@ -246,7 +241,7 @@ def test_every_output_is_written(impl, device):
 
 @pytest.mark.parametrize("impl, device", naive.SCAN_PLACES)
 def test_seventy_thousand_rows(impl, device):
-    if dispatch.interpreted():
+    if naive.INTERPRETED:
         pytest.skip("a program a row: too many for the interpreter; the next test looks at the grid")
     rewards, values = torch.randn(2, 70_000, device=device)
     offsets = torch.arange(70_001, dtype=torch.int32, device=device)
@@ -328,8 +323,3 @@ def test_wrong_arguments():
             gae(tokens, **arguments, **SETTINGS)
     with pytest.raises(ValueError, match="mask: expected dtype torch.bool"):
         gae(torch.zeros(2, 2), torch.zeros(2, 2), mask=torch.ones(2, 2), **SETTINGS)
-
-
-@pytest.mark.skipif(dispatch.interpreted(), reason="this is the process that the test starts")
-def test_triton_in_the_interpreter():
-    interpret.run(__file__)

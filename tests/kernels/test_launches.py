@@ -209,7 +209,8 @@ def test_launches(launch, packed, launches):
 
 
 BAD = """
-  tt.func public @row_sum(%out: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("out"(#loc)), %stride: i32 loc("stride"(#loc))) {
+  tt.func public @row_sum(%out: !tt.ptr<f32> {tt.divisibility = 16 : i32} loc("out"(#loc)), \
+%stride: i32 loc("stride"(#loc))) {
     %c1024_i32 = arith.constant 1024 : i32
     %row = tt.get_program_id x : i32
     %block = tt.get_program_id y : i32

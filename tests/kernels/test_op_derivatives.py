@@ -119,7 +119,7 @@ class Made(TorchDispatchMode):
     [*((op, {}) for op in TABLE if TABLE[op][3]), ("ppo_loss_from_logits", dict(inplace=False))],
 )
 def test_backward_makes_the_gradients_and_nothing_of_their_size(op, options, impl, device):
-    """No zeros for outputs that nobody differentiates: d weight is one, of 2 GB at V = 128256 and H = 4096."""
+    """No zeros for outputs that nobody differentiates: d weight is 2 GB at V = 128256 and H = 4096."""
     given = inputs_of(op)
     leaves = {name: given[name].requires_grad_() for name in TABLE[op][3]}
     through = {name: Through.apply(leaf) for name, leaf in leaves.items()}

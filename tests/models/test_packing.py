@@ -182,7 +182,7 @@ def test_packed_is_one_sequence_at_a_time(name):
 
 
 def test_no_sequence_sees_another():
-    """A token changed in one sequence changes no bit of the others' log-probs, and no gradient flows across."""
+    """A token changed in one sequence changes no bit of the others' log-probs; no gradient flows across."""
     policy = Policy(make_lm("Llama"))
     before = policy(responses())
     other = [list(ids) for ids in SEQUENCES]

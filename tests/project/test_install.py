@@ -61,7 +61,7 @@ print(json.dumps({{"file": saferlhf_fast.__file__, "torch": middle - start, "our
 
 
 def call(*command, cwd=None, **environment):
-    """Runs a command without what the tests' own environment says of Python, in a folder without any package."""
+    """Runs a command without what the tests' own environment says of Python."""
     kept = {
         name: value
         for name, value in os.environ.items()
@@ -252,21 +252,39 @@ def test_importing_costs_less_than_half_of_torch_and_touches_no_library_of_the_e
     assert min(ratios) < 0.5, ratios
 
 
-def test_commands_of_a_base_install_answer_in_one_line(base, tmp_path):
-    """Each with and without --help, in one process of that environment."""
-    code = (
-        "import contextlib, io, json; from saferlhf_fast import cli; said = {}\n"
-        "for command in cli.COMMANDS:\n"
-        "    for words in ([command], [command, '--help']):\n"
-        "        out, err = io.StringIO(), io.StringIO()\n"
-        "        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err): code = "
-        "cli.main(words)\n"
-        "        said[' '.join(words)] = [code, out.getvalue(), err.getvalue()]\n"
-        "print(json.dumps(said))"
-    )
-    result = call(base / "python", "-c", code, cwd=tmp_path)
+# Every command with and without --help, and what loads a model, in one process of the base environment.
+ASKED = """
+import contextlib, io, json
+from saferlhf_fast import cli
+from saferlhf_fast.models import causal_lm, score_model, tokenizer
+said, loading = {}, []
+for command in cli.COMMANDS:
+    for words in ([command], [command, "--help"]):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main(words)
+        said[" ".join(words)] = [code, out.getvalue(), err.getvalue()]
+for load in (causal_lm.load_causal_lm, score_model.load_score_model, score_model.score_model_from_backbone,
+             tokenizer.load_tokenizer):
+    try:
+        load("m")
+        loading.append(None)
+    except ImportError as error:
+        loading.append(str(error))
+print(json.dumps([said, loading]))
+"""
+
+
+@pytest.fixture(scope="module")
+def told(base, tmp_path_factory):
+    """({command: [exit code, stdout, stderr]}, [what each loader of models said]) of a base install."""
+    result = call(base / "python", "-c", ASKED, cwd=tmp_path_factory.mktemp("asked"), PATH=str(base))
     assert result.returncode == 0, result.stderr
-    said = json.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_commands_of_a_base_install_answer_in_one_line(told):
+    said = dict(told[0])
     assert said.pop("info")[0] == said.pop("info --help")[0] == 0
     assert len(said) == 2 * (len(cli.COMMANDS) - 1)
     for words, (code, out, err) in said.items():
@@ -276,38 +294,27 @@ def test_commands_of_a_base_install_answer_in_one_line(base, tmp_path):
         assert err.endswith(f": pip install 'saferlhf-fast[{extra}]'\n"), err
 
 
-def test_info_of_a_base_install_says_which_wheel_it_is_and_how_to_get_the_compiled_module(base, tmp_path):
-    result = call(base / "saferlhf-fast", "info", cwd=tmp_path, PATH=str(base))
-    assert result.returncode == 0, result.stderr
-    lines = result.stdout.splitlines()
-    assert "install: wheel py3-none-any, the one for every platform, made without _C" in lines
-    said = next(line for line in lines if line.startswith("_C: "))
-    assert (
-        said.startswith("_C: not built; ")
-        and "pip install --force-reinstall --no-deps --no-binary saferlhf-fast" in said
+def test_info_of_a_base_install_says_which_wheel_it_is_and_how_to_get_the_compiled_module(told):
+    lines = told[0]["info"][1].splitlines()
+    install, compiled = (
+        next(line for line in lines if line.startswith(name)) for name in ("install: ", "_C: ")
     )
+    assert "py3-none-any" in install and "without _C" in install
+    assert compiled.startswith("_C: not built; ")
+    assert "pip install --force-reinstall --no-deps --no-binary saferlhf-fast" in compiled
     why = r"first that can run \(triton: .*; native: saferlhf_fast._C: not built\)"
     assert any(re.fullmatch(rf"  gae +reference +{why}", line) for line in lines)
+
+
+def test_the_installed_script_answers(base, tmp_path):
     version = call(base / "saferlhf-fast", "--version", cwd=tmp_path)
     assert version.stdout == f"saferlhf-fast {importlib.metadata.version('saferlhf-fast')}\n"
     assert "bench" in call(base / "saferlhf-fast", "--help", cwd=tmp_path).stdout
 
 
-def test_loading_models_names_the_extra(base, tmp_path):
-    code = (
-        "from saferlhf_fast.models import causal_lm, score_model, tokenizer\n"
-        "for load in (causal_lm.load_causal_lm, score_model.load_score_model, "
-        "score_model.score_model_from_backbone, "
-        "tokenizer.load_tokenizer):\n"
-        "    try: load('m')\n"
-        "    except ImportError as error: print(error)\n"
-    )
-    result = call(base / "python", "-c", code, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr[-2000:]
-    lines = result.stdout.splitlines()
-    assert len(lines) == 4 and all(line.endswith("pip install 'saferlhf-fast[train]'") for line in lines), (
-        lines
-    )
+def test_loading_models_names_the_extra(told):
+    assert len(told[1]) == 4
+    assert all(said and said.endswith("pip install 'saferlhf-fast[train]'") for said in told[1]), told[1]
 
 
 def test_the_compiled_module_works_in_an_installed_package(base, tmp_path):

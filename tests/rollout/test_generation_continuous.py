@@ -1,4 +1,4 @@
-"""Rollouts through continuous batching, on the CPU: the same samples as `generate`, sequence for sequence."""
+"""Rollouts with continuous batching on the CPU give the same samples as `generate`."""
 
 import generation_kit
 import pytest
@@ -25,53 +25,51 @@ def sampled(lm, engine, prompts, seeds, limits, ends=ENDS, **sampling):
     generator = open_generator(
         generation_kit.actor(lm), generation_kit.tokenizer(), ends, Sampling(engine=engine, **sampling)
     )
-    made = generator.generate(prompts, seeds, limits)
+    responses = generator.generate(prompts, seeds, limits)
     generator.refresh()
     generator.close()
-    return made
+    return responses
 
 
-def same(got, expected):
-    assert [(r.ids, r.ended) for r in got] == [(r.ids, r.ended) for r in expected]
-    for a, b in zip(got, expected):
+def assert_same(responses, expected):
+    assert [(r.ids, r.ended) for r in responses] == [(r.ids, r.ended) for r in expected]
+    for a, b in zip(responses, expected):
         assert_near_in_another_batch(a.logp, b.logp)
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"repetition_penalty": 1.4}, ALL])
-def test_samples_are_those_of_generate(lm, settings):
+def test_samples_equal_those_of_generate(lm, settings):
     prompts, seeds, limits = generation_kit.prompts(), [50 + i for i in range(7)], [9, 1, 30, 4, 17, 12, 2]
-    got = sampled(lm, "continuous", prompts, seeds, limits, **settings)
-    same(got, sampled(lm, "generate", prompts, seeds, limits, **settings))
-    assert len({len(r.ids) for r in got}) > 3
+    responses = sampled(lm, "continuous", prompts, seeds, limits, **settings)
+    assert_same(responses, sampled(lm, "generate", prompts, seeds, limits, **settings))
+    assert len({len(r.ids) for r in responses}) > 3
 
 
-def test_batches_and_several_responses_per_prompt(lm):
+def test_the_batch_size_changes_no_sample_of_repeated_prompts(lm):
     prompts, seeds, limits = generation_kit.prompts(2) * 3, list(range(6)), [12] * 6
-    whole = sampled(lm, "continuous", prompts, seeds, limits)
-    same(sampled(lm, "continuous", prompts, seeds, limits, batch_size=4), whole)
-    assert len({tuple(r.ids) for r in whole}) == 6
+    one_batch = sampled(lm, "continuous", prompts, seeds, limits)
+    assert_same(sampled(lm, "continuous", prompts, seeds, limits, batch_size=4), one_batch)
+    assert len({tuple(r.ids) for r in one_batch}) == 6
 
 
-def test_ends_and_stop_strings(lm):
+def test_end_tokens_and_stop_strings_end_responses_as_in_generate(lm):
     tokenizer = generation_kit.tokenizer()
     prompts, seeds, limits = generation_kit.prompts(8), list(range(8)), [25] * 8
-    free = sampled(lm, "generate", prompts, seeds, limits, ends=[])
-    stop = [tokenizer.decode(free[0].ids[3:5]), tokenizer.decode(free[1].ids[:1])]
-    ends = [2, free[2].ids[4]]
-    got = sampled(lm, "continuous", prompts, seeds, limits, ends=ends, stop=stop)
-    same(got, sampled(lm, "generate", prompts, seeds, limits, ends=ends, stop=stop))
-    assert len(got[1].ids) == 1 and 1 < sum(r.ended for r in got) <= 8
+    unstopped = sampled(lm, "generate", prompts, seeds, limits, ends=[])
+    stop = [tokenizer.decode(unstopped[0].ids[3:5]), tokenizer.decode(unstopped[1].ids[:1])]
+    ends = [2, unstopped[2].ids[4]]
+    responses = sampled(lm, "continuous", prompts, seeds, limits, ends=ends, stop=stop)
+    assert_same(responses, sampled(lm, "generate", prompts, seeds, limits, ends=ends, stop=stop))
+    assert len(responses[1].ids) == 1 and 1 < sum(r.ended for r in responses) <= 8
 
 
-def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
-    """A cache with room for two of five sequences: the others wait, are put off, and start again with what
-    they had.
-    """
+def test_a_sequence_that_lost_its_cache_continues_with_the_same_tokens(lm, monkeypatch):
+    """The cache has room for two of five sequences; the others wait or restart with their tokens."""
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [60, 50, 40, 60, 30]
-    full = continuous.settings
+    settings = continuous.settings
 
     def small(*args):
-        config = full(*args)
+        config = settings(*args)
         if hasattr(config, "page_size"):
             config.page_size = 8
         else:
@@ -84,28 +82,28 @@ def test_a_sequence_that_lost_its_cache_goes_on_where_it_was(lm, monkeypatch):
     restarts = []
     from transformers.generation.continuous_batching.requests import RequestState
 
-    again = RequestState.create_equivalent_initial_request
+    restart = RequestState.create_equivalent_initial_request
     monkeypatch.setattr(
         RequestState,
         "create_equivalent_initial_request",
-        lambda self: restarts.append(len(self.generated_tokens)) or again(self),
+        lambda self: restarts.append(len(self.generated_tokens)) or restart(self),
     )
-    got = sampled(lm, "continuous", prompts, seeds, limits, ends=[], repetition_penalty=1.2)
-    same(got, sampled(lm, "generate", prompts, seeds, limits, ends=[], repetition_penalty=1.2))
+    responses = sampled(lm, "continuous", prompts, seeds, limits, ends=[], repetition_penalty=1.2)
+    assert_same(responses, sampled(lm, "generate", prompts, seeds, limits, ends=[], repetition_penalty=1.2))
     assert any(restarts)
 
 
-def test_our_attention_for_packed_sequences_is_put_aside_and_put_back(lm):
+def test_attention_for_packed_sequences_is_replaced_while_sampling_and_restored(lm):
     prompts, seeds, limits = generation_kit.prompts(3), [1, 2, 3], [6] * 3
     expected = sampled(lm, "continuous", prompts, seeds, limits)
-    own = generation_kit.llama()
-    assert attention.install(own)
-    ours = own.config._attn_implementation
-    same(sampled(own, "continuous", prompts, seeds, limits), expected)
-    assert own.config._attn_implementation == ours != lm.config._attn_implementation
+    packed_lm = generation_kit.llama()
+    assert attention.install(packed_lm)
+    implementation = packed_lm.config._attn_implementation
+    assert_same(sampled(packed_lm, "continuous", prompts, seeds, limits), expected)
+    assert packed_lm.config._attn_implementation == implementation != lm.config._attn_implementation
 
 
-def test_sliding_windows_and_softcaps():
+def test_sliding_windows_and_softcaps_give_the_samples_of_generate():
     import transformers
 
     torch.manual_seed(0)
@@ -126,10 +124,12 @@ def test_sliding_windows_and_softcaps():
         for parameter in lm.parameters():
             parameter.mul_(4.0) if parameter.dim() > 1 else None
     prompts, seeds, limits = generation_kit.prompts(4), list(range(4)), [14, 3, 9, 6]
-    same(sampled(lm, "continuous", prompts, seeds, limits), sampled(lm, "generate", prompts, seeds, limits))
+    assert_same(
+        sampled(lm, "continuous", prompts, seeds, limits), sampled(lm, "generate", prompts, seeds, limits)
+    )
 
 
-def test_adapters_answer(lm):
+def test_adapters_take_part_in_sampling(lm):
     import peft
 
     torch.manual_seed(0)
@@ -140,12 +140,12 @@ def test_adapters_answer(lm):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     prompts, seeds, limits = generation_kit.prompts(3), [4, 5, 6], [8] * 3
-    got = sampled(wrapped, "continuous", prompts, seeds, limits)
-    same(got, sampled(wrapped, "generate", prompts, seeds, limits))
-    assert [r.ids for r in got] != [r.ids for r in sampled(lm, "generate", prompts, seeds, limits)]
+    responses = sampled(wrapped, "continuous", prompts, seeds, limits)
+    assert_same(responses, sampled(wrapped, "generate", prompts, seeds, limits))
+    assert [r.ids for r in responses] != [r.ids for r in sampled(lm, "generate", prompts, seeds, limits)]
 
 
-def test_weights_are_the_trained_ones_at_every_rollout():
+def test_every_rollout_uses_the_current_weights():
     lm = generation_kit.llama()
     prompts, seeds, limits = generation_kit.prompts(3), [4, 5, 6], [8] * 3
     generator = open_generator(
@@ -157,11 +157,11 @@ def test_weights_are_the_trained_ones_at_every_rollout():
             lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
         )
     after = generator.generate(prompts, seeds, limits)
-    same(after, sampled(lm, "generate", prompts, seeds, limits))
+    assert_same(after, sampled(lm, "generate", prompts, seeds, limits))
     assert [r.ids for r in before] != [r.ids for r in after]
 
 
-def test_an_error_in_the_thread_that_generates_is_raised_here(lm, monkeypatch):
+def test_an_error_in_the_sampling_thread_is_raised_in_the_caller(lm, monkeypatch):
     def broken(*_):
         raise ValueError("no such luck")
 
@@ -171,7 +171,7 @@ def test_an_error_in_the_thread_that_generates_is_raised_here(lm, monkeypatch):
     assert lm.config._attn_implementation == "sdpa"
 
 
-def test_what_it_cannot_run_is_refused():
+def test_recurrent_models_and_sharded_weights_are_refused():
     import transformers
 
     mamba = transformers.MambaForCausalLM(
@@ -188,5 +188,5 @@ def test_what_it_cannot_run_is_refused():
         open_generator(sharded, None, ENDS, Sampling(engine="continuous", gather=False))
 
 
-def test_no_prompts(lm):
+def test_no_prompts_give_no_responses(lm):
     assert sampled(lm, "continuous", [], [], []) == []

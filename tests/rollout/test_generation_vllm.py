@@ -1,6 +1,6 @@
-"""vLLM by its HTTP interface, against a stand-in with its routes; in this process, against a stand-in module.
+"""vLLM over HTTP, against a replacement with its routes; vLLM in this process, against a replacement module.
 
-vLLM itself is not run: what a request means to it is as its source of version 0.33 says.
+vLLM itself is not run; the meaning of a request follows the source of vLLM 0.33.
 """
 
 import sys
@@ -27,8 +27,8 @@ def no_pauses(monkeypatch):
     monkeypatch.setattr(vllm_server, "PAUSE", 0.0)
 
 
-def generator_of(lm, stand, **sampling):
-    settings = Sampling(engine="vllm-server", server=stand.address, **sampling)
+def generator_of(lm, server, **sampling):
+    settings = Sampling(engine="vllm-server", server=server.address, **sampling)
     return open_generator(generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, settings)
 
 
@@ -40,31 +40,31 @@ def expected(lm, prompts, seeds, limits, **sampling):
 
 
 @pytest.mark.parametrize("settings", [{}, ALL])
-def test_responses_are_in_order_and_of_the_trainer_s_weights(settings):
-    """The server starts with other weights than the trainer's."""
+def test_responses_are_in_order_and_sampled_with_the_weights_of_the_trainer(settings):
+    """The server starts with weights that differ from those of the trainer."""
     lm, other = generation_kit.llama(0), generation_kit.llama(1)
     prompts, seeds, limits = generation_kit.prompts(9), list(range(9)), [6, 3, 9, 1, 7, 2, 8, 4, 5]
-    with serving(other) as stand:
-        generator = generator_of(lm, stand, **settings)
-        made = generator.generate(prompts, seeds, limits)
-        for response, (ids, logp, ended) in zip(made, expected(lm, prompts, seeds, limits, **settings)):
+    with serving(other) as server:
+        generator = generator_of(lm, server, **settings)
+        responses = generator.generate(prompts, seeds, limits)
+        for response, (ids, logp, ended) in zip(responses, expected(lm, prompts, seeds, limits, **settings)):
             assert (response.ids, response.ended) == (ids, ended)
             assert response.logp == pytest.approx(logp, rel=1e-5)
-        assert len(stand.bodies("/collective_rpc")) == 1 and len(stand.bodies("/v1/completions")) == 9
+        assert len(server.bodies("/collective_rpc")) == 1 and len(server.bodies("/v1/completions")) == 9
         generator.close()
 
 
-def test_new_weights_are_read_before_the_next_rollout():
+def test_after_a_refresh_the_next_rollout_uses_the_new_weights():
     lm = generation_kit.llama(0)
     prompts, seeds, limits = generation_kit.prompts(3), [1, 2, 3], [8] * 3
-    with serving(generation_kit.llama(1)) as stand:
-        generator = generator_of(lm, stand)
+    with serving(generation_kit.llama(1)) as server:
+        generator = generator_of(lm, server)
         before = generator.generate(prompts, seeds, limits)
         with torch.no_grad():
             lm.lm_head.weight += 0.5 * torch.randn(
                 lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
             )
-        # not told yet
+        # without a refresh the server keeps its weights
         assert [r.ids for r in generator.generate(prompts, seeds, limits)] == [r.ids for r in before]
         generator.refresh()
         after = generator.generate(prompts, seeds, limits)
@@ -73,15 +73,15 @@ def test_new_weights_are_read_before_the_next_rollout():
             == [ids for ids, *_ in expected(lm, prompts, seeds, limits)]
             != [r.ids for r in before]
         )
-        paths = [path for path, _ in stand.requests]
+        paths = [path for path, _ in server.requests]
         assert paths.index("/reset_prefix_cache") == paths.index("/collective_rpc") + 1
-        folder = Path(stand.bodies("/collective_rpc")[0]["kwargs"]["weights_path"])
+        folder = Path(server.bodies("/collective_rpc")[0]["kwargs"]["weights_path"])
         assert folder.is_dir()
         generator.close()
         assert not folder.exists()
 
 
-def test_weights_with_merged_adapters_in_a_folder_of_the_recipe_s(tmp_path):
+def test_adapters_are_merged_into_the_weights_in_the_configured_folder(tmp_path):
     import peft
 
     torch.manual_seed(0)
@@ -92,20 +92,20 @@ def test_weights_with_merged_adapters_in_a_folder_of_the_recipe_s(tmp_path):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.3)
     prompts, seeds, limits = generation_kit.prompts(3), [1, 2, 3], [8] * 3
-    with serving(generation_kit.llama(1)) as stand:
-        generator = generator_of(wrapped, stand, server_weights=str(tmp_path / "shared"))
-        made = generator.generate(prompts, seeds, limits)
+    with serving(generation_kit.llama(1)) as server:
+        generator = generator_of(wrapped, server, server_weights=str(tmp_path / "shared"))
+        responses = generator.generate(prompts, seeds, limits)
         generator.close()
-    assert [r.ids for r in made] == [ids for ids, *_ in expected(wrapped, prompts, seeds, limits)]
+    assert [r.ids for r in responses] == [ids for ids, *_ in expected(wrapped, prompts, seeds, limits)]
     assert (tmp_path / "shared" / "weights" / "config.json").exists()
 
 
-def test_what_a_request_says():
+def test_a_request_has_the_settings_of_sampling():
     lm = generation_kit.llama()
-    with serving(lm) as stand:
-        generator = generator_of(lm, stand, temperature=0.5, top_p=0.9, stop=["yes", "no"])
+    with serving(lm) as server:
+        generator = generator_of(lm, server, temperature=0.5, top_p=0.9, stop=["yes", "no"])
         generator.generate([[7, 8, 9]], [2**63 + 11], [4])
-        (body,) = stand.bodies("/v1/completions")
+        (body,) = server.bodies("/v1/completions")
         generator.close()
     assert (
         body["model"] == "tiny"
@@ -121,24 +121,33 @@ def test_what_a_request_says():
     )
     assert body["stop"] == ["yes", "no"] and body["stop_token_ids"] == ENDS and body["ignore_eos"]
     assert body["logprobs"] == 0 and body["return_token_ids"]
+    with serving(lm) as stand:  # an end mark of several tokens is a stop text
+        settings = Sampling(engine="vllm-server", server=stand.address, stop=["yes"])
+        generator = open_generator(
+            generation_kit.actor(lm), generation_kit.tokenizer(), [*ENDS, "[[END>>"], settings
+        )
+        generator.generate([[7, 8, 9]], [1], [4])
+        (body,) = stand.bodies("/v1/completions")
+        generator.close()
+    assert body["stop"] == ["yes", "[[END>>"] and body["stop_token_ids"] == ENDS
 
 
-def test_a_busy_server_is_asked_again():
+def test_a_request_to_a_busy_server_is_repeated():
     lm = generation_kit.llama()
     prompts, seeds, limits = generation_kit.prompts(2), [1, 2], [5, 5]
-    with serving(lm) as stand:
-        generator = generator_of(lm, stand)
+    with serving(lm) as server:
+        generator = generator_of(lm, server)
         generator.refresh()
-        stand.failing = 3
-        made = generator.generate(prompts, seeds, limits)
+        server.failing = 3
+        responses = generator.generate(prompts, seeds, limits)
         generator.close()
-        assert [r.ids for r in made] == [ids for ids, *_ in expected(lm, prompts, seeds, limits)]
-        assert len(stand.bodies("/v1/completions")) == 5
+        assert [r.ids for r in responses] == [ids for ids, *_ in expected(lm, prompts, seeds, limits)]
+        assert len(server.bodies("/v1/completions")) == 5
 
 
-def test_a_server_that_is_not_there_is_one_clear_line():
-    with serving(generation_kit.llama()) as stand:
-        address = stand.address
+def test_a_missing_server_is_an_error_of_one_line():
+    with serving(generation_kit.llama()) as server:
+        address = server.address
     with pytest.raises(UserError) as caught:
         open_generator(
             generation_kit.actor(generation_kit.llama()),
@@ -151,38 +160,38 @@ def test_a_server_that_is_not_there_is_one_clear_line():
     assert "VLLM_SERVER_DEV_MODE=1 vllm serve" in line
 
 
-def test_what_the_server_refuses_is_said_once():
+def test_a_request_that_the_server_refuses_is_not_repeated():
     lm = generation_kit.llama()
-    with serving(lm) as stand:
-        generator = generator_of(lm, stand)
+    with serving(lm) as server:
+        generator = generator_of(lm, server)
         generator.refresh()
         with pytest.raises(UserError, match="answered 400: .*maximum context length is 200 tokens"):
             generator.generate([[5, 6]], [0], [201])
-        assert len(stand.bodies("/v1/completions")) == 1
+        assert len(server.bodies("/v1/completions")) == 1
         generator.close()
 
 
-def test_a_server_that_says_other_log_probs_is_refused():
+def test_a_server_with_raw_log_probs_is_refused():
     lm = generation_kit.llama()
-    with serving(lm, mode="raw_logprobs") as stand:
-        generator_of(lm, stand).close()  # at temperature 1 there is no difference
+    with serving(lm, mode="raw_logprobs") as server:
+        generator_of(lm, server).close()  # at temperature 1 both modes give the same log-probs
         with pytest.raises(
             UserError, match="expected a server with --logprobs-mode processed_logprobs, got raw_logprobs"
         ):
-            generator_of(lm, stand, temperature=0.7)
+            generator_of(lm, server, temperature=0.7)
 
 
 def test_a_server_out_of_development_mode_cannot_take_weights():
     lm = generation_kit.llama()
-    with serving(lm) as stand:
-        stand.development = False
-        generator = generator_of(lm, stand)
+    with serving(lm) as server:
+        server.development = False
+        generator = generator_of(lm, server)
         with pytest.raises(UserError, match="/collective_rpc answered 404: .*VLLM_SERVER_DEV_MODE=1"):
             generator.generate([[5, 6]], [0], [3])
         generator.close()
 
 
-def test_without_vllm_the_command_is_said(monkeypatch):
+def test_without_vllm_the_error_names_the_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     actor = generation_kit.actor(generation_kit.llama())
@@ -193,9 +202,9 @@ def test_without_vllm_the_command_is_said(monkeypatch):
 
 
 class LLM:
-    """vLLM's class as far as it is used: a tiny model that forgets its weights while it sleeps."""
+    """The used part of the class of vLLM: a tiny model that loses its weights while it sleeps."""
 
-    made = []
+    instances = []
 
     def __init__(self, model, **settings):
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -203,7 +212,7 @@ class LLM:
         self.settings, self.calls, self.lm, self.asleep = settings, [], None, set()
         self.blank = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
         assert len(AutoTokenizer.from_pretrained(model)) == generation_kit.VOCABULARY
-        LLM.made.append(self)
+        LLM.instances.append(self)
 
     def sleep(self, level):
         assert level == 2
@@ -233,15 +242,15 @@ class LLM:
             ids, logp, ended = generation_kit.naive(
                 self.lm, prompt["prompt_token_ids"], p.seed, p.max_tokens, p.stop_token_ids, sampling
             )
-            said = [{token: types.SimpleNamespace(logprob=x), -1: None} for token, x in zip(ids, logp)]
+            logprobs = [{token: types.SimpleNamespace(logprob=x), -1: None} for token, x in zip(ids, logp)]
             output = types.SimpleNamespace(
-                token_ids=tuple(ids), logprobs=said, finish_reason="stop" if ended else "length"
+                token_ids=tuple(ids), logprobs=logprobs, finish_reason="stop" if ended else "length"
             )
             answers.append(types.SimpleNamespace(outputs=[output]))
         return answers
 
 
-def test_in_this_process_it_sleeps_but_for_rollouts_and_takes_the_weights_of_then(monkeypatch):
+def test_vllm_in_this_process_sleeps_between_rollouts_and_uses_the_current_weights(monkeypatch):
     monkeypatch.setitem(
         sys.modules, "vllm", types.SimpleNamespace(LLM=LLM, SamplingParams=types.SimpleNamespace)
     )
@@ -250,7 +259,7 @@ def test_in_this_process_it_sleeps_but_for_rollouts_and_takes_the_weights_of_the
     generator = open_generator(
         generation_kit.actor(lm), generation_kit.tokenizer(), ENDS, Sampling(engine="vllm", **ALL)
     )
-    llm = LLM.made[-1]
+    llm = LLM.instances[-1]
     assert llm.asleep == {"weights", "kv_cache"} and llm.settings["logprobs_mode"] == "processed_logprobs"
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [6, 3, 9, 1, 7]
     first = [r.ids for r in generator.generate(prompts, seeds, limits)]
@@ -260,10 +269,10 @@ def test_in_this_process_it_sleeps_but_for_rollouts_and_takes_the_weights_of_the
             lm.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)
         )
     generator.refresh()
-    made = generator.generate(prompts, seeds, limits)
-    for response, (ids, logp, ended) in zip(made, expected(lm, prompts, seeds, limits, **ALL)):
+    responses = generator.generate(prompts, seeds, limits)
+    for response, (ids, logp, ended) in zip(responses, expected(lm, prompts, seeds, limits, **ALL)):
         assert (response.ids, response.ended) == (ids, ended) and response.logp == pytest.approx(
             logp, rel=1e-5
         )
-    assert first != [r.ids for r in made] and generator.generate([], [], []) == []
+    assert first != [r.ids for r in responses] and generator.generate([], [], []) == []
     generator.close()

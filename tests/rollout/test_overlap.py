@@ -1,6 +1,4 @@
-"""Sampling ahead: a batch is one step stale when its turn comes, is corrected, and was scored while others
-were sampled.
-"""
+"""Sampling ahead: a batch is one step stale, its loss is corrected, and it is scored during sampling."""
 
 import json
 from pathlib import Path
@@ -26,19 +24,20 @@ SETTINGS = {
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("overlap")
     base = kit.make_model(folder / "model")
-    made = kit.make_scores(folder, base)
+    scores = kit.make_scores(folder, base)
     return {
         "model": base,
-        "reward": made["reward"],
-        "cost": made["cost"],
+        "reward": scores["reward"],
+        "cost": scores["cost"],
         "data": kit.make_data(folder / "data")["prompts"],
     }
 
 
 def test_batches_are_one_step_stale(world, tmp_path):
-    """Sampled, and so said by the run itself, by the weights of the step before the last: the same prompts
-    and seeds under those weights give the same tokens; the gap to the trainer's log-probs opens with the
-    second step.
+    """Each batch is sampled with the weights of the step before the last, and the run logs that.
+
+    The same prompts and seeds with those weights give responses of the logged length. From the second step on
+    the log-probs differ from those of the trainer.
     """
     from saferlhf_fast.config.stages import PPO, Engine, PPOConfig, Sampling
     from saferlhf_fast.models.causal_lm import load_causal_lm
@@ -54,7 +53,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
     assert kit.losses(out, "train/staleness") == [0, 1, 1, 1]
     gaps = kit.losses(out, "train/engine_gap_mean")
     assert gaps[0] < 1e-5 and all(gap > 1e-3 for gap in gaps[1:])
-    # The furthest of a run's weights was 0.04 to 0.10 off 1 over 5 seeds; the second alone 0.002 to 0.05.
+    # Over 5 seeds the largest distance of a weight from 1 was 0.04 to 0.10, that of the second 0.002 to 0.05.
     assert max(abs(weight - 1.0) for weight in kit.losses(out, "train/importance_weight")) > 1e-3
 
     cfg = PPOConfig(
@@ -71,7 +70,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
     prompts, *_ = load_data(cfg, tokenizer)
     lengths = kit.losses(out, "train/mean_generated_length")
     for step, batch in enumerate(prompt_batches(prompts, cfg, 4), 1):
-        found = {}
+        sampled = {}
         for name, weights in (("stale", step - 2), ("fresh", step - 1)):
             folder = out / f"step-{weights}" if weights > 0 else world["model"]
             lm = load_causal_lm(str(folder), tokenizer=tokenizer)
@@ -79,39 +78,39 @@ def test_batches_are_one_step_stale(world, tmp_path):
             actor = engine.Frozen(Policy(lm), Engine())
             generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
             responses = generate(generator, batch, tokenizer, sampling, 24, prefetch.step_seed(cfg, step))[1]
-            found[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
-        assert lengths[step - 1] == pytest.approx(found["stale"][0])
+            sampled[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
+        assert lengths[step - 1] == pytest.approx(sampled["stale"][0])
         if step == 3:
-            assert found["stale"][1] != found["fresh"][1]  # or the test would tell nothing
+            assert sampled["stale"][1] != sampled["fresh"][1]  # else the lengths could not tell the two apart
     assert json.loads((Path(out) / "summary.json").read_text())["steps"] == 4
 
 
-def test_portions_and_scores_made_on_the_way_change_nothing(world, tmp_path, monkeypatch):
-    """Frozen models are asked in the thread, portion by portion; the figures are those of one portion."""
+def test_scoring_in_portions_during_sampling_changes_no_number(world, tmp_path, monkeypatch):
+    """Frozen models score each portion in the sampling thread; the metrics equal those of one portion."""
     import threading
 
     from saferlhf_fast.rollout import scoring
 
-    asked = []
-    plain = scoring.frozen_scores
+    calls = []
+    frozen_scores = scoring.frozen_scores
 
-    def spied(rollout, *rest):
-        asked.append((threading.current_thread().name, len(rollout)))
-        return plain(rollout, *rest)
+    def recorded(rollout, *arguments):
+        calls.append((threading.current_thread().name, len(rollout)))
+        return frozen_scores(rollout, *arguments)
 
-    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", spied)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", recorded)
     runs = [
         kit.run("ppo-lag", tmp_path / str(size), sampling__batch_size=size, **world, **SETTINGS)
         for size in (1, 4)
     ]
-    assert [count for _, count in asked] == [1] * 16 + [4] * 4 and all("rollout" in name for name, _ in asked)
+    assert [count for _, count in calls] == [1] * 16 + [4] * 4 and all("rollout" in name for name, _ in calls)
     for name in ("reward", "cost", "actor_loss", "kl_divergence", "cost_critic_loss"):
         a, b = (kit.losses(run, f"train/{name}") for run in runs)
         assert a == pytest.approx(b, rel=2e-3, abs=1e-4), name
 
 
-def test_from_the_engine_s_log_probs(world, tmp_path):
-    """old_logp=engine: the ratio itself corrects, so it is not 1 from the second step on."""
+def test_old_log_probs_of_the_engine_correct_stale_batches(world, tmp_path):
+    """With old_logp=engine the ratio itself corrects, so from the second step on it is not 1."""
     out = kit.run(
         "ppo-lag",
         tmp_path / "run",
@@ -123,7 +122,7 @@ def test_from_the_engine_s_log_probs(world, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (
             {"ppo.importance_cap": "null"},
@@ -137,21 +136,21 @@ def test_from_the_engine_s_log_probs(world, tmp_path):
         ({"lora.rank": 4}, "got one shared base (lora.rank)"),
     ],
 )
-def test_what_does_not_go_together_is_said(world, tmp_path, capsys, settings, said):
+def test_settings_that_exclude_overlap_are_refused(world, tmp_path, capsys, settings, message):
     given = {**{key.replace("__", "."): value for key, value in SETTINGS.items()}, **settings}
     code = kit.main(
         "ppo-lag",
         f"output={tmp_path / 'no'}",
         *(f"{key}={value}" for key, value in {**world, **given}.items()),
     )
-    assert code != 0 and said in capsys.readouterr().err
+    assert code != 0 and message in capsys.readouterr().err
 
 
 def test_a_failure_in_the_thread_ends_the_run(world, tmp_path, monkeypatch, capsys):
-    """It is raised where the batch is waited for, and no thread is left behind."""
+    """The error is raised in the step that waits for the batch, and no thread remains."""
     import threading
 
-    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", lambda *rest: 1 / 0)
+    monkeypatch.setattr("saferlhf_fast.rollout.prefetch.frozen_scores", lambda *arguments: 1 / 0)
     code = kit.main(
         "ppo-lag",
         f"output={tmp_path / 'no'}",

@@ -1,4 +1,4 @@
-"""Plain lines where there is no terminal, a bar where there is one, nothing from other ranks."""
+"""Output is plain lines without a terminal, a progress bar with one, and only rank 0 prints."""
 
 import contextlib
 import io
@@ -20,7 +20,7 @@ STEP = {
 
 
 class Terminal(io.StringIO):
-    """A stdout that says it is a terminal."""
+    """A stdout that claims to be a terminal."""
 
     encoding = "utf-8"
 
@@ -30,7 +30,7 @@ class Terminal(io.StringIO):
 
 @contextlib.contextmanager
 def terminal():
-    """What is printed inside goes to a terminal of 120 columns -> its stream."""
+    """Prints inside of the context go to a terminal of 120 columns; yields its stream."""
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(Terminal()) as stream:
         for name, value in {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}.items():
             patch.setenv(name, value)
@@ -51,7 +51,7 @@ def test_step_line_has_the_six_figures_on_one_line(capsys):
     )
 
 
-def test_step_line_shows_what_there_is_under_either_name(capsys):
+def test_step_line_accepts_names_with_and_without_the_prefix_train(capsys):
     console.step_line(1, 2, {"train/reward": 2.0, "train/loss": float("nan"), "cost": None})
     assert capsys.readouterr().out.split() == "step 1/2 reward 2.000 loss nan".split()
 
@@ -64,10 +64,10 @@ def test_every_step_has_its_line_and_speed_in_plain_output(capsys):
     steps = [line for line in out.splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in steps] == ["1/5", "2/5", "3/5", "4/5", "5/5"]
     assert all("tokens/s" in line and "left" in line for line in steps[1:])
-    assert len(out.splitlines()) == 6 and is_plain(out)  # and one line at the end
+    assert len(out.splitlines()) == 6 and is_plain(out)  # five steps and one line at the end
 
 
-def test_plain_bar_speaks_every_few_seconds(capsys, monkeypatch):
+def test_plain_progress_prints_a_line_every_few_seconds(capsys, monkeypatch):
     now = [100.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with console.track(100, "sft") as bar:
@@ -75,13 +75,13 @@ def test_plain_bar_speaks_every_few_seconds(capsys, monkeypatch):
             now[0] += 0.25
             bar.advance(tokens=500, line=f"loss {step}")
     lines = capsys.readouterr().out.splitlines()
-    # 25 seconds at one line every 5, the last step, the summary: not 100 lines.
+    # 25 seconds give one line every 5 seconds, the last step and the summary, not 100 lines.
     assert 6 <= len(lines) <= 8, lines
     assert "2,000 tokens/s" in lines[1] and "left" in lines[1] and "loss" in lines[1]
     assert lines[-1] == "sft: 100 steps in 0:25, 2,000 tokens/s"
 
 
-def test_time_left(monkeypatch):
+def test_speed_and_time_left_are_computed_from_the_clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     with console.track(10, "x", enabled=False) as bar:
@@ -100,16 +100,16 @@ def test_a_terminal_gets_a_bar_and_step_lines():
     assert len(re.findall(r"step \d/3  reward", out)) == 3
 
 
-def test_disabled_shows_nothing(capsys):
+def test_a_disabled_track_prints_nothing(capsys):
     with console.track(3, "x", enabled=False) as bar:
         bar.advance(tokens=3, line=console.step_line(1, 3, STEP))
         console.sample_table([{"prompt": "p", "response": "r", "reward": 1.0}])
     assert capsys.readouterr().out == ""
-    console.step_line(1, 3, STEP)  # outside of it, all is as before
+    console.step_line(1, 3, STEP)  # outside of the track it prints again
     assert capsys.readouterr().out
 
 
-def test_other_ranks_are_silent(capsys, monkeypatch):
+def test_ranks_other_than_0_print_nothing(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     console.say("a")
     console.warn("b")
@@ -120,7 +120,7 @@ def test_other_ranks_are_silent(capsys, monkeypatch):
     assert capsys.readouterr().out == ""
 
 
-def test_an_error_leaves_the_track(capsys):
+def test_output_works_again_after_an_error_inside_a_track(capsys):
     with pytest.raises(KeyError):
         with console.track(2, "x", enabled=False):
             raise KeyError("a")
@@ -128,7 +128,7 @@ def test_an_error_leaves_the_track(capsys):
     assert capsys.readouterr().out == "still here\n"
 
 
-def test_inner_track_is_silent():
+def test_a_track_inside_another_shows_nothing():
     with terminal() as stream, console.track(1, "outer") as outer, console.track(1, "inner") as inner:
         inner.advance()
         outer.advance()
@@ -158,7 +158,7 @@ def test_long_samples_are_shortened():
     assert console.shorten("y" * console.LONGEST_TEXT) == "y" * console.LONGEST_TEXT
 
 
-def test_messages_are_not_broken_and_not_markup(capsys):
+def test_messages_are_not_wrapped_and_not_read_as_markup(capsys):
     console.say("[bold]x[/bold] " + "word " * 60)
     console.warn("a/b:[1]")
     out = capsys.readouterr().out.splitlines()
@@ -186,9 +186,9 @@ def test_result_table_is_aligned_in_plain_output(capsys):
         (float("inf"), "inf"),
     ],
 )
-def test_numbers_fit(value, text):
+def test_numbers_have_at_most_eight_characters(value, text):
     assert console.number(value) == text and len(text) <= 8
 
 
-def test_clock():
+def test_seconds_are_shown_as_hours_minutes_and_seconds():
     assert [console.clock(s) for s in (0.4, 59.6, 3725)] == ["0:00", "1:00", "1:02:05"]

@@ -1,6 +1,4 @@
-"""The engine: the same gradients however the global batch is split over micro-batches, ranks and ZeRO
-stages.
-"""
+"""The engine: the split of a global batch into micro-batches, ranks and ZeRO stages changes no gradient."""
 
 import json
 import math
@@ -17,8 +15,8 @@ pytestmark = pytest.mark.numeric
 
 def launch(tmp_path, processes, precision="fp32"):
     out = tmp_path / f"{processes}-{precision}.json"
-    done = forked.run([kit.SUPPORT / "engine_worker.py", out, precision], processes, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    completed = forked.run([kit.SUPPORT / "engine_worker.py", out, precision], processes, timeout=200)
+    assert completed.returncode == 0, completed.stderr[-3000:]
     return json.loads(out.read_text())
 
 
@@ -29,22 +27,22 @@ def results(tmp_path_factory):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_split_changes_nothing(results, stage):
+def test_micro_batches_processes_and_zero_stage_change_no_number(results, stage):
     expected = results[1]["runs"]["0/1"]
     for processes in (1, 2):
         for micro_batches in (1, 2, 5):
-            got = results[processes]["runs"][f"{stage}/{micro_batches}"]
-            flat = [x for row in got for x in row], [x for row in expected for x in row]
-            assert len(flat[0]) == len(flat[1])
-            for a, b in zip(*flat):
-                assert math.isclose(a, b, rel_tol=2e-5), (processes, micro_batches, got, expected)
+            rows = results[processes]["runs"][f"{stage}/{micro_batches}"]
+            numbers, expected_numbers = ([x for row in table for x in row] for table in (rows, expected))
+            assert len(numbers) == len(expected_numbers)
+            for a, b in zip(numbers, expected_numbers):
+                assert math.isclose(a, b, rel_tol=2e-5), (processes, micro_batches, rows, expected)
 
 
 def test_gather_keeps_the_global_order(results):
     assert results[1]["gathered"] == results[2]["gathered"] == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
-def test_schedule_moves_from_the_first_step():
+def test_the_first_step_has_a_learning_rate_above_zero():
     from saferlhf_fast.runtime.deepspeed_config import learning_rate_factor
 
     factor = learning_rate_factor(Optimizer(schedule="cosine", warmup_ratio=0.1), 100)
@@ -54,7 +52,7 @@ def test_schedule_moves_from_the_first_step():
     assert constant(0) == constant(99) == 1.0
 
 
-def test_fp16_without_a_gpu_is_refused_in_words():
+def test_fp16_without_a_gpu_is_refused():
     import torch
 
     from saferlhf_fast.runtime import engine

@@ -1,4 +1,4 @@
-"""Two processes that are killed, fail or find damaged files lose at most the steps since the last checkpoint.
+"""Two processes that are killed, fail or read damaged files lose at most the steps since the last checkpoint.
 
 make test-faults                       the trials (20 for each of ZeRO 2 and 3) and the other long ones
 python tests/runtime/test_faults.py    the same trials, and the line for docs/benchmarks.md
@@ -33,7 +33,7 @@ POINTS = [
     {"rank": 1, "at": "files"},
     {"rank": 1, "at": "bytes", "share": 0.99},
 ]
-"""Where a save is cut off; the share is of the rank's optimiser shard."""
+"""Where a save is interrupted; share is the written part of the rank's optimiser shard."""
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,11 @@ def committed(folder):
     return [step for step, path in manifest.listed(folder) if manifest.is_committed(path)]
 
 
-def trials(world, folder, zero, count, tell=lambda line: None):
-    """`count` launches of a run that writes a checkpoint at every step; each is killed in its second save,
-    the next resumes.
+def trials(world, folder, zero, count, report=lambda line: None):
+    """Launches a run `count` times that writes a checkpoint at every step and is killed in a save.
 
-    -> trials survived: the launch resumed from the newest complete checkpoint by itself. Ends with the whole
-    run's weights equal to those of a run that was never killed.
+    Each launch resumes from the last one. Returns the number of trials that resumed by themselves from the
+    newest complete checkpoint. In the end the weights must equal those of a run that was never killed.
     """
     steps = {
         "train.max_steps": count + 2,
@@ -60,33 +59,37 @@ def trials(world, folder, zero, count, tell=lambda line: None):
         "engine.zero_stage": zero,
         "resume": "auto",
     }
-    straight, broken, survived = folder / "straight", folder / "broken", 0
-    done = together(words("sft", world, straight, **steps), 2)
+    uninterrupted, killed_run, survived = folder / "uninterrupted", folder / "killed", 0
+    done = together(words("sft", world, uninterrupted, **steps), 2)
     assert [code for code, _, _ in done] == [0, 0], done
     newest = 0
     for i in range(count):
-        point = {**POINTS[i % len(POINTS)], "save": 2 if newest + 2 <= count + 2 else 1}
-        done = together(words("sft", world, broken, **steps), 2, FAULT=json.dumps(point))
-        killed, other = done[point["rank"]], done[1 - point["rank"]]
-        assert killed[0] == -9, (point, done)
-        assert other[0] not in (0, -9) and other[2].count("error:") + other[2].count("rank") >= 1, (
-            point,
-            other,
+        fault = {**POINTS[i % len(POINTS)], "save": 2 if newest + 2 <= count + 2 else 1}
+        done = together(words("sft", world, killed_run, **steps), 2, FAULT=json.dumps(fault))
+        killed_rank, other_rank = done[fault["rank"]], done[1 - fault["rank"]]
+        assert killed_rank[0] == -9, (fault, done)
+        assert (
+            other_rank[0] not in (0, -9) and other_rank[2].count("error:") + other_rank[2].count("rank") >= 1
+        ), (
+            fault,
+            other_rank,
         )
         resumed = (
             f"resume: step {newest} from" in done[0][1] if newest else "the run starts anew" in done[0][1]
         )
-        if point["rank"] != 0 or newest:  # a killed rank 0 may take its last words with it
-            survived += resumed or (point["rank"] == 0 and newest < committed(broken)[0])
+        if fault["rank"] != 0 or newest:  # a killed rank 0 may not have printed its line
+            survived += resumed or (fault["rank"] == 0 and newest < committed(killed_run)[0])
         else:
             survived += 1
-        assert committed(broken)[0] == newest + 1, (point, committed(broken), done)
+        assert committed(killed_run)[0] == newest + 1, (fault, committed(killed_run), done)
         newest += 1
-        tell(f"ZeRO-{zero} trial {i + 1}: {point} -> complete checkpoint of step {newest}")
-    done = together(words("sft", world, broken, **steps), 2)
+        report(f"ZeRO-{zero} trial {i + 1}: {fault} -> complete checkpoint of step {newest}")
+    done = together(words("sft", world, killed_run, **steps), 2)
     assert [code for code, _, _ in done] == [0, 0] and f"resume: step {newest} from" in done[0][1], done
-    assert digest(straight / "model" / "model.safetensors") == digest(broken / "model" / "model.safetensors")
-    assert kit.losses(straight) == kit.losses(broken)
+    assert digest(uninterrupted / "model" / "model.safetensors") == digest(
+        killed_run / "model" / "model.safetensors"
+    )
+    assert kit.losses(uninterrupted) == kit.losses(killed_run)
     return survived
 
 
@@ -94,19 +97,19 @@ def trials(world, folder, zero, count, tell=lambda line: None):
 @pytest.mark.faults
 @pytest.mark.timeout(1700)
 @pytest.mark.parametrize("zero", [2, 3])
-def test_a_rank_killed_anywhere_in_a_save_costs_nothing(world, tmp_path, zero):
+def test_a_run_resumes_after_a_rank_is_killed_anywhere_in_a_save(world, tmp_path, zero):
     assert trials(world, tmp_path, zero, 20) == 20
 
 
 @pytest.mark.numeric
-def test_a_rank_killed_in_a_save_once(world, tmp_path):
-    """The short form, for every test run: rank 1 in the middle of its shard."""
+def test_a_run_resumes_after_a_rank_is_killed_in_the_middle_of_its_shard(world, tmp_path):
+    """The short form for every test run: one trial, with rank 1."""
     assert trials(world, tmp_path, 3, 1) == 1
 
 
 @pytest.fixture(scope="module")
 def two(world, tmp_path_factory):
-    """Runs of two processes under ZeRO 2 and 3, cut off after step 2."""
+    """Finished runs of two processes under ZeRO 2 and 3."""
     folder = tmp_path_factory.mktemp("two")
     cells = {(stage, zero): folder / f"{stage}{zero}" for stage, zero in (("sft", 2), ("ppo-lag", 3))}
     launch(
@@ -117,7 +120,7 @@ def two(world, tmp_path_factory):
 
 @pytest.mark.faults
 @pytest.mark.parametrize("damage", ["missing", "swapped"])
-def test_a_missing_or_swapped_shard_is_told_alike_on_all_ranks(world, two, tmp_path, damage):
+def test_all_ranks_refuse_a_missing_or_swapped_shard(world, two, tmp_path, damage):
     copy = interrupted(two["sft", 2], tmp_path / "b")
     a, b = sorted((manifest.folder_of(copy, 2) / "model").glob("*optim_states.pt"))
     if damage == "missing":
@@ -126,17 +129,17 @@ def test_a_missing_or_swapped_shard_is_told_alike_on_all_ranks(world, two, tmp_p
         content = a.read_bytes()
         a.write_bytes(b.read_bytes())
         b.write_bytes(content)
-    begun = time.monotonic()
+    start = time.monotonic()
     done = together(words("sft", world, copy, resume="auto", **{"engine.zero_stage": 2}), 2)
     assert [code for code, _, _ in done] == [2, 2], done
-    assert time.monotonic() - begun < 90  # imports included; nobody waits for a timeout
-    said = "is missing" if damage == "missing" else "is damaged"
-    assert said in done[0][2] and str(manifest.folder_of(copy, 2)) in done[0][2]
+    assert time.monotonic() - start < 90  # imports included; no rank waits for a timeout
+    problem = "is missing" if damage == "missing" else "is damaged"
+    assert problem in done[0][2] and str(manifest.folder_of(copy, 2)) in done[0][2]
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("stage, zero", [("sft", 0), ("sft", 2), ("cost", 3), ("ppo-lag", 2)])
-def test_nan_on_one_rank_is_left_out_on_all(world, tmp_path, stage, zero):
+def test_nan_on_one_rank_skips_the_step_on_all_ranks(world, tmp_path, stage, zero):
     command = words(stage, world, tmp_path / "a", **{"engine.zero_stage": zero})
     done = together(command, 2, FAULT=json.dumps({"rank": 1, "at": "nan", "save": 2}))
     assert [code for code, _, _ in done] == [0, 0], done
@@ -148,7 +151,7 @@ def test_nan_on_one_rank_is_left_out_on_all(world, tmp_path, stage, zero):
 @pytest.mark.parametrize(
     "kind, value", [("reward", "nan"), ("cost", "inf"), ("cost", "1e30"), ("reward", "-inf")]
 )
-def test_a_score_that_cannot_be_is_left_out_and_lambda_stays(world, tmp_path, kind, value):
+def test_an_invalid_score_skips_the_step_and_lambda_stays_in_its_bounds(world, tmp_path, kind, value):
     command = words("ppo-lag", world, tmp_path / "a", **{"engine.zero_stage": 2})
     done = together(
         command, 2, FAULT=json.dumps({"rank": 1, "at": "score", "kind": kind, "value": value, "save": 2})
@@ -181,7 +184,7 @@ def test_sigterm_on_one_rank_ends_both_with_one_checkpoint(world, tmp_path):
 @pytest.mark.numeric
 @pytest.mark.faults
 def test_a_disk_that_is_really_full_does_not_end_the_run(world, tmp_path):
-    """The checkpoints' folder is a small file system of its own, in a user namespace."""
+    """The folder of the checkpoints is a small file system of its own, mounted in a user namespace."""
     if (
         shutil.which("unshare") is None
         or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
@@ -189,21 +192,21 @@ def test_a_disk_that_is_really_full_does_not_end_the_run(world, tmp_path):
         pytest.skip("user namespaces are not permitted here")
     assert kit.main(*words("reward", world, tmp_path / "a")) == 0
     copy = interrupted(tmp_path / "a", tmp_path / "b")
-    place, size = (
+    checkpoints, size = (
         manifest.root(copy),
         sum(p.stat().st_size for p in manifest.root(copy).rglob("*") if p.is_file()),
     )
     command = [sys.executable, "-m", "saferlhf_fast", *map(str, words("reward", world, copy, resume="auto"))]
     script = (
-        f"cp -r {place} {tmp_path}/kept && mount -t tmpfs -o size={int(1.5 * size) // 1024}k none {place} && "
-        f"cp -r {tmp_path}/kept/* {place}/ && {shlex.join(command)} && ls {place} && cat "
-        f"{place}/*/manifest.json | wc -l"
+        f"cp -r {checkpoints} {tmp_path}/kept && mount -t tmpfs -o size={int(1.5 * size) // 1024}k none "
+        f"{checkpoints} && cp -r {tmp_path}/kept/* {checkpoints}/ && {shlex.join(command)} && "
+        f"ls {checkpoints} && cat {checkpoints}/*/manifest.json | wc -l"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, cwd=kit.ROOT, timeout=200
     )
-    out = " ".join(done.stdout.split())
-    assert done.returncode == 0, (done.stdout, done.stderr)
+    out = " ".join(completed.stdout.split())
+    assert completed.returncode == 0, (completed.stdout, completed.stderr)
     assert out.count("checkpoint of step 4 was not written") == 1 and "No space left on device" in out
     assert "step-00000002" in out and "step-00000004 " not in out.split("see ")[-1]
     assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == resume_kit.digest(
@@ -228,11 +231,11 @@ def exported(folder, output, *more):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
 @pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_another_number_of_processes_goes_on_from_equal_weights(
+def test_another_number_of_processes_resumes_from_equal_weights(
     world, tmp_path, zero, precision, before, after
 ):
     size = {1: 6, 2: 3}
-    # each rank draws its own
+    # each rank draws its own dropout mask, so there is none
     common = {"engine.zero_stage": zero, "engine.precision": precision, "lora.dropout": 0.0}
 
     def command(folder, processes, **more):
@@ -255,15 +258,15 @@ def test_another_number_of_processes_goes_on_from_equal_weights(
 
 
 def same_weights(checkpoint, dumped):
-    """The weights that the new processes began with are those of the checkpoint, bit by bit."""
+    """Asserts that the new processes began with the weights of the checkpoint, bit for bit."""
     from safetensors.torch import load_file
 
     from saferlhf_fast.commands.checkpoint.export import weights
 
-    kind = manifest.read(checkpoint)["models"]["model"]
-    expected, got = weights(checkpoint, "model", kind["zero_stage"]), load_file(dumped)
-    assert set(got) <= set(expected) and len(got) > 3
-    for name, value in got.items():
+    model_info = manifest.read(checkpoint)["models"]["model"]
+    expected, loaded = weights(checkpoint, "model", model_info["zero_stage"]), load_file(dumped)
+    assert set(loaded) <= set(expected) and len(loaded) > 3
+    for name, value in loaded.items():
         assert (expected[name].to(value.dtype) == value).all(), name
 
 
@@ -271,7 +274,7 @@ def same_weights(checkpoint, dumped):
 @pytest.mark.faults
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("zero, precision", [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")])
-def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
+def test_an_export_equals_the_model_that_the_run_saved(world, tmp_path, zero, precision):
     """In two processes; the run saves its model at the step of its last checkpoint."""
     common = {"engine.zero_stage": zero, "engine.precision": precision}
     launch([words(stage, world, tmp_path / stage, **common) for stage in ("dpo", "cost", "ppo-lag")], 2)
@@ -285,22 +288,22 @@ def test_an_export_is_the_run_s_model(world, tmp_path, zero, precision):
 
 
 @pytest.mark.numeric
-def test_an_adapter_s_export_stands_on_its_base(world, tmp_path):
+def test_a_run_with_adapters_exports_the_model_that_it_saved(world, tmp_path):
     output = tmp_path / "a"
     assert kit.main(*words("ppo-lag", world, output, **{"lora.rank": 2})) == 0
     assert exported(output, tmp_path / "b") == digest(output / "model" / "model.safetensors")
     assert kit.main("checkpoint", "export", output, "--output", tmp_path / "c", "--model", "cost_critic") == 2
-    # is there already
+    # the output exists already
     assert kit.main("checkpoint", "export", output, "--output", tmp_path / "b") == 2
-    # ZeRO 0 needs none
+    # checkpoints of ZeRO 0 need no conversion
     assert kit.main("checkpoint", "convert", output) == 2
 
 
 if __name__ == "__main__":
     place = Path(tempfile.mkdtemp())
     try:
-        made, number = resume_kit.make_world(place / "world"), int(sys.argv[1]) if len(sys.argv) > 1 else 20
-        results = {zero: trials(made, place / f"zero{zero}", zero, number, print) for zero in (2, 3)}
+        paths, number = resume_kit.make_world(place / "world"), int(sys.argv[1]) if len(sys.argv) > 1 else 20
+        results = {zero: trials(paths, place / f"zero{zero}", zero, number, print) for zero in (2, 3)}
         print(f"faults survived / tried: {sum(results.values())} / {number * len(results)}")
     finally:
         shutil.rmtree(place)

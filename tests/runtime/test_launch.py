@@ -1,6 +1,4 @@
-"""Processes: one for each local GPU, or as srun, mpirun and deepspeed say; signals, exit codes, nothing left
-behind.
-"""
+"""Processes: one for each local GPU, or those of srun, mpirun and deepspeed; signals and exit codes."""
 
 import os
 import signal
@@ -26,12 +24,12 @@ SLURM = {
 }
 
 
-# ---------------------------------------------------------------- started by others
+# ---------------------------------------------------------------- processes that another launcher starts
 
 
 @pytest.fixture
 def scontrol(tmp_path, monkeypatch):
-    stub(tmp_path, "scontrol", 'echo "$@" > "$(dirname "$0")/asked"; echo node3; echo node4')
+    stub(tmp_path, "scontrol", 'echo "$@" > "$(dirname "$0")/arguments"; echo node3; echo node4')
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     return tmp_path
 
@@ -48,19 +46,24 @@ def adopted(**environ):
     return environ
 
 
-def test_srun_s_variables_become_torch_s(scontrol):
-    found = adopted(**SLURM)
-    assert (scontrol / "asked").read_text() == "show hostnames node[3-4]\n"
-    assert [found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == ["5", "8", "1", "node3"]
-    assert 20000 <= int(found["MASTER_PORT"]) < 30000
-    assert adopted(**SLURM | {"SLURM_PROCID": "0"})["MASTER_PORT"] == found["MASTER_PORT"]
-    assert adopted(**SLURM | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != found["MASTER_PORT"]
+def test_srun_variables_are_translated_to_torchrun_variables(scontrol):
+    variables = adopted(**SLURM)
+    assert (scontrol / "arguments").read_text() == "show hostnames node[3-4]\n"
+    assert [variables[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == [
+        "5",
+        "8",
+        "1",
+        "node3",
+    ]
+    assert 20000 <= int(variables["MASTER_PORT"]) < 30000
+    assert adopted(**SLURM | {"SLURM_PROCID": "0"})["MASTER_PORT"] == variables["MASTER_PORT"]
+    assert adopted(**SLURM | {"SLURM_STEP_ID": "1"})["MASTER_PORT"] != variables["MASTER_PORT"]
     assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "3"})["LOCAL_RANK"] == "0"  # --gpus-per-task=1
     assert adopted(**SLURM | {"CUDA_VISIBLE_DEVICES": "2,3"})["LOCAL_RANK"] == "1"
     assert adopted(**SLURM | {"SLURM_STEP_NODELIST": "alone"})["MASTER_ADDR"] == "alone"
 
 
-def test_a_batch_script_one_task_and_a_launcher_under_srun_are_left_alone():
+def test_a_batch_script_one_task_and_a_launcher_under_srun_change_no_variable():
     script = {k: v for k, v in SLURM.items() if k != "SLURM_STEP_ID"}
     for environ in (script, SLURM | {"SLURM_NTASKS": "1"}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {}):
         assert adopted(**environ) == environ
@@ -68,7 +71,7 @@ def test_a_batch_script_one_task_and_a_launcher_under_srun_are_left_alone():
     assert adopted(**given) == given
 
 
-def test_a_step_whose_first_host_nobody_names_is_refused(tmp_path, monkeypatch):
+def test_a_slurm_step_without_a_known_first_host_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="set MASTER_ADDR"):
         adopted(**SLURM)
@@ -76,27 +79,32 @@ def test_a_step_whose_first_host_nobody_names_is_refused(tmp_path, monkeypatch):
     assert adopted(**SLURM, MASTER_ADDR="10.0.0.8")["MASTER_ADDR"] == "10.0.0.8"
 
 
-def test_mpirun_s_variables_become_torch_s():
+def test_mpirun_variables_are_translated_to_torchrun_variables():
     ompi = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    found = adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="2", MASTER_ADDR="node1", MASTER_PORT="29500")
-    assert [found[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")] == ["3", "4", "1", "29500"]
+    variables = adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="2", MASTER_ADDR="node1", MASTER_PORT="29500")
+    assert [variables[k] for k in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT")] == [
+        "3",
+        "4",
+        "1",
+        "29500",
+    ]
     assert adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="4")["MASTER_ADDR"] == "127.0.0.1"
     with pytest.raises(UserError, match="mpirun -x MASTER_ADDR"):
         adopted(**ompi, OMPI_COMM_WORLD_LOCAL_SIZE="2")
-    found = adopted(PMI_RANK="1", PMI_SIZE="2", MPI_LOCALRANKID="0", MASTER_ADDR="a")
-    assert (found["RANK"], found["LOCAL_RANK"]) == ("1", "0")
+    variables = adopted(PMI_RANK="1", PMI_SIZE="2", MPI_LOCALRANKID="0", MASTER_ADDR="a")
+    assert (variables["RANK"], variables["LOCAL_RANK"]) == ("1", "0")
 
 
-def test_deepspeed_s_word_is_not_a_setting(capsys):
+def test_the_option_local_rank_of_deepspeed_is_not_read_as_a_setting(capsys):
     assert cli.main(["--local_rank=1", "stf"]) == 2
     assert "unknown command 'stf'" in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------- how many
+# ---------------------------------------------------------------- the number of processes
 
 
 def never():
-    raise AssertionError("checked")
+    raise AssertionError("this function must not be called")
 
 
 def gpus(monkeypatch, installed, usable):
@@ -116,12 +124,12 @@ def test_gpus_are_counted_as_cuda_does_without_torch(named, count, monkeypatch):
     assert launcher.visible({"CUDA_VISIBLE_DEVICES": "0,1"}) == 0
 
 
-def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
+def test_the_settings_are_checked_before_one_process_per_gpu_is_chosen(monkeypatch):
     gpus(monkeypatch, 4, 4)
     seen, environ = [], {}
     assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 4
     assert seen == ["4"] and environ == {}
-    # torch has the last word, and the check its number
+    # the number of torch counts, and the check is repeated with it
     monkeypatch.setattr(launcher, "_gpus", lambda: 2)
     assert launcher.wanted(None, lambda: seen.append(environ["WORLD_SIZE"]), environ) == 2 and seen == [
         "4",
@@ -134,7 +142,7 @@ def test_a_process_for_each_gpu_after_the_settings_are_checked(monkeypatch):
     assert environ == {}
 
 
-def test_one_process_stays_this_one(monkeypatch):
+def test_one_process_is_chosen_without_a_check(monkeypatch):
     gpus(monkeypatch, 1, 1)
     assert launcher.wanted(None, never, {}) == 1
     gpus(monkeypatch, 4, 4)
@@ -145,9 +153,9 @@ def test_one_process_stays_this_one(monkeypatch):
     assert launcher.wanted("3", lambda: None, {}) == 3
 
 
-def test_wrong_numbers_are_refused(monkeypatch):
+def test_wrong_numbers_of_processes_are_refused(monkeypatch):
     gpus(monkeypatch, 2, 2)
-    for asked, environ, line in (
+    for number, environ, line in (
         ("0", {}, "from 1 on, got 0"),
         ("x", {}, "got x"),
         ("", {}, "--processes"),
@@ -155,28 +163,31 @@ def test_wrong_numbers_are_refused(monkeypatch):
         ("3", {"RANK": "0", "WORLD_SIZE": "2"}, "has started 2 already"),
     ):
         with pytest.raises(UserError, match=line):
-            launcher.wanted(asked, lambda: None, environ)
+            launcher.wanted(number, lambda: None, environ)
 
 
-def test_bad_settings_are_refused_before_torch_is_imported_and_anything_is_started():
+def test_bad_settings_are_refused_before_torch_is_imported_and_processes_are_started():
     code = (
         "import sys; from saferlhf_fast.cli import main; code = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules, 'torch was imported'; sys.exit(code)"
     )
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", code, "sft", "model=/no/where", "data=a/b", "output=o", "--processes", "2"],
         capture_output=True,
         text=True,
         timeout=60,
         cwd=kit.ROOT,
     )
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.startswith("error: model: /no/where does not exist")
+    assert (completed.returncode, completed.stdout, completed.stderr.count("\n")) == (2, "", 1), (
+        completed.stderr
+    )
+    assert completed.stderr.startswith("error: model: /no/where does not exist")
 
 
-def test_commands_of_one_process_take_no_number(capsys):
+def test_commands_of_one_process_refuse_the_option_processes(capsys):
     assert cli.main(["demo", "--processes", "2"]) == 2
-    assert capsys.readouterr().err == "error: --processes: demo runs in one process\n"
+    err = capsys.readouterr().err
+    assert err.startswith("error: --processes: demo ") and err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- signals and exit codes
@@ -184,7 +195,7 @@ def test_commands_of_one_process_take_no_number(capsys):
 
 @pytest.fixture
 def group(monkeypatch):
-    """group(script, processes, grace) -> exit code; script is Python that knows `rank`."""
+    """A function that runs a Python script in several ranks, with `rank` set; returns the exit code."""
     monkeypatch.setattr(launcher, "_store", lambda listener: listener.close())
     monkeypatch.setattr(launcher, "SETTLE", 0.5)
 
@@ -197,7 +208,7 @@ def group(monkeypatch):
 
 
 def when(path, call):
-    """Calls when a file is there."""
+    """Calls a function, in a thread, as soon as a file exists."""
 
     def wait():
         while not path.exists():
@@ -225,7 +236,7 @@ def when(path, call):
         ),
     ],
 )
-def test_exit_codes_come_back_and_the_rest_is_ended(group, script, code, line, capfd):
+def test_the_exit_code_is_returned_and_the_other_ranks_are_ended(group, script, code, line, capfd):
     assert group(script) == code
     out, err = capfd.readouterr()
     assert out.startswith("starting 2 processes on this machine") and out.count("\n") == 1
@@ -233,7 +244,7 @@ def test_exit_codes_come_back_and_the_rest_is_ended(group, script, code, line, c
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
-def test_a_signal_reaches_all_ranks_and_they_are_waited_for(group, tmp_path, number, code):
+def test_a_signal_reaches_all_ranks_and_the_launcher_waits_for_them(group, tmp_path, number, code):
     script = f"""
 def stop(number, frame):
     time.sleep(1)                                       # a checkpoint
@@ -243,7 +254,7 @@ signal.signal({int(number)}, stop)
 open(f'{tmp_path}/ready{{rank}}', 'w').close()
 time.sleep(60)"""
     when(tmp_path / "ready0", lambda: when(tmp_path / "ready1", lambda: os.kill(os.getpid(), number)))
-    # a shell lets what it starts with & ignore it
+    # a process that a shell starts with & ignores SIGINT
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         assert group(script) == code
@@ -252,14 +263,14 @@ time.sleep(60)"""
     assert sorted(p.name for p in tmp_path.glob("saved*")) == ["saved0", "saved1"]
 
 
-def test_ranks_that_do_not_end_are_killed_after_the_grace(group, tmp_path):
+def test_ranks_that_do_not_end_are_killed_after_the_grace_period(group, tmp_path):
     script = f"""
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 open(f'{tmp_path}/ready{{rank}}', 'w').close()
 time.sleep(60)"""
     when(tmp_path / "ready0", lambda: when(tmp_path / "ready1", lambda: os.kill(os.getpid(), signal.SIGTERM)))
-    begun = time.monotonic()
-    assert group(script, grace="1") == 137 and time.monotonic() - begun < 20
+    start = time.monotonic()
+    assert group(script, grace="1") == 137 and time.monotonic() - start < 20
 
 
 def test_no_rank_outlives_a_killed_launcher(tmp_path):
@@ -284,12 +295,12 @@ launcher.start([], 2)"""
     parent.kill()
     parent.wait()
     assert len(children) == 2
-    while any(map(alive, children)) and time.monotonic() < deadline:
+    while any(map(is_running, children)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(map(alive, children))
+    assert not any(map(is_running, children))
 
 
-def alive(pid):
+def is_running(pid):
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rpartition(")")[2].split()[0] != "Z"

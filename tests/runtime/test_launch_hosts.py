@@ -1,5 +1,7 @@
-"""One recipe under every launcher: alone, torchrun, deepspeed, srun; on two machines with networks of their
-own where this one permits it (user namespaces), else on two nodes of the loopback. The numbers are the same.
+"""One recipe under every launcher (alone, torchrun, deepspeed, srun) gives the same numbers.
+
+The two machines are two network namespaces if this machine permits user namespaces, else two nodes of the
+loopback.
 """
 
 import functools
@@ -49,16 +51,14 @@ code=0; for pid in ${pids[@]}; do wait $pid || code=$?; done; exit $code
 
 @functools.cache
 def machines():
-    """How two machines are played here: "namespaces", each with its own network and address, or
-    "loopback".
-    """
+    """How two machines are simulated: "namespaces", each with its own network and address, or "loopback"."""
     probe = (
         "ip link add va type veth peer name vb && unshare --net --pid --fork true "
         "&& mount --bind /dev/null /etc/hosts"
     )
     try:
-        done = subprocess.run([*NAMESPACES, "bash", "-c", probe], capture_output=True, timeout=30)
-        return "loopback" if done.returncode else "namespaces"
+        completed = subprocess.run([*NAMESPACES, "bash", "-c", probe], capture_output=True, timeout=30)
+        return "loopback" if completed.returncode else "namespaces"
     except (OSError, subprocess.SubprocessError):
         return "loopback"
 
@@ -74,8 +74,9 @@ def environment(**more):
 
 
 def on_two_machines(command, timeout=200, **env):
-    """Runs a shell command on both; $NODE is 0 and 1, $FIRST the address of 0, $OWN its own ->
-    CompletedProcess.
+    """Runs a shell command on both machines; returns a CompletedProcess.
+
+    $NODE is 0 or 1, $FIRST the address of machine 0, $OWN the machine's own address.
     """
     if machines() == "namespaces":
         start = [*NAMESPACES, "bash", str(SUPPORT / "two_hosts.sh")]
@@ -99,7 +100,7 @@ def on_two_machines(command, timeout=200, **env):
 
 @pytest.fixture(scope="module")
 def sft(tmp_path_factory):
-    """A recipe, and its losses in two processes that the command starts itself."""
+    """A recipe and its losses in two processes that the command itself starts."""
     folder = tmp_path_factory.mktemp("hosts")
     recipe = folder / "sft.yaml"
     recipe.write_text(
@@ -119,11 +120,9 @@ def sft(tmp_path_factory):
     return recipe, kit.losses(folder / "alone")
 
 
-def same(found, expected):
-    assert len(found) == len(expected) == 3 and all(abs(a - b) < 1e-5 for a, b in zip(found, expected)), (
-        found,
-        expected,
-    )
+def assert_same(losses, expected):
+    assert len(losses) == len(expected) == 3, (losses, expected)
+    assert all(abs(a - b) < 1e-5 for a, b in zip(losses, expected)), (losses, expected)
 
 
 @pytest.fixture
@@ -147,7 +146,7 @@ def test_torchrun_on_two_machines(sft, tmp_path, record_property):
         f"-m saferlhf_fast sft {recipe} output={tmp_path / 'out'}"
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    same(kit.losses(tmp_path / "out"), losses)
+    assert_same(kit.losses(tmp_path / "out"), losses)
 
 
 @pytest.mark.faults
@@ -165,8 +164,8 @@ def test_torchrun_with_a_rendezvous_on_two_machines_after_a_preflight(tmp_path):
 
 
 @pytest.mark.faults
-def test_a_machine_that_loses_its_power_is_named(tmp_path):
-    """With namespaces, hostb's network goes with it: nobody tells hosta that its connections are closed."""
+def test_a_rank_of_a_machine_that_is_gone_is_named(tmp_path):
+    """The network of hostb ends with it, so hosta is not notified that its connections are closed."""
     if machines() != "namespaces":
         pytest.skip("needs two network namespaces")
     done = on_two_machines(
@@ -184,7 +183,7 @@ def test_a_machine_that_loses_its_power_is_named(tmp_path):
 @pytest.mark.faults
 @pytest.mark.parametrize("hosts", ["localhost slots=2", "localhost slots=1\n127.0.0.1 slots=1"])
 def test_deepspeed_with_a_host_file(sft, tmp_path, stubs, hosts):
-    """Two hosts: pdsh and ssh are stand-ins that start everything here."""
+    """With two hosts, replacements of pdsh and ssh start everything on this machine."""
     recipe, losses = sft
     (tmp_path / "hosts").write_text(hosts + "\n")
     done = subprocess.run(
@@ -209,7 +208,7 @@ def test_deepspeed_with_a_host_file(sft, tmp_path, stubs, hosts):
         env=environment(DS_ACCELERATOR="cpu", PATH=f"{stubs}:{BIN}:{os.environ['PATH']}"),
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    same(kit.losses(tmp_path / "out"), losses)
+    assert_same(kit.losses(tmp_path / "out"), losses)
 
 
 def lag(folder):
@@ -233,8 +232,9 @@ def lag(folder):
 
 
 def slurm_job(recipe, stubs, step, restarts):
-    """Runs the script and plays SLURM: SIGTERM to the tasks once metrics has more than `step` steps -> (code,
-    output).
+    """Runs the script and sends SIGTERM to its tasks, as SLURM does, once more than `step` steps are logged.
+
+    Returns (output, exit code).
     """
     folder = recipe.parent
     env = environment(
@@ -273,23 +273,23 @@ def slurm_job(recipe, stubs, step, restarts):
 
 
 @pytest.mark.faults
-def test_the_slurm_script_goes_on_after_its_time_is_up(tmp_path, stubs):
-    """srun, scontrol and SLURM's signal are stand-ins."""
+def test_the_slurm_script_is_queued_again_and_resumes_after_its_time_is_up(tmp_path, stubs):
+    """Replacements play the part of srun, scontrol and the signal of SLURM."""
     recipe = lag(tmp_path)
-    said, code = slurm_job(recipe, stubs, 1, restarts=0)
-    assert code == 143, said
-    assert "stopped with a checkpoint; queued again (restart 1)" in said and "renames are atomic" in said
-    asked = (stubs / "scontrol.log").read_text()
-    assert "show hostnames host[1-2]" in asked and "requeue 7" in asked
+    output, code = slurm_job(recipe, stubs, 1, restarts=0)
+    assert code == 143, output
+    assert "stopped with a checkpoint; queued again (restart 1)" in output and "renames are atomic" in output
+    scontrol_calls = (stubs / "scontrol.log").read_text()
+    assert "show hostnames host[1-2]" in scontrol_calls and "requeue 7" in scontrol_calls
     assert (stubs / "srun.log").read_text().splitlines()[-1].startswith("saferlhf-fast ppo-lag")
     before = max(kit.steps(tmp_path / "out"))
-    said, code = slurm_job(recipe, stubs, before + 1, restarts=20)
-    assert code == 143 and "queued again" not in said, said  # often enough
+    output, code = slurm_job(recipe, stubs, before + 1, restarts=20)
+    assert code == 143 and "queued again" not in output, output  # the limit of restarts is reached
     steps = [step for step in kit.steps(tmp_path / "out") if step]
-    assert steps == sorted(set(steps)) and steps[-1] > before, "it did not go on where it stopped"
+    assert steps == sorted(set(steps)) and steps[-1] > before, "it did not resume where it stopped"
 
 
-def test_the_slurm_script_says_what_the_documentation_promises():
+def test_the_slurm_script_has_the_lines_that_the_documentation_names():
     text = SLURM.read_text()
     assert subprocess.run(["bash", "-n", str(SLURM)]).returncode == 0
     for line in (
@@ -302,7 +302,7 @@ def test_the_slurm_script_says_what_the_documentation_promises():
         assert line in text
 
 
-def test_the_kubernetes_manifest_fits_together():
+def test_the_kubernetes_manifest_is_consistent():
     jobset = yaml.safe_load((kit.ROOT / "examples" / "k8s" / "ppo_lag.yaml").read_text())
     assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     (job,) = jobset["spec"]["replicatedJobs"]

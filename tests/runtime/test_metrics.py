@@ -1,4 +1,4 @@
-"""metrics.jsonl stays valid JSON, trackers are written and only those that are named, only rank 0 writes."""
+"""metrics.jsonl is valid JSON, only the named trackers are used, and only rank 0 writes."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def cfg(*trackers):
 
 def lines(folder):
     def refuse(constant):
-        raise AssertionError(f"{constant} is no JSON")
+        raise AssertionError(f"{constant} is not valid JSON")
 
     return [
         json.loads(line, parse_constant=refuse)
@@ -27,7 +27,7 @@ def lines(folder):
     ]
 
 
-def test_one_valid_line_per_step_at_once(tmp_path):
+def test_each_step_is_written_at_once_as_one_line_of_valid_json(tmp_path):
     metrics = Metrics(tmp_path, cfg(), {}, "sft")
     metrics.log(1, {"train/loss": torch.tensor(1.5), "train/lr": 2e-5})
     assert lines(tmp_path)[0]["train/loss"] == 1.5  # readable before the run ends
@@ -41,7 +41,7 @@ def test_one_valid_line_per_step_at_once(tmp_path):
 
 
 def test_numbers_keep_order_and_precision():
-    found = to_numbers(
+    numbers = to_numbers(
         {
             "a": torch.tensor(2**24 + 1),
             "b": 3,
@@ -51,17 +51,19 @@ def test_numbers_keep_order_and_precision():
             "f": torch.tensor(1.5, dtype=torch.bfloat16),
         }
     )
-    assert list(found) == list("abcdef")
-    assert list(found.values()) == [2**24 + 1, 3, 0.1, 1, 1, 1.5]
+    assert list(numbers) == list("abcdef")
+    assert list(numbers.values()) == [2**24 + 1, 3, 0.1, 1, 1, 1.5]
 
 
-@pytest.mark.parametrize("value, got", [(torch.zeros(2), r"shape \[2\]"), ("1.0", "str"), (None, "NoneType")])
-def test_what_is_no_number_is_named(value, got):
-    with pytest.raises(ValueError, match=f"train/x: expected a number or a 0-d tensor, got .*{got}"):
+@pytest.mark.parametrize(
+    "value, kind", [(torch.zeros(2), r"shape \[2\]"), ("1.0", "str"), (None, "NoneType")]
+)
+def test_a_value_that_is_no_number_is_refused_by_name(value, kind):
+    with pytest.raises(ValueError, match=f"train/x: expected a number or a 0-d tensor, got .*{kind}"):
         to_numbers({"train/x": value})
 
 
-def test_one_read_for_all_tensors(monkeypatch):
+def test_all_tensors_are_read_with_one_call(monkeypatch):
     reads = []
     for name in ("tolist", "item"):
         real = getattr(torch.Tensor, name)
@@ -84,12 +86,12 @@ def test_tensorboard_has_the_scalars(tmp_path):
     assert [e.value for e in events.Scalars("train/step")] == [1.0, 2.0]
 
 
-def test_without_tensorboard_there_is_no_folder_of_it(tmp_path):
+def test_without_tensorboard_its_folder_is_not_made(tmp_path):
     Metrics(tmp_path, cfg(), {}, "sft").close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_other_ranks_write_nothing(tmp_path, monkeypatch):
+def test_ranks_other_than_0_write_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     metrics = Metrics(tmp_path / "run", cfg("tensorboard"), {}, "sft")
     metrics.log(1, {"train/loss": 1.0})
@@ -110,7 +112,7 @@ def finish(): calls.append(("finish",))
 
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
-    """A package of a tracker's name that notes its calls."""
+    """A function that makes a package with the name of a tracker; the package records its calls."""
 
     def make(name):
         folder = tmp_path / "packages"
@@ -125,7 +127,7 @@ def fake(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_trackers_by_name(name, fake, tmp_path):
+def test_a_tracker_is_imported_only_when_it_is_named(name, fake, tmp_path):
     fake(name)
     Metrics(tmp_path / "a", cfg(), {}, "ppo").close()
     assert name not in sys.modules  # imported only when named
@@ -149,7 +151,7 @@ def test_missing_tracker_names_the_command_on_every_rank(rank, tmp_path, monkeyp
 
 def test_a_folder_called_wandb_is_not_the_package(tmp_path, monkeypatch):
     (tmp_path / "trackio").mkdir()
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nothing else can be found
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # no other package can be imported
     monkeypatch.delitem(sys.modules, "trackio", raising=False)
     with pytest.raises(UserError, match="pip install trackio"):
         check_trackers(["trackio"])

@@ -1,5 +1,6 @@
-"""The kinds of optimiser through our Engine: they learn, decay, follow the schedule and are as small as they
-say; and CPU offload changes no number. One and two processes; see optimizer_worker.py for what runs.
+"""Each kind of optimiser in the Engine learns, decays, follows the schedule and has the documented size.
+
+CPU offload changes no number. optimizer_worker.py runs the steps in one and in two processes.
 """
 
 import importlib.util
@@ -27,14 +28,14 @@ WEIGHTS = 63 * 255 + 255 + 255 * 65 + 65
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    """{processes: what optimizer_worker.py has written}"""
+    """{processes: the results of optimizer_worker.py}"""
     return {n: launch(tmp_path_factory.mktemp("optimizers") / f"{n}.json", n) for n in (1, 2)}
 
 
 def launch(out, processes):
-    done = forked.run([kit.SUPPORT / "optimizer_worker.py", out], processes)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "untested optimizer" not in done.stdout + done.stderr
+    completed = forked.run([kit.SUPPORT / "optimizer_worker.py", out], processes)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    assert "untested optimizer" not in completed.stdout + completed.stderr
     return json.loads(out.read_text())
 
 
@@ -46,27 +47,28 @@ def needs_package(kind="adamw-8bit"):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_learns(results, kind, stage, precision):
+def test_each_optimizer_lowers_the_loss_and_follows_the_schedule(results, kind, stage, precision):
     needs_package(kind)
-    got = results[1][f"{kind}/{stage}/{precision}/"]
-    assert got["class"] == {"adamw": "AdamW", "adamw-8bit": "AdamW8bit", "adafactor": "Adafactor"}[kind]
-    assert got["loss"] == sorted(got["loss"], reverse=True) and got["loss"][-1] < 0.6 * got["loss"][0]
-    assert got["lr"] == pytest.approx([0.002, 0.004, 0.004, 0.004 * 0.5 * (1 + math.cos(math.pi / 8))])
+    result = results[1][f"{kind}/{stage}/{precision}/"]
+    assert result["class"] == {"adamw": "AdamW", "adamw-8bit": "AdamW8bit", "adafactor": "Adafactor"}[kind]
+    assert (
+        result["loss"] == sorted(result["loss"], reverse=True)
+        and result["loss"][-1] < 0.6 * result["loss"][0]
+    )
+    assert result["lr"] == pytest.approx([0.002, 0.004, 0.004, 0.004 * 0.5 * (1 + math.cos(math.pi / 8))])
 
 
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_split_and_stage_change_little(results, kind, stage):
-    """The same losses in two processes and in every ZeRO stage; the blocks of 8 bits lie elsewhere in
-    each.
-    """
+def test_processes_and_zero_stage_change_losses_only_within_tolerance(results, kind, stage):
+    """The 8-bit optimiser gets a wider tolerance, since its blocks begin elsewhere in each ZeRO stage."""
     needs_package(kind)
     expected = results[1][f"{kind}/0/fp32/"]
-    for got in (results[n][f"{kind}/{stage}/fp32/"] for n in ((1,) if kind == "adafactor" else (1, 2))):
+    for result in (results[n][f"{kind}/{stage}/fp32/"] for n in ((1,) if kind == "adafactor" else (1, 2))):
         for name in ("loss", "grad_norm"):
-            assert got[name] == pytest.approx(expected[name], rel=2e-3 if kind == "adamw-8bit" else 2e-5)
+            assert result[name] == pytest.approx(expected[name], rel=2e-3 if kind == "adamw-8bit" else 2e-5)
 
 
-def test_eight_bits_follow_adamw(results):
+def test_adamw_8bit_stays_close_to_adamw(results):
     needs_package()
     for stage in STAGES["adamw"]:
         for precision in ("fp32", "bf16"):
@@ -76,26 +78,26 @@ def test_eight_bits_follow_adamw(results):
 
 
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_only_matrices_decay_and_as_scheduled(results, kind, stage):
+def test_only_matrices_decay_and_the_decay_follows_the_schedule(results, kind, stage):
     needs_package(kind)
-    got = results[1][f"decay/{kind}/{stage}"]
-    (matrices, biases), after = got["weights"]
-    kept = math.prod(1 - rate * 0.5 for rate in got["lr"])
-    assert after == pytest.approx([matrices * kept, biases], rel=1e-6)
-    assert kept < 0.995
+    result = results[1][f"decay/{kind}/{stage}"]
+    (matrices, biases), after = result["weights"]
+    factor = math.prod(1 - rate * 0.5 for rate in result["lr"])
+    assert after == pytest.approx([matrices * factor, biases], rel=1e-6)
+    assert factor < 0.995
 
 
 @pytest.mark.parametrize("kind, stage", CASES)
-def test_no_step_but_ours_is_counted(results, kind, stage):
-    """DeepSpeed's own, on gradients of zero, made the first ones too small in ZeRO-0 and bf16."""
+def test_the_optimizer_counts_only_the_steps_of_training(results, kind, stage):
+    """A step of DeepSpeed itself on gradients of zero once made the first steps too small (ZeRO-0, bf16)."""
     needs_package(kind)
     for precision in ("fp32", "bf16"):
         assert results[1][f"{kind}/{stage}/{precision}/"]["counted"] == [4.0]
-    low, whole = (results[1][f"{kind}/{stage}/{precision}/"]["loss"] for precision in ("bf16", "fp32"))
-    assert low == pytest.approx(whole, rel=4e-3)
+    bf16, fp32 = (results[1][f"{kind}/{stage}/{precision}/"]["loss"] for precision in ("bf16", "fp32"))
+    assert bf16 == pytest.approx(fp32, rel=4e-3)
 
 
-def test_states_are_as_small_as_they_say(results):
+def test_optimizer_states_have_the_documented_size(results):
     for processes, stages in ((1, (0, 1, 2, 3)), (2, (1, 2, 3))):
         for stage in stages:
             wide = results[processes][f"adamw/{stage}/fp32/"]["bytes"]
@@ -108,7 +110,7 @@ def test_states_are_as_small_as_they_say(results):
             wide, narrow = (
                 results[processes][f"{kind}/{stage}/fp32/"]["bytes"] for kind in ("adamw", "adamw-8bit")
             )
-            # 2.03 of 8, and two tables of 256 numbers, which count here
+            # 2.03 bytes instead of 8, and two tables of 256 numbers, which are counted too
             assert narrow < 0.28 * wide
 
 
@@ -116,33 +118,41 @@ def test_states_are_as_small_as_they_say(results):
 @pytest.mark.parametrize("stage, offload", OFFLOADS)
 def test_offload_changes_no_number(results, processes, stage, offload):
     for precision in ("fp32", "bf16") if processes == 1 or stage == 3 else ("fp32",):
-        whole, off = (results[processes][f"adamw/{stage}/{precision}/{where}"] for where in ("", offload))
-        assert off["lr"] == whole["lr"] and off["loss"] == pytest.approx(whole["loss"], rel=1e-6)
-        assert off["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-6)  # added up in another order
-        assert off["weights"][1] == pytest.approx(whole["weights"][1], rel=1e-6)
-        assert (off["cpu_offload"] or off["offload_optimizer"]) == (offload != "weights")
-        assert off["offload_param"] == (offload != "states")
-        assert not any(whole[name] for name in ("cpu_offload", "offload_optimizer", "offload_param"))
+        plain, offloaded = (
+            results[processes][f"adamw/{stage}/{precision}/{where}"] for where in ("", offload)
+        )
+        assert offloaded["lr"] == plain["lr"] and offloaded["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+        assert offloaded["grad_norm"] == pytest.approx(
+            plain["grad_norm"], rel=1e-6
+        )  # the sum has another order
+        assert offloaded["weights"][1] == pytest.approx(plain["weights"][1], rel=1e-6)
+        assert (offloaded["cpu_offload"] or offloaded["offload_optimizer"]) == (offload != "weights")
+        assert offloaded["offload_param"] == (offload != "states")
+        assert not any(plain[name] for name in ("cpu_offload", "offload_optimizer", "offload_param"))
 
 
-def test_offload_of_eight_bits(results):
+def test_offload_of_adamw_8bit_changes_no_number(results):
     needs_package()
     for precision in ("fp32", "bf16"):
-        whole, off = (results[1][f"adamw-8bit/2/{precision}/{where}"] for where in ("", "states"))
-        assert off["cpu_offload"] and off["loss"] == whole["loss"] and off["bytes"] == whole["bytes"]
+        plain, offloaded = (results[1][f"adamw-8bit/2/{precision}/{where}"] for where in ("", "states"))
+        assert (
+            offloaded["cpu_offload"]
+            and offloaded["loss"] == plain["loss"]
+            and offloaded["bytes"] == plain["bytes"]
+        )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_offloaded_weights_can_be_read_and_replaced(results, processes):
     ends = {key: value for key, value in results[processes].items() if key.startswith("end/")}
     assert len(ends) == (5 if processes == 1 else 1)
-    for got in ends.values():
-        assert got["moved"] > 1e-3 and got["back"] == 0.0
-        assert got["answers"] < 1e-6 and got["frozen"] < 1e-6
-        assert got["skipped"] == 1 and got["after_nan"] == 0.0
+    for result in ends.values():
+        assert result["moved"] > 1e-3 and result["back"] == 0.0
+        assert result["answers"] < 1e-6 and result["frozen"] < 1e-6
+        assert result["skipped"] == 1 and result["after_nan"] == 0.0
 
 
-def test_what_cannot_be_had_is_refused(monkeypatch):
+def test_adafactor_under_zero_and_a_missing_bitsandbytes_are_refused(monkeypatch):
     net = torch.nn.Linear(3, 2)
     for stage in (1, 2, 3):
         with pytest.raises(
@@ -156,7 +166,7 @@ def test_what_cannot_be_had_is_refused(monkeypatch):
         optimizers.build(net, Optimizer(kind="adamw-8bit"), 0)
 
 
-def test_frozen_weights_are_left_alone():
+def test_frozen_weights_are_in_no_parameter_group():
     net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
     net[0].requires_grad_(False)
     groups = optimizers.build(net, Optimizer(weight_decay=0.1), 0).param_groups

@@ -1,6 +1,4 @@
-"""A run that was interrupted and goes on is, bit by bit, the run that was not: weights, optimisers, λ,
-generators, metrics.
-"""
+"""A resumed run equals an uninterrupted one bit for bit: weights, optimisers, λ, generators, metrics."""
 
 import json
 import os
@@ -32,7 +30,7 @@ def no_report():
 
 
 def run(*arguments, code=0, **settings):
-    """Runs one in this process."""
+    """Runs a stage in this process and asserts its exit code."""
     assert kit.main(*words(*arguments, **settings)) == code
 
 
@@ -42,7 +40,7 @@ def rows_without_time(folder):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_goes_on_as_if_nothing_had_happened(world, tmp_path, stage, capsys):
+def test_a_resumed_run_equals_an_uninterrupted_one(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     run(stage, world, copy, resume="auto")
@@ -70,7 +68,7 @@ VARIANTS = {
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
+def test_a_resumed_run_of_each_form_of_ppo_lag_equals_an_uninterrupted_one(world, tmp_path, variant):
     run("ppo-lag", world, tmp_path / "a", **VARIANTS[variant])
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     run("ppo-lag", world, copy, resume="auto", **VARIANTS[variant])
@@ -78,7 +76,7 @@ def test_ppo_lag_goes_on_in_all_its_forms(world, tmp_path, variant):
 
 
 @pytest.mark.numeric
-def test_writing_checkpoints_changes_nothing(world, tmp_path):
+def test_writing_checkpoints_changes_no_number(world, tmp_path):
     run("sft", world, tmp_path / "a")
     run("sft", world, tmp_path / "b", **{"checkpoint.interval": 100})
     run("sft", world, tmp_path / "c", **{"checkpoint.interval": 1, "checkpoint.asynchronous": "true"})
@@ -91,13 +89,13 @@ def test_writing_checkpoints_changes_nothing(world, tmp_path):
     assert [step for step, path in manifest.listed(tmp_path / "c") if manifest.is_committed(path)] == list(
         range(STEPS, 0, -1)
     )
-    assert_same(tmp_path / "a", tmp_path / "c")  # written in the background: the same bytes
+    assert_same(tmp_path / "a", tmp_path / "c")  # files written in the background have the same bytes
 
 
-def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
+def test_steps_logged_after_the_checkpoint_are_not_logged_twice(world, tmp_path):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
-    # the killed run had told more than its last checkpoint knows
+    # the killed run has logged steps after its last checkpoint
     assert kit.steps(copy)[-1] == STEPS
     run("reward", world, copy, resume="auto")
     assert kit.steps(copy) == kit.steps(tmp_path / "a")
@@ -105,22 +103,22 @@ def test_what_was_told_after_the_checkpoint_is_not_told_twice(world, tmp_path):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "ppo-lag"])
-def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
+def test_sigterm_ends_the_run_after_its_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     run(stage, world, tmp_path / "a", **{"checkpoint.interval": STEPS})
     before = signal.getsignal(signal.SIGTERM)
     from saferlhf_fast.runtime.metrics import Metrics
 
     log = Metrics.log
 
-    def told(self, step, values):
+    def log_and_stop(self, step, values):
         log(self, step, values)
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    begun = time.monotonic()
-    with mock.patch.object(Metrics, "log", told):
+    start = time.monotonic()
+    with mock.patch.object(Metrics, "log", log_and_stop):
         run(stage, world, tmp_path / "b", code=143, **{"checkpoint.interval": STEPS})
-    assert time.monotonic() - begun < 30
+    assert time.monotonic() - start < 30
     assert "SIGTERM: stopped after step 3; resume=auto continues from" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before and not (tmp_path / "b" / "finished.json").exists()
     assert [step for step, _ in manifest.listed(tmp_path / "b")] == [3]
@@ -128,16 +126,16 @@ def test_sigterm_ends_a_step_with_a_checkpoint(world, tmp_path, stage, capsys):
     assert_same(tmp_path / "a", tmp_path / "b")
 
 
-def test_the_clock_makes_a_checkpoint_due(world, tmp_path):
+def test_a_checkpoint_is_written_after_the_configured_minutes(world, tmp_path):
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1000, "checkpoint.minutes": 1e-9})
     assert [step for step, _ in manifest.listed(tmp_path / "a")] == list(range(STEPS, 0, -1))
 
 
-# ---------------------------------------------------------------- which checkpoint, and why not another
+# ---------------------------------------------------------------- the choice of the checkpoint
 
 
 @pytest.mark.numeric
-def test_a_damaged_one_is_passed_over_and_named(world, tmp_path, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_previous_one_is_used(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=3)
     shard = manifest.folder_of(copy, 3) / "model" / "mp_rank_00_model_states.pt"
@@ -150,7 +148,7 @@ def test_a_damaged_one_is_passed_over_and_named(world, tmp_path, capsys):
     assert_same(tmp_path / "a", copy)
 
 
-def test_nothing_whole_is_refused_and_nothing_is_lost(world, tmp_path, capsys):
+def test_without_an_undamaged_checkpoint_resume_is_refused_and_deletes_nothing(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     (manifest.folder_of(copy, AT) / "state.json").unlink()
@@ -164,12 +162,12 @@ def test_without_a_checkpoint_the_run_starts_anew(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", resume="auto")
     assert "the run starts anew" in capsys.readouterr().out
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=0)
-    (manifest.root(copy) / "step-00000001").mkdir()  # one that was being written
+    (manifest.root(copy) / "step-00000001").mkdir()  # a checkpoint without manifest
     run("reward", world, copy, resume="auto")
     assert_same(tmp_path / "a", copy)
 
 
-def test_a_finished_run_is_not_done_again(world, tmp_path, capsys):
+def test_a_finished_run_is_not_run_again(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     before = kit.files(tmp_path / "a")
     run("reward", world, tmp_path / "a", resume="auto")
@@ -178,7 +176,7 @@ def test_a_finished_run_is_not_done_again(world, tmp_path, capsys):
     assert "holds a finished run" in capsys.readouterr().err and kit.files(tmp_path / "a") == before
 
 
-def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
+def test_resume_with_other_settings_or_inputs_is_refused(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     copy = interrupted(tmp_path / "a", tmp_path / "b")
     before = kit.files(copy)
@@ -196,7 +194,7 @@ def test_other_settings_and_inputs_are_refused(world, tmp_path, capsys):
 
 
 @pytest.mark.numeric
-def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
+def test_another_run_can_start_from_a_named_checkpoint(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a")
     run("reward", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT))
     assert kit.losses(tmp_path / "b") == kit.losses(tmp_path / "a")[AT:]
@@ -209,8 +207,8 @@ def test_a_named_checkpoint_can_begin_another_run(world, tmp_path, capsys):
     assert "of the stage reward, expected cost" in capsys.readouterr().err
 
 
-def test_a_marker_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
-    """Even when the manifest is made to fit: whoever can write the folder can do that."""
+def test_code_in_a_checkpoint_is_not_run(world, tmp_path, capsys):
+    """Not even if the manifest fits, since whoever can write the checkpoint can also write its manifest."""
     import torch
 
     run("reward", world, tmp_path / "a")
@@ -240,13 +238,13 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
     from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
 
     run("reward", world, tmp_path / "a", **{"checkpoint.interval": 1})
-    save, opened = Checkpoints.save, open
+    save, real_open = Checkpoints.save, open
 
-    class Full:
-        """A file on a disk that is nearly full."""
+    class FileOnFullDisk:
+        """A file on a disk with room for 5000 bytes."""
 
         def __init__(self, path, mode):
-            self.file, self.left = opened(path, mode), 5000
+            self.file, self.left = real_open(path, mode), 5000
 
         def write(self, data):
             self.left -= len(data)
@@ -263,11 +261,11 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
         def __getattr__(self, name):
             return getattr(self.file, name)
 
-    def at(self, step):
-        with mock.patch.object(writer, "open", Full if step == 3 else opened, create=True):
+    def save_on_full_disk(self, step):
+        with mock.patch.object(writer, "open", FileOnFullDisk if step == 3 else real_open, create=True):
             save(self, step)
 
-    with mock.patch.object(Checkpoints, "save", at):
+    with mock.patch.object(Checkpoints, "save", save_on_full_disk):
         run("reward", world, tmp_path / "b", **{"checkpoint.interval": 1})
     out = " ".join(capsys.readouterr().out.split())
     assert (
@@ -280,20 +278,18 @@ def test_a_full_disk_does_not_end_the_run(world, tmp_path, capsys):
 @pytest.mark.numeric
 @pytest.mark.parametrize("zero, precision", [(0, "fp32"), (0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32")])
 @pytest.mark.parametrize("gradients", ["nan", "1"])
-def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, precision, gradients, capsys):
-    """Also where this model's own gradients are finite, since another rank's loss or another model's was
-    not.
-    """
+def test_a_step_with_nan_changes_no_weight(world, tmp_path, zero, precision, gradients, capsys):
+    """Also if the gradients of this model are finite, and only the loss of another rank or model is not."""
     from saferlhf_fast.runtime import engine
     from saferlhf_fast.runtime.engine import Engine
 
     backward, states, count = Engine.backward, [], [0]
 
-    def poisoned(self, loss):
+    def backward_with_nan(self, loss):
         count[0] += 1
         return backward(self, loss * float(gradients) if count[0] == 2 else loss)
 
-    def seen(self):
+    def record_states_and_discard(self):
         states.append({name: value.clone() for name, value in self.state_dict().items()})
         discard(self)
         states.append(self.state_dict())
@@ -307,8 +303,8 @@ def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, pr
         "train.micro_tokens": 100000,
     }
     with (
-        mock.patch.object(Engine, "backward", poisoned),
-        mock.patch.object(Engine, "discard", seen),
+        mock.patch.object(Engine, "backward", backward_with_nan),
+        mock.patch.object(Engine, "discard", record_states_and_discard),
         mock.patch.object(
             engine, "not_finite", lambda named: ["loss"] if count[0] == 2 else not_finite(named)
         ),
@@ -321,7 +317,7 @@ def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, pr
         capsys.readouterr().out.split()
     )
     rates = kit.losses(tmp_path / "a", "train/lr")
-    assert rates[1] == rates[2]  # the schedule waits
+    assert rates[1] == rates[2]  # the skipped step does not advance the schedule
 
 
 # ---------------------------------------------------------------- several processes
@@ -330,8 +326,8 @@ def test_a_step_with_nan_leaves_every_weight_as_it_was(world, tmp_path, zero, pr
 CELLS = [("sft", 3, "bf16"), ("ppo-lag", 2, "fp32")]
 
 
-def both(world, tmp_path, cells, processes=2, **settings):
-    """Runs cells straight, cuts copies off after step 2, lets them go on -> (folder, folder) of each."""
+def uninterrupted_and_resumed(world, tmp_path, cells, processes=2, **settings):
+    """Runs cells, and resumes copies of them as they were after step 2; returns both folders of each."""
 
     def commands(letter, **more):
         return [
@@ -354,21 +350,21 @@ def both(world, tmp_path, cells, processes=2, **settings):
 
 
 @pytest.mark.numeric
-def test_two_processes_go_on_as_if_nothing_had_happened(world, tmp_path):
-    for pair in both(world, tmp_path, CELLS):
+def test_a_resumed_run_of_two_processes_equals_an_uninterrupted_one(world, tmp_path):
+    for pair in uninterrupted_and_resumed(world, tmp_path, CELLS):
         assert_same(*pair)
 
 
 @pytest.mark.numeric
 @pytest.mark.faults
-def test_every_stage_under_every_sharding_goes_on(world, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_under_every_zero_stage(world, tmp_path):
     cells = list(product(STAGES, (0, 1, 2, 3), ("fp32", "bf16")))
-    for pair in both(world, tmp_path, cells):
+    for pair in uninterrupted_and_resumed(world, tmp_path, cells):
         assert_same(*pair)
 
 
 @pytest.mark.numeric
-def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path, capsys):
+def test_a_recipe_of_several_stages_resumes_in_the_middle_of_a_stage(world, tmp_path, capsys):
     settings = {"batch_size": 3, "accumulation": 1, "max_steps": STEPS, "epochs": 9}
     recipe = tmp_path / "recipe.yaml"
     stages = [
@@ -385,19 +381,19 @@ def test_a_recipe_of_several_stages_goes_on_in_the_middle_of_one(world, tmp_path
     ]
     recipe.write_text(json.dumps({"output": str(tmp_path / "run"), "stages": stages}))
     assert kit.main("run", recipe) == 0
-    straight = shutil.copytree(tmp_path / "run" / "cost", tmp_path / "straight")
+    uninterrupted = shutil.copytree(tmp_path / "run" / "cost", tmp_path / "uninterrupted")
     shutil.move(tmp_path / "run" / "cost", tmp_path / "done")
     interrupted(tmp_path / "done", tmp_path / "run" / "cost")
     capsys.readouterr()
     assert kit.main("run", recipe, "--resume", "auto") == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "reward: finished before" in out and f"resume: step {AT} from" in out
-    assert_same(straight, tmp_path / "run" / "cost")
+    assert_same(uninterrupted, tmp_path / "run" / "cost")
     shutil.rmtree(tmp_path / "run" / "cost")
     interrupted(tmp_path / "done", tmp_path / "run" / "cost")
     assert kit.main("run", recipe, "resume=never") == 0
     assert "resume: step" not in capsys.readouterr().out.replace("\n", " ")
-    assert_same(straight, tmp_path / "run" / "cost")
+    assert_same(uninterrupted, tmp_path / "run" / "cost")
 
 
 def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_path, capsys):
@@ -416,8 +412,8 @@ def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_pat
 
     write(1e-3)
     assert kit.main("run", recipe) == 0
-    done = shutil.move(tmp_path / "run" / "reward", tmp_path / "done")
-    copy = interrupted(done, tmp_path / "run" / "reward")
+    finished = shutil.move(tmp_path / "run" / "reward", tmp_path / "done")
+    copy = interrupted(finished, tmp_path / "run" / "reward")
     before = kit.files(copy)
     write(1e-4)
     assert kit.main("run", recipe) == 2
@@ -427,13 +423,13 @@ def test_a_recipe_whose_settings_have_changed_loses_no_checkpoint(world, tmp_pat
         and "resume=never" in err
         and kit.files(copy) == before
     )
-    write(1e-3, micro_tokens=40)  # how a step is cut into passes is free
+    write(1e-3, micro_tokens=40)  # the split of a step into passes may change
     assert kit.main("run", recipe) == 0
     assert f"resume: step {AT} from" in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.numeric
-def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsys):
+def test_resume_expands_a_home_folder(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     run("reward", world, "~/a")
     interrupted(tmp_path / "a", tmp_path / "b")
@@ -442,9 +438,9 @@ def test_a_home_folder_is_one_for_resume_too(world, tmp_path, monkeypatch, capsy
 
 
 @pytest.mark.numeric
-def test_the_best_weights_of_another_run_come_along(world, tmp_path):
-    # A rate that rises to far too much: the first loss is the best; those after step AT were 2.9 to 19 times
-    # it over 5 seeds.
+def test_a_run_that_starts_from_a_checkpoint_keeps_its_best_weights(world, tmp_path):
+    # The rate rises far too high, so the first loss is the best; over 5 seeds the losses after step AT were
+    # 2.9 to 19 times the first.
     settings = {
         "optim.learning_rate": 10.0,
         "optim.warmup_ratio": 0.99,
@@ -454,7 +450,7 @@ def test_the_best_weights_of_another_run_come_along(world, tmp_path):
     run("sft", world, tmp_path / "a", **settings)
     summary = kit.summary(tmp_path / "a")
     assert summary["best_step"] <= AT
-    shutil.copytree(tmp_path / "a" / "model", tmp_path / "a" / "best")  # as it was while the run went on
+    shutil.copytree(tmp_path / "a" / "model", tmp_path / "a" / "best")  # as it was during the run
     run("sft", world, tmp_path / "b", resume=manifest.folder_of(tmp_path / "a", AT), **settings)
     assert kit.summary(tmp_path / "b")["best_step"] == summary["best_step"]
     assert resume_kit.digest(tmp_path / "a" / "model" / "model.safetensors") == resume_kit.digest(
@@ -463,13 +459,13 @@ def test_the_best_weights_of_another_run_come_along(world, tmp_path):
 
 
 @pytest.mark.numeric
-def test_a_damaged_newer_one_does_not_push_out_what_is_written_now(world, tmp_path):
-    keep = {"checkpoint.interval": 1, "checkpoint.keep": 9}
-    run("reward", world, tmp_path / "a", **keep)
+def test_damaged_newer_checkpoints_do_not_displace_new_ones(world, tmp_path):
+    settings = {"checkpoint.interval": 1, "checkpoint.keep": 9}
+    run("reward", world, tmp_path / "a", **settings)
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=4)
     for step in (3, 4):
         (manifest.folder_of(copy, step) / "state.json").write_text("{}")
-    run("reward", world, copy, resume="auto", **{**keep, "checkpoint.keep": 1})
+    run("reward", world, copy, resume="auto", **{**settings, "checkpoint.keep": 1})
     assert [step for step, _ in manifest.listed(copy)] == [4]
     assert_same(tmp_path / "a", copy)
     assert len(list(manifest.root(copy).glob("*.set-aside"))) == 2

@@ -1,6 +1,4 @@
-"""What becomes of an output folder: the table, case by case, and how often the facts behind it are worked
-out.
-"""
+"""What happens to an output folder: the table of all cases, and how often its facts are computed."""
 
 import itertools
 import sys
@@ -19,14 +17,13 @@ from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
 from saferlhf_fast.runtime.run_state import RunState
 
 RESUMES = (None, "auto", "its own checkpoint", "a checkpoint elsewhere")
-ASKED = tuple(itertools.product((False, True), RESUMES, (False, True)))
-"""(overwrite, resume, restart), in the order of the columns of EXPECTED: without overwrite, a space, with it.
-"""
+REQUESTS = tuple(itertools.product((False, True), RESUMES, (False, True)))
+"""(overwrite, resume, restart) in the order of the columns of EXPECTED: without overwrite, then with it."""
 
 LETTERS = {Action.SKIP: "S", Action.NEW: "N", Action.RESUME: "R", Action.REPLACE: "P", Action.SET_ASIDE: "A"}
 REFUSALS = {
     "; choose another folder, or overwrite=true": "h",
-    "no run folder of ours": "f",
+    "overwrite=true does not delete": "f",
     "belongs to other settings": "c",
     "expected auto or the folder of a checkpoint": "m",
     "is a file; expected a folder": "d",
@@ -34,8 +31,9 @@ REFUSALS = {
     "belongs to the stage": "k",
 }
 
-# A run: its finished.json (none, damaged, whole) · how its settings differ: not, in ones that change no
-# result (free), in ones that do (other), in the number of processes, in its stage (kind) · what it saved.
+# The columns of a run: its finished.json (none, damaged, valid); what differs in its settings (same: nothing,
+# free: settings that change no result, other: settings that do, processes: their number, kind: the stage,
+# inputs: their content); what the run has saved.
 EXPECTED = """
 absent                      NNNNmmNN NNNNmmNN
 empty                       NNNNmmNN NNNNmmNN
@@ -71,31 +69,31 @@ damaged processes checkpt   hhAAoohh PPAAooPP
 damaged kind      nothing   hhAAmmhh PPPPmmPP
 damaged kind      model     hhAAmmhh PPPPmmPP
 damaged kind      checkpt   hhAAoohh PPPPooPP
-whole   same      nothing   hhSSmmhh PPSSmmPP
-whole   same      model     hhSSmmhh PPSSmmPP
-whole   same      checkpt   hhSSoohh PPSSooPP
-whole   free      nothing   hhhhmmhh PPPPmmPP
-whole   free      model     hhhhmmhh PPPPmmPP
-whole   free      checkpt   hhhhoohh PPPPooPP
-whole   other     nothing   hhhhmmhh PPPPmmPP
-whole   other     model     hhhhmmhh PPPPmmPP
-whole   other     checkpt   hhhhoohh PPPPooPP
-whole   processes nothing   hhSSmmhh PPSSmmPP
-whole   processes model     hhSSmmhh PPSSmmPP
-whole   processes checkpt   hhSSoohh PPSSooPP
-whole   kind      nothing   hhhhmmhh PPPPmmPP
-whole   kind      model     hhhhmmhh PPPPmmPP
-whole   kind      checkpt   hhhhoohh PPPPooPP
-whole   inputs    nothing   hhhhmmhh PPPPmmPP
-whole   inputs    model     hhhhmmhh PPPPmmPP
-whole   inputs    checkpt   hhhhoohh PPPPooPP
+valid   same      nothing   hhSSmmhh PPSSmmPP
+valid   same      model     hhSSmmhh PPSSmmPP
+valid   same      checkpt   hhSSoohh PPSSooPP
+valid   free      nothing   hhhhmmhh PPPPmmPP
+valid   free      model     hhhhmmhh PPPPmmPP
+valid   free      checkpt   hhhhoohh PPPPooPP
+valid   other     nothing   hhhhmmhh PPPPmmPP
+valid   other     model     hhhhmmhh PPPPmmPP
+valid   other     checkpt   hhhhoohh PPPPooPP
+valid   processes nothing   hhSSmmhh PPSSmmPP
+valid   processes model     hhSSmmhh PPSSmmPP
+valid   processes checkpt   hhSSoohh PPSSooPP
+valid   kind      nothing   hhhhmmhh PPPPmmPP
+valid   kind      model     hhhhmmhh PPPPmmPP
+valid   kind      checkpt   hhhhoohh PPPPooPP
+valid   inputs    nothing   hhhhmmhh PPPPmmPP
+valid   inputs    model     hhhhmmhh PPPPmmPP
+valid   inputs    checkpt   hhhhoohh PPPPooPP
 """
 CHANGES = {"free": {"engine.threads": "3"}, "other": {"seed": "2"}}
 
 
 @pytest.fixture
 def world(tmp_path):
-    """Makes a config of the stage reward over a model folder and a data file; world.out is its output."""
+    """A function that makes a config of the stage reward; world.out is its output folder."""
     model, data = tmp_path / "llama", tmp_path / "data.json"
     model.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
@@ -111,7 +109,7 @@ def world(tmp_path):
 
 
 def checkpoint(output):
-    """Writes a checkpoint of no files -> its folder."""
+    """Writes a checkpoint without files; returns its folder."""
     folder = manifest.folder_of(output, 2)
     folder.mkdir(parents=True)
     manifest.write(folder, {"files": {}})
@@ -137,7 +135,7 @@ def make_output(world, content, differs=None, saved=None):
         checkpoint(world.out)
     elif saved == "model":
         (world.out / "model").mkdir()
-    if content == "whole":
+    if content == "valid":
         run_folder.finish_run(world.out, {})
     elif content == "damaged":
         (world.out / "finished.json").write_text('{"stage": "rew')
@@ -148,22 +146,22 @@ def make_output(world, content, differs=None, saved=None):
 def letter(decision):
     if decision.action is not Action.REFUSE:
         return LETTERS[decision.action]
-    return next(letter for part, letter in REFUSALS.items() if part in decision.sentence)
+    return next(letter for fragment, letter in REFUSALS.items() if fragment in decision.sentence)
 
 
 @pytest.mark.parametrize("line", EXPECTED.strip().splitlines())
-def test_every_case_has_its_action(world, line):
+def test_every_state_of_the_output_folder_has_its_action(world, line):
     *case, without, with_overwrite = line.split()
     make_output(world, *case)
     names = dict(zip(RESUMES, (None, "auto", manifest.folder_of(world.out, 2), checkpoint(world.elsewhere))))
     state = RunState("reward", world())
 
     def row(skip):
-        cases = [
+        requests = [
             Asked(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
-            for overwrite, resume, restart in ASKED
+            for overwrite, resume, restart in REQUESTS
         ]
-        return "".join(letter(decide(state, asked)) for asked in cases)
+        return "".join(letter(decide(state, request)) for request in requests)
 
     assert row(skip=True) == without + with_overwrite
     # a stage that was started runs
@@ -171,9 +169,10 @@ def test_every_case_has_its_action(world, line):
 
 
 @pytest.mark.parametrize("damage", ["", "[1]", "a: [", "\x00\x01"])
-def test_damaged_files_of_a_run_are_no_bug(world, damage):
-    """What settings cannot be read does not go on; lost hashes are written anew; without versions.json it is
-    not ours.
+def test_damaged_files_of_a_run_cause_no_crash(world, damage):
+    """Lost hashes are written anew; without readable settings resume is refused.
+
+    Without a readable versions.json the folder does not count as a run folder.
     """
     make_output(world, "none", "same", "checkpt")
     resuming = world(resume="auto")
@@ -187,7 +186,7 @@ def test_damaged_files_of_a_run_are_no_bug(world, damage):
     with pytest.raises(UserError, match="config.yaml cannot be read"):
         run_folder.check_output("reward", resuming)
     (world.out / "versions.json").write_text(damage)
-    with pytest.raises(UserError, match="no run folder of ours"):
+    with pytest.raises(UserError, match="no run folder"):
         run_folder.check_output("reward", world(overwrite="true"))
 
 
@@ -200,7 +199,7 @@ def test_a_link_that_leads_to_no_folder_is_refused_before_anything_is_loaded(wor
             run_folder.check_output("reward", world(output=str(link), overwrite="true"))
 
 
-def test_the_check_before_says_what_the_stage_then_does(world):
+def test_check_output_predicts_what_open_run_does(world):
     for resume, action, remains in (
         (None, Action.NEW, ["reward"]),
         ("auto", Action.REPLACE, ["reward"]),
@@ -222,12 +221,12 @@ def test_the_check_before_says_what_the_stage_then_does(world):
     assert run_folder.check_output("reward", world(resume="auto")) is Action.SKIP
 
 
-def test_the_demo_resumes_nothing():
+def test_the_demo_never_resumes():
     assert asked_by(DemoConfig(overwrite=True)) == Asked(None, True)
 
 
 def counted(monkeypatch, *functions):
-    """Counts the calls of functions, by whatever name a module of ours knows them -> Counter by name."""
+    """Counts the calls of functions under every name that a module of the package has for them."""
     counts = Counter()
     for function in functions:
 
@@ -242,9 +241,7 @@ def counted(monkeypatch, *functions):
 
 
 @pytest.mark.parametrize("saved, hashed", [("checkpt", 0), ("model", 1)])
-def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_its_folder(
-    world, monkeypatch, saved, hashed
-):
+def test_a_start_computes_settings_and_hashes_no_more_often_than_needed(world, monkeypatch, saved, hashed):
     make_output(world, "none", "same", saved)
     stage = types.ModuleType("fake_stage")
     stage.train = lambda cfg, restart: run_folder.open_run("reward", cfg, restart) and {}
@@ -252,8 +249,8 @@ def test_a_start_works_each_fact_out_once_before_and_once_when_the_stage_opens_i
     monkeypatch.setitem(pipeline.ENTRIES, "reward", "fake_stage:train")
     counts = counted(monkeypatch, load.to_dict, fingerprint.recipe_hash, fingerprint.hashes)
     pipeline.run_stage("reward", world(resume="auto"))
-    # to_dict: once for the check of the inputs; then with and without secrets, by the check of the output and
-    # by the stage.
+    # to_dict: once for the check of the inputs, then with and without secrets for the check of the output and
+    # for the stage.
     assert (
         Counter(to_dict=1, hashes=hashed)
         <= counts

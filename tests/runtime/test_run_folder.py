@@ -1,6 +1,4 @@
-"""Run folders: refused, replaced or finished; nothing is lost on bad input. And the checks of a stage's
-inputs.
-"""
+"""Run folders: which are refused, replaced or finished; bad input deletes nothing; checks of the inputs."""
 
 import json
 import os
@@ -18,7 +16,7 @@ from saferlhf_fast.runtime.run_state import RunState
 
 @pytest.fixture
 def world(tmp_path):
-    """A model folder, a data file, and a function that makes an sft config over them."""
+    """A function that makes a config over a model folder and a data file."""
     model = tmp_path / "llama"
     model.mkdir()
     for name, text in {"config.json": "{}", "model.safetensors": "weights", "tokenizer.json": "{}"}.items():
@@ -42,7 +40,7 @@ def files(folder):
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_run_folder_holds_settings_versions_and_no_environment(world, monkeypatch):
+def test_a_run_folder_holds_settings_and_versions_and_no_environment_variable(world, monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", "secret-1234")
     folder = run_folder.open_run("sft", world(seed="7"))
     config = yaml.safe_load((folder / "config.yaml").read_text())
@@ -71,7 +69,7 @@ def test_a_run_folder_holds_settings_versions_and_no_environment(world, monkeypa
     assert not any(b"secret-1234" in content for content in files(folder).values())
 
 
-def test_the_config_of_a_run_is_a_recipe(world):
+def test_the_config_of_a_run_can_be_loaded_as_a_recipe(world):
     cfg = world(seed="7", **{"train.max_steps": "3"})
     folder = run_folder.open_run("sft", cfg)
     assert load.load("sft", folder / "config.yaml") == cfg
@@ -102,10 +100,10 @@ def test_overwrite_replaces_a_run_folder_and_leaves_nothing_behind(world):
     assert [p.name for p in folder.parent.iterdir()] == ["sft"]
 
 
-def test_overwrite_never_deletes_what_is_no_run_folder(world):
+def test_overwrite_never_deletes_a_folder_that_is_no_run_folder(world):
     world.out.mkdir(parents=True)
     (world.out / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="no run folder of ours"):
+    with pytest.raises(UserError, match="no run folder"):
         run_folder.open_run("sft", world(overwrite="true"))
     assert files(world.out) == {"thesis.tex": b"precious"}
 
@@ -127,8 +125,8 @@ SAVED = [
 ]
 
 
-def begun(world, *names, **changes):
-    """An unfinished run that has written files -> its folder."""
+def unfinished_run(world, *names, **changes):
+    """Makes an unfinished run that has written files; returns its folder."""
     folder = run_folder.open_run("sft", world(**changes))
     for name in ("metrics.jsonl", *names):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -141,22 +139,22 @@ def begun(world, *names, **changes):
 )
 @pytest.mark.parametrize("overwrite", ["false", "true"])
 def test_resume_auto_without_a_checkpoint_sets_aside_what_was_saved(world, saved, overwrite, capsys):
-    before = files(begun(world, saved))
+    before = files(unfinished_run(world, saved))
     run_folder.open_run("sft", world(resume="auto", overwrite=overwrite))
     aside = world.out.with_name("sft.set-aside")
     assert files(aside) == before and not (world.out / "metrics.jsonl").exists()
-    assert capsys.readouterr().out == (
-        f"{world.out}: the unfinished run there was set aside, with all that it had saved: {aside}\n"
-    )
+    line = capsys.readouterr().out
+    assert line.startswith(f"{world.out}: ") and line.endswith(f": {aside}\n") and line.count("\n") == 1
+    assert "unfinished run" in line and "set aside" in line
     assert provenance.set_aside_by(world.out) == str(aside)
-    begun_again = files(begun(world, saved, resume="auto"))
+    files_again = files(unfinished_run(world, saved, resume="auto"))
     run_folder.open_run("sft", world(resume="auto"))
-    assert files(world.out.with_name("sft.set-aside-2")) == begun_again and files(aside) == before
+    assert files(world.out.with_name("sft.set-aside-2")) == files_again and files(aside) == before
 
 
-def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
-    # without a manifest it is no checkpoint
-    folder = begun(world, "checkpoints/step-00000002/actor/shard.pt")
+def test_resume_auto_replaces_a_run_that_has_saved_nothing(world, capsys):
+    # a folder without a manifest is no checkpoint
+    folder = unfinished_run(world, "checkpoints/step-00000002/actor/shard.pt")
     run_folder.open_run("sft", world(resume="auto"))
     assert [p.name for p in folder.parent.iterdir()] == ["sft"] and capsys.readouterr().out == ""
     assert not (folder / "metrics.jsonl").exists() and provenance.set_aside_by(folder) is None
@@ -164,14 +162,14 @@ def test_resume_auto_replaces_what_has_saved_nothing(world, capsys):
 
 @pytest.mark.parametrize("saved", SAVED)
 def test_a_recipe_s_unfinished_stage_is_set_aside_with_what_it_saved(world, saved):
-    before = files(begun(world, saved))
-    # run … resume=never, where it is a checkpoint
+    before = files(unfinished_run(world, saved))
+    # as `run … resume=never` does, also if there is a checkpoint
     run_folder.open_run("sft", world(), restart=True)
     assert files(world.out.with_name("sft.set-aside")) == before
 
 
-def test_other_settings_set_aside_whatever_there_is_unless_overwriting_is_asked_for(world):
-    before = files(begun(world))
+def test_a_restart_with_other_settings_sets_the_old_run_aside_unless_overwrite_is_true(world):
+    before = files(unfinished_run(world))
     with pytest.raises(UserError, match="holds an unfinished run"):
         run_folder.open_run("sft", world(seed="2"))
     run_folder.open_run("sft", world(seed="2"), restart=True)
@@ -180,7 +178,7 @@ def test_other_settings_set_aside_whatever_there_is_unless_overwriting_is_asked_
     assert sorted(p.name for p in world.out.parent.iterdir()) == ["sft", "sft.set-aside"]
 
 
-def test_an_output_in_the_home_folder_is_found_again(world, tmp_path, monkeypatch):
+def test_a_finished_output_in_the_home_folder_is_recognised(world, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     cfg = world(output="~/runs/sft")
     run_folder.finish_run(run_folder.open_run("sft", cfg), {"loss": 1.5})
@@ -195,7 +193,7 @@ def test_an_output_in_the_home_folder_is_found_again(world, tmp_path, monkeypatc
         (lambda out: out.mkdir(parents=True) or (out / "x").write_text(""), "is not empty"),
     ],
 )
-def test_an_output_that_cannot_be_one(world, make, message):
+def test_a_file_and_a_folder_that_is_not_empty_are_refused_as_output(world, make, message):
     make(world.out)
     with pytest.raises(UserError, match=message):
         run_folder.check_output("sft", world())
@@ -210,7 +208,7 @@ def test_an_output_that_cannot_be_one(world, make, message):
         ("{root}/" + "x" * 300, "cannot be used: File name too long"),
     ],
 )
-def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(world, output, message):
+def test_an_output_that_cannot_be_created_is_refused_before_anything_is_loaded(world, output, message):
     names = {"data": world.data, "root": world.data.parent}
     before = files(world.data.parent)
     with pytest.raises(UserError) as caught:
@@ -218,31 +216,31 @@ def test_an_output_that_cannot_be_made_is_told_before_anything_is_loaded(world, 
     assert message.format(**names) in str(caught.value) and files(world.data.parent) == before
 
 
-def test_a_folder_that_cannot_be_written_into_is_told(world, monkeypatch):
-    def full(*_, **__):
+def test_an_output_that_cannot_be_written_into_is_refused(world, monkeypatch):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
     world.out.mkdir(parents=True)
     run_folder.check_output("sft", world())
     assert not list(world.out.iterdir())
-    monkeypatch.setattr(run_folder.tempfile, "mkdtemp", full)
+    monkeypatch.setattr(run_folder.tempfile, "mkdtemp", fail)
     with pytest.raises(
         UserError, match="runs/sft cannot be written into: .* takes no folder: No space left on device"
     ):
         run_folder.check_output("sft", world())
 
 
-def test_a_folder_that_cannot_be_made_after_all_is_no_bug(world, monkeypatch):
-    def full(*_, **__):
+def test_an_output_that_cannot_be_created_when_the_run_opens_is_refused(world, monkeypatch):
+    def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(run_folder.Path, "mkdir", full)
+    monkeypatch.setattr(run_folder.Path, "mkdir", fail)
     with pytest.raises(UserError, match="^output: .*runs/sft cannot be created: No space left on device$"):
         run_folder.open_run("sft", world())
 
 
 def test_the_folder_that_a_command_runs_in_is_not_renamed(world, monkeypatch):
-    begun(world)
+    unfinished_run(world)
     monkeypatch.chdir(world.out)
     before = files(world.out)
     for output in (".", str(world.out)):
@@ -251,8 +249,8 @@ def test_the_folder_that_a_command_runs_in_is_not_renamed(world, monkeypatch):
     assert files(world.out) == before
 
 
-def test_an_output_that_is_a_link_elsewhere_is_replaced_as_one(world, tmp_path):
-    begun(world, output=str(tmp_path / "disk" / "sft"))
+def test_overwrite_replaces_a_link_and_not_the_folder_that_it_points_to(world, tmp_path):
+    unfinished_run(world, output=str(tmp_path / "disk" / "sft"))
     world.out.parent.mkdir()
     world.out.symlink_to(tmp_path / "disk" / "sft")
     run_folder.open_run("sft", world(overwrite="true"))
@@ -260,7 +258,7 @@ def test_an_output_that_is_a_link_elsewhere_is_replaced_as_one(world, tmp_path):
     assert [p.name for p in world.out.parent.iterdir()] == ["sft"]
 
 
-def test_an_empty_output_folder_is_fine(world):
+def test_an_empty_output_folder_is_accepted(world):
     world.out.mkdir(parents=True)
     assert run_folder.open_run("sft", world()) == world.out
 
@@ -273,7 +271,7 @@ def test_only_rank_0_writes_and_decides(world, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     run_folder.open_run("sft", world())
     monkeypatch.setenv("RANK", "1")
-    run_folder.check_output("sft", world())  # rank 0 has made the folder already: no reason to refuse
+    run_folder.check_output("sft", world())  # rank 0 may have made the folder already, which is no error
 
 
 def test_finished_means_same_settings_and_same_input_content(world):
@@ -291,7 +289,7 @@ def test_finished_means_same_settings_and_same_input_content(world):
     assert not is_done("sft", world(data=str(moved)))
 
 
-def test_finished_sees_a_changed_weight_file(world):
+def test_a_run_with_a_changed_weight_file_does_not_count_as_finished(world):
     cfg = world()
     folder = run_folder.open_run("sft", cfg)
     run_folder.finish_run(folder, {})
@@ -299,8 +297,8 @@ def test_finished_sees_a_changed_weight_file(world):
     assert not is_done("sft", cfg)
 
 
-def test_the_hashes_are_those_of_the_start(world):
-    """Data that changes while a run reads it must not count as what was trained on."""
+def test_the_hashes_of_the_inputs_are_taken_when_the_run_starts(world):
+    """Data that changes during a run must not count as the data that it was trained on."""
     cfg = world()
     folder = run_folder.open_run("sft", cfg)
     world.data.write_text("[1]")
@@ -315,7 +313,7 @@ def test_a_half_written_finished_file_does_not_count(world):
     assert not is_done("sft", cfg)
 
 
-def test_writing_is_atomic(tmp_path, monkeypatch):
+def test_write_json_is_atomic(tmp_path, monkeypatch):
     provenance.write_json(tmp_path / "a.json", {"a": 1})
     with pytest.raises(TypeError):
         provenance.write_json(tmp_path / "a.json", {"a": object()})
@@ -341,8 +339,7 @@ def test_lists_are_compared_entry_by_entry():
     ]
 
 
-# --- what a stage reads
-# -------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------- inputs of a stage
 
 
 def check(stage, cfg, **kwargs):
@@ -393,20 +390,18 @@ def test_bad_paths_are_named_with_their_key(world, tmp_path):
     assert "is an empty folder" in check("sft", world(model="org/m", data=str(tmp_path / "folder")))
 
 
-def test_a_file_of_another_kind_is_no_data(world, tmp_path):
+def test_a_file_with_another_suffix_is_refused_as_data(world, tmp_path):
     from saferlhf_fast.data import files as data_files
 
     assert inputs.DATA_FILES == data_files.SUFFIXES
     (tmp_path / "data.txt").write_text("x")
-    assert (
-        check("sft", world(data=str(tmp_path / "data.txt")))
-        == f"data: {tmp_path}/data.txt: expected a data file ending in {', '.join(data_files.SUFFIXES)}"
-    )
+    line = check("sft", world(data=str(tmp_path / "data.txt")))
+    assert line.startswith(f"data: {tmp_path}/data.txt: expected") and ", ".join(data_files.SUFFIXES) in line
     world.data.rename(tmp_path / "DATA.JSON")
     checks.check("sft", world(data=str(tmp_path / "DATA.JSON")))
 
 
-def test_paths_that_no_system_call_takes_are_named(world):
+def test_unusable_paths_are_refused_with_their_key(world):
     for key in ("model", "data", "output", "resume"):
         assert check("sft", world(**{key: "~nobody-here/x"})).startswith(
             f"{key}: ~nobody-here/x: expected a home folder"
@@ -415,7 +410,7 @@ def test_paths_that_no_system_call_takes_are_named(world):
         assert check("sft", world(**{key: "/" + "x" * 300})).endswith("x cannot be read: File name too long")
 
 
-def test_what_earlier_stages_make_need_not_be_there(world, tmp_path):
+def test_outputs_of_earlier_stages_need_not_exist_yet(world, tmp_path):
     cfg = world(model=str(tmp_path / "runs" / "a" / "model"))
     assert "does not exist" in check("sft", cfg)
     checks.check("sft", cfg, produced=[str(tmp_path / "runs" / "a")])
@@ -461,10 +456,10 @@ PPO = {"model": "org/m", "reward": "org/r"}
         ),
     ],
 )
-def test_settings_that_contradict_each_other(world, stage, changes, message):
+def test_settings_that_contradict_each_other_are_refused(world, stage, changes, message):
     assert check(stage, world(stage, **changes)).startswith(message)
 
 
-def test_ppo_goes_without_a_cost_model(world):
+def test_ppo_needs_no_cost_model(world):
     checks.check("ppo", world("ppo", **PPO))
     checks.check("ppo", world("ppo", **PPO, cost="org/c", **{"ppo.shaping": "1"}))

@@ -1,5 +1,6 @@
-"""Commands in two processes give the losses of one process with the same global batch (fp32); test_matrix.py
-has the stages' losses under everything else.
+"""Commands in two processes give the losses of one process with the same global batch (fp32).
+
+test_matrix.py compares the losses of every stage under every other setting.
 """
 
 import kit
@@ -19,7 +20,7 @@ def world(tmp_path_factory):
     return base, data, kit.make_scores(folder, base)
 
 
-def close(a, b, tolerance=2e-5):
+def assert_close(a, b, tolerance=2e-5):
     assert len(a) == len(b) and a, (a, b)
     assert all(abs(x - y) <= tolerance * max(1.0, abs(x)) for x, y in zip(a, b)), (a, b)
 
@@ -40,8 +41,8 @@ def close(a, b, tolerance=2e-5):
         ),
     ],
 )
-def test_supervised(world, tmp_path, stage, key, zero):
-    """Through torchrun and the command line; test_matrix.py has every stage under every sharding."""
+def test_supervised_losses_equal_those_of_one_process(world, tmp_path, stage, key, zero):
+    """Through torchrun and the command line."""
     base, data, _ = world
     common = [
         stage,
@@ -63,12 +64,12 @@ def test_supervised(world, tmp_path, stage, key, zero):
     )
     assert two.returncode == 0, two.stderr[-3000:]
     for name in ("train/loss", "train/grad_norm", "eval/loss"):
-        close(kit.losses(tmp_path / "one", name), kit.losses(tmp_path / "two", name))
+        assert_close(kit.losses(tmp_path / "one", name), kit.losses(tmp_path / "two", name))
 
 
 def test_ppo_lag_runs_in_two_processes(world, tmp_path):
     base, data, scores = world
-    done = kit.command(
+    completed = kit.command(
         "ppo-lag",
         f"model={base}",
         f"reward={scores['reward']}",
@@ -83,6 +84,6 @@ def test_ppo_lag_runs_in_two_processes(world, tmp_path):
         "engine.zero_stage=3",
         processes=2,
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert completed.returncode == 0, completed.stderr[-3000:]
     assert len(kit.losses(tmp_path / "lag", "train/actor_loss")) == 2
     assert (tmp_path / "lag" / "model" / "model.safetensors").exists()

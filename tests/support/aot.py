@@ -24,10 +24,12 @@ tests/kernels/test_addresses.py holds launches to it.
 
 Pointers are compiled as aligned to 16 bytes, as torch allocates them; integers both as multiples of 16 and
 not, which are two kernels to Triton, in the full product (--all). Without --all, integers are multiples of 16
-and every architecture has one dtype (of "fp32/bf16" the y).
+and every architecture has one dtype (of "fp32/bf16" the y). --pairs takes of these as few as are needed for
+each value of a constant, an option or the dtype to meet each value of the others, and on the architectures
+after the first only the entries whose configs depend on the architecture.
 
-By hand:  python tests/support/aot.py 90 [--all] [part of a kernel's name]
-One JSON line per cubin: kernel, dtype, constants, options, registers, stack and local (bytes a thread),
+By hand:  python tests/support/aot.py 90[,80,100] [--all | --pairs] [part of a kernel's name]
+One JSON line per cubin: arch, kernel, dtype, constants, options, registers, stack and local (bytes a thread),
 shared (static, bytes), dynamic (shared memory asked for at the launch, bytes), narrow (the lines whose 32
 bits an offset outgrows); "error" where it did not compile. Not for a process with TRITON_INTERPRET:
 interpreter and compiler exclude each other.
@@ -330,6 +332,27 @@ def variants(entry, arch, everything=False):
             yield Variant(dtype, aligned, signature, constants, attributes, options)
 
 
+def paired(found):
+    """As few of the Variants as it takes for each pair of values that one of them has."""
+    names = {name for variant in found for name in variant.constants}
+    groups = []
+    for variant in found:
+        constants = {name: str(variant.constants.get(name, "an argument")) for name in names}
+        values = {**constants, **variant.options, "dtype": variant.dtype}
+        groups.append(set(itertools.combinations(sorted(values.items()), 2)))
+    missing, kept = set().union(*groups), []
+    while missing:
+        best = max(range(len(found)), key=lambda at: len(groups[at] & missing))
+        kept.append(found[best])
+        missing -= groups[best]
+    return kept
+
+
+def by_architecture(entry):
+    """True where a config of the entry is chosen on some architectures only."""
+    return any("archs" in config for config in entry.configs(resolve(entry.path)[0]))
+
+
 def combinations(entry):
     """The {name: value} of an entry's `constants`; a name that stands for an argument at that launch is left
     out.
@@ -339,7 +362,7 @@ def combinations(entry):
             yield {name: value for name, value in zip(alternative, values) if value is not ...}
 
 
-def build(entry, arch, everything=False):
+def build(entry, arch, everything=False, pairs=False):
     """(Variant, compiled kernel or the exception) for each variant of an entry; (None, exception) for a room
     that fails.
     """
@@ -350,6 +373,7 @@ def build(entry, arch, everything=False):
     try:
         module, name = resolve(entry.path)
         todo = list(variants(entry, arch, everything))
+        todo = paired(todo) if pairs else todo
     except Exception as error:
         yield None, error
         return
@@ -408,14 +432,12 @@ def _is_jit(decorator):
     return text.split("(")[0] in ("triton.jit", "jit")
 
 
-def compile_all(arch, cache, everything=False, timeout=580):
-    """The rows that `main` prints, from one process without TRITON_INTERPRET and with its own cache
-    folder.
-    """
+def compile_all(architectures, cache, *options, timeout=580):
+    """The rows that `main` prints, from one process without TRITON_INTERPRET and with a cache folder."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment.update(TRITON_CACHE_DIR=str(cache), OMP_NUM_THREADS="1")
     result = subprocess.run(
-        [sys.executable, __file__, str(arch), *(["--all"] if everything else [])],
+        [sys.executable, __file__, ",".join(map(str, architectures)), *options],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -427,13 +449,16 @@ def compile_all(arch, cache, everything=False, timeout=580):
 
 
 def main(arguments):
-    everything = "--all" in arguments
-    arch, *parts = [a for a in arguments if a != "--all"]
-    for entry in TABLE:
+    everything, pairs = "--all" in arguments, "--pairs" in arguments
+    architectures, *parts = [a for a in arguments if not a.startswith("--")]
+    first, *others = map(int, architectures.split(","))
+    todo = [(first, entry) for entry in TABLE]
+    todo += [(arch, entry) for arch in others for entry in TABLE if not pairs or by_architecture(entry)]
+    for arch, entry in todo:
         if parts and not any(part in entry.path for part in parts):
             continue
-        for variant, compiled in build(entry, int(arch), everything):
-            row = {"kernel": entry.path}
+        for variant, compiled in build(entry, arch, everything, pairs):
+            row = {"arch": arch, "kernel": entry.path}
             if variant is not None:
                 row.update(
                     dtype=variant.dtype,

@@ -1,9 +1,8 @@
-"""Bad inputs, each through the command line: python tests/support/bad_inputs.py prints how many were refused
-as they should be.
+"""Bad inputs, each through the command line: python tests/support/bad_inputs.py prints how many were refused.
 
-Refused means: exit code 2, one line that says where and what, and a finished run that the command might have
-replaced is left as it was. The table is that of test_bad_input.py with what data files can hold (JSONL) and
-models (MODELS) beside it.
+Refused means: the exit code is 2, one line says where and what is wrong, and a finished run in the output
+folder is unchanged. The cases are those of test_bad_input.py, those of data files (JSONL) and those of models
+(MODELS).
 """
 
 import contextlib
@@ -20,12 +19,12 @@ CHOSEN = {"prompt": "what is red", "chosen": "yes red", "rejected": "harm red"}
 
 
 def lines(*rows):
-    """Rows as JSON lines; text stands for itself."""
+    """Rows as JSON lines; a row that is text is written unchanged."""
     return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows).encode()
 
 
 def without(row, name):
-    """A row that lacks a field."""
+    """A copy of a row without one field."""
     return {key: value for key, value in row.items() if key != name}
 
 
@@ -85,7 +84,7 @@ JSONL = {
     ),
     "all chosen are empty": ("reward", lines({**CHOSEN, "chosen": ""}), "a response with no token"),
 }
-"""Name -> stage, content of its data file, words that the one line must have."""
+"""{name: (stage, content of its data file, words that the one line must have)}"""
 
 MODELS = {
     "weights in a pickle alone": ("sft model={pickled} data={sft}", "as a pickle alone"),
@@ -98,37 +97,37 @@ MODELS = {
 
 
 def world(folder):
-    """{name: path} for the words of all cases."""
-    import test_bad_input as others
+    """Makes the files of all cases; returns {name: path} for the placeholders in their commands."""
+    import test_bad_input
 
     base = kit.make_model(folder / "model")
-    made = {
+    paths = {
         "folder": folder,
         "model": base,
         **kit.make_scores(folder, base),
         **kit.make_data(folder / "data"),
-        **others.bad_models(folder, base),
-        **others.bad_data(folder),
+        **test_bad_input.bad_models(folder, base),
+        **test_bad_input.bad_data(folder),
     }
-    return {**made, **untrusted(folder, base)}
+    return {**paths, **untrusted(folder, base)}
 
 
 def untrusted(folder, base):
-    """Models that could run something, or read elsewhere."""
+    """Makes models that could run code or read outside of their folder; returns {name: path}."""
     import shutil
 
     import torch
     from safetensors.torch import load_file
 
-    made = {name: Path(shutil.copytree(base, folder / name)) for name in ("pickled", "indexed", "remote")}
-    torch.save(load_file(made["pickled"] / "model.safetensors"), made["pickled"] / "pytorch_model.bin")
-    (made["pickled"] / "model.safetensors").unlink()
-    (made["indexed"] / "model.safetensors").rename(made["indexed"] / "other.safetensors")
-    (made["indexed"] / "model.safetensors.index.json").write_text(
+    folders = {name: Path(shutil.copytree(base, folder / name)) for name in ("pickled", "indexed", "remote")}
+    torch.save(load_file(folders["pickled"] / "model.safetensors"), folders["pickled"] / "pytorch_model.bin")
+    (folders["pickled"] / "model.safetensors").unlink()
+    (folders["indexed"] / "model.safetensors").rename(folders["indexed"] / "other.safetensors")
+    (folders["indexed"] / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"x": "../model/model.safetensors"}})
     )
-    config = json.loads((made["remote"] / "config.json").read_text())
-    (made["remote"] / "config.json").write_text(
+    config = json.loads((folders["remote"] / "config.json").read_text())
+    (folders["remote"] / "config.json").write_text(
         json.dumps(
             {
                 **config,
@@ -137,15 +136,15 @@ def untrusted(folder, base):
             }
         )
     )
-    (made["remote"] / "code.py").write_text("raise SystemExit('it ran')\n")
-    return {name: str(path) for name, path in made.items()}
+    (folders["remote"] / "code.py").write_text("raise SystemExit('it ran')\n")
+    return {name: str(path) for name, path in folders.items()}
 
 
 def cases(paths):
     """Yields (name, words of the command, fragments of the line)."""
-    import test_bad_input as others
+    import test_bad_input
 
-    for name, (words, *fragments) in {**others.CASES, **MODELS}.items():
+    for name, (words, *fragments) in {**test_bad_input.CASES, **MODELS}.items():
         yield (
             name,
             [word.format(**paths) for word in words.split(" ")],
@@ -158,7 +157,7 @@ def cases(paths):
 
 
 def refused(words, fragments, output):
-    """Runs a command over a finished run -> what is wrong with how it was refused; None when all is well."""
+    """Runs a command over a finished run; returns what is wrong with the refusal, None if nothing is."""
     (output / "model").mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", "versions.json", "finished.json", "sentinel", "model/model.safetensors"):
         (output / name).write_text('{"saferlhf-fast": "0.1.0"}')
@@ -171,11 +170,11 @@ def refused(words, fragments, output):
     missing = [fragment for fragment in fragments if fragment not in line]
     if missing:
         return f"expected {missing[0]!r} in {line}"
-    return None if kit.files(output) == before else "the run that was there has changed"
+    return None if kit.files(output) == before else "the finished run has changed"
 
 
 def main():
-    """Prints each case that was not refused, and how many were."""
+    """Prints each case that was not refused correctly, and how many were refused."""
     with tempfile.TemporaryDirectory() as folder:
         paths, tried, bad = world(Path(folder)), 0, 0
         for name, words, fragments in cases(paths):

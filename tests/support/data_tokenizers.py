@@ -26,13 +26,14 @@ THINKING = (
 
 
 @cache
-def byte_tokenizer(bos=True, template=None, eos="</s>"):
-    """One token per byte; any text comes back as it was."""
-    vocabulary = {token: i for i, token in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+def byte_tokenizer(bos=True, template=None, eos="</s>", more=()):
+    """One token per byte; any text comes back as it was. `more` are further special tokens."""
+    special = list(dict.fromkeys([*SPECIAL, *more]))
+    vocabulary = {token: i for i, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoding.ByteLevel()
-    return _wrapped(core, bos, template, eos)
+    return _wrapped(core, bos, template, eos, special)
 
 
 @cache
@@ -49,8 +50,8 @@ def space_tokenizer():
     return _wrapped(core, True, None, "</s>")
 
 
-def _wrapped(core, bos, template, eos):
-    core.add_special_tokens(SPECIAL)
+def _wrapped(core, bos, template, eos, special=SPECIAL):
+    core.add_special_tokens(special)
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     made = PreTrainedTokenizerFast(

@@ -1,6 +1,4 @@
-"""Run by test_engine.py in one or two processes: three steps for each ZeRO stage and split into
-micro-batches.
-"""
+"""Run by test_engine.py in one or two processes: three steps for each ZeRO stage and micro-batch count."""
 
 import json
 import os
@@ -39,9 +37,9 @@ def run(stage, micro_batches, precision):
 if __name__ == "__main__":
     engine.start(Engine(precision="fp32"), 0)
     out = {f"{s}/{m}": run(s, m, sys.argv[2]) for s in STAGES for m in MICRO_BATCHES}
-    mine = list(range(5))[engine.rank() :: engine.world_size()]
-    gathered = engine.all_gather(torch.tensor(mine, dtype=torch.float32), mine, 5).tolist()
+    own_places = list(range(5))[engine.rank() :: engine.world_size()]
+    gathered = engine.all_gather(torch.tensor(own_places, dtype=torch.float32), own_places, 5).tolist()
     if engine.rank() == 0:
         json.dump({"runs": out, "gathered": gathered}, open(sys.argv[1], "w"))
     engine.finish()
-    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; the end of gloo's threads is not tested here

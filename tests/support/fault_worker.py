@@ -1,8 +1,8 @@
-"""Run by test_faults.py in each of several processes: one command line, with a fault where FAULT says.
+"""Run by test_faults.py in each of several processes: one command line with a fault that FAULT describes.
 
-FAULT is JSON: {"rank", "at": a key of `fault`, "save": which save (loss, step) of this process, from 1,
-"share": of the bytes of the rank's optimiser shard}. The process kills itself there as `kill -9` would, or a
-number becomes NaN, or it is told to stop.
+FAULT is JSON: {"rank", "at": a key of the table in `fault`, "save": the number of the save (or loss, or step)
+of this process, from 1, "share": the part of the rank's optimiser shard that is written before the fault}. At
+that place the process kills itself as `kill -9` would, a number becomes NaN, or the process receives SIGTERM.
 """
 
 import json
@@ -22,7 +22,7 @@ def die():
 
 
 def kill_within_a_file(share, number):
-    """At a share of the bytes of this rank's optimiser shard, in the save of that number."""
+    """Kills the process after a share of the bytes of its optimiser shard, in the save of that number."""
     from saferlhf_fast.runtime.checkpoint import writer
 
     real, saves = writer.CheckpointWriter.save, [0]
@@ -59,7 +59,7 @@ def _size(state):
 
 
 def kill_after_the_files(number):
-    """When this rank has written all of its own and the others wait to hear of it."""
+    """Kills the process when it has written all of its files and the other ranks wait for its result."""
     from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
 
     real, saves = Checkpoints._settle, [0]
@@ -75,7 +75,7 @@ def kill_after_the_files(number):
 
 
 def kill_before_the_manifest(number):
-    """When all shards are there and the rename that commits them is not made."""
+    """Kills the process when all shards are written, before the rename that commits them."""
     from saferlhf_fast.runtime.checkpoint import manifest
 
     real, saves = os.replace, [0]
@@ -91,7 +91,7 @@ def kill_before_the_manifest(number):
 
 
 def nan_in_a_loss(number):
-    """This rank's loss of one backward is NaN."""
+    """Makes the loss of one backward of this rank NaN."""
     from saferlhf_fast.runtime.engine import Engine
 
     real, count = Engine.backward, [0]
@@ -104,7 +104,7 @@ def nan_in_a_loss(number):
 
 
 def nan_in_a_score(kind, value, number):
-    """One score of this rank's is not mask_invalid_scores, at that step."""
+    """Replaces one score of this rank by an invalid value, at that step."""
     import dataclasses
 
     from saferlhf_fast.rollout import scoring
@@ -126,7 +126,7 @@ def nan_in_a_score(kind, value, number):
 
 
 def sigterm(number):
-    """This rank is told to stop in the update of that step."""
+    """Sends SIGTERM to this rank in that step."""
     from saferlhf_fast.rollout import scoring
     from saferlhf_fast.training import ppo_lag
 
@@ -142,7 +142,7 @@ def sigterm(number):
 
 
 def dump_the_weights(path):
-    """Rank 0 writes the whole weights that a resumed run begins with."""
+    """Rank 0 writes the gathered weights with which a resumed run begins."""
     from safetensors.torch import save_file
 
     from saferlhf_fast.runtime.checkpoint.checkpointer import Checkpoints
@@ -180,4 +180,4 @@ if __name__ == "__main__":
         code = kit.main(*json.loads(sys.argv[1]))
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # how gloo's threads end is not what is tested here
+    os._exit(code)  # without waiting for gloo's threads, whose end is not tested here

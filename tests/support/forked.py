@@ -1,14 +1,15 @@
-"""Programs in processes of their own, forked from one that has imported torch, DeepSpeed and transformers.
+"""Runs programs in processes that are forked from one that has imported torch, DeepSpeed and transformers.
 
-A fresh interpreter spends six seconds of a core on these imports, a forked one none. Tests whose subject is the
-interpreter itself (which module is imported when, how a launcher starts ranks) start a fresh one, as by
-`kit.command(fresh=True)`.
+A fresh interpreter spends six seconds of CPU time on these imports, a forked process none. Tests whose
+subject is the interpreter itself (which module is imported when, how a launcher starts ranks) start a fresh
+one with `kit.command(fresh=True)`.
 """
 
 import atexit
 import contextlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.forkserver
 import os
 import random
 import runpy
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 SUPPORT = Path(__file__).resolve().parent
 ROOT = SUPPORT.parents[1]
@@ -29,7 +31,7 @@ _context.set_forkserver_preload(["forked_imports"])
 
 
 def run(arguments, processes=1, timeout=240, env=None, cwd=ROOT):
-    """Runs `python ARGUMENTS` in `processes` ranks -> CompletedProcess, its texts those of all ranks.
+    """Runs `python ARGUMENTS` in `processes` ranks; returns a CompletedProcess with the output of all ranks.
 
     arguments: ("-m", module, ...) or (path of a script, ...).
     Raises subprocess.TimeoutExpired after `timeout` seconds.
@@ -45,7 +47,7 @@ def run(arguments, processes=1, timeout=240, env=None, cwd=ROOT):
 
 
 class Program:
-    """A program that runs in ranks; out, err: files that its texts are appended to."""
+    """A program that runs in several ranks; out, err: files to which all ranks append their output."""
 
     def __init__(self, arguments, processes, out, err, env=None, cwd=ROOT):
         self.arguments = [str(argument) for argument in arguments]
@@ -58,11 +60,12 @@ class Program:
             )
             for variables in launcher_variables(processes)
         ]
+        _start_server()
         for rank in self.ranks:
             rank.start()
 
     def poll(self, seconds=0.0):
-        """The exit code, or None while it runs; waits for at most `seconds`.
+        """Returns the exit code, or None while the program runs; waits for at most `seconds`.
 
         As under torchrun, the first rank that fails ends the others and gives the exit code.
         """
@@ -77,7 +80,7 @@ class Program:
         return failed[0] if failed else 0
 
     def wait(self, timeout):
-        """The exit code, or None after `timeout` seconds, when it is killed."""
+        """Returns the exit code; after `timeout` seconds the program is killed and None is returned."""
         deadline = time.monotonic() + timeout
         while time.monotonic() < deadline:
             code = self.poll(1.0)
@@ -87,7 +90,7 @@ class Program:
         return None
 
     def kill(self):
-        """Ends the ranks that still run, with what they have started."""
+        """Kills the ranks that still run and the processes that they have started."""
         for rank in self.ranks:
             if rank.exitcode is None:
                 with contextlib.suppress(ProcessLookupError):
@@ -96,8 +99,19 @@ class Program:
             rank.join()
 
 
+def _start_server():
+    """Starts the process that is forked, unless it runs.
+
+    Python before 3.13 does not give it this process's sys.path: it would not find `forked_imports`, and would
+    start without it and say nothing.
+    """
+    paths = [str(ROOT), str(SUPPORT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        multiprocessing.forkserver.ensure_running()
+
+
 def launcher_variables(processes):
-    """What a launcher tells each rank; nothing to a program that runs in one process without a launcher."""
+    """The variables that a launcher sets in each rank; none for one process without a launcher."""
     if processes == 1:
         return [{}]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -107,7 +121,7 @@ def launcher_variables(processes):
 
 
 def _run_rank(arguments, environment, folder, out, err):
-    os.setsid()  # a group of its own: what it starts ends with it
+    os.setsid()  # a new process group, so that `kill` also ends what this rank starts
     for descriptor, path in ((1, out), (2, err)):
         file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, descriptor)
@@ -117,9 +131,10 @@ def _run_rank(arguments, environment, folder, out, err):
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    _seed_anew()
+    _reseed()
     code = 1
     try:
+        assert "forked_imports" in sys.modules, "the fork server could not import forked_imports"
         if arguments[0] == "-m":
             sys.argv = arguments[1:]
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -140,15 +155,15 @@ def _run_rank(arguments, environment, folder, out, err):
 
 
 def _exit_code(error):
-    """What the interpreter makes of `sys.exit(...)`."""
+    """The exit code of the interpreter after `sys.exit(...)`; text is printed to stderr."""
     if error.code is None or isinstance(error.code, int):
         return error.code or 0
     print(error.code, file=sys.stderr)
     return 1
 
 
-def _seed_anew():
-    """Two processes with one generator would choose the same names and ports."""
+def _reseed():
+    """Seeds all generators anew: processes with the same state would choose the same names and ports."""
     import numpy
     import torch
 

@@ -1,9 +1,11 @@
-"""What `forked` imports before it forks: what each program of the tests imports sooner or later."""
+"""The modules that `forked` imports before it forks: those that the programs of the tests need."""
 
 import os
 import warnings
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine sets it; DeepSpeed reads it at its import
+os.environ.setdefault(
+    "DS_ACCELERATOR", "cpu"
+)  # as the engine sets it; DeepSpeed reads it when it is imported
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import datasets  # noqa: F401

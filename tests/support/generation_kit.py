@@ -27,15 +27,15 @@ def llama(seed=0, vocabulary=VOCABULARY, layers=2, **changes):
 
 
 def actor(lm, sharded=False):
-    """What an engine is given, around a causal LM: an engine.Frozen in all that generation asks of it."""
+    """A causal LM with the attributes of engine.Frozen that generation reads."""
     return SimpleNamespace(module=SimpleNamespace(lm=lm), sharded=sharded)
 
 
 def tokenizer():
-    """One word for each id."""
-    made = kit.make_tokenizer(extra=[f"w{i}" for i in range(30)])
-    assert len(made) == VOCABULARY
-    return made
+    """A tokenizer with one word for each id."""
+    word_tokenizer = kit.make_tokenizer(extra=[f"w{i}" for i in range(30)])
+    assert len(word_tokenizer) == VOCABULARY
+    return word_tokenizer
 
 
 def prompts(count=7, vocabulary=VOCABULARY, longest=12, seed=0):

@@ -1,6 +1,4 @@
-"""A stand-in for a vLLM server: its routes, answered by a tiny model that reads the weights it is told to
-read.
-"""
+"""A replacement for a vLLM server: its routes, answered by a tiny model that loads weights on request."""
 
 import contextlib
 import json
@@ -12,10 +10,8 @@ import generation_kit
 import torch
 
 
-class Stand(ThreadingHTTPServer):
-    """requests: (path, body) in the order in which they came; failing: answers of 503 that are still to be
-    given.
-    """
+class FakeServer(ThreadingHTTPServer):
+    """requests: (path, body) in the order of arrival; failing: how many of the next answers are 503."""
 
     daemon_threads = True
 
@@ -44,25 +40,25 @@ class Handler(BaseHTTPRequestHandler):
         self.respond(body)
 
     def respond(self, body):
-        stand, path = self.server, self.path.partition("?")[0]
-        with stand.lock:
-            stand.requests.append((path, body))
-            fails = stand.failing > 0
-            stand.failing -= fails
+        server, path = self.server, self.path.partition("?")[0]
+        with server.lock:
+            server.requests.append((path, body))
+            fails = server.failing > 0
+            server.failing -= fails
         if fails:
             return self.send(503, {"error": "overloaded"})
         if path == "/v1/models":
             return self.send(200, {"data": [{"id": "tiny"}]})
         if path == "/v1/completions":
             return self.complete(body)
-        if not stand.development:
+        if not server.development:
             return self.send(404, {"detail": "Not Found"})
         if path == "/server_info":
-            return self.send(200, {"vllm_config": {"model_config": {"logprobs_mode": stand.mode}}})
+            return self.send(200, {"vllm_config": {"model_config": {"logprobs_mode": server.mode}}})
         if path == "/collective_rpc" and body["method"] == "reload_weights":
             from transformers import AutoModelForCausalLM
 
-            stand.lm = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
+            server.lm = AutoModelForCausalLM.from_pretrained(body["kwargs"]["weights_path"]).eval()
             return self.send(200, {"results": [None]})
         if path == "/reset_prefix_cache":
             return self.send(200, {"success": True})
@@ -71,7 +67,7 @@ class Handler(BaseHTTPRequestHandler):
     def complete(self, body):
         if body["max_tokens"] > 200:
             return self.send(400, {"error": {"message": "this model's maximum context length is 200 tokens"}})
-        # answers do not come in the order of the requests
+        # the answers do not arrive in the order of the requests
         time.sleep(0.02 * (body["seed"] % 3 == 0))
         sampling = generation_kit.settings(
             temperature=body["temperature"],
@@ -105,12 +101,12 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serving(lm, **settings):
-    stand = Stand(lm, **settings)
-    thread = threading.Thread(target=stand.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    server = FakeServer(lm, **settings)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
-        yield stand
+        yield server
     finally:
-        stand.shutdown()
-        stand.server_close()
+        server.shutdown()
+        server.server_close()
         thread.join()

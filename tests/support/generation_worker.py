@@ -1,8 +1,7 @@
-"""Run by test_generation.py in two processes: rollouts of a model under ZeRO-3, before and after a step of
-training.
+"""Run by test_generation.py in two processes: rollouts of a model under ZeRO-3, before and after training.
 
-DeepSpeed is told to keep no weight longer than its layer runs: by default it keeps all of a model as small as
-this one, and ranks that do not keep step with each other go unnoticed.
+The settings let DeepSpeed keep no weight longer than its layer runs. By default it keeps all weights of a
+model as small as this one, and then ranks that run different numbers of passes would go unnoticed.
 """
 
 import json
@@ -18,8 +17,8 @@ from saferlhf_fast.rollout.engines import open_generator
 from saferlhf_fast.runtime import engine
 
 
-class Holder(torch.nn.Module):
-    """What a Policy is to generation."""
+class LMModule(torch.nn.Module):
+    """A module with the attribute `lm`, as generation expects it of a Policy."""
 
     def __init__(self, lm):
         super().__init__()
@@ -30,16 +29,16 @@ class Holder(torch.nn.Module):
 
 
 def rollout(generator, counts):
-    """The samples of both ranks, in order; this rank has as many prompts as counts says."""
+    """The samples of both ranks in order; counts: the number of prompts of each rank."""
     prompts, seeds, limits = generation_kit.prompts(5), list(range(5)), [12, 3, 7, 2, 9]
     start = sum(counts[: engine.rank()])
-    mine = slice(start, start + counts[engine.rank()])
-    made = generator.generate(prompts[mine], seeds[mine], limits[mine])
-    return [r.ids for part in engine.gather_objects(made) for r in part]
+    own = slice(start, start + counts[engine.rank()])
+    responses = generator.generate(prompts[own], seeds[own], limits[own])
+    return [r.ids for of_rank in engine.gather_objects(responses) for r in of_rank]
 
 
 def main(out):
-    nothing = dict.fromkeys(
+    keep_nothing = dict.fromkeys(
         (
             "stage3_max_live_parameters",
             "stage3_max_reuse_distance",
@@ -48,11 +47,11 @@ def main(out):
         ),
         0,
     )
-    cfg = Engine(zero_stage=3, precision="fp32", config={"zero_optimization": nothing})
+    cfg = Engine(zero_stage=3, precision="fp32", config={"zero_optimization": keep_nothing})
     engine.start(cfg, 0)
     lm = generation_kit.llama()
     actor = engine.Engine(
-        Holder(lm), Optimizer(learning_rate=0.05, warmup_ratio=0.0, schedule="constant"), cfg, 4
+        LMModule(lm), Optimizer(learning_rate=0.05, warmup_ratio=0.0, schedule="constant"), cfg, 4
     )
     generators = {
         gather: open_generator(
@@ -60,12 +59,12 @@ def main(out):
         )
         for gather in (True, False)
     }
-    found = {}
+    results = {}
     for gather, generator in generators.items():
-        begun = time.perf_counter()
-        found[gather] = {"before": rollout(generator, (5, 0))}
-        found[gather]["seconds"] = time.perf_counter() - begun
-        found[gather]["sharded"] = all(p.numel() < p.ds_numel for p in actor.module.parameters())
+        start = time.perf_counter()
+        results[gather] = {"before": rollout(generator, (5, 0))}
+        results[gather]["seconds"] = time.perf_counter() - start
+        results[gather]["sharded"] = all(p.numel() < p.ds_numel for p in actor.module.parameters())
     actor.train()
     for _ in range(2):
         logits = actor(torch.tensor([[5, 6, 7, 8]]))
@@ -73,18 +72,18 @@ def main(out):
         actor.step()
     for gather, generator in generators.items():
         generator.refresh()
-        found[gather]["after"] = rollout(generator, (2, 3))
+        results[gather]["after"] = rollout(generator, (2, 3))
     state = actor.state_dict()
     if engine.rank() == 0:
-        plain = generation_kit.llama()
-        Holder(plain).load_state_dict(state)
-        alone = open_generator(
-            generation_kit.actor(plain), generation_kit.tokenizer(), [2], Sampling(engine="generate")
+        gathered_lm = generation_kit.llama()
+        LMModule(gathered_lm).load_state_dict(state)
+        one_process = open_generator(
+            generation_kit.actor(gathered_lm), generation_kit.tokenizer(), [2], Sampling(engine="generate")
         )
-        made = alone.generate(generation_kit.prompts(5), list(range(5)), [12, 3, 7, 2, 9])
-        json.dump({**found, "trained": [r.ids for r in made]}, open(out, "w"))
+        responses = one_process.generate(generation_kit.prompts(5), list(range(5)), [12, 3, 7, 2, 9])
+        json.dump({**results, "trained": [r.ids for r in responses]}, open(out, "w"))
     engine.finish()
-    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; the end of gloo's threads is not tested here
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tiny real things for tests: a Llama with a word-level tokenizer, and data files in PKU-SafeRLHF's form."""
+"""Tiny models and data for tests: a Llama with a word-level tokenizer, files like those of PKU-SafeRLHF."""
 
 import contextlib
 import json
@@ -69,7 +69,7 @@ def make_tokenizer(pad_is_eos=False, extra=()):
 
 
 def make_model(folder, seed=0, hidden=32, vocab=None, pad_is_eos=False, extra=(), architecture="llama"):
-    """Writes a 2-layer Llama (or GPT-2) and its tokenizer -> folder as a string."""
+    """Writes a 2-layer Llama (or GPT-2) and its tokenizer; returns the folder as a string."""
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -95,7 +95,7 @@ def make_model(folder, seed=0, hidden=32, vocab=None, pad_is_eos=False, extra=()
 
 
 def make_data(folder, n=24, seed=0):
-    """Writes sft.jsonl, pairs.jsonl (16 fields' essentials, v0 schema) and prompts.jsonl -> {name: path}."""
+    """Writes sft.jsonl, pairs.jsonl (the fields of the v0 schema) and prompts.jsonl; returns {name: path}."""
     rng = random.Random(seed)
     plain = [w for w in WORDS if w.islower()]
 
@@ -103,21 +103,21 @@ def make_data(folder, n=24, seed=0):
         return " ".join(rng.choice(plain) for _ in range(rng.randint(low, high)))
 
     prompts = [f"what is {words(1, 4)} {i % 7}" for i in range(n)]
-    made = {
+    contents = {
         "sft": [{"instruction": p, "input": "", "output": words(2, 6)} for p in prompts],
         "pairs": [pair(p, "yes " + words(1, 5), "harm " + words(1, 5), rng.randint(0, 1)) for p in prompts],
         "prompts": [{"prompt": p} for p in prompts],
     }
     paths = {}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for name, values in made.items():
+    for name, values in contents.items():
         paths[name] = str(Path(folder) / f"{name}.jsonl")
         Path(paths[name]).write_text("".join(json.dumps(row) + "\n" for row in values))
     return paths
 
 
 def pair(prompt, good, bad, at):
-    """A v0 preference row whose good response stands at position `at`."""
+    """A preference row of the v0 schema whose good response is at position `at`."""
     first, second = (good, bad) if at == 0 else (bad, good)
     return {
         "prompt": prompt,
@@ -131,9 +131,9 @@ def pair(prompt, good, bad, at):
 
 
 def command(*arguments, processes=1, timeout=240, fresh=False, **env):
-    """Runs `saferlhf-fast …` in processes of its own -> CompletedProcess with text output.
+    """Runs `saferlhf-fast …` in separate processes; returns a CompletedProcess with text output.
 
-    fresh: in new interpreters, under torchrun where there are several, not in forked ones.
+    fresh: starts new interpreters (several of them under torchrun) instead of forked ones.
     """
     program = ["-m", "saferlhf_fast", *map(str, arguments)]
     if not fresh:
@@ -151,7 +151,7 @@ def command(*arguments, processes=1, timeout=240, fresh=False, **env):
 
 
 def free_port():
-    """A port of 127.0.0.1 that nobody listens at."""
+    """A free port of 127.0.0.1."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -172,8 +172,9 @@ def rows(folder):
 
 
 def make_scores(folder, base, seed=1):
-    """Writes an untrained reward model and cost model on the backbone of `base` -> {"reward": path, "cost":
-    path}.
+    """Writes an untrained reward model and cost model on the backbone of `base`.
+
+    Returns {"reward": path, "cost": path}.
     """
     import torch
 
@@ -190,35 +191,34 @@ def make_scores(folder, base, seed=1):
 
 
 def write_rows(path, rows):
-    """Writes JSON lines -> the path as a string."""
+    """Writes JSON lines; returns the path as a string."""
     Path(path).write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
     return str(path)
 
 
 def files(folder):
-    """{relative name: content} of every file in a folder, to tell whether it was touched."""
+    """{relative name: content} of every file in a folder, to check later that nothing has changed."""
     return {
         str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()
     }
 
 
 def main(*arguments):
-    """Runs `saferlhf-fast …` in this process -> exit code."""
+    """Runs `saferlhf-fast …` in this process; returns the exit code."""
     from saferlhf_fast import cli
 
     return cli.main([str(a) for a in arguments])
 
 
 def no_report():
-    """A context in which no run writes its report.html, which takes longer than a tiny run."""
+    """A context in which no run writes report.html, since that takes longer than a tiny run."""
     return mock.patch("saferlhf_fast.evaluation.report.write_report")
 
 
 def run(stage, output, report=False, **settings):
-    """Runs a stage in this process without progress bars -> its folder. Dots in a setting's name are written
-    as __.
+    """Runs a stage in this process without progress bars; returns its folder.
 
-    report: with report.html.
+    A dot in the name of a setting is written as __. report: whether report.html is written.
     """
     words = [f"{key.replace('__', '.')}={value}" for key, value in {"output": output, **settings}.items()]
     quiet = [] if stage == "evaluate" else ["log.progress=false"]
@@ -234,8 +234,9 @@ def summary(folder):
 
 
 def make_easy(folder):
-    """Data that a tiny model learns in a few steps: the answer repeats the prompt's word; `harm` is bad,
-    `yes` good.
+    """Writes data that a tiny model learns in a few steps; returns {name: path}.
+
+    The answer repeats a word of the prompt. In the pairs `yes` begins the good response, `harm` the bad one.
     """
     nouns = ["red", "green", "blue", "one", "two", "three", "day", "night", "number", "colour"]
     prompts = [f"what is {a} of {b}" for a in nouns for b in nouns if a != b][::3]

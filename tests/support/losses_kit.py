@@ -8,10 +8,6 @@ import naive
 import pytest
 import torch
 
-from saferlhf_fast.kernels import dispatch
-
-INTERPRETED = dispatch.interpreted()
-HERE = ("triton",) if INTERPRETED else ("reference", "auto")  # implementations to draw from on the CPU
 LAYOUTS = ("plain", "offset", "every second", "reversed axes")
 
 

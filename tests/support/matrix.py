@@ -1,6 +1,7 @@
-"""The matrix of stages, ZeRO, offload, precision, processes and what else may change no loss: its axes, the
-combinations that there are, and a small set of them in which every pair of values meets. Run by
-matrix_worker.py, checked by test_matrix.py.
+"""The matrix of stages, ZeRO, offload, precision, processes and other settings that may change no loss.
+
+It has the axes, the combinations that exist, and a small set of combinations in which every pair of values
+occurs. matrix_worker.py runs them, test_matrix.py checks them.
 """
 
 from collections import Counter
@@ -12,11 +13,11 @@ PLAIN, NONE = "plain", "-"
 
 
 class Cell(NamedTuple):
-    """One combination; "-" where a stage does not have the axis."""
+    """One combination; "-" if a stage does not have the axis."""
 
     stage: str
     zero: int
-    offload: str  # what lies in host memory
+    offload: str  # what is kept in host memory
     precision: str
     processes: int
     frozen: str  # engine.frozen
@@ -24,7 +25,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self):
-        """Its coordinates, as a test's failure shows them."""
+        """The values of the cell, as the failure of a test shows them."""
         return (
             f"{self.stage} ZeRO-{self.zero} offload={self.offload} {self.precision} {self.processes}p "
             f"frozen={self.frozen} {self.form}"
@@ -32,7 +33,7 @@ class Cell(NamedTuple):
 
     @property
     def reference(self):
-        """What it must agree with: one process, nothing sharded or offloaded, fp32."""
+        """The cell it must agree with: one process, nothing sharded or offloaded, fp32."""
         return self._replace(
             zero=0,
             offload="none",
@@ -49,13 +50,14 @@ UPDATES = {
     "whiten": {"whiten": True, "epochs": 2, "micro_batch_size": 2},
     "lora": {"micro_tokens": 30},
 }
-"""Settings of group `ppo`. Passes of few tokens leave ranks without sequences in some of them, which they
-join all the same.
+"""Settings of the group `ppo`.
+
+With few tokens per pass some ranks have no sequence in a pass; they must join it all the same.
 """
 WITH_PTX, WITH_ONE_CRITIC, LORA = ("one-pass", "epochs"), ("whiten",), "lora"
-"""Updates with supervised data; those of ppo-lag with one critic of two heads; low-rank adapters.
+"""Updates with supervised data; updates of ppo-lag with one critic of two heads; low-rank adapters.
 
-In policy optimisation the adapters are on one shared base.
+In policy optimisation all adapters are on one shared base.
 """
 
 AXES = {
@@ -70,7 +72,7 @@ AXES = {
 
 
 def exists(cell):
-    """True for a combination that a recipe can ask for and that is not another one under a second name."""
+    """True for a combination that a recipe can request and that does not repeat another one."""
     if cell.offload in ("weights", "both") and cell.zero != 3 or cell.offload == "states" and cell.zero == 0:
         return False
     if (cell.frozen != NONE) != (cell.stage in ("dpo", *PPO)):
@@ -86,51 +88,53 @@ def everything():
 
 
 def product_cells():
-    """Stage × ZeRO × offload × precision × processes, all of them. The other axes take turns, so that within
-    a stage each of their values stands beside each of those. (Every update under every one of them would take
-    hours and say the same.)
+    """Every combination of stage, ZeRO stage, offload, precision and processes, each once.
+
+    The values of the other axes alternate, so that within a stage each of them occurs with each value of
+    these five axes. Every combination of all axes would take hours and show nothing more.
     """
-    taken, chosen, seen, used = {}, [], {}, Counter()
+    cells_of, chosen, seen_pairs, uses = {}, [], {}, Counter()
     for cell in everything():
-        taken.setdefault(cell[:5], []).append(cell)
-    for cells in taken.values():
+        cells_of.setdefault(cell[:5], []).append(cell)
+    for cells in cells_of.values():
         best = min(
             cells,
             key=lambda cell: (
-                -len(pairs(cell) - seen.get(cell.stage, set())),
-                used[cell.stage, cell.form, cell.processes],
+                -len(pairs(cell) - seen_pairs.get(cell.stage, set())),
+                uses[cell.stage, cell.form, cell.processes],
             ),
         )
-        seen.setdefault(best.stage, set()).update(pairs(best))
-        used[best.stage, best.form, best.processes] += 1
+        seen_pairs.setdefault(best.stage, set()).update(pairs(best))
+        uses[best.stage, best.form, best.processes] += 1
         chosen.append(best)
     return chosen
 
 
 def pairs(cell):
-    """The pairs of values that a cell has in it."""
+    """The pairs of values of a cell."""
     return set(combinations(zip(Cell._fields, cell), 2))
 
 
 def references(cells):
-    """What some cells must agree with, each once."""
+    """The references of some cells, each once."""
     return list(dict.fromkeys(cell.reference for cell in cells))
 
 
 def cover(cells):
-    """The references of some cells, and few others, so that every pair of values occurs that occurs in any of
-    them. Greedy: always the cell with the most pairs that are new.
+    """The references of some cells and few others, so that every pair of values of these cells occurs.
+
+    The choice is greedy: the next cell is the one with the most new pairs.
     """
     chosen = references(cells)
     seen = set().union(*map(pairs, chosen))
     missing = {cell: pairs(cell) - seen for cell in cells}
-    while missing := {cell: left for cell, left in missing.items() if left}:
+    while missing := {cell: new_pairs for cell, new_pairs in missing.items() if new_pairs}:
         best = max(missing, key=lambda cell: len(missing[cell]))
         chosen.append(best)
         seen = missing[best]
-        missing = {cell: left - seen for cell, left in missing.items()}
+        missing = {cell: new_pairs - seen for cell, new_pairs in missing.items()}
     return chosen
 
 
 EXTRA = [Cell("ppo-lag", 2, "states", "bf16", 2, "replicated", LORA)]
-"""Beside the cover: one shared base under everything at once that it can stand on."""
+"""One more cell: a shared base with all settings at once that it supports."""

@@ -1,9 +1,10 @@
-"""Run by test_matrix_heads.py in two processes under ZeRO-3: new heads, and score models that are saved and
-loaded.
+"""Run by test_matrix_heads.py in two processes under ZeRO-3: new heads, and score models saved and loaded.
 
     torchrun … matrix_heads_worker.py BASE FOLDER OUT
 
-BASE: a causal LM of hidden size WIDTH · FOLDER: for what is saved · OUT: JSON {name: number or bool}
+BASE: a causal LM of hidden size WIDTH
+FOLDER: where the score model is saved
+OUT: gets JSON {name: number or bool}
 """
 
 import json
@@ -27,19 +28,20 @@ RATE = Optimizer(learning_rate=1e-2, warmup_ratio=0.0, schedule="constant")
 
 
 def spread(name, head):
-    """Standard deviation of a sharded head's weights, and whether all ranks have the same."""
+    """Standard deviation of the weights of a sharded head, and whether all ranks have the same weights."""
     with engine.gathered(head, True):
         weight = head.weight.detach().clone()
-    seen = engine.gather_objects(weight.tolist())
+    weights = engine.gather_objects(weight.tolist())
     return {
         f"{name}: std": weight.std().item(),
-        f"{name}: same on all ranks": all(other == seen[0] for other in seen),
+        f"{name}: same on all ranks": all(other == weights[0] for other in weights),
     }
 
 
 def drawn_in_place(base):
-    """A head that was sharded as it was made: it is empty where it is drawn. Each rank draws from a seed of
-    its own.
+    """Draws a head that is sharded from its construction on, so that its weight is empty at that moment.
+
+    Each rank draws with a seed of its own.
     """
     import deepspeed
 
@@ -53,7 +55,7 @@ def drawn_in_place(base):
 
 
 def scores(model):
-    """Of the sequences, bits and all."""
+    """The scores of SEQUENCES."""
     packed = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
     with torch.no_grad():
         return model(packed).tolist()
@@ -61,16 +63,16 @@ def scores(model):
 
 def main(base, folder, out):
     engine.start(ZERO_3, 0)
-    found = drawn_in_place(base)
-    # As the stages make them: a reward model with a new head, and a critic of two heads.
+    results = drawn_in_place(base)
+    # As in the stages: a reward model with a new head, and a critic of two heads.
     torch.manual_seed(5)
     score = load_score_model(base, new_head=True)
-    two = load_score_model(base, new_head=True)
-    two.add_head()
-    critic = engine.Engine(two, RATE, ZERO_3, 10)
+    two_heads = load_score_model(base, new_head=True)
+    two_heads.add_head()
+    critic = engine.Engine(two_heads, RATE, ZERO_3, 10)
     trained = engine.Engine(score, RATE, ZERO_3, 10)
-    found["sharded"] = all(p.numel() < p.ds_numel for p in trained.module.parameters())
-    found |= spread("new", trained.module.score) | spread("two heads", critic.module.score)
+    results["sharded"] = all(p.numel() < p.ds_numel for p in trained.module.parameters())
+    results |= spread("new", trained.module.score) | spread("two heads", critic.module.score)
     packed = pack_sequences(SEQUENCES, [end_row(len(ids)) for ids in SEQUENCES], engine.device())
     for _ in range(2):
         trained.backward(trained(packed).square().sum() / engine.world_size())
@@ -82,19 +84,19 @@ def main(base, folder, out):
         if engine.rank() == 0:
             save_score_model(folder, trained.module, tokenizer, kind="reward")
     engine.barrier()
-    found["reloaded, whole"] = scores(load_score_model(folder).eval()) == before
+    results["reloaded, gathered"] = scores(load_score_model(folder).eval()) == before
     for frozen in ("sharded", "replicated"):
         cfg = Engine(zero_stage=3, precision="fp32", frozen=frozen, config=ZERO_3.config)
-        asked = engine.Frozen(load_score_model(folder), cfg)
-        found[f"reloaded, {frozen}"] = scores(asked) == before
-    again = engine.Engine(load_score_model(folder), RATE, ZERO_3, 10).train(False)
-    found["reloaded, trained on"] = scores(again) == before
-    found["moved"] = before != scores(engine.Frozen(load_score_model(base, new_head=True), ZERO_3))
+        frozen_model = engine.Frozen(load_score_model(folder), cfg)
+        results[f"reloaded, {frozen}"] = scores(frozen_model) == before
+    trained_again = engine.Engine(load_score_model(folder), RATE, ZERO_3, 10).train(False)
+    results["reloaded, trained on"] = scores(trained_again) == before
+    results["moved"] = before != scores(engine.Frozen(load_score_model(base, new_head=True), ZERO_3))
     if engine.rank() == 0:
         with open(out, "w") as file:
-            json.dump(found, file)
+            json.dump(results, file)
     engine.finish()
-    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; the end of gloo's threads is not tested here
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
-"""Run by test_matrix.py in one or more processes: three optimiser steps of each cell of the matrix, one after
-the other. Between the first two comes a step that is not finite on one rank, and is left out on all; the
-references are without it.
+"""Run by test_matrix.py in one or more processes: three optimiser steps of each cell of the matrix.
+
+Between the first two steps there is a step that is not finite on one rank and is skipped on all ranks; the
+references do not have it.
 
     torchrun … matrix_worker.py WORLD CELLS OUT
 
-WORLD: JSON of what `world` in test_matrix.py made · CELLS: JSON, a list of cells · OUT: one JSON line before
-each cell and one after it, so that a crash leaves what was done and names what was not.
+WORLD: a JSON file of the paths that the fixture `world` of test_matrix.py made
+CELLS: a JSON file with a list of cells
+OUT: gets one JSON line before each cell and one after it; after a crash it names the cell that failed
 """
 
 import dataclasses
@@ -58,16 +60,14 @@ def config(cell):
 
 
 def magnitudes(trained):
-    """Mean magnitude of an engine's weights: what the last step has left."""
+    """Mean magnitude of an engine's weights after the last step."""
     with trained.gathered():
         weights = [p.detach().double().abs().flatten().cpu() for p in trained.module.parameters()]
     return torch.cat(weights).mean().item()
 
 
-def spoilt(loss, stats=None):
-    """A loss or score that is not finite, on the last rank alone: the step is left out on all ranks and must
-    leave no trace.
-    """
+def with_nan(loss, stats=None):
+    """Makes a loss or score NaN on the last rank alone: all ranks must skip the step without any effect."""
     return loss * (float("nan") if engine.rank() == engine.world_size() - 1 else 1.0), stats
 
 
@@ -79,7 +79,7 @@ def adapted(model, cell):
 
 
 def task_of(cell, world, tokenizer):
-    """-> (module to train, its SupervisedTask, the examples), the losses those of the stages themselves."""
+    """Returns (module to train, examples, SupervisedTask) with the loss of the stage itself."""
     if cell.stage == "sft":
         examples, _ = sft_examples(world["sft"], tokenizer)
         return (
@@ -92,7 +92,7 @@ def task_of(cell, world, tokenizer):
     kind = "better" if cell.stage == "dpo" else cell.stage
     examples, _ = preference_examples(world["pairs"], tokenizer, kind=kind)
     if cell.stage == "dpo":
-        # Not the same weights: with them every margin of the first step is 0.
+        # Other weights: with the same ones every margin of the first step would be 0.
         reference = engine.Frozen(Policy(load_causal_lm(world["other"])), config(cell))
         module = Policy(adapted(load_causal_lm(world["model"]), cell))
 
@@ -114,15 +114,15 @@ def task_of(cell, world, tokenizer):
 
 
 def supervised(cell, world, tokenizer):
-    """-> [{name: number}] of each step."""
+    """Trains a supervised stage; returns {name: number} of each step."""
     module, examples, task = task_of(cell, world, tokenizer)
     trained = engine.Engine(module, RATE, config(cell), 10)
     rows = []
     for step in range(STEPS):
         batch = [examples[(step * GLOBAL_BATCH + i) % len(examples)] for i in range(GLOBAL_BATCH)]
         if step == 1 and cell != cell.reference:
-            broken = dataclasses.replace(task, loss=lambda *given: spoilt(*task.loss(*given)))
-            assert "loss" in train_step(trained, broken, batch, BUDGET)[1]
+            nan_task = dataclasses.replace(task, loss=lambda *given: with_nan(*task.loss(*given)))
+            assert "loss" in train_step(trained, nan_task, batch, BUDGET)[1]
         values, bad = train_step(trained, task, batch, BUDGET)
         assert not bad, bad
         rows.append(values)
@@ -134,20 +134,23 @@ def supervised(cell, world, tokenizer):
 
 
 def stored_rollout(step, tokenizer, cfg):
-    """This rank's share of a rollout of random tokens, uneven in length, the same for any number of
-    processes.
+    """This rank's share of a rollout of random tokens in uneven lengths.
+
+    The rollout of all ranks is the same for any number of processes.
     """
     draw = torch.Generator().manual_seed(step)
     rows = []
     for _ in range(GLOBAL_BATCH):
-        p, t = torch.randint(3, 7, (2,), generator=draw).tolist()
-        ids = torch.randint(4, len(tokenizer), (p + t,), generator=draw).tolist()
-        told = (torch.rand(t, generator=draw) - 3.9).tolist() if cfg.ppo.importance_cap else None
-        rows.append((ids[:p], Response(ids[p:], told, True)))
-    mine = [rows[i] for i in share(range(GLOBAL_BATCH), engine.rank(), engine.world_size())]
+        prompt_length, response_length = torch.randint(3, 7, (2,), generator=draw).tolist()
+        ids = torch.randint(4, len(tokenizer), (prompt_length + response_length,), generator=draw).tolist()
+        engine_logp = (
+            (torch.rand(response_length, generator=draw) - 3.9).tolist() if cfg.ppo.importance_cap else None
+        )
+        rows.append((ids[:prompt_length], Response(ids[prompt_length:], engine_logp, True)))
+    own_rows = [rows[i] for i in share(range(GLOBAL_BATCH), engine.rank(), engine.world_size())]
     return assemble(
-        [PromptExample(p, "", ()) for p, _ in mine],
-        [r for _, r in mine],
+        [PromptExample(prompt, "", ()) for prompt, _ in own_rows],
+        [response for _, response in own_rows],
         tokenizer,
         cfg.pass_tokens(),
         minibatches=cfg.ppo.minibatches,
@@ -155,7 +158,7 @@ def stored_rollout(step, tokenizer, cfg):
 
 
 def learn(roles, rollout, scored, value, cfg, texts):
-    """One step of actor and critics -> StepMetrics."""
+    """One step of the actor and the critics; returns its StepMetrics."""
     if in_one_pass(cfg, roles):
         return update_in_one_pass(roles, rollout, scored, value, cfg, texts)
     scored = dataclasses.replace(scored, **old_logprobs_and_values(rollout, roles, cfg))
@@ -163,8 +166,9 @@ def learn(roles, rollout, scored, value, cfg, texts):
 
 
 def policy_optimisation(cell, world, tokenizer):
-    """-> [{name: number}] of each step, as the stages log them: on the same stored rollouts, with all
-    models.
+    """Trains a stage of policy optimisation on stored rollouts with all models.
+
+    Returns {name: number} of each step, as the stages log them.
     """
     constrained = cell.stage == "ppo-lag"
     ppo = PPO(
@@ -195,8 +199,8 @@ def policy_optimisation(cell, world, tokenizer):
         update_multipliers(multipliers, scored, rollout)
         value = {name: multiplier.value for name, multiplier in multipliers.items()}
         if step == 1 and cell != cell.reference:
-            broken = dataclasses.replace(scored, reward_B=spoilt(scored.reward_B)[0])
-            assert learn(roles, rollout, broken, value, cfg, texts).bad
+            nan_scores = dataclasses.replace(scored, reward_B=with_nan(scored.reward_B)[0])
+            assert learn(roles, rollout, nan_scores, value, cfg, texts).bad
         step_metrics = learn(roles, rollout, scored, value, cfg, texts)
         assert not step_metrics.bad, step_metrics.bad
         rows.append(averages(rollout, scored, step_metrics, multipliers, cfg.ppo.shaping))
@@ -206,17 +210,17 @@ def policy_optimisation(cell, world, tokenizer):
 
 def main(world, cells, out):
     engine.start(Engine(precision="fp32"), 0)
-    with open(world) as file, open(cells) as wanted:
-        world, cells = json.load(file), [Cell(*cell) for cell in json.load(wanted)]
+    with open(world) as file, open(cells) as cells_file:
+        world, cells = json.load(file), [Cell(*cell) for cell in json.load(cells_file)]
     tokenizer = load_tokenizer(world["model"])
 
-    def tell(**values):
+    def write_line(**values):
         if engine.rank() == 0 or "error" in values:
             with open(out, "a") as file:
                 file.write(json.dumps(values) + "\n")
 
     for cell in cells:
-        tell(begun=cell)
+        write_line(begun=cell)
         start = time.perf_counter()
         torch.manual_seed(0)
         try:
@@ -224,12 +228,12 @@ def main(world, cells, out):
                 cell, world, tokenizer
             )
         except Exception:
-            tell(cell=cell, error=traceback.format_exc()[-3000:], rank=engine.rank())
-            os._exit(1)  # the other ranks may wait for this one: a new launch goes on after this cell
-        tell(cell=cell, rows=rows, seconds=round(time.perf_counter() - start, 2))
-        gc.collect()  # engines refer to themselves
+            write_line(cell=cell, error=traceback.format_exc()[-3000:], rank=engine.rank())
+            os._exit(1)  # the other ranks may wait for this one; a new launch runs the cells after this one
+        write_line(cell=cell, rows=rows, seconds=round(time.perf_counter() - start, 2))
+        gc.collect()  # engines have reference cycles
     engine.finish()
-    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; the end of gloo's threads is not tested here
 
 
 if __name__ == "__main__":

@@ -4,13 +4,21 @@ to try.
 Everything is float64. A batch is a list of rows; a row is a list of tokens.
 """
 
+import itertools
+
+import hypothesis
+import interpret
 import pytest
 import torch
 
 from saferlhf_fast.kernels import dispatch
 
-SIZES = (1, 63, 252, 507)
-POISONS = (float("nan"), -100.0, float("inf"))
+INTERPRETED = dispatch.interpreted()  # slow: fewer and smaller cases, which cross as many kinds of boundaries
+SIZES = (1, 63, 507) if INTERPRETED else (1, 63, 252, 507)
+HERE = ("triton",) if INTERPRETED else ("reference", "auto")  # implementations to draw from on the CPU
+LONG = 4_500 if INTERPRETED else 131_072  # tokens of a long row: at least four blocks of any kernel
+LARGE_VOCABULARIES = [32_001] if INTERPRETED else [32_000, 50_257, 151_936]
+POISONS = (float("nan"), float("inf")) if INTERPRETED else (float("nan"), -100.0, float("inf"))
 native = pytest.mark.skipif(dispatch.native_module()[0] is None, reason=f"_C: {dispatch.native_module()[1]}")
 # Where the row ops run: implementation and device. In a process with TRITON_INTERPRET=1 that is Triton's
 # interpreter alone.
@@ -18,18 +26,45 @@ PLACES = [
     pytest.param("reference", "cpu", id="reference"),
     pytest.param("native", "cpu", id="native", marks=native),
 ]
-if dispatch.interpreted():
+if INTERPRETED:
+    interpret.patch_once()
+    # a failing example is not made smaller: that runs it hundreds of times
+    hypothesis.settings.register_profile("interpreter", phases=[hypothesis.Phase.generate])
+    hypothesis.settings.load_profile("interpreter")
     PLACES = [pytest.param("triton", "cpu", id="triton-interpreted")]
 elif torch.cuda.is_available():
     PLACES += [pytest.param(impl, "cuda", id=f"{impl}-cuda") for impl in ("triton", "reference")]
 # The same for the ops whose native version also runs on a GPU: dispatch.CUDA_OPS.
 SCAN_PLACES = list(PLACES)
-if (
-    torch.cuda.is_available()
-    and not dispatch.interpreted()
-    and getattr(dispatch.native_module()[0], "cuda", False)
-):
+if torch.cuda.is_available() and not INTERPRETED and getattr(dispatch.native_module()[0], "cuda", False):
     SCAN_PLACES.append(pytest.param("native", "cuda", id="native-cuda"))
+
+
+def pairs(*axes):
+    """The product of three or more axes of values or pytest.params, for parametrize. In the interpreter it is
+    half of the product, in which each value of an axis meets each value of every other axis.
+    """
+    cases = itertools.product(*(list(enumerate(axis)) for axis in axes))
+    return [
+        _merged([value for _, value in case])
+        for case in cases
+        if not INTERPRETED or sum(at for at, _ in case) % 2 == 0
+    ]
+
+
+def _merged(values):
+    parts = [value if hasattr(value, "marks") else pytest.param(value, id=_name(value)) for value in values]
+    return pytest.param(
+        *(value for part in parts for value in part.values),
+        id="-".join(part.id for part in parts),
+        marks=[mark for part in parts for mark in part.marks],
+    )
+
+
+def _name(value):
+    if isinstance(value, (dict, tuple)):
+        return "-".join(map(str, value)) or "plain"
+    return str(value).replace("torch.", "")
 
 
 class Ragged:

@@ -1,6 +1,4 @@
-"""One table of the ops: their arguments, settings and what the gradient goes to; inputs for them, and
-calls.
-"""
+"""One table of the ops: arguments, settings and what the gradient goes to; inputs for them, and calls."""
 
 import naive
 import torch

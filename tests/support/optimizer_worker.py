@@ -1,9 +1,8 @@
-"""Run by test_optimizers.py in one or two processes: a few steps of each kind of optimiser, ZeRO stage,
-precision and offload.
+"""Run by test_optimizers.py in one or two processes: each optimiser, ZeRO stage, precision and offload.
 
-Writes {"kind/stage/precision/offload": what `run` returns, "decay/kind/stage": the same on gradients of zero,
-"end/stage/offload": what `end_of_a_run` returns}. Offload is of the "states", the "weights" or "both". Two
-processes do less of all that.
+Writes {"kind/stage/precision/offload": the result of `run`, "decay/kind/stage": the same with gradients of
+zero, "end/stage/offload": the result of `end_of_a_run`}. Offload is "states", "weights" or "both". Two
+processes run only a part of this.
 """
 
 import importlib.util
@@ -40,16 +39,18 @@ def optimizer(kind):
 
 
 def batch():
-    """The one global batch -> this rank's share."""
+    """This rank's share of the one global batch."""
     data = torch.Generator().manual_seed(1)
     x, y = torch.randn(20, 63, generator=data), torch.randn(20, 65, generator=data)
     return [t[engine.rank() :: engine.world_size()] for t in (x, y)]
 
 
 def run(kind, stage, precision, offload, zero=False):
-    """Four steps -> losses, gradient norms, learning rates, mean magnitudes of matrices and of biases (before
-    and after), and of the optimiser's state the bytes on this rank and the steps that it has counted. zero:
-    gradients of zero, so that weights only decay.
+    """Trains four steps.
+
+    Returns losses, gradient norms, learning rates, mean magnitudes of matrices and of biases (before and
+    after), the bytes of the optimiser's state on this rank and the steps that it has counted. zero: the
+    gradients are zero, so that weights only decay.
     """
     cfg = config(stage, precision, offload)
     trained = engine.Engine(net(), optimizer(kind), cfg, 10)
@@ -66,19 +67,17 @@ def run(kind, stage, precision, offload, zero=False):
         out["grad_norm"].append(float(values["grad_norm"]))
         out["lr"].append(values["lr"])
     out["weights"].append(magnitudes(trained))
-    inner, held = trained.deepspeed.basic_optimizer, trained.deepspeed.optimizer
+    inner, wrapper = trained.deepspeed.basic_optimizer, trained.deepspeed.optimizer
     out["counted"] = sorted({float(state["step"]) for state in inner.state.values()})
     flags = {
-        name: bool(getattr(held, name, False))
+        name: bool(getattr(wrapper, name, False))
         for name in ("cpu_offload", "offload_optimizer", "offload_param")
     }
     return {**out, **flags, "bytes": state_bytes(inner), "class": type(inner).__name__}
 
 
 def state_bytes(optimizer):
-    """Bytes of all tensors that an optimiser remembers, each counted once (bitsandbytes shares its
-    tables).
-    """
+    """Bytes of the tensors in an optimiser's state, each counted once (bitsandbytes shares its tables)."""
     tensors = {
         id(value): value
         for state in optimizer.state.values()
@@ -89,7 +88,7 @@ def state_bytes(optimizer):
 
 
 def magnitudes(trained):
-    """Mean magnitude of the matrices and of the biases, on all ranks."""
+    """Mean magnitude of the gathered matrices and of the gathered biases."""
     with trained.gathered():
         weights = [p.detach().double().cpu() for p in trained.module.parameters()]
     return [
@@ -99,9 +98,7 @@ def magnitudes(trained):
 
 
 def end_of_a_run(stage, offload):
-    """What comes besides the steps: weights are read and put back, a frozen model is asked, a step is not
-    finite.
-    """
+    """Reads and restores weights, runs a frozen model, and takes a step that is not finite."""
     cfg = config(stage, "fp32", offload)
     trained = engine.Engine(net(), optimizer("adamw"), cfg, 10)
     x, y = batch()
@@ -163,4 +160,4 @@ if __name__ == "__main__":
         with open(sys.argv[1], "w") as file:
             json.dump(results, file)
     engine.finish()
-    os._exit(0)  # the results are written; how gloo's threads end is not what is tested here
+    os._exit(0)  # the results are written; the end of gloo's threads is not tested here

@@ -1,8 +1,8 @@
-"""ResumableDict of one DeepSpeed engine over a stack of linear layers: plan_worker.py OUT LAYERS STAGE
+"""Memory of one DeepSpeed engine over a stack of linear layers: plan_worker.py OUT LAYERS STAGE
 PRECISION OFFLOAD.
 
 Writes {phase: [peak, end]} in bytes above what was resident before, of rank 0: resident memory, with the C
-library told to hand large blocks back at once (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_).
+library told to hand large blocks back at once.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from saferlhf_fast.config.stages import Engine, Optimizer
 from saferlhf_fast.runtime import engine
 
 WIDTH = 1024
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 class Net(torch.nn.Module):
@@ -36,6 +37,9 @@ def resident(name):
 
 
 def main(out, layers, stage, precision, offload):
+    libc = ctypes.CDLL(None)
+    for what in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+        assert libc.mallopt(what, 65536) == 1
     cfg = Engine(zero_stage=int(stage), precision=precision, offload_optimizer=offload == "1", threads=1)
     engine.start(cfg, 0)
     # imports, and what libraries keep
@@ -47,7 +51,7 @@ def main(out, layers, stage, precision, offload):
 
     @contextlib.contextmanager
     def phase(name):
-        ctypes.CDLL(None).malloc_trim(0)
+        libc.malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         yield

@@ -1,4 +1,4 @@
-"""Runs of tiny models that are interrupted and go on, and what must then be the same as without."""
+"""Tiny runs that are interrupted and resumed, and the comparison with runs that are not interrupted."""
 
 import hashlib
 import json
@@ -60,14 +60,14 @@ def words(stage, world, output, processes=1, **settings):
 
 
 def make_world(folder):
-    """Models and data of these runs -> {name: path}."""
+    """Writes the models and data of these runs; returns {name: path}."""
     data = kit.make_data(folder / "data", n=22)
     base = kit.make_model(folder / "model")
     return {"model": base, **data, **kit.make_scores(folder, base)}
 
 
 def interrupted(output, copy, at=AT):
-    """A copy of a finished run as it was after step `at` -> its folder."""
+    """Copies a finished run as it was after step `at`; returns the folder of the copy."""
     shutil.copytree(output, copy)
     for step, path in manifest.listed(copy):
         if step > at:
@@ -79,10 +79,10 @@ def interrupted(output, copy, at=AT):
 
 
 def assert_same(a, b, step=STEPS):
-    """Two finished runs agree bit by bit: every file of their checkpoints, model, metrics."""
-    one, two = (manifest.read(manifest.folder_of(folder, step))["files"] for folder in (a, b))
-    assert sorted(one) == sorted(two) and len(one) > 3
-    differ = [name for name in one if name != "state.json" and one[name] != two[name]]
+    """Asserts that two finished runs agree bit for bit: files of the checkpoint, model and metrics."""
+    files_a, files_b = (manifest.read(manifest.folder_of(folder, step))["files"] for folder in (a, b))
+    assert sorted(files_a) == sorted(files_b) and len(files_a) > 3
+    differ = [name for name in files_a if name != "state.json" and files_a[name] != files_b[name]]
     assert not differ, f"{differ} differ"
     assert _state(a, step) == _state(b, step)
     assert digest(a / "model" / "model.safetensors") == digest(b / "model" / "model.safetensors")
@@ -95,7 +95,9 @@ def assert_same(a, b, step=STEPS):
 
 def _state(folder, step):
     values = json.loads((manifest.folder_of(folder, step) / "state.json").read_text())
-    values["metrics"] = {"step": values["metrics"]["step"]}  # seconds, and bytes with them
+    values["metrics"] = {
+        "step": values["metrics"]["step"]
+    }  # without the time and the size of metrics.jsonl, which depends on it
     return values
 
 
@@ -105,33 +107,35 @@ def digest(path):
 
 
 def launch(commands, processes, timeout=400, check=True, worker="resume_worker.py", **env):
-    """Runs command lines one after the other in the same processes -> CompletedProcess with all their
-    output.
+    """Runs command lines one after the other in the same processes.
+
+    Returns a CompletedProcess with the output of all of them.
     """
-    done = forked.run([kit.SUPPORT / worker, json.dumps(commands)], processes, timeout, env)
-    assert not check or done.returncode == 0, (done.stdout[-2000:], done.stderr[-4000:])
-    return done
+    completed = forked.run([kit.SUPPORT / worker, json.dumps(commands)], processes, timeout, env)
+    assert not check or completed.returncode == 0, (completed.stdout[-2000:], completed.stderr[-4000:])
+    return completed
 
 
 def together(command, processes, worker="fault_worker.py", timeout=200, **env):
-    """Starts one command line in so many processes, without a launcher that would end them -> [(exit code,
-    output, errors)].
+    """Runs one command line in several processes, without a launcher that would end them.
 
-    env: more of the environment. A process that is still there after `timeout` seconds is killed and fails
-    the test.
+    Returns [(exit code, output, errors)], one for each rank. env: additional environment variables. A process
+    that still runs after `timeout` seconds is killed, and the test fails.
     """
     deadline = time.monotonic() + timeout
     with tempfile.TemporaryDirectory(prefix="together-") as folder:
-        texts = [[Path(folder) / f"{name}{rank}" for name in ("out", "err")] for rank in range(processes)]
+        output_files = [
+            [Path(folder) / f"{name}{rank}" for name in ("out", "err")] for rank in range(processes)
+        ]
         arguments = [kit.SUPPORT / worker, json.dumps(command)]
         ranks = [
             forked.Program(arguments, 1, *files, variables | env)
-            for files, variables in zip(texts, forked.launcher_variables(processes))
+            for files, variables in zip(output_files, forked.launcher_variables(processes))
         ]
         codes = [rank.wait(max(1.0, deadline - time.monotonic())) for rank in ranks]
-        found = [(code, *(path.read_text() for path in files)) for code, files in zip(codes, texts)]
-    assert None not in codes, f"a process did not end within {timeout} s: {found}"
-    return found
+        results = [(code, *(path.read_text() for path in files)) for code, files in zip(codes, output_files)]
+    assert None not in codes, f"a process did not end within {timeout} s: {results}"
+    return results
 
 
 class Marker:

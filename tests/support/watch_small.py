@@ -1,7 +1,6 @@
-"""Run by test_watch.py: ranks that only meet, with a fault in one of them while the others wait in a
-collective.
+"""Run by test_watch.py: ranks that run a collective, with a fault in some of them while the others wait.
 
-    watch_small.py FAULT RANKS TIMEOUT INTERVAL        FAULT: none raise refuse interrupt hang kill early
+watch_small.py FAULT RANKS TIMEOUT INTERVAL        FAULT: none raise refuse interrupt hang kill early
 """
 
 import datetime

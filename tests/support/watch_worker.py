@@ -16,7 +16,7 @@ def stuck():
     time.sleep(1000)
 
 
-def faulty(sample, calls=[0]):  # noqa: B006 counts over calls
+def faulty(sample, calls=[0]):  # noqa: B006 counts the calls
     def sampled(*args):
         calls[0] += 1
         if calls[0] == 2 and os.environ["RANK"] in RANKS:

@@ -1,40 +1,42 @@
-"""BestCheckpoint: the best or the last is kept, with its weights; checkpoints of before, in both of their
-forms, are read.
-"""
+"""BestCheckpoint keeps the best or the last evaluation with its weights and reads states of old versions."""
 
 import pytest
 
 from saferlhf_fast.training.best_checkpoint import BestCheckpoint
 
 
-def offered(scores, keep=None, best=None):
-    """A BestCheckpoint that was offered some scores, in steps 1, 2, …"""
+def best_of(scores, keep=None, best=None):
+    """A BestCheckpoint that has seen some scores, in steps 1, 2, …"""
     best = best or BestCheckpoint(lambda evaluation: [evaluation["score"]], keep)
     for step, score in enumerate(scores, 1):
         best.offer(step, {"score": score})
     return best
 
 
-def test_the_best_is_kept_with_the_weights_of_its_moment():
-    kept = iter("abcd")
-    best = offered([1.0, 3.0, 3.0, 2.0], lambda: next(kept))
-    assert (best.step, best.evaluation, best.weights) == (2, {"score": 3.0}, "b")  # the first of equals
-    # nothing was kept in vain
-    assert next(kept) == "c"
+def test_the_best_evaluation_is_kept_with_the_weights_of_its_step():
+    weights = iter("abcd")
+    best = best_of([1.0, 3.0, 3.0, 2.0], lambda: next(weights))
+    assert (best.step, best.evaluation, best.weights) == (
+        2,
+        {"score": 3.0},
+        "b",
+    )  # the first of two equal scores
+    # weights are kept only for a new best: twice so far
+    assert next(weights) == "c"
 
 
-def test_without_keep_the_last_one_counts():
-    best = offered([1.0, 3.0, 2.0])
+def test_without_keep_the_last_evaluation_counts():
+    best = best_of([1.0, 3.0, 2.0])
     assert (best.step, best.evaluation, best.weights) == (3, {"score": 2.0}, None)
 
 
-def test_a_resumed_one_goes_on_from_its_best():
-    again = BestCheckpoint(lambda evaluation: [evaluation["score"]], lambda: "new")
-    again.load_state_dict(offered([1.0, 3.0], lambda: "old").state_dict())
-    again.offer(3, {"score": 2.0})
-    assert (again.step, again.weights) == (2, "old")
-    again.offer(4, {"score": 4.0})
-    assert (again.step, again.weights) == (4, "new")
+def test_a_restored_best_checkpoint_compares_with_its_earlier_best():
+    restored = BestCheckpoint(lambda evaluation: [evaluation["score"]], lambda: "new")
+    restored.load_state_dict(best_of([1.0, 3.0], lambda: "old").state_dict())
+    restored.offer(3, {"score": 2.0})
+    assert (restored.step, restored.weights) == (2, "old")
+    restored.offer(4, {"score": 4.0})
+    assert (restored.step, restored.weights) == (4, "new")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +63,7 @@ def test_a_resumed_one_goes_on_from_its_best():
         ),
     ],
 )
-def test_checkpoints_of_before_are_read(older, expected):
+def test_states_of_earlier_versions_are_read(older, expected):
     best = BestCheckpoint(lambda evaluation: [0.0], lambda: "new")
     best.load_state_dict(older)
     assert best.state_dict() == expected

@@ -1,4 +1,4 @@
-"""λ: the reference implementation's steps, transcribed by hand, and what must hold for any costs."""
+"""λ: the steps of the reference implementation, written out by hand, and properties for any costs."""
 
 import math
 
@@ -37,26 +37,24 @@ def test_nonfinite_costs_are_left_out_of_the_mean():
 
 
 @pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
-def test_nothing_moves_before_there_is_a_cost(rule):
-    """The mean of no cost is no cost of 0: with a threshold under 0 that would raise λ without any
-    evidence.
-    """
-    nothing = (torch.zeros(0), torch.full((3,), float("nan")), torch.full((2,), 1e9))
+def test_lambda_does_not_move_before_the_first_cost(rule):
+    """Without a cost there is no mean; a mean of 0 would raise λ when the threshold is below 0."""
+    without_costs = (torch.zeros(0), torch.full((3,), float("nan")), torch.full((2,), 1e9))
     multiplier, fresh = (rule(init=1.0, threshold=-4.0, window=2) for _ in range(2))
-    for costs in nothing:
+    for costs in without_costs:
         assert multiplier.update(costs).item() == 1.0 and multiplier.mean_cost.item() == 0.0
-    again = rule(init=1.0, threshold=-4.0, window=2)
-    again.load_state_dict(multiplier.state_dict())
+    restored = rule(init=1.0, threshold=-4.0, window=2)
+    restored.load_state_dict(multiplier.state_dict())
     costs = torch.tensor([-1.0, -2.0])
     # the first cost counts as if it were the first update
     expected = fresh.update(costs)
-    assert torch.equal(multiplier.update(costs), expected) and torch.equal(again.update(costs), expected)
+    assert torch.equal(multiplier.update(costs), expected) and torch.equal(restored.update(costs), expected)
     assert expected.item() > 1.0 and multiplier.mean_cost.item() == -1.5
-    # the window is holes
-    assert torch.equal(multiplier.update(nothing[1]), expected) and multiplier.mean_cost.item() == -1.5
+    # now the window has no valid cost
+    assert torch.equal(multiplier.update(without_costs[1]), expected) and multiplier.mean_cost.item() == -1.5
 
 
-def test_an_update_without_a_cost_is_no_error_to_compare_the_next_with():
+def test_an_update_without_a_cost_gives_the_next_one_no_derivative():
     multiplier, fresh = (PIDMultiplier(init=0.5, kp=0.0, ki=0.0, kd=0.01, threshold=4.0) for _ in range(2))
     multiplier.update(torch.zeros(0))
     assert (
@@ -64,7 +62,7 @@ def test_an_update_without_a_cost_is_no_error_to_compare_the_next_with():
     )
 
 
-def test_a_window_with_costs_goes_on_through_an_empty_batch():
+def test_an_empty_batch_updates_lambda_from_the_costs_of_the_window():
     multiplier = LagrangeMultiplier(window=4, lr=0.5)
     value = multiplier.update(torch.ones(2)).item()
     assert multiplier.update(torch.zeros(0)).item() == pytest.approx(value * math.exp(0.5 * value))
@@ -81,11 +79,11 @@ def test_exponential_rule_refuses_zero():
         LagrangeMultiplier(init=0.0)
 
 
-def test_pid_by_hand():
+def test_pid_steps_equal_values_computed_by_hand():
     pid = PIDMultiplier(init=0.2, kp=0.5, ki=0.1, kd=2.0, max=5.0, threshold=0.0, window=1)
     assert math.isclose(pid.update(torch.tensor([1.0])).item(), 0.5 * 1 + (0.2 + 0.1 * 1), rel_tol=1e-6)
     assert math.isclose(pid.update(torch.tensor([1.5])).item(), 0.75 + 0.45 + 2.0 * 0.5, rel_tol=1e-6)
-    # falling: no derivative
+    # the cost falls, so there is no derivative
     assert math.isclose(pid.update(torch.tensor([0.5])).item(), 0.25 + 0.5 + 0.0, rel_tol=1e-6)
     assert pid.update(torch.tensor([-100.0])).item() == 0.0
 
@@ -100,24 +98,24 @@ def test_pid_integral_does_not_wind_up():
 
 
 @pytest.mark.parametrize("rule", [LagrangeMultiplier, PIDMultiplier])
-def test_a_loop_of_ones_own_goes_on_from_its_state(rule, tmp_path):
+def test_a_multiplier_saved_with_torch_save_resumes_bit_for_bit(rule, tmp_path):
     costs = [torch.tensor([1.0, -2.0]), torch.tensor([3.0]), torch.tensor([0.5, 0.5, 4.0]), torch.tensor([])]
-    whole, first, second = (rule(init=0.5, window=5, delay=1) for _ in range(3))
+    uninterrupted, interrupted, resumed = (rule(init=0.5, window=5, delay=1) for _ in range(3))
     for batch in costs[:2]:
-        whole.update(batch), first.update(batch)
-    torch.save(first.state_dict(), tmp_path / "multiplier.pt")
-    second.load_state_dict(torch.load(tmp_path / "multiplier.pt", weights_only=True))
-    assert repr(second) == repr(first)
+        uninterrupted.update(batch), interrupted.update(batch)
+    torch.save(interrupted.state_dict(), tmp_path / "multiplier.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "multiplier.pt", weights_only=True))
+    assert repr(resumed) == repr(interrupted)
     for batch in costs[2:]:
-        assert torch.equal(whole.update(batch), second.update(batch)) and torch.equal(
-            whole.mean_cost, second.mean_cost
+        assert torch.equal(uninterrupted.update(batch), resumed.update(batch)) and torch.equal(
+            uninterrupted.mean_cost, resumed.mean_cost
         )
 
 
-def test_costs_bring_no_gradient_and_any_dtype():
+def test_costs_of_any_dtype_give_the_same_lambda_without_a_gradient():
     costs = torch.tensor([0.5, 1.5], requires_grad=True)
     kinds = (costs * 1, costs.detach().double(), costs.detach().bfloat16())
-    values = [LagrangeMultiplier(window=2).update(made) for made in kinds]
+    values = [LagrangeMultiplier(window=2).update(kind) for kind in kinds]
     assert all(
         torch.equal(value, values[0]) and not value.requires_grad and value.dtype == torch.float32
         for value in values
@@ -172,12 +170,12 @@ def test_costs_bring_no_gradient_and_any_dtype():
         ),
     ],
 )
-def test_what_cannot_be_is_refused(call, message):
+def test_invalid_arguments_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_integers_are_costs_and_the_most_negative_one_is_not_believed():
+def test_integer_costs_are_accepted_and_extreme_ones_are_left_out():
     multiplier = LagrangeMultiplier(window=4)
     multiplier.update(torch.tensor([-(2**63), 2**63 - 1, 1, 3]))
     assert multiplier.mean_cost.item() == 2.0 and multiplier.value.item() > 1.0
@@ -185,8 +183,8 @@ def test_integers_are_costs_and_the_most_negative_one_is_not_believed():
     assert LagrangeMultiplier(device="meta").update(torch.ones(2, device="meta")).is_meta
 
 
-def whole(multiplier):
-    """All that a multiplier holds, to compare."""
+def state_of(multiplier):
+    """Every attribute of a multiplier and of its window, in a form that can be compared."""
     return {
         name: value.tolist() if isinstance(value, torch.Tensor) else value
         for name, value in {**vars(multiplier), **vars(multiplier.window), "window": None}.items()
@@ -266,23 +264,23 @@ def whole(multiplier):
         ),
     ],
 )
-def test_a_state_that_does_not_fit_changes_nothing(rule, change, message):
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(rule, change, message):
     multiplier = rule(init=2.0, threshold=0.5, window=4)
     multiplier.update(torch.tensor([1.0, 4.0]))
-    before = whole(multiplier)
+    before = state_of(multiplier)
     with pytest.raises(ValueError, match=message) as caught:
         multiplier.load_state_dict(change(rule().state_dict()))
-    assert whole(multiplier) == before and "\n" not in str(caught.value)
+    assert state_of(multiplier) == before and "\n" not in str(caught.value)
 
 
-def test_settings_of_other_kinds_of_numbers():
+def test_settings_may_be_tensors_integers_and_infinity():
     multiplier = LagrangeMultiplier(
         init=torch.tensor(2.0), lr=0, max=float("inf"), threshold=torch.tensor([-1.5])
     )
     assert multiplier.update(torch.ones(1)).item() == pytest.approx(2.0) and multiplier.threshold == -1.5
 
 
-def test_it_prints_what_it_is():
+def test_repr_shows_values_and_settings():
     multiplier = LagrangeMultiplier(init=2.0, lr=0.5, threshold=-1.0, window=8, delay=3)
     assert repr(multiplier) == (
         "LagrangeMultiplier(value=2, mean_cost=0, window=8, lr=0.5, threshold=-1, delay=3, steps=0)"

@@ -1,6 +1,6 @@
-"""Every stage under every ZeRO stage, offload, precision and number of processes gives the losses of one
-process without any of it, for the same global batch: a pairwise cover of the matrix in `make test`, the whole
-product in `make test-matrix`.
+"""Every ZeRO stage, offload, precision and number of processes gives the losses of one unsharded process.
+
+The global batch is the same. `make test` runs a pairwise cover of the matrix, `make test-matrix` the product.
 """
 
 import json
@@ -21,16 +21,16 @@ CHUNK = 60  # cells of one launch
 TOLERANCE = {stage: 1e-4 if stage in matrix.PPO else 2e-5 for stage in matrix.AXES["stage"]}
 BF16_FIRST, BF16_LATER = 3e-2, 1e-1
 COUNTS = ("accuracy", "unsafe_share", "gap_share", "clip_fraction")
-"""Largest difference of a number from the reference's, relative to the larger of that and 1.
+"""Largest difference of a number from that of the reference, relative to the larger of the reference and 1.
 
-In fp32 by stage; in bf16 for the first step, whose weights are the same, and for later ones. COUNTS, which
-count how many numbers are above another, jump in bf16.
+TOLERANCE is for fp32, by stage; BF16_FIRST is for the first step, whose weights are equal, BF16_LATER for
+later ones. COUNTS are shares of numbers above a bound and may jump in bf16.
 """
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """{name: path} of models and data, and the path of the JSON that says so."""
+    """The folder of models and data; its world.json has {name: path}."""
     folder = tmp_path_factory.mktemp("matrix")
     base = kit.make_model(folder / "model")
     paths = {
@@ -40,7 +40,7 @@ def world(tmp_path_factory):
         **kit.make_data(folder / "data", n=18),
         **kit.make_scores(folder, base),
     }
-    for kind in ("reward", "cost"):  # heads that make scores of about 1, which a bf16 error shows in
+    for kind in ("reward", "cost"):  # heads that give scores of about 1, so that a bf16 error is visible
         path = os.path.join(paths[kind], "model.safetensors")
         weights = load_file(path)
         save_file({**weights, "score.weight": 10 * weights["score.weight"]}, path, metadata={"format": "pt"})
@@ -49,107 +49,120 @@ def world(tmp_path_factory):
 
 
 def run_cells(folder, cells, stalled=120.0):
-    """Runs cells of one number of processes -> {cell: {"rows", "seconds"} or {"error"}}. A cell that fails,
-    crashes or hangs for `stalled` seconds ends its launch; the next launch goes on after it.
+    """Runs cells of one number of processes; returns {cell: {"rows", "seconds"} or {"error"}}.
+
+    A cell that fails, crashes or hangs for `stalled` seconds ends its launch; the next launch starts after
+    it.
     """
-    found, left, broken = {}, list(cells), 0
-    while left:
-        out, wanted, said = (folder / f"{left[0].processes}.{what}" for what in ("out", "cells", "stderr"))
+    results, remaining, failures = {}, list(cells), 0
+    while remaining:
+        out, cells_file, stderr = (
+            folder / f"{remaining[0].processes}.{what}" for what in ("out", "cells", "stderr")
+        )
         out.write_text("")
-        wanted.write_text(json.dumps(left))
-        begun, code = (
+        cells_file.write_text(json.dumps(remaining))
+        current, code = (
             None,
-            launch(left[0].processes, [folder / "world.json", wanted, out], out, said, stalled),
+            launch(remaining[0].processes, [folder / "world.json", cells_file, out], out, stderr, stalled),
         )
         for line in out.read_text().splitlines():
             values = json.loads(line)
             if "begun" in values:
-                begun = matrix.Cell(*values["begun"])
+                current = matrix.Cell(*values["begun"])
             elif "error" in values:
-                # of a rank that broke, or that lost its connection to one
-                found.setdefault(begun, {"error": ""})["error"] += (
+                # of the rank that failed, or of a rank that lost its connection to it
+                results.setdefault(current, {"error": ""})["error"] += (
                     f"rank {values['rank']}: {values['error']}\n"
                 )
             else:
-                found[begun] = values
+                results[current] = values
         if code == 0:
-            assert all(cell in found for cell in left), "a launch ended well without having run its cells"
+            assert all(cell in results for cell in remaining), (
+                "a launch ended well without having run its cells"
+            )
             break
-        assert begun is not None, f"no cell was begun: {said.read_text()[-3000:]}"
-        found.setdefault(begun, {"error": f"exit code {code}: {said.read_text()[-3000:]}"})
-        left, broken = left[left.index(begun) + 1 :], broken + 1
-        # a mistake that all share: it would go on for minutes
-        if broken == 5:
-            return found | {cell: {"error": "not run: five others of this launch failed"} for cell in left}
-    return found
+        assert current is not None, f"no cell was begun: {stderr.read_text()[-3000:]}"
+        results.setdefault(current, {"error": f"exit code {code}: {stderr.read_text()[-3000:]}"})
+        remaining, failures = remaining[remaining.index(current) + 1 :], failures + 1
+        # probably all cells share the mistake, and more launches would take minutes
+        if failures == 5:
+            return results | {
+                cell: {"error": "not run: five others of this launch failed"} for cell in remaining
+            }
+    return results
 
 
-def launch(processes, arguments, out, said, stalled):
-    """Runs the worker -> exit code; "hangs" when `out` has not grown for `stalled` seconds."""
+def launch(processes, arguments, out, stderr, stalled):
+    """Runs the worker; returns the exit code, or "hangs" if `out` has not grown for `stalled` seconds."""
     environment = {"PYTHONWARNINGS": "ignore"}
     worker = forked.Program(
-        [kit.SUPPORT / "matrix_worker.py", *arguments], processes, said, said, environment
+        [kit.SUPPORT / "matrix_worker.py", *arguments], processes, stderr, stderr, environment
     )
-    grown, size = time.monotonic(), 0
+    last_growth, size = time.monotonic(), 0
     while (code := worker.poll(1.0)) is None:
         if out.stat().st_size != size:
-            grown, size = time.monotonic(), out.stat().st_size
-        if time.monotonic() - grown > stalled:
+            last_growth, size = time.monotonic(), out.stat().st_size
+        if time.monotonic() - last_growth > stalled:
             worker.kill()
             return "hangs"
     return code
 
 
 class Runs:
-    """What the cells of a list have given, a chunk of one number of processes at a time, when the first of it
-    is asked for.
+    """The results of a list of cells by cell.
+
+    The first access to a cell runs its chunk: CHUNK cells of one number of processes.
     """
 
     def __init__(self, folder, cells):
-        self.folder, self.found = folder, {}
+        self.folder, self.results = folder, {}
         cells = list(dict.fromkeys([*matrix.references(cells), *cells]))
-        alike = [[cell for cell in cells if cell.processes == n] for n in matrix.AXES["processes"]]
-        self.chunks = [part[at : at + CHUNK] for part in alike for at in range(0, len(part), CHUNK)]
+        by_processes = [[cell for cell in cells if cell.processes == n] for n in matrix.AXES["processes"]]
+        self.chunks = [
+            of_one_number[at : at + CHUNK]
+            for of_one_number in by_processes
+            for at in range(0, len(of_one_number), CHUNK)
+        ]
 
     def __getitem__(self, cell):
-        if cell not in self.found:
-            self.found |= run_cells(self.folder, next(chunk for chunk in self.chunks if cell in chunk))
-        return self.found[cell]
+        if cell not in self.results:
+            self.results |= run_cells(self.folder, next(chunk for chunk in self.chunks if cell in chunk))
+        return self.results[cell]
 
 
 @pytest.fixture(scope="module")
-def cover(world):
+def cover_runs(world):
     return Runs(world, COVER)
 
 
 @pytest.fixture(scope="module")
-def whole(world):
+def product_runs(world):
     return Runs(world, PRODUCT)
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("cell", COVER, ids=lambda cell: cell.name)
-def test_cover(cover, cell):
-    agrees(cell, cover[cell], cover[cell.reference])
+def test_a_pairwise_cover_of_the_matrix_gives_the_losses_of_the_references(cover_runs, cell):
+    assert_agrees(cell, cover_runs[cell], cover_runs[cell.reference])
 
 
 @pytest.mark.numeric
 @pytest.mark.matrix
 @pytest.mark.parametrize("cell", PRODUCT, ids=lambda cell: cell.name)
-def test_product(whole, cell):
-    agrees(cell, whole[cell], whole[cell.reference])
+def test_the_whole_matrix_gives_the_losses_of_the_references(product_runs, cell):
+    assert_agrees(cell, product_runs[cell], product_runs[cell.reference])
 
 
-def agrees(cell, got, expected):
+def assert_agrees(cell, result, expected):
     """Fails with the first step and the names of the numbers that differ by too much."""
-    for what, values in (("", got), ("reference: ", expected)):
+    for what, values in (("", result), ("reference: ", expected)):
         assert "error" not in values, f"{what}{values['error']}"
-    assert [sorted(step) for step in got["rows"]] == [sorted(step) for step in expected["rows"]]
-    for i, (mine, theirs) in enumerate(zip(got["rows"], expected["rows"])):
+    assert [sorted(step) for step in result["rows"]] == [sorted(step) for step in expected["rows"]]
+    for i, (numbers, references) in enumerate(zip(result["rows"], expected["rows"])):
         wrong = [
-            f"{name} {mine[name]!r}, expected {theirs[name]!r}"
-            for name in theirs
-            if not near(mine[name], theirs[name], allowed(cell, i, name))
+            f"{name} {numbers[name]!r}, expected {references[name]!r}"
+            for name in references
+            if not near(numbers[name], references[name], allowed(cell, i, name))
         ]
         assert not wrong, f"step {i}: {'; '.join(wrong)}"
 
@@ -166,11 +179,11 @@ def allowed(cell, step, name):
     return BF16_LATER if step else BF16_FIRST
 
 
-# ---------------------------------------------------------------- the lists themselves, and the runner
+# ---------------------------------------------------------------- the lists of cells, and the runner
 
 
 def test_every_pair_of_values_is_covered():
-    """Spelt out for the axes that matter, so that a rule of `exists` that leaves out too much is seen too."""
+    """The pairs of the main axes are written out, so that `exists` cannot leave out too many unnoticed."""
     assert set().union(*map(matrix.pairs, COVER)) == set().union(*map(matrix.pairs, matrix.everything()))
     stages, both = matrix.AXES["stage"], ("precision", "processes")
 
@@ -196,37 +209,35 @@ def test_every_pair_of_values_is_covered():
     assert len(COVER) < 60
 
 
-def test_the_product_is_whole():
+def test_the_product_has_every_combination():
     places = {
         (0, "none"),
         *((zero, kind) for zero in (1, 2, 3) for kind in ("none", "states")),
         (3, "weights"),
         (3, "both"),
     }
-    wanted = {
+    expected = {
         (stage, *place, kind, n)
         for stage in matrix.AXES["stage"]
         for place in places
         for kind in ("fp32", "bf16")
         for n in (1, 2, 4)
     }
-    assert sorted(cell[:5] for cell in PRODUCT) == sorted(wanted) and all(map(matrix.exists, PRODUCT))
-    for stage in matrix.AXES["stage"]:  # the other axes meet each of these
-        met, there = (
+    assert sorted(cell[:5] for cell in PRODUCT) == sorted(expected) and all(map(matrix.exists, PRODUCT))
+    for stage in matrix.AXES["stage"]:  # each pair with a value of the other axes occurs
+        pairs_run, pairs_possible = (
             set().union(*(matrix.pairs(cell) for cell in cells if cell.stage == stage))
             for cells in (PRODUCT, matrix.everything())
         )
-        assert met == there
+        assert pairs_run == pairs_possible
 
 
-def test_a_crash_hides_no_other_cell(tmp_path, monkeypatch):
-    """Of five cells the second raises on one rank, the third kills its process without a word and the fourth
-    hangs.
-    """
+def test_the_cells_after_a_crash_are_run(tmp_path, monkeypatch):
+    """Of five cells the second raises on one rank, the third kills its process and the fourth hangs."""
     cells, launches = PRODUCT[:5], []
 
-    def worker(processes, arguments, out, said, stalled):
-        said.write_text("said at the end")
+    def worker(processes, arguments, out, stderr, stalled):
+        stderr.write_text("last words")
         launches.append(processes)
         for cell in [matrix.Cell(*cell) for cell in json.loads(arguments[1].read_text())]:
             lines = [{"begun": cell}]
@@ -241,26 +252,26 @@ def test_a_crash_hides_no_other_cell(tmp_path, monkeypatch):
         return 0
 
     monkeypatch.setattr(sys.modules[__name__], "launch", worker)
-    found = run_cells(tmp_path, cells)
-    assert len(launches) == 4 and list(found) == cells
-    assert found[cells[0]]["rows"] == [0] and found[cells[4]]["rows"] == [4]
-    assert found[cells[1]]["error"] == "rank 1: Broken\n"
-    assert [found[cell]["error"] for cell in cells[2:4]] == [
-        "exit code 1: said at the end",
-        "exit code hangs: said at the end",
+    results = run_cells(tmp_path, cells)
+    assert len(launches) == 4 and list(results) == cells
+    assert results[cells[0]]["rows"] == [0] and results[cells[4]]["rows"] == [4]
+    assert results[cells[1]]["error"] == "rank 1: Broken\n"
+    assert [results[cell]["error"] for cell in cells[2:4]] == [
+        "exit code 1: last words",
+        "exit code hangs: last words",
     ]
 
 
-def test_a_difference_is_named():
+def test_a_difference_is_reported_with_step_and_name():
     cell = matrix.Cell("sft", 2, "none", "fp32", 2, "-", "plain")
     rows = [{"loss": 1.0, "grad_norm": 2.0}, {"weights": 0.02}]
-    agrees(cell, {"rows": rows}, {"rows": rows})
+    assert_agrees(cell, {"rows": rows}, {"rows": rows})
     for step, changed, message in (
         (0, {"loss": 1.0001, "grad_norm": 2.0}, "step 0: loss 1.0001, expected 1.0"),
         (0, {"loss": 1.0, "grad_norm": float("nan")}, "step 0: grad_norm nan"),
         (1, {"weights": 0.0201}, "step 1: weights 0.0201"),
     ):
         with pytest.raises(AssertionError, match=message):
-            agrees(cell, {"rows": [*rows[:step], changed, *rows[step + 1 :]]}, {"rows": rows})
+            assert_agrees(cell, {"rows": [*rows[:step], changed, *rows[step + 1 :]]}, {"rows": rows})
     with pytest.raises(AssertionError, match="exit code 1: a sentence"):
-        agrees(cell, {"error": "exit code 1: a sentence"}, {"rows": rows})
+        assert_agrees(cell, {"error": "exit code 1: a sentence"}, {"rows": rows})

@@ -1,4 +1,4 @@
-"""PPOLagLoss against plain torch, and the drop-in pieces in a process that has torch alone."""
+"""PPOLagLoss against plain torch, and the drop-in functions without any library but torch."""
 
 import inspect
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.numeric
 
 
 def plain(logp, old_logp, reward_advantages, cost_advantages, multiplier, mask, clip=0.2):
-    """The formula: mean over rows with a token of each one's token mean."""
+    """The formula: the mean of the token means of all rows that have a token."""
     advantages = (reward_advantages - multiplier * cost_advantages) / (1 + multiplier)
     ratio = (logp - old_logp).exp()
     term = -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
@@ -25,9 +25,9 @@ def plain(logp, old_logp, reward_advantages, cost_advantages, multiplier, mask, 
 
 
 def batch(seed=0, dtype=torch.float64, rows=4, columns=7):
-    made = torch.Generator().manual_seed(seed)
-    logp, noise, reward, cost = torch.randn(4, rows, columns, generator=made, dtype=torch.float64)
-    mask = torch.rand(rows, columns, generator=made) < 0.7
+    generator = torch.Generator().manual_seed(seed)
+    logp, noise, reward, cost = torch.randn(4, rows, columns, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, columns, generator=generator) < 0.7
     mask[1] = False
     return [
         (-logp.abs()).to(dtype),
@@ -38,19 +38,19 @@ def batch(seed=0, dtype=torch.float64, rows=4, columns=7):
 
 
 @pytest.mark.parametrize("multiplier", [0, 0.3, 5.0])
-def test_formula_and_gradient(multiplier):
-    (logp, *rest), mask = batch()
+def test_loss_and_gradient_equal_the_formula(multiplier):
+    (logp, *others), mask = batch()
     logp.requires_grad_()
-    loss, stats = PPOLagLoss()(logp, *rest, multiplier, mask=mask)
-    expected = plain(logp, *rest, multiplier, mask)
+    loss, stats = PPOLagLoss()(logp, *others, multiplier, mask=mask)
+    expected = plain(logp, *others, multiplier, mask)
     assert_near(loss, expected)
     assert_near(torch.autograd.grad(loss, logp)[0], torch.autograd.grad(expected, logp)[0])
     assert stats["multiplier"].item() == pytest.approx(multiplier) and stats["sequences"] == mask.any(1).sum()
-    assert torch.autograd.gradcheck(lambda x: PPOLagLoss(0.1)(x, *rest, multiplier, mask=mask)[0], logp)
+    assert torch.autograd.gradcheck(lambda x: PPOLagLoss(0.1)(x, *others, multiplier, mask=mask)[0], logp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packed_and_padded(dtype):
+def test_packed_and_padded_inputs_give_the_same_loss(dtype):
     tensors, mask = batch(3, dtype)
     packed, cu_seqlens = pack(tensors, mask)
     criterion = PPOLagLoss(reduction="token-mean")
@@ -68,7 +68,7 @@ def test_packed_and_padded(dtype):
     )
 
 
-def test_every_way_to_say_lambda():
+def test_lambda_may_be_a_number_a_tensor_or_a_multiplier():
     tensors, mask = batch(1, torch.float32)
     expected = PPOLagLoss()(*tensors, 0.25, mask=mask)[0]
     for rule in (
@@ -99,7 +99,7 @@ def test_masked_entries_may_hold_anything():
     assert all(tensor.grad is None for tensor in poisoned[1:])
 
 
-def test_no_token_is_no_loss():
+def test_no_token_gives_a_loss_of_zero():
     loss, _ = PPOLagLoss()(*torch.zeros(4, 0, 3), 1.0, mask=torch.zeros(0, 3, dtype=torch.bool))
     assert loss.item() == 0.0
 
@@ -123,14 +123,14 @@ def test_no_token_is_no_loss():
         ({"mask": torch.ones(4, 7)}, "mask: expected dtype torch.bool"),
     ],
 )
-def test_what_does_not_fit_is_refused(change, message):
+def test_inputs_that_do_not_fit_are_refused(change, message):
     tensors, mask = batch(0, torch.float32)
     names = ("logp", "old_logp", "reward_advantages", "cost_advantages")
     with pytest.raises(ValueError, match=message):
         PPOLagLoss()(**{**dict(zip(names, tensors)), "multiplier": 1.0, "mask": mask, **change})
 
 
-def test_clip_higher_and_dual_clip():
+def test_clip_higher_and_dual_clip_equal_the_formula():
     (logp, old_logp, reward, cost), mask = batch(5)
     old_logp = old_logp - 0.5
     advantages = (reward - 0.5 * cost) / 1.5
@@ -143,7 +143,7 @@ def test_clip_higher_and_dual_clip():
     assert_near(scaled, 2 * term[mask].mean())
 
 
-def test_settings():
+def test_wrong_settings_are_refused_by_name():
     with pytest.raises(ValueError, match="expected settings out of .*clip_ratio.* got clip_rato"):
         PPOLagLoss(clip_rato=0.1)
     for settings, message in [
@@ -169,8 +169,8 @@ def test_settings():
     )
 
 
-def test_numbers_and_tensors_of_a_call():
-    """Numbers where ppo_loss takes numbers: the hints say so, so that a type checker does not refuse them."""
+def test_arguments_of_a_call_are_those_of_ppo_loss():
+    """The type hints allow numbers where ppo_loss takes numbers, so that a type checker accepts them."""
     tensors, mask = batch(7, torch.float32)
     ref_logp, entropy = torch.randn(2, 4, 7, generator=torch.Generator().manual_seed(2))
     criterion = PPOLagLoss(0.1, kl_coeff=0.1, entropy_coeff=0.01, clip_high=float("inf"), impl="reference")
@@ -184,10 +184,14 @@ def test_numbers_and_tensors_of_a_call():
     }
     expected, _ = ppo_loss(*tensors[:2], advantages, mask=mask, **criterion.settings, **extra)
     torch.testing.assert_close(criterion(*tensors, 0.5, mask=mask, **extra)[0], expected)
-    mine, theirs = (inspect.signature(function).parameters for function in (PPOLagLoss.forward, ppo_loss))
+    of_forward, of_ppo_loss = (
+        inspect.signature(function).parameters for function in (PPOLagLoss.forward, ppo_loss)
+    )
     for name in extra:
-        assert {*typing.get_args(mine[name].annotation)} == {*typing.get_args(theirs[name].annotation)}
-    assert not [p for p in mine.values() if p.kind is p.VAR_KEYWORD]
+        assert {*typing.get_args(of_forward[name].annotation)} == {
+            *typing.get_args(of_ppo_loss[name].annotation)
+        }
+    assert not [p for p in of_forward.values() if p.kind is p.VAR_KEYWORD]
 
 
 def test_drop_in_pieces_need_torch_alone():
@@ -197,5 +201,7 @@ def test_drop_in_pieces_need_torch_alone():
         "print([name for name in ('transformers', 'deepspeed', 'datasets', 'pydantic') if name in "
         "sys.modules])"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
-    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+    completed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert completed.stdout.strip() == "[]", completed.stdout + completed.stderr

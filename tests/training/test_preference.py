@@ -1,4 +1,4 @@
-"""Reward and cost losses against their formulas, gradients by gradcheck, and where a score is read."""
+"""Reward and cost losses against their formulas, gradients by gradcheck, and the position of the score."""
 
 import math
 
@@ -18,14 +18,14 @@ def log_sigmoid(x):
 BETTER, WORSE = [0.3, -1.2, 2.0], [0.1, 0.4, -3.0]
 
 
-def test_reward_loss_by_hand():
+def test_reward_loss_equals_the_formula():
     expected = sum(-log_sigmoid(b - w) for b, w in zip(BETTER, WORSE)) / 3
     expected += 0.01 * sum(x * x for x in BETTER + WORSE) / 6
-    got = reward_loss(torch.tensor(BETTER), torch.tensor(WORSE), regularization=0.01)
-    assert math.isclose(got.item(), expected, rel_tol=1e-6)
+    value = reward_loss(torch.tensor(BETTER), torch.tensor(WORSE), regularization=0.01)
+    assert math.isclose(value.item(), expected, rel_tol=1e-6)
 
 
-def test_cost_loss_by_hand():
+def test_cost_loss_equals_the_formula():
     safer, unsafer, s_safer, s_unsafer = BETTER, WORSE, [-1.0, -1.0, 1.0], [1.0, -1.0, 1.0]
     expected = (
         sum(
@@ -35,11 +35,11 @@ def test_cost_loss_by_hand():
         / 3
     )
     expected += 0.001 * sum(x * x for x in safer + unsafer) / 6
-    got = cost_loss(*map(torch.tensor, (safer, unsafer, s_safer, s_unsafer)))
-    assert math.isclose(got.item(), expected, rel_tol=1e-6)
+    value = cost_loss(*map(torch.tensor, (safer, unsafer, s_safer, s_unsafer)))
+    assert math.isclose(value.item(), expected, rel_tol=1e-6)
 
 
-def test_gradients():
+def test_gradients_pass_gradcheck():
     scores = [torch.randn(5, dtype=torch.float64, requires_grad=True) for _ in range(2)]
     signs = [torch.ones(5, dtype=torch.float64), -torch.ones(5, dtype=torch.float64)]
     assert torch.autograd.gradcheck(reward_loss, scores)
@@ -59,7 +59,7 @@ def test_score_is_read_at_the_last_real_token_on_either_side():
     assert ScoreModel.end_scores(scores, mask).tolist() == [1.0, 7.0]
 
 
-def test_token_wise_starts_where_the_responses_part():
+def test_token_wise_starts_where_the_responses_differ():
     rows = [[5, 6, 7], [5, 8, 9, 4]]
     scores = [torch.tensor([9.0, 0.5, 0.7]), torch.tensor([-9.0, 0.1, 0.2, 0.3])]
     expected = reward_loss(torch.tensor([0.5, 0.7, 0.7]), torch.tensor([0.1, 0.2, 0.3]))
@@ -75,15 +75,15 @@ def test_token_wise_cost_has_a_pair_s_signs_at_every_position():
     assert torch.allclose(token_wise(scores, rows, 1, torch.tensor([[-1.0], [1.0]]), 0.001), expected)
 
 
-def test_no_pair_is_no_loss():
+def test_no_pair_gives_a_loss_of_zero():
     for loss in (lambda a, b: reward_loss(a, b), lambda a, b: cost_loss(a, b, a.detach(), b.detach())):
         a, b = (torch.zeros(0, requires_grad=True) for _ in range(2))
-        got = loss(a, b)
-        got.backward()
-        assert got.item() == 0.0 and a.grad.shape == b.grad.shape == (0,)
+        value = loss(a, b)
+        value.backward()
+        assert value.item() == 0.0 and a.grad.shape == b.grad.shape == (0,)
 
 
-def test_signs_of_other_dtypes_and_under_torch_compile():
+def test_cost_loss_takes_signs_of_any_dtype_and_compiles():
     scores, signs = (
         (torch.tensor(BETTER), torch.tensor(WORSE)),
         (torch.tensor([-1.0, -1.0, 1.0]), torch.tensor([1.0, -1.0, 1.0])),
@@ -149,6 +149,6 @@ THREE = torch.ones(3)
         (lambda: cost_loss(THREE, THREE, THREE * float("nan"), THREE), "safer_sign: expected .* got nan"),
     ],
 )
-def test_what_does_not_fit_is_refused(call, message):
+def test_inputs_that_do_not_fit_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -1,6 +1,4 @@
-"""Every stage on tiny data: what it leaves behind, and that the supervised ones learn, stop, save and select
-as told.
-"""
+"""Every stage on tiny data: the files of its run; how supervised stages learn, stop, save and select."""
 
 import json
 import os
@@ -25,11 +23,11 @@ FAST = {
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Model, easy data, and the folder of one short run of every stage."""
+    """A model, easy data, and a folder with one short run of every stage."""
     folder = tmp_path_factory.mktemp("stages")
     base = kit.make_model(folder / "model")
     data = {**kit.make_data(folder / "data"), **kit.make_easy(folder / "easy")}
-    w = {"folder": folder, "model": base, **data}
+    paths = {"folder": folder, "model": base, **data}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SAFERLHF_TEST_TOKEN", SECRET)
         for stage, key in (("sft", "sft"), ("reward", "pairs"), ("cost", "pairs"), ("dpo", "pairs")):
@@ -53,11 +51,11 @@ def world(tmp_path_factory):
             reference=base,
             **scores,
         )
-    return w
+    return paths
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
+def test_a_run_folder_is_complete_and_holds_no_environment_variable(world, stage):
     folder = world["folder"] / stage
     names = {"config.yaml", "versions.json", "started.json", "summary.json", "finished.json"}
     names |= {"evaluation.json", "samples.jsonl"} if stage == "evaluate" else {"metrics.jsonl", "report.html"}
@@ -72,7 +70,7 @@ def test_a_run_folder_is_complete_and_holds_no_environment(world, stage):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
-def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, stage):
+def test_the_model_card_names_no_path_and_its_code_runs(world, stage):
     folder = world["folder"] / stage / "model"
     card = (folder / "README.md").read_text(encoding="utf-8")
     head = yaml.safe_load(card.split("---")[1])
@@ -101,7 +99,7 @@ def test_the_card_says_what_the_model_is_names_no_path_and_its_lines_run(world, 
         ("~/mine", None, "mine"),
     ],
 )
-def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown):
+def test_a_model_card_names_a_base_only_if_it_is_a_name_on_the_hub(tmp_path, model, base, shown):
     sources = [
         {"path": "/private/a/x.json", "kept": 1},
         {"path": "/private/b/x.json", "kept": 2},
@@ -120,10 +118,8 @@ def test_a_card_s_base_is_a_name_on_the_hub_or_none(tmp_path, model, base, shown
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", STAGES[:-1])
-def test_the_model_is_one_of_transformers(world, stage):
-    """Loaded by its own classes, which know nothing of us; and it is not the model that the run began
-    with.
-    """
+def test_the_saved_model_loads_with_the_classes_of_transformers(world, stage):
+    """The classes load it without this package, and it is not the model that the run began with."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from saferlhf_fast.models.score_model import load_score_model
@@ -136,15 +132,15 @@ def test_the_model_is_one_of_transformers(world, stage):
     logits = model(**{k: tokens[k] for k in ("input_ids", "attention_mask")}).logits.detach()
     assert logits.isfinite().all()
     if kind is AutoModelForCausalLM:
-        start = kind.from_pretrained(world["model"])(tokens["input_ids"]).logits
-        assert not torch.allclose(logits, start, atol=1e-6)
+        start_logits = kind.from_pretrained(world["model"])(tokens["input_ids"]).logits
+        assert not torch.allclose(logits, start_logits, atol=1e-6)
         return
-    ours = load_score_model(folder)
-    scores_BL = ours(tokens["input_ids"], tokens["attention_mask"])
-    assert ours.end_scores(scores_BL, tokens["attention_mask"]).item() == pytest.approx(
+    score_model = load_score_model(folder)
+    scores_BL = score_model(tokens["input_ids"], tokens["attention_mask"])
+    assert score_model.end_scores(scores_BL, tokens["attention_mask"]).item() == pytest.approx(
         logits.item(), abs=1e-6
     )
-    assert ours.kind == stage
+    assert score_model.kind == stage
 
 
 @pytest.mark.numeric
@@ -219,10 +215,9 @@ def test_dpo_learns_and_keeps_its_reference(world, tmp_path):
 
 @pytest.mark.numeric
 def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
-    """A learning rate that grows until every step is far too large; a second run at almost none measures what
-    was saved.
+    """The learning rate grows until every step is far too large; a second run measures the saved model.
 
-    The last loss was 5.2 to 18 times the best over 5 seeds.
+    Over 5 seeds the last loss was 5.2 to 18 times the best.
     """
     common = {
         "data": world["sft"],
@@ -242,10 +237,10 @@ def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
         **{**FAST, "optim__learning_rate": 4.0},
     )
     evals, summary = kit.losses(out, "eval/loss"), kit.summary(out)
-    assert 2 * min(evals) < evals[-1], "the last evaluation must not be the best, or this tests nothing"
+    assert 2 * min(evals) < evals[-1], "the last evaluation must not be the best one"
     assert summary["eval/loss"] == min(evals) and summary["best_step"] == 3 * (1 + evals.index(min(evals)))
     assert not (out / "best").exists()
-    again = kit.run(
+    second = kit.run(
         "sft",
         tmp_path / "again",
         model=out / "model",
@@ -253,7 +248,7 @@ def test_best_metric_keeps_the_weights_of_the_best_evaluation(world, tmp_path):
         **common,
         **{**FAST, "optim__learning_rate": 1e-12},
     )
-    assert kit.summary(again)["eval/loss"] == pytest.approx(min(evals), rel=1e-5)
+    assert kit.summary(second)["eval/loss"] == pytest.approx(min(evals), rel=1e-5)
 
 
 @pytest.mark.numeric
@@ -284,7 +279,7 @@ def test_lora_trains_adapters_and_saves_a_plain_model(world, tmp_path, stage):
 
 
 @pytest.mark.numeric
-def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
+def test_gradient_checkpointing_changes_no_loss(world, tmp_path):
     runs = [
         kit.run(
             "sft",
@@ -302,7 +297,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory(world, tmp_path):
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("stage", ["sft", "cost"])
-def test_bf16_on_a_cpu(world, tmp_path, stage):
+def test_bf16_on_a_cpu_stays_close_to_fp32(world, tmp_path, stage):
     data = world["sft" if stage == "sft" else "pairs"]
     runs = [
         kit.run(
@@ -317,12 +312,12 @@ def test_bf16_on_a_cpu(world, tmp_path, stage):
         for precision in ("fp32", "bf16")
     ]
     fp32, bf16 = (kit.losses(out) for out in runs)
-    # off by at most 0.0045 over 5 seeds
+    # they differed by at most 0.0045 over 5 seeds
     assert bf16 == pytest.approx(fp32, rel=0.02) and bf16 != fp32
 
 
 @pytest.mark.numeric
-def test_accumulation_is_one_larger_batch(world, tmp_path):
+def test_accumulation_equals_one_larger_batch(world, tmp_path):
     common = {"model": world["model"], "data": world["sft"], "train__max_steps": 3}
     runs = [
         kit.run(
@@ -337,15 +332,16 @@ def test_accumulation_is_one_larger_batch(world, tmp_path):
         assert kit.losses(runs[0], name) == pytest.approx(kit.losses(runs[1], name), rel=2e-5)
 
 
-# ---------------------------------------------------------------- what exactly is learned
+# ---------------------------------------------------------------- the tokens that are learned
 
 
 @pytest.mark.numeric
 @pytest.mark.parametrize("pad_is_eos", [False, True])
 def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
-    """The first step's loss is the mean over both answers and their ends of turn, by hand with transformers.
+    """The loss of the first step is the mean over both answers and their end tokens.
 
-    Where padding is the end token, the end of the first turn must still be read by the second."""
+    If the end token is also the padding token, the second turn must still read the end of the first one.
+    """
     from transformers import AutoModelForCausalLM
 
     base = kit.make_model(tmp_path / "model", pad_is_eos=pad_is_eos)
@@ -363,8 +359,8 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
         ("no </s>", True),
     ]
     encoded = [(tokenizer(text)["input_ids"], answer) for text, answer in pieces]
-    ids = torch.tensor([i for part, _ in encoded for i in part])
-    learned = torch.tensor([answer for part, answer in encoded for _ in part])
+    ids = torch.tensor([i for piece, _ in encoded for i in piece])
+    learned = torch.tensor([answer for piece, answer in encoded for _ in piece])
     logp = AutoModelForCausalLM.from_pretrained(base)(ids[None]).logits[0, :-1].log_softmax(-1)
     nll = -logp.gather(1, ids[1:, None])[:, 0]
     assert learned.sum() == 5
@@ -373,9 +369,7 @@ def test_every_assistant_turn_is_learned(tmp_path, pad_is_eos):
 
 @pytest.mark.numeric
 def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_path):
-    """One pair of unequal lengths, policy and reference with other weights, against log-softmax sums by
-    hand.
-    """
+    """One pair of unequal lengths and a reference with other weights, against sums of log-softmax."""
     from transformers import AutoModelForCausalLM
 
     from saferlhf_fast.data.examples import PairExample
@@ -402,8 +396,8 @@ def test_dpo_counts_every_token_from_the_first_of_the_response_to_the_end(tmp_pa
 
 
 @pytest.mark.numeric
-def test_token_wise_loss_by_hand(world):
-    """The responses share their first token: from the second on, the shorter one's last score standing in."""
+def test_token_wise_loss_equals_the_formula(world):
+    """The loss begins at the first difference of the responses; the shorter one repeats its last score."""
     from saferlhf_fast.data.examples import PairExample
     from saferlhf_fast.models.score_model import score_model_from_backbone
     from saferlhf_fast.training.losses import reward_loss

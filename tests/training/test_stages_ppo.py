@@ -1,6 +1,4 @@
-"""The PPO stages on tiny data: what a step's figures must be, λ, thresholds, judges with other tokenizers,
-stopping at eos.
-"""
+"""The PPO stages on tiny data: metrics of a step, λ, thresholds, scorers with another tokenizer, stopping."""
 
 import json
 import shutil
@@ -37,19 +35,19 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def go(world, tmp_path):
-    """Runs ppo-lag (or ppo) with some settings -> its folder."""
-    made = iter(range(99))
+    """A function that runs ppo-lag (or ppo) with some settings and returns the folder."""
+    numbers = iter(range(99))
 
     def run(stage="ppo-lag", **settings):
         given = {**BASE, "model": world["model"], "data": world["prompts"], "reward": world["reward"]}
         given |= {"cost": world["cost"]} if stage == "ppo-lag" else {}
-        return kit.run(stage, tmp_path / f"run{next(made)}", **{**given, **settings})
+        return kit.run(stage, tmp_path / f"run{next(numbers)}", **{**given, **settings})
 
     return run
 
 
-def close(a, b, tolerance=1e-4):
-    """Two runs logged the same figures, whatever their times."""
+def assert_close(a, b, tolerance=1e-4):
+    """Asserts that two runs have logged the same numbers, apart from their times."""
     rows = [[{k: v for k, v in row.items() if k != "time"} for row in kit.rows(folder)] for folder in (a, b)]
     assert [sorted(row) for row in rows[0]] == [sorted(row) for row in rows[1]]
     for x, y in zip(*rows):
@@ -57,14 +55,14 @@ def close(a, b, tolerance=1e-4):
             assert x[name] == pytest.approx(y[name], rel=tolerance, abs=tolerance), (x["step"], name)
 
 
-def test_a_run_is_the_same_twice_and_another_with_another_seed(go):
+def test_runs_with_one_seed_are_equal_and_another_seed_gives_another_run(go):
     a, b, c = go(), go(), go(seed=7)
-    close(a, b, 0)
+    assert_close(a, b, 0)
     assert kit.losses(a) == [] and kit.losses(a, "train/actor_loss") != kit.losses(c, "train/actor_loss")
 
 
-def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
-    """Bit for bit and under the same names, whatever the constraint is called."""
+def test_the_long_form_of_one_constraint_equals_the_short_form(go, world):
+    """The metrics are equal bit for bit and have the same names, whatever the name of the constraint is."""
     settings = {"rule": "pid", "threshold": -0.1, "init": 0.5}
     selecting = {"evaluation__select": True, "evaluation__fraction": 0.2}
     short = go(**selecting, **{f"multiplier__{key}": value for key, value in settings.items()})
@@ -74,7 +72,7 @@ def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
         "multiplier": settings,
     }
     long = go(**selecting, cost="null", constraints=json.dumps([constraint]))
-    close(short, long, 0)
+    assert_close(short, long, 0)
     weights = [load_file(folder / "model" / "model.safetensors") for folder in (short, long)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     summaries = [
@@ -87,10 +85,10 @@ def test_the_long_form_of_one_constraint_is_the_short_form(go, world):
 @pytest.mark.parametrize(
     "changes", [{}, {"ppo__epochs": 2, "ppo__whiten": True}, {"ppo__reduction": "token-mean"}]
 )
-def test_micro_batches_change_nothing(go, changes):
-    whole = go(ppo__micro_batch_size=4, **changes)
+def test_micro_batches_change_no_number(go, changes):
+    one_batch = go(ppo__micro_batch_size=4, **changes)
     for size in (1, 2):
-        close(whole, go(ppo__micro_batch_size=size, **changes))
+        assert_close(one_batch, go(ppo__micro_batch_size=size, **changes))
 
 
 @pytest.mark.parametrize(
@@ -102,34 +100,31 @@ def test_micro_batches_change_nothing(go, changes):
         {"ppo__single_pass": False, "engine__packing": False},
     ],
 )
-def test_one_pass_is_two_and_packed_is_padded(go, world, capsys, changes):
-    """Old log-probs and values from a pass of their own, padded rows: the same figures, weights and
-    samples.
-    """
+def test_one_pass_equals_two_and_packed_equals_padded(go, world, capsys, changes):
+    """A scoring pass of its own and padded rows change no metric."""
     common = {"ptx": world["sft"], "ppo__reduction": changes.get("ppo__reduction", "sequence-mean")}
     one, two = go(**{**common, **changes}), go(**common, ppo__single_pass=False)
-    said = capsys.readouterr().out
-    assert ("share their forward passes" in said) is changes.get("ppo__single_pass", True)
-    assert "a pass of their own" in said
-    close(one, two)
+    out = capsys.readouterr().out
+    assert ("share their forward passes" in out) is changes.get("ppo__single_pass", True)
+    assert "a pass of their own" in out
+    assert_close(one, two)
 
 
-def test_several_steps_per_batch_ask_beforehand(go, capsys):
-    """Epochs, minibatches and whitening switch the single pass off by themselves; each minibatch is a step of
-    its own.
-    """
+def test_several_steps_per_batch_score_in_a_pass_of_its_own(go, capsys):
+    """Epochs, minibatches and whitening switch the single pass off; each minibatch is a step of its own."""
     for changes in ({"ppo__epochs": 2}, {"ppo__minibatches": 2}, {"ppo__whiten": True}):
         capsys.readouterr()
         go(**changes)
         assert "a pass of their own" in capsys.readouterr().out
-    halves, whole = go(ppo__minibatches=2, optim__schedule="linear"), go(optim__schedule="linear")
-    assert kit.losses(halves, "train/approx_kl")[0] > 1e-6 > abs(kit.losses(whole, "train/approx_kl")[0])
+    halves, one_step = go(ppo__minibatches=2, optim__schedule="linear"), go(optim__schedule="linear")
+    assert kit.losses(halves, "train/approx_kl")[0] > 1e-6 > abs(kit.losses(one_step, "train/approx_kl")[0])
     assert kit.losses(halves, "train/actor_lr")[-1] == pytest.approx(1e-3 / 5)
 
 
-def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
-    """`generate` samples with the trainer's own weights: what it says differs in the last bits alone. Taken
-    as old ones, or with importance weights of 1, they change nothing.
+def test_log_probs_of_the_engine_are_compared_and_can_serve_as_the_old_ones(go):
+    """`generate` samples with the weights of the trainer, so its log-probs differ only in the last bits.
+
+    As old log-probs, or with importance weights of 1, they change no loss beyond that.
     """
     plain = go()
     assert all(gap < 1e-4 for gap in kit.losses(plain, "train/engine_gap_max"))
@@ -152,7 +147,7 @@ def test_the_engine_s_log_probs_are_measured_and_can_be_the_old_ones(go):
 
 
 def test_importance_weights_are_truncated():
-    """A weight is π_trainer/π_engine, at most the cap, on the advantage; nothing of a dummy is counted."""
+    """The advantage is multiplied by π_trainer/π_engine, at most the cap; dummy sequences count nowhere."""
     from types import SimpleNamespace
 
     from saferlhf_fast.config.stages import PPO
@@ -163,8 +158,8 @@ def test_importance_weights_are_truncated():
     engine_logp = torch.tensor([-1.0, -2.0, -3.0, -4.0])
     advantages = torch.tensor([1.0, -1.0, 2.0, 3.0])
     step = OptimizerStep(None, None, None, cfg, SimpleNamespace(tokens=4), step_metrics, False)
-    got = step.weighted(advantages, engine_logp + ratio.log(), engine_logp)
-    torch.testing.assert_close(got, advantages * ratio.clamp(max=2.0))
+    weighted = step.weighted(advantages, engine_logp + ratio.log(), engine_logp)
+    torch.testing.assert_close(weighted, advantages * ratio.clamp(max=2.0))
     assert step_metrics.sums["engine_gap_share"].item() == pytest.approx(0.5)
     assert step_metrics.sums["engine_gap_mean"].item() == pytest.approx(
         ratio.log().abs().mean().item(), rel=1e-5
@@ -176,9 +171,9 @@ def test_importance_weights_are_truncated():
 
 
 def test_the_step_reads_the_device_twice(go, monkeypatch):
-    """Between rollout and metrics nothing asks the device for a number but one packed look at what must be
-    finite; the metrics are a second read. DeepSpeed's own reads are not counted, nor the checks that CPU
-    tensors alone get.
+    """One read checks that all numbers are finite, the second one reads the metrics.
+
+    Reads of DeepSpeed and checks that exist only for CPU tensors are not counted.
     """
     import traceback
 
@@ -186,24 +181,24 @@ def test_the_step_reads_the_device_twice(go, monkeypatch):
     for name in ("item", "tolist", "__bool__", "__float__", "__int__", "nonzero"):
         real = getattr(torch.Tensor, name)
 
-        def spied(self, *args, real=real, name=name):
+        def recorded(self, *args, real=real, name=name):
             frames = [f for f in traceback.extract_stack() if "saferlhf_fast" in f.filename]
-            inside = [
+            in_the_step = [
                 f
                 for f in frames
                 if f.name
                 in ("score_rollout", "update_in_one_pass", "averages", "update", "old_logprobs_and_values")
             ]
-            last = traceback.extract_stack()[-2]
+            caller = traceback.extract_stack()[-2]
             if (
-                inside
-                and "saferlhf_fast" in last.filename
-                and last.name not in ("known_ids", "check_offsets")
+                in_the_step
+                and "saferlhf_fast" in caller.filename
+                and caller.name not in ("known_ids", "check_offsets")
             ):
-                reads.append((last.name, name))
+                reads.append((caller.name, name))
             return real(self, *args)
 
-        monkeypatch.setattr(torch.Tensor, name, spied)
+        monkeypatch.setattr(torch.Tensor, name, recorded)
     go(ppo__max_steps=1)
     assert reads == [("not_finite", "tolist"), ("_read", "tolist")], reads
     reads.clear()
@@ -212,21 +207,19 @@ def test_the_step_reads_the_device_twice(go, monkeypatch):
 
 
 def test_ptx_keeps_the_policy_near_its_data(go, world):
-    """The supervised loss falls with a large weight, and lies below that of a small one in the end."""
-    last = []
+    """With a large weight the supervised loss falls, and at the end it is below that of a small weight."""
+    last_losses = []
     for weight in (0.01, 64):
         out = go(ptx=world["sft"], ppo__ptx_coeff=weight, ppo__max_steps=6, ppo__prompt_epochs=2)
         loss = kit.losses(out, "train/ptx_loss")
         assert len(loss) == 6
-        last.append(loss[-1])
-    assert last[1] < min(last[0], loss[0])  # by 0.07 to 0.13 over 5 seeds
+        last_losses.append(loss[-1])
+    assert last_losses[1] < min(last_losses[0], loss[0])  # by 0.07 to 0.13 over 5 seeds
     assert not kit.losses(go(ptx=world["sft"], ppo__ptx_coeff=0), "train/ptx_loss")
 
 
-def test_reward_shaping_is_ppo_on_the_difference(go, world, tmp_path):
-    """R − 2·C fed by two models, and by one model whose head is the difference of theirs (their backbones are
-    the same).
-    """
+def test_reward_shaping_equals_ppo_on_the_difference(go, world, tmp_path):
+    """R − 2·C from two models equals the score of one model whose head is the difference of their heads."""
     from safetensors.torch import save_file
 
     heads = [load_file(Path(world[kind]) / "model.safetensors") for kind in ("reward", "cost")]
@@ -251,27 +244,23 @@ def test_reward_shaping_is_ppo_on_the_difference(go, world, tmp_path):
     )
 
 
-def test_ppo_is_ppo_lag_with_a_multiplier_of_zero(go):
-    """λ = 0 is possible with the pid rule alone; the actor then sees the reward's advantage only."""
+def test_ppo_equals_ppo_lag_with_a_multiplier_of_zero(go):
+    """Only the pid rule allows λ = 0; the actor then uses the advantage of the reward alone."""
     lag = go(multiplier__rule="pid", multiplier__init=0, multiplier__kp=0, multiplier__ki=0, multiplier__kd=0)
     ppo = go("ppo")
     for name in ("train/actor_loss", "train/reward", "train/reward_critic_loss"):
         assert kit.losses(lag, name) == pytest.approx(kit.losses(ppo, name), rel=1e-5, abs=1e-6)
 
 
-def test_a_whitened_token_mean_starts_at_zero(go):
-    """Before the first update the ratio is 1, so the loss is minus the mean advantage, which whitening makes
-    0.
-    """
+def test_the_first_loss_of_a_whitened_token_mean_is_zero(go):
+    """Before the first update the ratio is 1: the loss is minus the mean advantage, 0 after whitening."""
     out = go(ppo__whiten=True, ppo__reduction="token-mean", ppo__max_steps=1)
     assert kit.losses(out, "train/actor_loss") == pytest.approx([0.0], abs=1e-6)
     assert abs(kit.losses(go(ppo__max_steps=1), "train/actor_loss")[0]) > 1e-3
 
 
-def test_epochs_go_over_each_batch_again(go):
-    """The second pass starts off the rollout's policy, so its divergence is not 0; learning rates see every
-    update.
-    """
+def test_a_second_epoch_trains_on_each_batch_again(go):
+    """In the second epoch the policy differs from that of the rollout; the schedule counts every update."""
     one, two = go(optim__schedule="linear"), go(ppo__epochs=2, optim__schedule="linear")
     assert kit.losses(one, "train/approx_kl") == pytest.approx([0.0] * 3, abs=1e-6)
     assert all(kl > 1e-6 for kl in kit.losses(two, "train/approx_kl"))
@@ -293,11 +282,11 @@ def test_lambda_follows_the_reference_rule(go):
     )
     costs, windows = kit.losses(out, "train/cost"), kit.losses(out, "train/episode_cost")
     value = torch.tensor(1.0)
-    for step, (got, mean_cost) in enumerate(zip(kit.losses(out, "train/lambda"), windows)):
+    for step, (logged, mean_cost) in enumerate(zip(kit.losses(out, "train/lambda"), windows)):
         if step >= 1:
             value = (value.log() + 0.5 * value * (mean_cost + 0.2)).exp().clamp(max=5.0)
-        assert got == pytest.approx(value.item(), rel=1e-5)
-    # 6 episodes: 4 and 2
+        assert logged == pytest.approx(value.item(), rel=1e-5)
+    # the window of 6 episodes has 4 of the second step and 2 of the first
     assert windows[0] == pytest.approx(costs[0]) and windows[1] != pytest.approx(costs[1])
     assert kit.summary(out)["multiplier"] == pytest.approx(value.item(), rel=1e-5)
 
@@ -313,11 +302,11 @@ def test_lambda_follows_the_pid_rule(go):
         ppo__max_steps=4,
     )
     integral, last = 0.3, None
-    for got, mean_cost in zip(kit.losses(out, "train/lambda"), kit.losses(out, "train/episode_cost")):
+    for logged, mean_cost in zip(kit.losses(out, "train/lambda"), kit.losses(out, "train/episode_cost")):
         error = mean_cost + 1
         integral = min(5.0, max(0.0, integral + 0.2 * error))
         value = 0.5 * error + integral + (0.1 * max(0.0, error - last) if last is not None else 0.0)
-        assert got == pytest.approx(min(5.0, max(0.0, value)), rel=1e-5)
+        assert logged == pytest.approx(min(5.0, max(0.0, value)), rel=1e-5)
         last = error
 
 
@@ -329,7 +318,7 @@ def test_a_threshold_by_quantile_is_of_the_starting_policy_s_costs(go, capsys):
 
 
 def test_the_best_feasible_evaluation_is_kept(go):
-    """The saved actor is the evaluated one: answers drawn again from it get the same costs."""
+    """The saved actor is the evaluated one: new samples of it get the same reward."""
     out = go(
         evaluation__select=True,
         evaluation__interval=1,
@@ -340,8 +329,10 @@ def test_the_best_feasible_evaluation_is_kept(go):
     )
     summary, rewards = kit.summary(out), kit.losses(out, "eval/reward")[1:]
     assert summary["after"]["reward"] == max(rewards) and rewards[summary["kept_step"] - 1] == max(rewards)
-    last = go(model=out / "model", evaluation__fraction=0.3, ppo__max_steps=1, reward_critic=out / "model")
-    assert kit.losses(last, "eval/reward")[0] == pytest.approx(max(rewards), rel=1e-5)
+    second_run = go(
+        model=out / "model", evaluation__fraction=0.3, ppo__max_steps=1, reward_critic=out / "model"
+    )
+    assert kit.losses(second_run, "eval/reward")[0] == pytest.approx(max(rewards), rel=1e-5)
 
 
 def test_the_actor_is_saved_every_n_steps(go):
@@ -349,13 +340,11 @@ def test_the_actor_is_saved_every_n_steps(go):
     assert sorted(p.name for p in out.glob("step-*")) == ["step-1", "step-2"] and (out / "model").is_dir()
 
 
-# ---------------------------------------------------------------- judges
+# ---------------------------------------------------------------- scorers with another tokenizer
 
 
 def permuted(folder, base, score):
-    """Writes `score` with its vocabulary in another order: other ids, the same words, the same function of a
-    text.
-    """
+    """Writes the model `score` with a permuted vocabulary, under which texts keep their scores."""
     from saferlhf_fast.models.score_checkpoint import save_score_model
     from saferlhf_fast.models.score_model import load_score_model
     from saferlhf_fast.models.tokenizer import load_tokenizer
@@ -364,10 +353,10 @@ def permuted(folder, base, score):
     other = kit.make_tokenizer(extra=("more",))
     raw = json.loads(other.backend_tokenizer.to_str())
     vocab = tokenizer.get_vocab()
-    turned = {word: len(vocab) - 1 - i for word, i in vocab.items()}
-    raw["model"]["vocab"] = turned
+    reversed_ids = {word: len(vocab) - 1 - i for word, i in vocab.items()}
+    raw["model"]["vocab"] = reversed_ids
     for token in raw["added_tokens"]:
-        token["id"] = turned[token["content"]]
+        token["id"] = reversed_ids[token["content"]]
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -385,10 +374,8 @@ def permuted(folder, base, score):
     return str(folder)
 
 
-def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
-    """The same function under other ids gives the same scores; its critic starts from the policy, which is
-    said.
-    """
+def test_a_scorer_with_another_tokenizer_reads_the_text(world, tmp_path, go, capsys):
+    """A model with permuted ids gives the same scores; its critic starts from the policy."""
     from saferlhf_fast.config.sections import SCORER_KINDS, ScorerSpec
     from saferlhf_fast.config.stages import PPOConfig
     from saferlhf_fast.data.examples import PromptExample
@@ -410,15 +397,15 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     for text in ("what is red", "stop the day of blue"):
         messages = ({"role": "user", "content": text},)
         prompts.append(PromptExample(template.encode_prompts([messages])[0], text, messages))
-    # the second did not end
+    # the second response has no end token
     responses = [tokenizer("yes red </s>")["input_ids"], tokenizer("no")["input_ids"]]
     rollout = assemble(
         prompts, [Response(ids, None, ended) for ids, ended in zip(responses, (True, False))], tokenizer, 99
     )
     assert sorted(rollout.texts) == ["no", "yes red"]
-    judges = [load_scorer(ScorerSpec(path=path), tokenizer, cfg)[0] for path in (world["reward"], other)]
-    assert [judge.retokenizes for judge in judges] == [False, True]
-    a, b = (judge(rollout, slice(0, 2)) for judge in judges)
+    scorers = [load_scorer(ScorerSpec(path=path), tokenizer, cfg)[0] for path in (world["reward"], other)]
+    assert [scorer.retokenizes for scorer in scorers] == [False, True]
+    a, b = (scorer(rollout, slice(0, 2)) for scorer in scorers)
     assert a.tolist() == pytest.approx(b.tolist(), abs=1e-5) and abs(a[0] - a[1]) > 1e-4
 
     capsys.readouterr()
@@ -427,23 +414,21 @@ def test_a_judge_with_another_tokenizer_reads_the_text(world, tmp_path, go, caps
     assert kit.losses(out, "train/reward_critic_loss")
 
 
-def test_evaluation_on_training_prompts_is_told(go, capsys):
-    """The report says so too: test_report.py."""
+def test_evaluation_on_training_prompts_is_reported(go, capsys):
+    """The same warning in the report is tested by test_report.py."""
     go(ppo__max_steps=1)
-    told = " ".join(capsys.readouterr().out.split())
-    assert "the first 12 training prompts; evaluation.fraction or evaluation.data" in told
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the first 12 training prompts; evaluation.fraction or evaluation.data" in out
     go(ppo__max_steps=1, evaluation__fraction=0.3)
     assert "training prompts" not in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- stopping, where padding is the end token
+# ---------------------------------------------------------------- stopping, also if padding is the end token
 
 
 @pytest.mark.parametrize("pad_is_eos", [True, False])
-def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
-    """SFT on one answer; greedy generation by plain transformers stops right behind it; PPO trains on the end
-    token.
-    """
+def test_stopping_at_the_end_token_is_learned(tmp_path, pad_is_eos):
+    """After SFT on one answer, greedy generation of transformers and the sampling of PPO stop after it."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from saferlhf_fast.config.stages import Engine, Sampling
@@ -493,9 +478,10 @@ def test_stopping_is_learned_and_the_end_counts(tmp_path, pad_is_eos):
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architecture):
-    """Prompts of other lengths, padded with the end token on the left, are answered as alone. GPT-2's
-    positions are absolute: they must be counted from each row's first token.
+def test_end_tokens_as_padding_of_a_prompt_change_no_log_prob(tmp_path, architecture):
+    """Prompts that are padded on the left with the end token get the log-probs of a single sequence.
+
+    GPT-2 has absolute positions, which must be counted from the first token of each row.
     """
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
@@ -518,20 +504,18 @@ def test_an_end_token_in_a_prompt_s_padding_is_not_part_of_it(tmp_path, architec
     sampling = Sampling(max_new_tokens=6)
     generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
     rollout = assemble(*generate(generator, prompts, tokenizer, sampling, 32), tokenizer, 99)
-    parts = actor(rollout.packed(slice(0, 2))).split(rollout.lengths)
-    for i, (logp, ids, count) in enumerate(zip(parts, rollout.sequences, rollout.lengths)):
+    logps = actor(rollout.packed(slice(0, 2))).split(rollout.lengths)
+    for i, (logp, ids, count) in enumerate(zip(logps, rollout.sequences, rollout.lengths)):
         ids = torch.tensor(ids)
-        alone = lm(ids[None, :-1]).logits[0].log_softmax(-1)[-count:].gather(1, ids[-count:, None])[:, 0]
-        torch.testing.assert_close(logp, alone.detach(), rtol=1e-4, atol=1e-5)
+        expected = lm(ids[None, :-1]).logits[0].log_softmax(-1)[-count:].gather(1, ids[-count:, None])[:, 0]
+        torch.testing.assert_close(logp, expected.detach(), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(
-            rollout.engine_logp_N[rollout.tokens(slice(i, i + 1))], alone.detach(), rtol=1e-4, atol=1e-5
+            rollout.engine_logp_N[rollout.tokens(slice(i, i + 1))], expected.detach(), rtol=1e-4, atol=1e-5
         )
 
 
 def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
-    """Chat models bring a repetition penalty, min_p, …: sampled is what is scored, the model's plain
-    distribution.
-    """
+    """Chat models come with a repetition penalty, min_p and more; sampling ignores them, as scoring does."""
     from saferlhf_fast.config.stages import Engine, Sampling
     from saferlhf_fast.data.examples import prompt_examples
     from saferlhf_fast.models.causal_lm import load_causal_lm

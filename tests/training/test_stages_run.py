@@ -1,6 +1,4 @@
-"""Stages together: evaluate's figures, a whole pipeline with what is finished skipped, and the paper's recipe
-started; the metrics that stages share with the reference implementation, by name.
-"""
+"""Names of metrics, evaluate, a pipeline that skips finished stages, the recipe of the paper."""
 
 import json
 
@@ -23,7 +21,7 @@ def world(tmp_path_factory):
 
 # ---------------------------------------------------------------- names of metrics
 
-# Read off the reference's trainers at commit e8cca16: renaming one would cut users' dashboards.
+# From the trainers of the reference at commit e8cca16. Renaming one would break the dashboards of users.
 SUPERVISED = "train/loss train/lr train/epoch"
 PPO = (
     "train/actor_loss train/reward_critic_loss train/reward train/reward_with_kl_penalty "
@@ -53,28 +51,28 @@ REFERENCE = {
     "train/reward_margin",
     "ppo": PPO,
     "ppo-lag": f"{PPO} {COST}",
-    # The shaped stream has names of its own beside plain reward and cost. The reference logs
-    # train/episode_cost here too; our ppo has no window of episodes.
+    # The shaped reward has names of its own beside reward and cost. The reference also logs
+    # train/episode_cost here; the stage ppo has no window of episodes.
     "ppo-shaping": SHAPED,
 }
 
-OUR_PPO = (
+ADDED_PPO = (
     "eval/kl eval/length train/actor_grad_norm train/approx_kl train/clip_fraction train/engine_gap_max "
     "train/engine_gap_mean train/engine_gap_share train/reward_critic_grad_norm train/staleness train/tokens"
 )
-OUR_COST = "eval/unsafe_share train/unsafe_share"
-OURS = {
+ADDED_COST = "eval/unsafe_share train/unsafe_share"
+ADDED = {
     "sft": "eval/loss train/grad_norm",
     "reward": "eval/loss train/grad_norm train/reward_mean train/reward_std",
     "cost": "eval/loss train/grad_norm train/cost_mean train/cost_std",
     "dpo": "eval/loss eval/reward eval/better_sample_reward eval/worse_sample_reward eval/reward_accuracy "
     "eval/reward_margin "
     "train/grad_norm",
-    "ppo": OUR_PPO,
-    "ppo-lag": f"{OUR_PPO} {OUR_COST} eval/threshold train/cost_critic_grad_norm",
-    "ppo-shaping": f"{OUR_PPO} {OUR_COST} train/ptx_loss",
+    "ppo": ADDED_PPO,
+    "ppo-lag": f"{ADDED_PPO} {ADDED_COST} eval/threshold train/cost_critic_grad_norm",
+    "ppo-shaping": f"{ADDED_PPO} {ADDED_COST} train/ptx_loss",
 }
-"""What the reference does not log."""
+"""Metrics that the reference does not log."""
 
 
 @pytest.mark.parametrize("case", REFERENCE)
@@ -100,7 +98,7 @@ def test_metrics_have_these_names_and_no_others(world, tmp_path, case):
         }
     out = kit.run(case.removesuffix("-shaping"), tmp_path / "out", model=world["model"], **settings)
     logged = {name for row in kit.rows(out) for name in row}
-    assert logged == {"step", "time", *REFERENCE[case].split(), *OURS[case].split()}
+    assert logged == {"step", "time", *REFERENCE[case].split(), *ADDED[case].split()}
 
 
 # ---------------------------------------------------------------- evaluate
@@ -118,17 +116,17 @@ def test_evaluate_gives_means_with_intervals(world, tmp_path, capsys):
         reference=world["model"],
         max_length=32,
     )
-    found = json.loads((out / "evaluation.json").read_text())
+    results = json.loads((out / "evaluation.json").read_text())
     rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
     assert len(rows) == 24 and set(rows[0]) == {"prompt", "response", "reward", "cost", "kl", "length"}
     for name in ("reward", "cost", "kl", "length"):
         values = [row[name] for row in rows]
-        assert found[name]["n"] == 24 and found[name]["mean"] == pytest.approx(sum(values) / 24, abs=1e-6)
-        assert found[name]["low"] <= found[name]["mean"] <= found[name]["high"]
-    assert found["unsafe_share"]["mean"] == pytest.approx(sum(row["cost"] > 0 for row in rows) / 24)
-    assert 0 <= found["unsafe_share"]["low"] < found["unsafe_share"]["high"] <= 1
-    assert found["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
-    assert found == {k: v for k, v in kit.summary(out).items()}
+        assert results[name]["n"] == 24 and results[name]["mean"] == pytest.approx(sum(values) / 24, abs=1e-6)
+        assert results[name]["low"] <= results[name]["mean"] <= results[name]["high"]
+    assert results["unsafe_share"]["mean"] == pytest.approx(sum(row["cost"] > 0 for row in rows) / 24)
+    assert 0 <= results["unsafe_share"]["low"] < results["unsafe_share"]["high"] <= 1
+    assert results["kl"]["mean"] == pytest.approx(0.0, abs=1e-5)  # the policy is its own reference
+    assert results == {k: v for k, v in kit.summary(out).items()}
     text = capsys.readouterr().out
     assert all(word in text for word in ("95 % interval", "unsafe_share", rows[0]["prompt"]))
 
@@ -151,7 +149,7 @@ def test_the_kl_of_two_policies_is_above_zero_and_seeds_repeat(world, tmp_path):
     other = kit.make_model(tmp_path / "other", seed=5)
     tokenizer = load_tokenizer(other)
     lm = load_causal_lm(other)
-    lm.lm_head.weight.data.mul_(4.0)  # further from uniform
+    lm.lm_head.weight.data.mul_(4.0)  # so that its distribution is further from uniform
     save_causal_lm(other, lm, tokenizer)
     runs = [
         kit.run(
@@ -191,7 +189,7 @@ stages:
 NAMES = ["sft", "reward", "cost", "ppo-lag", "evaluate"]
 
 
-def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
+def test_a_pipeline_runs_and_a_second_start_skips_finished_stages(world, tmp_path, capsys):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     out = tmp_path / "out"
     words = ["run", tmp_path / "recipe.yaml", f"root={world['folder']}", f"output={out}"]
@@ -203,11 +201,11 @@ def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
     before = kit.files(out / "evaluate")
 
     capsys.readouterr()
-    assert kit.main(*words) == 0  # nothing is done again
+    assert kit.main(*words) == 0  # no stage runs again
     assert {entry["state"] for entry in kit.summary(out)["stages"].values()} == {"skipped"}
     assert capsys.readouterr().out.count("skipped") >= 5 and kit.files(out / "evaluate") == before
 
-    # a finished stage is not replaced unasked
+    # a finished stage is not replaced without overwrite=true
     assert kit.main(*words, "ppo-lag.multiplier.threshold=1") == 2
     assert kit.files(out / "evaluate") == before
     with kit.no_report():
@@ -216,10 +214,8 @@ def test_a_pipeline_from_end_to_end_and_again(world, tmp_path, capsys):
     assert states == ["skipped", "skipped", "skipped", "done", "done"]
 
 
-def test_the_paper_s_recipe_starts_on_stand_ins(world, tmp_path):
-    """The shipped recipe with ZeRO-3 and its batch sizes: only model, data, precision and length are other
-    ones.
-    """
+def test_the_recipe_of_the_paper_runs_with_a_small_model_and_small_data(world, tmp_path):
+    """The shipped recipe with ZeRO-3 and its batch sizes; model, data, precision and lengths are changed."""
     out = tmp_path / "out"
     words = [
         "run",
@@ -248,7 +244,7 @@ def test_the_paper_s_recipe_starts_on_stand_ins(world, tmp_path):
 
 
 @pytest.mark.numeric
-def test_a_run_s_model_is_compared_with_what_it_started_from(world, tmp_path):
+def test_evaluate_compares_a_trained_model_with_the_one_it_started_from(world, tmp_path):
     trained = kit.run(
         "sft",
         tmp_path / "sft",
@@ -267,5 +263,5 @@ def test_a_run_s_model_is_compared_with_what_it_started_from(world, tmp_path):
         max_length=32,
         reference=world["model"],
     )
-    found = json.loads((out / "evaluation.json").read_text())["kl"]
-    assert found == json.loads((named / "evaluation.json").read_text())["kl"] and found["mean"] > 0
+    kl = json.loads((out / "evaluation.json").read_text())["kl"]
+    assert kl == json.loads((named / "evaluation.json").read_text())["kl"] and kl["mean"] > 0

@@ -64,7 +64,7 @@ class RolloutEngine(Protocol):
 def open_generator(
     actor: SamplingActor,
     tokenizer: "PreTrainedTokenizerBase",
-    ends: Sequence[int],
+    ends: Sequence[int | str],
     sampling: "Sampling",
 ) -> RolloutEngine:
     """Opens the engine that `sampling.engine` names.
@@ -72,7 +72,7 @@ def open_generator(
     Args:
         actor: The policy that samples.
         tokenizer: Its tokenizer.
-        ends: Ids that end a response.
+        ends: Ids that end a response, and end marks of several tokens, which end it when they are complete.
         sampling: The engine, the distribution and its limits.
 
     Returns:

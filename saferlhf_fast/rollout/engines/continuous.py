@@ -34,7 +34,7 @@ from ...models.lora import plain as unwrapped
 from ...models.sampling_distribution import pick, sampling_logits, uniforms
 from ..types import Response
 from .gathered_weights import gathered_lm
-from .stop_strings import StopStrings
+from .stop_strings import StopStrings, split_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,11 +69,12 @@ class Continuous:
         self,
         actor: "SamplingActor",
         tokenizer: "PreTrainedTokenizerBase",
-        ends: Sequence[int],
+        ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
-        self.actor, self.ends, self.sampling = actor, list(ends), sampling
-        self.stop = StopStrings(tokenizer, sampling.stop)
+        self.actor, self.sampling = actor, sampling
+        self.ends, marks = split_ends(ends)
+        self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])
         if actor.sharded and not sampling.gather:
             raise UserError(
                 "sampling.engine: continuous needs the weights whole; expected sampling.gather=true or "

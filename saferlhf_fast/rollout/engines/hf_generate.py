@@ -23,7 +23,7 @@ from ...models.sampling_distribution import pick, sampling_logits, uniforms
 from ...runtime import engine
 from ..types import Response
 from .gathered_weights import gathered_lm
-from .stop_strings import StopStrings
+from .stop_strings import StopStrings, split_ends
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -42,11 +42,12 @@ class Generate:
         self,
         actor: "SamplingActor",
         tokenizer: "PreTrainedTokenizerBase",
-        ends: Sequence[int],
+        ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
-        self.actor, self.tokenizer, self.ends, self.sampling = actor, tokenizer, ends, sampling
-        self.stop = StopStrings(tokenizer, sampling.stop)
+        self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
+        self.ends, marks = split_ends(ends)
+        self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])
 
     @torch.no_grad()
     def generate(

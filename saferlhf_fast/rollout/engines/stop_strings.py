@@ -7,6 +7,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+def split_ends(ends: Sequence[int | str]) -> tuple[list[int], list[str]]:
+    """Splits what ends a response into token ids, and end marks that are no single token."""
+    return [end for end in ends if not isinstance(end, str)], [end for end in ends if isinstance(end, str)]
+
+
 class StopStrings:
     """Looks for texts at the end of a response. Without any, it finds nothing and decodes nothing."""
 

@@ -24,6 +24,7 @@ from ...models.lora import plain_state
 from ...runtime import engine
 from ..types import Response
 from .gathered_weights import gathered_lm
+from .stop_strings import split_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ class LocalVLLM:
         self,
         actor: "SamplingActor",
         tokenizer: "PreTrainedTokenizerBase",
-        ends: Sequence[int],
+        ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
         # In this process, not in a child: it gets the weights as tensors. Read when vllm is imported.
@@ -51,7 +52,9 @@ class LocalVLLM:
             raise UserError(
                 f"sampling.engine: vllm cannot be imported ({error}); expected: pip install 'vllm>=0.33'"
             ) from error
-        self.actor, self.ends, self.sampling, self.vllm = actor, list(ends), sampling, vllm
+        self.actor, self.sampling, self.vllm = actor, sampling, vllm
+        self.ends, marks = split_ends(ends)
+        self.stop = [*sampling.stop, *marks]
         self.folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-vllm-")
         lm = unwrapped(actor.module.lm)
         config = copy.deepcopy(lm.config)  # with the model's current vocabulary
@@ -110,12 +113,12 @@ class LocalVLLM:
             top_k=settings.top_k,
             min_p=0.0,
             repetition_penalty=settings.repetition_penalty,
-            stop=settings.stop or None,
+            stop=self.stop or None,
             stop_token_ids=self.ends,
             ignore_eos=True,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
-            detokenize=bool(settings.stop),
+            detokenize=bool(self.stop),
             logprobs=0,
         )
 

@@ -28,6 +28,7 @@ from ...models.sampling_distribution import plain
 from ...runtime import engine
 from ..types import Response
 from .gathered_weights import gathered_lm
+from .stop_strings import split_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,10 +53,12 @@ class ServedVLLM:
         self,
         actor: "SamplingActor",
         tokenizer: "PreTrainedTokenizerBase",
-        ends: Sequence[int],
+        ends: Sequence[int | str],
         sampling: "Sampling",
     ) -> None:
-        self.actor, self.tokenizer, self.ends, self.sampling = actor, tokenizer, list(ends), sampling
+        self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
+        self.ends, marks = split_ends(ends)
+        self.stop = [*sampling.stop, *marks]
         self.server = Server(sampling.server, getattr(actor.module.lm.config, "_name_or_path", "") or "MODEL")
         self.model = self.server.ask("/v1/models")["data"][0]["id"]
         self._check_log_probs()
@@ -97,7 +100,7 @@ class ServedVLLM:
                 "top_k": settings.top_k,
                 "min_p": 0.0,
                 "repetition_penalty": settings.repetition_penalty,
-                "stop": settings.stop,
+                "stop": self.stop,
                 "stop_token_ids": self.ends,
                 "ignore_eos": True,  # stop_token_ids has all ends
                 "include_stop_str_in_output": True,
