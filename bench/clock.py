@@ -33,6 +33,22 @@ def _buffer(device):
     return _buffers[device]
 
 
+def preparation(device, moved, before=None):
+    """Returns what is called ahead of each timed call, and is not timed itself.
+
+    moved: bytes that the call moves, as for `flush`. before: called first, if given.
+    """
+    empty_cache = flush(device, moved)
+
+    def ready():
+        if before is not None:
+            before()
+        empty_cache()
+        ceilings.synchronize(device)
+
+    return ready
+
+
 def on_device(step, ready, rounds, again=True):
     """Returns the figures of a step on a GPU: "seconds" and "best" by events, and "launches".
 

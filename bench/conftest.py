@@ -247,13 +247,7 @@ class Measure:
         assert self.error is not None, "the result is checked before it is timed"
         # On a GPU the figures come from events, not from these rounds.
         seconds = min(seconds, 0.3 if device == "cuda" else 0.15 if shapes.QUICK else seconds)
-        flush = clock.flush(device, reads + writes)
-
-        def ready():
-            if before is not None:
-                before()
-            flush()
-            ceilings.synchronize(device)
+        ready = clock.preparation(device, reads + writes, before)
 
         def waited():
             result = step()

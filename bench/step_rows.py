@@ -129,7 +129,7 @@ def target(entry, device, model):
     )
 
 
-def verdict(entry, device, model):
+def outcome(entry, device, model):
     """Returns "met", "missed" or "not measured", with the target; "" if the row has no target."""
     limits = target(entry, device, model)
     if limits is None:
@@ -162,10 +162,10 @@ def table(rows, device, model):
     lines = ["| row | saferlhf-fast | other | other ÷ saferlhf-fast | target |", "|---|---:|---:|---:|---|"]
     for entry in rows:
         ratio = "not measured" if entry["ratio"] is None else f"{entry['ratio']:.2f}"
-        verdicts = "; ".join(filter(None, (verdict(entry, device, model), entry["note"])))
+        outcomes = "; ".join(filter(None, (outcome(entry, device, model), entry["note"])))
         lines.append(
             f"| {entry['name']} | {number(entry['ours'], entry['unit'])} | "
             f"{number(entry['other'], entry['unit'])} | "
-            f"{ratio} | {verdicts} |"
+            f"{ratio} | {outcomes} |"
         )
     return lines

@@ -110,13 +110,13 @@ def target_lines(rows, machine):
     lines = ["", "## Targets", "", "| op | shape | target | measured | verdict |", "|---|---|---|---:|---|"]
     top = machine.get("ceilings")
     for target in targets.TARGETS:
-        here = targets.speaks_of(target, machine)
+        here = targets.applies_to(target, machine)
         measured = targets.value(target, rows, top, ceilings.floor) if here else None
         where = "CPU, two threads" if target.where == "cpu" else target.where
         lines.append(
             f"| {target.op} | {target.shape} | {where}: {targets.text(target)} | "
             f"{NONE if measured is None else f'{measured:.3g}'} | "
-            f"{targets.verdict(target, measured)}{'' if here else ' (another machine)'} |"
+            f"{targets.outcome(target, measured)}{'' if here else ' (another machine)'} |"
         )
     return lines
 

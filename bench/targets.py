@@ -1,4 +1,4 @@
-"""The targets of the kernels as data, and the verdict on a results file.
+"""The targets of the kernels as data, and which of them a results file meets.
 
 Each target is a ratio or a limit within one run. It applies to the version that impl="auto" chooses. If a row
 is missing, or lacks a figure, the target is "not measured".
@@ -117,8 +117,8 @@ _VALUES = {
 }
 
 
-def speaks_of(target, machine):
-    """True if the target is meant for the machine of a results file."""
+def applies_to(target, machine):
+    """Returns whether the target is meant for the machine of a results file."""
     if target.where == "cpu":
         return "thread" in machine.get("device", "") and machine.get("threads") == target.threads
     return target.where in machine.get("device", "")
@@ -154,7 +154,7 @@ def text(target):
     return f"{'at least' if target.at_least else 'at most'} {target.limit:.3g} {target.what}{against}"
 
 
-def verdict(target, measured):
+def outcome(target, measured):
     """Returns "met", "missed" or "not measured"."""
     if measured is None:
         return "not measured"

@@ -1,18 +1,23 @@
 """Checks of shape, dtype and device of the ops' arguments; a message says what was expected and got.
 
-Most of them look at no values, which would make the host wait for the device. `known_ids`,
-`known_temperatures` and the offsets of `rows` look at values on the CPU, and on a device only with
-SAFERLHF_CHECK=1. In all functions `op` is the name of the op, with which the message begins. Shapes: N packed
-tokens, B rows, T padded width, V vocabulary, H hidden size.
+Those of settings are in setting_checks.py. Most of the others look at no values, which would make the host
+wait for the device. `known_ids`, `known_temperatures` and the offsets of `rows` look at values on the CPU,
+and on a device only with SAFERLHF_CHECK=1. `op` is always the name of the op, with which the message
+begins. Shapes: N packed tokens, B rows, T padded width, V vocabulary, H hidden size.
 """
 
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from .dispatch import checking, interpreted
 from .first_order import transformed
+from .setting_checks import chunk_tokens as chunk_tokens
+from .setting_checks import clip as clip
+from .setting_checks import fraction as fraction
+from .setting_checks import not_negative as not_negative
+from .setting_checks import one_of as one_of
+from .setting_checks import softcap as softcap
 
 
 def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -20,7 +25,7 @@ def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
 
 
-def constant(tensor: torch.Tensor | None) -> torch.Tensor | None:
+def detached(tensor: torch.Tensor | None) -> torch.Tensor | None:
     """The tensor without its autograd history; None stays None.
 
     A tensor without history is returned itself, since detach makes a new tensor even then.
@@ -50,7 +55,7 @@ def scalar(value: float | torch.Tensor | None, like: torch.Tensor, name: str) ->
                 f"{name}: expected a real number on {like.device}, got {value.dtype} on {value.device}"
             )
         if value.dim() == 0 and value.dtype == dtype and value.device == like.device:
-            return constant(value)
+            return detached(value)
         return value.detach().reshape(()).to(device=like.device, dtype=dtype)
     return torch.full((), float(value), dtype=dtype, device=like.device)
 
@@ -58,7 +63,14 @@ def scalar(value: float | torch.Tensor | None, like: torch.Tensor, name: str) ->
 def normalizer(op: str, value: float | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
     """As `scalar`, for a count of sequences or tokens.
 
-    A number below 0 or NaN raises ValueError. In a tensor, which is not read, it makes the loss NaN.
+    Args:
+        op: Name of the op.
+        value: A number, a tensor of one element, or None, which stays None. In a tensor, which is not read, a
+            number below 0 or NaN makes the loss NaN.
+        like: As in `scalar`.
+
+    Raises:
+        ValueError: As `scalar`, or a number that is below 0 or NaN.
     """
     if value is not None and not isinstance(value, torch.Tensor):
         not_negative(op, "normalizer", value)
@@ -68,17 +80,17 @@ def normalizer(op: str, value: float | torch.Tensor | None, like: torch.Tensor) 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def floating(tensor: torch.Tensor) -> bool:
+def is_floating(tensor: torch.Tensor) -> bool:
     """True for the floating point types that the ops know: those of 8 bits are not among them."""
     return tensor.dtype in FLOATS
 
 
-def whole(tensor: torch.Tensor) -> bool:
+def is_integer(tensor: torch.Tensor) -> bool:
     """True for integer types, with which one counts or looks up; bool is not among them."""
     return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
-def wide(ids: torch.Tensor) -> torch.Tensor:
+def as_int32_or_int64(ids: torch.Tensor) -> torch.Tensor:
     """Ids as signed integers of 32 or 64 bits: a kernel could not compare narrower ones with V."""
     return ids if ids.dtype in (torch.int32, torch.int64) else ids.long()
 
@@ -98,8 +110,8 @@ def overlaps(tensor: torch.Tensor) -> bool:
 def disposable(tensor: torch.Tensor, flat: torch.Tensor) -> bool:
     """True if an op may write over the tensor: it is an intermediate result in memory of its own.
 
-    A leaf or a view of a leaf is not, since it is somebody's parameter. Under torch.func a tensor's memory is
-    not its own.
+    A leaf or a view of a leaf is not, since it may be a model's parameter. Under torch.func a
+    tensor's memory is not its own.
 
     Args:
         tensor: What the caller gave, [..., V].
@@ -111,7 +123,16 @@ def disposable(tensor: torch.Tensor, flat: torch.Tensor) -> bool:
 
 
 def same_tokens(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) -> None:
-    """Raises ValueError unless all tensors are floating point, of the first one's shape and device."""
+    """Checks that token tensors fit each other.
+
+    Args:
+        op: Name of the op.
+        names: Names of the arguments, in the order of the tensors; it may have more.
+        tensors: Packed [N] or padded [B, T].
+
+    Raises:
+        ValueError: A tensor is not floating point, or not of the first one's shape and device.
+    """
     shape, device = tensors[0].shape, tensors[0].device
     for name, tensor in zip(names, tensors):
         if tensor.shape != shape:
@@ -120,7 +141,7 @@ def same_tokens(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) 
             )
         if tensor.device != device:
             raise ValueError(f"{op}: {name}: expected device {device} as {names[0]}, got {tensor.device}")
-        if not floating(tensor):
+        if not is_floating(tensor):
             raise ValueError(
                 f"{op}: {name}: expected a floating point dtype of 16, 32 or 64 bits, got {tensor.dtype}"
             )
@@ -141,7 +162,8 @@ def rows(
         name: Name of the argument whose shape and device are given.
         shape: [N] packed, or [B, T] padded.
         device: The token tensors' device.
-        cu_seqlens: Offsets of packed rows, integers [B+1]; not looked at here.
+        cu_seqlens: Offsets of packed rows, integers [B+1]. Values are looked at on the CPU alone (or with
+            SAFERLHF_CHECK=1), and only those of other dtypes than int32: each must fit int32.
         mask: Valid tokens of padded rows, bool [B, T]. With neither of the two, [N] is one sequence and [B,
             T] has no padding.
 
@@ -149,7 +171,8 @@ def rows(
         (cu_seqlens, mask, B): one of the first two is None; offsets are int32.
 
     Raises:
-        ValueError: Both are given, or one that does not fit.
+        ValueError: Both are given, or one whose shape, dtype or device does not fit, or on the CPU an int64
+            offset that is no int32.
     """
     if cu_seqlens is not None and mask is not None:
         raise ValueError(f"{op}: expected cu_seqlens (packed [N]) or mask (padded [B, T]), got both")
@@ -163,7 +186,7 @@ def rows(
             raise ValueError(
                 f"{op}: {name}: expected packed tokens [N] with cu_seqlens, got shape {tuple(shape)}"
             )
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not whole(cu_seqlens):
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not is_integer(cu_seqlens):
             raise ValueError(
                 f"{op}: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} "
                 f"{tuple(cu_seqlens.shape)}"
@@ -198,8 +221,19 @@ def _offsets(op: str, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 def per_row(op: str, name: str, tensor: torch.Tensor, count: int, device: torch.device) -> None:
-    """Raises ValueError unless the tensor is floating point [B] with B = `count`, on `device`."""
-    if tensor.dim() != 1 or tensor.shape[0] != count or not floating(tensor):
+    """Checks a tensor that has a number for each row.
+
+    Args:
+        op: Name of the op.
+        name: Name of the argument.
+        tensor: Floating point [B].
+        count: B.
+        device: The token tensors' device.
+
+    Raises:
+        ValueError: The tensor is not floating point, or of another shape or on another device.
+    """
+    if tensor.dim() != 1 or tensor.shape[0] != count or not is_floating(tensor):
         raise ValueError(
             f"{op}: {name}: expected floating point [B] = [{count}], got {tensor.dtype} {tuple(tensor.shape)}"
         )
@@ -208,13 +242,22 @@ def per_row(op: str, name: str, tensor: torch.Tensor, count: int, device: torch.
 
 
 def logits_and_ids(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
-    """Raises ValueError unless these are floating logits [..., V] and integer ids [...] on one device."""
+    """Checks that logits and ids fit each other.
+
+    Args:
+        op: Name of the op.
+        logits: Floating point [..., V].
+        ids: Integers [...], on the same device.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are others.
+    """
     if logits.dim() < 1 or ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last dimension, "
             f"got {tuple(ids.shape)}"
         )
-    if not floating(logits) or not whole(ids):
+    if not is_floating(logits) or not is_integer(ids):
         raise ValueError(
             f"{op}: expected floating point logits and integer ids, got {logits.dtype}, {ids.dtype}"
         )
@@ -225,9 +268,17 @@ def logits_and_ids(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
 def head(
     op: str, hidden: torch.Tensor, weight: torch.Tensor, ids: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
-    """Raises ValueError unless these are hidden [..., H], weight [V, H], ids [...] and bias [V] or None.
+    """Checks that hidden states, a head and ids fit each other. All are on one device.
 
-    All are on one device; ids are integers, the others of one floating point dtype.
+    Args:
+        op: Name of the op.
+        hidden: Floating point [..., H].
+        weight: [V, H], of the dtype of `hidden`.
+        ids: Integers [...].
+        bias: [V], of the dtype of `hidden`, or None.
+
+    Raises:
+        ValueError: Shapes, dtypes or devices are others.
     """
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
@@ -242,7 +293,7 @@ def head(
             )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
-    if not floating(hidden) or not whole(ids):
+    if not is_floating(hidden) or not is_integer(ids):
         raise ValueError(
             f"{op}: expected floating point hidden states and integer ids, got {hidden.dtype}, {ids.dtype}"
         )
@@ -251,12 +302,6 @@ def head(
             f"{op}: ids: expected shape {tuple(hidden.shape[:-1])} on {hidden.device} as hidden without its "
             f"last dimension, got {tuple(ids.shape)} on {ids.device}"
         )
-
-
-def chunk_tokens(op: str, value: int | None) -> None:
-    """Raises ValueError unless `value` is None or an integer >= 1."""
-    if value is not None and not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"{op}: chunk_tokens: expected None or an integer >= 1, got {value!r}")
 
 
 def temperature(
@@ -293,19 +338,10 @@ def temperature(
     return 1.0, value.expand(shape).reshape(-1).contiguous()
 
 
-def softcap(op: str, value: float | None) -> float:
-    """The cap as a number, 0.0 for None (no cap); ValueError unless it is > 0."""
-    if value is None:
-        return 0.0
-    if isinstance(value, torch.Tensor) and value.numel() != 1 or not value > 0:
-        raise ValueError(f"{op}: softcap: expected None or a number > 0, got {value}")
-    return float(value)
-
-
 def _looks(tensor: torch.Tensor) -> bool:
     """Whether values are looked at: on the CPU, or with SAFERLHF_CHECK=1.
 
-    Triton's interpreter stands for a device.
+    Triton's interpreter counts as a device.
     """
     return tensor.device.type == "cpu" and not interpreted() or checking()
 
@@ -313,12 +349,15 @@ def _looks(tensor: torch.Tensor) -> bool:
 def known_temperatures(
     op: str, temperature_N: torch.Tensor | None, counted: torch.Tensor | None = None
 ) -> None:
-    """Raises ValueError for a token's temperature that is not > 0, where values are looked at (`known_ids`).
+    """Checks that each token's temperature is > 0, where values are looked at (`known_ids`).
 
     Args:
         op: Name of the op.
         temperature_N: As `temperature` returns it; None for one number, which has been checked there.
         counted: Tokens whose temperature matters, bool [N]; None for all.
+
+    Raises:
+        ValueError: A temperature that counts is not > 0.
     """
     if temperature_N is None or temperature_N.numel() == 0 or not _looks(temperature_N):
         return
@@ -330,7 +369,7 @@ def known_temperatures(
 
 
 def known_ids(op: str, ids: torch.Tensor, vocabulary: int, counted: torch.Tensor | None = None) -> None:
-    """Raises ValueError for an id outside the vocabulary, where values are looked at.
+    """Checks that ids are in the vocabulary, where values are looked at.
 
     That is on the CPU, or anywhere with SAFERLHF_CHECK=1; else looking would make the host wait for the
     device.
@@ -340,6 +379,9 @@ def known_ids(op: str, ids: torch.Tensor, vocabulary: int, counted: torch.Tensor
         ids: Integers of any shape.
         vocabulary: V; ids are in 0..V-1.
         counted: Tokens whose id matters, bool, shaped as ids; None for all.
+
+    Raises:
+        ValueError: An id that counts is outside the vocabulary.
     """
     if ids.numel() == 0 or not _looks(ids):
         return
@@ -350,39 +392,3 @@ def known_ids(op: str, ids: torch.Tensor, vocabulary: int, counted: torch.Tensor
         raise ValueError(
             f"{op}: ids: expected 0 <= id < {vocabulary}, got {ids[outside].reshape(-1)[0].item()}"
         )
-
-
-def one_of(op: str, name: str, value: Any, allowed: Collection[str]) -> None:
-    """Raises ValueError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}, got {value!r}")
-
-
-def not_negative(op: str, name: str, value: float) -> None:
-    """Raises ValueError unless `value` is a number >= 0 (NaN is not)."""
-    if not value >= 0:
-        raise ValueError(f"{op}: {name}: expected a number >= 0, got {value}")
-
-
-def share(op: str, name: str, value: float) -> None:
-    """Raises ValueError unless `value` is a number in 0..1 (NaN is not)."""
-    if not 0 <= value <= 1:
-        raise ValueError(f"{op}: {name}: expected a number in 0..1, got {value}")
-
-
-def clip(
-    op: str, clip_ratio: float, clip_high: float | None, dual_clip: float | None
-) -> tuple[float, float, float]:
-    """(clip_ratio, clip_high, dual_clip) as numbers.
-
-    None for clip_high becomes clip_ratio; None for dual_clip becomes infinity, which bounds nothing.
-
-    Raises:
-        ValueError: A negative clip, or dual_clip that is not > 1.
-    """
-    clip_high = clip_ratio if clip_high is None else clip_high
-    not_negative(op, "clip_ratio", clip_ratio)
-    not_negative(op, "clip_high", clip_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{op}: dual_clip: expected None or a number > 1, got {dual_clip}")
-    return clip_ratio, clip_high, float("inf") if dual_clip is None else dual_clip

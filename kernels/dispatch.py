@@ -63,7 +63,6 @@ OPS = {
     "value_loss": Op("value_loss"),
 }
 ROOMS = tuple(name for name, op in OPS.items() if name == op.room)  # the ops that users call
-CUDA_OPS = tuple(name for name, op in OPS.items() if op.native_cuda)
 
 
 class Row(NamedTuple):

@@ -39,7 +39,15 @@ def learns(tensor: torch.Tensor | None) -> bool:
 
 
 def refuse_tangents(op: str, *inputs: torch.Tensor | None) -> None:
-    """Raises RuntimeError if an input has a tangent of forward-mode differentiation: the op would lose it."""
+    """Refuses inputs with a tangent of forward-mode differentiation, which the op would lose.
+
+    Args:
+        op: The op's name in messages.
+        inputs: The op's differentiable inputs, of any shape; None is left out.
+
+    Raises:
+        RuntimeError: An input has a tangent.
+    """
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     if any(tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in inputs):

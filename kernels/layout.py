@@ -30,9 +30,15 @@ class Layout(NamedTuple):
 
 
 def check_offsets(op: str, cu_seqlens: torch.Tensor, tokens: int) -> None:
-    """Raises ValueError unless offsets start at 0, never fall, and end at or before `tokens`.
+    """Checks offsets, on the CPU alone: on a device looking at values would make the host wait.
 
-    Only on the CPU: on a device looking at values would make the host wait.
+    Args:
+        op: Name of the op, for messages.
+        cu_seqlens: int32 [B+1].
+        tokens: N.
+
+    Raises:
+        ValueError: Offsets do not start at 0, fall, or end after `tokens`.
     """
     if cu_seqlens.device.type != "cpu":
         return
@@ -79,7 +85,15 @@ def layout(op: str, tokens: int, cu_seqlens: torch.Tensor | None, mask: torch.Te
 
 
 def per_token(value_B: torch.Tensor, rows: Layout) -> torch.Tensor:
-    """[N]: each position's value of its row; zeros where there is no row at all."""
+    """Each position's value of its row.
+
+    Args:
+        value_B: One value for each row.
+        rows: Where the rows are.
+
+    Returns:
+        [N], of the dtype of value_B; zeros where there is no row at all.
+    """
     if value_B.shape[0] == 0:
         return torch.zeros(rows.row_N.shape, dtype=value_B.dtype, device=value_B.device)
     return value_B[rows.row_N]
@@ -112,9 +126,16 @@ def shares(
 def weights(
     rows: Layout, token_mean: bool, normalizer: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:
-    """weight_N such that the reduced loss is sum(weight * x); the arguments are those of `shares`.
+    """The weight of each token in a reduced loss, which is sum(weight * x).
 
-    0 where masked, whatever the normalizer is.
+    Args:
+        rows: As in `shares`, and so are the others.
+        token_mean: The mean over tokens; else the mean over sequences of each one's token mean.
+        normalizer: 0-d count that the loss is divided by; None for that of this call.
+        dtype: Of the result.
+
+    Returns:
+        weight_N, 0 where masked, whatever the normalizer is.
     """
     share_N, inverse = shares(rows, token_mean, normalizer, dtype)
     return torch.where(rows.valid_N, share_N * inverse, 0)
@@ -127,6 +148,9 @@ def suffix_scan(add_N: torch.Tensor, decay_N: torch.Tensor, span: int) -> torch.
         add_N: What each position adds.
         decay_N: Its factor; 0 at the last position of a row, which separates the rows.
         span: The most positions of a row.
+
+    Returns:
+        y_N.
     """
     step = 1
     while step < span:

@@ -49,7 +49,7 @@ def product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool = Fal
     return product(a.float(), b.float(), out, add)
 
 
-def held(dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which d hidden waits for the backward pass, for hidden states of `dtype`.
 
     float16 could overflow before the upstream factor and 1/Z come in, so it waits in float32.
@@ -57,17 +57,17 @@ def held(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
-def scaled(gradient: torch.Tensor, factor: torch.Tensor, kind: torch.dtype) -> torch.Tensor:
+def scaled(gradient: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The gradient times a factor, computed in float32 and rounded once, without a second float32 tensor.
 
     Args:
-        gradient: Of any shape, in the dtype of `held` or float32.
+        gradient: Of any shape, in the dtype of `stored_dtype` or float32.
         factor: 0-d.
-        kind: The dtype of the result.
+        dtype: That of the result.
     """
-    if gradient.dtype == kind or torch.compiler.is_compiling():
-        return (gradient * factor).to(kind)
-    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=kind))
+    if gradient.dtype == dtype or torch.compiler.is_compiling():
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 class Head(NamedTuple):
@@ -77,13 +77,13 @@ class Head(NamedTuple):
         hidden_NH: Hidden states.
         weight_VH: The head's weight, of the same dtype.
         bias_V: float32, or None.
-        made: The dtype of d logits.
+        gradient_dtype: The dtype of d logits.
     """
 
     hidden_NH: torch.Tensor
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None
-    made: torch.dtype
+    gradient_dtype: torch.dtype
 
     def buffer(self, slices: Sequence[slice]) -> torch.Tensor:
         """Memory for the float32 logits of the longest of the chunks `slices`."""
@@ -96,9 +96,13 @@ class Head(NamedTuple):
         product(self.hidden_NH[at], self.weight_VH.t(), logits_CV)
         return logits_CV if self.bias_V is None else logits_CV.add_(self.bias_V)
 
-    def over(self, logits_CV: torch.Tensor) -> torch.Tensor:
+    def gradient_view(self, logits_CV: torch.Tensor) -> torch.Tensor:
         """Where d logits are written: over the logits, each row from where its logits begin."""
-        return logits_CV if self.made == torch.float32 else logits_CV.view(self.made)[:, : logits_CV.shape[1]]
+        return (
+            logits_CV
+            if self.gradient_dtype == torch.float32
+            else logits_CV.view(self.gradient_dtype)[:, : logits_CV.shape[1]]
+        )
 
 
 def head(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None, narrow: bool) -> Head:
@@ -178,6 +182,7 @@ def logprob(
     softcap: float,
     entropy: bool,
     chunk_tokens: int | None,
+    *,
     narrow: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Log-prob, entropy and log-sum-exp of tokens, with logits made in chunks.
@@ -230,6 +235,7 @@ def logprob_backward(
     softcap: float,
     wanted: Sequence[bool],
     chunk_tokens: int | None,
+    *,
     narrow: bool,
 ) -> HeadGradients:
     """(d hidden, d weight, d bias) for any upstream gradient: the logits are made again, chunk by chunk.
@@ -258,7 +264,7 @@ def logprob_backward(
     buffer_CV = inputs.buffer(slices)
     for at in slices:
         logits_CV = inputs.logits(at, buffer_CV)
-        d_CV = inputs.over(logits_CV)
+        d_CV = inputs.gradient_view(logits_CV)
         vectors_C = [
             tensor[at] if tensor is not None and tensor.numel() else tensor
             for tensor in (logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N)
@@ -279,6 +285,7 @@ def policy_gradients(
     objective: "Objective",
     wanted: Sequence[bool],
     chunk_tokens: int | None,
+    *,
     narrow: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, HeadGradients]:
     """Log-probs, entropies and gradients of the weighted policy objective: three matrix products in all.
@@ -298,18 +305,18 @@ def policy_gradients(
 
     Returns:
         logp_N, entropy_N (nats, float32) and (d hidden, d weight, d bias); d hidden is in the dtype of
-        `held`.
+        `stored_dtype`.
     """
     *scalars, temperature, temperature_N, softcap = objective
     count = hidden_NH.shape[0]
     logp_N, entropy_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(2))
     inputs = head(hidden_NH, weight_VH, bias_V, narrow)
-    gradients = Gradients(inputs, held(hidden_NH.dtype), *wanted)
+    gradients = Gradients(inputs, stored_dtype(hidden_NH.dtype), *wanted)
     slices = chunks(count, weight_VH.shape[0], chunk_tokens, hidden_NH.device)
     buffer_CV = inputs.buffer(slices)
     for at in slices:
         logits_CV = inputs.logits(at, buffer_CV)
-        d_CV = inputs.over(logits_CV)
+        d_CV = inputs.gradient_view(logits_CV)
         tokens_C = [None if tensor is None else tensor[at] for tensor in tokens]
         temperature_C = None if temperature_N is None else temperature_N[at]
         logp_N[at], entropy_N[at] = rows(

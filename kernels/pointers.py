@@ -1,11 +1,14 @@
 """Tensors as the native module takes them: addresses, sizes, a dtype tag and a number of threads."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
+from typing import Any
 
 import torch
 
 from .dispatch import native_module
+from .layout import check_offsets
 
 DTYPE_TAG = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/common.h
 PARALLEL_TOKENS = 1 << 15  # below this, waking the other threads takes longer than the work
@@ -56,6 +59,35 @@ def rows(
     mask = mask.contiguous()
     # An empty tensor's address is 0, which would say "no mask" to no rows: harmless.
     return mask, (0, mask.data_ptr(), tokens, mask.shape[0], mask.shape[1])
+
+
+def call_on_rows(
+    op: str,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
+    cu_seqlens: torch.Tensor | None,
+    tokens: int,
+) -> None:
+    """Calls a CPU function of the native module, which refuses offsets that do not fit.
+
+    The module's message has neither the op nor the offsets. They are looked at again here, only then.
+
+    Args:
+        op: Name of the op, for the message.
+        function: The native function.
+        arguments: Its arguments.
+        cu_seqlens: int32 [B+1], or None with a mask.
+        tokens: N, or B*T.
+
+    Raises:
+        ValueError: Offsets that do not fit.
+    """
+    try:
+        function(*arguments)
+    except ValueError:
+        if cu_seqlens is not None:
+            check_offsets(op, cu_seqlens, tokens)
+        raise
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

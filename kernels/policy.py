@@ -99,7 +99,31 @@ def arguments(
 ) -> Policy:
     """Checks a public call's arguments, which are those of `ppo_loss` and `token_logprob`.
 
-    `op` is the name of the op in messages; `like` is a tensor of the computation's dtype and device.
+    Args:
+        op: Name of the op, for messages.
+        like: A tensor on the op's device; the op computes in its `result_dtype`.
+        ids: The tokens, integers, packed [N] or padded [B, T].
+        old_logp: Log-probs of the policy that sampled, nats, shaped as ids.
+        advantages: Shaped as ids, before scale and shift.
+        clip_ratio: A ratio below 1 - clip_ratio is clipped to that.
+        clip_high: A ratio above 1 + clip_high is clipped to that; None for clip_ratio.
+        dual_clip: The largest ratio that counts where the advantage is negative; None for no bound.
+        cu_seqlens: Offsets of packed rows, integers [B+1], or None.
+        mask: Valid tokens of padded rows, bool [B, T], or None.
+        ref_logp: Log-probs of the reference policy, nats, shaped as ids; None for no KL term.
+        kl_coeff: Coefficient of the KL to the reference policy, per nat.
+        kl_estimator: One of KL_ESTIMATORS.
+        entropy_coeff: Coefficient of the entropy, per nat.
+        temperature: > 0, a number, or a tensor, 0-d or shaped as ids.
+        softcap: Cap of the logits, > 0; None for none.
+        reduction: One of REDUCTIONS.
+        normalizer: Count that the loss is divided by, a number or 0-d; None for that of this call.
+        advantage_scale: Factor of the advantages, a number or 0-d; None for 1.
+        advantage_shift: Summand of the advantages after the factor; None for 0.
+        impl: "auto" or the name of an implementation.
+
+    Returns:
+        The arguments as the op takes them: tensors without history, 0-d tensors and numbers instead of None.
 
     Raises:
         ValueError: An argument that does not fit.
@@ -121,7 +145,7 @@ def arguments(
     cu_seqlens, mask, _ = checks.rows(op, "old_logp", old_logp.shape, like.device, cu_seqlens, mask)
     one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
     return Policy(
-        checks.wide(ids),
+        checks.as_int32_or_int64(ids),
         old_logp.detach(),
         advantages.detach(),
         None if ref_logp is None else ref_logp.detach(),
@@ -202,9 +226,17 @@ def weighted(
 def loss_of(
     policy: Policy, logp_N: torch.Tensor, entropy_N: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss [] and statistics [11] of `ppo_loss`, from log-probs and entropies that are known.
+    """The loss and statistics of `ppo_loss`, from log-probs and entropies that are known.
 
     That is one more launch on N numbers.
+
+    Args:
+        policy: The arguments of the call.
+        logp_N: Log-probs, nats.
+        entropy_N: Entropies, nats.
+
+    Returns:
+        loss [] and statistics [11].
     """
     shape = policy.ids.shape
     function, _ = choose("ppo_loss", (logp_N,), policy.impl)

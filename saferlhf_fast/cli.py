@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if args.help else EXIT_CODE
     try:
         code = _dispatch(args, words, argv)
-        _end_watch()
+        _end_watchdog()
         return code
     except UserError as e:
         return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
@@ -111,11 +111,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except preemption.Preempted as e:  # after a checkpoint: no fault
         if os.environ.get("RANK", "0") == "0":
             print(e, file=sys.stderr)
-        _end_watch(limit=20)
+        _end_watchdog(limit=20)
         assert isinstance(e.code, int), f"a preempted run ends with a number, got {e.code!r}"
         return e.code
     except SystemExit:
-        _end_watch(limit=20)
+        _end_watchdog(limit=20)
         raise
     except BrokenPipeError as e:  # `saferlhf-fast info | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,8 +127,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _failed(e, 1, f"bug: {type(e).__name__}: {_one_line(e)}{hint}", args.debug)
 
 
-def _end_watch(limit: float | None = None) -> None:
-    """Ends the watch over other ranks, if there is one: this rank is done. limit: seconds at most."""
+def _end_watchdog(limit: float | None = None) -> None:
+    """Ends the watchdog over other ranks, if there is one: this rank is done. limit: seconds at most."""
     if "saferlhf_fast.runtime.watchdog" in sys.modules:
         sys.modules["saferlhf_fast.runtime.watchdog"].end(limit)
 
@@ -137,9 +137,9 @@ def _failed(error: BaseException, code: int, line: str, debug: bool = False) -> 
     """Says in one line why this process ends, or which other rank is to blame; returns the exit code."""
     if debug:
         traceback.print_exc()
-    watch = sys.modules.get("saferlhf_fast.runtime.watchdog")
-    blame = watch.failed(error, code) if watch else None
-    if watch is None or blame is None:
+    watchdog = sys.modules.get("saferlhf_fast.runtime.watchdog")
+    blame = watchdog.failed(error, code) if watchdog else None
+    if watchdog is None or blame is None:
         if line and os.environ.get("LOCAL_RANK", "0") != "0":
             # settings are as wrong for the machine's first rank: its launcher ends this one for it
             time.sleep(2)
@@ -151,7 +151,7 @@ def _failed(error: BaseException, code: int, line: str, debug: bool = False) -> 
         _complain(line)
     elif other_line:
         print(other_line, file=sys.stderr)
-    return watch.leave(code)  # which ends the process
+    return watchdog.leave(code)  # which ends the process
 
 
 def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -> int:

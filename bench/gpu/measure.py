@@ -6,7 +6,6 @@ It checks, times and writes a row, and never ends the run.
 import statistics
 import time
 
-import ceilings
 import clock
 import exact
 import memory
@@ -53,13 +52,7 @@ class Measure:
         seconds=None,
     ):
         """Times step(); the arguments are those of conftest.Measure."""
-        flush = clock.flush(device, reads + writes)
-
-        def ready():
-            if before is not None:
-                before()
-            flush()
-            ceilings.synchronize(device)
+        ready = clock.preparation(device, reads + writes, before)
 
         ready()
         start = time.perf_counter()

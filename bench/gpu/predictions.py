@@ -37,8 +37,6 @@ TABLE = {
 }
 # measured on another machine of this kind
 CEILINGS = {"copy_gb_s": (4300, 4300), "bfloat16_tflop_s": (769, 798)}
-# bytes above inputs and outputs
-PEAK = {("linear_ppo_loss forward + backward", LINEAR, "triton"): (2.2e9, 2.2e9)}
 
 
 def of(row):

@@ -109,17 +109,17 @@ def products(rows):
     )
 
 
-def verdicts(rows):
+def target_outcomes(rows):
     """Returns the targets that are meant for this device."""
     device = next((row.get("device", "") for row in of_kind(rows, "device")), "")
     top = next((row for row in rows if row["kind"] == "ceilings"), None)
     some, lines = of_kind(rows, "row"), []
     for target in targets.TARGETS:
-        if targets.speaks_of(target, {"device": device}):
+        if targets.applies_to(target, {"device": device}):
             value = targets.value(target, some, top, ceilings.floor)
             lines.append(
                 f"- {target.op}, {target.shape}: {targets.text(target)}: "
-                f"{'' if value is None else f'{value:.3g}, '}{targets.verdict(target, value)}"
+                f"{'' if value is None else f'{value:.3g}, '}{targets.outcome(target, value)}"
             )
     return ["", "**Targets**", *lines] if lines else []
 
@@ -177,7 +177,7 @@ def counters(rows):
 
 def text(rows):
     """Returns the whole table. If it would be too long, its times are cut first; the file has all of them."""
-    head, tail = heading(rows), [*checks(rows), *counters(rows), *verdicts(rows), *troubles(rows)]
+    head, tail = heading(rows), [*checks(rows), *counters(rows), *target_outcomes(rows), *troubles(rows)]
     sections = of_kind(rows, "section")
     tail += ["", "Sections: " + ", ".join(f"{row['section']} {row['seconds']} s" for row in sections)]
     middle, room = times(rows) + products(rows), LONGEST - sum(len(line) + 1 for line in head + tail)

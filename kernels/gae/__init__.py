@@ -93,12 +93,12 @@ def gae(
     """
     checks.same_tokens("gae", ("rewards", "values"), (rewards, values))
     checks.one_of("gae", "masked", masked, ("zero", "carry"))
-    checks.share("gae", "gamma", gamma)
-    checks.share("gae", "lam", lam)
+    checks.fraction("gae", "gamma", gamma)
+    checks.fraction("gae", "lam", lam)
     cu_seqlens, mask, _ = checks.rows("gae", "rewards", rewards.shape, rewards.device, cu_seqlens, mask)
     return torch.ops.saferlhf_fast.gae(
-        checks.constant(rewards),
-        checks.constant(values),
+        checks.detached(rewards),
+        checks.detached(values),
         cu_seqlens,
         mask,
         gamma,

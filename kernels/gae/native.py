@@ -35,6 +35,7 @@ def gae(
         with pointers.on(rewards.device):
             pointers.module().gae_cuda(*arguments, pointers.stream(rewards.device))
     else:
-        pointers.module().gae_cpu(*arguments, pointers.threads(tokens))
+        on_cpu = (*arguments, pointers.threads(tokens))
+        pointers.call_on_rows("gae", pointers.module().gae_cpu, on_cpu, cu_seqlens, tokens)
     del referenced
     return advantages, returns

@@ -56,8 +56,8 @@ def gae(
     """Advantages and returns.
 
     Args:
-        rewards: [N] packed or [B, T] padded.
-        values: The same shape.
+        rewards: Reward of each token, packed [N] or padded [B, T], any float dtype.
+        values: Value before each token, of the same shape.
         cu_seqlens: int32 [B+1], or None with a mask.
         mask: bool [B, T], or None with cu_seqlens.
         gamma: Discount.

@@ -285,7 +285,7 @@ def linear_logprob(
     logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
         hidden.reshape(ids.numel(), hidden.shape[-1]),
         weight,
-        checks.wide(ids).reshape(-1),
+        checks.as_int32_or_int64(ids).reshape(-1),
         bias,
         one_temperature,
         temperature_N,

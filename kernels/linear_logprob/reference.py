@@ -13,7 +13,16 @@ from ..token_logprob import reference as rows
 
 
 def logits_of(hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
-    """[N, V]: hidden @ weight.T + bias, in float64 for float64 hidden states, else in float32."""
+    """The logits hidden @ weight.T + bias.
+
+    Args:
+        hidden_NH: Hidden states, any float dtype.
+        weight_VH: The head's weight, of the same dtype.
+        bias_V: The head's bias, of the same dtype, or None.
+
+    Returns:
+        [N, V], float64 for float64 hidden states, else float32.
+    """
     dtype = result_dtype(hidden_NH)
     with torch.autocast(hidden_NH.device.type, enabled=False):  # which would round them to bfloat16
         logits_NV = hidden_NH.to(dtype) @ weight_VH.to(dtype).t()
@@ -35,10 +44,10 @@ def linear_logprob(
     """Log-prob and entropy of each token, and the log-sum-exp that the backward pass needs.
 
     Args:
-        hidden_NH: Any float dtype.
-        weight_VH: Of the same dtype.
-        ids_N: Integers.
-        bias_V: Of the same dtype, or None.
+        hidden_NH: Hidden states before the tokens, any float dtype.
+        weight_VH: The head's weight, of the same dtype.
+        ids_N: The tokens, integers in 0..V-1.
+        bias_V: The head's bias, of the same dtype, or None.
         temperature: One for all tokens.
         temperature_N: One for each token, or None.
         softcap: 0 for none.
@@ -70,10 +79,27 @@ def linear_logprob_backward(
     wanted: Sequence[bool],
     chunk_tokens: int | None,
 ) -> HeadGradients:
-    """(d hidden, d weight, d bias), None where not wanted; d weight and d bias are float32 (float64).
+    """The gradients of hidden states, weight and bias for any upstream gradient.
 
-    The arguments are those of `linear_logprob`, what it has returned, the upstream gradients of log-probs and
-    entropies (or None), and which of the three gradients are wanted.
+    Args:
+        hidden_NH: As in the forward pass, and so are weight, ids, bias, temperatures and softcap.
+        weight_VH: The head's weight.
+        ids_N: The tokens.
+        bias_V: The head's bias, or None.
+        logp_N: What `linear_logprob` has returned.
+        entropy_N: The same.
+        lse_N: The same.
+        grad_logp_N: Upstream gradient of the log-probs, or None.
+        grad_entropy_N: Upstream gradient of the entropies, or None.
+        temperature: One for all tokens.
+        temperature_N: One for each token, or None.
+        softcap: 0 for none.
+        wanted: Which of the three gradients are wanted.
+        chunk_tokens: Tokens whose logits exist at once, or None; changes nothing here.
+
+    Returns:
+        d hidden [N, H] in the dtype of hidden_NH, d weight [V, H] and d bias [V] in float64 for float64
+        hidden states, else float32; None where not wanted.
     """
     d_NV = logits_of(hidden_NH, weight_VH, bias_V)
     rows.token_logprob_backward(
@@ -99,7 +125,19 @@ def gradients(
     wanted: Sequence[bool],
     dtype: torch.dtype,
 ) -> HeadGradients:
-    """What d logits mean for hidden states (in `dtype`), weight and bias; None where not wanted."""
+    """What d logits mean for hidden states, weight and bias.
+
+    Args:
+        d_NV: d logits, float32 or float64.
+        hidden_NH: Hidden states.
+        weight_VH: The head's weight.
+        wanted: Which of the three gradients are wanted.
+        dtype: That of d hidden.
+
+    Returns:
+        d hidden [N, H], d weight [V, H] and d bias [V], the last two in the dtype of d_NV; None where not
+        wanted.
+    """
     with torch.autocast(d_NV.device.type, enabled=False):
         return (
             (d_NV @ weight_VH.to(d_NV.dtype)).to(dtype) if wanted[0] else None,

@@ -336,5 +336,4 @@ def linear_logprob(
 
 def linear_logprob_backward(*arguments: Any) -> linear.HeadGradients:
     """See the reference; arguments: its own."""
-    with_narrow = (*arguments, True)
-    return linear.logprob_backward(rows.token_logprob_backward, *with_narrow)
+    return linear.logprob_backward(rows.token_logprob_backward, *arguments, narrow=True)

@@ -9,7 +9,7 @@ from .. import checks
 from .. import policy as shared
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, learns, refuse_tangents, track_inputs
-from ..linear import HeadGradients, held, scaled
+from ..linear import HeadGradients, scaled, stored_dtype
 from ..ppo_loss.reference import STATISTICS, named
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -58,8 +58,8 @@ def _run(
     loss, statistics = shared.loss_of(policy, logp_N, entropy_N)
     unscale = torch.ones_like(loss) if tokens.unscale is None else tokens.unscale
     outputs = [
-        hidden_NH.new_empty(0, dtype=kind) if gradient is None else gradient
-        for gradient, kind in zip(gradients, (held(hidden_NH.dtype), dtype, dtype))
+        hidden_NH.new_empty(0, dtype=stored) if gradient is None else gradient
+        for gradient, stored in zip(gradients, (stored_dtype(hidden_NH.dtype), dtype, dtype))
     ]
     return loss, *outputs, unscale, statistics
 
@@ -73,9 +73,9 @@ def _fake(
 ) -> tuple[torch.Tensor, ...]:
     dtype = checks.result_dtype(hidden_NH)
     gradients = [
-        hidden_NH.new_empty((0,) if source is None or not want else source.shape, dtype=kind)
-        for want, source, kind in zip(
-            wanted, (hidden_NH, weight_VH, bias_V), (held(hidden_NH.dtype), dtype, dtype)
+        hidden_NH.new_empty((0,) if source is None or not want else source.shape, dtype=stored)
+        for want, source, stored in zip(
+            wanted, (hidden_NH, weight_VH, bias_V), (stored_dtype(hidden_NH.dtype), dtype, dtype)
         )
     ]
     return (
@@ -88,7 +88,7 @@ def _fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     _, weight_VH, _, ctx.wanted = inputs[:4]
-    ctx.kinds = (inputs[0].dtype, weight_VH.dtype, weight_VH.dtype)
+    ctx.dtypes = (inputs[0].dtype, weight_VH.dtype, weight_VH.dtype)
     ctx.save_for_backward(*output[1:5])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # else every output's would be filled with zeros: a second d weight
@@ -101,8 +101,8 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> Gradients:
     *gradients, unscale = ctx.saved_tensors
     factor = upstream * unscale
     d_hidden, d_weight, d_bias = (
-        scaled(gradient, factor, kind) if want else None
-        for gradient, kind, want in zip(gradients, ctx.kinds, ctx.wanted)
+        scaled(gradient, factor, dtype) if want else None
+        for gradient, dtype, want in zip(gradients, ctx.dtypes, ctx.wanted)
     )
     return d_hidden, d_weight, d_bias, *[None] * (2 + len(shared.Policy._fields))
 

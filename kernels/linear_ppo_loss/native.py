@@ -10,5 +10,4 @@ from ..ppo_loss_from_logits import native as rows
 
 def linear_ppo_loss(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, linear.HeadGradients]:
     """See the reference; arguments: its own."""
-    with_narrow = (*arguments, False)
-    return linear.policy_gradients(rows.ppo_loss_from_logits, *with_narrow)
+    return linear.policy_gradients(rows.ppo_loss_from_logits, *arguments, narrow=False)

@@ -136,7 +136,7 @@ def ppo_lag_advantage(
         NotImplementedError: `impl` cannot run here.
 
     Source:
-        Dai et al. 2024, Safe RLHF, arXiv 2310.12773; safe-rlhf's PPOLagTrainer.
+        Dai et al. (2023), Safe RLHF, arXiv 2310.12773; safe-rlhf's PPOLagTrainer.
     """
     op = "ppo_lag_advantage"
     given = [cost is not None, cost_values is not None, multiplier is not None]
@@ -154,8 +154,8 @@ def ppo_lag_advantage(
         tokens.append(cost_values)
     checks.same_tokens(op, names, tokens)
     checks.one_of(op, "masked", masked, ("zero", "carry"))
-    checks.share(op, "gamma", gamma)
-    checks.share(op, "lam", lam)
+    checks.fraction(op, "gamma", gamma)
+    checks.fraction(op, "lam", lam)
     if multiplier is not None and not isinstance(multiplier, torch.Tensor):
         checks.not_negative(op, "multiplier", multiplier)
     cu_seqlens, mask, count = checks.rows(op, "logp", logp.shape, logp.device, cu_seqlens, mask)
@@ -165,7 +165,7 @@ def ppo_lag_advantage(
     clip_score = float("inf") if clip_score is None else clip_score
     checks.not_negative(op, "clip_score", clip_score)
     advantages, reward_returns, cost_returns, statistics = torch.ops.saferlhf_fast.ppo_lag_advantage(
-        *map(checks.constant, (logp, ref_logp, reward, cost, reward_values, cost_values)),
+        *map(checks.detached, (logp, ref_logp, reward, cost, reward_values, cost_values)),
         checks.scalar(multiplier, logp, "multiplier"),
         cu_seqlens,
         mask,

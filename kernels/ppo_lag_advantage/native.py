@@ -60,6 +60,7 @@ def ppo_lag_advantage(
                 *arguments, partials.data_ptr(), counter(device).data_ptr(), pointers.stream(device)
             )
     else:
-        module.ppo_lag_advantage_cpu(*arguments, pointers.threads(tokens))
+        on_cpu, function = (*arguments, pointers.threads(tokens)), module.ppo_lag_advantage_cpu
+        pointers.call_on_rows("ppo_lag_advantage", function, on_cpu, cu_seqlens, tokens)
     del referenced
     return advantages, reward_returns, cost_returns, statistics

@@ -44,13 +44,27 @@ def ppo_lag_advantage(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Advantages, returns and statistics.
 
-    The arguments are those of the op (`__init__.py`) after its checks: a 0-d tensor for the multiplier,
-    infinity for a clip_score of None, carry instead of a name. cost, cost_values and multiplier are None
-    together.
+    cost, cost_values and multiplier are None together.
+
+    Args:
+        logp: Log-probs of the response tokens, nats, packed [N] or padded [B, T].
+        ref_logp: Log-probs of the reference policy, nats, shaped as logp.
+        reward: Score of each sequence, [B].
+        cost: Cost of each sequence, [B], above 0 where it is unsafe; or None.
+        reward_values: The reward critic's value before each token, shaped as logp, in units of the reward.
+        cost_values: The cost critic's, shaped as logp, in units of the cost; or None.
+        multiplier: The Lagrange multiplier, 0-d, >= 0; or None.
+        cu_seqlens: int32 [B+1], or None with a mask.
+        mask: bool [B, T], or None with cu_seqlens.
+        kl_coeff: Coefficient of the KL term in the rewards, per nat.
+        gamma: Discount.
+        lam: Decay of GAE's sum of differences.
+        clip_score: Bound of the shaped rewards and costs; infinity for none.
+        carry: A masked token between valid ones is skipped; else its reward and value count as 0.
 
     Returns:
-        advantages, reward_returns and cost_returns ([0] without cost), shaped as logp, and statistics [12] in
-        the order of STATISTICS.
+        advantages, reward_returns and cost_returns ([0] without cost), shaped as logp and 0 where masked, and
+        statistics [12] in the order of STATISTICS. All are float64 for float64 logp, else float32.
     """
     dtype = result_dtype(logp)
     rows = layout("ppo_lag_advantage", logp.numel(), cu_seqlens, mask)

@@ -37,7 +37,7 @@ def ppo_loss(
     entropy_gradient = logp.new_empty(0 if entropy is None else logp.shape, dtype=dtype)
     statistics = logp.new_empty(len(STATISTICS), dtype=dtype)
     referenced, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
-    pointers.module().ppo_loss_cpu(
+    arguments = (
         loss.data_ptr(),
         gradient.data_ptr(),
         entropy_gradient.data_ptr(),
@@ -56,5 +56,6 @@ def ppo_loss(
         token_mean,
         pointers.threads(tokens),
     )
+    pointers.call_on_rows("ppo_loss", pointers.module().ppo_loss_cpu, arguments, cu_seqlens, tokens)
     del referenced
     return loss, gradient, entropy_gradient, inverse, statistics

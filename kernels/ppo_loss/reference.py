@@ -85,17 +85,20 @@ def policy_terms(
     """The objective of each token, elementwise in the tensors' dtype; d loss / d entropy is -entropy_coeff.
 
     Args:
-        logp: Log-probs, of any shape.
-        old_logp: The same of the policy that sampled.
-        advantage: Scaled and shifted already.
-        ref_logp: Log-probs of the reference policy; None for no KL term, kl is then 0.
-        entropy: Of each token's distribution, nats; None for no entropy term.
-        clip_ratio: The ratio is clipped below 1 - clip_ratio
-        clip_high: and above 1 + clip_high.
+        logp: Log-probs of the tokens, nats, of any shape, which all tensors have.
+        old_logp: Log-probs of the policy that sampled, nats.
+        advantage: Advantages, scaled and shifted already.
+        ref_logp: Log-probs of the reference policy, nats; None for no KL term, kl is then 0.
+        entropy: Entropy of each token's distribution, nats; None for no entropy term.
+        clip_ratio: A ratio below 1 - clip_ratio is clipped to that.
+        clip_high: A ratio above 1 + clip_high is clipped to that.
         dual_clip: The largest ratio that counts where the advantage is negative; infinity for no bound.
-        kl_coeff: Coefficient of kl.
+        kl_coeff: Coefficient of kl, per nat.
         k1: The KL estimator is k1, not k3.
-        entropy_coeff: Coefficient of the entropy.
+        entropy_coeff: Coefficient of the entropy, per nat.
+
+    Returns:
+        The Terms, each shaped as logp and in its dtype, or bool.
     """
     difference = logp - old_logp
     log_ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -144,12 +147,29 @@ def ppo_loss(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The loss, and its gradients without the factor `inverse`.
 
-    The arguments are those of the op (`__init__.py`) after its checks: numbers instead of None for clip_high
-    and dual_clip (infinity), k1 and token_mean instead of names, 0-d tensors for normalizer, scale and shift.
+    Args:
+        logp: Log-probs of the tokens, nats, packed [N] or padded [B, T].
+        old_logp: Log-probs of the policy that sampled, nats, shaped as logp.
+        advantages: Shaped as logp, before scale and shift.
+        ref_logp: Log-probs of the reference policy, nats, shaped as logp; None for no KL term.
+        entropy: Entropy of each token's distribution, nats, shaped as logp; None for no entropy term.
+        cu_seqlens: int32 [B+1], or None with a mask.
+        mask: bool [B, T], or None with cu_seqlens.
+        clip_ratio: A ratio below 1 - clip_ratio is clipped to that.
+        clip_high: A ratio above 1 + clip_high is clipped to that.
+        dual_clip: The largest ratio that counts where the advantage is negative; infinity for no bound.
+        kl_coeff: Coefficient of the KL to the reference policy, per nat.
+        k1: The KL estimator is k1, not k3.
+        entropy_coeff: Coefficient of the entropy, per nat.
+        token_mean: The mean over tokens; else the mean over sequences of each one's token mean.
+        normalizer: 0-d count that the loss is divided by; None for that of this call.
+        scale: 0-d factor of the advantages, or None.
+        shift: 0-d summand of the advantages after the factor, or None.
 
     Returns:
         loss [], d loss / d logp shaped as logp, d loss / d entropy likewise ([0] without entropy), both
-        without the factor inverse [], which follows, and statistics [11] in the order of STATISTICS.
+        without the factor inverse [], which follows, and statistics [11] in the order of STATISTICS. All are
+        float64 for float64 logp, else float32.
     """
     dtype = result_dtype(logp)
     rows = layout("ppo_loss", logp.numel(), cu_seqlens, mask)

@@ -127,8 +127,8 @@ def ppo_loss_from_logits(
     Means the same as::
 
         logp, entropy = token_logprob(logits, ids, temperature=temperature, softcap=softcap,
-        return_entropy=True) loss, stats = ppo_loss(logp, old_logp, advantages, entropy=entropy, ...)   # the
-        others as given
+                                      return_entropy=True)
+        loss, stats = ppo_loss(logp, old_logp, advantages, entropy=entropy, ...)   # the others as given
 
     The gradient is exact for any scalar upstream. An upstream other than 1 costs one more pass, so count
     micro-batches and ranks in `normalizer` instead of dividing the loss. Under activation checkpointing the

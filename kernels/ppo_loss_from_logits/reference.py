@@ -30,18 +30,18 @@ def ppo_loss_from_logits(
     """Writes d sum(weight * objective) / d logits into out_NV.
 
     Args:
-        logits_NV: Any float dtype.
-        ids_N: Integers.
-        old_logp_N: Log-probs of the policy that sampled.
+        logits_NV: Logits before softcap and temperature, any float dtype.
+        ids_N: The tokens, integers in 0..V-1.
+        old_logp_N: Log-probs of the policy that sampled, nats.
         advantage_N: Scaled and shifted already.
-        ref_logp_N: Log-probs of the reference policy, or None.
+        ref_logp_N: Log-probs of the reference policy, nats; None for no KL term.
         weight_N: The token's weight in the loss; 0 means masked, and everything of the row is then 0.
-        clip_ratio: The ratio is clipped below 1 - clip_ratio
-        clip_high: and above 1 + clip_high.
+        clip_ratio: A ratio below 1 - clip_ratio is clipped to that.
+        clip_high: A ratio above 1 + clip_high is clipped to that.
         dual_clip: The largest ratio that counts where the advantage is negative; infinity for no bound.
-        kl_coeff: Coefficient of the KL to the reference policy.
+        kl_coeff: Coefficient of the KL to the reference policy, per nat.
         k1: The KL estimator is k1, not k3.
-        entropy_coeff: Coefficient of the entropy.
+        entropy_coeff: Coefficient of the entropy, per nat.
         temperature: One for all rows.
         temperature_N: One for each row, or None.
         softcap: 0 for none.
@@ -49,7 +49,7 @@ def ppo_loss_from_logits(
             narrower elements.
 
     Returns:
-        logp_N and entropy_N, in nats.
+        logp_N and entropy_N, in nats, 0 where the weight is 0; float64 for float64 logits, else float32.
     """
     logp_N, entropy_N, lse_N = token_logprob(logits_NV, ids_N, temperature, temperature_N, softcap, True)
     on_N = weight_N != 0

@@ -208,7 +208,7 @@ def token_logprob(
     inplace = inplace_backward and checks.disposable(logits, flat)
     logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
         flat,
-        checks.wide(ids).reshape(-1),
+        checks.as_int32_or_int64(ids).reshape(-1),
         one_temperature,
         temperature_N,
         checks.softcap("token_logprob", softcap),

@@ -50,8 +50,9 @@ def token_logprob(
     """Log-prob and entropy of each row, and the log-sum-exp that the backward pass needs.
 
     Args:
-        logits_NV: Any float dtype.
-        ids_N: Integers. One outside the vocabulary gives NaN; the op has raised before where it looks at ids.
+        logits_NV: Logits before softcap and temperature, any float dtype.
+        ids_N: The tokens, integers. One outside the vocabulary gives NaN; where the op looks at ids it has
+            raised before.
         temperature: One for all rows.
         temperature_N: One for each row, or None.
         softcap: 0 for none.

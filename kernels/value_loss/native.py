@@ -24,7 +24,7 @@ def value_loss(
     gradient = values.new_empty(values.shape, dtype=dtype)
     statistics = values.new_empty((critics, len(STATISTICS)), dtype=dtype)
     referenced, row_arguments = pointers.rows(cu_seqlens, mask, tokens)
-    pointers.module().value_loss_cpu(
+    arguments = (
         loss_C.data_ptr(),
         gradient.data_ptr(),
         inverse.data_ptr(),
@@ -37,5 +37,6 @@ def value_loss(
         token_mean,
         pointers.threads(tokens * critics),
     )
+    pointers.call_on_rows("value_loss", pointers.module().value_loss_cpu, arguments, cu_seqlens, tokens)
     del referenced
     return loss_C, gradient, inverse, statistics

@@ -1,6 +1,6 @@
 """The clipped value loss of one or two critics and its gradient in plain torch: the definition.
 
-Any float dtype.
+Any float dtype. In this file C is the number of critics.
 """
 
 import torch
@@ -25,18 +25,18 @@ def value_loss(
     """The loss of each critic, and its gradient without the factor `inverse`.
 
     Args:
-        values: [C, N] or [C, B, T], of C critics.
-        old_values: The same shape.
-        returns: The same shape.
+        values: Values of C critics, packed [C, N] or padded [C, B, T], any float dtype.
+        old_values: The values before the update, of the same shape.
+        returns: The targets, of the same shape and in the values' units.
         cu_seqlens: int32 [B+1], or None with a mask.
         mask: bool [B, T], or None with cu_seqlens.
         clip_value: How far a value may move from the old one, in the values' units; infinity for any.
-        token_mean: The mean over tokens, not over sequences.
+        token_mean: The mean over tokens; else the mean over sequences of each one's token mean.
         normalizer: 0-d count that the loss is divided by; None for that of this call.
 
     Returns:
         loss [C], gradient shaped as values without the factor inverse [], which follows, and statistics [C,
-        7] in the order of STATISTICS.
+        7] in the order of STATISTICS. All are float64 for float64 values, else float32.
     """
     dtype = result_dtype(values)
     critics = values.shape[0]

@@ -63,10 +63,11 @@ def stored(path: Path, ops: Collection[str] | None) -> Results:
             results["machine_info"],
             [entry for entry in results["benchmarks"] if "op" in entry["extra_info"]],
         )
-        assert isinstance(machine["device"], str), "the device is a name"
+        if not isinstance(machine["device"], str):
+            raise UserError(f"{path}: machine_info.device: expected a name, got {machine['device']!r}")
         for entry in entries:
             _check_entry(path, entry)
-    except (KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path}: expected a file of saferlhf-fast bench --save, got another one "
             f"({type(error).__name__}: {error})"
@@ -83,9 +84,10 @@ def stored(path: Path, ops: Collection[str] | None) -> Results:
 def _check_entry(path: Path, entry: Mapping[str, Any]) -> None:
     """Checks an entry of a results file, and takes the smaller of its two figures as its best time."""
     row = entry["extra_info"]
-    assert all(
-        isinstance(value, str) for value in (entry["fullname"], row["op"], row["shape"], row["version"])
-    )
+    texts = {"fullname": entry["fullname"], **{name: row[name] for name in ("op", "shape", "version")}}
+    for name, value in texts.items():
+        if not isinstance(value, str):
+            raise UserError(f"{path}: {name} of an entry: expected a text, got {value!r}")
     if not (isinstance(row["best"], (int, float)) and 0 < row["best"] < math.inf):
         raise UserError(
             f"{path}: {row['op']}, {row['shape']}, {row['version']}: expected a time above 0, "
@@ -214,10 +216,10 @@ def refuse_nothing_to_compare(options: Request, base: Results) -> None:
     compare = _bench_module("compare")
     was = compare.ratios(base, options.times)
     if not comparable(was):
-        rows = f"{len(was)} rows of ours without either" if was else "no row of ours"
+        rows = f"{len(was)} rows of saferlhf-fast without either" if was else "no row of saferlhf-fast"
         raise UserError(
-            f"{options.compare}: expected times of ours and, to compare them with, of eager torch or a floor "
-            f"near them, got {rows}; "
+            f"{options.compare}: expected times of saferlhf-fast and, to compare them with, of eager torch "
+            f"or a floor near them, got {rows}; "
             f"{'' if options.times or not was else '--times compares the times themselves; '}"
             "saferlhf-fast bench --save writes a whole file"
         )
@@ -285,7 +287,7 @@ def compared(options: Request, base: Results, results: Results) -> int:
         TRIES,
         options.times,
     )
-    lines = verdicts(was, now, worse, gone, options.worse, len(comparable(was)))
+    lines = outcome_lines(was, now, worse, gone, options.worse, len(comparable(was)))
     print("\n".join([*head(options.compare.name, base, results, compare.rows), "", *lines]))
     return 1 if worse or gone else 0
 
@@ -324,7 +326,7 @@ def head(
     return lines
 
 
-def verdicts(
+def outcome_lines(
     was: Ratios,
     now: Ratios,
     worse: Sequence[Any],
@@ -347,12 +349,12 @@ def verdicts(
     for key in {**was, **now}:
         for against in {**was.get(key, {}), **now.get(key, {})}:
             before, after = was.get(key, {}).get(against), now.get(key, {}).get(against)
-            verdict = (
-                "REGRESSION" if (key, against) in regressions else _verdict(before, after, 1 + percent / 100)
+            outcome = (
+                "REGRESSION" if (key, against) in regressions else _outcome(before, after, 1 + percent / 100)
             )
             change = f"{after / before - 1:+.1%}" if before and after else ""
             lines.append(
-                (*key, against, *("" if x is None else f"{x:.4g}" for x in (before, after)), change, verdict)
+                (*key, against, *("" if x is None else f"{x:.4g}" for x in (before, after)), change, outcome)
             )
     order = {"REGRESSION": 0, "GONE": 1}
     lines.sort(key=lambda line: (order.get(line[-1], 2), line))
@@ -371,8 +373,8 @@ def verdicts(
     return [*text, "", "; ".join(summary)]
 
 
-def _verdict(before: float | None, after: float | None, limit: float) -> str:
-    """Returns the verdict on a ratio that is no regression. limit: from which factor on it counts."""
+def _outcome(before: float | None, after: float | None, limit: float) -> str:
+    """Returns the outcome for a ratio that is no regression. limit: from which factor on it counts."""
     if after is None:
         return "GONE"
     if before is None:

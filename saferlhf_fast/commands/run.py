@@ -36,7 +36,7 @@ from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
 from saferlhf_fast.runtime.quiet_libraries import quiet_libraries
-from saferlhf_fast.runtime.run_decision import Action, asked_by
+from saferlhf_fast.runtime.run_decision import Action, request_of
 from saferlhf_fast.runtime.run_state import RunState, is_ours
 
 if TYPE_CHECKING:
@@ -340,7 +340,7 @@ def _check_outputs(top: RunConfig, steps: Sequence[Step]) -> None:
         )
         if reads_new_output or not state.is_done_but_for_inputs:
             run_folder.checked_action(
-                state, asked_by(_resumed(step, top.resume, state), restart=True), f"{step.name}.output"
+                state, request_of(_resumed(step, top.resume, state), restart=True), f"{step.name}.output"
             )
             new_outputs.append(step.cfg.output)
 

@@ -247,7 +247,7 @@ class Multiplier:
     """The Lagrange multiplier λ and the constraint mean cost ≤ threshold."""
 
     rule: Literal["exponential", "pid"] = "exponential"
-    """exponential: log λ += lr · λ · (J_C − d), the reference's rule; pid: λ = K_p·e + I + K_d·max(0, Δe)
+    """exponential: log λ += lr · λ · (J_C − d), safe-rlhf's rule; pid: λ = K_p·e + I + K_d·max(0, Δe)
     with e = J_C − d and I = init + K_i·Σe, both between 0 and `max`."""
     init: NonNegative = 1.0
     """λ at the start; with the pid rule also its integral I at the start."""

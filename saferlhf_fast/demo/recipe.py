@@ -66,7 +66,7 @@ TEMPERATURES = (1.0, 1.4)  # at which the SFT policy answers for annotation
 WORLD_ANSWERS = 5  # answers by the world itself among the candidates for each prompt's pair
 
 
-def engine(cfg: DemoConfig) -> Engine:
+def engine() -> Engine:
     """The engine of every stage."""
     # A model this small gains nothing from bf16, and little from a second thread. Where other processes used
     # the cores too, two threads that wait for each other made it twenty times slower.
@@ -102,7 +102,7 @@ def sft(folder: Path, seed: int, cfg: DemoConfig, sizes: Sizes) -> SFTConfig:
         seed=seed,
         train=Training(epochs=100, max_steps=sizes.sft_steps, batch_size=64, max_length=MAX_LENGTH),
         optim=Optimizer(learning_rate=2e-3),
-        engine=engine(cfg),
+        engine=engine(),
         log=log(cfg),
     )
 
@@ -118,7 +118,7 @@ def preference(
         seed=seed,
         train=Training(epochs=sizes.pair_epochs, batch_size=64, max_length=MAX_LENGTH, eval_fraction=0.05),
         optim=Optimizer(learning_rate=1e-3, weight_decay=0.1),
-        engine=engine(cfg),
+        engine=engine(),
         log=log(cfg),
     )
 
@@ -149,19 +149,18 @@ def ppo(
             select=True,
             margin=0.8 if constrained else 0.0,
         ),
-        engine=engine(cfg),
+        engine=engine(),
         log=log(cfg),
     )
 
 
-def evaluation(folder: Path, policy: str, seed: int, cfg: DemoConfig) -> EvaluateConfig:
+def evaluation(folder: Path, policy: str, seed: int) -> EvaluateConfig:
     """The evaluation of one policy on held-out prompts.
 
     Args:
         folder: that of one seed.
         policy: the folder in it where the policy is.
         seed: the run's seed.
-        cfg: the demo's config.
     """
     return EvaluateConfig(
         model=str(folder / policy / "model"),
@@ -173,5 +172,5 @@ def evaluation(folder: Path, policy: str, seed: int, cfg: DemoConfig) -> Evaluat
         max_length=MAX_LENGTH,
         batch_size=128,
         sampling=sampling(),
-        engine=engine(cfg),
+        engine=engine(),
     )

@@ -60,7 +60,7 @@ def write_demo_report(folder: str | Path) -> Path:
     sections = [
         page.cards(
             [
-                ("claims that hold", *verdict(seeds)),
+                ("claims that hold", *claims_text(seeds)),
                 ("seeds", ", ".join(seeds), ""),
                 *([("time", clock(total), "")] if (total := total_seconds(seeds)) else []),
             ]
@@ -110,7 +110,7 @@ def read_seeds(path: Path) -> dict[str, dict[str, Any]]:
     return seeds
 
 
-def verdict(seeds: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
+def claims_text(seeds: Mapping[str, Mapping[str, Any]]) -> tuple[str, str]:
     """How many claims hold on all seeds together, such as "9 of 10", and "good" or "bad"."""
     holds = [bool(test(entry)) for entry in seeds.values() for _, test in CLAIMS]
     return f"{sum(holds)} of {len(holds)}", "good" if all(holds) else "bad"

@@ -93,7 +93,7 @@ def one_seed(seed: int, folder: Path, cfg: DemoConfig) -> dict[str, Any]:
     clock, world = Clock(), World(seed)
     sizes = recipe.TINY if cfg.quick else recipe.FULL
     write_world(world, folder, sizes)
-    engine.start(recipe.engine(cfg), seed)
+    engine.start(recipe.engine(), seed)
     make_base(world, folder / "base", seed)
     clock.lap("world")
     trained(train_sft, recipe.sft(folder, seed, cfg, sizes))
@@ -101,7 +101,7 @@ def one_seed(seed: int, folder: Path, cfg: DemoConfig) -> dict[str, Any]:
     # Pairs from the SFT policy's answers and the world's own, good and bad ones.
     prompts = world.annotation_prompts(sizes.pairs)
     sampled = {
-        f"sft at {t}": answers(folder / "sft" / "model", prompts, t, seed, cfg) for t in recipe.TEMPERATURES
+        f"sft at {t}": answers(folder / "sft" / "model", prompts, t, seed) for t in recipe.TEMPERATURES
     }
     write(
         folder / "data" / "pairs.jsonl", world.preference_records(prompts, sampled, own=recipe.WORLD_ANSWERS)
@@ -122,7 +122,7 @@ def one_seed(seed: int, folder: Path, cfg: DemoConfig) -> dict[str, Any]:
         ("ppo", "ppo", 0.0),
         ("ppo_lag", "ppo-lag", lag["multiplier"]),
     ):
-        entry[name] = {**evaluate_policy(world, folder, where, seed, cfg), "multiplier": multiplier}
+        entry[name] = {**evaluate_policy(world, folder, where, seed), "multiplier": multiplier}
     clock.lap("evaluation")
     entry["seconds"] = {**clock.seconds, "total": round(sum(clock.seconds.values()), 1)}
     return entry
@@ -171,10 +171,10 @@ def make_base(world: World, folder: Path, seed: int) -> None:
     engine.barrier()
 
 
-def answers(model: Path, prompts: Sequence[str], temperature: float, seed: int, cfg: DemoConfig) -> list[str]:
+def answers(model: Path, prompts: Sequence[str], temperature: float, seed: int) -> list[str]:
     """One sampled answer of the policy in folder `model` to each prompt."""
     tokenizer = load_tokenizer(str(model))
-    policy = engine.Frozen(Policy(load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine(cfg))
+    policy = engine.Frozen(Policy(load_causal_lm(str(model), tokenizer=tokenizer)), recipe.engine())
     template = Template(tokenizer, "auto")
     messages = [({"role": "user", "content": p},) for p in prompts]
     examples = [
@@ -183,9 +183,7 @@ def answers(model: Path, prompts: Sequence[str], temperature: float, seed: int, 
     own_indices = share(range(len(prompts)), engine.rank(), engine.world_size())
     sampling = recipe.sampling(temperature, 256)
     generator = open_generator(policy, tokenizer, end_tokens(tokenizer, policy.module.lm, "auto"), sampling)
-    _, responses = generate(
-        generator, [examples[i] for i in own_indices], tokenizer, sampling, recipe.MAX_LENGTH, seed
-    )
+    _, responses = generate(generator, [examples[i] for i in own_indices], sampling, recipe.MAX_LENGTH, seed)
     texts = [tokenizer.decode(r.ids, skip_special_tokens=True).strip() for r in responses]
     of_ranks = engine.gather_objects(dict(zip(own_indices, texts)))
     merged = {i: text for of_rank in of_ranks for i, text in of_rank.items()}
@@ -212,7 +210,7 @@ def gold_means(world: World, rows: Rows) -> dict[str, float]:
     }
 
 
-def evaluate_policy(world: World, folder: Path, policy: str, seed: int, cfg: DemoConfig) -> dict[str, float]:
+def evaluate_policy(world: World, folder: Path, policy: str, seed: int) -> dict[str, float]:
     """Gold and model figures of one policy on the held-out prompts; its rows are written to the folder.
 
     Args:
@@ -220,9 +218,8 @@ def evaluate_policy(world: World, folder: Path, policy: str, seed: int, cfg: Dem
         folder: that of the seed.
         policy: the folder in it where the policy is.
         seed: of the sampling.
-        cfg: the demo's config.
     """
-    settings = recipe.evaluation(folder, policy, seed, cfg)
+    settings = recipe.evaluation(folder, policy, seed)
     tokenizer = load_tokenizer(settings.model)
     roles = load_evaluation_roles(settings, tokenizer)
     prompts, _ = prompt_examples(settings.prompts, tokenizer, "auto", recipe.MAX_LENGTH, seed)

@@ -56,7 +56,7 @@ def one_id_each(logits: torch.Tensor, ids: torch.Tensor) -> bool:
     return (
         plain(logits, ids)
         and ids.shape == logits.shape[:-1]
-        and checks.whole(ids)
+        and checks.is_integer(ids)
         and logits.dtype.is_floating_point
     )
 

@@ -113,7 +113,7 @@ class _Head(torch.autograd.Function):
             softcap,
             ctx.entropy,
             None,
-            ctx.narrow,
+            narrow=ctx.narrow,
         )
         # The tensors as they came: copies in another dtype would stay in memory until backward.
         ctx.save_for_backward(*sources, ids_N, logp_N, entropy_N, lse_N)
@@ -148,7 +148,7 @@ class _Head(torch.autograd.Function):
             ctx.softcap,
             wanted,
             None,
-            ctx.narrow,
+            narrow=ctx.narrow,
         )
         in_own_dtypes = (
             None if gradient is None else gradient.to(source.dtype)
@@ -282,7 +282,7 @@ def _checked(
             f"expected hidden [N, H], weight [V, H] and targets [N], got {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)}, {tuple(targets.shape)}"
         )
-    if not checks.whole(targets):
+    if not checks.is_integer(targets):
         raise ValueError(f"targets: expected integers, got {targets.dtype}")
     shared.known_ids("targets: expected", targets, weight.shape[0])
-    return checks.wide(targets)
+    return checks.as_int32_or_int64(targets)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..kernels.checks import is_integer
 from ..models.packing import boolean
 from .head import head_logprobs, is_open, name_of, negative_sum, through_head
 from .shared import known_ids
@@ -195,7 +196,7 @@ def _targets(given: Mapping[str, Any], hidden_BTH: torch.Tensor, ignored: int) -
     shifted = given.get("shift_labels")
     name, labels = ("labels", given["labels"]) if shifted is None else ("shift_labels", shifted)
     count = hidden_BTH[..., 0].numel()
-    if not _integers(labels) or labels.numel() != count:
+    if not is_integer(labels) or labels.numel() != count:
         raise ValueError(
             f"{name}: expected {count} integers of shape {list(hidden_BTH.shape[:-1])}, got "
             f"{labels.numel()} of {labels.dtype}"
@@ -287,17 +288,13 @@ def _backbone_inputs(
     return inputs
 
 
-def _integers(tensor: torch.Tensor) -> bool:
-    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
-
-
 def _ids_and_wanted(
     input_ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids to score [B, T], and for each but the first whether it is scored [B, T-1]."""
     ids = input_ids if labels is None else labels
     for name, tensor in (("input_ids", input_ids), ("labels", ids)):
-        if tensor.dim() != 2 or not _integers(tensor) or tensor.shape != input_ids.shape:
+        if tensor.dim() != 2 or not is_integer(tensor) or tensor.shape != input_ids.shape:
             raise ValueError(
                 f"token_logprobs: {name}: expected integers [B, T], got {tensor.dtype} {list(tensor.shape)}"
             )

@@ -86,7 +86,7 @@ def build_from_export_metadata(
 
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{folder} has no config.json; this model stands on another one's base and is no model by itself"
+            f"{folder} has no config.json; this model needs another model's base and is no model by itself"
         )
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -63,7 +63,7 @@ def loss_of(logp_N: torch.Tensor, counts: Sequence[int], chunk_loss: ChunkLoss) 
     return loss + ((logp_N - logp_N.detach()) * grad_N).sum()
 
 
-def whole_sequences(counts: Sequence[int], most: int) -> list[tuple[slice, slice]]:
+def complete_sequences(counts: Sequence[int], most: int) -> list[tuple[slice, slice]]:
     """Cuts a pass into chunks of complete sequences.
 
     Args:
@@ -104,15 +104,15 @@ class _OnPolicy(torch.autograd.Function):
         forward, _ = choose("token_logprob", (hidden_NH,), "auto")
         backward, _ = choose("token_logprob_backward", (hidden_NH,), "auto")
         head = linear.head(hidden_NH, weight_VH, bias_V, hidden_NH.device.type == "cuda")
-        gradients = linear.Gradients(head, linear.held(hidden_NH.dtype), *ctx.needs_input_grad[:3])
-        chunks = whole_sequences(counts, linear.chunk_size(len(weight_VH), hidden_NH.device))
+        gradients = linear.Gradients(head, linear.stored_dtype(hidden_NH.dtype), *ctx.needs_input_grad[:3])
+        chunks = complete_sequences(counts, linear.chunk_size(len(weight_VH), hidden_NH.device))
         buffer_CV, total = head.buffer([at for _, at in chunks]), hidden_NH.new_zeros((), dtype=torch.float32)
         for sequences, at in chunks:
             logits_CV = head.logits(at, buffer_CV)
             logp_C, entropy_C, lse_C = forward(logits_CV, targets_N[at], temperature, None, softcap, False)
             loss, grad_C = chunk_loss(sequences, at, logp_C)
             total += loss
-            d_CV = head.over(logits_CV)
+            d_CV = head.gradient_view(logits_CV)
             backward(
                 logits_CV,
                 targets_N[at],

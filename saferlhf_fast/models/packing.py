@@ -1,13 +1,13 @@
 """Sequences one behind the other, without padding: what every forward pass takes, and how passes are filled.
 
-    packed = pack_sequences(sequences, asked, device)     # lists of ids -> Packed, which every model takes
+    packed = pack_sequences(sequences, positions, device)    # lists of ids -> Packed, which every model takes
 
 A batch is cut into passes (micro-batches) by tokens, not by sequences: `pack_into_microbatches` deals
 sequences to ranks and passes so that all have about the same number of tokens and none more than a budget.
 Losses are divided by counts over all passes and ranks, so no result depends on how the batch was cut. The
 way from padded rows to packed tokens and back is in padding.py. Needs torch alone.
 
-Shapes: legend in rollout/types.py; N counts the positions whose hidden state is asked for, one behind the
+Shapes: legend in rollout/types.py; N counts the positions whose hidden state is wanted, one behind the
 other.
 """
 
@@ -48,7 +48,7 @@ class Packed:
     ids_M: torch.Tensor  # int64
     positions_M: torch.Tensor  # int64: 0, 1, … in each sequence
     layout: Layout  # where sequences begin and end
-    rows_N: torch.Tensor  # int64: places in M of the hidden states that are asked for
+    rows_N: torch.Tensor  # int64: places in M of the hidden states that are wanted
     targets_N: torch.Tensor  # int64: the token that follows each of them, -1 at the end of a sequence
     counts: tuple[int, ...]  # requested tokens of each sequence, host integers
 
@@ -66,7 +66,7 @@ class Packed:
 
 
 def pack_sequences(
-    sequences: Sequence[Sequence[int]], asked: Sequence[Sequence[int]], device: torch.device
+    sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], device: torch.device
 ) -> Packed:
     """Packs sequences for one forward pass.
 
@@ -74,7 +74,7 @@ def pack_sequences(
 
     Args:
         sequences: Token ids of each sequence.
-        asked: For each sequence the positions, ascending, whose hidden state is wanted.
+        positions: For each sequence the positions, ascending, whose hidden state is wanted.
         device: Where the tensors go.
 
     Returns:
@@ -85,14 +85,14 @@ def pack_sequences(
     """
     lengths = [len(ids) for ids in sequences]
     starts = [0, *itertools.accumulate(lengths)]
-    for positions, length in zip(asked, lengths):
-        if len(positions) and not 0 <= positions[0] <= positions[-1] < length:
+    for wanted, length in zip(positions, lengths):
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < length:
             raise ValueError(
-                f"asked: expected positions in 0 … {length - 1}, got {positions[0]} … {positions[-1]}"
+                f"positions: expected positions in 0 … {length - 1}, got {wanted[0]} … {wanted[-1]}"
             )
     ids = list(itertools.chain.from_iterable(sequences))
     after = list(itertools.chain.from_iterable((*s[1:], -1) for s in sequences))
-    rows = [start + p for start, positions in zip(starts, asked) for p in positions]
+    rows = [start + p for start, wanted in zip(starts, positions) for p in wanted]
     columns = torch.tensor([ids, after, [p for length in lengths for p in range(length)]], dtype=torch.long)
     columns, rows_N = (
         columns.to(device, non_blocking=True),
@@ -104,7 +104,7 @@ def pack_sequences(
         Layout(lengths, device),
         rows_N,
         columns[1].index_select(0, rows_N),
-        tuple(len(positions) for positions in asked),
+        tuple(len(wanted) for wanted in positions),
     )
 
 

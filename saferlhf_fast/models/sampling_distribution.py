@@ -260,7 +260,7 @@ class _SamplingLogprob(torch.autograd.Function):
             with torch.enable_grad():
                 logp_C = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at)
             (d_CV,) = torch.autograd.grad(logp_C, logits_CV, grad_N[at])
-            gradients.add(at, d_CV.to(head.made))
+            gradients.add(at, d_CV.to(head.gradient_dtype))
         rounded = [
             None if gradient is None else gradient.to(source.dtype)
             for gradient, source in zip(gradients.done(), (hidden_NH, weight_VH, bias_V))

@@ -215,12 +215,12 @@ def check_score_export(
 
 def save_score_model(
     folder: str | Path,
-    model: Any,
-    tokenizer: Any,
+    model: "ScoreModel",
+    tokenizer: "PreTrainedTokenizerBase",
     *,
     kind: str,
-    card: dict | None = None,
-    state_dict: dict | None = None,
+    card: dict[str, Any] | None = None,
+    state_dict: "dict[str, torch.Tensor] | None" = None,
     drop_bias: bool = False,
     keep_bias: bool = False,
 ) -> None:

@@ -59,7 +59,7 @@ def refuse_positions(position_ids: torch.Tensor, ids_BL: torch.Tensor) -> None:
     expected = (list(ids_BL.shape), [1, ids_BL.shape[1]])
     if (
         list(position_ids.shape) not in expected
-        or not checks.whole(position_ids)
+        or not checks.is_integer(position_ids)
         or position_ids.device != ids_BL.device
     ):
         raise ValueError(

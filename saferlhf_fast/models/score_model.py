@@ -32,7 +32,7 @@ from .score_checkpoint import read_head
 from .score_inputs import checks_values, real_tokens, refuse_positions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ class ScoreModel(nn.Module):
         if position_ids is not None:
             refuse_positions(position_ids, input_ids_BL)
         if input_ids_BL.numel():
-            return self._padded_scores(checks.wide(input_ids_BL), mask_BL, position_ids)
+            return self._padded_scores(checks.as_int32_or_int64(input_ids_BL), mask_BL, position_ids)
         # An empty batch runs one token: under ZeRO-3 every rank has to gather the weights, and gradients
         # must be zeros.
         one = torch.zeros(1, 1, dtype=torch.long, device=input_ids_BL.device)
@@ -185,7 +185,7 @@ class ScoreModel(nn.Module):
 
     def _refuse_ids(self, ids_BL: torch.Tensor) -> None:
         """Raises a ValueError for ids that are no integers [B, L], without values or out of vocabulary."""
-        if ids_BL.dim() != 2 or not checks.whole(ids_BL):
+        if ids_BL.dim() != 2 or not checks.is_integer(ids_BL):
             raise ValueError(
                 f"ScoreModel: ids: expected integers [B, L], got {ids_BL.dtype} {list(ids_BL.shape)}"
             )
@@ -230,7 +230,7 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: Shapes, types or devices do not agree, or (on the CPU) a row has no token.
         """
-        if scores_BL.dim() != 2 or not checks.floating(scores_BL):
+        if scores_BL.dim() != 2 or not checks.is_floating(scores_BL):
             raise ValueError(
                 f"end_scores: scores: expected floating point [B, L], got {scores_BL.dtype} "
                 f"{list(scores_BL.shape)}"
@@ -351,7 +351,7 @@ def load_score_model(
     *,
     dtype: torch.dtype = torch.float32,
     new_head: bool = False,
-    tokenizer: Any = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:

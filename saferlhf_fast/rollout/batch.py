@@ -36,7 +36,6 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", lm: "PreTrainedModel", temp
 def generate(
     generator: "RolloutEngine",
     prompts: Sequence[PromptExample],
-    tokenizer: "PreTrainedTokenizerBase",
     sampling: "Sampling",
     max_length: int,
     seed: int = 0,
@@ -47,7 +46,6 @@ def generate(
     Args:
         generator: From `open_generator`.
         prompts: Of this rank.
-        tokenizer: Of the policy.
         sampling: The distribution and its limits.
         max_length: Longest prompt + response (tokens).
         seed: Of the step. Each sequence has a seed of its own, from this one and its place in the global

@@ -20,7 +20,7 @@ import torch
 
 from ..runtime import engine
 from .batch import Sampled, arrange, assemble, generate
-from .engines import RolloutEngine, open_generator
+from .engines import RolloutEngine, SamplingActor, open_generator
 from .engines.gathered_weights import weight_sharing_copy
 from .sample import step_seed
 from .scoring import frozen_scores
@@ -52,7 +52,7 @@ def prefetched_rollouts(
         (step, Rollout).
     """
     snapshot: PolicySnapshot | None = None
-    generator: RolloutEngine = roles.generator
+    generator: RolloutEngine = roles.rollout_engine
     if cfg.sampling.engine != "vllm-server":  # the server has the weights that were pushed last
         snapshot = prefetcher.snapshot = PolicySnapshot(roles.actor)
         prefetcher.restore(snapshot)
@@ -82,7 +82,7 @@ def prefetched_rollouts(
             yield step, rollout
     finally:
         threads.shutdown(wait=True, cancel_futures=True)
-        if generator is not roles.generator:
+        if generator is not roles.rollout_engine:
             generator.close()
 
 
@@ -121,7 +121,6 @@ def _sample(
             new_rows, new_responses = generate(
                 generator,
                 prompts[start : start + portion],
-                roles.tokenizer,
                 cfg.sampling,
                 cfg.max_length,
                 step_seed(cfg, step),
@@ -172,8 +171,12 @@ class PolicySnapshot:
     It has the attributes of engine.Frozen that rollout engines read.
     """
 
-    def __init__(self, actor: Any) -> None:
-        """Copies the current weights. actor: an engine.Engine of a Policy."""
+    def __init__(self, actor: SamplingActor) -> None:
+        """Copies the current weights.
+
+        Args:
+            actor: Trains the policy, or has it frozen.
+        """
         self.actor, self.sharded = actor, False
         self.module = SimpleNamespace(lm=weight_sharing_copy(actor.module.lm).eval())
         for parameter in self.module.lm.parameters():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ..models.packing import Packed
+    from .engines import RolloutEngine
     from .scorers import Scorer
 
 
@@ -36,13 +37,13 @@ class Roles:
 
     tokenizer: "PreTrainedTokenizerBase"
     ends: list[int | str]  # token ids that end a response, and end marks of several tokens
-    actor: Any  # an engine.Engine of a Policy; in an evaluation, which trains nothing, an engine.Frozen
+    actor: engine.Engine | engine.Frozen  # of a Policy; Frozen in an evaluation, which trains nothing
     reference: engine.Frozen | None  # of a Policy; None where an evaluation has none
     # {"reward": scorer, name of a cost: scorer}, as PPOConfig.scorers() has them
     scorers: "Mapping[str, Scorer]" = field(default_factory=dict)
     # of the reward, then of each constraint; or one for all
     critics: Sequence[Critic] = field(default_factory=list)
-    generator: Any = None  # a RolloutEngine; None until all roles are loaded
+    generator: "RolloutEngine | None" = None  # None until all roles are loaded
 
     @property
     def costs(self) -> tuple[str, ...]:
@@ -55,9 +56,20 @@ class Roles:
         return tuple(name for critic in self.critics for name in critic.names if name != REWARD)
 
     @property
+    def trained_actor(self) -> engine.Engine:
+        """The actor, in a run that trains it."""
+        return cast("engine.Engine", self.actor)
+
+    @property
+    def rollout_engine(self) -> "RolloutEngine":
+        """The engine that samples, after all roles are loaded."""
+        assert self.generator is not None, "the rollout engine is opened when all roles are loaded"
+        return self.generator
+
+    @property
     def trained(self) -> list[engine.Engine]:
         """Engines of all trained models."""
-        return [self.actor, *(critic.engine for critic in self.critics)]
+        return [self.trained_actor, *(critic.engine for critic in self.critics)]
 
     def train(self, mode: bool = True) -> None:
         """Puts actor and critics into training mode, or out of it."""

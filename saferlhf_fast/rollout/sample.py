@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def sample(roles: "Roles", prompts: "Sequence[PromptExample]", cfg: "PPOConfig", step: int) -> "Rollout":
     """Samples this rank's prompts of a step at the current weights."""
     rows, responses = generate(
-        roles.generator, prompts, roles.tokenizer, cfg.sampling, cfg.max_length, step_seed(cfg, step)
+        roles.rollout_engine, prompts, cfg.sampling, cfg.max_length, step_seed(cfg, step)
     )
     return assemble(
         rows,

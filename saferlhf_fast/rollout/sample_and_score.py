@@ -52,9 +52,8 @@ def sample_and_score(
     scored: list[tuple[int, dict[str, Any]]] = []
     for start in range(0, len(own_prompts), size):
         rows, responses = generate(
-            roles.generator,
+            roles.rollout_engine,
             own_prompts[start : start + size],
-            roles.tokenizer,
             sampling,
             cfg.max_length,
             seed,

@@ -99,7 +99,7 @@ class Rollout:
 
         Args:
             rows: The rows. For none the dummy micro-batch is packed; the caller leaves its numbers out.
-            at_end: Ask for the last position of each row, not for those that predict response tokens.
+            at_end: Take the last position of each row, not those that predict response tokens.
 
         Returns:
             The packed tokens.
@@ -107,11 +107,11 @@ class Rollout:
         sequences, lengths = self.sequences[rows], self.lengths[rows]
         if not sequences:
             sequences, lengths = [self.dummy[0]], [self.dummy[1]]
-        asked = [
+        positions = [
             end_row(len(ids)) if at_end else response_rows(len(ids) - n, len(ids))
             for ids, n in zip(sequences, lengths)
         ]
-        return pack_sequences(sequences, asked, self.device)
+        return pack_sequences(sequences, positions, self.device)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Scored:
     ref_logp_N: torch.Tensor  # nats, reference
     reward_B: torch.Tensor
     costs: dict[str, torch.Tensor] = field(default_factory=dict)  # {name of a cost: cost_B}, > 0: unsafe
-    logp_N: torch.Tensor | None = None  # nats, actor
+    logp_N: torch.Tensor | None = None  # nats, the old log-probs: of the actor before the update
     values: dict[str, torch.Tensor] = field(default_factory=dict)  # {stream: value_N before each token}
 
 

@@ -38,7 +38,7 @@ GRACE = 120
 """Seconds that ranks get after a signal that ends the run, e.g. for a checkpoint (--grace)."""
 
 SETTLE = 20
-"""Seconds that ranks get to end by themselves when one has failed; watchdog.py tells them why."""
+"""Seconds that ranks get to end by themselves when one has failed; watchdog.py gives them the reason."""
 
 PASSED_ON = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 

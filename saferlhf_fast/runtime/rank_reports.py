@@ -34,15 +34,15 @@ class Beat(TypedDict):
     Attributes:
         count: Number of the look.
         state: "runs" or "ended".
-        stood: Seconds without progress of its main thread.
-        waits: Whether its main thread stands in a collective.
-        at: Where its main thread stands, in words.
+        stalled: Seconds without progress of its main thread.
+        waits: Whether its main thread is in a collective.
+        at: Where its main thread is, in words.
         collectives: How many collectives it has called.
     """
 
     count: int
     state: str
-    stood: float
+    stalled: float
     waits: bool
     at: str
     collectives: int

@@ -2,7 +2,7 @@
 
 `decide` goes through the rows from the top: the first whose condition is true decides. Deciding changes
 nothing: run_folder.py checks the decision before a stage starts, and carries it out when the stage opens its
-folder. The content is a RunState, the request is an Asked.
+folder. The content is a RunState, the request is a Request.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,8 +28,8 @@ class Action(Enum):
     REFUSE = "refuse"  # nothing, and the stage does not start
 
 
-class Asked(NamedTuple):
-    """What a stage is asked to do with its output folder.
+class Request(NamedTuple):
+    """What a stage's settings request for its output folder.
 
     Attributes:
         resume: None, "auto" or the folder of a checkpoint, as in the settings.
@@ -59,11 +59,11 @@ class Row(NamedTuple):
         condition: Takes state and request; what it returns is true when the row decides. A mapping gives
             words for the sentence.
         action: What happens then.
-        sentence: Template of a refusal, with {key} for the name of the output, {state.…}, {asked.…}, and the
-            condition's words.
+        sentence: Template of a refusal, with {key} for the name of the output, {state.…}, {requested.…}, and
+            the condition's words.
     """
 
-    condition: "Callable[[RunState, Asked], Met]"
+    condition: "Callable[[RunState, Request], Met]"
     action: Action
     sentence: str = ""
 
@@ -72,108 +72,112 @@ Met = bool | Mapping[str, Any] | None
 """What a condition returns: whether it is met, or words for the sentence."""
 
 
-def asked_by(cfg: "OutputConfig", restart: bool = False, skip: bool = False) -> Asked:
+def request_of(cfg: "OutputConfig", restart: bool = False, skip: bool = False) -> Request:
     """What a stage's config asks for.
 
     Args:
         cfg: Config of the stage.
-        restart: See Asked.
-        skip: See Asked.
+        restart: See Request.
+        skip: See Request.
     """
-    return Asked(cfg.resume, cfg.overwrite, restart, skip)
+    return Request(cfg.resume, cfg.overwrite, restart, skip)
 
 
-def decide(state: "RunState", asked: Asked, key: str = "output") -> Decision:
+def decide(state: "RunState", requested: Request, key: str = "output") -> Decision:
     """Says what happens to an output folder; changes nothing.
 
     Args:
         state: What the folder holds.
-        asked: What the stage is asked to do with it.
+        requested: What the stage's settings request.
         key: Name of the output in a refusal.
     """
     for row in ROWS:
-        met = row.condition(state, asked)
+        met = row.condition(state, requested)
         if met:
             words = met if isinstance(met, dict) else {}
-            return Decision(row.action, row.sentence.format(key=key, state=state, asked=asked, **words))
+            return Decision(
+                row.action, row.sentence.format(key=key, state=state, requested=requested, **words)
+            )
     raise AssertionError("the last row decides whatever is left")
 
 
-def _names_no_checkpoint(state: "RunState", asked: Asked) -> Met:
+def _names_no_checkpoint(state: "RunState", requested: Request) -> Met:
     """Whether `resume` names a folder that is no checkpoint."""
-    if asked.resume is None or asked.resume == "auto":
+    if requested.resume is None or requested.resume == "auto":
         return None
     try:
-        manifest.read(Path(asked.resume).expanduser())
+        manifest.read(Path(requested.resume).expanduser())
     except UserError as error:
         return {"why": error}
     return None
 
 
-def _holds_own_input(state: "RunState", asked: Asked) -> Met:
+def _holds_own_input(state: "RunState", requested: Request) -> Met:
     """Whether the folder holds an input of the stage."""
     return state.own_input and dict(zip(("name", "value"), state.own_input))
 
 
-def _resumes_another_stage(state: "RunState", asked: Asked) -> Met:
+def _resumes_another_stage(state: "RunState", requested: Request) -> Met:
     """Whether the checkpoint belongs to another stage."""
     return (
-        state.resumes(asked.resume) and not state.same_stage and {"there": state.settings_there.get("stage")}
+        state.resumes(requested.resume)
+        and not state.same_stage
+        and {"there": state.settings_there.get("stage")}
     )
 
 
-def _resumes_with_changes(state: "RunState", asked: Asked) -> Met:
+def _resumes_with_changes(state: "RunState", requested: Request) -> Met:
     """Whether settings have changed that must not change within a run."""
     return (
-        state.resumes(asked.resume)
+        state.resumes(requested.resume)
         and bool(state.changed)
-        and {"why": compatibility.refusal(state.folder, state.changed)}
+        and {"why": compatibility.incompatibility_message(state.folder, state.changed)}
     )
 
 
-def _would_delete_its_checkpoint(state: "RunState", asked: Asked) -> bool:
+def _would_delete_its_checkpoint(state: "RunState", requested: Request) -> bool:
     """Whether the folder is not resumed, but holds the checkpoint that `resume` names."""
     return (
-        asked.resume is not None
-        and asked.resume != "auto"
+        requested.resume is not None
+        and requested.resume != "auto"
         and state.content == "run"
-        and state.holds(asked.resume)
+        and state.holds(requested.resume)
     )
 
 
-def _may_start_again(state: "RunState", asked: Asked) -> bool:
+def _may_start_again(state: "RunState", requested: Request) -> bool:
     """Whether the folder holds an unfinished run that a new one may replace without `overwrite`."""
     if state.content != "run" or state.ending == "finished":
         return False
-    by_recipe = asked.restart and state.ending == "unfinished" and state.same_stage
-    return by_recipe or (asked.resume == "auto" and state.same_settings)
+    by_recipe = requested.restart and state.ending == "unfinished" and state.same_stage
+    return by_recipe or (requested.resume == "auto" and state.same_settings)
 
 
-def _needs_overwrite(state: "RunState", asked: Asked) -> bool:
+def _needs_overwrite(state: "RunState", requested: Request) -> bool:
     """Whether `overwrite` is missing."""
-    return not asked.overwrite and not _may_start_again(state, asked)
+    return not requested.overwrite and not _may_start_again(state, requested)
 
 
 ROWS = (
-    Row(lambda state, asked: asked.skip and state.is_done, Action.SKIP),
+    Row(lambda state, requested: requested.skip and state.is_done, Action.SKIP),
     # --- requests that are wrong, whatever the folder holds; and outputs that cannot be a run folder
     Row(
-        lambda state, asked: not state.output.strip(),
+        lambda state, requested: not state.output.strip(),
         Action.REFUSE,
         "{key}: expected a folder, got an empty text",
     ),
     Row(
         _names_no_checkpoint,
         Action.REFUSE,
-        "resume: expected auto or the folder of a checkpoint, got {asked.resume}: {why}",
+        "resume: expected auto or the folder of a checkpoint, got {requested.resume}: {why}",
     ),
     Row(
-        lambda state, asked: state.content == "file",
+        lambda state, requested: state.content == "file",
         Action.REFUSE,
         "{key}: {state.folder} is a file; expected a folder",
     ),
     Row(
-        lambda state, asked: state.content == "link",
+        lambda state, requested: state.content == "link",
         Action.REFUSE,
         "{key}: {state.folder} is a link that leads to no folder; expected a folder",
     ),
@@ -182,12 +186,12 @@ ROWS = (
         Action.REFUSE,
         "{key}: {state.folder} holds this run's own input {name}={value}; choose another folder",
     ),
-    Row(lambda state, asked: state.content in ("absent", "empty"), Action.NEW),
+    Row(lambda state, requested: state.content in ("absent", "empty"), Action.NEW),
     # --- the folder has a checkpoint of its own to resume from
     Row(
-        lambda state, asked: state.resumes(asked.resume) and not state.settings_there,
+        lambda state, requested: state.resumes(requested.resume) and not state.settings_there,
         Action.REFUSE,
-        "{key}: {state.folder}/config.yaml cannot be read, so that nobody knows whether the run there is "
+        "{key}: {state.folder}/config.yaml cannot be read, so that it is unknown whether the run there is "
         "this one; expected the settings that it was started with. Choose another folder, or overwrite=true "
         "without resume",
     ),
@@ -198,7 +202,7 @@ ROWS = (
         "or a new start (overwrite=true without resume)",
     ),
     Row(_resumes_with_changes, Action.REFUSE, "{why}"),
-    Row(lambda state, asked: state.resumes(asked.resume), Action.RESUME),
+    Row(lambda state, requested: state.resumes(requested.resume), Action.RESUME),
     # --- the folder's content would have to be removed
     Row(
         _would_delete_its_checkpoint,
@@ -207,38 +211,38 @@ ROWS = (
         "folder",
     ),
     Row(
-        lambda state, asked: _needs_overwrite(state, asked) and state.content == "foreign",
+        lambda state, requested: _needs_overwrite(state, requested) and state.content == "foreign",
         Action.REFUSE,
         "{key}: {state.folder} is not empty; choose another folder, or overwrite=true",
     ),
     Row(
-        lambda state, asked: _needs_overwrite(state, asked) and state.ending != "unfinished",
+        lambda state, requested: _needs_overwrite(state, requested) and state.ending != "unfinished",
         Action.REFUSE,
         "{key}: {state.folder} holds a finished run; choose another folder, or overwrite=true",
     ),
     Row(
-        lambda state, asked: _needs_overwrite(state, asked),
+        lambda state, requested: _needs_overwrite(state, requested),
         Action.REFUSE,
         "{key}: {state.folder} holds an unfinished run; choose another folder, or overwrite=true",
     ),
     Row(
-        lambda state, asked: state.content == "foreign",
+        lambda state, requested: state.content == "foreign",
         Action.REFUSE,
-        "{key}: {state.folder} is not empty and no run folder of ours: overwrite=true does not delete it; "
-        "delete it yourself or choose another folder",
+        "{key}: {state.folder} is not empty and no run folder of saferlhf-fast: overwrite=true does not "
+        "delete it; delete it yourself or choose another folder",
     ),
     # It would be renamed: relative paths of this command would then lead into the old folder.
     Row(
-        lambda state, asked: state.holds_working_directory,
+        lambda state, requested: state.holds_working_directory,
         Action.REFUSE,
         "{key}: {state.folder} holds the folder that this command was started in; start it elsewhere",
     ),
     # --- the folder's run is removed: set aside where it may still be worth something, else deleted
     Row(
-        lambda state, asked: not _may_start_again(state, asked), Action.REPLACE
+        lambda state, requested: not _may_start_again(state, requested), Action.REPLACE
     ),  # overwrite=true asks for it
-    Row(lambda state, asked: state.same_start and state.has_saved, Action.SET_ASIDE),
-    Row(lambda state, asked: not state.same_start and not asked.overwrite, Action.SET_ASIDE),
-    Row(lambda state, asked: True, Action.REPLACE),
+    Row(lambda state, requested: state.same_start and state.has_saved, Action.SET_ASIDE),
+    Row(lambda state, requested: not state.same_start and not requested.overwrite, Action.SET_ASIDE),
+    Row(lambda state, requested: True, Action.REPLACE),
 )
 """All cases, from the first that is tried; tests/runtime/test_run_decision.py lists their outcomes."""

@@ -30,7 +30,7 @@ import yaml
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime.checkpoint import manifest
 from saferlhf_fast.runtime.provenance import now, read_json, versions, write_json, write_text
-from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
+from saferlhf_fast.runtime.run_decision import Action, Request, decide, request_of
 from saferlhf_fast.runtime.run_state import RunState
 
 if TYPE_CHECKING:
@@ -64,27 +64,27 @@ def check_output(
     """
     if cfg.output is None:
         return None
-    state, asked = RunState(stage, cfg), asked_by(cfg, restart, skip=cfg.resume == "auto")
+    state, requested = RunState(stage, cfg), request_of(cfg, restart, skip=cfg.resume == "auto")
     # every rank works this out: all of them have to skip a finished run
-    done = asked.skip and state.is_done
+    done = requested.skip and state.is_done
     if rank() != 0:
         return Action.SKIP if done else None
-    return checked_action(state, asked, key)
+    return checked_action(state, requested, key)
 
 
-def checked_action(state: RunState, asked: Asked, key: str = "output") -> Action:
+def checked_action(state: RunState, requested: Request, key: str = "output") -> Action:
     """Decides what happens to an output folder, and tries whether the folder can be written.
 
     Args:
         state: What the folder holds.
-        asked: What the stage is asked to do with it.
+        requested: What the stage's settings request.
         key: Name of the output in a refusal.
 
     Raises:
         UserError: The decision is to refuse, or the folder cannot be written.
     """
     try:
-        action, sentence = decide(state, asked, key)
+        action, sentence = decide(state, requested, key)
         if action is Action.REFUSE:
             raise UserError(sentence)
         if action in (Action.NEW, Action.RESUME):
@@ -162,7 +162,7 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
     state = RunState(stage, cfg)
     if rank() != 0:
         return state.folder
-    action = checked_action(state, asked_by(cfg, restart))
+    action = checked_action(state, request_of(cfg, restart))
     if action is Action.RESUME:
         with open(state.folder / "resumed.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), **versions(cfg)}) + "\n")

@@ -56,7 +56,7 @@ def read_settings(folder: str | Path) -> dict[str, Any]:
 class RunState:
     """The output folder of a stage's config, and what the stage is to do.
 
-    The config's own `resume` and `overwrite` have no effect here: run_decision.py takes them from Asked.
+    The config's own `resume` and `overwrite` have no effect here: run_decision.py takes them from Request.
     Reading a fact may raise OSError where the folder cannot be read.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Where a rank's main thread stands, and whether it waits for other ranks: read from its stack."""
+"""Where a rank's main thread is, and whether it waits for other ranks: read from its stack."""
 
 import linecache
 import re
@@ -18,9 +18,9 @@ class StackSampler:
     """Looks at the stack of one thread from time to time.
 
     Attributes:
-        position: Where the thread stands, in words.
+        position: Where the thread is, in words.
         seconds: For how long it has not moved.
-        waits: Whether it stands in a collective.
+        waits: Whether it is in a collective.
         collectives: How many collectives this process has called.
     """
 
@@ -76,7 +76,7 @@ def collective_count() -> int:
 
 
 def in_collective(frame: FrameType) -> bool:
-    """Whether a frame stands in a collective, waiting for other ranks."""
+    """Whether a frame is in a collective, waiting for other ranks."""
     name = frame.f_code.co_filename
     if "/torch/distributed/" in name or "/deepspeed/comm/" in name:
         return True

@@ -2,7 +2,7 @@
 
 Without this, the others would wait in a collective until it times out and then blame the network. Every rank
 has a thread that looks every few seconds at the store through which the ranks have found each other. The
-thread writes that its rank is alive and where its main thread stands, and reads whether a rank has failed. It
+thread writes that its rank is alive and where its main thread is, and reads whether a rank has failed. It
 also looks up the processes of the same machine by their number, and rank 0 looks at the state of all ranks:
 
     failed   its main thread raised: `failed` writes it before the process ends
@@ -219,11 +219,11 @@ class Watchdog:
     def _hang(self, beats: Mapping[int, Beat]) -> Fault | None:
         """The Fault of the rank that blocks the others, once one has made no progress for the time limit."""
         running = {r: beat for r, beat in beats.items() if beat["state"] != "ended"}
-        longest = max((beat["stood"] for beat in running.values()), default=0.0)
+        longest = max((beat["stalled"] for beat in running.values()), default=0.0)
         if longest < self.timeout:
             return None
         silent = [r for r in running if self.silent[r][1] > 4 * self.interval]
-        if silent:  # where they stand now is not known
+        if silent:  # where they are now is not known
             return self._silent_fault(silent)
         behind = [r for r, beat in running.items() if not beat["waits"]]
         if not behind:
@@ -237,13 +237,13 @@ class Watchdog:
         )
 
     def _beat(self, passed: float) -> None:
-        """Writes that this rank is alive and where its main thread stands. passed: see `_look`."""
+        """Writes that this rank is alive and where its main thread is. passed: see `_look`."""
         self.main_thread.sample(passed)
         self.count += 1
         beat: Beat = {
             "count": self.count,
             "state": self.state,
-            "stood": round(self.main_thread.seconds, 1),
+            "stalled": round(self.main_thread.seconds, 1),
             "waits": self.main_thread.waits,
             "at": self.main_thread.position,
             "collectives": self.main_thread.collectives,

@@ -104,7 +104,7 @@ def _check_signs(name: str, sign_B: torch.Tensor, like_B: torch.Tensor) -> None:
     if (
         sign_B.shape != like_B.shape
         or sign_B.device != like_B.device
-        or not (checks.floating(sign_B) or checks.whole(sign_B))
+        or not (checks.is_floating(sign_B) or checks.is_integer(sign_B))
     ):
         raise ValueError(
             f"cost_loss: {name}: expected numbers +1 and -1 {list(like_B.shape)} on {like_B.device}, "

@@ -97,8 +97,8 @@ def loop(
         #    reward_B = R(x, y) from the reward model, cost_B = C(x, y) from the cost model.
         scored = score_rollout(rollout, roles, cfg)
 
-        # 3. Move λ before the actor: log λ += lr · λ · (J_C − d). J_C is the mean cost of the last
-        #    multiplier.window episodes of all ranks, this batch included.
+        # 3. Move λ before the actor by its rule (ppo/multiplier.py): log λ += lr · λ · (J_C − d), or PID.
+        #    J_C is the mean cost of the last multiplier.window episodes of all ranks, this batch included.
         update_multipliers(multipliers, scored, rollout)
         lambdas = {name: multiplier.value for name, multiplier in multipliers.items()}
 
@@ -119,7 +119,7 @@ def loop(
 
         # 6. Give the new weights to the sampling engine (with ppo.overlap it has a snapshot), and report.
         if not cfg.ppo.overlap or step == steps:
-            roles.generator.refresh()
+            roles.rollout_engine.refresh()
         values = averages(rollout, scored, step_metrics, multipliers, cfg.ppo.shaping)
         after_step(step, values, rollout, scored, step_metrics.bad)
 
@@ -205,7 +205,7 @@ def _train(cfg: "PPOConfig", stage: str, observe: Observer | None, restart: bool
             set_thresholds(cfg, multipliers, rows)
             metrics.log(0, selection.metrics(rows))
         if start:  # the sampling engine was opened with the starting weights
-            roles.generator.refresh()
+            roles.rollout_engine.refresh()
         losses = [per_stream("critic_loss", name, multipliers) for name in (REWARD, *multipliers)]
         monitors: list[LossSpikeMonitor | MultiplierSaturation] = [LossSpikeMonitor((*losses, "ptx_loss"))]
         monitors += saturation_monitors(cfg, multipliers)

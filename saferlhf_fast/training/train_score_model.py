@@ -1,4 +1,4 @@
-"""The run of the stages reward and cost: data, model, loop, saved score model; preference.py has the loss."""
+"""The run of the stages reward and cost: data, model, loop, saved score model; pair_loss.py has the loss."""
 
 import contextlib
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ..models.score_model import load_score_model
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
-from .preference import pair_loss
+from .pair_loss import pair_loss
 from .stage_helpers import held_out_split, refuse_long
 from .supervised import SupervisedTask, total_steps, train_supervised
 

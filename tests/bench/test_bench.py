@@ -244,7 +244,7 @@ def test_the_table_names_everything():
     )
 
 
-def test_verdicts():
+def test_outcomes():
     import ceilings
     import targets
 
@@ -264,12 +264,12 @@ def test_verdicts():
         targets.Target("cpu", "an op", "8x8", "times the floor", 1.5), row("native", 0.2)
     ) == pytest.approx(2.0)
     assert ask(targets.Target("H200", "an op", "8x8", "launches", 1), row("native", 0.2)) is None
-    assert [targets.verdict(faster, value) for value in (3.0, 2.9, None)] == ["met", "missed", "not measured"]
-    assert [targets.verdict(memory, value) for value in (0.125, 0.2)] == ["met", "missed"]
+    assert [targets.outcome(faster, value) for value in (3.0, 2.9, None)] == ["met", "missed", "not measured"]
+    assert [targets.outcome(memory, value) for value in (0.125, 0.2)] == ["met", "missed"]
     for target in targets.TARGETS:
         assert target.what in targets._VALUES and targets.text(target)
-        assert targets.speaks_of(target, {"device": "NVIDIA H200"}) == (target.where == "H200")
-        assert targets.speaks_of(target, {"device": "A CPU, 2 thread(s)", "threads": 2}) == (
+        assert targets.applies_to(target, {"device": "NVIDIA H200"}) == (target.where == "H200")
+        assert targets.applies_to(target, {"device": "A CPU, 2 thread(s)", "threads": 2}) == (
             target.where == "cpu"
         )
 

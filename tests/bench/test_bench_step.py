@@ -203,12 +203,12 @@ def test_what_was_not_run_says_so_and_targets_are_judged():
     rows = step_rows.against("ref", side(1.0, 1.0, 1.0), "not run: safe_rlhf is not importable")
     assert [row["name"] for row in rows] == ["score+update/ref", "step/ref", "memory/ref"]
     assert all(row["ratio"] is None and row["note"] == "not run: safe_rlhf is not importable" for row in rows)
-    assert step_rows.verdict(rows[0], "cpu", "cpu-small") == "≥ 5: not measured"
+    assert step_rows.outcome(rows[0], "cpu", "cpu-small") == "≥ 5: not measured"
     fast = step_rows.row("step/ref", 1.0, 2.5, "s")
-    assert step_rows.verdict(fast, "cpu", "cpu-small") == "≥ 2, aim 3: met"
-    assert step_rows.verdict(fast, "cuda", "0.5b") == "≥ 5: missed"
-    assert step_rows.verdict(fast, "cpu", "tiny") == ""
-    assert step_rows.verdict(step_rows.row("step/trl", 1.0, 2.0, "s"), "cpu", "cpu-small") == ""
+    assert step_rows.outcome(fast, "cpu", "cpu-small") == "≥ 2, aim 3: met"
+    assert step_rows.outcome(fast, "cuda", "0.5b") == "≥ 5: missed"
+    assert step_rows.outcome(fast, "cpu", "tiny") == ""
+    assert step_rows.outcome(step_rows.row("step/trl", 1.0, 2.0, "s"), "cpu", "cpu-small") == ""
     text = "\n".join(step_rows.table([*rows, fast], "cpu", "cpu-small"))
     assert (
         "| step/ref | 1 s | 2.5 s | 2.50 | ≥ 2, aim 3: met |" in text

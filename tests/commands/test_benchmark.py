@@ -257,6 +257,19 @@ NOT_OURS = [
 ]
 
 
+@pytest.mark.parametrize(
+    "device, shape, line",
+    [
+        (3, "8x8", "machine_info.device: expected a name, got 3"),
+        ("x", 8, "shape of an entry: expected a text, got 8"),
+    ],
+)
+def test_a_value_of_another_type_is_named(tmp_path, device, shape, line, capsys):
+    path = stored(tmp_path, entry("eager", 1.0, shape=shape), device=device)
+    assert cli.main(["bench", "--compare", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: {path}: {line}\n"
+
+
 @pytest.mark.parametrize("text", NOT_OURS)
 def test_a_file_that_is_none_of_ours(tmp_path, text, capsys):
     (tmp_path / "x.json").write_bytes(text.encode() + (b"\xff" if "\x00" in text else b""))
@@ -336,7 +349,7 @@ def test_a_file_without_eager_rows_compares_nothing(tmp_path, measure, capsys):
     assert cli.main(["bench", "--compare", str(path)]) == 2 and not measure.asked
     err = capsys.readouterr().err
     assert (
-        "got 3 rows of ours without either; --times compares the times themselves" in err
+        "got 3 rows of saferlhf-fast without either; --times compares the times themselves" in err
         and err.count("\n") == 1
     )
     measure.runs = [results(*json.loads(path.read_text())["benchmarks"])]
@@ -345,7 +358,8 @@ def test_a_file_without_eager_rows_compares_nothing(tmp_path, measure, capsys):
     assert cli.main(["bench", "--compare", str(path)]) == 2
     err = capsys.readouterr().err
     assert (
-        "got no row of ours; saferlhf-fast bench --save writes a whole file" in err and err.count("\n") == 1
+        "got no row of saferlhf-fast; saferlhf-fast bench --save writes a whole file" in err
+        and err.count("\n") == 1
     )
 
 

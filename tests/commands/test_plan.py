@@ -382,8 +382,8 @@ stages:
     assert cli.main(["plan", str(recipe), "--gpus", "2", "--memory", "24", f"sft.model={model}"]) == 0
     text = capsys.readouterr().out
     assert (
-        "sft: GiB per GPU, 2 GPUs" in text
-        and "second: GiB per GPU in each phase" in text
+        "sft: memory per GPU, 2 GPUs" in text
+        and "second: memory per GPU in each phase" in text
         and "reference" in text
     )
     assert max(map(len, text.splitlines())) <= 120
@@ -391,14 +391,14 @@ stages:
 
 
 def test_sizes_below_a_tenth_of_a_gib_are_printed_in_smaller_units(model, capsys):
-    sizes_and_texts = [(0, "–"), (1, "1 KiB"), (300 * 1024, "0.3 MiB"), (100 * MIB, "100.0 MiB")]
-    sizes_and_texts += [(103 * MIB, "0.10"), (5 << 30, "5.00"), (80 << 30, "80.0")]
-    assert [table.gib(size) for size, _ in sizes_and_texts] == [text for _, text in sizes_and_texts]
-    assert [table.amount(size) for size in (3 * MIB, 3 << 30)] == ["3.0 MiB", "3.00 GiB"]
+    sizes_and_texts = [(0, "0 B"), (1, "1 KiB"), (300 * 1024, "0.3 MiB"), (100 * MIB, "100.0 MiB")]
+    sizes_and_texts += [(103 * MIB, "0.10 GiB"), (5 << 30, "5.00 GiB"), (80 << 30, "80.0 GiB")]
+    assert [table.size_text(size) for size, _ in sizes_and_texts] == [text for _, text in sizes_and_texts]
+    assert [table.size_cell(size) for size in (None, 0, 3 * MIB)] == ["–", "–", "3.0 MiB"]
     words = ["stage=sft", f"model={model}", "data=none", "output=none", "train.max_length=16"]
     assert cli.main(["plan", *words, "device=cpu", "lora.rank=4", "gpus=2"]) == 0
     text = capsys.readouterr().out
-    assert "sft: GiB per process, 2 processes" in text
+    assert "sft: memory per process, 2 processes" in text
     assert " MiB" in text and not re.search(r" 0\.00\b", text)
 
 

@@ -119,7 +119,7 @@ def planned(kind, cfg, found):
     # two critics; PTX is the actor's alone
     update = times("backward ScoreModel") // 2 if kind == "ppo-lag" else backward
     rollout = 1 if kind == "sft" or cfg.sampling.gather else times("token")
-    return communication.of_stage(
+    return communication.collectives_of_stage(
         roles, Passes(scoring, update, 1, times("asked Policy") > 0, backward - update, rollout)
     )
 
@@ -180,9 +180,9 @@ def test_the_stages_of_zero_send_what_the_literature_says():
     whole = 2 * model.count.all
     for stage, expected in ((0, 2), (1, 3), (2, 3), (3, 3)):
         zero = {"stage": stage, "persistent": 0, "reuse": 0}
-        sent = communication.of_trained(model, zero, 2, 1, 1)
+        sent = communication.collectives_of_trained(model, zero, 2, 1, 1)
         assert sum(part.wire(10**9) for part in sent) == pytest.approx(expected * whole, rel=1e-6), stage
-    assert communication.of_frozen(model, {"stage": 0}, 2, 1) == []
+    assert communication.collectives_of_frozen(model, {"stage": 0}, 2, 1) == []
 
 
 def test_a_node_sends_faster_than_the_network():

@@ -99,7 +99,7 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_pass_takes_what_the_allocator_hands_out(case):
     values, options, asked = CASES[case]
-    plan = pass_memory.of_pass(blueprint(values, **options), LENGTHS, asked, "cpu")
+    plan = pass_memory.footprint_of_pass(blueprint(values, **options), LENGTHS, asked, "cpu")
     saved, forward, both = measured(real(values, **options), asked)
     assert plan.saved == pytest.approx(saved, rel=0.03)
     assert plan.peak == pytest.approx(max(forward, both), rel=0.05)
@@ -107,7 +107,7 @@ def test_a_pass_takes_what_the_allocator_hands_out(case):
 
 
 def test_without_gradient_a_pass_keeps_nothing():
-    plan = pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", train=False)
+    plan = pass_memory.footprint_of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", train=False)
     module = real(LLAMA).eval()
     packed = pack_sequences([[7] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("cpu"))
     with torch.no_grad():
@@ -119,7 +119,8 @@ def test_without_gradient_a_pass_keeps_nothing():
 
 def test_the_head_s_own_loss_holds_its_gradient_from_forward_on():
     plain, objective = (
-        pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known) for known in (0, 1)
+        pass_memory.footprint_of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", objective=known)
+        for known in (0, 1)
     )
     vocabulary, width, rows = LLAMA["vocab_size"], LLAMA["hidden_size"], sum(LENGTHS) - len(LENGTHS)
     # d weight and d hidden take the place of the hidden states and of three numbers for each row.
@@ -152,7 +153,7 @@ def test_layers_beyond_a_few_are_a_straight_line():
     deep = blueprint({**LLAMA, "num_hidden_layers": 26})
     packed = pack_sequences([[0] * n for n in LENGTHS], [range(n - 1) for n in LENGTHS], torch.device("meta"))
     whole = footprint_of(sizes.build(deep), lambda m: m(packed), "cpu")
-    assert pass_memory.of_pass(deep, LENGTHS, 1 << 30, "cpu") == whole
+    assert pass_memory.footprint_of_pass(deep, LENGTHS, 1 << 30, "cpu") == whole
 
 
 def test_kinds_of_layers_keep_their_cycle():
@@ -174,7 +175,7 @@ def test_kinds_of_layers_keep_their_cycle():
 def test_a_gpu_has_larger_chunks_of_logits_and_float32_sums():
     half = blueprint({**LLAMA, "vocab_size": 50000})._replace(dtype=torch.bfloat16)
     rows = sum(LENGTHS) - len(LENGTHS)
-    gpu, cpu = (pass_memory.of_pass(half, LENGTHS, 1 << 30, device) for device in ("cuda", "cpu"))
+    gpu, cpu = (pass_memory.footprint_of_pass(half, LENGTHS, 1 << 30, device) for device in ("cuda", "cpu"))
     logits, d_weight = 4 * 50000, 4 * 50000 * 64
     assert gpu.head == pytest.approx(rows * logits + d_weight + 4 * rows * 64, rel=0.01)
     chunk = (64 << 20) // logits // 16 * 16
@@ -183,7 +184,7 @@ def test_a_gpu_has_larger_chunks_of_logits_and_float32_sums():
 
 def test_scoring_a_cut_distribution_takes_more_than_a_plain_one():
     plain, cut = (
-        pass_memory.of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape)
+        pass_memory.footprint_of_pass(blueprint(LLAMA), LENGTHS, 1 << 30, "cpu", shape=shape)
         for shape in ((), (0.9, 0, 1.1))
     )
     assert cut.peak > plain.peak
@@ -223,22 +224,22 @@ def test_an_architecture_that_looks_at_numbers_is_refused_in_words():
         }
     )
     with pytest.raises(UserError, match="a qwen3_moe cannot be planned"):
-        pass_memory.of_pass(few, LENGTHS, 8, "cpu")
+        pass_memory.footprint_of_pass(few, LENGTHS, 8, "cpu")
 
 
 def test_positions_that_grow_with_the_text_are_planned_as_they_stand():
     grows = blueprint(
         {**LLAMA, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}}
     )
-    assert pass_memory.of_generation(grows, 2, 32, 64, "cpu") == pass_memory.of_generation(
-        blueprint(LLAMA), 2, 32, 64, "cpu"
-    )
+    assert pass_memory.footprints_of_generation(
+        grows, 2, 32, 64, "cpu"
+    ) == pass_memory.footprints_of_generation(blueprint(LLAMA), 2, 32, 64, "cpu")
     assert sizes.cache_bytes(grows, 32) == sizes.cache_bytes(blueprint(LLAMA), 32)
 
 
 def test_the_last_step_of_a_rollout_takes_what_the_allocator_hands_out():
     rows, length = 8, 256
-    _, plan = pass_memory.of_generation(blueprint(LLAMA), rows, 32, length, "cpu")
+    _, plan = pass_memory.footprints_of_generation(blueprint(LLAMA), rows, 32, length, "cpu")
     module = real(LLAMA).lm.eval()
     ids = torch.ones(rows, length - 1, dtype=torch.long)
     mask = torch.ones(rows, length, dtype=torch.long)

@@ -194,19 +194,21 @@ def test_the_picture_of_the_rooms_is_the_contract():
 
 
 def test_the_changelog_keeps_its_form():
-    """Keep a Changelog's sections in its order; each entry ends with its day, newest first."""
+    """Days, newest first, and under each of them Keep a Changelog's sections in its order."""
     text = (kit.ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     for version in re.split(r"^## ", text, flags=re.M)[1:]:
         assert re.match(r"\[Unreleased\]\n|\[\d+\.\d+\.\d+\] - \d{4}-\d\d-\d\d\n", version)
-        sections = re.split(r"^### ", version, flags=re.M)[1:]
-        kinds = [section.splitlines()[0] for section in sections]
-        assert kinds == [
-            kind
-            for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
-            if kind in kinds
-        ]
-        for section in sections:
-            entries = [" ".join(entry.split()) for entry in re.split(r"^- ", section, flags=re.M)[1:]]
-            days = [re.search(r"\((\d{4}-\d\d-\d\d)\)$", entry) for entry in entries]
-            assert entries and all(days), [entry for entry, day in zip(entries, days) if not day]
-            assert [day[1] for day in days] == sorted((day[1] for day in days), reverse=True)
+        days = re.split(r"^### ", version, flags=re.M)[1:]
+        dates = [day.splitlines()[0] for day in days]
+        assert days and all(re.fullmatch(r"\d{4}-\d\d-\d\d", date) for date in dates), dates
+        assert dates == sorted(set(dates), reverse=True)
+        for day in days:
+            before, *sections = re.split(r"^#### ", day, flags=re.M)
+            kinds = [section.splitlines()[0] for section in sections]
+            assert kinds and kinds == [
+                kind
+                for kind in ("Added", "Changed", "Deprecated", "Removed", "Fixed", "Security")
+                if kind in kinds
+            ]
+            assert not re.search(r"^- ", before, re.M), before
+            assert all(re.search(r"^- ", section, re.M) for section in sections), day

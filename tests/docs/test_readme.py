@@ -56,12 +56,11 @@ def stored_step():
 
 def test_the_headline_is_a_stored_figure():
     step, memory = (stored_step()[f"{name}/ref"] for name in ("step", "memory"))
-    headline = " ".join(re.search(r"\*\*A PPO-Lag step(?s:.*?)\n\n", README)[0].split())
+    headline = " ".join(re.search(r"\*\*On (?s:.*?)\n\n", README)[0].split())
     for said in (
-        f"takes {step['ours']:.2f} s instead of",
-        f"{step['other']:.2f} s ({step['ratio']:.1f}×)",
+        f"On {step['date']} a PPO-Lag step took {step['ours']:.2f} s; safe-rlhf e8cca16,",
+        f"took {step['other']:.2f} s ({step['ratio']:.1f}×)",
         f"{memory['ours']:.2f} GiB instead of {memory['other']:.2f} GiB",
-        step["date"],
         f"commit {step['commit']}",
         step["device"].replace(" thread(s)", " threads"),
     ):

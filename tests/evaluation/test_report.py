@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from saferlhf_fast.demo.report import read_seeds, verdict, write_demo_report
+from saferlhf_fast.demo.report import claims_text, read_seeds, write_demo_report
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.evaluation.report import curves, plots, run_report, write_report
 from saferlhf_fast.evaluation.report.read import Run, read_lines, read_run
@@ -443,9 +443,9 @@ def test_demo_report(tmp_path):
 )
 def test_each_claim_can_fail(key, name, value):
     entry = {**demo_result()["seeds"]["0"], "threshold": -4.0}
-    assert verdict({"0": entry}) == ("5 of 5", "good")
+    assert claims_text({"0": entry}) == ("5 of 5", "good")
     entry[key][name] = value
-    assert verdict({"0": entry}) == ("4 of 5", "bad")
+    assert claims_text({"0": entry}) == ("4 of 5", "bad")
 
 
 def test_broken_demo_is_named(tmp_path):

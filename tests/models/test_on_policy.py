@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from saferlhf_fast.kernels import dispatch, linear
-from saferlhf_fast.models.on_policy_loss import loss_of, on_policy_loss, whole_sequences
+from saferlhf_fast.models.on_policy_loss import complete_sequences, loss_of, on_policy_loss
 
 pytestmark = pytest.mark.numeric
 
@@ -112,7 +112,7 @@ def test_a_frozen_head_gets_no_gradient_and_none_is_made():
     ],
 )
 def test_chunks_hold_whole_sequences(counts, most, cuts):
-    assert whole_sequences(counts, most) == cuts
+    assert complete_sequences(counts, most) == cuts
 
 
 def test_an_id_outside_the_vocabulary_is_refused_on_the_cpu():

@@ -77,7 +77,7 @@ def test_batches_are_one_step_stale(world, tmp_path):
             sampling = Sampling()
             actor = engine.Frozen(Policy(lm), Engine())
             generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
-            responses = generate(generator, batch, tokenizer, sampling, 24, prefetch.step_seed(cfg, step))[1]
+            responses = generate(generator, batch, sampling, 24, prefetch.step_seed(cfg, step))[1]
             sampled[name] = sum(len(r.ids) for r in responses) / 4, [r.ids for r in responses]
         assert lengths[step - 1] == pytest.approx(sampled["stale"][0])
         if step == 3:

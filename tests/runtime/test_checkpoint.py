@@ -336,7 +336,7 @@ def test_settings_that_change_no_result_may_differ():
         "train.epochs: 3.0 then, 4.0 now",
     ]
     with pytest.raises(UserError, match="resume: x belongs to other settings: seed: 1 then, 2 now"):
-        compatibility.refuse("x", ["seed: 1 then, 2 now"])
+        compatibility.require_compatible("x", ["seed: 1 then, 2 now"])
 
 
 def test_with_another_number_of_processes_the_global_batch_must_be_equal():

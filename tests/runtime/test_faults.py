@@ -75,7 +75,9 @@ def trials(world, folder, zero, count, report=lambda line: None):
             other_rank,
         )
         resumed = (
-            f"resume: step {newest} from" in done[0][1] if newest else "the run starts anew" in done[0][1]
+            f"resume: step {newest} from" in done[0][1]
+            if newest
+            else "the run starts from the beginning" in done[0][1]
         )
         if fault["rank"] != 0 or newest:  # a killed rank 0 may not have printed its line
             survived += resumed or (fault["rank"] == 0 and newest < committed(killed_run)[0])

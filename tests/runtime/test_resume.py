@@ -158,9 +158,9 @@ def test_without_an_undamaged_checkpoint_resume_is_refused_and_deletes_nothing(w
 
 
 @pytest.mark.numeric
-def test_without_a_checkpoint_the_run_starts_anew(world, tmp_path, capsys):
+def test_without_a_checkpoint_the_run_starts_from_the_beginning(world, tmp_path, capsys):
     run("reward", world, tmp_path / "a", resume="auto")
-    assert "the run starts anew" in capsys.readouterr().out
+    assert "the run starts from the beginning" in capsys.readouterr().out
     copy = interrupted(tmp_path / "a", tmp_path / "b", at=0)
     (manifest.root(copy) / "step-00000001").mkdir()  # a checkpoint without manifest
     run("reward", world, copy, resume="auto")

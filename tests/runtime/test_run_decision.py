@@ -13,7 +13,7 @@ from saferlhf_fast.config.stages import DemoConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
 from saferlhf_fast.runtime.checkpoint import manifest
-from saferlhf_fast.runtime.run_decision import Action, Asked, asked_by, decide
+from saferlhf_fast.runtime.run_decision import Action, Request, decide, request_of
 from saferlhf_fast.runtime.run_state import RunState
 
 RESUMES = (None, "auto", "its own checkpoint", "a checkpoint elsewhere")
@@ -158,7 +158,7 @@ def test_every_state_of_the_output_folder_has_its_action(world, line):
 
     def row(skip):
         requests = [
-            Asked(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
+            Request(names[resume] and str(names[resume]), overwrite, restart, skip=skip and resume == "auto")
             for overwrite, resume, restart in REQUESTS
         ]
         return "".join(letter(decide(state, request)) for request in requests)
@@ -222,7 +222,7 @@ def test_check_output_predicts_what_open_run_does(world):
 
 
 def test_the_demo_never_resumes():
-    assert asked_by(DemoConfig(overwrite=True)) == Asked(None, True)
+    assert request_of(DemoConfig(overwrite=True)) == Request(None, True)
 
 
 def counted(monkeypatch, *functions):

@@ -34,7 +34,7 @@ if INTERPRETED:
     PLACES = [pytest.param("triton", "cpu", id="triton-interpreted")]
 elif torch.cuda.is_available():
     PLACES += [pytest.param(impl, "cuda", id=f"{impl}-cuda") for impl in ("triton", "reference")]
-# The same for the ops whose native version also runs on a GPU: dispatch.CUDA_OPS.
+# The same for the ops whose native version also runs on a GPU: `native_cuda` in dispatch.OPS.
 SCAN_PLACES = list(PLACES)
 if torch.cuda.is_available() and not INTERPRETED and getattr(dispatch.native_module()[0], "cuda", False):
     SCAN_PLACES.append(pytest.param("native", "cuda", id="native-cuda"))

@@ -472,7 +472,7 @@ def test_stopping_at_the_end_token_is_learned(tmp_path, pad_is_eos):
     generator = open_generator(
         engine.Frozen(Policy(lm), Engine()), tokenizer, end_tokens(tokenizer, lm, "auto"), sampling
     )
-    rows, responses = generate(generator, prompts, tokenizer, sampling, 32)
+    rows, responses = generate(generator, prompts, sampling, 32)
     assert rows == prompts and all(r.ended for r in responses)
     assert [r.ids for r in responses] == [tokenizer("yes stop </s>")["input_ids"]] * 4
 
@@ -503,7 +503,7 @@ def test_end_tokens_as_padding_of_a_prompt_change_no_log_prob(tmp_path, architec
     actor = engine.Frozen(Policy(lm), Engine())
     sampling = Sampling(max_new_tokens=6)
     generator = open_generator(actor, tokenizer, end_tokens(tokenizer, lm, "auto"), sampling)
-    rollout = assemble(*generate(generator, prompts, tokenizer, sampling, 32), tokenizer, 99)
+    rollout = assemble(*generate(generator, prompts, sampling, 32), tokenizer, 99)
     logps = actor(rollout.packed(slice(0, 2))).split(rollout.lengths)
     for i, (logp, ids, count) in enumerate(zip(logps, rollout.sequences, rollout.lengths)):
         ids = torch.tensor(ids)
@@ -537,7 +537,7 @@ def test_the_model_s_own_generation_settings_change_no_sample(tmp_path):
     )
 
     def sampled():
-        return [r.ids for r in generate(generator, prompts * 8, tokenizer, sampling, 32)[1]]
+        return [r.ids for r in generate(generator, prompts * 8, sampling, 32)[1]]
 
     plain = sampled()
     lm.generation_config.update(repetition_penalty=9.0, min_p=0.9, num_beams=2)

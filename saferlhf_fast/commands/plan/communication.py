@@ -167,7 +167,7 @@ def _used_again(order: Sequence[tuple[int, int, bool]], place: int, reuse: int) 
 # ---------------------------------------------------------------- one model
 
 
-def of_trained(
+def collectives_of_trained(
     model: "Model",
     zero: Mapping[str, int],
     width: int,
@@ -211,7 +211,7 @@ def of_trained(
     return [collective for collective in sent if collective.size]
 
 
-def of_frozen(
+def collectives_of_frozen(
     model: "Model", zero: Mapping[str, int], width: int, passes: int, rollout: int = 0
 ) -> list[Collective]:
     """Lists the collectives of a model that is not trained.
@@ -236,7 +236,7 @@ def of_frozen(
 # ---------------------------------------------------------------- stages
 
 
-def of_stage(stage: "StageModels[Any]", passes: Passes | None = None) -> list[Collective]:
+def collectives_of_stage(stage: "StageModels[Any]", passes: Passes | None = None) -> list[Collective]:
     """Lists the collectives of one step of a stage; of PPO: of one batch of rollouts.
 
     Args:
@@ -253,11 +253,11 @@ def of_stage(stage: "StageModels[Any]", passes: Passes | None = None) -> list[Co
         rollout = passes.rollout if generates else 0
         if not model.trained:
             scoring = passes.scoring if model.role != "copy of the actor" else 0
-            sent += of_frozen(model, stage.zero(model), stage.width, scoring, rollout)
+            sent += collectives_of_frozen(model, stage.zero(model), stage.width, scoring, rollout)
             continue
         from_engine = policy and generates and stage.cfg.ppo.old_logp == "engine"
         scores = policy and passes.old_logprobs_and_values and not from_engine
-        sent += of_trained(
+        sent += collectives_of_trained(
             model,
             stage.zero(model),
             stage.width,

@@ -52,7 +52,7 @@ def predicted_rows(predicted: int | str, length: int) -> range:
 
 
 @functools.lru_cache(maxsize=256)
-def of_pass(
+def footprint_of_pass(
     blueprint: sizes.Blueprint,
     lengths: tuple[int, ...],
     predicted: int | str,
@@ -104,7 +104,7 @@ def of_pass(
 
 
 @functools.lru_cache(maxsize=64)
-def of_generation(
+def footprints_of_generation(
     blueprint: sizes.Blueprint, sequences: int, prompt: int, tokens: int, device: str
 ) -> tuple[Footprint, Footprint]:
     """Measures generation: the pass over the prompts, and the last step, when sequences are complete.

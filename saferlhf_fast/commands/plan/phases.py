@@ -169,9 +169,9 @@ class StageModels(Generic[ConfigT]):
             model: The model.
             lengths: Tokens of each sequence.
             predicted: Which positions the head reads, as in `pass_memory.predicted_rows`.
-            **options: As in `pass_memory.of_pass`.
+            **options: As in `pass_memory.footprint_of_pass`.
         """
-        footprint = pass_memory.of_pass(model.blueprint, lengths, predicted, self.device, **options)
+        footprint = pass_memory.footprint_of_pass(model.blueprint, lengths, predicted, self.device, **options)
         activations = footprint.peak - footprint.head - footprint.gradients
         self.note(model, activations=activations, logits=footprint.head)
         return footprint
@@ -239,7 +239,7 @@ def resident_gradients(models: Sequence[Model], filling: bool = False) -> Parts:
     """
     states = [model.states for model in models if not model.states.sharded]
     return {
-        "gradients": sum(s.gradients for s in states if not (filling and s.whole)),
+        "gradients": sum(s.gradients for s in states if not (filling and s.unpartitioned_gradients)),
         "buffers": sum(s.bucket for s in states),
     }
 
@@ -289,7 +289,7 @@ def scoring_pass(
 
 
 def loading(stage: StageModels[Any]) -> Phase:
-    """Returns the phase in which each model is handed to DeepSpeed, next to those that are loaded already."""
+    """Returns the phase in which DeepSpeed takes over each model, next to those loaded before it."""
     turns = []
     for i, model in enumerate(stage.models):
         before = stage.resident(stage.models[:i], late=False)

@@ -185,7 +185,7 @@ def _updating(stage: "StageModels[PPOConfig]", models: _PPOModels, size: _Pass, 
             model,
             size.lengths,
             size.predicted,
-            keep_gradients=not several and model.states.whole,
+            keep_gradients=not several and model.states.unpartitioned_gradients,
             # The head computes its gradients in the forward, by linear_ppo_loss or by on_policy_loss.
             objective=model is actor,
             shape=_shape(cfg.sampling) if model is actor else (),
@@ -209,7 +209,11 @@ def _updating(stage: "StageModels[PPOConfig]", models: _PPOModels, size: _Pass, 
             if together
             else []
         )
-        earlier = {} if several else {"gradients": sum(m.states.gradients for m in done if m.states.whole)}
+        earlier = (
+            {}
+            if several
+            else {"gradients": sum(m.states.gradients for m in done if m.states.unpartitioned_gradients)}
+        )
         alone = {} if together else forward(model, footprints[model.role])
         turns.append(add(before, earlier, *others, alone))
         turns += [add(before, earlier, *others, turn) for turn in backward(model, footprints[model.role])]
@@ -266,7 +270,7 @@ def rollout(
     stage.note(actor, cache=cache)
     vocabulary = sizes.build(actor.blueprint).lm.get_input_embeddings().weight.shape[0]
     logits = rows * vocabulary * (PICKING + (SORTING if _shape(sampling) else 0))
-    start, end = pass_memory.of_generation(actor.blueprint, rows, first, longest, stage.device)
+    start, end = pass_memory.footprints_of_generation(actor.blueprint, rows, first, longest, stage.device)
     filled = rows * sizes.cache_bytes(actor.blueprint, first)
     return [
         worst(

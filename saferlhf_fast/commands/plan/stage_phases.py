@@ -1,6 +1,6 @@
 """Which models take part in a stage, and how much memory they take in each of its phases.
 
-The phases follow the order of calls in training/sft.py, preference.py, dpo.py, ppo/load_roles.py and
+The phases follow the order of calls in training/sft.py, pair_loss.py, dpo.py, ppo/load_roles.py and
 ppo/update.py, and in rollout/scoring.py. ppo_phases.py has ppo, ppo-lag and evaluate.
 """
 
@@ -86,7 +86,7 @@ def plan_stage(
         stage.use,
         phases,
         sum(model.states.host for model in stage.models),
-        communication.of_stage(stage),
+        communication.collectives_of_stage(stage),
     )
 
 
@@ -121,7 +121,9 @@ def _supervised(
         cfg.train.gradient_checkpointing,
     )
     lengths, several = lengths_of(longest_pass(stage), cfg.train.max_length), passes_of_step(stage).several
-    footprint = stage.footprint(model, lengths, predicted, keep_gradients=not several and model.states.whole)
+    footprint = stage.footprint(
+        model, lengths, predicted, keep_gradients=not several and model.states.unpartitioned_gradients
+    )
     before = add(stage.resident(), resident_gradients([model], not several))
     turns = [
         add(before, forward(model, footprint)),

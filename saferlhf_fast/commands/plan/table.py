@@ -16,24 +16,20 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 SHORT = {"activations": "activ."}  # a table must fit 100 columns
 
 
-def gib(size: int | None) -> str:
-    """Writes bytes as a number of GiB, for a table whose title names the unit.
-
-    Below 0.1 GiB it is MiB or KiB, with the unit. A dash stands for nothing, or for what is not possible.
-    """
-    if not size:
-        return "–"
+def size_text(size: int) -> str:
+    """Writes bytes with the largest unit of GiB, MiB and KiB in which the number is at least 0.1."""
+    if size == 0:
+        return "0 B"
     if size < 0.1 * MIB:
         return f"{-(-size // KIB)} KiB"
     if size < 0.1 * GIB:
         return f"{size / MIB:.1f} MiB"
-    return f"{size / GIB:.2f}" if size < 10 * GIB else f"{size / GIB:.1f}"
+    return f"{size / GIB:.2f} GiB" if size < 10 * GIB else f"{size / GIB:.1f} GiB"
 
 
-def amount(size: int) -> str:
-    """Writes bytes with their unit, as a sentence needs them."""
-    text = gib(size)
-    return text if text.endswith("iB") else f"{text} GiB"
+def size_cell(size: int | None) -> str:
+    """Writes bytes for a cell of a table. A dash means that there are none, or that it is not possible."""
+    return size_text(size) if size else "–"
 
 
 def parameters(count: int) -> str:
@@ -61,7 +57,7 @@ def show(results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardwar
         if advice is not None:
             _options(plan, advice)
     console.say("")
-    _verdicts(results, hardware, usable)
+    _all_stages(results, hardware, usable)
 
 
 def _models(plan: "StagePlan", hardware: Hardware, device: str) -> None:
@@ -78,17 +74,17 @@ def _models(plan: "StagePlan", hardware: Hardware, device: str) -> None:
             [
                 model.role,
                 size,
-                gib(states.weights),
-                gib(states.gradients),
-                gib(states.optimizer),
-                gib(use["activations"]),
-                gib(use["logits"]),
-                gib(use["cache"]),
+                size_cell(states.weights),
+                size_cell(states.gradients),
+                size_cell(states.optimizer),
+                size_cell(use["activations"]),
+                size_cell(use["logits"]),
+                size_cell(use["cache"]),
             ]
         )
     devices = device if hardware.gpus == 1 else f"{device}es" if device == "process" else f"{device}s"
     console.result_table(
-        f"{plan.name}: GiB per {device}, {hardware.gpus} {devices}",
+        f"{plan.name}: memory per {device}, {hardware.gpus} {devices}",
         ["model", "parameters", "weights", "gradients", "optimiser", "activations", "logits", "cache"],
         rows,
     )
@@ -96,14 +92,15 @@ def _models(plan: "StagePlan", hardware: Hardware, device: str) -> None:
 
 def _phases(plan: "StagePlan", usable: int, device: str) -> None:
     rows = [
-        [phase.name, *(gib(phase.parts[part]) for part in PARTS), gib(phase.total)] for phase in plan.phases
+        [phase.name, *(size_cell(phase.parts[part]) for part in PARTS), size_cell(phase.total)]
+        for phase in plan.phases
     ]
     columns = ["phase", *(SHORT.get(part, part) for part in PARTS), "together"]
-    console.result_table(f"{plan.name}: GiB per {device} in each phase", columns, rows)
-    host = f"; {amount(plan.host)} of host memory per process" if plan.host else ""
+    console.result_table(f"{plan.name}: memory per {device} in each phase", columns, rows)
+    host = f"; {size_text(plan.host)} of host memory per process" if plan.host else ""
     console.say(
-        f"  peak {amount(plan.worst.total)} per {device} of {amount(usable)} usable "
-        f"({plan.worst.name}){host}: {verdict(plan, usable)}"
+        f"  peak {size_text(plan.worst.total)} per {device} of {size_text(usable)} usable "
+        f"({plan.worst.name}){host}: {fit_text(plan, usable)}"
     )
 
 
@@ -146,7 +143,7 @@ def link_seconds(plan: "StagePlan", hardware: Hardware) -> float:
     return seconds(plan.sent, hardware.gpus, hardware.node, hardware.nvlink, hardware.network)
 
 
-def verdict(plan: "StagePlan", usable: int) -> str:
+def fit_text(plan: "StagePlan", usable: int) -> str:
     """Says whether a stage fits, and whether it still fits if the plan is off by 15 %.
 
     Args:
@@ -167,41 +164,43 @@ def _options(plan: "StagePlan", advice: "Advice") -> None:
         [
             option.choice.words(),
             option.choice.cost,
-            gib(option.alone),
-            gib(option.together),
+            size_cell(option.alone),
+            size_cell(option.together),
             "yes" if option.fits else "no",
         ]
         for option in advice.tried
     ]
     if rows:
         console.result_table(
-            f"{plan.name}: what makes it fit, cheapest first (peak in GiB)",
+            f"{plan.name}: what makes it fit, cheapest first (peak memory)",
             ["setting", "costs", "alone", "with all above", "fits"],
             rows,
         )
     if advice.enough:
         words = " ".join(choice.words(plan.name) for choice in advice.enough)
-        console.say(f"  to type: {words}   (peak {amount(advice.peak)})")
+        console.say(f"  to type: {words}   (peak {size_text(advice.peak)})")
     else:
         why = (
             "each model passes through the GPU in float32 when it is loaded"
             if plan.worst.name == "loading"
             else "more GPUs, shorter sequences (max_length) or a smaller model"
         )
-        console.say(f"  nothing that was tried is enough: {amount(advice.peak)} at the least; {why}")
+        console.say(f"  nothing that was tried is enough: {size_text(advice.peak)} at the least; {why}")
 
 
-def _verdicts(results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardware, usable: int) -> None:
+def _all_stages(
+    results: "Sequence[tuple[StagePlan, Advice | None]]", hardware: Hardware, usable: int
+) -> None:
     rows = [
-        [plan.name, gib(plan.worst.total), plan.worst.name, verdict(plan, usable).split(",")[0]]
+        [plan.name, size_cell(plan.worst.total), plan.worst.name, fit_text(plan, usable).split(",")[0]]
         for plan, _ in results
     ]
     if len(rows) > 1:
-        console.result_table("all stages", ["stage", "peak (GiB)", "phase", "fits"], rows)
+        console.result_table("all stages", ["stage", "peak memory", "phase", "fits"], rows)
     reserved = hardware.memory - usable
     if reserved:
         console.say(
-            f"Of {amount(hardware.memory)}, {amount(reserved)} are reserved for CUDA, NCCL and "
+            f"Of {size_text(hardware.memory)}, {size_text(reserved)} are reserved for CUDA, NCCL and "
             "fragmentation. Every sequence counts as long as max_length allows."
         )
 
@@ -254,6 +253,7 @@ def _stage_as_dict(
         "kind": plan.kind,
         "models": models,
         "host": plan.host,
+        # readers of this JSON know the phases as moments: the keys stay
         "moments": [{"moment": phase.name, "total": phase.total, **phase.parts} for phase in plan.phases],
         "sent": [{**sent._asdict(), "of_each": sent.wire(hardware.gpus)} for sent in plan.sent],
         "link_seconds": link_seconds(plan, hardware) if hardware.device == "cuda" else None,

@@ -46,9 +46,9 @@ class States(NamedTuple):
         backward: Only during the backward pass, together with activations.
         epilogue: Only at the end of the backward pass, when activations are freed.
         step: Only during the optimiser's step.
-        load: The whole model while it is handed to DeepSpeed.
+        load: The complete model while DeepSpeed takes it over.
         host: Host memory of one process that replaces device memory.
-        whole: Whether each weight's gradient stays as it is until the step (ZeRO 0 and 1).
+        unpartitioned_gradients: Whether each weight's gradient stays as it is until the step (ZeRO 0 and 1).
     """
 
     weights: int
@@ -63,7 +63,7 @@ class States(NamedTuple):
     step: int = 0
     load: int = 0
     host: int = 0
-    whole: bool = False
+    unpartitioned_gradients: bool = False
 
     @property
     def resident(self) -> int:
@@ -74,11 +74,6 @@ class States(NamedTuple):
     def sharded(self) -> bool:
         """Whether ZeRO-3 shards the weights: its buffers exist from the start."""
         return self.fetching > 0
-
-    @property
-    def until_step(self) -> int:
-        """Bytes that exist from the first backward pass of a step to its end."""
-        return 0 if self.sharded else self.gradients + self.bucket
 
 
 def zero_settings(config: Mapping[str, Any]) -> dict[str, int]:
@@ -131,8 +126,8 @@ def frozen(count: "Count", width: int, zero: Mapping[str, int], gpus: int, on_cp
 def _sharding(count: "Count", width: int, resident: int) -> int:
     """Returns the bytes on a GPU while ZeRO-3 shards a model, one weight at a time.
 
-    On a CPU the model that is handed over is in the same memory, so this does not apply. resident: bytes of
-    weights that each GPU keeps.
+    On a CPU the model that DeepSpeed takes over is in the same memory, so this does not apply.
+    resident: bytes of weights that each GPU keeps.
     """
     return resident + count.buffers + width * count.largest
 
@@ -183,7 +178,7 @@ def _zero_0(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mome
             moment_bytes,
             step=4 * min(parameters, FLATTENED),
             load=4 * count.all,
-            whole=True,
+            unpartitioned_gradients=True,
         )
     master = int((4 + moments) * parameters)
     return States(
@@ -193,7 +188,7 @@ def _zero_0(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mome
         int(moments * parameters),
         step=4 * parameters,
         load=max(4 * count.all, weights + master + (4 + width) * parameters),
-        whole=True,
+        unpartitioned_gradients=True,
     )
 
 
@@ -221,7 +216,7 @@ def _zero_1_2(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mo
             step=max(gathering, width * count.largest),
             load=max(4 * count.all, 2 * weights),
             host=host,
-            whole=first,
+            unpartitioned_gradients=first,
         )
     if first:
         return States(
@@ -232,7 +227,7 @@ def _zero_1_2(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mo
             bucket,
             step=max(0, max(flattened, copies - (all_gradients - gradient_shard)) - moved),
             load=load,
-            whole=True,
+            unpartitioned_gradients=True,
         )
     overflow = reducing if all_gradients > zero["bucket"] else 0
     return States(

@@ -60,7 +60,7 @@ class ServedVLLM:
         self.ends, marks = split_ends(ends)
         self.stop = [*sampling.stop, *marks]
         self.server = Server(sampling.server, getattr(actor.module.lm.config, "_name_or_path", "") or "MODEL")
-        self.model = self.server.ask("/v1/models")["data"][0]["id"]
+        self.model = self.server.request("/v1/models")["data"][0]["id"]
         self._check_log_probs()
         self.folder, self.pushed = sampling.server_weights, False
         self.own_folder: tempfile.TemporaryDirectory[str] | None = None
@@ -69,7 +69,7 @@ class ServedVLLM:
         """The server must report log-probs of the distribution it samples, not of the model's plain one."""
         if plain(self.sampling) and self.sampling.temperature == 1.0:
             return
-        config = self.server.ask("/server_info?config_format=json")["vllm_config"]
+        config = self.server.request("/server_info?config_format=json")["vllm_config"]
         mode = config.get("model_config", {}).get("logprobs_mode") if isinstance(config, dict) else None
         if mode != "processed_logprobs":
             raise UserError(
@@ -88,7 +88,7 @@ class ServedVLLM:
 
     def _one(self, prompt: list[int], seed: int, limit: int) -> Response:
         settings = self.sampling
-        answer = self.server.ask(
+        response = self.server.request(
             "/v1/completions",
             {
                 "model": self.model,
@@ -110,7 +110,7 @@ class ServedVLLM:
                 "return_token_ids": True,
             },
         )
-        choice = answer["choices"][0]
+        choice = response["choices"][0]
         ids, logp = choice.get("token_ids"), (choice.get("logprobs") or {}).get("token_logprobs")
         if not ids or logp is None or len(logp) != len(ids):
             raise UserError(
@@ -131,11 +131,11 @@ class ServedVLLM:
                 target = Path(self.folder).resolve() / "weights"
                 try:
                     save_causal_lm(target, lm, self.tokenizer)
-                    self.server.ask(
+                    self.server.request(
                         "/collective_rpc",
                         {"method": "reload_weights", "kwargs": {"weights_path": str(target)}},
                     )
-                    self.server.ask("/reset_prefix_cache", {})
+                    self.server.request("/reset_prefix_cache", {})
                 except UserError as error:
                     failed = error
                 except OSError as error:
@@ -162,7 +162,7 @@ class Server:
             "--generation-config vllm"
         )
 
-    def ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
+    def request(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """Sends a GET, or a POST where there is a body.
 
         Args:
@@ -176,13 +176,13 @@ class Server:
             UserError: No answer, an answer that is not JSON, or a refusal.
         """
         data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
+        message = urllib.request.Request(self.address + path, data, {"Content-Type": "application/json"})
         for attempt in range(TRIES):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-                    text = answer.read()
+                with urllib.request.urlopen(message, timeout=TIMEOUT) as response:
+                    text = response.read()
                     return json.loads(text) if text else {}
             except urllib.error.HTTPError as error:
                 answer_text = error.read().decode(errors="replace")

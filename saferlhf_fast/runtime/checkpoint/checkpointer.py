@@ -215,7 +215,7 @@ class Checkpoints:
         Every rank must call it, before the first step.
 
         Returns:
-            The step of the checkpoint; 0 when the run starts anew.
+            The step of the checkpoint; 0 when the run starts from the beginning.
 
         Raises:
             UserError: The checkpoint cannot be used, or belongs to other settings, inputs or models.
@@ -226,7 +226,7 @@ class Checkpoints:
         if newest is None:
             before = set_aside_by(self.folder)
             console.say(
-                f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts anew"
+                f"resume: no checkpoint in {manifest.root(self.folder)}; the run starts from the beginning"
                 + (f", the unfinished run before it is in {before}" if before else "")
             )
             return 0
@@ -274,7 +274,7 @@ class Checkpoints:
         if damaged:
             raise UserError(
                 f"resume: no checkpoint in {manifest.root(self.folder)} can be used: {'; '.join(reasons)}; "
-                "overwrite=true without resume starts anew"
+                "overwrite=true without resume starts from the beginning"
             )
         for reason in reasons:
             console.say(f"resume: not {reason}")
@@ -290,7 +290,7 @@ class Checkpoints:
         if engine.rank() == 0:
             try:
                 values = manifest.read(folder)
-                why = self._unfit(folder, values)
+                why = self._incompatibility(folder, values)
             except UserError as error:
                 why = str(error)
         values, why = engine.gather_objects((values, why))[0]
@@ -299,7 +299,7 @@ class Checkpoints:
         reports = engine.gather_objects(manifest.problem(folder, values, engine.rank(), engine.world_size()))
         return values, next((line for line in reports if line), None)
 
-    def _unfit(self, folder: Path, values: Mapping[str, Any]) -> str | None:
+    def _incompatibility(self, folder: Path, values: Mapping[str, Any]) -> str | None:
         """Why this run cannot read a checkpoint, whatever its files hold; None when it can."""
         if values["stage"] != self.stage:
             return f"{folder}: of the stage {values['stage']}, expected {self.stage}"
@@ -324,7 +324,7 @@ class Checkpoints:
             ]
             kinds = {name: _kind(model) for name, model in self.models.items()}
             changes += [] if kinds == values["models"] else [f"models: {values['models']} then, {kinds} now"]
-        compatibility.refuse(folder, engine.gather_objects(changes)[0])
+        compatibility.require_compatible(folder, engine.gather_objects(changes)[0])
 
     def _restore(self, folder: Path) -> None:
         """Gives the state besides the models, and the random generators, the values of a checkpoint."""

@@ -103,8 +103,8 @@ def _shown(values: Mapping[str, Any], key: str) -> Any:
     return values.get(key, "not set")
 
 
-def refusal(where: object, changes: Sequence[str]) -> str:
-    """The message that refuses to resume.
+def incompatibility_message(where: object, changes: Sequence[str]) -> str:
+    """Returns the message of a refusal to resume.
 
     Args:
         where: Folder of the run or the checkpoint.
@@ -117,7 +117,7 @@ def refusal(where: object, changes: Sequence[str]) -> str:
     )
 
 
-def refuse(where: object, changes: Sequence[str]) -> None:
+def require_compatible(where: object, changes: Sequence[str]) -> None:
     """Raises UserError when there are changes.
 
     Args:
@@ -125,4 +125,4 @@ def refuse(where: object, changes: Sequence[str]) -> None:
         changes: What `differences` listed.
     """
     if changes:
-        raise UserError(refusal(where, changes))
+        raise UserError(incompatibility_message(where, changes))

@@ -29,7 +29,9 @@ def make_multipliers(cfg: "PPOConfig") -> dict[str, MultiplierRule]:
 def update_multipliers(
     multipliers: Mapping[str, MultiplierRule], scored: "Scored", rollout: "Rollout"
 ) -> None:
-    """Moves each λ by the costs of the global batch, which every rank gathers: log λ += lr · λ · (J_C − d).
+    """Moves each λ by the costs of the global batch, which every rank gathers.
+
+    The constraint's rule (multiplier.py) is exponential, log λ += lr · λ · (J_C − d), or PID.
 
     Args:
         multipliers: The rule by name of the constraint; J_C is the mean of its last `window` costs.

@@ -50,7 +50,7 @@ class CostWindow:
                 f"costs: expected real numbers, on a device with values, got {costs_B.dtype} on "
                 f"{costs_B.device}"
             )
-        # The newest costs stand last. Invalid ones become NaN, which the mean below leaves out.
+        # The newest costs are last. Invalid ones become NaN, which the mean below leaves out.
         fresh = mask_invalid_scores(costs_B.detach())
         self.costs = torch.cat([self.costs, fresh.to(self.costs.device)])[-self.costs.numel() :]
         self.kept = (self.kept + costs_B.numel()).clamp(max=self.costs.numel())

@@ -194,7 +194,7 @@ def engines_of(roles: Roles) -> dict[str, engine.Engine]:
             return "critic"
         return per_stream("critic", critic.names[0], roles.constraints).replace("/", "-")
 
-    return {"actor": roles.actor, **{name_of(critic): critic.engine for critic in roles.critics}}
+    return {"actor": roles.trained_actor, **{name_of(critic): critic.engine for critic in roles.critics}}
 
 
 def export_metadata_writers(

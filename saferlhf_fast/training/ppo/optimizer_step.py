@@ -1,8 +1,7 @@
 """One optimiser step of PPO: its passes, their losses, and the step of all trained models.
 
 Every loss divides by a count over the global batch, so the cut into passes and ranks changes nothing. With
-supervised (PTX) data the actor's step minimises ½ · (L_actor + ptx_coeff · L_ptx), as in the reference
-implementation.
+supervised (PTX) data the actor's step minimises ½ · (L_actor + ptx_coeff · L_ptx), as in safe-rlhf.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,11 +43,11 @@ class Pass:
         """True where the pass has no rows."""
         return self.rows.stop == self.rows.start
 
-    def of_tokens(self, values_N: torch.Tensor) -> torch.Tensor:
+    def select_tokens(self, values_N: torch.Tensor) -> torch.Tensor:
         """[n] from [N]: this pass's share of a number for each token."""
         return values_N.new_zeros(sum(self.packed.counts)) if self.is_dummy else values_N[self.tokens]
 
-    def of_rows(self, values_B: torch.Tensor) -> torch.Tensor:
+    def select_rows(self, values_B: torch.Tensor) -> torch.Tensor:
         """[b] from [B]: this pass's share of a number for each row."""
         return values_B.new_zeros(len(self.packed.counts)) if self.is_dummy else values_B[self.rows]
 
@@ -79,7 +78,7 @@ class OptimizerStep:
 
     def train_actor(self, loss: torch.Tensor) -> None:
         """Runs the backward of a pass's policy loss; the factor ½ leaves the other half to the PTX loss."""
-        self.roles.actor.backward(loss * (0.5 if self.supervised else 1.0))
+        self.roles.trained_actor.backward(loss * (0.5 if self.supervised else 1.0))
         self.step_metrics.add("actor_loss", loss)
 
     def train_critic(
@@ -115,7 +114,7 @@ class OptimizerStep:
         critic.engine.backward(sum(losses[1:], start=losses[0]))
 
     def count(self, stats: Mapping[str, torch.Tensor]) -> None:
-        """Tallies the statistics of a policy loss, which are means over the tokens of a pass."""
+        """Adds the statistics of a policy loss (means over the tokens of a pass) to the step's metrics."""
         for name in ("clip_fraction", "approx_kl"):
             self.step_metrics.add(name, stats[name] * stats["tokens"] / max(1, self.minibatch.tokens))
 
@@ -124,7 +123,7 @@ class OptimizerStep:
     ) -> torch.Tensor:
         """A · min(π_trainer / π_engine, cap): truncated importance weights, where the recipe has a cap.
 
-        Also tallies how far the rollout engine's log-probs are from the trainer's.
+        Also adds to the step's metrics how far the rollout engine's log-probs are from the trainer's.
 
         Args:
             advantages_n: [n] advantages A.
@@ -168,14 +167,14 @@ def step_all_models(
     """
     if ptx:
         _train_on_ptx(roles, ptx, cfg, step_metrics)
-    models = {"actor": roles.actor} | {
+    models = {"actor": roles.trained_actor} | {
         " and ".join(f"{name}_critic" for name in c.names): c.engine for c in roles.critics
     }
     step_metrics.bad = bad = _not_finite(models, scored, step_metrics)
     streams = {"actor": (), **{name: critic.names for name, critic in zip(list(models)[1:], roles.critics)}}
     for name, model in models.items():
         if bad:
-            step = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
+            step: engine.StepResult = {"lr": model.lr, "grad_norm": float("nan"), "skipped": False}
             model.discard()
         else:
             step = model.step()
@@ -210,7 +209,7 @@ def _train_on_ptx(
     passes = pack_into_microbatches(lengths, cfg.pass_tokens(), engine.world_size())
     for indices in passes[engine.rank()]:
         # A rank that has no examples left joins the collectives with one example at weight zero.
-        loss, _ = sft_loss(roles.actor, [examples[i] for i in indices] or [shortest])
+        loss, _ = sft_loss(roles.trained_actor, [examples[i] for i in indices] or [shortest])
         loss = loss * ((1.0 if indices else 0.0) / weight)
-        roles.actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
+        roles.trained_actor.backward(loss * (0.5 * cfg.ppo.ptx_coeff))
         step_metrics.add("ptx_loss", loss)

@@ -52,7 +52,7 @@ class PolicySelection:
         self.observe: Observer = observe or (lambda rows: {})
         self.best = BestCheckpoint(
             lambda evaluation: self._score(summary_of(evaluation["rows"])),
-            roles.actor.state_dict if cfg.evaluation.select else None,
+            roles.trained_actor.state_dict if cfg.evaluation.select else None,
         )
         self.last_offer: tuple[int, tuple[int, float]] | None = None  # step, score
 
@@ -110,7 +110,7 @@ class PolicySelection:
     def save_snapshot(self, stage: str, step: int) -> None:
         """Saves the actor as it is in folder/step-<step>; every rank must call it."""
         card = {"stage": stage, "step": step}
-        save_policy(self.roles.actor, self.folder / f"step-{step}", self.roles.tokenizer, card)
+        save_policy(self.roles.trained_actor, self.folder / f"step-{step}", self.roles.tokenizer, card)
 
     def settle(self, card: Mapping[str, Any]) -> tuple[Rows, int | None, dict[str, float] | float | None]:
         """Puts the kept weights back and saves them in folder/model; every rank must call it.
@@ -129,8 +129,8 @@ class PolicySelection:
                     f"no evaluation met the threshold less the margin ({limits}); the one with the "
                     f"lowest cost is kept (step {best.step})"
                 )
-            self.roles.actor.load_state_dict(best.weights)
+            self.roles.trained_actor.load_state_dict(best.weights)
         save_policy(
-            self.roles.actor, self.folder / "model", self.roles.tokenizer, {**card, "step": best.step}
+            self.roles.trained_actor, self.folder / "model", self.roles.tokenizer, {**card, "step": best.step}
         )
         return best.evaluation["rows"], best.step, best.evaluation["multiplier"]

@@ -1,4 +1,4 @@
-"""What a PPO step reports: means over all ranks under the reference implementation's names, and sample rows.
+"""What a PPO step reports: means over all ranks under safe-rlhf's names, and sample rows.
 
 With several constraints each has its name behind those of its numbers (rollout.types.per_constraint).
 """
@@ -70,7 +70,7 @@ def averages(
     Args:
         rollout: Lengths (tokens) and counts of the batch.
         scored: Scores of this rank's responses, in score model units.
-        step_metrics: What the update tallied.
+        step_metrics: What the update added up.
         multipliers: The rule that moves λ by name of the constraint.
         shaping: ν, or None. With ν the reward stream is R − ν·C, and its metrics are named shaped_reward_*.
 

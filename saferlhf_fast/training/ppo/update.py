@@ -107,11 +107,11 @@ class OnPolicyLoss:
             lambdas: λ as a 0-d tensor by name of the constraint.
         """
         self.step, self.this_pass, self.value_n, self.lambdas = step, this_pass, value_n, lambdas
-        self.ref_logp_n = this_pass.of_tokens(step.scored.ref_logp_N)
+        self.ref_logp_n = this_pass.select_tokens(step.scored.ref_logp_N)
         engine_logp_N = step.rollout.engine_logp_N
-        self.engine_logp_n = None if engine_logp_N is None else this_pass.of_tokens(engine_logp_N)
-        self.reward_b = this_pass.of_rows(step.scored.reward_B)
-        self.cost_b = {name: this_pass.of_rows(cost_B) for name, cost_B in step.scored.costs.items()}
+        self.engine_logp_n = None if engine_logp_N is None else this_pass.select_tokens(engine_logp_N)
+        self.reward_b = this_pass.select_rows(step.scored.reward_B)
+        self.cost_b = {name: this_pass.select_rows(cost_B) for name, cost_B in step.scored.costs.items()}
         self.returns_by_chunk: dict[str, list[torch.Tensor]] = {name: [] for name in value_n}
 
     def __call__(
@@ -234,10 +234,13 @@ def _train_on_pass(
     """Forward and backward of all trained models on some rows, with known old numbers and advantages."""
     roles, scored = step.roles, step.scored
     assert scored.logp_N is not None, "the actor's log-probs are computed before the update"
-    old_logp_n, advantages_n = this_pass.of_tokens(scored.logp_N), this_pass.of_tokens(adv.advantages_N)
+    old_logp_n, advantages_n = (
+        this_pass.select_tokens(scored.logp_N),
+        this_pass.select_tokens(adv.advantages_N),
+    )
     engine_logp_N = step.rollout.engine_logp_N
     if not this_pass.is_dummy:
-        engine_logp_n = None if engine_logp_N is None else this_pass.of_tokens(engine_logp_N)
+        engine_logp_n = None if engine_logp_N is None else this_pass.select_tokens(engine_logp_N)
         advantages_n = step.weighted(advantages_n, old_logp_n, engine_logp_n)
     settings: dict[str, Any] = {**step.settings, **whitened}
     loss, stats = roles.actor(
@@ -246,8 +249,8 @@ def _train_on_pass(
     step.train_actor(loss)
     if not this_pass.is_dummy:
         step.count(stats)
-    old_value_n = {name: this_pass.of_tokens(value_N) for name, value_N in scored.values.items()}
-    return_n = {name: this_pass.of_tokens(return_N) for name, return_N in adv.returns.items()}
+    old_value_n = {name: this_pass.select_tokens(value_N) for name, value_N in scored.values.items()}
+    return_n = {name: this_pass.select_tokens(return_N) for name, return_N in adv.returns.items()}
     for critic in roles.critics:
         value_n = critic(this_pass.packed)
         if this_pass.is_dummy:
