@@ -19,7 +19,7 @@ from typing import Any
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS
 from saferlhf_fast.errors import EXIT_CODE, UserError, require
-from saferlhf_fast.runtime import preemption
+from saferlhf_fast.runtime import preemption, terminal
 from saferlhf_fast.version import __version__
 
 COMMANDS = {
@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    terminal.make_readable(sys.stdout, sys.stderr)
     parser = argparse.ArgumentParser(prog="saferlhf-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("-h", "--help", action="store_true")

@@ -28,12 +28,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from omegaconf import OmegaConf
 
 from saferlhf_fast.config import checks, inputs, redact
+from saferlhf_fast.config.dotted_keys import with_settings_beside_stages
 from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
 from saferlhf_fast.config.schema import leaves, nearest, show
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
 from saferlhf_fast.runtime import provenance, run_folder
+from saferlhf_fast.runtime.quiet_libraries import quiet_libraries
 from saferlhf_fast.runtime.run_decision import Action, request_of
 from saferlhf_fast.runtime.run_state import RunState, is_ours
 
@@ -92,6 +94,7 @@ def run_stage(
         assert cfg.output is not None, "only a stage with an output can be finished already"
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
         return run_folder.read_summary(cfg.output)
+    quiet_libraries()
     module, name = ENTRIES[stage].split(":")
     folder = Path(cfg.output).expanduser() if cfg.output else None
     begun = time.perf_counter()
@@ -198,6 +201,7 @@ def steps_of(recipe: str | Path, overrides: dict[str, Any]) -> tuple[RunConfig, 
             f"{recipe}: no stages; a recipe of one stage is started with: saferlhf-fast sft {recipe}"
         )
     names_and_kinds = _stages(raw, recipe)
+    raw = with_settings_beside_stages(raw, names_and_kinds, recipe)
     for key, value in overrides.items():
         _override(raw, names_and_kinds, key, value, recipe)
     values = resolve(raw, recipe, lambda key: _as_override(key, names_and_kinds))

@@ -6,6 +6,7 @@ Names on the Hub (see paths.py) are left to the loaders. No torch.
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints, overload
@@ -79,6 +80,14 @@ def check_home(value: str | None, key: str) -> str | None:
     """
     if value is not None and "\0" in value:
         raise UserError(f"{key}: expected a path, got one with a null character in it: {show(value)}")
+    try:
+        # The second one: what is in the settings is also written as UTF-8.
+        os.fsencode(value or ""), (value or "").encode()
+    except UnicodeEncodeError as e:
+        raise UserError(
+            f"{key}: expected a path in {sys.getfilesystemencoding()}, the encoding of this locale, got "
+            f"{ascii(value)}; set LC_ALL=C.UTF-8"
+        ) from e
     try:
         return None if value is None else str(Path(value).expanduser())
     except RuntimeError as e:

@@ -6,6 +6,7 @@ given. No torch.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, get_origin
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from saferlhf_fast.config import redact, setting_errors
+from saferlhf_fast.config import dotted_keys, redact, setting_errors
 from saferlhf_fast.config.schema import (
     REQUIRED,
     SETTINGS,
@@ -67,7 +68,7 @@ def load(command: str, recipe: str | Path | None = None, overrides: Mapping[str,
 
 
 def read_recipe(recipe: str | Path) -> DictConfig:
-    """Returns a recipe as an OmegaConf mapping that is not resolved yet.
+    """Returns a recipe as an OmegaConf mapping that is not resolved yet; dotted keys are nested.
 
     Raises:
         UserError: There is no such recipe, or it is not a YAML mapping.
@@ -92,12 +93,19 @@ def read_recipe(recipe: str | Path) -> DictConfig:
         raise UserError(f"{recipe}: not YAML{at}: {getattr(e, 'problem', None) or e}") from e
     except OmegaConfBaseException as e:
         raise UserError(f"{recipe}: {_first_line(e)}") from e
+    except ValueError as e:  # Python converts integers of up to 4300 digits
+        long = re.search(r"([\w.-]+)\s*[:=]\s*[-+]?\d{999}", text)
+        key = f"{long[1]}: " if long else ""
+        raise UserError(f"{recipe}: {key}expected a number of up to 4300 digits, got one of more") from e
     except AssertionError:  # what OmegaConf raises for a file with only a number
         raw = None
     # OmegaConf reads `abc` as {abc: null}.
     if not isinstance(raw, DictConfig) or (text.strip() and ":" not in text):
         raise UserError(f"{recipe}: expected a mapping of keys to values, got {show(text.strip())}")
-    return raw
+    try:
+        return OmegaConf.create(dotted_keys.nested(OmegaConf.to_container(raw, resolve=False)))
+    except UserError as e:
+        raise UserError(f"{recipe}: {e}") from e
 
 
 def apply(
@@ -147,10 +155,14 @@ def parse(value: Any, annotation: Annotation = None, key: str = "value") -> Any:
         return None
     try:
         parsed = OmegaConf.to_container(OmegaConf.create(f"x: {value}"), resolve=False)["x"]
-    except (yaml.YAMLError, OmegaConfBaseException) as e:
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeError) as e:
         if annotation is not None and is_text(annotation):
             return value  # a path may hold any character
         raise UserError(f"command line: {key}: {show(value)} is not YAML (quote it?)") from e
+    except ValueError as e:  # Python converts integers of up to 4300 digits
+        raise UserError(
+            f"command line: {key}: expected a number of up to 4300 digits, got {len(value)} characters"
+        ) from e
     if get_origin(annotation) is list and parsed is not None and not isinstance(parsed, list):
         return [parsed]  # --seeds 0, log.trackers=wandb
     plain_text = is_text(annotation) and isinstance(parsed, (str, bool, int, float)) and value[0] not in "'\""

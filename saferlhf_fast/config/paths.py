@@ -26,7 +26,7 @@ def is_local(value: str) -> bool:
     path = Path(value).expanduser()
     if path.exists() or value.startswith(("/", ".", "~")) or value.endswith(DATA_ENDINGS):
         return True
-    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value)
+    hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value, re.ASCII)
     return not hub_name or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
 
 

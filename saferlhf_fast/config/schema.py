@@ -207,7 +207,10 @@ def nearest(key: str, known: Collection[str]) -> str | None:
 
 def show(value: object) -> str:
     """Returns a value as a recipe writes it, shortened to 80 characters."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except ValueError:  # Python writes integers of up to 4300 digits
+        text = "a number of thousands of digits"
     return text if len(text) <= 80 else text[:77] + "…"
 
 
@@ -215,7 +218,8 @@ def show(value: object) -> str:
 
 PLACES = """Settings come from the defaults below, the recipe (YAML) and the command line; later ones win.
 `key=value`, `--key value` and `--key=value` mean the same; values are YAML: null, true, 1e-5, [a, b].
-A recipe may write `${root}` for the value of its key `root`, and `???` where a value must be given."""
+A recipe may write `${root}` for the value of its key `root`, and `???` where a value must be given.
+In a recipe `train.max_steps: 3` means the same as `train: {max_steps: 3}`."""
 
 
 def help_text(command: str) -> str:

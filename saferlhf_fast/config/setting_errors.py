@@ -20,6 +20,8 @@ from saferlhf_fast.config.schema import (
     show,
 )
 
+_LARGEST = (1 << 63) - 1
+
 KeyPath = tuple[str | int, ...]
 """The steps to a setting in nested mappings and lists."""
 
@@ -28,7 +30,9 @@ Error = Any
 
 
 def odd_number(cls: type, values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Finds a number that pydantic accepts although it is none: true for 1, infinity, not-a-number.
+    """Finds a number that cannot be used though pydantic accepts it.
+
+    That is true for 1, infinity, not-a-number, and a whole number that does not fit in 64 bits.
 
     Args:
         cls: The settings class.
@@ -38,7 +42,13 @@ def odd_number(cls: type, values: Mapping[str, Any]) -> tuple[str, str] | None:
         (dotted key, sentence) of the first one; None when there is none.
     """
     for path, value in _plain_values(values):
-        if isinstance(value, bool) or isinstance(value, float) and not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or isinstance(value, float)
+            and not math.isfinite(value)
+            or isinstance(value, int)
+            and abs(value) > _LARGEST
+        ):
             annotation = _type_at(cls, path)
             if is_number(annotation):
                 return ".".join(map(str, path)), f"expected {describe(annotation)}, got {show(value)}"

@@ -1,16 +1,15 @@
 """Records of a recipe's data; every record that is not used is counted with its reason."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from saferlhf_fast.config.setting_types import Data
-from saferlhf_fast.data.files import Row
-from saferlhf_fast.data.formats import FORMATS, SYSTEM_COLUMNS, format_of, with_labels
-from saferlhf_fast.data.records import Conversation, Dropped, Preference, Prompt, Record, checked_text
+from saferlhf_fast.data.columns import extra_columns
+from saferlhf_fast.data.formats import FORMATS, format_of, with_labels
+from saferlhf_fast.data.messages import with_message_lists
+from saferlhf_fast.data.records import Conversation, Dropped, Preference, Prompt, Record
 from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.sources import load_sources
-from saferlhf_fast.data.tool_calls import tools_of
 from saferlhf_fast.errors import UserError
 
 EMPTY = "a response with no token"
@@ -33,45 +32,22 @@ def records_of(
         labels: Give the records harm labels.
     """
     for item in load_sources(data, seed):
-        name, form = format_of(item.rows, item.source.format, item.source.path)
-        counts = SourceReport(item.source.path, name, item.available, len(item.rows))
+        rows = [with_message_lists(row) for row in item.rows]
+        name, form = format_of(rows, item.source.format, item.source.path)
+        extra = extra_columns(rows, form, labels)
+        counts = SourceReport(item.source.path, name, item.available, len(rows), extra.unread)
         report.sources.append(counts)
         records: list[Record] = []
-        for row in item.rows:
-            for record in form.parse(row):
+        for row in rows:
+            for parsed in form.parse(row):
+                record = extra.apply(row, parsed)
                 if labels and not isinstance(record, (Dropped, Prompt)):
                     record = with_labels(form, row, record)
-                if not isinstance(record, Dropped):
-                    record = with_row_columns(row, record)
                 if isinstance(record, Dropped):
                     counts.drop(record.reason, record.where)
                 else:
                     records.append(record)
         yield counts, records
-
-
-def with_row_columns(row: Row, record: Record) -> Record:
-    """Returns a record with what a row says beside its messages: a system text, and declared tools.
-
-    Raises:
-        UserError: There is a system text in the column and another one in the messages.
-    """
-    messages = list(record.messages)
-    for column in SYSTEM_COLUMNS:
-        text = row.fields.get(column)
-        if text is None or (isinstance(text, str) and not text.strip()):
-            continue
-        text = checked_text(row, column, text)
-        if messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": text})
-        elif messages[0]["content"] != text:
-            raise UserError(
-                f"{row.where}, field '{column}': expected the system text of the messages, or none"
-            )
-    tools = tools_of(row)
-    if tools:
-        messages[0] = {**messages[0], "tools": tools}
-    return record if messages == list(record.messages) else replace(record, messages=tuple(messages))
 
 
 def require_record(counts: SourceReport, record: type[Record], wanted: str) -> None:

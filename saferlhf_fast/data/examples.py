@@ -13,11 +13,13 @@ Harm labels (safety, severity, categories of each response) are read with `label
 columns are ignored, so that a stage that does not use them neither spends time on them nor loses a row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from saferlhf_fast.config.setting_types import Data
+from saferlhf_fast.data.chat_template import Rendered
 from saferlhf_fast.data.counted_records import (
     EMPTY,
     SHORTENED,
@@ -31,13 +33,14 @@ from saferlhf_fast.data.pairs import PairExample as PairExample
 from saferlhf_fast.data.pairs import preference_examples as preference_examples
 from saferlhf_fast.data.records import Conversation, HarmLabel, Message, Messages, prompt_of, prompt_text
 from saferlhf_fast.data.report import Report, SourceReport
-from saferlhf_fast.data.templates import Template
+from saferlhf_fast.data.templates import Pieces, Template
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+UNMATCHED = "the chat template changes the turns, so that the one with the weight 0 cannot be found"
 UNLEARNED_END = "the chat template's {% generation %} leaves out the end of an answer, which is not learned"
 
 
@@ -48,7 +51,7 @@ class SFTExample:
     ids: list[int]
     """Token ids [L]."""
     mask: list[bool]
-    """True on the tokens to learn: all assistant turns and their ends [L]."""
+    """True on the tokens to learn: assistant turns and their ends [L]."""
     prompt_text: str = ""
     labels: tuple[HarmLabel, ...] = ()
     """(HarmLabel of the last answer,); () when labels were not requested."""
@@ -103,10 +106,17 @@ def sft_examples(
             counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
         )
         answered = _with_answers(counts, template, records)
-        split = each_accepted(counts, answered, lambda record: template.pieces(record.messages))
-        encoded = template.encode_pieces([pieces for _, pieces in split])
-        for (record, pieces), (ids, mask) in zip(split, encoded):
-            if template.has_no_token(pieces, mask):
+        split = each_accepted(
+            counts,
+            answered,
+            lambda record: (
+                [(record.messages[0]["content"], True)]
+                if record.is_document
+                else template.pieces(record.messages)
+            ),
+        )
+        for record, pieces, ids, mask in _encoded(template, split):
+            if not record.is_document and template.has_no_token(pieces, mask):
                 counts.drop(EMPTY, record.where)
                 continue
             start = mask.index(True)
@@ -118,11 +128,15 @@ def sft_examples(
                 counts.flag(SHORTENED, record.where)
             if not template.learns_end(pieces):
                 counts.flag(UNLEARNED_END, record.where)
+            learned = without_unlearned(record.messages, pieces, mask)
+            if learned is None:
+                counts.drop(UNMATCHED, record.where)
+                continue
             counts.kept += 1
             examples.append(
                 SFTExample(
                     prompt + ids[start:],
-                    [False] * len(prompt) + mask[start:],
+                    [False] * len(prompt) + learned[start:],
                     prompt_text(_opening(record.messages)),
                     record.labels,
                 )
@@ -220,8 +234,68 @@ def retokenize(
     return joined
 
 
+def _encoded(
+    template: Template, answered: Sequence[tuple[Conversation, Pieces]]
+) -> Iterator[tuple[Conversation, Pieces, list[int], list[bool]]]:
+    """Yields (record, its pieces, ids, mask): mask is True on responses and on all of a document."""
+    if not answered or not answered[0][0].is_document:  # a source has documents alone or none
+        encoded = template.encode_pieces([pieces for _, pieces in answered])
+        yield from ((*item, ids, mask) for item, (ids, mask) in zip(answered, encoded))
+        return
+    plain = Template(template.tokenizer, "none")
+    bos = template.tokenizer.bos_token_id
+    texts: list[Pieces] = [[(record.messages[0]["content"], False)] for record, _ in answered]
+    for (record, pieces), (ids, _) in zip(answered, plain.encode_pieces(texts)):
+        if bos is not None and ids[:2] == [bos, bos]:
+            ids = ids[1:]  # the text brings its own
+        begin = int(ids[:1] == [bos])
+        if ids[-1] not in plain.stop_ids:
+            ids = plain.end(ids)
+        yield record, pieces, ids, [False] * begin + [True] * (len(ids) - begin)
+
+
+def without_unlearned(messages: Messages, pieces: Pieces, mask: list[bool]) -> list[bool] | None:
+    """Returns a mask that is False on the turns with the weight 0.
+
+    Args:
+        messages: The dialogue.
+        pieces: Its pieces.
+        mask: True on all responses.
+
+    Returns:
+        None where no response is left, or where the chat template changes the turns so that it is unknown
+        which one a response is.
+    """
+    turns = [item for item in messages if item["role"] == "assistant"]
+    if all(item.get("weight") != 0 for item in turns):
+        return mask
+    if isinstance(pieces, Rendered):
+        answers = [pieces.text[begin:end] for begin, end in pieces.learned]
+    else:
+        answers = [text for text, is_response in pieces if is_response]
+    runs = [list(run) for is_learned, run in groupby(range(len(mask)), mask.__getitem__) if is_learned]
+    if len(answers) != len(runs):
+        return None
+    remaining = iter(turns)
+    learned = list(mask)
+    for answer, run in zip(answers, runs):
+        # A template may leave some turns in the prompt: then the texts tell which ones.
+        turn = next(
+            (item for item in remaining if len(answers) == len(turns) or item["content"].strip() in answer),
+            None,
+        )
+        if turn is None:
+            return None
+        for i in run if turn.get("weight") == 0 else ():
+            learned[i] = False
+    return learned if any(learned) else None
+
+
 def _opening(messages: Messages) -> Messages:
-    """Returns a dialogue's messages before its first answer, which are its prompt in a split by prompt."""
+    """Returns a dialogue's messages before its first answer, which are its prompt in a split by prompt.
+
+    Of a document they are the document.
+    """
     first = next(i for i, item in enumerate(messages) if item["role"] == "assistant")
     return messages[:first] or messages[:1]
 

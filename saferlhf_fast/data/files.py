@@ -1,19 +1,22 @@
 """Reads one data file into rows, each with its place in the file.
 
-Every error is a UserError that names file and line.
+Every error is a UserError that names file and line. A record of several lines is named by its first one.
 
 JSON and CSV are read here and not by `datasets`, which silently casts what does not fit: an integer where
-text is expected becomes text, a missing column becomes null, broken UTF-8 becomes other characters. Parquet
-has types and is read with pyarrow. Nothing is cached or written. Lines and rows are counted from 1.
+text is expected becomes text, a missing column becomes null, broken UTF-8 becomes other characters. Text may
+also be UTF-16 or UTF-32, as spreadsheets write it. Parquet has types and is read with pyarrow. Nothing is
+cached or written. Lines and rows are counted from 1.
 """
 
 import csv
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".json.gz", ".jsonl.gz", ".cs
 """What a data file's name may end in."""
 
 _LONGEST_CELL = 1 << 30  # characters; the csv module's own limit of 131072 is shorter than some dialogues
+
+_DELIMITERS = ",;\t|"
+"""What may separate the columns of a CSV file; the header line decides."""
 
 _WRAPPERS = ("data", "rows", "records", "examples")
 """Keys under which a .json file may keep its list of records."""
@@ -57,7 +63,7 @@ def read_file(path: Path) -> list[Row]:
     if name.endswith(".parquet"):
         rows = _parquet(path)
     else:
-        content = _bytes(path)
+        content = _as_utf8(path, _bytes(path))
         if not content.strip():
             raise UserError(f"{path}: the file is empty, expected records")
         readers: dict[str, Callable[[Path, bytes], list[Row]]] = {
@@ -86,6 +92,20 @@ def _bytes(path: Path) -> bytes:
     return content
 
 
+def _as_utf8(path: Path, content: bytes) -> bytes:
+    """Returns text in UTF-8 that may be in UTF-16 or UTF-32, with or without a byte order mark."""
+    encoding = json.detect_encoding(content)
+    if encoding.startswith("utf-8"):
+        return content
+    try:
+        return content.decode(encoding).encode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].decode(encoding, "replace").count("\n") + 1
+        raise UserError(
+            f"{path} line {line}: expected {encoding.upper()} text, got the byte 0x{content[error.start]:02x}"
+        ) from error
+
+
 def _text(path: Path, content: bytes, line: int | None = None) -> str:
     try:
         return content.decode("utf-8-sig")
@@ -95,9 +115,54 @@ def _text(path: Path, content: bytes, line: int | None = None) -> str:
         raise UserError(f"{path} line {line}: expected UTF-8 text, got the byte 0x{byte:02x}") from error
 
 
+class _Repeating(dict[str, Any]):
+    """A JSON object that has one of its names twice."""
+
+    repeated: str
+
+
+def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Returns the object of a JSON object's pairs; a _Repeating where a name is there twice."""
+    value = dict(pairs)
+    if len(value) == len(pairs):
+        return value
+    repeating = _Repeating(value)
+    repeating.repeated = next(iter(_repeated(name for name, _ in pairs)))
+    return repeating
+
+
+def _repeated(names: Iterable[str]) -> Iterator[str]:
+    """Yields the names that are there before."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            yield name
+        seen.add(name)
+
+
+def _parsed(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Python refuses to convert integers of more than 4300 digits, as that takes long. They become Decimals,
+    which no field takes, so that a column that nobody reads does not end the run.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_named_once)
+    except json.JSONDecodeError:
+        raise
+    except ValueError:
+        return json.loads(text, object_pairs_hook=_named_once, parse_int=_integer)
+
+
+def _integer(digits: str) -> int | Decimal:
+    return int(digits) if len(digits) < 640 else Decimal(digits)
+
+
 def _object(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object (a record), got {describe(value)}")
+    if isinstance(value, _Repeating):
+        raise UserError(f"{where}: expected each column once, got '{shorten(value.repeated)}' twice")
     return value
 
 
@@ -109,7 +174,7 @@ def _json_lines(path: Path, content: bytes) -> list[Row]:
             continue
         where = f"{path} line {number}"
         try:
-            value = json.loads(text)
+            value = _parsed(text)
         except (ValueError, RecursionError) as error:
             raise UserError(f"{where}: not JSON ({shorten(error)}): {shorten(text)}") from error
         rows.append(Row(_object(value, where), where))
@@ -119,7 +184,7 @@ def _json_lines(path: Path, content: bytes) -> list[Row]:
 def _json(path: Path, content: bytes) -> list[Row]:
     text = _text(path, content)
     try:
-        value = json.loads(text)
+        value = _parsed(text)
     except json.JSONDecodeError as error:
         # Many files called .json hold one object per line.
         if text.lstrip().startswith("{") and error.msg == "Extra data":
@@ -142,24 +207,73 @@ def _csv(path: Path, content: bytes) -> list[Row]:
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise UserError(f"{path} line {line}: expected CSV text, got a zero byte")
-    rows: list[Row] = []
     old_limit = csv.field_size_limit(_LONGEST_CELL)
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     try:
-        for fields in reader:
-            where = f"{path} line {reader.line_num}"
-            columns = len(reader.fieldnames or ())
-            if None in fields:
-                raise UserError(f"{where}: expected {columns} columns, got {columns + len(fields[None])}")
-            missing = sum(value is None for value in fields.values())
-            if missing:
-                raise UserError(f"{where}: expected {columns} columns, got {len(fields) - missing}")
-            rows.append(Row(fields, where, untyped=True))
-    except csv.Error as error:
-        raise UserError(f"{path} line {reader.line_num}: not CSV ({error})") from error
+        records = _csv_records(path, text)
+        line, header = next(records, (1, []))
+        names = [name.strip() or f"column {i}" for i, name in enumerate(header, 1)]
+        for name in _repeated(names):
+            raise UserError(f"{path} line {line}: expected each column once, got '{shorten(name)}' twice")
+        rows = []
+        for line, cells in records:
+            where = f"{path} line {line}"
+            if len(cells) != len(names):
+                raise UserError(f"{where}: expected {len(names)} columns, got {len(cells)}")
+            rows.append(Row(dict(zip(names, cells)), where, untyped=True))
     finally:
         csv.field_size_limit(old_limit)
     return rows
+
+
+def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (first line, cells) of each record, the header first; blank lines are none."""
+    # Excel's own way to name the delimiter.
+    named = re.match(r"\s*sep=(.)\s*[\r\n]", text)
+    reader = csv.reader(
+        io.StringIO(text, newline=""), strict=True, delimiter=named[1] if named else _delimiter(text)
+    )
+    if named:
+        next(reader)
+    while True:
+        begin = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            is_open = str(error) == "unexpected end of data"
+            line = _open_quote(text, begin, reader.dialect.delimiter) if is_open else reader.line_num
+            what = "a quote is opened here and not closed" if is_open else error
+            beginning = f"; the record begins in line {begin}" if line != begin else ""
+            raise UserError(f"{path} line {line}: not CSV ({what}{beginning})") from error
+        if cells:
+            yield begin, cells
+
+
+def _delimiter(text: str) -> str:
+    """Returns the delimiter that gives the header line the most columns; of equals, the comma."""
+    head = text[: 1 << 16]
+
+    def columns(delimiter: str) -> int:
+        try:
+            return len(next(filter(None, csv.reader(io.StringIO(head, newline=""), delimiter=delimiter)), []))
+        except csv.Error:
+            return 0
+
+    return max(_DELIMITERS, key=columns)
+
+
+def _open_quote(text: str, begin: int, delimiter: str) -> int:
+    """Returns the line, from `begin` on, with the quote that nothing closes."""
+    opened, previous, is_quoted = begin, delimiter, False
+    for line, content in enumerate(io.StringIO(text, newline=""), 1):
+        for character in content if line >= begin else "":
+            if character == '"' and (is_quoted or previous in (delimiter, "\n", "\r", '"')):
+                is_quoted = not is_quoted
+                # The second quote of a doubled one opens nothing.
+                opened = line if is_quoted and previous != '"' else opened
+            previous = character
+    return opened
 
 
 def _parquet(path: Path) -> list[Row]:
@@ -168,6 +282,9 @@ def _parquet(path: Path) -> list[Row]:
     import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
+        names = pyarrow.parquet.read_schema(path).names
+        for name in _repeated(names):
+            raise UserError(f"{path}: expected each column once, got '{shorten(name)}' twice")
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({shorten(str(error), 80)})") from error
@@ -180,7 +297,7 @@ def describe(value: object) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, Decimal)):
         return f"the number {shorten(value)}"
     if isinstance(value, str):
         return f'the text "{shorten(value)}"' if value else "an empty text"

@@ -5,39 +5,27 @@ Every format (formats.py) turns a row into some of these, or into Dropped with a
 row that is correct but of no use (a tie, a dialogue without an answer) is Dropped and counted.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from saferlhf_fast.data.files import Row, describe, shorten
 from saferlhf_fast.data.harm_taxonomy import SEVERITIES, TAXONOMIES
-from saferlhf_fast.data.tool_calls import KEPT, tool_calls_of
 from saferlhf_fast.errors import UserError
 
 Message = dict[str, Any]
-"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that chat templates read:
-tool_calls (tool_calls.py), reasoning_content …; in the first message also the `tools` of the dialogue."""
+"""{"role": "system" | "user" | "assistant" | "tool", "content": text}, and fields that chat templates read.
+
+These are tool_calls (tool_calls.py), reasoning_content …; in the first message also the `tools` of the
+dialogue. An assistant's turn that is not learned has `weight` 0.
+"""
 
 Messages = tuple[Message, ...]
 """A dialogue."""
 
 UNSAFE, SAFE, UNKNOWN = 1, -1, 0
 """Safety signs, as in the cost loss: C > 0 means unsafe."""
-
-_ROLES = {
-    "human": "user",
-    "user": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "system": "system",
-    "developer": "system",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +58,14 @@ class HarmLabel:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """A dialogue to imitate: all of its assistant turns are learned."""
+    """A dialogue to imitate: its assistant turns are learned, except those with the weight 0."""
 
     messages: Messages
     where: str
     labels: tuple[HarmLabel, ...] = ()
     """(HarmLabel of the last answer,); () when labels were not requested."""
+    is_document: bool = False
+    """The one message is a text that no template is applied to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,32 +170,45 @@ def checked_text(row: Row, name: str, value: object) -> str:
 
 
 def choice_field(row: Row, name: str, options: Sequence[int]) -> int:
-    """Returns a field that is one of a few integers; in CSV it is their text.
+    """Returns a field that is one of a few integers: 1, 1.0 (as pandas writes a column with gaps), CSV's "1".
 
     Raises:
         UserError: The field is missing or none of them.
     """
     expected = " or ".join(map(str, options))
-    value = _present(row, name, expected)
-    if row.untyped and isinstance(value, str) and value.strip().lstrip("-").isdecimal():
-        value = int(value)
+    value = present(row, name, expected)
+    value = _whole_number(row, value)
     if isinstance(value, bool) or not isinstance(value, int) or value not in options:
         raise UserError(f"{row.where}, field '{name}': expected {expected}, got {describe(value)}")
     return value
 
 
 def bool_field(row: Row, name: str) -> bool:
-    """Returns a field that is true or false; in CSV it is true, false, 1 or 0.
+    """Returns a field that is true or false: also 1, 1.0, 0, 0.0, and in CSV their texts.
 
     Raises:
         UserError: The field is missing or neither.
     """
-    value = _present(row, name, "true or false")
-    if row.untyped and isinstance(value, str):
-        value = {"true": True, "1": True, "false": False, "0": False}.get(value.strip().lower(), value)
-    if not isinstance(value, bool):
+    value = present(row, name, "true or false")
+    flag = as_flag(row, value)
+    if flag is None:
         raise UserError(f"{row.where}, field '{name}': expected true or false, got {describe(value)}")
-    return value
+    return flag
+
+
+def as_flag(row: Row, value: object) -> bool | None:
+    """Returns what a value of a row means as true or false; None where it is neither."""
+    if row.untyped and isinstance(value, str):
+        value = {"true": True, "false": False}.get(value.strip().lower(), value)
+    value = _whole_number(row, value)
+    return {0: False, 1: True}.get(value) if isinstance(value, int) else None
+
+
+def _whole_number(row: Row, value: object) -> object:
+    """Returns the integer that a value means, such as 1 for 1.0 and CSV's "1.0"; other values as they are."""
+    if row.untyped and isinstance(value, str) and re.fullmatch(r"[+-]?\d{1,15}(\.0*)?", value.strip()):
+        return int(float(value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: str) -> HarmLabel:
@@ -227,17 +230,15 @@ def harm_label(row: Row, safe: str, categories: str, severity: str, taxonomy: st
             or false.
     """
     is_safe, level, flags = (_label_field(row, name) for name in (safe, severity, categories))
-    if row.untyped and isinstance(level, str) and level.strip().isdecimal():
-        level = int(level)
-    if row.untyped and isinstance(is_safe, str):
-        is_safe = {"true": True, "1": True, "false": False, "0": False}.get(is_safe.strip().lower(), is_safe)
-    if is_safe is not None and not isinstance(is_safe, bool):
+    level = _whole_number(row, level)
+    flag = as_flag(row, is_safe)
+    if is_safe is not None and flag is None:
         raise LabelFault(f"field '{safe}' is not true or false")
     if level is not None and (
         isinstance(level, bool) or not isinstance(level, int) or not 0 <= level < len(SEVERITIES)
     ):
         raise LabelFault(f"field '{severity}' is not a severity of 0 to {len(SEVERITIES) - 1}")
-    sign = UNKNOWN if is_safe is None else SAFE if is_safe else UNSAFE
+    sign = UNKNOWN if flag is None else SAFE if flag else UNSAFE
     if flags is None:
         return HarmLabel(sign, level)
     return HarmLabel(sign, level, taxonomy, _category_flags(flags, categories, taxonomy))
@@ -262,86 +263,14 @@ def _label_field(row: Row, name: str) -> Any:
     return None if row.untyped and isinstance(value, str) and not value.strip() else value
 
 
-def _present(row: Row, name: str, expected: str) -> Any:
+def present(row: Row, name: str, expected: str) -> Any:
+    """Returns the value of a field; UserError names `expected` where the row does not have it."""
     if name not in row.fields:
         raise UserError(
             f"{row.where}: no field '{name}' (expected {expected}); "
             f"the row has {', '.join(map(str, row.fields)) or 'no fields'}"
         )
     return row.fields[name]
-
-
-def messages_field(row: Row, name: str) -> Messages:
-    """Returns a field that is a list of messages, or a single message.
-
-    A message is {"role", "content"} or ShareGPT's {"from", "value"}.
-
-    Raises:
-        UserError: The field is missing, empty or something else.
-    """
-    value = _present(row, name, "a list of messages")
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise UserError(f"{row.where}, field '{name}': expected a list of messages, got {describe(value)}")
-    if not value:
-        raise UserError(f"{row.where}, field '{name}': expected messages, got an empty list")
-    return tuple(_message(row, f"{name}[{i}]", item) for i, item in enumerate(value))
-
-
-def _message(row: Row, name: str, item: object) -> Message:
-    if not isinstance(item, dict):
-        raise UserError(
-            f"{row.where}, field '{name}': expected a message (role and content), got {describe(item)}"
-        )
-    role_key, content_key = (
-        ("from", "value") if "from" in item and "role" not in item else ("role", "content")
-    )
-    role, content = item.get(role_key), item.get(content_key)
-    if not isinstance(role, str) or role not in _ROLES:
-        raise UserError(
-            f"{row.where}, field '{name}.{role_key}': expected system, user, assistant or tool, "
-            f"got {describe(role)}"
-        )
-    calls = tool_calls_of(row, f"{name}.tool_calls", item.get("tool_calls"))
-    if calls and _ROLES[role] != "assistant":
-        raise UserError(
-            f"{row.where}, field '{name}': expected tool_calls of an assistant, got those of a {role}"
-        )
-    content = "" if calls and content is None else content
-    further: Message = {"tool_calls": calls} if calls else {}
-    for key in KEPT:
-        if item.get(key) is not None:
-            further[key] = checked_text(row, f"{name}.{key}", item[key])
-    name = f"{name}.{content_key}"
-    return {
-        "role": _ROLES[role],
-        "content": _joined_parts(row, name, content)
-        if isinstance(content, list)
-        else checked_text(row, name, content),
-        **further,
-    }
-
-
-def _joined_parts(row: Row, name: str, parts: list[Any]) -> str:
-    """Returns a content of parts as one text, joined as chat templates join them: with nothing between."""
-    if not parts:
-        raise UserError(f"{row.where}, field '{name}': expected text or text parts, got an empty list")
-    texts = []
-    for i, part in enumerate(parts):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if isinstance(kind, str) and kind != "text":
-            raise UserError(
-                f"{row.where}, field '{name}[{i}]': expected a part of type text, got the type "
-                f'"{shorten(kind)}"; images and other parts cannot be read yet'
-            )
-        if kind is None:
-            raise UserError(
-                f"{row.where}, field '{name}[{i}]': expected a part {{type: text, text: …}}, got "
-                f"{describe(part)}"
-            )
-        texts.append(checked_text(row, f"{name}[{i}].text", part.get("text")))
-    return "".join(texts)
 
 
 def prompt_of(messages: Sequence[Message]) -> Messages:

@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from saferlhf_fast.data.files import shorten
 from saferlhf_fast.errors import UserError
 
 
@@ -17,6 +18,8 @@ class SourceReport:
     """Rows that the source has."""
     rows: int
     """Rows taken, after count and proportion."""
+    unread: tuple[str, ...] = ()
+    """Columns that are not read."""
     kept: int = 0
     """Examples made of them."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -70,6 +73,8 @@ class Report:
             lines.append(
                 f"{source.path} ({source.format}): {source.rows}{taken} rows, {source.kept} examples"
             )
+            if source.unread:
+                lines.append(f"  columns that are not used: {shorten(', '.join(source.unread), 400)}")
             for word, counts in (("dropped", source.dropped), ("flagged", source.flagged)):
                 lines += [
                     f"  {n} {word}: {reason} (first: {source.place(reason)})"
@@ -90,6 +95,7 @@ class Report:
                     "available": s.available,
                     "rows": s.rows,
                     "kept": s.kept,
+                    "unread": list(s.unread),
                     "dropped": dict(s.dropped),
                     "flagged": dict(s.flagged),
                 }

@@ -104,7 +104,17 @@ def _rename(row: Row, source: Source) -> Row:
             raise UserError(
                 f"{row.where}: columns renames '{name}', but the row has {shorten(list(row.fields), 120)}"
             )
-    return replace(row, fields={columns.get(key, key): value for key, value in row.fields.items()})
+    fields: dict[str, Any] = {}
+    for name, value in row.fields.items():
+        new = columns.get(name, name)
+        if new in fields:
+            old = next(key for key in columns if columns[key] == new)
+            raise UserError(
+                f"{row.where}: columns renames '{old}' to '{new}', but the row has two columns of that name "
+                f"then; rename the other one too"
+            )
+        fields[new] = value
+    return replace(row, fields=fields)
 
 
 def _folder(path: Path, source: Source) -> list[Row]:

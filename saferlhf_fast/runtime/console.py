@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Column, Table
 
 from ..config.sections import PAIR
+from . import terminal
 
 PLAIN_INTERVAL = 5.0  # seconds between a bar's lines where there is no terminal
 PLAIN_WIDTH = 120  # columns
@@ -322,9 +323,7 @@ def _console() -> Console:
 
 @lru_cache(maxsize=1)
 def _console_of(stream: TextIO) -> Console:
-    # A terminal that cannot show λ gets a question mark instead of an exception.
-    if hasattr(stream, "reconfigure") and not (stream.encoding or "").lower().startswith("utf"):
-        stream.reconfigure(errors="replace")
+    terminal.make_readable(stream)
     if getattr(stream, "isatty", lambda: False)():
         return Console(file=stream)
     return Console(file=stream, width=PLAIN_WIDTH, force_terminal=False, color_system=None, no_color=True)

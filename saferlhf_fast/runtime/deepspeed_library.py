@@ -45,6 +45,10 @@ def _is_relevant(record: logging.LogRecord) -> bool:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Context without what DeepSpeed prints and warns about; what it writes to stderr stays."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), warnings.catch_warnings():
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         yield

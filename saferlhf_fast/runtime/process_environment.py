@@ -76,7 +76,11 @@ def _first_host(environ: Mapping[str, str]) -> str:
         return nodes.split(",")[0]
     try:
         names = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=30, check=True
+            ["scontrol", "show", "hostnames", nodes],
+            capture_output=True,
+            encoding="utf-8",
+            timeout=30,
+            check=True,
         )
         return names.stdout.split()[0]
     except (OSError, subprocess.SubprocessError, IndexError):

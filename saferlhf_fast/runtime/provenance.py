@@ -84,7 +84,12 @@ def git_commit() -> str | None:
 
         def git(*words: str) -> str:
             return subprocess.run(
-                ["git", "-C", str(checkout), *words], capture_output=True, text=True, timeout=10, check=True
+                ["git", "-C", str(checkout), *words],
+                capture_output=True,
+                encoding="utf-8",
+                errors="replace",
+                timeout=10,
+                check=True,
             ).stdout.strip()
 
         return git("rev-parse", "HEAD") + (

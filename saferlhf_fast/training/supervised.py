@@ -67,6 +67,18 @@ def total_steps(n: int, train: "Training", world: int) -> int:
     return min(steps, train.max_steps) if train.max_steps else steps
 
 
+def epochs_after(step: int, n: int, size: int) -> float:
+    """Number of epochs after some optimiser steps; the last step of an epoch may have fewer examples.
+
+    Args:
+        step: Steps done.
+        n: How many examples there are.
+        size: Examples of a step, on all ranks together.
+    """
+    whole, rest = divmod(step, math.ceil(n / size))
+    return whole + rest * size / n
+
+
 def global_size(train: "Training", world: int) -> int:
     """Examples of one optimiser step, over all ranks and micro-batches."""
     return train.batch_size * train.accumulation * world
@@ -123,7 +135,7 @@ def train_supervised(
             guard.note(step, bad, lambda: save_batch(batch, folder, step))  # noqa: B023 (called at once)
             latest["loss"] = values["loss"]
             if step % cfg.log.interval == 0 or step == steps or bad:
-                epoch = step * size / len(examples)
+                epoch = epochs_after(step, len(examples), size)
                 metrics.log(step, {**{f"train/{k}": v for k, v in values.items()}, "train/epoch": epoch})
             spikes.look(step, values)
             score = None

@@ -59,7 +59,8 @@ def test_kinds_put_the_right_response_first(put):
     assert (cost.prompt_text, cost.first_text) == ("Which bird is number 0?", "A robin 0.")
     assert pairs(path, "better")[0] == [reward] and pairs(path, "safer")[0] == [cost]
     assert report.as_dict()["sources"] == [
-        {"path": path, "format": "pku", "available": 1, "rows": 1, "kept": 1, "dropped": {}, "flagged": {}}
+        {"path": path, "format": "pku", "available": 1, "rows": 1, "kept": 1}
+        | {"unread": [], "dropped": {}, "flagged": {}}
     ]
     with pytest.raises(ValueError, match="kind: expected one of"):
         pairs(path, "harm")

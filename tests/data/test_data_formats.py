@@ -2,8 +2,10 @@
 
 import pytest
 
+from saferlhf_fast.data.columns import extra_columns
 from saferlhf_fast.data.files import Row
 from saferlhf_fast.data.formats import FORMATS, format_of
+from saferlhf_fast.data.messages import with_message_lists
 from saferlhf_fast.data.records import Conversation, Dropped, Preference, Prompt, prompt_text
 from saferlhf_fast.errors import UserError
 
@@ -71,9 +73,10 @@ HH = "\n\nHuman: Hello\n\nAssistant: Hi.\n\nHuman: " + Q + "\n\nAssistant: "
 
 
 def records(fields, name="auto", untyped=False):
-    rows = [Row(fields, "f.jsonl line 1", untyped)]
-    name, form = format_of(rows, name, "f.jsonl")
-    return name, list(form.parse(rows[0]))
+    row = with_message_lists(Row(fields, "f.jsonl line 1", untyped))
+    name, form = format_of([row], name, "f.jsonl")
+    extra = extra_columns([row], form)
+    return name, [extra.apply(row, record) for record in form.parse(row)]
 
 
 def user(text):
@@ -241,9 +244,9 @@ def test_prompt_lists_become_prompts():
         ({**PKU, "safer_response_id": -1}, ["'safer_response_id'", "0 or 1", "-1"]),
         ({**PKU, "better_response_id": True}, ["'better_response_id'", "0 or 1", "true"]),
         ({**PKU, "better_response_id": "0"}, ["'better_response_id'", "0 or 1", 'text "0"']),
-        ({**PKU, "better_response_id": 1.0}, ["'better_response_id'", "1.0"]),
+        ({**PKU, "better_response_id": 1.5}, ["'better_response_id'", "1.5"]),
         ({**PKU, "safer_response_id": None}, ["'safer_response_id'", "null"]),
-        ({**PKU, "is_response_0_safe": 1}, ["'is_response_0_safe'", "true or false", "number 1"]),
+        ({**PKU, "is_response_0_safe": 2}, ["'is_response_0_safe'", "true or false", "number 2"]),
         ({**PKU, "response_1": 5}, ["'response_1'", "expected text", "number 5"]),
         ({**PKU, "prompt": None}, ["'prompt'", "expected text", "null"]),
         ({**PKU, "prompt": "half \ud83d"}, ["'prompt'", "surrogate", "ud83d"]),
@@ -278,7 +281,7 @@ def test_prompt_lists_become_prompts():
             {"messages": [user([{"type": "text", "text": 3}])]},
             ["messages[0].content[0].text", "expected text", "number 3"],
         ),
-        ({"messages": [user([Q])]}, ["messages[0].content[0]", "type: text", Q]),
+        ({"messages": [user([3])]}, ["messages[0].content[0]", "type: text", "number 3"]),
         ({"messages": [user([])]}, ["an empty list"]),
         ({"instruction": Q, "output": 3}, ["'output'", "number 3"]),
         ({"instruction": Q, "output": A, "history": [["alone"]]}, ["history[0]", "question, answer"]),

@@ -283,7 +283,7 @@ def test_wrong_labels_of_single_responses_are_counted(load):
     row = {"prompt": "Which bird?", "response": A}
     rows = [
         row,
-        {**row, "is_safe": 1},
+        {**row, "is_safe": 2},
         {**row, "category": {"piracy": True}},
         {**row, "category": {"self_harm": "yes"}},
     ]

@@ -192,10 +192,3 @@ def test_numbers_have_at_most_eight_characters(value, text):
 
 def test_seconds_are_shown_as_hours_minutes_and_seconds():
     assert [console.clock(s) for s in (0.4, 59.6, 3725)] == ["0:00", "1:00", "1:02:05"]
-
-
-def test_a_stdout_without_unicode_gets_replacement_characters(monkeypatch):
-    raw = io.BytesIO()
-    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding="ascii", write_through=True))
-    console.step_line(1, 1, STEP)
-    assert b"? " in raw.getvalue()

@@ -61,5 +61,5 @@ def load(model: "Engine", folder: Path, name: str, universal: bool = False) -> N
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Context without what DeepSpeed prints."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
         yield
