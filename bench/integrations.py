@@ -246,11 +246,8 @@ def sides(name):
 def step(call, function, leaves):
     """Runs forward, and backward if there are leaves; returns outputs and gradients."""
     result = call(function)
-    outputs = [
-        output
-        for output in (result if isinstance(result, (tuple, list)) else (result,))
-        if isinstance(output, torch.Tensor)
-    ]
+    results = result if isinstance(result, (tuple, list)) else (result,)
+    outputs = [output for output in results if isinstance(output, torch.Tensor)]
     learning = [output for output in outputs if output.requires_grad]
     gradients = (
         torch.autograd.grad(learning, leaves, [torch.ones_like(output) for output in learning])
