@@ -62,7 +62,7 @@ def gae(
 
     Means the same as, for one row of T tokens::
 
-        for t in reversed(range(T)):                                     # V[T] = A[T] = 0
+        for t in reversed(range(T)):                                     # V = values; V[T] = A[T] = 0
             A[t] = rewards[t] + gamma * V[t + 1] - V[t] + gamma * lam * A[t + 1]
         returns = A + V
 

@@ -72,9 +72,9 @@ JSONL = {
         lines(GOOD, {**GOOD, "is_response_0_safe": None}),
         "line 2, field 'is_response_0_safe': expected true or false, got null",
     ),
-    "a safety label is a number": (
+    "a safety label is a number that is neither 0 nor 1": (
         "cost",
-        lines(GOOD, {**GOOD, "is_response_0_safe": 1}),
+        lines(GOOD, {**GOOD, "is_response_0_safe": 2}),
         "line 2, field 'is_response_0_safe'",
     ),
     "all chosen are rejected": (

@@ -1,7 +1,8 @@
 """How wrong an op may be, against float64 on the same inputs: the table for the tests of ops.
 
 No machine has a table of its own. Tests that compare something else (small differences in bfloat16, long
-sums, models, trainers) state their bounds where they use them, and so does bench/bench_step.py.
+sums, half-precision gradients of the ops with a head or logits, models, trainers) state their bounds where
+they use them, and so does bench/bench_step.py.
 
 The key is the dtype of the result. An op in float32 is held to the float32 row whichever implementation runs.
 Below the table are the two places where a GPU is not asked for what a CPU and Triton's interpreter give.
