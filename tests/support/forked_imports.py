@@ -1,20 +1,33 @@
-"""The modules that `forked` imports before it forks: those that the programs of the tests need."""
+"""What `forked` imports before it forks: the modules that the programs of the tests import sooner or later.
 
+Environments of other libraries lack some of the packages; a program there imports what it needs itself.
+"""
+
+import contextlib
+import importlib
 import os
 import warnings
 
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cpu"
-)  # as the engine sets it; DeepSpeed reads it when it is imported
+MODULES = (
+    "torch",
+    "datasets",
+    "deepspeed",
+    "peft",
+    "transformers",
+    "saferlhf_fast.cli",
+    "saferlhf_fast.commands.run",
+    "saferlhf_fast.training.dpo",
+    "saferlhf_fast.training.ppo_lag",
+    "saferlhf_fast.training.preference",
+    "saferlhf_fast.training.sft",
+)
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # as the engine sets it; DeepSpeed reads it at its import
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import peft  # noqa: F401
-    import transformers  # noqa: F401
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
-
-    import saferlhf_fast  # noqa: F401
-    from saferlhf_fast import cli  # noqa: F401
-    from saferlhf_fast.commands import run  # noqa: F401
-    from saferlhf_fast.training import dpo, ppo_lag, preference, sft  # noqa: F401
+    for module in MODULES:
+        with contextlib.suppress(ModuleNotFoundError):
+            importlib.import_module(module)
+    with contextlib.suppress(ModuleNotFoundError):
+        # transformers imports these when they are asked for
+        from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
