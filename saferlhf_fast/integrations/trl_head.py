@@ -5,7 +5,7 @@ Our head makes float32 logits for as many tokens as fit a workspace (64 MiB on a
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,6 +19,8 @@ from .sites import counting
 UTILS = "trl.trainer.utils"
 TARGET = f"{UTILS}:_ChunkedLogProbFunction"
 EXTRAS = ("log_sum_sq_probs", "mean_logits", "is_top1")
+# Logits whose extras are computed at once: on a CPU 1 MiB of float32, which stays in its cache.
+ROWS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 
 
 def chunked_head(original: Any) -> type:
@@ -65,14 +67,17 @@ def chunked_head(original: Any) -> type:
             targets = _checked(hidden, weight, targets, temperature)
             # Logits scale · z under softcap s and temperature T are z under softcap s / scale and temperature
             # T / scale.
-            softcap, temperature = (final_logit_softcapping or 0.0) / logit_scale, temperature / logit_scale
+            softcap = (final_logit_softcapping or 0.0) / logit_scale
+            transform = _Transform(logit_scale, final_logit_softcapping or 0.0, 1 / temperature)
+            temperature = temperature / logit_scale
             # torch.compile cannot trace the head with the extras; it compiles the registered op, which has
             # none, without a graph break.
             needs_gradient = (
                 shared.any_needs_gradient(hidden, weight, bias) and not torch.compiler.is_compiling()
             )
             if needs_gradient or set(outputs) & set(EXTRAS):
-                values = _Head.apply(hidden, weight, bias, targets, temperature, softcap, tuple(outputs))
+                arguments = (temperature, softcap, transform, tuple(outputs))
+                values = _Head.apply(hidden, weight, bias, targets, *arguments)
                 track_inputs(values[0], hidden, weight, bias)
                 return values
             return _without_extras(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
@@ -95,6 +100,7 @@ class _Head(torch.autograd.Function):
         ids_N: torch.Tensor,
         temperature: float,
         softcap: float,
+        transform: "_Transform",
         outputs: tuple[str, ...],
     ) -> tuple[torch.Tensor | None, ...]:
         ctx.set_materialize_grads(False)
@@ -103,7 +109,7 @@ class _Head(torch.autograd.Function):
         hidden_NH, weight_VH, bias_V = _cast(ctx.dtype, *sources)
         ctx.temperature, ctx.softcap, ctx.entropy = temperature, softcap, "entropy" in outputs
         row_function, _ = choose("token_logprob", (hidden_NH,))
-        extras = _Extras(outputs, ids_N.numel(), weight_VH, temperature, softcap)
+        extras = _Extras(outputs, ids_N.numel(), weight_VH, transform)
         logp_N, entropy_N, lse_N = linear.logprob(
             extras.around(row_function),
             hidden_NH,
@@ -129,7 +135,7 @@ class _Head(torch.autograd.Function):
         ctx: Any, grad_logp_N: torch.Tensor | None, grad_entropy_N: torch.Tensor | None, *_: Any
     ) -> tuple[torch.Tensor | None, ...]:
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 7
+            return (None,) * 8
         *sources, ids_N, logp_N, entropy_N, lse_N = ctx.saved_tensors
         hidden_NH, weight_VH, bias_V = _cast(ctx.dtype, *sources)
         backward, _backend = choose("token_logprob_backward", (hidden_NH,))
@@ -156,7 +162,7 @@ class _Head(torch.autograd.Function):
             None if gradient is None else gradient.to(source.dtype)
             for gradient, source in zip(gradients, sources)
         )
-        return *in_own_dtypes, *[None] * 4
+        return *in_own_dtypes, *[None] * 5
 
 
 def _product_dtype(hidden_NH: torch.Tensor) -> torch.dtype:
@@ -174,17 +180,15 @@ def _cast(dtype: torch.dtype, *tensors: torch.Tensor | None) -> tuple[Any, ...]:
 
 
 class _Extras:
-    """What TRL's trainers log beside log-probs, computed from each chunk of logits while it exists."""
+    """What TRL's trainers log beside log-probs, computed from each chunk of logits while it exists.
+
+    It overwrites the logits, which nobody reads after it.
+    """
 
     def __init__(
-        self,
-        outputs: tuple[str, ...],
-        count: int,
-        weight_VH: torch.Tensor,
-        temperature: float,
-        softcap: float,
+        self, outputs: tuple[str, ...], count: int, weight_VH: torch.Tensor, transform: "_Transform"
     ) -> None:
-        self.outputs, self.temperature, self.softcap = outputs, temperature, softcap
+        self.outputs, self.transform = outputs, transform
         self.done = 0  # tokens of the chunks so far
 
         def buffer(name: str, dtype: torch.dtype) -> torch.Tensor | None:
@@ -192,7 +196,7 @@ class _Extras:
 
         self.sum_sq_N = buffer(EXTRAS[0], torch.float32)
         # Without a softcap it needs no logits: see `values`.
-        self.mean_N = buffer(EXTRAS[1], torch.float32) if softcap else None
+        self.mean_N = buffer(EXTRAS[1], torch.float32) if transform.softcap else None
         self.top_N = buffer(EXTRAS[2], torch.bool)
 
     def around(self, row_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -200,23 +204,24 @@ class _Extras:
 
         def forward(logits_CV: torch.Tensor, ids_C: torch.Tensor, *more: Any) -> Any:
             result = row_function(logits_CV, ids_C, *more)
-            self._add(slice(self.done, self.done + len(ids_C)), logits_CV, ids_C, result[2])
-            self.done += len(ids_C)
+            rows = max(1, ROWS_ELEMENTS.get(logits_CV.device.type, 1 << 26) // max(1, logits_CV.shape[1]))
+            for logits_RV, ids_R in zip(logits_CV.split(rows), ids_C.split(rows)):
+                self._add(slice(self.done, self.done + len(ids_R)), logits_RV, ids_R)
+                self.done += len(ids_R)
             return result
 
         return forward
 
-    def _add(self, at: slice, logits_CV: torch.Tensor, ids_C: torch.Tensor, lse_C: torch.Tensor) -> None:
-        if self.top_N is not None:
-            self.top_N[at] = logits_CV.argmax(-1) == ids_C  # the first of equal maxima, as TRL counts it
-        if self.sum_sq_N is None and self.mean_N is None:
+    def _add(self, at: slice, logits_RV: torch.Tensor, ids_R: torch.Tensor) -> None:
+        if self.top_N is None and self.sum_sq_N is None and self.mean_N is None:
             return
-        if self.softcap:
-            logits_CV = torch.tanh(logits_CV / self.softcap).mul_(self.softcap)
+        z_RV = self.transform.capped_(logits_RV)
         if self.mean_N is not None:
-            self.mean_N[at] = logits_CV.mean(-1) / self.temperature
+            self.mean_N[at] = z_RV.mean(-1) * self.transform.factor
+        if self.top_N is not None:
+            self.top_N[at] = is_top1(self.transform.logits(z_RV), ids_R)
         if self.sum_sq_N is not None:
-            self.sum_sq_N[at] = torch.logsumexp(logits_CV * (2 / self.temperature), -1) - 2 * lse_C
+            self.sum_sq_N[at] = log_sum_sq_probs_(z_RV, self.transform.factor)
 
     def values(
         self, hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None
@@ -226,8 +231,82 @@ class _Extras:
             # The mean logit of a linear layer is its mean row times the hidden state: no logits needed.
             with torch.autocast(hidden_NH.device.type, enabled=False):
                 mean_N = hidden_NH.float() @ weight_VH.float().mean(0)
-            self.mean_N = (mean_N if bias_V is None else mean_N + bias_V.float().mean()) / self.temperature
+            mean_N = mean_N if bias_V is None else mean_N + bias_V.float().mean()
+            self.mean_N = mean_N * self.transform.factor
         return self.sum_sq_N, self.mean_N, self.top_N
+
+
+class _Transform(NamedTuple):
+    """From the head's product to logits: scale, then softcap, then temperature, each step as TRL takes it.
+
+    Logits are equal then where TRL's are: at a cap that many reach, and where a step rounds two numbers to
+    one.
+
+    Attributes:
+        logit_scale: > 0.
+        softcap: > 0, or 0 for none.
+        inverse: 1 / temperature.
+    """
+
+    logit_scale: float
+    softcap: float
+    inverse: float
+
+    @property
+    def factor(self) -> float:
+        """What the logits are times the result of `capped_`."""
+        return self.inverse if self.softcap else self.logit_scale * self.inverse
+
+    def capped_(self, z_RV: torch.Tensor) -> torch.Tensor:
+        """The capped logits before the temperature, in the memory of the products.
+
+        Without a cap they stay the products: rounded once more, large ones would lose digits of their
+        differences.
+        """
+        return (
+            z_RV.mul_(self.logit_scale).div_(self.softcap).tanh_().mul_(self.softcap)
+            if self.softcap
+            else z_RV
+        )
+
+    def logits(self, z_RV: torch.Tensor) -> torch.Tensor:
+        """The logits, from the result of `capped_`, which is not written."""
+        factors = (self.inverse,) if self.softcap else (self.logit_scale, self.inverse)
+        for factor in factors:
+            z_RV = z_RV if factor == 1 else z_RV * factor
+        return z_RV
+
+
+def is_top1(z_RV: torch.Tensor, ids_R: torch.Tensor) -> torch.Tensor:
+    """Whether each token is the first of the highest logits of its row: bool [R].
+
+    False in a row with a NaN, and in one without a logit above -inf, which have no most likely token.
+
+    Args:
+        z_RV: Logits, float32.
+        ids_R: The tokens.
+    """
+    highest_R, first_R = z_RV.max(-1)
+    return (first_R == ids_R) & (highest_R > -torch.inf)
+
+
+def log_sum_sq_probs_(z_RV: torch.Tensor, factor: float) -> torch.Tensor:
+    """Log sum p² of softmax(z * factor): float32 [R], nats; NaN where a row has no distribution.
+
+    It equals log1p(sum of the others' e²) - 2 log1p(sum of the others' e), where e is
+    e^(factor * (z - highest)) and the others are all but one of the highest: nothing large is subtracted, and
+    what all logits of a row have in common costs no digit.
+
+    Args:
+        z_RV: Logits, float32; they are overwritten.
+        factor: > 0, such as 1 / temperature.
+    """
+    highest_R, at_R = z_RV.max(-1)
+    e_RV = z_RV.sub_(highest_R[:, None]).mul_(factor).exp_().scatter_(1, at_R[:, None], 0)
+    sum_R = e_RV.sum(-1).double()
+    sum_sq_R = e_RV.square_().sum(-1).double()
+    value_R = (torch.log1p(sum_sq_R) - 2 * torch.log1p(sum_R)).float()
+    return torch.where(highest_R.isfinite(), value_R, torch.nan)
 
 
 def _supported_numbers(temperature: float, logit_scale: float, softcap: float | None) -> bool:

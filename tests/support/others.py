@@ -44,6 +44,20 @@ def chunked_logp(logits, ids, chunk, temperature=1.0, softcap=None):
     return target - lse
 
 
+def chunked_extras(products, ids, temperature=1.0, softcap=None, logit_scale=1.0):
+    """TRL's ChunkedLogProbFunction behind the matmul, in one chunk: (log sum p², the mean logit, is_top1) in
+    the dtype of the products. A tie with an earlier token is not the top; neither is a NaN, nor -inf alone.
+    """
+    z = products * logit_scale
+    z = (z if softcap is None else softcap * torch.tanh(z / softcap)) * (1 / temperature)
+    highest, at = z.amax(-1), ids[:, None]
+    e = (z - highest[:, None]).exp()
+    earlier = torch.arange(z.shape[-1]) < at
+    target, before = z.gather(-1, at)[:, 0], z.masked_fill(~earlier, -INFINITY).amax(-1)
+    sums = (e * e).sum(-1).log() - 2 * e.sum(-1).log()
+    return sums, z.mean(-1), (target >= highest) & (target > before)
+
+
 def nll_with_ignored(logits, ids, ignored=-100):
     """Liger's LigerFusedLinearScaledCrossEntropyFunction behind the matmul: the negative, and 0 where the id
     is `ignored`.
@@ -145,6 +159,9 @@ def check_against_packages(logits, ids, mask, rewards, values, logp, old_logp, a
         )
         assert_near(got, chunked_logp(hidden, targets_and_unknown, 10, 0.7, 5.0))
         assert_near(entropy, entropy_lse(5 * (hidden / 5).tanh() / 0.7))
+        _, _, *extras = ChunkedLogProbFunction.apply(hidden, identity, None, targets, 0.7, 10, 5.0, 0.3)
+        for got, written in zip(extras, chunked_extras(hidden, targets, 0.7, 5.0, 0.3)):
+            assert torch.equal(got, written) if got.dtype == torch.bool else assert_near(got, written) is None
         found.append("trl")
     try:
         from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
