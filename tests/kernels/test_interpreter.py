@@ -16,7 +16,7 @@ from saferlhf_fast.kernels import dispatch
 
 HERE = Path(__file__).parent
 OPS = sorted({op.room for op in dispatch.OPS.values() if "triton" in op.order})
-FILES = [HERE / f"test_{name}.py" for name in (*OPS, "triton_logits", "op_inputs")]
+FILES = [HERE / f"test_{name}.py" for name in (*OPS, "triton_logits", "op_inputs", "ties")]
 # What runs no Triton kernel, by parts of names; the process without the interpreter has it.
 OTHERS = (
     "wrong_arguments",
