@@ -385,6 +385,9 @@ def known_ids(op: str, ids: torch.Tensor, vocabulary: int, counted: torch.Tensor
     """
     if ids.numel() == 0 or not _looks(ids):
         return
+    lowest, highest = ids.aminmax()
+    if lowest >= 0 and highest < vocabulary:  # the usual case: one pass, and nothing is left to find out
+        return
     outside = (ids < 0) | (ids >= vocabulary)
     if counted is not None:
         outside &= counted

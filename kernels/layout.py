@@ -9,6 +9,16 @@ from typing import NamedTuple
 import torch
 
 
+def flattened(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
+    """The tensor in a shape: itself where it has it, since even a view that changes nothing costs autograd.
+
+    Args:
+        tensor: Any tensor.
+        shape: Its new shape.
+    """
+    return tensor if tensor.shape == shape else tensor.reshape(shape)
+
+
 class Layout(NamedTuple):
     """Where rows and valid tokens are among N flat positions.
 
@@ -118,27 +128,64 @@ def shares(
     share_N = rows.valid_N.to(dtype)
     if not token_mean:
         share_N = share_N * per_token(1 / rows.count_B.clamp(min=1).to(dtype), rows)
-    if normalizer is None:
-        normalizer = (rows.count_B.sum() if token_mean else (rows.count_B > 0).sum()).to(dtype)
-    return share_N, torch.where(normalizer == 0, 0, torch.where(normalizer > 0, 1 / normalizer, torch.nan))
+    return share_N, _inverse(rows.count_B, token_mean, normalizer, dtype)
+
+
+def _inverse(
+    count_B: torch.Tensor, token_mean: bool, normalizer: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """0-d, 1 / the count of sequences or tokens; 0 where that is 0, NaN where it is negative or NaN."""
+    if normalizer is not None:
+        return torch.where(normalizer == 0, 0, torch.where(normalizer > 0, 1 / normalizer, torch.nan))
+    count = (count_B.sum() if token_mean else (count_B > 0).sum()).to(dtype)
+    return torch.where(count > 0, 1 / count, 0)
 
 
 def weights(
-    rows: Layout, token_mean: bool, normalizer: torch.Tensor | None, dtype: torch.dtype
-) -> torch.Tensor:
+    op: str,
+    tokens: int,
+    cu_seqlens: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    token_mean: bool,
+    normalizer: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight of each token in a reduced loss, which is sum(weight * x).
 
     Args:
-        rows: As in `shares`, and so are the others.
-        token_mean: The mean over tokens; else the mean over sequences of each one's token mean.
+        op: As in `layout`, and so are the next three.
+        tokens: N, or B*T.
+        cu_seqlens: int32 [B+1], or None with a mask.
+        mask: bool [B, T], or None with cu_seqlens.
+        token_mean: As in `shares`, and so are the others.
         normalizer: 0-d count that the loss is divided by; None for that of this call.
-        dtype: Of the result.
+        dtype: Of the weights.
 
     Returns:
-        weight_N, 0 where masked, whatever the normalizer is.
+        weight_N, 0 where masked, whatever the normalizer is, and valid_N (bool).
+
+    Raises:
+        ValueError: As `layout`.
     """
-    share_N, inverse = shares(rows, token_mean, normalizer, dtype)
-    return torch.where(rows.valid_N, share_N * inverse, 0)
+    if mask is not None:
+        valid_N, count_B = mask.reshape(-1), mask.sum(1)
+    else:
+        assert cu_seqlens is not None, f"{op}: rows need cu_seqlens or a mask"
+        check_offsets(op, cu_seqlens, tokens)
+        count_B = cu_seqlens.diff()
+        at_N = torch.arange(tokens, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        valid_N = at_N < cu_seqlens[-1]
+    inverse = _inverse(count_B, token_mean, normalizer, dtype)
+    if token_mean or count_B.shape[0] == 0:
+        return torch.where(valid_N, inverse, 0), valid_N
+    share_B = inverse / count_B.clamp(min=1)
+    if mask is not None:
+        return torch.where(mask, share_B[:, None], 0).reshape(-1), valid_N
+    assert cu_seqlens is not None, f"{op}: rows need cu_seqlens or a mask"
+    if count_B.shape[0] > 1:
+        row_N = torch.searchsorted(cu_seqlens[1:], at_N, right=True)
+        share_B = share_B[row_N.clamp(max=count_B.shape[0] - 1)]
+    return torch.where(valid_N, share_B, 0), valid_N
 
 
 def suffix_scan(add_N: torch.Tensor, decay_N: torch.Tensor, span: int) -> torch.Tensor:

@@ -204,11 +204,14 @@ def logprob(
         logp_N, entropy_N ([0] if not wanted) and lse_N, in nats, float32.
     """
     count, vocabulary = hidden_NH.shape[0], weight_VH.shape[0]
-    logp_N, lse_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(2))
-    entropy_N = hidden_NH.new_empty(count if entropy else 0, dtype=torch.float32)
     inputs = head(hidden_NH, weight_VH, bias_V, narrow)
     slices = chunks(count, vocabulary, chunk_tokens, hidden_NH.device)
     buffer_CV = inputs.buffer(slices)
+    if len(slices) == 1:
+        logits_NV = inputs.logits(slices[0], buffer_CV)
+        return forward(logits_NV, ids_N, temperature, temperature_N, softcap, entropy)
+    logp_N, lse_N = (hidden_NH.new_empty(count, dtype=torch.float32) for _ in range(2))
+    entropy_N = hidden_NH.new_empty(count if entropy else 0, dtype=torch.float32)
     for at in slices:
         temperature_C = None if temperature_N is None else temperature_N[at]
         logp_N[at], entropy_C, lse_N[at] = forward(

@@ -11,7 +11,7 @@ import torch
 
 from . import checks
 from .dispatch import choose
-from .layout import layout, weights
+from .layout import flattened, weights
 from .losses import KL_ESTIMATORS, REDUCTIONS
 
 # float16: the largest weighted advantage is brought to 2^5 .. 2^6, far from both ends of the range
@@ -148,7 +148,7 @@ def arguments(
         checks.as_int32_or_int64(ids),
         old_logp.detach(),
         advantages.detach(),
-        None if ref_logp is None else ref_logp.detach(),
+        checks.detached(ref_logp),
         cu_seqlens,
         mask,
         *clip,
@@ -187,7 +187,7 @@ def objective(policy: Policy) -> Objective:
 def weighted(
     op: str, policy: Policy, gradient_dtype: torch.dtype, dtype: torch.dtype
 ) -> tuple[Weighted, torch.Tensor]:
-    """The tokens with their weights, flat. No host sync.
+    """The tokens with their weights, flat. No host sync. What is masked stays as it is: no kernel reads it.
 
     In float16 a gradient over 1/Z flushes to zero (93 % of d logits at V = 32000). There the weights are
     multiplied by a power of two that brings the largest weighted advantage near 2^6, and `unscale` undoes it,
@@ -202,25 +202,27 @@ def weighted(
     Returns:
         The tokens, and valid_N (bool).
     """
-    rows = layout(op, policy.ids.numel(), policy.cu_seqlens, policy.mask)
-    weight_N = weights(rows, policy.token_mean, policy.normalizer, dtype)
+    weight_N, valid_N = weights(
+        op, policy.ids.numel(), policy.cu_seqlens, policy.mask, policy.token_mean, policy.normalizer, dtype
+    )
 
     def flat(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.where(rows.valid_N, tensor.reshape(-1).to(dtype), 0)
+        return flattened(tensor, policy.ids.numel()).to(dtype)
 
     advantage_N = flat(policy.advantages)
     if policy.scale is not None:
         advantage_N = advantage_N * policy.scale
     if policy.shift is not None:
-        advantage_N = torch.where(rows.valid_N, advantage_N + policy.shift, 0)
+        advantage_N = advantage_N + policy.shift
     unscale = None
     if gradient_dtype == torch.float16 and weight_N.numel():
-        size = (weight_N * (advantage_N.abs() + abs(policy.kl_coeff) + abs(policy.entropy_coeff))).amax()
+        sizes_N = advantage_N.abs() + abs(policy.kl_coeff) + abs(policy.entropy_coeff)
+        size = torch.where(valid_N, weight_N * sizes_N, 0).amax()
         exponent = (HALF_HEADROOM - torch.frexp(size).exponent).clamp(-60, 60)
         one = torch.ones_like(size)
         weight_N, unscale = weight_N * torch.ldexp(one, exponent), torch.ldexp(one, -exponent)
     ref_logp_N = None if policy.ref_logp is None else flat(policy.ref_logp)
-    return Weighted(flat(policy.old_logp), advantage_N, ref_logp_N, weight_N, unscale), rows.valid_N
+    return Weighted(flat(policy.old_logp), advantage_N, ref_logp_N, weight_N, unscale), valid_N
 
 
 def loss_of(

@@ -5,7 +5,7 @@ Targets, not losses: no gradient flows back through them.
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from ..dispatch import choose
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -45,6 +45,7 @@ def _fake(
 
 _lib.impl("gae", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::gae", _fake, lib=_lib)
+_call = direct.op("gae", _run)
 
 
 def gae(
@@ -96,7 +97,7 @@ def gae(
     checks.fraction("gae", "gamma", gamma)
     checks.fraction("gae", "lam", lam)
     cu_seqlens, mask, _ = checks.rows("gae", "rewards", rewards.shape, rewards.device, cu_seqlens, mask)
-    return torch.ops.saferlhf_fast.gae(
+    return _call(
         checks.detached(rewards),
         checks.detached(values),
         cu_seqlens,

@@ -8,9 +8,10 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, needs_gradient, refuse_tangents, track_inputs
+from ..layout import flattened
 from . import shards
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
@@ -150,7 +151,7 @@ def _backward(
         ctx.needs_input_grad[1],
         bias_V is not None and ctx.needs_input_grad[3],
     ]
-    gradients = torch.ops.saferlhf_fast.linear_logprob_backward(
+    gradients = _call_backward(
         hidden_NH,
         weight_VH,
         ids_N,
@@ -177,6 +178,8 @@ _lib.impl("linear_logprob_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::linear_logprob", _fake, lib=_lib)
 torch.library.register_fake("saferlhf_fast::linear_logprob_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::linear_logprob", _backward, setup_context=_setup, lib=_lib)
+_call = direct.op("linear_logprob", _run, _setup, _backward)
+_call_backward = direct.op("linear_logprob_backward", _run_backward)
 
 
 @overload  # for type checkers, as in token_logprob
@@ -282,10 +285,10 @@ def linear_logprob(
     checks.chunk_tokens(op, chunk_tokens)
     one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
     gradient = any(map(needs_gradient, (hidden, weight, bias)))
-    logp, entropy, _ = torch.ops.saferlhf_fast.linear_logprob(
-        hidden.reshape(ids.numel(), hidden.shape[-1]),
+    logp, entropy, _ = _call(
+        flattened(hidden, ids.numel(), hidden.shape[-1]),
         weight,
-        checks.as_int32_or_int64(ids).reshape(-1),
+        flattened(checks.as_int32_or_int64(ids), ids.numel()),
         bias,
         one_temperature,
         temperature_N,
@@ -297,5 +300,5 @@ def linear_logprob(
         impl,
     )
     track_inputs(logp, hidden, weight, bias)
-    logp = logp.reshape(ids.shape)
-    return (logp, entropy.reshape(ids.shape)) if return_entropy else logp
+    logp = flattened(logp, *ids.shape)
+    return (logp, flattened(entropy, *ids.shape)) if return_entropy else logp

@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from .. import policy as shared
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, needs_gradient, refuse_tangents, track_inputs
+from ..layout import flattened
 from ..linear import HeadGradients, scaled, stored_dtype
 from ..ppo_loss.reference import STATISTICS, named
 
@@ -110,6 +111,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> Gradients:
 _lib.impl("linear_ppo_loss", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::linear_ppo_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::linear_ppo_loss", _backward, setup_context=_setup, lib=_lib)
+_call = direct.op("linear_ppo_loss", _run, _setup, _backward)
 
 
 def linear_ppo_loss(
@@ -216,8 +218,7 @@ def linear_ppo_loss(
         impl=impl,
     )
     wanted = [needs_gradient(tensor) for tensor in (hidden, weight, bias)]
-    loss, *_, statistics = torch.ops.saferlhf_fast.linear_ppo_loss(
-        hidden.reshape(ids.numel(), hidden.shape[-1]), weight, bias, wanted, chunk_tokens, *policy
-    )
+    flat = flattened(hidden, ids.numel(), hidden.shape[-1])
+    loss, *_, statistics = _call(flat, weight, bias, wanted, chunk_tokens, *policy)
     track_inputs(loss, hidden, weight, bias)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from ..dispatch import choose
 from .reference import STATISTICS
 
@@ -43,6 +43,7 @@ def _fake(
 
 _lib.impl("ppo_lag_advantage", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::ppo_lag_advantage", _fake, lib=_lib)
+_call = direct.op("ppo_lag_advantage", _run)
 
 
 def whitening(
@@ -164,7 +165,7 @@ def ppo_lag_advantage(
         checks.per_row(op, "cost", cost, count, logp.device)
     clip_score = float("inf") if clip_score is None else clip_score
     checks.not_negative(op, "clip_score", clip_score)
-    advantages, reward_returns, cost_returns, statistics = torch.ops.saferlhf_fast.ppo_lag_advantage(
+    advantages, reward_returns, cost_returns, statistics = _call(
         *map(checks.detached, (logp, ref_logp, reward, cost, reward_values, cost_values)),
         checks.scalar(multiplier, logp, "multiplier"),
         cu_seqlens,

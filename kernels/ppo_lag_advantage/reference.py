@@ -7,7 +7,7 @@ import torch
 
 from ..checks import result_dtype
 from ..gae.reference import scan
-from ..layout import layout, per_token, weights
+from ..layout import layout, per_token, shares
 
 # The order of the statistics vector; every implementation fills it like this.
 STATISTICS = (
@@ -68,7 +68,8 @@ def ppo_lag_advantage(
     """
     dtype = result_dtype(logp)
     rows = layout("ppo_lag_advantage", logp.numel(), cu_seqlens, mask)
-    weight_N = weights(rows, False, None, dtype)
+    share_N, inverse = shares(rows, False, None, dtype)
+    weight_N = share_N * inverse
     kl_N = torch.where(rows.valid_N, (logp.to(dtype) - ref_logp.to(dtype)).reshape(-1), 0)
 
     def stream(

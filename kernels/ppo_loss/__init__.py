@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, refuse_tangents, track_inputs
 from ..losses import KL_ESTIMATORS, REDUCTIONS, scaled
@@ -63,6 +63,7 @@ def _backward(ctx: Any, upstream: torch.Tensor | None, *_: None) -> Gradients:
 _lib.impl("ppo_loss", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::ppo_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::ppo_loss", _backward, setup_context=_setup, lib=_lib)
+_call = direct.op("ppo_loss", _run, _setup, _backward)
 
 
 def ppo_loss(
@@ -160,11 +161,9 @@ def ppo_loss(
                 f"ppo_loss: {name}: expected a tensor, since its coefficient is {coefficient}, got None"
             )
     cu_seqlens, mask, _ = checks.rows("ppo_loss", "logp", logp.shape, logp.device, cu_seqlens, mask)
-    loss, _, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss(
+    loss, _, _, _, statistics = _call(
         logp,
-        old_logp.detach(),
-        advantages.detach(),
-        None if ref_logp is None else ref_logp.detach(),
+        *map(checks.detached, (old_logp, advantages, ref_logp)),
         entropy,
         cu_seqlens,
         mask,

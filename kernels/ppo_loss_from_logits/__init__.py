@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from .. import policy as shared
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, needs_gradient, refuse_tangents, track_inputs
+from ..layout import flattened
 from ..ppo_loss.reference import STATISTICS, named
 from ..scaling import scale_in_place
 
@@ -96,6 +97,7 @@ torch.library.register_fake("saferlhf_fast::ppo_loss_from_logits", _fake, lib=_l
 torch.library.register_autograd(
     "saferlhf_fast::ppo_loss_from_logits", _backward, setup_context=_setup, lib=_lib
 )
+_call = direct.op("ppo_loss_from_logits", _run, _setup, _backward)
 
 
 def ppo_loss_from_logits(
@@ -195,8 +197,8 @@ def ppo_loss_from_logits(
         impl=impl,
     )
     gradient = needs_gradient(logits)
-    flat = logits.reshape(ids.numel(), logits.shape[-1])
+    flat = flattened(logits, ids.numel(), logits.shape[-1])
     inplace = inplace and gradient and checks.disposable(logits, flat)
-    loss, _, _, statistics = torch.ops.saferlhf_fast.ppo_loss_from_logits(flat, inplace, gradient, *policy)
+    loss, _, _, statistics = _call(flat, inplace, gradient, *policy)
     track_inputs(loss, logits)
     return loss, named(statistics, ref_kl=ref_logp, dual_clipped=dual_clip)

@@ -29,7 +29,7 @@ def ppo_loss_from_logits(
     referenced, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
     target_NV = pointers.unit_target(out_NV)
     vectors = [
-        None if tensor is None else tensor.to(torch.float32).contiguous()
+        None if tensor is None else pointers.flat(tensor, torch.float32)
         for tensor in (old_logp_N, advantage_N, ref_logp_N, weight_N)
     ]
     pointers.module().ppo_rows_cpu(

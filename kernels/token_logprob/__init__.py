@@ -4,9 +4,10 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, refuse_tangents, track_inputs
+from ..layout import flattened
 
 _lib = torch.library.Library("saferlhf_fast", "FRAGMENT")
 _lib.define(
@@ -107,7 +108,7 @@ def _backward(
             gradient = _write_gradient(logits_NV.detach(), *inputs, out_NV=logits_NV.detach())
         torch.autograd.graph.increment_version(logits_NV)
     else:
-        gradient = torch.ops.saferlhf_fast.token_logprob_backward(logits_NV, *inputs)
+        gradient = _call_backward(logits_NV, *inputs)
     return (gradient, *[None] * 7)
 
 
@@ -116,6 +117,8 @@ _lib.impl("token_logprob_backward", _run_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::token_logprob", _fake, lib=_lib)
 torch.library.register_fake("saferlhf_fast::token_logprob_backward", _fake_backward, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::token_logprob", _backward, setup_context=_setup, lib=_lib)
+_call = direct.op("token_logprob", _run, _setup, _backward)
+_call_backward = direct.op("token_logprob_backward", _run_backward)
 
 
 @overload  # for type checkers: one tensor unless return_entropy says otherwise
@@ -204,11 +207,11 @@ def token_logprob(
     checks.logits_and_ids("token_logprob", logits, ids)
     refuse_tangents("token_logprob", logits)
     one_temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
-    flat = logits.reshape(ids.numel(), logits.shape[-1])
+    flat = flattened(logits, ids.numel(), logits.shape[-1])
     inplace = inplace_backward and checks.disposable(logits, flat)
-    logp, entropy, _ = torch.ops.saferlhf_fast.token_logprob(
+    logp, entropy, _ = _call(
         flat,
-        checks.as_int32_or_int64(ids).reshape(-1),
+        flattened(checks.as_int32_or_int64(ids), ids.numel()),
         one_temperature,
         temperature_N,
         checks.softcap("token_logprob", softcap),
@@ -217,5 +220,5 @@ def token_logprob(
         impl,
     )
     track_inputs(logp, logits)
-    logp = logp.reshape(ids.shape)
-    return (logp, entropy.reshape(ids.shape)) if return_entropy else logp
+    logp = flattened(logp, *ids.shape)
+    return (logp, flattened(entropy, *ids.shape)) if return_entropy else logp

@@ -30,9 +30,9 @@ def rows_of(
     """
     if logits_NV.stride(1) != 1 and logits_NV.shape[1] > 1:
         logits_NV = logits_NV.contiguous()
-    ids_N = ids_N.to(torch.int64).contiguous()
+    ids_N = pointers.flat(ids_N, torch.int64)
     if temperature_N is not None:
-        temperature_N = temperature_N.to(torch.float32).contiguous()
+        temperature_N = pointers.flat(temperature_N, torch.float32)
     return (logits_NV, ids_N, temperature_N), (
         logits_NV.data_ptr(),
         logits_NV.stride(0),
@@ -82,7 +82,7 @@ def token_logprob_backward(
     referenced, rows = rows_of(logits_NV, ids_N, temperature, temperature_N, softcap)
     target_NV = pointers.unit_target(out_NV)
     vectors = [
-        None if tensor is None else tensor.to(torch.float32).contiguous()
+        None if tensor is None else pointers.flat(tensor, torch.float32)
         for tensor in (logp_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N)
     ]
     pointers.module().token_logprob_backward_cpu(

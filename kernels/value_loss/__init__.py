@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import checks
+from .. import checks, direct
 from ..dispatch import choose
 from ..first_order import Gradients, first_order_only, refuse_tangents, track_inputs
 from ..losses import REDUCTIONS, scaled
@@ -51,6 +51,7 @@ def _backward(ctx: Any, upstream_C: torch.Tensor | None, *_: None) -> Gradients:
 _lib.impl("value_loss", _run, "CompositeExplicitAutograd")
 torch.library.register_fake("saferlhf_fast::value_loss", _fake, lib=_lib)
 torch.library.register_autograd("saferlhf_fast::value_loss", _backward, setup_context=_setup, lib=_lib)
+_call = direct.op("value_loss", _run, _setup, _backward)
 
 
 def value_loss(
@@ -121,10 +122,9 @@ def value_loss(
     cu_seqlens, mask, _ = checks.rows(
         "value_loss", "values", values.shape[1:], values.device, cu_seqlens, mask
     )
-    loss_C, _, _, statistics = torch.ops.saferlhf_fast.value_loss(
+    loss_C, _, _, statistics = _call(
         values,
-        old_values.detach(),
-        returns.detach(),
+        *map(checks.detached, (old_values, returns)),
         cu_seqlens,
         mask,
         clip_value,
