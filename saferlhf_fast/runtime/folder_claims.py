@@ -263,7 +263,7 @@ def watch(
         waiting(max(0.0, needed))
     passed = 0.0
     while True:
-        # read after the time: this process may have stood still, and the writer have touched the file meanwhile
+        # read after the time: this process may have stood still while the writer touched the file
         new = read_claim(claim.path)
         if new is None:
             return Verdict.DEAD

@@ -228,11 +228,14 @@ def refuse_if_in_use(folder: Path, key: str, patience: float | None, prefix: str
         prefix: How the names of the folder's claims begin.
 
     Raises:
-        UserError: Another process writes to the folder.
-        OSError: It cannot be read.
+        UserError: Another process writes to the folder, or it cannot be read.
     """
-    claims = folder_claims.read_claims(folder, prefix)
-    if claims and not _is_own(claims[-1]) and _is_in_use(claims[-1], folder_claims.here(), patience):
+    try:
+        claims = folder_claims.read_claims(folder, prefix)
+        in_use = claims and not _is_own(claims[-1]) and _is_in_use(claims[-1], folder_claims.here(), patience)
+    except OSError as error:
+        raise UserError(f"{key}: {folder} cannot be read: {error.strerror or error}") from error
+    if in_use:
         raise _refusal(folder, key, claims[-1])
 
 
@@ -250,7 +253,8 @@ def refuse_around(folder: Path, key: str, patience: float | None, inside: bool) 
         OSError: One cannot be read.
     """
     for above in folder.absolute().parents[:2]:
-        refuse_if_in_use(above, f"{key}: {folder} is inside another run's folder", patience)
+        if os.access(above, os.R_OK):  # /home may only be entered
+            refuse_if_in_use(above, f"{key}: {folder} is inside another run's folder", patience)
     if not inside:
         return
     claims = [
