@@ -34,7 +34,7 @@ from saferlhf_fast.config.schema import leaves, nearest, show
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, RunConfig
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.runtime import provenance, run_folder
+from saferlhf_fast.runtime import provenance, run_folder, run_lock
 from saferlhf_fast.runtime.quiet_libraries import quiet_libraries
 from saferlhf_fast.runtime.run_decision import Action, request_of
 from saferlhf_fast.runtime.run_state import RunState, is_ours
@@ -65,6 +65,7 @@ class Step(NamedTuple):
     cfg: "StepConfig"
 
 
+@run_lock.session()
 def run_stage(
     stage: str, cfg: "StepConfig | DemoConfig", restart: bool = False, key: str = "output"
 ) -> dict[str, Any]:
@@ -117,6 +118,7 @@ def run_stage(
     return summary
 
 
+@run_lock.session()
 def run(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Runs the stages of a recipe.
 
@@ -133,6 +135,8 @@ def run(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str
     """
     top, steps = plan(recipe, overrides or {})
     output = Path(top.output).expanduser()
+    if run_folder.rank() == 0:
+        run_lock.hold(output)  # between two stages too, when neither holds its own folder
     results: dict[str, dict[str, Any]] = {}
     for step in steps:
         entry: dict[str, Any] = {
@@ -154,7 +158,7 @@ def run(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         results[step.name] = entry
         if run_folder.rank() == 0:
-            output.mkdir(parents=True, exist_ok=True)
+            run_lock.require_held(output)
             provenance.write_json(output / "summary.json", {"recipe": str(recipe), "stages": results})
     if run_folder.rank() == 0:
         _print_table(results, output)
@@ -329,6 +333,7 @@ def _check_outputs(top: RunConfig, steps: Sequence[Step]) -> None:
         return
     if is_ours(top.output):
         raise UserError(f"output: {top.output} holds a run of a single stage; choose another folder")
+    run_lock.refuse_if_in_use(Path(top.output).expanduser(), "output", run_lock.quick_patience())
     run_folder.check_place(Path(top.output).expanduser(), "output")  # for summary.json
     new_outputs: list[str] = []  # of the stages that will run
     for step in steps:
@@ -360,6 +365,8 @@ def _resumed(step: Step, resume: str, state: RunState) -> "StepConfig":
 def _write_traceback(folder: Path | None) -> Path | None:
     """Writes the traceback into the folder of the run that failed, if it was opened; returns its path."""
     if not folder or not (folder / "started.json").exists() or (folder / "finished.json").exists():
+        return None
+    if run_folder.rank() == 0 and not run_lock.is_held(folder):  # another process's run
         return None
     path = folder / f"error-rank{run_folder.rank()}.txt"
     path.write_text(redact.text(traceback.format_exc()), encoding="utf-8")

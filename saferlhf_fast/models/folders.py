@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.paths import is_local, pickle_problem
 from ..errors import UserError
+from ..runtime.run_lock import require_held
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -233,9 +234,10 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     an empty one, is replaced.
 
     Raises:
-        UserError: The folder exists and holds something else.
+        UserError: The folder exists and holds something else, or is in a run folder that this run has lost.
     """
     folder = Path(folder)
+    require_held(folder)
     if folder.exists() and not (
         folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())
     ):
@@ -248,6 +250,7 @@ def replacing(folder: str | Path) -> Iterator[Path]:
     new.mkdir(parents=True)
     try:
         yield new
+        require_held(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise

@@ -9,6 +9,7 @@
                      the stage's own files
     checkpoints/     what the run can resume from
     resumed.jsonl    when it was resumed, and with which versions
+    in_use.<n>.json  which process writes into the folder, while it does (run_lock.py)
 
 run_decision.py decides what happens to an output that is not empty, by the facts that run_state.py collects.
 
@@ -28,10 +29,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import run_lock
 from saferlhf_fast.runtime.checkpoint import manifest
+from saferlhf_fast.runtime.folder_claims import PREFIX, PROBE
 from saferlhf_fast.runtime.provenance import now, read_json, versions, write_json, write_text
 from saferlhf_fast.runtime.run_decision import Action, Request, decide, request_of
-from saferlhf_fast.runtime.run_state import RunState
+from saferlhf_fast.runtime.run_state import RunState, is_ours
 
 if TYPE_CHECKING:
     from saferlhf_fast.runtime.run_state import OutputConfig
@@ -72,19 +75,24 @@ def check_output(
     return checked_action(state, requested, key)
 
 
-def checked_action(state: RunState, requested: Request, key: str = "output") -> Action:
+def checked_action(
+    state: RunState, requested: Request, key: str = "output", patience: float | None = 0.0
+) -> Action:
     """Decides what happens to an output folder, and tries whether the folder can be written.
 
     Args:
         state: What the folder holds.
         requested: What the stage's settings request.
         key: Name of the output in a refusal.
+        patience: Seconds to watch whether a process of another machine writes to the folder, beyond those of
+            a check before a run; None for as long as it takes.
 
     Raises:
-        UserError: The decision is to refuse, or the folder cannot be written.
+        UserError: The decision is to refuse, another process writes to the folder, or it cannot be written.
     """
     try:
         action, sentence = decide(state, requested, key)
+        _refuse_other_writers(state.folder, action, key, patience)
         if action is Action.REFUSE:
             raise UserError(sentence)
         if action in (Action.NEW, Action.RESUME):
@@ -97,6 +105,16 @@ def checked_action(state: RunState, requested: Request, key: str = "output") -> 
             f"{key}: {state.folder} cannot be used: {getattr(error, 'strerror', None) or error}"
         ) from error
     return action
+
+
+def _refuse_other_writers(folder: Path, action: Action, key: str, patience: float | None) -> None:
+    """Raises where another process writes to a folder that an action would change."""
+    if action is Action.SKIP or not folder.is_dir():
+        return
+    patience = None if patience is None else patience + run_lock.quick_patience()
+    run_lock.refuse_if_in_use(folder, key, patience)
+    if action not in (Action.NEW, Action.REFUSE):
+        run_lock.refuse_around(folder, key, patience, action in (Action.REPLACE, Action.SET_ASIDE))
 
 
 def check_place(folder: Path, key: str, wanted: Path | None = None) -> None:
@@ -120,7 +138,7 @@ def check_place(folder: Path, key: str, wanted: Path | None = None) -> None:
         what = "cannot be written into" if place == wanted.absolute() else what
         if not place.is_dir():
             raise UserError(f"{key}: {wanted} {what}: {place} is a file; expected a folder")
-        os.rmdir(tempfile.mkdtemp(prefix=".saferlhf-fast-", dir=place))
+        os.rmdir(tempfile.mkdtemp(prefix=PROBE, dir=place))
     except OSError as error:
         raise UserError(
             f"{key}: {wanted} {what}: {place} takes no folder: {error.strerror or error}"
@@ -162,10 +180,24 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
     state = RunState(stage, cfg)
     if rank() != 0:
         return state.folder
-    action = checked_action(state, request_of(cfg, restart))
+    checked_action(state, request_of(cfg, restart))
+    held = run_lock.is_held(state.folder)
+    run_lock.hold(state.folder)
+    try:
+        # Only now nobody else changes what the folder holds. The state before may be that of minutes ago.
+        state = state.anew()
+        return _opened(state, checked_action(state, request_of(cfg, restart), patience=None))
+    except BaseException:
+        if not held:
+            run_lock.release(state.folder)
+        raise
+
+
+def _opened(state: RunState, action: Action) -> Path:
+    """Carries out an action on a folder that this process holds; returns the folder."""
     if action is Action.RESUME:
         with open(state.folder / "resumed.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": now(), **versions(cfg)}) + "\n")
+            file.write(json.dumps({"time": now(), **versions(state.cfg)}) + "\n")
         if not state.started:  # the file is damaged; the settings are known to be the same
             _write_started(state, None)
         return state.folder
@@ -179,10 +211,14 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
             old = _move_away(state.folder)
             if kind is not None:
                 print(f"{state.folder}: the {kind} run there is replaced", flush=True)
-        state.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        # since the check the disk has filled up, or somebody else has made the folder
-        raise UserError(f"output: {state.folder} cannot be created: {error.strerror or error}") from error
+        # since the check the disk has filled up
+        raise UserError(f"output: {state.folder} cannot be moved: {error.strerror or error}") from error
+    try:
+        run_lock.hold(state.folder)  # anew, where its folder was moved
+    except UserError as error:  # somebody else was faster
+        before = f"; the run that was there is in {aside or old}" if aside or old else ""
+        raise UserError(f"{error}{before}") from error
     _write_start(state, aside)
     if old:
         shutil.rmtree(old)
@@ -214,32 +250,66 @@ def _write_started(state: RunState, aside: Path | None) -> None:
 def _move_away(folder: Path) -> Path:
     """Moves a run that is to be deleted into a new folder, and returns that folder."""
     around = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.absolute().parent))
-    os.rename(folder, around / folder.name)
+    _rename(folder, around / folder.name)
     return around
+
+
+def _rename(folder: Path, place: Path) -> None:
+    """Renames a folder that this process holds."""
+    real = folder.resolve()
+    os.rename(folder, place)
+    run_lock.moved(real, place)
 
 
 def _set_aside(folder: Path) -> Path:
     """Renames an unfinished run to a free name, prints it, and returns the new path."""
     place = manifest.aside(folder)
-    os.rename(folder, place)
+    _rename(folder, place)
     print(
         f"{folder}: the unfinished run there was set aside, with all that it had saved: {place}", flush=True
     )
     return place
 
 
+def hold_output(output: Path, key: str) -> None:
+    """Claims what another command than a stage writes: the run folder that it is in, else the output's name.
+
+    Args:
+        output: A folder that the command will write.
+        key: Name of the output in a refusal.
+
+    Raises:
+        UserError: Another process writes there.
+    """
+    output = output.absolute()
+    run = next((folder for folder in output.parents[:2] if is_ours(folder)), None)
+    if run is not None:
+        run_lock.hold(run, key)
+    elif output.is_dir() and not os.access(output.parent, os.W_OK):  # a mounted folder
+        run_lock.hold(output, key)
+    else:
+        run_lock.hold(output.parent, f"{key}: {output}", f"{output.name}.{PREFIX}")
+
+
 def finish_run(folder: str | Path, summary: Mapping[str, Any]) -> None:
     """Marks a run as finished: writes summary.json, then finished.json with the hashes that open_run took.
+
+    The folder is then released, unless run_stage does so when the report is written.
 
     Args:
         folder: Folder of the run.
         summary: What the stage reports, as JSON can hold it.
+
+    Raises:
+        UserError: The folder is not this run's any more.
     """
     if rank() != 0:
         return
     folder = Path(folder)
+    run_lock.require_held(folder)
     write_json(folder / "summary.json", summary)
     write_json(folder / "finished.json", {**read_json(folder / "started.json"), "finished": now()})
+    run_lock.finish(folder)
 
 
 def read_summary(folder: str | Path) -> dict[str, Any]:

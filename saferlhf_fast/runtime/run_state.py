@@ -14,6 +14,7 @@ import yaml
 from saferlhf_fast.config import fingerprint, inputs
 from saferlhf_fast.config.load import to_dict
 from saferlhf_fast.runtime.checkpoint import compatibility, manifest
+from saferlhf_fast.runtime.folder_claims import is_bookkeeping
 from saferlhf_fast.runtime.provenance import process_count, read_json
 
 if TYPE_CHECKING:
@@ -89,6 +90,13 @@ class RunState:
         """{key: hash of the content} of the local inputs; every one of them is read for it."""
         return fingerprint.hashes(self.sources)
 
+    def anew(self) -> "RunState":
+        """A RunState of this moment. What the stage is to do, and its hashes, are not worked out again."""
+        state = RunState(self.stage, self.cfg)
+        known = ("settings", "sources", "recipe", "input_hashes")
+        state.__dict__.update((name, self.__dict__[name]) for name in known if name in self.__dict__)
+        return state
+
     # ------------------------------------------------------------ what the folder holds
 
     @cached_property
@@ -120,7 +128,7 @@ class RunState:
             return "file"
         if self.is_ours:
             return "run"
-        return "foreign" if any(self.folder.iterdir()) else "empty"
+        return "foreign" if any(not is_bookkeeping(p.name) for p in self.folder.iterdir()) else "empty"
 
     @cached_property
     def ending(self) -> Literal["unfinished", "damaged", "finished"]:

@@ -27,6 +27,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
+from . import run_lock
 from .process_identity import Identity, is_running, own_identity
 from .rank_reports import Beat, Fault, few, is_or_are, name_ranks, read_fault
 from .stack_sampler import StackSampler, blames_another_rank
@@ -367,9 +368,14 @@ def leave(code: int) -> NoReturn:
 
     A regular exit could wait for what a broken collective has left behind.
     """
-    flushing = threading.Thread(
-        target=lambda: [stream.flush() for stream in (sys.stdout, sys.stderr)], daemon=True
-    )
+
+    def tidy() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        run_lock.release_all()  # which a regular exit would do
+
+    # a pipe that nobody reads or a dead disk must not keep the process
+    flushing = threading.Thread(target=tidy, daemon=True)
     flushing.start()
     flushing.join(1.0)
     if os.isatty(1):

@@ -1,4 +1,4 @@
-"""docs/survival.md names tests that exist, in the right make target; every one of the 27 rows is there."""
+"""docs/survival.md names tests that exist, in the right make target; every one of the 28 rows is there."""
 
 import ast
 import re
@@ -48,8 +48,8 @@ def places(marks):
     return whole or {"test", *some}
 
 
-def test_there_are_27_rows():
-    assert [int(row[0]) for row in ROWS] == list(range(1, 28)) and all(len(row) == 5 for row in ROWS)
+def test_there_are_28_rows():
+    assert [int(row[0]) for row in ROWS] == list(range(1, 29)) and all(len(row) == 5 for row in ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row[0] for row in ROWS])

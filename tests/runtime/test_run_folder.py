@@ -37,7 +37,9 @@ def is_done(stage, cfg):
 
 
 def files(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """{name: content} of a folder's files, without the claim of the process that writes into it."""
+    paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("in_use.")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
 
 
 def test_a_run_folder_holds_settings_and_versions_and_no_environment_variable(world, monkeypatch):

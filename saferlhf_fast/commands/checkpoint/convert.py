@@ -16,11 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...errors import UserError
-from ...runtime import console
+from ...runtime import console, run_folder, run_lock
 from ...runtime.checkpoint import manifest, safe_pickle
+from ...runtime.folder_claims import is_bookkeeping
 from .verify import whole
 
 
+@run_lock.session()
 def convert(folder: str | Path, output: str | Path | None = None) -> Path:
     """Converts the checkpoint of a step.
 
@@ -32,7 +34,8 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
         The folder of the converted checkpoint.
 
     Raises:
-        UserError: The checkpoint is damaged or needs no conversion, or `output` is not empty.
+        UserError: The checkpoint is damaged or needs no conversion, `output` is not empty, or another process
+            writes to the run's folder.
     """
     folder = Path(folder).resolve()
     values = whole(folder)
@@ -45,9 +48,10 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
         )
     beside = folder.with_name(f"{folder.name}.universal")
     output = Path(output).expanduser().resolve() if output else beside
+    run_folder.hold_output(output, "checkpoint convert")
     if output == beside and output.is_dir() and not manifest.is_committed(output):
         shutil.rmtree(output)  # left by a conversion that was interrupted
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(not is_bookkeeping(p.name) for p in output.iterdir())):
         raise UserError(f"--output: {output} is not empty; expected a new folder")
     output.mkdir(parents=True, exist_ok=True)
     for name, kind in values["models"].items():
@@ -58,7 +62,7 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
         shutil.copy2(path, output)
     (output / "latest_universal").unlink(missing_ok=True)
     files = {}
-    for path in sorted(p for p in output.rglob("*") if p.is_file()):
+    for path in sorted(p for p in output.rglob("*") if p.is_file() and not is_bookkeeping(p.name)):
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         files[path.relative_to(output).as_posix()] = {

@@ -13,6 +13,7 @@ import torch
 from ...config.stages import Lora
 from ...errors import UserError
 from ...models.export_files import build_from_export_metadata
+from ...runtime import run_folder, run_lock
 from ...runtime.checkpoint import safe_pickle
 from .convert import quiet
 from .verify import whole
@@ -20,6 +21,7 @@ from .verify import whole
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+@run_lock.session()
 def export(folder: str | Path, output: str | Path, name: str | None = None, dtype: str | None = None) -> Path:
     """Writes a model of a checkpoint.
 
@@ -34,7 +36,8 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
         The model's folder.
 
     Raises:
-        UserError: The checkpoint is damaged, converted, or has no such model, or `output` is not empty.
+        UserError: The checkpoint is damaged, converted, or has no such model, `output` is not empty, or
+            another process writes there.
     """
     from ...models.causal_lm import save_causal_lm
     from ...models.score_checkpoint import save_score_model
@@ -46,6 +49,7 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
     name = name or next(iter(values["models"]))
     if name not in values["models"]:
         raise UserError(f"--model: expected one of {', '.join(values['models'])}, got {name}")
+    run_folder.hold_output(output, "checkpoint export")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is not empty; expected a new folder")
     kind, settings = values["models"][name], values["config"]

@@ -6,13 +6,13 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ...config import fingerprint, inputs
 from ...config.load import to_dict
 from ...errors import UserError
 from ...version import __version__
-from .. import console, engine, preemption
+from .. import console, engine, preemption, run_lock
 from ..provenance import set_aside_by, versions
 from . import compatibility, manifest, shards
 from .state import flatten, generators, restore, set_generators
@@ -69,6 +69,8 @@ class Checkpoints:
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.last = time.monotonic()
         self.score: Score | None = None
+        # rank 0 holds the run's folder
+        self.locks = run_lock.locks_on(self.folder) if engine.rank() == 0 else []
 
     def __enter__(self) -> "Self":
         preemption.listen()
@@ -96,12 +98,15 @@ class Checkpoints:
 
         Raises:
             Preempted: A signal has asked some rank to end the run; the checkpoint is written.
+            UserError: Another process writes to the run's folder now.
         """
         self.score = self.score if score is None else score
-        due = self._is_due(step)
-        stop, due, busy = engine.any_rank(
-            [preemption.requested() is not None, due, self.files is not None and self.files.is_busy()]
-        )
+        due, asked = self._is_due(step), preemption.requested() is not None
+        busy = self.files is not None and self.files.is_busy()
+        lost = any(lock.is_lost(look=due or asked) for lock in self.locks)
+        stop, due, busy, lost = engine.any_rank([asked, due, busy, lost])
+        if lost:
+            self._end_without_folder()
         if self.files is not None and (not busy or stop):
             self._settle()
         if due or stop:
@@ -111,8 +116,21 @@ class Checkpoints:
             raise preemption.Preempted(step, manifest.folder_of(self.folder, step))
 
     def finish(self) -> None:
-        """Waits for a checkpoint that is still being written; every rank must call it after the last step."""
+        """Waits for a checkpoint that is still being written; every rank must call it after the last step.
+
+        Raises:
+            UserError: Another process writes to the run's folder now.
+        """
         self._settle()
+        if engine.any_rank([any(lock.is_lost(look=True) for lock in self.locks)])[0]:
+            self._end_without_folder()
+
+    def _end_without_folder(self) -> NoReturn:
+        """Raises the UserError that the run has lost its folder, on every rank."""
+        if self.files is not None:
+            self.files.error = "the folder is another run's"  # the background writes no further file
+        reason = next((str(lock.loss()) for lock in self.locks if lock.reason), "")
+        raise UserError(engine.gather_objects(reason)[0])
 
     def save(self, step: int) -> None:
         """Writes a checkpoint, or begins to write it in the background; every rank must call it.
@@ -175,8 +193,11 @@ class Checkpoints:
         assert self.pending is not None, "files are written for a manifest"
         files, (step, values) = self.files, self.pending
         files.wait()
-        reports = engine.gather_objects((files.written, files.error))
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error]
+        lost = any(lock.is_lost(look=True) for lock in self.locks)
+        reports = engine.gather_objects((files.written, files.error, lost))
+        if reports[0][2]:
+            self._end_without_folder()
+        errors = [f"rank {rank}: {error}" for rank, (_, error, _) in enumerate(reports) if error]
         folder = manifest.folder_of(self.folder, step)
         if engine.rank() == 0:
             if not errors:
@@ -186,7 +207,7 @@ class Checkpoints:
                         {
                             **values,
                             "files": {
-                                name: entry for written, _ in reports for name, entry in written.items()
+                                name: entry for written, *_ in reports for name, entry in written.items()
                             },
                         },
                     )
