@@ -21,7 +21,7 @@ from ..config.stage_table import STAGE_SPECS
 from ..data.batches import global_batches
 from ..errors import UserError
 from ..models.packing import pack_into_microbatches
-from ..runtime import console, engine
+from ..runtime import console, disk, engine
 from ..runtime.checkpoint.checkpointer import Checkpoints, ResumableDict
 from ..runtime.metrics import Metrics
 from .anomalies import LossSpikeMonitor, NonFiniteGuard
@@ -318,9 +318,8 @@ def save_batch(batch: Sequence[Any], folder: str | Path, step: int) -> Path:
     """Writes the examples of a global batch, on rank 0, and returns the file's path."""
     path = Path(folder) / f"nonfinite_batch_step{step}.jsonl"
     if engine.rank() == 0:
-        with open(path, "w", encoding="utf-8") as file:
-            for example in batch:
-                file.write(json.dumps(dataclasses.asdict(example), default=str) + "\n")
+        lines = (json.dumps(dataclasses.asdict(example), default=str) + "\n" for example in batch)
+        disk.write_text(path, "".join(lines))
     return path
 
 
