@@ -1,6 +1,6 @@
 """What a command says when a disk ends it: what was not written and why, what is saved where, how to go on.
 
-    error: runs/lag/model was not written: no space is left on the disk (0 bytes free); saved: the checkpoint
+    error: runs/lag/model was not written: No space left on device (0 bytes free); saved: the checkpoint
     of step 350 in runs/lag/checkpoints/step-00000350; once the disk takes files again: saferlhf-fast ppo-lag
     recipe.yaml resume=auto
 

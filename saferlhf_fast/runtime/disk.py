@@ -16,23 +16,16 @@ from pathlib import Path
 
 from ..errors import DiskError
 
-CAUSES = {
-    errno.ENOSPC: "no space is left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file is larger than the system allows (ulimit -f)",
-    errno.EIO: "the disk reports an input/output error",
-    errno.EROFS: "the file system is read-only",
-    errno.ESTALE: "the file system is gone (stale file handle)",
-    errno.ENOTCONN: "the file system is gone (not connected)",
-    errno.ENODEV: "the disk is gone",
-    errno.ENXIO: "the disk is gone",
-}
-"""What an error number of a failed write means to a user."""
+NUMBERS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO),  # a mount or a disk that is gone
+)
+"""Errors that a disk causes, and no mistake in a program or its input."""
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # safetensors and tokenizers write "(os error 28)", pyarrow "[errno 28]", others the C library's text
 _NUMBER = re.compile(r"(?:os error|errno) (\d+)", re.IGNORECASE)
-_TEXTS = {os.strerror(number): number for number in (*_FULL, errno.EFBIG, errno.EROFS)}
+_TEXTS = {os.strerror(number): number for number in NUMBERS[:5]}
 # torch.save into a path says no more than that it has written less than it wanted
 _TORCH = re.compile(
     r"PytorchStreamWriter failed writing|unexpected pos \d+ vs|iostream error|file write failed"
@@ -52,7 +45,9 @@ def cause(error: BaseException, place: str | Path | None = None) -> str | None:
     number = _number(error)
     if number is None:
         return None
-    text = CAUSES.get(number, "it could not be written completely")
+    text = os.strerror(number) if number else "it could not be written completely"
+    if number == errno.EFBIG:
+        return f"{text} (for this system: ulimit -f, or the largest file of the file system)"
     return f"{text} ({free_text(place)})" if place is not None and number in (*_FULL, 0) else text
 
 
@@ -63,12 +58,12 @@ def _number(error: BaseException) -> int | None:
     unnumbered: int | None = None
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        if isinstance(current, OSError) and current.errno in CAUSES:
+        if isinstance(current, OSError) and current.errno in NUMBERS:
             return current.errno
         text = str(current)
         numbers = [int(found) for found in _NUMBER.findall(text)]
         numbers += [number for words, number in _TEXTS.items() if words in text]
-        known = next((number for number in numbers if number in CAUSES), None)
+        known = next((number for number in numbers if number in NUMBERS), None)
         if known is not None:
             return known
         if isinstance(current, RuntimeError) and _TORCH.search(text):

@@ -198,6 +198,7 @@ def _train(cfg: "PPOConfig", stage: str, observe: Observer | None, restart: bool
         console.track(steps, stage, cfg.log.progress) as bar,
     ):
         start = checkpoints.resume()
+        selection.warn_if_disk_is_scarce(engines_of(roles).values(), steps - start)
         bar.begin_at(start)
         if evaluations["before"] is None:  # the starting policy: what the run is compared with
             rows = evaluations["before"] = sample_and_score(roles, held_out, cfg)

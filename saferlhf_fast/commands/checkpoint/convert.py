@@ -12,11 +12,12 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
-from ...runtime import console
+from ...runtime import console, disk
 from ...runtime.checkpoint import manifest, safe_pickle
 from .verify import whole
 
@@ -33,6 +34,7 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
 
     Raises:
         UserError: The checkpoint is damaged or needs no conversion, or `output` is not empty.
+        DiskError: The result could not be written; nothing is left of it.
     """
     folder = Path(folder).resolve()
     values = whole(folder)
@@ -46,10 +48,30 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
     beside = folder.with_name(f"{folder.name}.universal")
     output = Path(output).expanduser().resolve() if output else beside
     if output == beside and output.is_dir() and not manifest.is_committed(output):
-        shutil.rmtree(output)  # left by a conversion that was interrupted
+        shutil.rmtree(output)  # left by a conversion of an older version that was interrupted
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"--output: {output} is not empty; expected a new folder")
-    output.mkdir(parents=True, exist_ok=True)
+    new = output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    with disk.writing(output):
+        try:
+            new.mkdir(parents=True)
+            _write(folder, new, values)
+            new.replace(output)
+        except BaseException:
+            shutil.rmtree(new, ignore_errors=True)
+            raise
+    return output
+
+
+def _write(folder: Path, output: Path, values: Mapping[str, Any]) -> None:
+    """Writes the converted checkpoint into an empty folder and commits it.
+
+    Args:
+        folder: The checkpoint's folder.
+        output: The empty folder.
+        values: The checkpoint's manifest.
+    """
     for name, kind in values["models"].items():
         _model(folder / name, output / name, kind["zero_stage"])
         if (folder / name / "hf").is_dir():
@@ -67,7 +89,6 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
         }
     unchanged = {key: value for key, value in values.items() if key not in ("seal", "format")}
     manifest.write(output, {**unchanged, "universal": True, "files": files})
-    return output
 
 
 def _model(source: Path, target: Path, zero_stage: int) -> None:

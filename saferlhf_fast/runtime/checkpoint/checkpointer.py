@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from ...config import fingerprint, inputs
 from ...config.load import to_dict
-from ...errors import UserError
+from ...errors import DiskError, UserError
 from ...version import __version__
-from .. import console, engine, preemption
+from .. import console, disk, engine, preemption
 from ..provenance import set_aside_by, versions
 from . import compatibility, manifest, shards
 from .state import flatten, generators, restore, set_generators
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, failure
 
 if TYPE_CHECKING:
     from typing import Self
@@ -103,31 +103,38 @@ class Checkpoints:
             [preemption.requested() is not None, due, self.files is not None and self.files.is_busy()]
         )
         if self.files is not None and (not busy or stop):
-            self._settle()
+            self._settle(stop)
         if due or stop:
-            self.save(step)
+            self.save(step, stop)
         if stop:
-            self._settle()
-            raise preemption.Preempted(step, manifest.folder_of(self.folder, step))
+            self._settle(stop)
+            raise preemption.Preempted(step, manifest.newest_committed(self.folder))
 
     def finish(self) -> None:
-        """Waits for a checkpoint that is still being written; every rank must call it after the last step."""
-        self._settle()
+        """Waits for a checkpoint that is still being written; every rank must call it after the last step.
 
-    def save(self, step: int) -> None:
+        The run's model comes next, so a checkpoint that could not be written only gets a warning.
+        """
+        self._settle(ending=True)
+
+    def save(self, step: int, ending: bool = False) -> None:
         """Writes a checkpoint, or begins to write it in the background; every rank must call it.
 
         Args:
             step: Steps done, from 1.
+            ending: The run ends after it anyway.
+
+        Raises:
+            DiskError: It could not be written, and `checkpoint.required` is true.
         """
-        self._settle()
+        self._settle(ending)
         folder = manifest.folder_of(self.folder, step)
         files = self.files = CheckpointWriter(folder, self.cfg.checkpoint.asynchronous)
         if engine.rank() == 0:
             try:
                 manifest.discard(folder)
             except OSError as error:
-                files.error = f"{folder}: {error}"
+                files.error = failure(folder, error)
         engine.barrier()
         for name, model in self.models.items():
             shards.save(model, folder, name, files)
@@ -159,7 +166,7 @@ class Checkpoints:
         if self.cfg.checkpoint.asynchronous:
             files.start()
         else:
-            self._settle()
+            self._settle(ending)
 
     def _is_due(self, step: int) -> bool:
         """Whether the settings ask for a checkpoint after this step."""
@@ -168,8 +175,15 @@ class Checkpoints:
             settings.minutes and time.monotonic() - self.last > 60 * settings.minutes
         )
 
-    def _settle(self) -> None:
-        """Waits until all ranks have written, and commits; if one has failed, all give the checkpoint up."""
+    def _settle(self, ending: bool = False) -> None:
+        """Waits until all ranks have written, and commits; if one has failed, all give the checkpoint up.
+
+        Args:
+            ending: The run ends anyway, so `checkpoint.required` does not matter any more.
+
+        Raises:
+            DiskError: The checkpoint could not be written, and the settings require it.
+        """
         if self.files is None:
             return
         assert self.pending is not None, "files are written for a manifest"
@@ -191,12 +205,7 @@ class Checkpoints:
                         },
                     )
                 except OSError as error:
-                    errors = [f"{folder}: {error}"]
-            if errors:
-                console.warn(
-                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run continues, "
-                    "and the previous one is kept"
-                )
+                    errors = [failure(folder, error)]
             try:
                 if errors:
                     manifest.discard(folder)
@@ -204,8 +213,19 @@ class Checkpoints:
                     manifest.prune(self.folder, self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_best)
             except OSError as error:  # no reason to stop the run
                 console.warn(f"an old checkpoint could not be deleted: {error}")
-        engine.barrier()
+        errors = engine.gather_objects(errors)[0]
         self.files = self.pending = None
+        if errors:
+            self._report(step, errors, self.cfg.checkpoint.required and not ending)
+
+    def _report(self, step: int, errors: list[str], stop: bool) -> None:
+        """Says that a checkpoint was not written, in a warning or, to stop, in a DiskError on every rank."""
+        line = f"checkpoint of step {step} was not written ({'; '.join(errors)})"
+        if stop:
+            raise DiskError(f"{line}; checkpoint.required is true")
+        newest = manifest.newest_committed(self.folder)
+        kept = f"the one of step {newest[0]} is kept: {newest[1]}" if newest else "there is none so far"
+        console.warn(f"{line}; the run continues, {kept}")
 
     # ------------------------------------------------------------ resuming
 
@@ -239,7 +259,7 @@ class Checkpoints:
             source, target = folder.parent.parent / "best", self.folder / "best"
             # a checkpoint of another run: that run's best weights are beside its checkpoints
             if source.is_dir() and not target.exists():
-                shutil.copytree(source, target)
+                _copy_folder(source, target)
         engine.barrier()
         self.last = time.monotonic()
         console.say(f"resume: step {values['step']} from {folder}, written {values['written']}")
@@ -350,6 +370,16 @@ class ResumableDict(dict[str, Any]):
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes the values of a checkpoint; others stay."""
         self.update(values)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder, whole or not at all."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with disk.writing(target):
+        shutil.copytree(source, temporary)
+        disk.sync_all(temporary)
+        temporary.rename(target)
 
 
 def started_inputs(folder: str | Path) -> dict[str, str]:
