@@ -80,7 +80,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    terminal.make_readable(sys.stdout, sys.stderr)
+    with terminal.outliving_full_disks():
+        terminal.make_readable(sys.stdout, sys.stderr)
+        return _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: list[str]) -> int:
+    """As `main`, with output that can be written."""
     parser = argparse.ArgumentParser(prog="saferlhf-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("-h", "--help", action="store_true")
@@ -90,7 +96,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", nargs="?", const="")
     # deepspeed's launcher adds it; LOCAL_RANK says it too
     parser.add_argument("--local_rank", "--local-rank", nargs="?")
-    argv = sys.argv[1:] if argv is None else list(argv)
     args, words = parser.parse_known_args(argv)
     if args.version:
         print(f"saferlhf-fast {__version__}")

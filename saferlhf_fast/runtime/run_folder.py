@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from saferlhf_fast.errors import UserError
+from saferlhf_fast.errors import DiskError, UserError
 from saferlhf_fast.runtime.checkpoint import manifest
 from saferlhf_fast.runtime.provenance import now, read_json, versions, write_json, write_text
 from saferlhf_fast.runtime.run_decision import Action, Request, decide, request_of
@@ -183,7 +183,17 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
     except OSError as error:
         # since the check the disk has filled up, or somebody else has made the folder
         raise UserError(f"output: {state.folder} cannot be created: {error.strerror or error}") from error
-    _write_start(state, aside)
+    try:
+        _write_start(state, aside)
+    except DiskError:
+        # half of these files would be a run that can neither be resumed nor started again
+        for name in ("config.yaml", "versions.json", "started.json"):
+            (state.folder / name).unlink(missing_ok=True)
+        if old:
+            state.folder.rmdir()
+            os.rename(old / state.folder.name, state.folder)
+            old.rmdir()
+        raise
     if old:
         shutil.rmtree(old)
     return state.folder

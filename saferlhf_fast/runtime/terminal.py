@@ -1,10 +1,19 @@
 """Output on terminals of any encoding: characters that it does not have are written in ASCII.
 
-The standard library only, as the command line's help needs it.
+Output into a file on a full disk is lost there; the command goes on. The standard library only, as the
+command line's help needs it.
 """
 
 import codecs
+import contextlib
+import io
+import os
+import stat
+import sys
+from collections.abc import Iterator
 from typing import Any
+
+from . import disk
 
 HANDLER = "saferlhf-readable"
 """The name of the error handler for Python's encoders."""
@@ -40,3 +49,70 @@ def make_readable(*streams: Any) -> None:
     for stream in streams:
         if hasattr(stream, "reconfigure") and not getattr(stream, "closed", True):
             stream.reconfigure(errors=HANDLER)
+
+
+class _LossyFile:
+    """The file under an output stream: what its disk does not take is lost, and no error says so."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.closed = descriptor, False
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self.descriptor, data)
+        except OSError as error:
+            if error.errno not in disk.NUMBERS:
+                raise
+            return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def flush(self) -> None:
+        """Nothing is kept here."""
+
+    def close(self) -> None:
+        """The descriptor stays open: others write to it too."""
+        self.closed = True
+
+
+@contextlib.contextmanager
+def outliving_full_disks() -> Iterator[None]:
+    """Context in which stdout and stderr may be files on a full disk, as in `saferlhf-fast sft … > log`."""
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    lossy: dict[str, Any] = {}
+    try:
+        for name, stream in before.items():
+            if _is_file(stream):
+                stream.flush()
+                raw: Any = _LossyFile(stream.fileno())
+                lossy[name] = io.TextIOWrapper(
+                    io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=name == "stderr"
+                )
+                setattr(sys, name, lossy[name])
+        yield
+    finally:
+        for name, stream in lossy.items():
+            stream.flush()
+            if getattr(sys, name) is stream:
+                setattr(sys, name, before[name])
+
+
+def _is_file(stream: Any) -> bool:
+    """Whether a stream writes into a file on a disk."""
+    try:
+        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (AttributeError, OSError, ValueError):
+        return False
