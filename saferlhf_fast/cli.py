@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from saferlhf_fast.config.overrides import split_words
-from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS
+from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS, WITH_SETTINGS
 from saferlhf_fast.errors import EXIT_CODE, DiskError, UserError, require
 from saferlhf_fast.runtime import preemption, terminal
 from saferlhf_fast.version import __version__
@@ -80,9 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    with terminal.outliving_full_disks():
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with terminal.outliving_full_disks() as lost:
         terminal.make_readable(sys.stdout, sys.stderr)
-        return _main(sys.argv[1:] if argv is None else list(argv))
+        code = _main(argv)
+        # what a run prints is its log; what another command prints is its result
+        if lost() and code == 0 and (not {*WITH_SETTINGS} & {*argv} or {"-h", "--help"} & {*argv}):
+            print("error: standard output was not written: its disk takes no files", file=sys.stderr)
+            code = EXIT_CODE
+        return code
 
 
 def _main(argv: list[str]) -> int:

@@ -253,14 +253,15 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         old.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    with disk.writing(folder):
-        try:
+    try:
+        with disk.writing(folder):
             new.mkdir(parents=True)
             yield new
             disk.sync_all(new)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    with disk.writing(folder):
         if folder.exists():
             folder.rename(old)
         new.rename(folder)

@@ -110,17 +110,17 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writing(path):
-        try:
+    try:
+        with writing(path):
             yield temporary
             sync(temporary)
             os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        with contextlib.suppress(OSError):  # the file is whole; some network file systems cannot do this
-            sync(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # the file is whole; some network file systems cannot do this
+        sync(path.parent)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -10,7 +10,7 @@ import io
 import os
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import disk
@@ -55,7 +55,7 @@ class _LossyFile:
     """The file under an output stream: what its disk does not take is lost, and no error says so."""
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor, self.closed = descriptor, False
+        self.descriptor, self.closed, self.lost = descriptor, False, 0
 
     def write(self, data: Any) -> int:
         try:
@@ -63,6 +63,7 @@ class _LossyFile:
         except OSError as error:
             if error.errno not in disk.NUMBERS:
                 raise
+            self.lost += len(data)
             return len(data)
 
     def writable(self) -> bool:
@@ -89,20 +90,31 @@ class _LossyFile:
 
 
 @contextlib.contextmanager
-def outliving_full_disks() -> Iterator[None]:
-    """Context in which stdout and stderr may be files on a full disk, as in `saferlhf-fast sft … > log`."""
+def outliving_full_disks() -> Iterator[Callable[[], int]]:
+    """Context in which stdout and stderr may be files on a full disk, as in `saferlhf-fast sft … > log`.
+
+    It yields a function that returns how many bytes of stdout are lost.
+    """
     before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
     lossy: dict[str, Any] = {}
+    files: dict[str, _LossyFile] = {}
+
+    def lost() -> int:
+        for stream in lossy.values():
+            stream.flush()
+        return files["stdout"].lost if "stdout" in files else 0
+
     try:
         for name, stream in before.items():
             if _is_file(stream):
                 stream.flush()
                 raw: Any = _LossyFile(stream.fileno())
+                files[name] = raw
                 lossy[name] = io.TextIOWrapper(
                     io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=name == "stderr"
                 )
                 setattr(sys, name, lossy[name])
-        yield
+        yield lost
     finally:
         for name, stream in lossy.items():
             stream.flush()
@@ -111,8 +123,9 @@ def outliving_full_disks() -> Iterator[None]:
 
 
 def _is_file(stream: Any) -> bool:
-    """Whether a stream writes into a file on a disk."""
+    """Whether a stream writes into a file, or a device that is no terminal."""
     try:
-        return stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+        mode = os.fstat(stream.fileno()).st_mode
+        return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not stream.isatty())
     except (AttributeError, OSError, ValueError):
         return False

@@ -1,4 +1,4 @@
-"""A disk that takes no files: each library's error is recognised, files are whole or not there, lines wait."""
+"""A disk that takes no files: each library's error is recognised, files are whole or absent, lines wait."""
 
 import contextlib
 import errno

@@ -53,14 +53,14 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
         raise UserError(f"--output: {output} is not empty; expected a new folder")
     new = output.with_name(f"{output.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
-    with disk.writing(output):
-        try:
+    try:
+        with disk.writing(output):
             new.mkdir(parents=True)
             _write(folder, new, values)
             new.replace(output)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     return output
 
 
