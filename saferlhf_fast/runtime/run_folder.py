@@ -15,6 +15,7 @@ run_decision.py decides what happens to an output that is not empty, by the fact
 Only rank 0 writes. An environment variable is never written.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -182,6 +183,7 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
         state.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         # since the check the disk has filled up, or somebody else has made the folder
+        _move_back(old, state.folder)
         raise UserError(f"output: {state.folder} cannot be created: {error.strerror or error}") from error
     try:
         _write_start(state, aside)
@@ -189,10 +191,7 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
         # half of these files would be a run that can neither be resumed nor started again
         for name in ("config.yaml", "versions.json", "started.json"):
             (state.folder / name).unlink(missing_ok=True)
-        if old:
-            state.folder.rmdir()
-            os.rename(old / state.folder.name, state.folder)
-            old.rmdir()
+        _move_back(old, state.folder)
         raise
     if old:
         shutil.rmtree(old)
@@ -226,6 +225,16 @@ def _move_away(folder: Path) -> Path:
     around = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.absolute().parent))
     os.rename(folder, around / folder.name)
     return around
+
+
+def _move_back(old: Path | None, folder: Path) -> None:
+    """Undoes `_move_away`, as far as it goes. old: what `_move_away` has returned; None for nothing moved."""
+    if old is not None:
+        with contextlib.suppress(OSError):
+            if folder.exists():
+                folder.rmdir()
+            os.rename(old / folder.name, folder)
+            old.rmdir()
 
 
 def _set_aside(folder: Path) -> Path:
