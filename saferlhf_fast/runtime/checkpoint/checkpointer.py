@@ -69,6 +69,7 @@ class Checkpoints:
         self.pending: tuple[int, dict[str, Any]] | None = None
         self.last = time.monotonic()
         self.score: Score | None = None
+        self.ending = False  # the run ends anyway: checkpoint.required does not matter any more
 
     def __enter__(self) -> "Self":
         preemption.listen()
@@ -102,12 +103,13 @@ class Checkpoints:
         stop, due, busy = engine.any_rank(
             [preemption.requested() is not None, due, self.files is not None and self.files.is_busy()]
         )
+        self.ending = stop
         if self.files is not None and (not busy or stop):
-            self._settle(stop)
+            self._settle()
         if due or stop:
-            self.save(step, stop)
+            self.save(step)
         if stop:
-            self._settle(stop)
+            self._settle()
             raise preemption.Preempted(step, manifest.newest_committed(self.folder))
 
     def finish(self) -> None:
@@ -115,19 +117,19 @@ class Checkpoints:
 
         The run's model comes next, so a checkpoint that could not be written only gets a warning.
         """
-        self._settle(ending=True)
+        self.ending = True
+        self._settle()
 
-    def save(self, step: int, ending: bool = False) -> None:
+    def save(self, step: int) -> None:
         """Writes a checkpoint, or begins to write it in the background; every rank must call it.
 
         Args:
             step: Steps done, from 1.
-            ending: The run ends after it anyway.
 
         Raises:
             DiskError: It could not be written, and `checkpoint.required` is true.
         """
-        self._settle(ending)
+        self._settle()
         folder = manifest.folder_of(self.folder, step)
         files = self.files = CheckpointWriter(folder, self.cfg.checkpoint.asynchronous)
         if engine.rank() == 0:
@@ -166,7 +168,7 @@ class Checkpoints:
         if self.cfg.checkpoint.asynchronous:
             files.start()
         else:
-            self._settle(ending)
+            self._settle()
 
     def _is_due(self, step: int) -> bool:
         """Whether the settings ask for a checkpoint after this step."""
@@ -175,11 +177,8 @@ class Checkpoints:
             settings.minutes and time.monotonic() - self.last > 60 * settings.minutes
         )
 
-    def _settle(self, ending: bool = False) -> None:
+    def _settle(self) -> None:
         """Waits until all ranks have written, and commits; if one has failed, all give the checkpoint up.
-
-        Args:
-            ending: The run ends anyway, so `checkpoint.required` does not matter any more.
 
         Raises:
             DiskError: The checkpoint could not be written, and the settings require it.
@@ -216,7 +215,7 @@ class Checkpoints:
         errors = engine.gather_objects(errors)[0]
         self.files = self.pending = None
         if errors:
-            self._report(step, errors, self.cfg.checkpoint.required and not ending)
+            self._report(step, errors, self.cfg.checkpoint.required and not self.ending)
 
     def _report(self, step: int, errors: list[str], stop: bool) -> None:
         """Says that a checkpoint was not written, in a warning or, to stop, in a DiskError on every rank."""
