@@ -4,8 +4,8 @@ This file and `info` need the standard library only. Before torch is imported th
 stage's settings, whether its models and data exist in a form that can be read, and its output, so a mistake
 in them ends the command in well under two seconds. What the data contains is checked when it is read, with
 torch but before a model is trained or an output is written. Exit codes: 0 success, 1 a bug in this package
-(or a regression that `bench` found), 2 bad input, 130 interrupted, 143 or 138 stopped by SIGTERM or SIGUSR1
-after a checkpoint.
+(or a regression that `bench` found), 2 bad input or a disk that takes no files, 130 interrupted, 143 or 138
+stopped by SIGTERM or SIGUSR1 after a checkpoint.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from saferlhf_fast.config.overrides import split_words
-from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS
-from saferlhf_fast.errors import EXIT_CODE, UserError, require
+from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS, WITH_SETTINGS
+from saferlhf_fast.errors import EXIT_CODE, DiskError, UserError, require
 from saferlhf_fast.runtime import preemption, terminal
 from saferlhf_fast.version import __version__
 
@@ -80,7 +80,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    terminal.make_readable(sys.stdout, sys.stderr)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with terminal.outliving_full_disks() as lost:
+        terminal.make_readable(sys.stdout, sys.stderr)
+        code = _main(argv)
+        # what a run prints is its log; what another command prints is its result
+        if lost() and code == 0 and (not {*WITH_SETTINGS} & {*argv} or {"-h", "--help"} & {*argv}):
+            print("error: standard output was not written: its disk takes no files", file=sys.stderr)
+            code = EXIT_CODE
+        return code
+
+
+def _main(argv: list[str]) -> int:
+    """As `main`, with output that can be written."""
     parser = argparse.ArgumentParser(prog="saferlhf-fast", add_help=False, allow_abbrev=False)
     parser.add_argument("command", nargs="?")
     parser.add_argument("-h", "--help", action="store_true")
@@ -90,7 +102,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--grace", nargs="?", const="")
     # deepspeed's launcher adds it; LOCAL_RANK says it too
     parser.add_argument("--local_rank", "--local-rank", nargs="?")
-    argv = sys.argv[1:] if argv is None else list(argv)
     args, words = parser.parse_known_args(argv)
     if args.version:
         print(f"saferlhf-fast {__version__}")
@@ -104,6 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _dispatch(args, words, argv)
         _end_watchdog()
         return code
+    except DiskError as e:
+        return _failed_by_disk(e, args, words, argv)
     except UserError as e:
         return _failed(e, EXIT_CODE, f"error: {_one_line(e)}", args.debug)
     except KeyboardInterrupt as e:
@@ -121,10 +134,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _failed(e, 0, "")
     except Exception as e:
+        from saferlhf_fast.commands import disk_failure
+
+        disk_error = disk_failure.of_command(e)
+        if disk_error is not None:
+            return _failed_by_disk(disk_error, args, words, argv)
         hint = (
             "" if args.debug else "; ".join(["", *getattr(e, "__notes__", ["--debug shows the traceback"])])
         )
         return _failed(e, 1, f"bug: {type(e).__name__}: {_one_line(e)}{hint}", args.debug)
+
+
+def _failed_by_disk(error: DiskError, args: argparse.Namespace, words: list[str], argv: Sequence[str]) -> int:
+    """As `_failed`, for a disk: no mistake of the user's, so the line ends with the command that goes on."""
+    from saferlhf_fast.commands import disk_failure
+
+    line = f"error: {_one_line(error)}{disk_failure.continuation(args.command, words, argv)}"
+    return _failed(error, EXIT_CODE, line, args.debug)
 
 
 def _end_watchdog(limit: float | None = None) -> None:

@@ -18,6 +18,10 @@ class NonFinite(UserError):
     """A loss or a gradient is NaN or infinite; the step that found it is not taken."""
 
 
+class DiskError(UserError):
+    """A file could not be written: the disk is full, damaged, read-only or gone; no mistake in the input."""
+
+
 class MissingExtra(UserError, ImportError):
     """Packages that are needed are not installed; the message names the extra that installs them."""
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from saferlhf_fast.commands.bench_request import BENCH, Request, help_text, known_ops, request
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import disk
 
 __all__ = ["BENCH", "Request", "help_text", "known_ops", "main", "request"]
 
@@ -249,9 +250,7 @@ def measured(arguments: Sequence[str]) -> tuple[Results | None, list[str]]:
 
 def save(path: Path, results: Results) -> None:
     """Writes results; a file that exists stays whole until the new one is complete."""
-    partial = path.with_name(path.name + ".new")
-    partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    disk.write_text(path, json.dumps(results, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -19,7 +19,6 @@ import dataclasses
 import gc
 import re
 import time
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -27,13 +26,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
-from saferlhf_fast.config import checks, inputs, redact
+from saferlhf_fast.commands import disk_failure, run_files
+from saferlhf_fast.config import checks, inputs
 from saferlhf_fast.config.dotted_keys import with_settings_beside_stages
 from saferlhf_fast.config.load import apply, build, read_recipe, resolve, where
 from saferlhf_fast.config.schema import leaves, nearest, show
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import STAGES, RunConfig
-from saferlhf_fast.errors import UserError
+from saferlhf_fast.errors import DiskError, UserError
 from saferlhf_fast.runtime import provenance, run_folder, run_lock
 from saferlhf_fast.runtime.quiet_libraries import quiet_libraries
 from saferlhf_fast.runtime.run_decision import Action, request_of
@@ -94,6 +94,7 @@ def run_stage(
     if run_folder.check_output(stage, cfg, key, restart) is Action.SKIP:
         assert cfg.output is not None, "only a stage with an output can be finished already"
         _say(f"{stage}: finished before with the same settings and inputs; see {cfg.output}")
+        run_files.write_report(Path(cfg.output).expanduser(), only_missing=True)
         return run_folder.read_summary(cfg.output)
     quiet_libraries()
     module, name = ENTRIES[stage].split(":")
@@ -101,19 +102,20 @@ def run_stage(
     begun = time.perf_counter()
     try:
         summary = getattr(import_module(module), name)(cfg, restart=restart)
-    except UserError:
-        raise
-    except Exception as e:  # a bug: its traceback is written, since the terminal shows one line
-        path = _write_traceback(folder)
+        if folder and (folder / "started.json").exists() and not (folder / "finished.json").exists():
+            run_folder.finish_run(folder, summary)
+        run_files.write_report(folder)  # last: a chart that cannot be drawn must not undo hours of training
+    except Exception as e:
+        disk_error = disk_failure.of_run(e, folder)
+        if disk_error is not None:
+            raise disk_error from e
+        if isinstance(e, UserError):
+            raise
+        # a bug: its traceback is written, since the terminal shows one line
+        path = run_files.write_traceback(folder)
         if path:
             e.add_note(f"traceback: {path}")
         raise
-    if folder and (folder / "started.json").exists() and not (folder / "finished.json").exists():
-        run_folder.finish_run(folder, summary)
-    if folder and run_folder.rank() == 0 and (folder / "metrics.jsonl").exists():
-        from saferlhf_fast.evaluation.report import write_report
-
-        write_report(folder)  # last: a chart that cannot be drawn must not undo hours of training
     _say(f"{stage}: done in {time.perf_counter() - begun:.0f} s" + (f"; see {folder}" if folder else ""))
     return summary
 
@@ -148,12 +150,17 @@ def run(recipe: str | Path, overrides: dict[str, Any] | None = None) -> dict[str
         state = RunState(step.kind, step.cfg)
         if step.cfg.output is not None and state.is_done:
             _say(f"{step.name}: finished before with the same settings and inputs; skipped")
+            run_files.write_report(state.folder, only_missing=True)
             entry |= {"state": "skipped", "summary": run_folder.read_summary(step.cfg.output)}
         else:
             begun = time.perf_counter()
-            entry["summary"] = run_stage(
-                step.kind, _resumed(step, top.resume, state), True, f"{step.name}.output"
-            )
+            try:
+                entry["summary"] = run_stage(
+                    step.kind, _resumed(step, top.resume, state), True, f"{step.name}.output"
+                )
+            except DiskError as e:
+                done = f"; finished stages: {', '.join(results)}" if results else ""
+                raise DiskError(f"stage {step.name}: {e}{done}") from e
             entry["seconds"] = round(time.perf_counter() - begun, 1)
             gc.collect()  # a stage's models must be gone before the next stage loads its own
         results[step.name] = entry
@@ -360,17 +367,6 @@ def _resumed(step: Step, resume: str, state: RunState) -> "StepConfig":
     if step.cfg.overwrite and state.changed:
         return step.cfg
     return dataclasses.replace(step.cfg, resume="auto")
-
-
-def _write_traceback(folder: Path | None) -> Path | None:
-    """Writes the traceback into the folder of the run that failed, if it was opened; returns its path."""
-    if not folder or not (folder / "started.json").exists() or (folder / "finished.json").exists():
-        return None
-    if run_folder.rank() == 0 and not run_lock.is_held(folder):  # another process's run
-        return None
-    path = folder / f"error-rank{run_folder.rank()}.txt"
-    path.write_text(redact.text(traceback.format_exc()), encoding="utf-8")
-    return path
 
 
 def _say(line: str) -> None:

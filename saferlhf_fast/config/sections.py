@@ -135,6 +135,8 @@ class Checkpoint:
     by eval/loss, where there is one)."""
     asynchronous: bool = False
     """Write in the background while training continues; needs host memory for a copy of the state."""
+    required: bool = False
+    """End the run when one cannot be written, as on a full disk; else it warns and continues."""
 
 
 @settings_class(frozen=True)

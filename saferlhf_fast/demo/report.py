@@ -16,6 +16,7 @@ from ..evaluation.report import page
 from ..evaluation.report.read import read_json, read_lines, read_run
 from ..evaluation.report.scatter import scatter
 from ..runtime.console import clock, number
+from ..runtime.disk import write_text
 from .plots import POLICIES, bars, score_models, tradeoff, training
 
 if TYPE_CHECKING:
@@ -77,14 +78,14 @@ def write_demo_report(folder: str | Path) -> Path:
     for plot in plots:
         plot.png(folder / "plots")
     path = folder / "report.html"
-    path.write_text(
+    write_text(
+        path,
         page.page(
             "Safe RLHF on the embedded world",
             "SFT, PPO without the constraint, and PPO-Lag, judged on held-out prompts by gold scores that no "
             "training and no selection saw",
             sections,
         ),
-        encoding="utf-8",
     )
     return path
 

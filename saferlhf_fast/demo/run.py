@@ -28,7 +28,7 @@ from ..models.tokenizer import load_tokenizer
 from ..rollout.batch import end_tokens, generate
 from ..rollout.engines import open_generator
 from ..rollout.sample_and_score import sample_and_score, summary_of
-from ..runtime import console, engine
+from ..runtime import console, disk, engine
 from ..runtime.run_folder import finish_run, open_run
 from ..training.ppo_lag import train_ppo, train_ppo_lag
 from ..training.preference import train_cost, train_reward
@@ -65,7 +65,7 @@ def run(cfg: DemoConfig, restart: bool = False) -> dict[str, Any]:
         result["seeds"][str(seed)] = one_seed(seed, folder / f"seed-{seed}", cfg)
         result["threshold"] = result["seeds"][str(cfg.seeds[0])]["threshold"]
         if engine.rank() == 0:
-            (folder / "demo.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+            disk.write_text(folder / "demo.json", json.dumps(result, indent=1))
         show(seed, result["seeds"][str(seed)])
     finish_run(folder, result)
     if engine.rank() == 0:
@@ -159,7 +159,7 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """
     if engine.rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        disk.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     if engine.started():
         engine.barrier()
 

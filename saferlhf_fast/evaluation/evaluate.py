@@ -18,7 +18,7 @@ from ..rollout.engines import open_generator
 from ..rollout.roles import Roles
 from ..rollout.sample_and_score import sample_and_score
 from ..rollout.scorers import load_scorer
-from ..runtime import console, engine
+from ..runtime import console, disk, engine
 from ..runtime.run_folder import finish_run, open_run
 from ..runtime.run_state import is_ours, read_settings
 from .statistics import interval_text, summarise
@@ -59,9 +59,8 @@ def evaluate(cfg: "EvaluateConfig", restart: bool = False) -> dict[str, Any]:
     if engine.rank() == 0:
         _show(summary, rows[: cfg.show])
         if folder is not None:
-            (folder / "evaluation.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-            with open(folder / "samples.jsonl", "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            disk.write_text(folder / "evaluation.json", json.dumps(summary, indent=1))
+            disk.write_text(folder / "samples.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if folder is not None:
         finish_run(folder, summary)
     return summary

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.paths import is_local, pickle_problem
 from ..errors import UserError
+from ..runtime import disk
 from ..runtime.run_lock import require_held
 
 if TYPE_CHECKING:
@@ -230,33 +231,45 @@ def refuse_short_context(path: str | Path, config: "PretrainedConfig", length: i
 def replacing(folder: str | Path) -> Iterator[Path]:
     """Context that yields an empty folder beside `folder` and puts it in its place at the end.
 
-    When the block fails, nothing is left of the new folder, and the old one stays. Only a model's folder, or
-    an empty one, is replaced.
+    Everything is flushed to the disk before the folder gets its name. When the block fails, nothing is left
+    of the new folder, and the old one stays. Only a model's folder, or an empty one, is replaced.
 
     Raises:
         UserError: The folder exists and holds something else, or is in a run folder that this run has lost.
+        DiskError: The new folder could not be written.
     """
     folder = Path(folder)
     require_held(folder)
     if folder.exists() and not (
-        folder.is_dir() and (not any(folder.iterdir()) or (folder / "config.json").is_file())
+        folder.is_dir()
+        and (
+            not any(folder.iterdir())
+            or any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+        )
     ):
         raise UserError(
             f"{folder} is there and is not a model folder; expected a new or a model's folder to write to"
         )
     new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    if old.exists() and not folder.exists():  # a process was killed between the two renames below
+        old.rename(folder)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
     try:
-        yield new
+        with disk.writing(folder):
+            new.mkdir(parents=True)
+            yield new
+            disk.sync_all(new)
         require_held(folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
+    with disk.writing(folder):
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        with contextlib.suppress(OSError):  # the folder is whole
+            disk.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from .folders import replacing
 from .lora import lora_config, plain, quiet_peft
 
 if TYPE_CHECKING:
@@ -129,9 +130,9 @@ def save_score(folder: str | Path, score: "ScoreModel", base: str | Path) -> Non
     config = copy.copy(wrapped.peft_config["default"])
     config.base_model_name_or_path, config.task_type = _name(base), peft.TaskType.SEQ_CLS
     config.modules_to_save, config.inference_mode = ["score"], True
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
-    save_file(state, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
+    with replacing(folder) as new:
+        config.save_pretrained(new)
+        save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def config_of_score(path: str | Path, base: str | Path) -> "LoraConfig | None":

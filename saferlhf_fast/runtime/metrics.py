@@ -2,7 +2,9 @@
 
 metrics.jsonl has one JSON object a line, {"step", "time" (seconds since the run began), name: number, …},
 written out at once. Every line is valid JSON: NaN and inf become null, and `nonfinite` lists their names.
-Only rank 0 writes. TensorBoard's files are in <folder>/tensorboard.
+Only rank 0 writes. TensorBoard's files are in <folder>/tensorboard. A disk that takes no files does not end a
+run here: lines wait until they can be written, and a tracker whose files cannot be written gets no more
+numbers.
 
 Names are those of the reference implementation (PKU-Alignment/safe-rlhf), so that the curves of both can be
 compared. Means are over sequences; `*_with_kl_penalty` and `kl_divergence` are sums over a response's tokens;
@@ -13,16 +15,21 @@ tokens whose probabilities differ by more than 1 %), train/importance_weight (me
 steps), eval/kl, eval/length, eval/unsafe_share, eval/threshold, gold/*.
 """
 
+import contextlib
+import functools
 import importlib
 import json
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ..config.checks import check_trackers
+from . import console, disk
+from .line_file import LineFile
 
 if TYPE_CHECKING:
     import torch
@@ -53,19 +60,19 @@ class Metrics:
         """
         # on every rank: if rank 0 alone refused, the others would wait for it until a timeout
         check_trackers(logging_cfg.trackers)
-        self.file: TextIO | None = None
-        self.trackers: list[Tracker] = []
-        self.open_trackers: Callable[[int], list[Tracker]] | None = None
+        self.file: LineFile | None = None
+        self.trackers: dict[str, Tracker] = {}
+        self.open_tracker: Callable[[str, int], Tracker] | None = None
+        self.names: list[str] = list(dict.fromkeys(logging_cfg.trackers))
         if int(os.environ.get("RANK", "0")) != 0:
             return
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.begun, self.step = time.monotonic(), 0
-        self.open_trackers = lambda after: [
-            _OPEN[t](folder, logging_cfg.project, run_config, name, after)
-            for t in dict.fromkeys(logging_cfg.trackers)
-        ]
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self.open_tracker = lambda tracker, after: _OPEN[tracker](
+            folder, logging_cfg.project, run_config, name, after
+        )
+        self.file = LineFile(folder / "metrics.jsonl")
 
     def log(self, step: int, values: "Mapping[str, Number | torch.Tensor]") -> None:
         """Writes one line.
@@ -77,8 +84,11 @@ class Metrics:
         if self.file is None:
             return
         # only now it is known whether the run was resumed from a checkpoint
-        if self.open_trackers is not None:
-            self.trackers, self.open_trackers = self.open_trackers(self.step), None
+        if self.open_tracker is not None:
+            open_tracker, after, self.open_tracker = self.open_tracker, self.step, None
+            for tracker in self.names:
+                with self._tracking(tracker):
+                    self.trackers[tracker] = open_tracker(tracker, after)
         self.step = int(step)
         numbers = to_numbers(values)
         bad = [name for name, value in numbers.items() if not math.isfinite(value)]
@@ -89,20 +99,51 @@ class Metrics:
         }
         if bad:
             row["nonfinite"] = bad
-        self.file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.file.flush()
+        failed_before = self.file.error is not None
+        self.file.append(json.dumps(row, allow_nan=False))
+        if self.file.error is not None and not failed_before:
+            console.warn(
+                f"metrics.jsonl was not written: {self._why(self.file.error)}; the run continues, and its "
+                "lines wait until they can be written"
+            )
         # The reference adds each group's step, which wandb and trackio can take as the x axis.
         steps = {
             f"{group}/step": int(step) for group in {name.rpartition("/")[0] for name in numbers} if group
         }
-        for write, _ in self.trackers:
-            write({**steps, **numbers}, int(step))
+        for tracker, (write, _) in list(self.trackers.items()):
+            with self._tracking(tracker):
+                write({**steps, **numbers}, int(step))
 
-    def state_dict(self) -> dict[str, Number]:
+    @contextlib.contextmanager
+    def _tracking(self, name: str) -> Iterator[None]:
+        """Context of a tracker's call: when a disk takes no files, the tracker is given up, not the run."""
+        try:
+            yield
+        except Exception as error:  # TensorBoard raises what its thread has met, the others their own
+            why = disk.cause(error)
+            if why is None:
+                raise
+            console.warn(f"{name} was not written: {why}; the run continues without {name}")
+            tracker = self.trackers.pop(name, None)
+            if tracker is not None:
+                with contextlib.suppress(Exception):  # it would write what is left
+                    tracker[1]()
+
+    def _why(self, error: OSError) -> str:
+        """The words for a failed write of metrics.jsonl."""
+        assert self.file is not None, "it was written just now"
+        return disk.cause(error, self.file.file.name) or error.strerror or str(error)
+
+    def state_dict(self) -> dict[str, Any]:
         """How much was written, for a checkpoint; on rank 0 only."""
         assert self.file is not None, "rank 0's metrics are open while it writes a checkpoint"
-        self.file.flush()
-        return {"bytes": self.file.tell(), "seconds": time.monotonic() - self.begun, "step": self.step}
+        self.file.write_waiting()
+        return {
+            "bytes": self.file.size,
+            "waiting": list(self.file.waiting),
+            "seconds": time.monotonic() - self.begun,
+            "step": self.step,
+        }
 
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Continues from a checkpoint; lines that were written after it are cut off.
@@ -112,17 +153,22 @@ class Metrics:
         """
         if self.file is None:
             return
-        if os.fstat(self.file.fileno()).st_size > values["bytes"]:
-            self.file.truncate(values["bytes"])
+        self.file.cut(values["bytes"], values.get("waiting", ()))  # older checkpoints have none
         self.begun, self.step = time.monotonic() - values["seconds"], values["step"]
 
     def close(self) -> None:
         """Ends the trackers' runs; may be called twice."""
         if self.file is not None:
             self.file.close()
+            if self.file.error is not None:
+                console.warn(
+                    f"metrics.jsonl: the last {len(self.file.waiting)} lines were not written: "
+                    f"{self._why(self.file.error)}"
+                )
             self.file = None
-        while self.trackers:
-            self.trackers.pop()[1]()
+        for name in list(self.trackers):
+            with self._tracking(name):
+                self.trackers.pop(name)[1]()
 
 
 def to_numbers(values: "Mapping[str, Number | torch.Tensor]") -> dict[str, Number]:
@@ -165,6 +211,7 @@ def to_numbers(values: "Mapping[str, Number | torch.Tensor]") -> dict[str, Numbe
 def _tensorboard(folder: Path, project: str, run_config: Mapping[str, Any], name: str, after: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
+    _quiet_writer_threads()
     writer = SummaryWriter(folder / "tensorboard", purge_step=after + 1 if after else None)
     writer.add_text(
         "config", "```\n" + json.dumps({"stage": name, **run_config}, indent=2, default=str) + "\n```"
@@ -177,6 +224,19 @@ def _tensorboard(folder: Path, project: str, run_config: Mapping[str, Any], name
     return write, writer.close
 
 
+@functools.cache
+def _quiet_writer_threads() -> None:
+    """Keeps the traceback of a full disk in TensorBoard's thread off the terminal: `_tracking` has a line."""
+    before = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        error, thread = args.exc_value, type(args.thread).__module__
+        if error is None or not thread.startswith("tensorboard.") or disk.cause(error) is None:
+            before(args)
+
+    threading.excepthook = hook
+
+
 def _wandb(folder: Path, project: str, run_config: Mapping[str, Any], name: str, after: int) -> Tracker:
     wandb = importlib.import_module("wandb")
     id_file = folder / "wandb_run.txt"
@@ -186,7 +246,7 @@ def _wandb(folder: Path, project: str, run_config: Mapping[str, Any], name: str,
     run = wandb.init(
         project=project, name=_run_name(folder, name), dir=str(folder), config=run_config, **resumed
     )
-    id_file.write_text(str(getattr(run, "id", "")), encoding="utf-8")
+    disk.write_text(id_file, str(getattr(run, "id", "")))
     return (lambda numbers, step: run.log(numbers, step=step)), run.finish
 
 

@@ -18,25 +18,30 @@ _requested: int | None = None
 
 
 class Preempted(SystemExit):
-    """The run was stopped by a signal and has written a checkpoint.
+    """The run was stopped by a signal and has written a checkpoint, if the disk has taken it.
 
     The exit code is 128 + the signal's number, as in shells.
     """
 
-    def __init__(self, step: int, checkpoint: Path) -> None:
+    def __init__(self, step: int, newest: tuple[int, Path] | None) -> None:
         """Takes the signal that was noted; SIGTERM where the signal went to another rank.
 
         Args:
             step: The last step of the run.
-            checkpoint: Folder of the checkpoint of that step.
+            newest: Step and folder of the newest finished checkpoint; None where there is none.
         """
         global _requested
         number, _requested = _requested or signal.SIGTERM, None
         super().__init__(128 + int(number))
-        self.step, self.checkpoint, self.name = step, checkpoint, signal.Signals(number).name
+        self.step, self.newest, self.name = step, newest, signal.Signals(number).name
 
     def __str__(self) -> str:
-        return f"{self.name}: stopped after step {self.step}; resume=auto continues from {self.checkpoint}"
+        begun = f"{self.name}: stopped after step {self.step}"
+        if self.newest is None:
+            return f"{begun}; no checkpoint was written, so resume=auto starts from the beginning"
+        at, folder = self.newest
+        older = "" if at == self.step else f", of step {at}: the one of step {self.step} was not written"
+        return f"{begun}; resume=auto continues from {folder}{older}"
 
 
 def listen() -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..version import __version__
+from .disk import write_json as write_json
+from .disk import write_text as write_text
 
 PACKAGES = ("torch", "transformers", "deepspeed", "triton", "tokenizers", "datasets", "peft", "numpy")
 
@@ -97,28 +99,6 @@ def git_commit() -> str | None:
         )
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never half a file.
-
-    Args:
-        path: The file, in a folder that exists.
-        value: What JSON can hold.
-    """
-    write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file so that a reader sees the old file or the new one, never half a file.
-
-    Args:
-        path: The file, in a folder that exists.
-        text: Its content, written as UTF-8.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def now() -> str:

@@ -16,6 +16,7 @@ run_decision.py decides what happens to an output that is not empty, by the fact
 Only rank 0 writes. An environment variable is never written.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from saferlhf_fast.errors import UserError
+from saferlhf_fast.errors import DiskError, UserError
 from saferlhf_fast.runtime import run_lock
 from saferlhf_fast.runtime.checkpoint import manifest
 from saferlhf_fast.runtime.folder_claims import PREFIX, PROBE
@@ -213,13 +214,24 @@ def _opened(state: RunState, action: Action) -> Path:
                 print(f"{state.folder}: the {kind} run there is replaced", flush=True)
     except OSError as error:
         # since the check the disk has filled up
+        _move_back(old, state.folder)
         raise UserError(f"output: {state.folder} cannot be moved: {error.strerror or error}") from error
     try:
         run_lock.hold(state.folder)  # anew, where its folder was moved
-    except UserError as error:  # somebody else was faster
-        before = f"; the run that was there is in {aside or old}" if aside or old else ""
+    except UserError as error:  # somebody else was faster, or the disk is full
+        _move_back(old, state.folder)
+        left = aside or (old if old and old.exists() else None)
+        before = f"; the run that was there is in {left}" if left else ""
         raise UserError(f"{error}{before}") from error
-    _write_start(state, aside)
+    try:
+        _write_start(state, aside)
+    except DiskError:
+        # half of these files would be a run that can neither be resumed nor started again
+        for name in ("config.yaml", "versions.json", "started.json"):
+            (state.folder / name).unlink(missing_ok=True)
+        run_lock.release(state.folder)
+        _move_back(old, state.folder)
+        raise
     if old:
         shutil.rmtree(old)
     return state.folder
@@ -259,6 +271,16 @@ def _rename(folder: Path, place: Path) -> None:
     real = folder.resolve()
     os.rename(folder, place)
     run_lock.moved(real, place)
+
+
+def _move_back(old: Path | None, folder: Path) -> None:
+    """Undoes `_move_away`, as far as it goes. old: what `_move_away` has returned; None for nothing moved."""
+    if old is not None:
+        with contextlib.suppress(OSError):
+            if folder.exists():
+                folder.rmdir()
+            os.rename(old / folder.name, folder)
+            old.rmdir()
 
 
 def _set_aside(folder: Path) -> Path:

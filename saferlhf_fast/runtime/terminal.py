@@ -1,10 +1,19 @@
 """Output on terminals of any encoding: characters that it does not have are written in ASCII.
 
-The standard library only, as the command line's help needs it.
+Output into a file on a full disk is lost there; the command goes on. The standard library only, as the
+command line's help needs it.
 """
 
 import codecs
+import contextlib
+import io
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from . import disk
 
 HANDLER = "saferlhf-readable"
 """The name of the error handler for Python's encoders."""
@@ -40,3 +49,83 @@ def make_readable(*streams: Any) -> None:
     for stream in streams:
         if hasattr(stream, "reconfigure") and not getattr(stream, "closed", True):
             stream.reconfigure(errors=HANDLER)
+
+
+class _LossyFile:
+    """The file under an output stream: what its disk does not take is lost, and no error says so."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor, self.closed, self.lost = descriptor, False, 0
+
+    def write(self, data: Any) -> int:
+        try:
+            return os.write(self.descriptor, data)
+        except OSError as error:
+            if error.errno not in disk.NUMBERS:
+                raise
+            self.lost += len(data)
+            return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return False
+
+    def seekable(self) -> bool:
+        return False
+
+    def isatty(self) -> bool:
+        return False
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def flush(self) -> None:
+        """Nothing is kept here."""
+
+    def close(self) -> None:
+        """The descriptor stays open: others write to it too."""
+        self.closed = True
+
+
+@contextlib.contextmanager
+def outliving_full_disks() -> Iterator[Callable[[], int]]:
+    """Context in which stdout and stderr may be files on a full disk, as in `saferlhf-fast sft … > log`.
+
+    It yields a function that returns how many bytes of stdout are lost.
+    """
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    lossy: dict[str, Any] = {}
+    files: dict[str, _LossyFile] = {}
+
+    def lost() -> int:
+        for stream in lossy.values():
+            stream.flush()
+        return files["stdout"].lost if "stdout" in files else 0
+
+    try:
+        for name, stream in before.items():
+            if _is_file(stream):
+                stream.flush()
+                raw: Any = _LossyFile(stream.fileno())
+                files[name] = raw
+                lossy[name] = io.TextIOWrapper(
+                    io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=name == "stderr"
+                )
+                setattr(sys, name, lossy[name])
+        yield lost
+    finally:
+        for name, stream in lossy.items():
+            stream.flush()
+            if getattr(sys, name) is stream:
+                setattr(sys, name, before[name])
+
+
+def _is_file(stream: Any) -> bool:
+    """Whether a stream writes into a file, or a device that is no terminal."""
+    try:
+        mode = os.fstat(stream.fileno()).st_mode
+        return stat.S_ISREG(mode) or (stat.S_ISCHR(mode) and not stream.isatty())
+    except (AttributeError, OSError, ValueError):
+        return False

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 
-from ..errors import NonFinite
+from ..errors import DiskError, NonFinite
 from ..runtime import console
 
 FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
@@ -48,10 +48,14 @@ class NonFiniteGuard:
             return
         self.total, self.row = self.total + 1, self.row + 1
         if self.row >= self.limit:
+            try:
+                where = f"saved in {save()}"
+            except DiskError as error:  # the fault of the numbers is what the user must know
+                where = f"not saved ({error})"
             in_a_row = f" in {self.row} steps one after the other" if self.row > 1 else ""
             raise NonFinite(
                 f"step {step}: {', '.join(bad)}: expected finite numbers, got NaN or inf{in_a_row}; the "
-                f"batch is saved in {save()}, no weight was changed by what was not finite; try a lower "
+                f"batch is {where}, no weight was changed by what was not finite; try a lower "
                 "learning rate, or fp32"
             )
         console.warn(

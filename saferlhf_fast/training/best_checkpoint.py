@@ -35,6 +35,9 @@ class BestCheckpoint:
         Args:
             step: The step after which the model was evaluated.
             evaluation: What `score` takes: numbers, texts, lists and dicts.
+
+        Raises:
+            DiskError: `keep` could not write the weights; what was the best so far still is.
         """
         # The old score is computed again, not stored: a threshold that it depends on may have been loaded
         # from a checkpoint since.
@@ -44,8 +47,9 @@ class BestCheckpoint:
             and not tuple(self.score(evaluation)) > tuple(self.score(self.evaluation))
         ):
             return
-        self.step, self.evaluation = step, evaluation
-        self.weights = None if self.keep is None else self.keep()
+        # first: where the weights cannot be kept, the best evaluation stays the one whose weights are
+        weights = None if self.keep is None else self.keep()
+        self.step, self.evaluation, self.weights = step, evaluation, weights
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint."""

@@ -33,7 +33,7 @@ from ..rollout.sample import require_engine_logprobs
 from ..rollout.sample_and_score import sample_and_score, summary_of
 from ..rollout.scoring import old_logprobs_and_values, score_rollout
 from ..rollout.types import per_stream
-from ..runtime import console, engine
+from ..runtime import console, disk, engine
 from ..runtime.checkpoint.checkpointer import Checkpoints, ResumableDict
 from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
@@ -198,6 +198,7 @@ def _train(cfg: "PPOConfig", stage: str, observe: Observer | None, restart: bool
         console.track(steps, stage, cfg.log.progress) as bar,
     ):
         start = checkpoints.resume()
+        selection.warn_if_disk_is_scarce(engines_of(roles).values(), steps - start)
         bar.begin_at(start)
         if evaluations["before"] is None:  # the starting policy: what the run is compared with
             rows = evaluations["before"] = sample_and_score(roles, held_out, cfg)
@@ -234,4 +235,4 @@ def _train(cfg: "PPOConfig", stage: str, observe: Observer | None, restart: bool
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     if engine.rank() == 0:
-        path.write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        disk.write_text(path, json.dumps(rows, indent=1))

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.batches import split_by_prompt
+from ..errors import DiskError
 from ..models.causal_lm import save_causal_lm
 from ..models.folders import refuse_short_context
 from ..models.lora import has_lora
-from ..runtime import engine
+from ..runtime import console, engine
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -72,8 +73,59 @@ def save_policy(
     """
     lm = policy.module.lm
     state = policy.state_dict() if policy.sharded and not has_lora(lm) else None
+
+    def write() -> None:
+        weights = state and {name.removeprefix("lm."): tensor for name, tensor in state.items()}
+        save_causal_lm(folder, lm, tokenizer, weights, card)
+
     with policy.gathered() if has_lora(lm) else contextlib.nullcontext():
-        if engine.rank() == 0:
-            state = state and {name.removeprefix("lm."): tensor for name, tensor in state.items()}
-            save_causal_lm(folder, lm, tokenizer, state, card)
-    engine.barrier()
+        error = written_by_rank_0(write)
+    raise_together(error)
+
+
+def written_by_rank_0(write: Callable[[], None]) -> DiskError | None:
+    """Writes on rank 0, and returns why that failed, for `raise_together`; None on the other ranks.
+
+    Args:
+        write: Writes the files.
+    """
+    if engine.rank() == 0:
+        try:
+            write()
+        except DiskError as error:
+            return error
+    return None
+
+
+def raise_together(error: DiskError | None) -> None:
+    """Waits for all ranks, and raises rank 0's error on each: they all go on together, or end together.
+
+    Args:
+        error: What `written_by_rank_0` returned.
+
+    Raises:
+        DiskError: Rank 0 has one.
+    """
+    line = engine.gather_objects(error and str(error))[0]
+    if line is not None:
+        raise error or DiskError(line)
+
+
+def go_on_without(save: Callable[[], object], required: bool) -> None:
+    """Saves something that a run can do without; a warning says when a disk does not take it.
+
+    Every rank must call it.
+
+    Args:
+        save: Saves it; raises the same DiskError on every rank.
+        required: End the run instead (`checkpoint.required`).
+
+    Raises:
+        DiskError: It could not be saved, and it is required.
+    """
+    try:
+        save()
+    except DiskError as error:
+        if required:
+            raise
+        console.warn(f"{error}; the run continues without it")

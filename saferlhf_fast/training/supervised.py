@@ -21,11 +21,13 @@ from ..config.stage_table import STAGE_SPECS
 from ..data.batches import global_batches
 from ..errors import UserError
 from ..models.packing import pack_into_microbatches
-from ..runtime import console, engine
+from ..runtime import console, disk, engine
 from ..runtime.checkpoint.checkpointer import Checkpoints, ResumableDict
 from ..runtime.metrics import Metrics
 from .anomalies import LossSpikeMonitor, NonFiniteGuard
 from .best_checkpoint import BestCheckpoint
+from .disk_space import model_bytes, warn_if_scarce
+from .stage_helpers import go_on_without
 
 if TYPE_CHECKING:
     from ..config.sections import Training
@@ -127,6 +129,7 @@ def train_supervised(
         console.track(steps, label, cfg.log.progress) as bar,
     ):
         start = checkpoints.resume()
+        warn_if_scarce(folder, cfg.checkpoint, [model], _kept(model, train, steps - start), steps - start)
         bar.begin_at(start)
         batches = islice(_endless_batches(len(examples), size, cfg.seed), start, None)
         for step, indices in zip(range(start + 1, steps + 1), batches):
@@ -142,10 +145,10 @@ def train_supervised(
             if held_out and (step == steps or (train.eval_interval and step % train.eval_interval == 0)):
                 latest["last"] = evaluate(model, task, held_out, budget)
                 metrics.log(step, latest["last"])
-                best.offer(step, latest["last"])
+                go_on_without(lambda: best.offer(step, latest["last"]), cfg.checkpoint.required)  # noqa: B023
                 score = score_of(latest["last"], train.best_metric or "eval/loss")
             if train.save_interval and step % train.save_interval == 0 and step < steps:
-                task.save(Path(folder) / f"step-{step}")
+                go_on_without(lambda: task.save(folder / f"step-{step}"), cfg.checkpoint.required)  # noqa: B023
             bar.advance(tokens=sum(task.tokens(e) for e in batch), line=_line(values))
             checkpoints.after_step(step, score)
         checkpoints.finish()
@@ -154,6 +157,12 @@ def train_supervised(
         console.warn(f"{guard.total} of {steps} steps were left out: their numbers were not finite")
     metrics.close()
     return {"steps": steps, "train/loss": latest["loss"], "skipped_steps": guard.total, **kept}
+
+
+def _kept(model: engine.Engine, train: "Training", steps: int) -> list[int]:
+    """Bytes of the model folders that a run of so many steps writes: the last, the best, the ones between."""
+    between = (steps - 1) // train.save_interval if train.save_interval else 0
+    return [model_bytes(model)] * (1 + (train.best_metric is not None) + between)
 
 
 def train_step(
@@ -318,9 +327,8 @@ def save_batch(batch: Sequence[Any], folder: str | Path, step: int) -> Path:
     """Writes the examples of a global batch, on rank 0, and returns the file's path."""
     path = Path(folder) / f"nonfinite_batch_step{step}.jsonl"
     if engine.rank() == 0:
-        with open(path, "w", encoding="utf-8") as file:
-            for example in batch:
-                file.write(json.dumps(dataclasses.asdict(example), default=str) + "\n")
+        lines = (json.dumps(dataclasses.asdict(example), default=str) + "\n" for example in batch)
+        disk.write_text(path, "".join(lines))
     return path
 
 

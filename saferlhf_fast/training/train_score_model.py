@@ -15,7 +15,7 @@ from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
 from .pair_loss import pair_loss
-from .stage_helpers import held_out_split, refuse_long
+from .stage_helpers import held_out_split, raise_together, refuse_long, written_by_rank_0
 from .supervised import SupervisedTask, total_steps, train_supervised
 
 if TYPE_CHECKING:
@@ -104,20 +104,23 @@ def _saver(
         # merging adapters, and reading a bias, needs the gathered weights
         gather = cfg.lora.rank or model.score.bias is not None
         state = trained.state_dict() if trained.sharded and not gather else None
+
+        def write() -> None:
+            save_score_model(
+                path,
+                model,
+                tokenizer,
+                kind=kind,
+                state_dict=state,
+                drop_bias=cfg.drop_bias,
+                keep_bias=not cfg.drop_bias,
+                card=card,
+            )
+            if cfg.lora.rank and model.score.bias is None and model.normalizer is None:
+                multi_adapter.save_score(path / "adapter", model, cfg.model)
+
         with trained.gathered() if gather else contextlib.nullcontext():
-            if engine.rank() == 0:
-                save_score_model(
-                    path,
-                    model,
-                    tokenizer,
-                    kind=kind,
-                    state_dict=state,
-                    drop_bias=cfg.drop_bias,
-                    keep_bias=not cfg.drop_bias,
-                    card=card,
-                )
-                if cfg.lora.rank and model.score.bias is None and model.normalizer is None:
-                    multi_adapter.save_score(path / "adapter", model, cfg.model)
-        engine.barrier()
+            error = written_by_rank_0(write)
+        raise_together(error)
 
     return save

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from saferlhf_fast.config import checks, inputs, load
-from saferlhf_fast.errors import UserError
+from saferlhf_fast.errors import DiskError, UserError
 from saferlhf_fast.runtime import provenance, run_folder
 from saferlhf_fast.runtime.checkpoint import compatibility
 from saferlhf_fast.runtime.run_state import RunState
@@ -324,7 +324,7 @@ def test_write_json_is_atomic(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", broken)
-    with pytest.raises(OSError):
+    with pytest.raises(DiskError, match="a.json was not written: disk full"):
         provenance.write_json(tmp_path / "a.json", {"a": 2})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": 1}
 

@@ -12,13 +12,14 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from ...errors import UserError
-from ...runtime import console, run_folder, run_lock
+from ...runtime import console, disk, run_folder, run_lock
 from ...runtime.checkpoint import manifest, safe_pickle
-from ...runtime.folder_claims import is_bookkeeping
+from ...runtime.folder_claims import PROBE, is_bookkeeping
 from .verify import whole
 
 
@@ -36,6 +37,7 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
     Raises:
         UserError: The checkpoint is damaged or needs no conversion, `output` is not empty, or another process
             writes to the run's folder.
+        DiskError: The result could not be written; nothing is left of it.
     """
     folder = Path(folder).resolve()
     values = whole(folder)
@@ -50,10 +52,36 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
     output = Path(output).expanduser().resolve() if output else beside
     run_folder.hold_output(output, "checkpoint convert")
     if output == beside and output.is_dir() and not manifest.is_committed(output):
-        shutil.rmtree(output)  # left by a conversion that was interrupted
+        shutil.rmtree(output)  # left by a conversion of an older version that was interrupted
     if output.exists() and (not output.is_dir() or any(not is_bookkeeping(p.name) for p in output.iterdir())):
         raise UserError(f"--output: {output} is not empty; expected a new folder")
-    output.mkdir(parents=True, exist_ok=True)
+    mounted = output.is_dir() and not os.access(output.parent, os.W_OK)  # a folder that cannot be replaced
+    new = output / f"{PROBE}.tmp" if mounted else output.with_name(f"{output.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        with disk.writing(output):
+            new.mkdir(parents=True)
+            _write(folder, new, values)
+            if mounted:
+                for path in sorted(new.iterdir(), key=lambda path: path.name == manifest.NAME):
+                    path.replace(output / path.name)  # the manifest last: it says that the rest is complete
+                new.rmdir()
+            else:
+                new.replace(output)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    return output
+
+
+def _write(folder: Path, output: Path, values: Mapping[str, Any]) -> None:
+    """Writes the converted checkpoint into an empty folder and commits it.
+
+    Args:
+        folder: The checkpoint's folder.
+        output: The empty folder.
+        values: The checkpoint's manifest.
+    """
     for name, kind in values["models"].items():
         _model(folder / name, output / name, kind["zero_stage"])
         if (folder / name / "hf").is_dir():
@@ -71,7 +99,6 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
         }
     unchanged = {key: value for key, value in values.items() if key not in ("seal", "format")}
     manifest.write(output, {**unchanged, "universal": True, "files": files})
-    return output
 
 
 def _model(source: Path, target: Path, zero_stage: int) -> None:

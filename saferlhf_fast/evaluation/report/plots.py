@@ -19,6 +19,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from ...runtime.disk import whole_file
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -65,8 +67,8 @@ class Plot:
         """Writes folder/<name>.png and returns its path."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.name}.png"
-        with matplotlib.rc_context(STYLE):
-            self.figure.savefig(path, format="png", dpi=144, facecolor="white")
+        with whole_file(path) as temporary, matplotlib.rc_context(STYLE):
+            self.figure.savefig(temporary, format="png", dpi=144, facecolor="white")
         return path
 
     def svg(self) -> str:

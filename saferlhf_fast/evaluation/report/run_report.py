@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ...config.sections import PAIR
 from ...config.stage_table import stages_of
 from ...runtime.console import clock, number
+from ...runtime.disk import write_text
 from ..statistics import interval_text, summarise
 from . import page
 from .curves import ppo_plots, supervised_plots
@@ -51,7 +52,7 @@ def write_report(folder: str | Path) -> Path:
     path = run.folder / "report.html"
     name = Path(folder).resolve().name
     title = run.stage if name == run.stage else f"{run.stage} · {name}"
-    path.write_text(page.page(title, subtitle(run), parts), encoding="utf-8")
+    write_text(path, page.page(title, subtitle(run), parts))
     return path
 
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from ...config import fingerprint, inputs
 from ...config.load import to_dict
-from ...errors import UserError
+from ...errors import DiskError, UserError
 from ...version import __version__
-from .. import console, engine, preemption, run_lock
+from .. import console, disk, engine, preemption, run_lock
 from ..provenance import set_aside_by, versions
 from . import compatibility, manifest, shards
 from .state import flatten, generators, restore, set_generators
-from .writer import CheckpointWriter
+from .writer import CheckpointWriter, failure
 
 if TYPE_CHECKING:
     from typing import Self
@@ -71,6 +71,7 @@ class Checkpoints:
         self.score: Score | None = None
         # rank 0 holds the run's folder
         self.locks = run_lock.locks_on(self.folder) if engine.rank() == 0 else []
+        self.ending = False  # the run ends anyway: checkpoint.required does not matter any more
 
     def __enter__(self) -> "Self":
         preemption.listen()
@@ -107,20 +108,24 @@ class Checkpoints:
         stop, due, busy, lost = engine.any_rank([asked, due, busy, lost])
         if lost:
             self._end_without_folder()
+        self.ending = stop
         if self.files is not None and (not busy or stop):
             self._settle()
         if due or stop:
             self.save(step)
         if stop:
             self._settle()
-            raise preemption.Preempted(step, manifest.folder_of(self.folder, step))
+            raise preemption.Preempted(step, manifest.newest_committed(self.folder))
 
     def finish(self) -> None:
         """Waits for a checkpoint that is still being written; every rank must call it after the last step.
 
+        The run's model comes next, so a checkpoint that could not be written only gets a warning.
+
         Raises:
             UserError: Another process writes to the run's folder now.
         """
+        self.ending = True
         self._settle()
         if engine.any_rank([any(lock.is_lost(look=True) for lock in self.locks)])[0]:
             self._end_without_folder()
@@ -137,6 +142,9 @@ class Checkpoints:
 
         Args:
             step: Steps done, from 1.
+
+        Raises:
+            DiskError: It could not be written, and `checkpoint.required` is true.
         """
         self._settle()
         folder = manifest.folder_of(self.folder, step)
@@ -145,7 +153,7 @@ class Checkpoints:
             try:
                 manifest.discard(folder)
             except OSError as error:
-                files.error = f"{folder}: {error}"
+                files.error = failure(folder, error)
         engine.barrier()
         for name, model in self.models.items():
             shards.save(model, folder, name, files)
@@ -187,7 +195,11 @@ class Checkpoints:
         )
 
     def _settle(self) -> None:
-        """Waits until all ranks have written, and commits; if one has failed, all give the checkpoint up."""
+        """Waits until all ranks have written, and commits; if one has failed, all give the checkpoint up.
+
+        Raises:
+            DiskError: The checkpoint could not be written, and the settings require it.
+        """
         if self.files is None:
             return
         assert self.pending is not None, "files are written for a manifest"
@@ -212,12 +224,7 @@ class Checkpoints:
                         },
                     )
                 except OSError as error:
-                    errors = [f"{folder}: {error}"]
-            if errors:
-                console.warn(
-                    f"checkpoint of step {step} was not written ({'; '.join(errors)}); the run continues, "
-                    "and the previous one is kept"
-                )
+                    errors = [failure(folder, error)]
             try:
                 if errors:
                     manifest.discard(folder)
@@ -225,8 +232,19 @@ class Checkpoints:
                     manifest.prune(self.folder, self.cfg.checkpoint.keep, self.cfg.checkpoint.keep_best)
             except OSError as error:  # no reason to stop the run
                 console.warn(f"an old checkpoint could not be deleted: {error}")
-        engine.barrier()
+        errors = engine.gather_objects(errors)[0]
         self.files = self.pending = None
+        if errors:
+            self._report(step, errors, self.cfg.checkpoint.required and not self.ending)
+
+    def _report(self, step: int, errors: list[str], stop: bool) -> None:
+        """Says that a checkpoint was not written, in a warning or, to stop, in a DiskError on every rank."""
+        line = f"checkpoint of step {step} was not written ({'; '.join(errors)})"
+        if stop:
+            raise DiskError(f"{line}; checkpoint.required is true")
+        newest = manifest.newest_committed(self.folder)
+        kept = f"the one of step {newest[0]} is kept: {newest[1]}" if newest else "there is none so far"
+        console.warn(f"{line}; the run continues, {kept}")
 
     # ------------------------------------------------------------ resuming
 
@@ -260,7 +278,7 @@ class Checkpoints:
             source, target = folder.parent.parent / "best", self.folder / "best"
             # a checkpoint of another run: that run's best weights are beside its checkpoints
             if source.is_dir() and not target.exists():
-                shutil.copytree(source, target)
+                _copy_folder(source, target)
         engine.barrier()
         self.last = time.monotonic()
         console.say(f"resume: step {values['step']} from {folder}, written {values['written']}")
@@ -371,6 +389,16 @@ class ResumableDict(dict[str, Any]):
     def load_state_dict(self, values: Mapping[str, Any]) -> None:
         """Takes the values of a checkpoint; others stay."""
         self.update(values)
+
+
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder, whole or not at all."""
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with disk.writing(target):
+        shutil.copytree(source, temporary)
+        disk.sync_all(temporary)
+        temporary.rename(target)
 
 
 def started_inputs(folder: str | Path) -> dict[str, str]:

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
+from .. import disk
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -80,24 +81,15 @@ def write(folder: str | Path, values: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    sync_folder(path.parent)
-    sync_folder(path.parent.parent)
-
-
-def sync_folder(folder: str | Path) -> None:
-    """Flushes a folder's entries to the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    disk.sync(path.parent)
+    disk.sync(path.parent.parent)
 
 
 def sync_folders(folder: str | Path) -> None:
     """Flushes the entries of a folder and of all folders in it to the disk."""
     for inner in [p for p in Path(folder).rglob("*") if p.is_dir()]:
-        sync_folder(inner)
-    sync_folder(folder)
+        disk.sync(inner)
+    disk.sync(folder)
 
 
 def read(folder: str | Path) -> dict[str, Any]:
@@ -208,6 +200,11 @@ def listed(output: str | Path) -> list[tuple[int, Path]]:
 def is_committed(folder: str | Path) -> bool:
     """Whether a checkpoint was finished. Its files may have been damaged since."""
     return (Path(folder) / NAME).is_file()
+
+
+def newest_committed(output: str | Path) -> tuple[int, Path] | None:
+    """Step and folder of a run's newest finished checkpoint; None without one."""
+    return next(((step, path) for step, path in listed(output) if is_committed(path)), None)
 
 
 def discard(folder: str | Path) -> None:

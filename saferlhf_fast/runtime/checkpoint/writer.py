@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .. import disk
 from . import manifest, safe_pickle
 
 
@@ -95,7 +96,7 @@ class CheckpointWriter:
                     )
         # As in _write: a config or tokenizer that cannot be written must not stop the run.
         except Exception as error:
-            self.error = self.error or f"{name}: {type(error).__name__}: {error}"
+            self.error = self.error or failure(self.folder / name, error)
 
     def start(self) -> None:
         """Writes the queued files in the background."""
@@ -136,8 +137,7 @@ class CheckpointWriter:
         # waiting.
         except Exception as error:
             # on a full disk, torch.save raises an error of its own about a wrong position in the file
-            cause = (file and file.error) or error
-            self.error = f"{path}: {type(cause).__name__}: {cause}"
+            self.error = failure(path, (file and file.error) or error)
 
     # ------------------------------------------------------------ what DeepSpeed calls on a checkpoint engine
 
@@ -193,6 +193,17 @@ class CheckpointWriter:
 
     def cleanup(self) -> None:
         """Does nothing: no resources are held."""
+
+
+def failure(path: str | Path, error: Exception) -> str:
+    """Words for a file of a checkpoint that could not be written.
+
+    Args:
+        path: The file.
+        error: What stopped it.
+    """
+    why = disk.cause(error, path)
+    return f"{path}: {why}" if why else f"{path}: {type(error).__name__}: {error}"
 
 
 def _writes(content: bytes) -> Callable[[Any], object]:

@@ -8,6 +8,7 @@ from ...runtime import console
 from ...runtime.checkpoint.checkpointer import Checkpoints
 from ...runtime.metrics import Metrics
 from ..anomalies import LossSpikeMonitor, MultiplierSaturation, NonFiniteGuard
+from ..stage_helpers import go_on_without
 from .selection import PolicySelection
 from .step_metrics import sample_rows, save_batch
 
@@ -55,7 +56,8 @@ class AfterStep:
         if is_last or self._is_due(self.cfg.evaluation.interval, step):
             self.metrics.log(step, self.selection.offer(step))
         if not is_last and self._is_due(self.cfg.save_interval, step):
-            self.selection.save_snapshot(self.stage, step)
+            required = self.cfg.checkpoint.required
+            go_on_without(lambda: self.selection.save_snapshot(self.stage, step), required)
         self.checkpoints.after_step(step, self.selection.score(step))
 
     @staticmethod

@@ -1,6 +1,6 @@
 """Which policy a run keeps: the last one, or the best one whose mean costs are under their thresholds."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +9,7 @@ from ...rollout.sample_and_score import sample_and_score, summary_of
 from ...rollout.types import per_constraint
 from ...runtime import console, engine
 from ..best_checkpoint import BestCheckpoint
+from ..disk_space import model_bytes, warn_if_scarce
 from ..stage_helpers import save_policy
 from .constraints import one_or_each
 from .multiplier import MultiplierRule
@@ -116,6 +117,17 @@ class PolicySelection:
         """
         card = {"stage": stage, "step": step}
         save_policy(self.roles.trained_actor, self.folder / f"step-{step}", self.roles.tokenizer, card)
+
+    def warn_if_disk_is_scarce(self, models: "Iterable[engine.Engine]", steps: int) -> None:
+        """Warns when the disk has less room than the run may need.
+
+        Args:
+            models: All trained models.
+            steps: Steps that the run will make.
+        """
+        size, interval = model_bytes(self.roles.trained_actor), self.cfg.save_interval
+        kept = [size] * (1 + ((steps - 1) // interval if interval else 0))
+        warn_if_scarce(self.folder, self.cfg.checkpoint, models, kept, steps)
 
     def settle(self, card: Mapping[str, Any]) -> tuple[Rows, int | None, dict[str, float] | float | None]:
         """Puts the kept weights back and saves them in folder/model; every rank must call it.

@@ -12,7 +12,7 @@ import torch
 
 from ...config.sections import COST, REWARD
 from ...rollout.types import per_constraint, per_stream
-from ...runtime import engine
+from ...runtime import disk, engine
 
 if TYPE_CHECKING:
     from ...config.stages import PPOConfig
@@ -214,7 +214,6 @@ def save_batch(cfg: "PPOConfig", step: int, rollout: "Rollout", scored: "Scored"
         The path of this rank's file, in the run's folder.
     """
     path = Path(cfg.output).expanduser() / f"nonfinite_batch_step{step}_rank{engine.rank()}.jsonl"
-    with open(path, "w", encoding="utf-8") as file:
-        for row in sample_rows(rollout, scored, len(rollout)):
-            file.write(json.dumps(row) + "\n")
+    rows = sample_rows(rollout, scored, len(rollout))
+    disk.write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     return path
