@@ -191,3 +191,21 @@ def size_text(count: float) -> str:
             return f"{count:.0f} bytes" if unit == "bytes" else f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies a folder, whole or not at all.
+
+    Args:
+        source: The folder.
+        target: Where the copy is to be; nothing is there yet.
+
+    Raises:
+        DiskError: The copy could not be written; nothing is left of it.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with writing(target):
+        shutil.copytree(source, temporary)
+        sync_all(temporary)
+        temporary.rename(target)

@@ -34,7 +34,8 @@ from ..rollout.sample_and_score import sample_and_score, summary_of
 from ..rollout.scoring import old_logprobs_and_values, score_rollout
 from ..rollout.types import per_stream
 from ..runtime import console, disk, engine
-from ..runtime.checkpoint.checkpointer import Checkpoints, ResumableDict
+from ..runtime.checkpoint.checkpointer import Checkpoints
+from ..runtime.checkpoint.state import ResumableDict
 from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
 from .anomalies import LossSpikeMonitor, MultiplierSaturation, NonFiniteGuard

@@ -22,7 +22,8 @@ from ..data.batches import global_batches
 from ..errors import UserError
 from ..models.packing import pack_into_microbatches
 from ..runtime import console, disk, engine
-from ..runtime.checkpoint.checkpointer import Checkpoints, ResumableDict
+from ..runtime.checkpoint.checkpointer import Checkpoints
+from ..runtime.checkpoint.state import ResumableDict
 from ..runtime.metrics import Metrics
 from .anomalies import LossSpikeMonitor, NonFiniteGuard
 from .best_checkpoint import BestCheckpoint

@@ -1,7 +1,6 @@
 """When a run writes a checkpoint, and which one it resumes from; see the package's docstring."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -278,7 +277,7 @@ class Checkpoints:
             source, target = folder.parent.parent / "best", self.folder / "best"
             # a checkpoint of another run: that run's best weights are beside its checkpoints
             if source.is_dir() and not target.exists():
-                _copy_folder(source, target)
+                disk.copy_folder(source, target)
         engine.barrier()
         self.last = time.monotonic()
         console.say(f"resume: step {values['step']} from {folder}, written {values['written']}")
@@ -377,28 +376,6 @@ class Checkpoints:
         # there is none for a rank beyond the number of processes that wrote the checkpoint
         if path.exists():
             set_generators(json.loads(path.read_text(encoding="utf-8")))
-
-
-class ResumableDict(dict[str, Any]):
-    """A few values that a checkpoint keeps: numbers, texts, tensors, lists, dicts."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The values."""
-        return dict(self)
-
-    def load_state_dict(self, values: Mapping[str, Any]) -> None:
-        """Takes the values of a checkpoint; others stay."""
-        self.update(values)
-
-
-def _copy_folder(source: Path, target: Path) -> None:
-    """Copies a folder, whole or not at all."""
-    temporary = target.with_name(f"{target.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    with disk.writing(target):
-        shutil.copytree(source, temporary)
-        disk.sync_all(temporary)
-        temporary.rename(target)
 
 
 def started_inputs(folder: str | Path) -> dict[str, str]:

@@ -105,3 +105,15 @@ def _text(state_8: torch.Tensor) -> str:
 def _bytes(text: str) -> torch.Tensor:
     """The bytes that `_text` encoded, [count] of uint8."""
     return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
+
+
+class ResumableDict(dict[str, Any]):
+    """A few values that a checkpoint keeps: numbers, texts, tensors, lists, dicts."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values."""
+        return dict(self)
+
+    def load_state_dict(self, values: Mapping[str, Any]) -> None:
+        """Takes the values of a checkpoint; others stay."""
+        self.update(values)
