@@ -194,6 +194,7 @@ def ppo_loss_from_logits(
         advantage_shift=advantage_shift,
         impl=impl,
     )
+    inplace = checks.flag(op, "inplace", inplace)
     gradient = needs_gradient(logits)
     flat = logits.reshape(ids.numel(), logits.shape[-1])
     inplace = inplace and gradient and checks.disposable(logits, flat)
