@@ -1,4 +1,4 @@
-"""TRL's own trainers with this package's kernels in the place of TRL's: one line more, the same losses.
+"""TRL's own trainers with this package's kernels in the place of TRL's: the same losses in float32.
 
     python examples/trl_patched.py                    # DPOTrainer on a tiny model from random weights, twice
     python examples/trl_patched.py --trainer grpo

@@ -1,23 +1,44 @@
 """Checks of shape, dtype and device of the ops' arguments; a message says what was expected and got.
 
-Those of settings are in setting_checks.py. Most of the others look at no values, which would make the host
-wait for the device. `known_ids`, `known_temperatures` and the offsets of `rows` look at values on the CPU,
-and on a device only with SAFERLHF_CHECK=1. `op` is always the name of the op, with which the message
-begins. Shapes: N packed tokens, B rows, T padded width, V vocabulary, H hidden size.
+Those of settings are in setting_checks.py, those of offsets and masks in row_checks.py. Most of the others
+look at no values, which would make the host wait for the device. `known_ids`, `known_temperatures` and the
+offsets of `rows` look at values on the CPU, and on a device only with SAFERLHF_CHECK=1. `op` is always the
+name of the op, with which the message begins. Shapes: N packed tokens, B rows, T padded width, V vocabulary,
+H hidden size.
 """
 
 from collections.abc import Sequence
 
 import torch
 
-from .dispatch import checking, interpreted
+from .dispatch import NAMES
 from .first_order import transformed
+from .kinds import flag as flag
+from .kinds import is_floating as is_floating
+from .kinds import is_integer as is_integer
+from .kinds import number as number
+from .kinds import shown as shown
+from .kinds import tensor as tensor_argument
+from .kinds import wrong
+from .row_checks import looks
+from .row_checks import per_row as per_row
+from .row_checks import rows as rows
 from .setting_checks import chunk_tokens as chunk_tokens
 from .setting_checks import clip as clip
+from .setting_checks import coefficient as coefficient
 from .setting_checks import fraction as fraction
 from .setting_checks import not_negative as not_negative
 from .setting_checks import one_of as one_of
 from .setting_checks import softcap as softcap
+
+
+def implementation(op: str, impl: str) -> None:
+    """Checks the name of an implementation; `choose` says whether it can run.
+
+    Raises:
+        ValueError: It is none of `NAMES`.
+    """
+    one_of(op, "impl", impl, NAMES)
 
 
 def result_dtype(*tensors: torch.Tensor) -> torch.dtype:
@@ -57,7 +78,7 @@ def scalar(value: float | torch.Tensor | None, like: torch.Tensor, name: str) ->
         if value.dim() == 0 and value.dtype == dtype and value.device == like.device:
             return detached(value)
         return value.detach().reshape(()).to(device=like.device, dtype=dtype)
-    return torch.full((), float(value), dtype=dtype, device=like.device)
+    return torch.full((), float(number("", name, value)), dtype=dtype, device=like.device)
 
 
 def normalizer(op: str, value: float | torch.Tensor | None, like: torch.Tensor) -> torch.Tensor | None:
@@ -75,19 +96,6 @@ def normalizer(op: str, value: float | torch.Tensor | None, like: torch.Tensor) 
     if value is not None and not isinstance(value, torch.Tensor):
         not_negative(op, "normalizer", value)
     return scalar(value, like, "normalizer")
-
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def is_floating(tensor: torch.Tensor) -> bool:
-    """True for the floating point types that the ops know: those of 8 bits are not among them."""
-    return tensor.dtype in FLOATS
-
-
-def is_integer(tensor: torch.Tensor) -> bool:
-    """True for integer types, with which one counts or looks up; bool is not among them."""
-    return not (tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool)
 
 
 def as_int32_or_int64(ids: torch.Tensor) -> torch.Tensor:
@@ -133,8 +141,10 @@ def same_tokens(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) 
     Raises:
         ValueError: A tensor is not floating point, or not of the first one's shape and device.
     """
+    tensor_argument(op, names[0], tensors[0])
     shape, device = tensors[0].shape, tensors[0].device
     for name, tensor in zip(names, tensors):
+        tensor_argument(op, name, tensor)
         if tensor.shape != shape:
             raise ValueError(
                 f"{op}: {name}: expected shape {tuple(shape)} as {names[0]}, got {tuple(tensor.shape)}"
@@ -145,100 +155,6 @@ def same_tokens(op: str, names: Sequence[str], tensors: Sequence[torch.Tensor]) 
             raise ValueError(
                 f"{op}: {name}: expected a floating point dtype of 16, 32 or 64 bits, got {tensor.dtype}"
             )
-
-
-def rows(
-    op: str,
-    name: str,
-    shape: torch.Size,
-    device: torch.device,
-    cu_seqlens: torch.Tensor | None,
-    mask: torch.Tensor | None,
-) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    """Where the rows of token tensors are, packed or padded.
-
-    Args:
-        op: Name of the op.
-        name: Name of the argument whose shape and device are given.
-        shape: [N] packed, or [B, T] padded.
-        device: The token tensors' device.
-        cu_seqlens: Offsets of packed rows, integers [B+1]. Values are looked at on the CPU alone (or with
-            SAFERLHF_CHECK=1), and only those of other dtypes than int32: each must fit int32.
-        mask: Valid tokens of padded rows, bool [B, T]. With neither of the two, [N] is one sequence and [B,
-            T] has no padding.
-
-    Returns:
-        (cu_seqlens, mask, B): one of the first two is None; offsets are int32.
-
-    Raises:
-        ValueError: Both are given, or one whose shape, dtype or device does not fit, or on the CPU an int64
-            offset that is no int32.
-    """
-    if cu_seqlens is not None and mask is not None:
-        raise ValueError(f"{op}: expected cu_seqlens (packed [N]) or mask (padded [B, T]), got both")
-    if cu_seqlens is None and mask is None:
-        if len(shape) == 1:
-            cu_seqlens = torch.arange(2, dtype=torch.int32, device=device) * shape[0]
-        else:
-            mask = torch.ones(shape, dtype=torch.bool, device=device)
-    if cu_seqlens is not None:
-        if len(shape) != 1:
-            raise ValueError(
-                f"{op}: {name}: expected packed tokens [N] with cu_seqlens, got shape {tuple(shape)}"
-            )
-        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0 or not is_integer(cu_seqlens):
-            raise ValueError(
-                f"{op}: cu_seqlens: expected int32 offsets [B+1], got {cu_seqlens.dtype} "
-                f"{tuple(cu_seqlens.shape)}"
-            )
-        if cu_seqlens.device != device:
-            raise ValueError(f"{op}: cu_seqlens: expected device {device} as {name}, got {cu_seqlens.device}")
-        return _offsets(op, cu_seqlens), None, cu_seqlens.shape[0] - 1
-    assert mask is not None, "one of the two has been made above"
-    if len(shape) != 2 or mask.shape != shape:
-        raise ValueError(
-            f"{op}: expected {name} [B, T] and a mask of that shape, "
-            f"got {tuple(shape)} and {tuple(mask.shape)}"
-        )
-    if mask.dtype != torch.bool:
-        raise ValueError(f"{op}: mask: expected dtype torch.bool, got {mask.dtype}")
-    if mask.device != device:
-        raise ValueError(f"{op}: mask: expected device {device} as {name}, got {mask.device}")
-    return None, mask, shape[0]
-
-
-def _offsets(op: str, cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Offsets as int32, none of which may wrap around into a plausible one.
-
-    One that does not fit raises ValueError on the CPU; on a device it becomes an offset that cannot be.
-    """
-    if cu_seqlens.dtype == torch.int32:
-        return cu_seqlens
-    offsets, largest = cu_seqlens.long(), torch.iinfo(torch.int32).max
-    if _looks(cu_seqlens) and ((offsets < 0) | (offsets > largest)).any():
-        raise ValueError(f"{op}: cu_seqlens: expected offsets in 0..{largest}, got {cu_seqlens.tolist()[:8]}")
-    return offsets.clamp(-1, largest).to(torch.int32)
-
-
-def per_row(op: str, name: str, tensor: torch.Tensor, count: int, device: torch.device) -> None:
-    """Checks a tensor that has a number for each row.
-
-    Args:
-        op: Name of the op.
-        name: Name of the argument.
-        tensor: Floating point [B].
-        count: B.
-        device: The token tensors' device.
-
-    Raises:
-        ValueError: The tensor is not floating point, or of another shape or on another device.
-    """
-    if tensor.dim() != 1 or tensor.shape[0] != count or not is_floating(tensor):
-        raise ValueError(
-            f"{op}: {name}: expected floating point [B] = [{count}], got {tensor.dtype} {tuple(tensor.shape)}"
-        )
-    if tensor.device != device:
-        raise ValueError(f"{op}: {name}: expected device {device}, got {tensor.device}")
 
 
 def logits_and_ids(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
@@ -252,6 +168,8 @@ def logits_and_ids(op: str, logits: torch.Tensor, ids: torch.Tensor) -> None:
     Raises:
         ValueError: Shapes, dtypes or devices are others.
     """
+    tensor_argument(op, "logits", logits)
+    tensor_argument(op, "ids", ids)
     if logits.dim() < 1 or ids.shape != logits.shape[:-1]:
         raise ValueError(
             f"{op}: ids: expected shape {tuple(logits.shape[:-1])} as logits without its last dimension, "
@@ -280,16 +198,20 @@ def head(
     Raises:
         ValueError: Shapes, dtypes or devices are others.
     """
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("ids", ids)):
+        tensor_argument(op, name, tensor)
+    if bias is not None:
+        tensor_argument(op, "bias", bias)
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(
             f"{op}: expected hidden [..., H] and weight [V, H], got {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)}"
         )
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != hidden.dtype or tensor.device != hidden.device):
+    for name, part in (("weight", weight), ("bias", bias)):
+        if part is not None and (part.dtype != hidden.dtype or part.device != hidden.device):
             raise ValueError(
                 f"{op}: {name}: expected {hidden.dtype} on {hidden.device} as hidden, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"got {part.dtype} on {part.device}"
             )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{op}: bias: expected shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}")
@@ -322,9 +244,11 @@ def temperature(
         ValueError: A number that is not > 0, or a tensor of another shape or that is not floating point.
     """
     if not isinstance(value, torch.Tensor):
-        if not value > 0:
-            raise ValueError(f"{op}: temperature: expected a number > 0 or a tensor of them, got {value}")
-        return float(value), None
+        expected = "a number > 0 or a tensor of them"
+        one = number(op, "temperature", value, expected=expected)
+        if not one > 0:
+            raise wrong(op, "temperature", expected, value)
+        return float(one), None
     if value.dim() and value.shape != shape or not value.dtype.is_floating_point:
         raise ValueError(
             f"{op}: temperature: expected a number > 0, or floating point numbers of shape {tuple(shape)}, "
@@ -336,14 +260,6 @@ def temperature(
         )
     value = value.detach().to(device=like.device, dtype=result_dtype(like))
     return 1.0, value.expand(shape).reshape(-1).contiguous()
-
-
-def _looks(tensor: torch.Tensor) -> bool:
-    """Whether values are looked at: on the CPU, or with SAFERLHF_CHECK=1.
-
-    Triton's interpreter counts as a device.
-    """
-    return tensor.device.type == "cpu" and not interpreted() or checking()
 
 
 def known_temperatures(
@@ -359,7 +275,7 @@ def known_temperatures(
     Raises:
         ValueError: A temperature that counts is not > 0.
     """
-    if temperature_N is None or temperature_N.numel() == 0 or not _looks(temperature_N):
+    if temperature_N is None or temperature_N.numel() == 0 or not looks(temperature_N):
         return
     wrong = ~(temperature_N > 0)
     if counted is not None:
@@ -383,7 +299,7 @@ def known_ids(op: str, ids: torch.Tensor, vocabulary: int, counted: torch.Tensor
     Raises:
         ValueError: An id that counts is outside the vocabulary.
     """
-    if ids.numel() == 0 or not _looks(ids):
+    if ids.numel() == 0 or not looks(ids):
         return
     lowest, highest = ids.aminmax()
     if lowest >= 0 and highest < vocabulary:  # the usual case: one pass, and nothing is left to find out

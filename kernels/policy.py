@@ -138,10 +138,13 @@ def arguments(
     checks.one_of(op, "reduction", reduction, REDUCTIONS)
     checks.one_of(op, "kl_estimator", kl_estimator, KL_ESTIMATORS)
     clip = checks.clip(op, clip_ratio, clip_high, dual_clip)
+    kl_coeff = checks.coefficient(op, "ref_logp", kl_coeff, like)
+    entropy_coeff = checks.coefficient(op, "entropy", entropy_coeff, like)
     if ref_logp is None and kl_coeff:
         raise ValueError(
             f"{op}: ref_logp: expected the reference's log-probs with kl_coeff {kl_coeff}, got None"
         )
+    checks.implementation(op, impl)
     cu_seqlens, mask, _ = checks.rows(op, "old_logp", old_logp.shape, like.device, cu_seqlens, mask)
     one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, like)
     return Policy(

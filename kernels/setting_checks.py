@@ -6,7 +6,7 @@ In all functions `op` is the name of the op, with which the message begins.
 from collections.abc import Collection
 from typing import Any
 
-import torch
+from .kinds import number, shown, wrong
 
 
 def one_of(op: str, name: str, value: Any, allowed: Collection[str]) -> None:
@@ -21,38 +21,48 @@ def one_of(op: str, name: str, value: Any, allowed: Collection[str]) -> None:
     Raises:
         ValueError: The value is none of them.
     """
-    if value not in allowed:
-        raise ValueError(f"{op}: {name}: expected one of {', '.join(allowed)}, got {value!r}")
+    if not isinstance(value, str) or value not in allowed:
+        raise wrong(op, name, f"one of {', '.join(allowed)}", value)
 
 
-def not_negative(op: str, name: str, value: float) -> None:
-    """Checks a number that may not be negative.
-
-    Args:
-        op: Name of the op.
-        name: Name of the argument.
-        value: Its value.
-
-    Raises:
-        ValueError: The value is below 0 or NaN.
-    """
-    if not value >= 0:
-        raise ValueError(f"{op}: {name}: expected a number >= 0, got {value}")
-
-
-def fraction(op: str, name: str, value: float) -> None:
-    """Checks a number in 0..1.
+def not_negative(op: str, name: str, value: float) -> float:
+    """A number that may not be negative.
 
     Args:
         op: Name of the op.
         name: Name of the argument.
         value: Its value.
 
+    Returns:
+        The number.
+
     Raises:
-        ValueError: The value is below 0, above 1 or NaN.
+        ValueError: The value is no number, below 0 or NaN.
     """
-    if not 0 <= value <= 1:
-        raise ValueError(f"{op}: {name}: expected a number in 0..1, got {value}")
+    result = number(op, name, value, expected="a number >= 0")
+    if not result >= 0:
+        raise wrong(op, name, "a number >= 0", result)
+    return result
+
+
+def fraction(op: str, name: str, value: float) -> float:
+    """A number in 0..1.
+
+    Args:
+        op: Name of the op.
+        name: Name of the argument.
+        value: Its value.
+
+    Returns:
+        The number.
+
+    Raises:
+        ValueError: The value is no number, below 0, above 1 or NaN.
+    """
+    result = number(op, name, value, expected="a number in 0..1")
+    if not 0 <= result <= 1:
+        raise wrong(op, name, "a number in 0..1", result)
+    return result
 
 
 def clip(
@@ -70,14 +80,40 @@ def clip(
         (clip_ratio, clip_high, dual_clip).
 
     Raises:
-        ValueError: A negative clip, or dual_clip that is not > 1.
+        ValueError: A clip that is no number or negative, or dual_clip that is not > 1.
     """
-    clip_high = clip_ratio if clip_high is None else clip_high
-    not_negative(op, "clip_ratio", clip_ratio)
-    not_negative(op, "clip_high", clip_high)
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"{op}: dual_clip: expected None or a number > 1, got {dual_clip}")
-    return clip_ratio, clip_high, float("inf") if dual_clip is None else dual_clip
+    clip_ratio = not_negative(op, "clip_ratio", clip_ratio)
+    clip_high = clip_ratio if clip_high is None else not_negative(op, "clip_high", clip_high)
+    if dual_clip is None:
+        return clip_ratio, clip_high, float("inf")
+    dual_clip = number(op, "dual_clip", dual_clip, expected="None or a number > 1")
+    if not dual_clip > 1:
+        raise wrong(op, "dual_clip", "None or a number > 1", dual_clip)
+    return clip_ratio, clip_high, dual_clip
+
+
+def coefficient(op: str, name: str, value: float, tensor: object) -> float:
+    """The finite coefficient of a term of a loss.
+
+    Args:
+        op: Name of the op.
+        name: Name of the tensor that the term is made from.
+        value: Its value; the argument's name is in `COEFFICIENTS`.
+        tensor: That tensor; None, where the caller gave none.
+
+    Returns:
+        The coefficient.
+
+    Raises:
+        ValueError: The value is no finite number, or not 0 although there is no tensor.
+    """
+    result = number(op, COEFFICIENTS[name], value, expected="a finite number", finite=True)
+    if tensor is None and result != 0:
+        raise ValueError(f"{op}: {name}: expected a tensor, since its coefficient is {result}, got None")
+    return result
+
+
+COEFFICIENTS = {"ref_logp": "kl_coeff", "entropy": "entropy_coeff"}
 
 
 def softcap(op: str, value: float | None) -> float:
@@ -91,13 +127,14 @@ def softcap(op: str, value: float | None) -> float:
         The cap, 0.0 for None.
 
     Raises:
-        ValueError: The value is not > 0.
+        ValueError: The value is no number > 0.
     """
     if value is None:
         return 0.0
-    if isinstance(value, torch.Tensor) and value.numel() != 1 or not value > 0:
-        raise ValueError(f"{op}: softcap: expected None or a number > 0, got {value}")
-    return float(value)
+    result = number(op, "softcap", value, expected="None or a number > 0")
+    if not result > 0:
+        raise wrong(op, "softcap", "None or a number > 0", result)
+    return float(result)
 
 
 def chunk_tokens(op: str, value: int | None) -> None:
@@ -110,5 +147,5 @@ def chunk_tokens(op: str, value: int | None) -> None:
     Raises:
         ValueError: The value is something else.
     """
-    if value is not None and not (isinstance(value, int) and value >= 1):
-        raise ValueError(f"{op}: chunk_tokens: expected None or an integer >= 1, got {value!r}")
+    if value is not None and not (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        raise ValueError(f"{op}: chunk_tokens: expected None or an integer >= 1, got {shown(value)}")

@@ -94,8 +94,8 @@ def gae(
     """
     checks.same_tokens("gae", ("rewards", "values"), (rewards, values))
     checks.one_of("gae", "masked", masked, ("zero", "carry"))
-    checks.fraction("gae", "gamma", gamma)
-    checks.fraction("gae", "lam", lam)
+    gamma, lam = checks.fraction("gae", "gamma", gamma), checks.fraction("gae", "lam", lam)
+    checks.implementation("gae", impl)
     cu_seqlens, mask, _ = checks.rows("gae", "rewards", rewards.shape, rewards.device, cu_seqlens, mask)
     return _call(
         checks.detached(rewards),

@@ -283,6 +283,10 @@ def linear_logprob(
     checks.head(op, hidden, weight, ids, bias)
     refuse_tangents(op, hidden, weight, bias)
     checks.chunk_tokens(op, chunk_tokens)
+    return_entropy = checks.flag(op, "return_entropy", return_entropy)
+    checks.implementation(op, impl)
+    if group is not None and not hasattr(group, "group_name"):
+        raise ValueError(f"{op}: group: expected a torch.distributed.ProcessGroup, got {checks.shown(group)}")
     one_temperature, temperature_N = checks.temperature(op, temperature, ids.shape, hidden)
     gradient = any(map(needs_gradient, (hidden, weight, bias)))
     logp, entropy, _ = _call(

@@ -155,16 +155,17 @@ def ppo_lag_advantage(
         tokens.append(cost_values)
     checks.same_tokens(op, names, tokens)
     checks.one_of(op, "masked", masked, ("zero", "carry"))
-    checks.fraction(op, "gamma", gamma)
-    checks.fraction(op, "lam", lam)
+    gamma, lam = checks.fraction(op, "gamma", gamma), checks.fraction(op, "lam", lam)
+    kl_coeff = checks.number(op, "kl_coeff", kl_coeff, expected="a finite number", finite=True)
+    whiten = checks.flag(op, "whiten", whiten)
+    checks.implementation(op, impl)
     if multiplier is not None and not isinstance(multiplier, torch.Tensor):
         checks.not_negative(op, "multiplier", multiplier)
     cu_seqlens, mask, count = checks.rows(op, "logp", logp.shape, logp.device, cu_seqlens, mask)
     checks.per_row(op, "reward", reward, count, logp.device)
     if cost is not None:
         checks.per_row(op, "cost", cost, count, logp.device)
-    clip_score = float("inf") if clip_score is None else clip_score
-    checks.not_negative(op, "clip_score", clip_score)
+    clip_score = float("inf") if clip_score is None else checks.not_negative(op, "clip_score", clip_score)
     advantages, reward_returns, cost_returns, statistics = _call(
         *map(checks.detached, (logp, ref_logp, reward, cost, reward_values, cost_values)),
         checks.scalar(multiplier, logp, "multiplier"),

@@ -155,11 +155,9 @@ def ppo_loss(
     checks.one_of("ppo_loss", "reduction", reduction, REDUCTIONS)
     checks.one_of("ppo_loss", "kl_estimator", kl_estimator, KL_ESTIMATORS)
     clip = checks.clip("ppo_loss", clip_ratio, clip_high, dual_clip)
-    for name, coefficient, tensor in (("ref_logp", kl_coeff, ref_logp), ("entropy", entropy_coeff, entropy)):
-        if tensor is None and coefficient != 0:
-            raise ValueError(
-                f"ppo_loss: {name}: expected a tensor, since its coefficient is {coefficient}, got None"
-            )
+    kl_coeff = checks.coefficient("ppo_loss", "ref_logp", kl_coeff, ref_logp)
+    entropy_coeff = checks.coefficient("ppo_loss", "entropy", entropy_coeff, entropy)
+    checks.implementation("ppo_loss", impl)
     cu_seqlens, mask, _ = checks.rows("ppo_loss", "logp", logp.shape, logp.device, cu_seqlens, mask)
     loss, _, _, _, statistics = _call(
         logp,

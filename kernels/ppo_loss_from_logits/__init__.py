@@ -196,6 +196,7 @@ def ppo_loss_from_logits(
         advantage_shift=advantage_shift,
         impl=impl,
     )
+    inplace = checks.flag(op, "inplace", inplace)
     gradient = needs_gradient(logits)
     flat = flattened(logits, ids.numel(), logits.shape[-1])
     inplace = inplace and gradient and checks.disposable(logits, flat)

@@ -206,6 +206,9 @@ def token_logprob(
     """
     checks.logits_and_ids("token_logprob", logits, ids)
     refuse_tangents("token_logprob", logits)
+    return_entropy = checks.flag("token_logprob", "return_entropy", return_entropy)
+    inplace_backward = checks.flag("token_logprob", "inplace_backward", inplace_backward)
+    checks.implementation("token_logprob", impl)
     one_temperature, temperature_N = checks.temperature("token_logprob", temperature, ids.shape, logits)
     flat = flattened(logits, ids.numel(), logits.shape[-1])
     inplace = inplace_backward and checks.disposable(logits, flat)

@@ -106,7 +106,11 @@ def value_loss(
     checks.same_tokens("value_loss", ("values", "old_values", "returns"), (values, old_values, returns))
     refuse_tangents("value_loss", values)
     checks.one_of("value_loss", "reduction", reduction, REDUCTIONS)
-    checks.not_negative("value_loss", "clip_value", clip_value)
+    clip_value = checks.not_negative("value_loss", "clip_value", clip_value)
+    checks.implementation("value_loss", impl)
+    for name, given in (("mask", mask), ("cu_seqlens", cu_seqlens)):
+        if given is not None:
+            checks.tensor_argument("value_loss", name, given)
     single = (
         values.dim() == (1 if cu_seqlens is not None else 2 if mask is None else mask.dim())
         or values.dim() == 1

@@ -25,7 +25,9 @@ __all__ = ["LIBRARIES", "Refused", "Report", "patch", "patched", "unpatch"]
 LIBRARIES = ("trl", "verl", "openrlhf", "safe_rlhf", "align_anything", "transformers")
 
 
-def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = False) -> Report:
+def patch(
+    name: str, model: Any = None, *, force: bool = False, quiet: bool = False, dtype: str = "float32"
+) -> Report:
     """Replaces a library's functions, in every module that has imported them and in the library's registries.
 
     Patching twice is harmless: the second call also replaces what has been imported since, and its context
@@ -35,7 +37,10 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
         name: "trl", "verl", "openrlhf", "safe_rlhf", "align_anything" or "transformers".
         model: For "transformers" alone: the instance of a Hugging Face causal LM to patch.
         force: Also patches a version or a signature that our implementation was never compared with.
-        quiet: Prints nothing.
+        quiet: Prints nothing; the report says the same.
+        dtype: Of the results of bfloat16 and float16 inputs: "float32", or "input" for the dtype that the
+            library's own function returns. They are computed in float32 in both cases. A patched model of
+            transformers returns its loss in float32 with both, as transformers does.
 
     Returns:
         What was replaced and what was left; used as a context manager it restores everything at its end.
@@ -44,9 +49,12 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
         ImportError: The library is not installed.
         Refused: Its version is unknown, or a function's parameters have changed (the message names it); then
             nothing has been replaced. It is a ValueError.
-        ValueError: The name is unknown, or `model` is missing or does not belong there.
+        ValueError: The name or the dtype is unknown, the library is patched with another dtype, or `model` is
+            missing or does not belong there.
     """
     _require_known(name)
+    if dtype not in replacing.DTYPES:
+        raise ValueError(f"patch: dtype: expected {' or '.join(map(repr, replacing.DTYPES))}, got {dtype!r}")
     if name == "transformers":
         if model is None:
             raise ValueError('patch("transformers", model): expected a causal language model, got None')
@@ -54,7 +62,7 @@ def patch(name: str, model: Any = None, *, force: bool = False, quiet: bool = Fa
     elif model is not None:
         raise ValueError(f"patch({name!r}) takes no model: it replaces the library's functions")
     else:
-        report = replacing.patch(import_module(f"{__name__}.{name}").LIBRARY, force)
+        report = replacing.patch(import_module(f"{__name__}.{name}").LIBRARY, force, dtype)
     if not quiet:
         report.show()
     return report

@@ -19,6 +19,7 @@ def _gae(module: str, name: str) -> Replace:
         "one launch instead of a Python loop over tokens; masked entries are never read",
         digests=(GAE,),
         loaded=True,
+        dtype_of=("values", "rewards", "sequence_mask"),
     )
 
 
@@ -30,6 +31,7 @@ def _critic(module: str, name: str) -> Replace:
         "loss and gradient in one pass; a row without tokens does not make it NaN",
         digests=(CRITIC,),
         loaded=True,
+        dtype_of=("values", "old_values", "returns", "mask"),
     )
 
 
@@ -41,6 +43,7 @@ def _actor(module: str, name: str) -> Replace:
         "loss and gradient in one pass; a row without tokens does not make it NaN, nor a large ratio",
         digests=(ACTOR,),
         loaded=True,
+        dtype_of=("log_probs", "old_log_probs", "advantages", "mask"),
     )
 
 
@@ -55,6 +58,7 @@ LIBRARY = Library(
             "(logits, labels)",
             "no copy of the logits; float32 results (its own: off by .01 in bfloat16), empty batches",
             digests=("2bb235c0f30d",),
+            dtype_of=("logits",),
         ),
         _gae("text_to_text.ppo", "PPOTrainer"),
         _critic("text_to_text.ppo", "PPOTrainer"),
@@ -74,6 +78,7 @@ LIBRARY = Library(
             "loss and gradient in one pass; λ stays on the device; a row without tokens does not make it NaN",
             digests=(LAGRANGIAN,),
             loaded=True,
+            dtype_of=("log_probs", "old_log_probs", "reward_advantages", "cost_advantages", "mask"),
         ),
     ),
     leave=(

@@ -176,6 +176,7 @@ LIBRARY = Library(
             log_probs_from_logits,
             "(logits, labels, temperature=1.0)",
             "one read of the logits, which stay as they are; float32 results, empty batches",
+            dtype_of=("logits", "temperature"),
         ),
         Replace(
             f"{UTILS}:compute_entropy",
@@ -183,6 +184,7 @@ LIBRARY = Library(
             "(logits)",
             "keeps no softmax for backward, compiles nothing; -inf logits give a finite entropy (its own: "
             "NaN)",
+            dtype_of=("logits",),
         ),
         Replace(
             f"{LOSS}:PolicyLoss.forward",
@@ -190,12 +192,15 @@ LIBRARY = Library(
             f"(self, log_probs, old_log_probs, advantages, action_mask=None, rollout_log_probs=None, "
             f"{COUNTS}",
             "loss, gradient and metrics in one pass; a batch without tokens gives 0 (its own: NaN)",
+            dtype_of=("log_probs", "old_log_probs", "advantages", "action_mask"),
+            metrics=(1,),
         ),
         Replace(
             f"{LOSS}:ValueLoss.forward",
             value_loss_forward,
             f"(self, values, old_values, returns, action_mask=None, {COUNTS}",
             "loss and gradient in one pass; a batch without tokens gives 0 (its own: NaN)",
+            dtype_of=("values", "old_values", "returns", "action_mask"),
         ),
         Replace(
             f"{LOSS}:LogExpLoss.forward",
@@ -209,6 +214,7 @@ LIBRARY = Library(
             "(self, values, rewards, action_mask, gamma, lambd)",
             "one launch instead of a Python loop over tokens; masked entries are never read",
             optional=True,
+            dtype_of=("values", "rewards", "action_mask"),
         ),
     ),
     leave=(

@@ -26,6 +26,9 @@ class Replace:
         optional: Its module may fail to import.
         loaded: Replace it only when something else has imported the module, which is slow or has many
             dependencies.
+        dtype_of: Names of the parameters whose tensors give the library's own result its dtype, the wider one
+            of several; empty where the library's results have the dtype of ours.
+        metrics: Places in a tuple of results where the library returns float32 whatever the inputs are.
     """
 
     target: str
@@ -37,6 +40,8 @@ class Replace:
     signature_of: str = ""
     optional: bool = False
     loaded: bool = False
+    dtype_of: tuple[str, ...] = ()
+    metrics: tuple[int, ...] = ()
 
     @property
     def module(self) -> str:

@@ -13,11 +13,22 @@ from .report import Refused, Report
 
 
 class Replaced(NamedTuple):
-    """One replaced function: the library's, our implementation, and the places where that was bound."""
+    """One replaced function.
+
+    Attributes:
+        original: The library's.
+        replacement: Our implementation.
+        places: Where that was bound.
+        dtype: One of `DTYPES`, that of its results.
+    """
 
     original: Any
     replacement: Any
     places: list[sites.Site]
+    dtype: str
+
+
+DTYPES = ("float32", "input")
 
 
 ACTIVE: dict[str, dict[str, Replaced]] = {}  # {library: {target: Replaced}}
@@ -25,12 +36,13 @@ ACTIVE: dict[str, dict[str, Replaced]] = {}  # {library: {target: Replaced}}
 LOCK = threading.RLock()
 
 
-def patch(library: Library, force: bool) -> Report:
+def patch(library: Library, force: bool, dtype: str = "float32") -> Report:
     """Replaces a library's functions.
 
     Args:
         library: Its table.
         force: Also for a version or a source that our implementation was never compared with.
+        dtype: Of results of half-precision inputs: "float32", or "input" for the library's own dtype.
 
     Returns:
         What was replaced and what was left.
@@ -38,14 +50,21 @@ def patch(library: Library, force: bool) -> Report:
     Raises:
         Refused: A version, parameters or a source differ; then nothing has been replaced.
         ImportError: The library is not installed.
+        ValueError: It is patched already with another dtype.
     """
     with LOCK:
-        return _patch(library, force)
+        return _patch(library, force, dtype)
 
 
-def _patch(library: Library, force: bool) -> Report:
+def _patch(library: Library, force: bool, dtype: str) -> Report:
     version = _version(library, force)
     active = ACTIVE.get(library.name, {})
+    others = {replaced.dtype for replaced in active.values()} - {dtype}
+    if others:
+        raise ValueError(
+            f"patch({library.name!r}): dtype: expected {others.pop()!r}, with which it is patched already, "
+            f"got {dtype!r}; unpatch({library.name!r}) first"
+        )
     left, originals = dict(library.leave), {}
     for entry in library.replace:
         reason = _missing(entry, library)
@@ -62,7 +81,7 @@ def _patch(library: Library, force: bool) -> Report:
     for entry in library.replace:
         if entry.target in originals:
             original = originals[entry.target]
-            active[entry.target] = Replaced(original, _replacement(entry, original), [])
+            active[entry.target] = Replaced(original, _replacement(entry, original, dtype), [], dtype)
             sites.CALLS[entry.target] = 0
         if entry.target in active:
             _bind(active[entry.target], entry)
@@ -70,6 +89,7 @@ def _patch(library: Library, force: bool) -> Report:
         library.name,
         version,
         left=left,
+        dtype=dtype,
         undo=(lambda: unpatch(library.name, active)) if fresh else None,
         standing=lambda: ACTIVE.get(library.name) is active,
     )
@@ -191,8 +211,10 @@ def _look_up(entry: Replace, library: Library, force: bool) -> Any:
     return original
 
 
-def _replacement(entry: Replace, original: Any) -> Any:
+def _replacement(entry: Replace, original: Any, dtype: str) -> Any:
     function = entry.make(original)
+    if dtype == "input" and entry.dtype_of:
+        function = sites.in_dtype_of(entry.dtype_of, function, original, entry.metrics)
     return function if entry.signature_of else sites.counted(entry.target, function, original)
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Any, Self
 
 from . import sites
 
@@ -24,6 +24,7 @@ class Report:
         left: {function: the reason why it stays}.
         undo: What runs when a `with` block ends; None where an earlier `patch` replaced the functions.
         standing: Whether the replacements that it reports are still in place.
+        dtype: Of results of half-precision inputs: "float32", or "input" for the library's own dtype.
     """
 
     library: str
@@ -33,11 +34,22 @@ class Report:
     left: dict[str, str] = field(default_factory=dict)
     undo: Callable[[], object] | None = None
     standing: Callable[[], bool] | None = None
+    dtype: str = "float32"
 
     @property
     def calls(self) -> dict[str, int]:
         """{function: how often our implementation was called since it was put in place}."""
         return {target: sites.CALLS[target] for target in self.replaced}
+
+    @property
+    def rebound(self) -> list[str]:
+        """Places outside the library: names that other modules, your script too, had imported before."""
+        places = [place for found in self.replaced.values() for place in found]
+        return sorted(place for place in places if _outside(self.library, place))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, or what another process reads, tells what happened here; it has nothing to undo.
+        return {**vars(self), "undo": None, "standing": None}
 
     def __enter__(self) -> Self:
         if self.standing is not None and not self.standing():
@@ -56,6 +68,8 @@ class Report:
             own = [place for place in places if place == target.replace(":", ".")]
             others = ", ".join(place for place in places if place not in own)
             lines.append(f"  replaced  {', also at '.join(filter(None, [*own, others]))}: {self.why[target]}")
+        if self.rebound:
+            lines.append(f"  rebound   in modules outside {self.library}: {', '.join(self.rebound)}")
         lines += [f"  left      {target.replace(':', '.')}: {reason}" for target, reason in self.left.items()]
         return "\n".join(lines)
 
@@ -63,3 +77,8 @@ class Report:
         """Prints the report, on the first rank."""
         if os.environ.get("RANK", "0") == "0":
             print(self)
+
+
+def _outside(library: str, place: str) -> bool:
+    """Whether a place is in a module that does not belong to the library; a patched model's is no module."""
+    return library != "transformers" and place.partition(".")[0] != library

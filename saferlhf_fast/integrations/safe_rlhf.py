@@ -21,6 +21,7 @@ LIBRARY = Library(
             "(logits, labels)",
             "no copy of the logits; float32 results (its own: off by .01 in bfloat16), empty batches",
             digests=("36087f953fdc",),
+            dtype_of=("logits",),
         ),
         Replace(
             f"{RL}.get_advantages_and_returns",
@@ -28,6 +29,7 @@ LIBRARY = Library(
             "(self, values, rewards, sequence_mask, start)",
             "one launch instead of a Python loop over tokens; masked entries are never read",
             digests=("5fef6d4a95a0",),
+            dtype_of=("values", "rewards", "sequence_mask"),
         ),
         Replace(
             f"{RL}.critic_loss_fn",
@@ -35,6 +37,7 @@ LIBRARY = Library(
             "(self, values, old_values, returns, mask)",
             "loss and gradient in one pass; a row without tokens does not make it NaN",
             digests=("adc591f79279",),
+            dtype_of=("values", "old_values", "returns", "mask"),
         ),
         Replace(
             f"{PPO}.actor_loss_fn",
@@ -42,6 +45,7 @@ LIBRARY = Library(
             "(self, log_probs, old_log_probs, advantages, mask)",
             "loss and gradient in one pass; a row without tokens does not make it NaN, nor a large ratio",
             digests=("6c8757781452",),
+            dtype_of=("log_probs", "old_log_probs", "advantages", "mask"),
         ),
         Replace(
             f"{LAG}.actor_loss_fn",
@@ -49,6 +53,7 @@ LIBRARY = Library(
             "(self, log_probs, old_log_probs, reward_advantages, cost_advantages, mask)",
             "loss and gradient in one pass; λ stays on the device; a row without tokens does not make it NaN",
             digests=("3e06140d264b",),
+            dtype_of=("log_probs", "old_log_probs", "reward_advantages", "cost_advantages", "mask"),
         ),
     ),
     leave=(

@@ -7,9 +7,12 @@ returns None, and the caller then calls the library's own function. Shapes: B ro
 from typing import Any
 
 import torch
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 from ..kernels import checks
 from ..kernels.dispatch import checking, interpreted
+from ..kernels.first_order import transformed
 from ..kernels.gae import gae
 from ..kernels.ppo_loss import ppo_loss
 from ..kernels.token_logprob import token_logprob
@@ -20,14 +23,76 @@ DEVICES = ("cpu", "cuda")
 
 
 def plain(*tensors: torch.Tensor | None) -> bool:
-    """True for ordinary tensors on a CPU or a CUDA device: no DTensors, nested ones or other accelerators."""
-    return all(
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.device.type in DEVICES
-        and not tensor.is_nested
-        for tensor in tensors
-        if tensor is not None
+    """True for ordinary tensors on a CPU or a CUDA device, outside transforms.
+
+    No DTensors, nested ones, other accelerators, or tensors without values: `without_values`.
+    """
+    return (
+        all(
+            type(tensor) in (torch.Tensor, torch.nn.Parameter)
+            and tensor.device.type in DEVICES
+            and not tensor.is_nested
+            for tensor in tensors
+            if tensor is not None
+        )
+        and not _transforming()
     )
+
+
+MODES = (torch._C._TorchDispatchModeKey.FAKE, torch._C._TorchDispatchModeKey.PROXY)
+
+
+def _transforming() -> bool:
+    """True under transforms of torch.func, forward-mode derivatives, torch.jit.trace, make_fx, FakeTensor.
+
+    There the libraries' own functions run: they look at no values, and can be differentiated in every way.
+    """
+    if torch.compiler.is_compiling():
+        return _compiling_transform()
+    return (
+        transformed()
+        or forward_ad._current_level >= 0
+        or torch.jit.is_tracing()
+        or any(torch._C._get_dispatch_mode(mode) is not None for mode in MODES)
+    )
+
+
+# torch.compile enters torch.vmap and torch.func.grad for real while it traces what is inside them, but cannot
+# trace the question.
+_compiling_transform = torch.compiler.assume_constant_result(transformed)
+
+
+def without_values(*tensors: torch.Tensor | None) -> bool:
+    """True for tensors whose values cannot be looked at: under a transform, fake ones, or on "meta"."""
+    return _transforming() or any(
+        isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in tensors if tensor is not None
+    )
+
+
+def logits_of_head(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Logits [..., V] of hidden states [..., H] and a head, by plain torch in float32 at least.
+
+    For tensors `without_values`, where neither our ops nor the libraries' autograd functions run.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    logits = hidden.to(dtype) @ weight.to(dtype).transpose(0, 1)
+    logits = (logits if bias is None else logits + bias.to(dtype)) * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def logp_and_entropy_by_torch(logits: torch.Tensor, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs of ids [...] and entropies [...] under softmax(logits [..., V]), by plain torch."""
+    log_p = torch.log_softmax(logits, -1)
+    logp = log_p.gather(-1, ids.long().unsqueeze(-1)).squeeze(-1)
+    # A logit of -inf is probability 0, whose log would make the product NaN.
+    return logp, -(log_p.exp() * log_p.clamp(min=torch.finfo(log_p.dtype).min)).sum(-1)
 
 
 def given(*tensors: torch.Tensor | None) -> bool:
@@ -79,8 +144,9 @@ def known_ids(expected: str, ids: torch.Tensor, vocabulary: int) -> None:
         or not (ids.device.type == "cpu" and not interpreted() or checking())
     ):
         return  # compiled code would break here; the op checks the ids itself
-    outside = (ids < 0) | (ids >= vocabulary)
-    if outside.any():
+    lowest, highest = ids.aminmax()
+    if lowest < 0 or highest >= vocabulary:
+        outside = (ids < 0) | (ids >= vocabulary)
         raise ValueError(f"{expected} 0 <= id < {vocabulary}, got {ids[outside][0].item()}")
 
 

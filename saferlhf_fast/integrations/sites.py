@@ -12,7 +12,10 @@ import sys
 import textwrap
 from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import torch
 
 CALLS: Counter[str] = Counter()  # {target: calls of our implementation since it was put in place}
 
@@ -100,6 +103,53 @@ def counted(target: str, function: Callable[..., Any], original: Callable[..., A
 
     vars(replacement)["__saferlhf_fast__"] = target
     return replacement
+
+
+def in_dtype_of(
+    names: tuple[str, ...],
+    function: Callable[..., Any],
+    original: Callable[..., Any],
+    metrics: tuple[int, ...] = (),
+) -> Callable[..., Any]:
+    """`function` with its floating-point results in the dtype that the library's own function gives them.
+
+    Args:
+        names: Parameters whose tensors decide the dtype. Of several the widest one counts; tensors without
+            dimensions do not, as in torch's own type promotion.
+        function: Our implementation.
+        original: The library's function, whose signature has the names.
+        metrics: Places in a tuple of results that stay as they are.
+
+    Returns:
+        The function; results that are not tensors, not floating-point or not in a tuple stay as they are.
+    """
+    import torch
+
+    places = {name: at for at, name in enumerate(inspect.signature(original).parameters) if name in names}
+    assert len(places) == len(names), f"{original}: expected parameters {names}"
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        results = function(*args, **kwargs)
+        dtype = None
+        for name, at in places.items():
+            value = args[at] if at < len(args) else kwargs.get(name)
+            if isinstance(value, torch.Tensor) and value.dim() and value.is_floating_point():
+                dtype = value.dtype if dtype is None else torch.promote_types(dtype, value.dtype)
+        if dtype is None:
+            return results
+        if isinstance(results, tuple):
+            return tuple(
+                result if at in metrics else _in_dtype(dtype, result) for at, result in enumerate(results)
+            )
+        return _in_dtype(dtype, results)
+
+    return call
+
+
+def _in_dtype(dtype: "torch.dtype", result: Any) -> Any:
+    import torch
+
+    return result.to(dtype) if isinstance(result, torch.Tensor) and result.is_floating_point() else result
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -128,18 +128,21 @@ LIBRARY = Library(
             selective_log_softmax,
             "(logits, index, temperature=1.0, row_mask=None)",
             "one read of the logits, float32 results, empty batches",
+            dtype_of=("logits", "temperature"),
         ),
         Replace(
             f"{UTILS}:entropy_from_logits",
             shared.entropy_from_logits,
             "(logits, chunk_size=128)",
             "keeps no softmax for backward; -inf logits give a finite entropy (its own: NaN)",
+            dtype_of=("logits",),
         ),
         Replace(
             f"{UTILS}:selective_log_softmax_and_entropy",
             selective_log_softmax_and_entropy,
             "(logits, index, entropy_requires_grad=True, temperature=1.0, row_mask=None)",
             "log-prob and entropy in one read; -inf logits give a finite entropy (its own: NaN)",
+            dtype_of=("logits", "temperature"),
         ),
     ),
     leave=(

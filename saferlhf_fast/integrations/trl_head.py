@@ -26,7 +26,8 @@ ROWS_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 def chunked_head(original: Any) -> type:
     """A class that replaces TRL's autograd function: `apply` takes the same arguments.
 
-    TRL's own runs for ZeRO-3 shards, and for scales and softcaps that are tensors or not positive.
+    TRL's own runs for ZeRO-3 shards, and for scales and softcaps that are tensors or not positive. Plain
+    torch runs under transforms of torch.func and for tensors without values, which TRL's own does not take.
     """
     count_call = counting(TARGET)
 
@@ -51,6 +52,11 @@ def chunked_head(original: Any) -> type:
                 not _supported_numbers(temperature, logit_scale, final_logit_softcapping)
                 or hidden.dtype == torch.float64
             )
+            if not (sharded or unsupported) and shared.without_values(hidden, weight, bias, targets):
+                logits = shared.logits_of_head(
+                    hidden, weight, bias, scale=logit_scale, softcap=final_logit_softcapping
+                )
+                return _by_torch(logits / temperature, targets, outputs)
             if sharded or unsupported or not shared.plain(hidden, weight, bias, targets):
                 return original.apply(
                     hidden,
@@ -82,7 +88,27 @@ def chunked_head(original: Any) -> type:
                 return values
             return _without_extras(hidden, weight, bias, targets, temperature, softcap, "entropy" in outputs)
 
+    # By these names pickle finds the class, and in a process that is not patched TRL's own.
+    ChunkedHead.__module__, ChunkedHead.__name__ = original.__module__, original.__name__
+    ChunkedHead.__qualname__ = original.__qualname__
+    ChunkedHead.apply.__module__ = original.__module__
+    ChunkedHead.apply.__qualname__ = f"{original.__qualname__}.apply"
     return ChunkedHead
+
+
+def _by_torch(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, outputs: tuple[str, ...]
+) -> tuple[torch.Tensor | None, ...]:
+    """TRL's five outputs from logits that are divided by the temperature already, by plain torch."""
+    logp_N, entropy_N = shared.logp_and_entropy_by_torch(logits_NV, targets_N)
+    scaled_NV = logits_NV.detach()
+    extras = (
+        torch.logsumexp(2 * torch.log_softmax(scaled_NV, -1), -1),
+        scaled_NV.mean(-1),
+        scaled_NV.argmax(-1) == targets_N,
+    )
+    values = dict(zip(("entropy", *EXTRAS), (entropy_N, *extras)))
+    return logp_N, *(value if name in outputs else None for name, value in values.items())
 
 
 class _Head(torch.autograd.Function):

@@ -242,6 +242,9 @@ def fused_linear(original: LibraryFunction) -> LibraryFunction:
         temperature: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         sharded = hasattr(vocab_weights, "ds_id")
+        if shared.without_values(hidden_states, vocab_weights, input_ids) and not sharded:
+            logits = shared.logits_of_head(hidden_states, vocab_weights) / temperature
+            return shared.logp_and_entropy_by_torch(logits, input_ids)
         if (
             self.impl_backend != "torch"
             or sharded
@@ -272,12 +275,14 @@ LIBRARY = Library(
             logprobs_from_logits,
             "(logits, labels, inplace_backward=True)",
             "one read of the logits, float32 results, empty batches",
+            dtype_of=("logits",),
         ),
         Replace(
             f"{FUNCTIONAL}:entropy_from_logits",
             shared.entropy_from_logits,
             "(logits)",
             "keeps no softmax for backward; -inf logits give a finite entropy (its own: NaN)",
+            dtype_of=("logits",),
         ),
         Replace(
             f"{FUNCTIONAL}:entropy_from_logits_with_chunking",
@@ -290,6 +295,7 @@ LIBRARY = Library(
             masked_whiten,
             "(values, mask, shift_mean=True)",
             "half the passes; masked NaN stay out",
+            dtype_of=("values",),
         ),
         Replace(
             f"{FUSED}:FusedLinearForPPO.forward",
@@ -303,6 +309,7 @@ LIBRARY = Library(
             "(token_level_rewards, values, response_mask, gamma, lam)",
             "one launch instead of a Python loop over tokens; masked entries are never read",
             entries=((f"{CORE}:ADV_ESTIMATOR_REGISTRY", "gae"),),
+            dtype_of=("token_level_rewards", "values", "response_mask"),
         ),
         Replace(
             f"{CORE}:compute_policy_loss_vanilla",
@@ -311,6 +318,7 @@ LIBRARY = Library(
             "rollout_is_weights=None)",
             "loss, gradient and metrics in one pass; a batch without tokens gives 0 (its own: NaN)",
             entries=((f"{CORE}:POLICY_LOSS_REGISTRY", "vanilla"),),
+            dtype_of=("old_log_prob", "log_prob", "advantages", "response_mask", "rollout_is_weights"),
         ),
         Replace(
             f"{CORE}:compute_value_loss",
@@ -319,6 +327,8 @@ LIBRARY = Library(
             "dp_size=1, "
             "batch_num_tokens=None, global_batch_size=None, loss_scale_factor=None)",
             "loss, gradient and clip fraction in one pass; a batch without tokens gives 0 (its own: NaN)",
+            dtype_of=("vpreds", "returns", "values", "response_mask"),
+            metrics=(1,),
         ),
     ),
     leave=(

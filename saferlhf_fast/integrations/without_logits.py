@@ -19,7 +19,7 @@ from torch import nn
 from ..kernels.checks import is_integer
 from ..models.packing import boolean
 from .head import head_logprobs, is_open, name_of, negative_sum, through_head
-from .shared import known_ids
+from .shared import known_ids, without_values
 from .sites import uncompiled
 
 if TYPE_CHECKING:
@@ -114,6 +114,8 @@ def _warn_of_no_logits(model: nn.Module, state: PatchState) -> None:
 
 def _needs_logits(model: Any, state: PatchState, arguments: Mapping[str, Any]) -> str | None:
     """Why a call with labels has to run the model's own forward; None when it does not have to."""
+    if without_values(arguments["labels"]):
+        return "under a transform (torch.func, torch.jit.trace, FakeTensor) its labels have no values"
     logits_to_keep = arguments.get("logits_to_keep", 0)
     if isinstance(logits_to_keep, torch.Tensor) or logits_to_keep not in (0, None):
         return "logits_to_keep was given"

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from ..kernels import kinds
+
 
 def pack(
     padded: torch.Tensor | list[torch.Tensor] | tuple[torch.Tensor, ...], mask: torch.Tensor
@@ -36,6 +38,8 @@ def pack(
         ValueError: Shapes, dtypes or devices do not agree.
     """
     tensors = list(padded) if isinstance(padded, (list, tuple)) else [padded]
+    for tensor in tensors:
+        kinds.tensor("pack", "padded", tensor)
     mask = boolean("pack", mask)
     for i, tensor in enumerate(tensors):
         name = "padded" if tensor is padded else f"padded[{i}]"
@@ -83,6 +87,9 @@ def unpack(
         ValueError: Shapes, devices, counts or the fill do not agree.
     """
     tensors = list(packed) if isinstance(packed, (list, tuple)) else [packed]
+    for tensor in tensors:
+        kinds.tensor("unpack", "packed", tensor)
+    kinds.tensor("unpack", "cu_seqlens", cu_seqlens)
     offsets = _offsets(cu_seqlens)
     device = cu_seqlens.device
     lengths_B = torch.tensor([b - a for a, b in zip(offsets, offsets[1:])], dtype=torch.long)
@@ -116,8 +123,8 @@ def _left_mask(width: int | None, lengths_B: torch.Tensor) -> torch.Tensor:
     """[B, width] booleans on the host, the ones of each row on its left."""
     longest = int(lengths_B.max()) if len(lengths_B) else 0
     width = longest if width is None else width
-    if isinstance(width, bool) or not hasattr(width, "__index__"):
-        raise ValueError(f"unpack: width: expected a whole number of columns, got {width!r}")
+    if isinstance(width, bool) or not isinstance(width, (Integral, torch.SymInt)):
+        raise ValueError(f"unpack: width: expected a whole number of columns, got {kinds.shown(width)}")
     if width < longest:
         raise ValueError(f"unpack: width: expected at least the longest row's {longest}, got {width}")
     return torch.arange(width) < lengths_B[:, None]
@@ -153,7 +160,7 @@ def _require_representable(name: str, dtype: torch.dtype, fill: Any) -> None:
     if not is_number:
         raise ValueError(
             f"unpack: fill: expected a {'' if dtype.is_complex else 'real '}number for {name} of dtype "
-            f"{dtype}, got {fill!r}"
+            f"{dtype}, got {kinds.shown(fill)}"
         )
     if dtype.is_complex:
         for component in (fill.real, fill.imag):
@@ -209,6 +216,7 @@ def boolean(op: str, mask: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: Another shape, dtype or value, or a mask on meta, whose values cannot be read.
     """
+    kinds.tensor(op, "mask", mask)
     if mask.dim() != 2 or mask.dtype.is_floating_point or mask.dtype.is_complex:
         raise ValueError(
             f"{op}: mask: expected booleans (or integers 0 and 1) [B, T], got {mask.dtype} {list(mask.shape)}"

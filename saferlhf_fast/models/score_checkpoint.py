@@ -178,6 +178,21 @@ def _tensors_of(file: Path, names: Collection[str]) -> "dict[str, torch.Tensor]"
 # ---------------------------------------------------------------- writing
 
 
+def _require_arguments(folder: Any, model: Any, tokenizer: Any, kind: Any) -> None:
+    """ValueError for arguments of `save_score_model` that are something else than it takes."""
+    from ..kernels.kinds import wrong
+    from .score_inputs import KINDS, require_kind
+
+    for name, value, expected, fits in (
+        ("folder", folder, "a path", isinstance(folder, (str, Path)) and bool(str(folder))),
+        ("model", model, "a ScoreModel", hasattr(model, "backbone") and hasattr(model, "score")),
+        ("tokenizer", tokenizer, "a tokenizer of transformers", hasattr(tokenizer, "save_pretrained")),
+    ):
+        if not fits:
+            raise wrong("save_score_model", name, expected, value)
+    require_kind("save_score_model", kind, *KINDS)
+
+
 def check_score_export(
     model: "ScoreModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -244,7 +259,9 @@ def save_score_model(
     Raises:
         UserError: There is a bias or normaliser and neither is allowed, no token can be the padding, or the
             folder holds something else than a model.
+        ValueError: An argument is of another kind.
     """
+    _require_arguments(folder, model, tokenizer, kind)
     assert state_dict is None or not has_lora(model.backbone), "a state dict of adapters cannot be merged"
     check_score_export(model, tokenizer, drop_bias, keep_bias)
     tokenizer = with_distinct_pad(tokenizer)

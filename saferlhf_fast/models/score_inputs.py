@@ -6,14 +6,67 @@ wait for the device.
 Shapes: legend in rollout/types.py.
 """
 
+from pathlib import Path
+from typing import Any
+
 import torch
+from torch import nn
 
 from ..kernels import checks
+from ..kernels.kinds import shown
+from .lora import plain
+
+KINDS = ("reward", "cost", "critic")
 
 
 def checks_values(tensor: torch.Tensor) -> bool:
     """Whether a tensor's values are read to check them."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def require_backbone(backbone: Any) -> None:
+    """Checks what a ScoreModel is made from.
+
+    Raises:
+        ValueError: It is no transformers model, or one with a head of its own.
+    """
+    expected = "ScoreModel: backbone: expected a transformers model without a head, as AutoModel loads it"
+    inner = plain(backbone) if isinstance(backbone, nn.Module) else backbone
+    config = getattr(inner, "config", None)
+    if not isinstance(inner, nn.Module) or not hasattr(config, "get_text_config"):
+        raise ValueError(f"{expected}, got {_described(backbone)}")
+    head = getattr(inner, "get_output_embeddings", lambda: None)()
+    base = getattr(inner, "base_model", inner)
+    if head is not None or base is not inner:
+        instead = "" if base is inner else f"; its backbone is {type(inner).__name__}.base_model"
+        raise ValueError(f"{expected}, got {type(inner).__name__}, which has a head{instead}")
+
+
+def _described(value: object) -> str:
+    return f"{type(value).__name__} without a config" if isinstance(value, nn.Module) else shown(value)
+
+
+def require_kind(op: str, kind: Any, *kinds: str | None) -> None:
+    """Checks what a score model is for.
+
+    Raises:
+        ValueError: It is none of `kinds`.
+    """
+    if not (kind is None or isinstance(kind, str)) or kind not in kinds:
+        expected = " or ".join(map(str, kinds))
+        raise ValueError(f"{op}: kind: expected {expected}, got {shown(kind)}")
+
+
+def require_source(op: str, path: Any, dtype: Any) -> None:
+    """Checks from where weights are loaded, and in which dtype.
+
+    Raises:
+        ValueError: The path is no path or name, or the dtype no floating-point dtype of torch.
+    """
+    if not isinstance(path, (str, Path)) or not str(path):
+        raise ValueError(f"{op}: path: expected a folder or a name on the Hub, got {shown(path)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"{op}: dtype: expected a floating-point dtype of torch, got {shown(dtype)}")
 
 
 def real_tokens(op: str, mask_BL: torch.Tensor | None, like_BL: torch.Tensor) -> torch.Tensor:
@@ -35,6 +88,7 @@ def real_tokens(op: str, mask_BL: torch.Tensor | None, like_BL: torch.Tensor) ->
     """
     if mask_BL is None:
         return torch.ones_like(like_BL, dtype=torch.long)
+    checks.tensor_argument(op, "attention_mask", mask_BL)
     if mask_BL.shape != like_BL.shape or mask_BL.device != like_BL.device or mask_BL.dtype.is_complex:
         raise ValueError(
             f"{op}: attention_mask: expected booleans or numbers 0 and 1 {list(like_BL.shape)} on "
@@ -56,6 +110,7 @@ def real_tokens(op: str, mask_BL: torch.Tensor | None, like_BL: torch.Tensor) ->
 
 def refuse_positions(position_ids: torch.Tensor, ids_BL: torch.Tensor) -> None:
     """Raises a ValueError for position ids that would be broadcast over columns, or are no integers."""
+    checks.tensor_argument("ScoreModel", "position_ids", position_ids)
     expected = (list(ids_BL.shape), [1, ids_BL.shape[1]])
     if (
         list(position_ids.shape) not in expected

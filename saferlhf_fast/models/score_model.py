@@ -29,7 +29,15 @@ from .packing import Packed
 from .score_checkpoint import read_head
 from .score_head import Normalizer as Normalizer
 from .score_head import ScoreHead as ScoreHead
-from .score_inputs import checks_values, real_tokens, refuse_positions
+from .score_inputs import (
+    KINDS,
+    checks_values,
+    real_tokens,
+    refuse_positions,
+    require_backbone,
+    require_kind,
+    require_source,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -70,8 +78,13 @@ class ScoreModel(nn.Module):
             normalizer: What is applied to the scores; None for nothing.
             kind: reward, cost, critic, or None where it is not known.
             packing: Whether packed sequences run without padding, where the architecture can do that.
+
+        Raises:
+            ValueError: The backbone is no transformers model or has a head, or `kind` is another word.
         """
         super().__init__()
+        require_backbone(backbone)
+        require_kind("ScoreModel", kind, *KINDS, None)
         self.backbone = backbone
         self.packs = packs(plain(self.backbone)) and packing
         self.config = self.backbone.config
@@ -147,6 +160,7 @@ class ScoreModel(nn.Module):
 
     def _refuse_ids(self, ids_BL: torch.Tensor) -> None:
         """Raises a ValueError for ids that are no integers [B, L], without values or out of vocabulary."""
+        checks.tensor_argument("ScoreModel", "ids", ids_BL)
         if ids_BL.dim() != 2 or not checks.is_integer(ids_BL):
             raise ValueError(
                 f"ScoreModel: ids: expected integers [B, L], got {ids_BL.dtype} {list(ids_BL.shape)}"
@@ -192,6 +206,7 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: Shapes, types or devices do not agree, or (on the CPU) a row has no token.
         """
+        checks.tensor_argument("end_scores", "scores", scores_BL)
         if scores_BL.dim() != 2 or not checks.is_floating(scores_BL):
             raise ValueError(
                 f"end_scores: scores: expected floating point [B, L], got {scores_BL.dtype} "
@@ -252,6 +267,7 @@ def load_backbone(
     Raises:
         UserError: The model does not exist, weights are missing, or it is an encoder-decoder.
     """
+    require_source("load_backbone", path, dtype)
     require("loading a score model", "train", *LOADERS)
     folder = local_copy(path, allow_pickle)
     if not has_weights(folder):
@@ -302,6 +318,8 @@ def score_model_from_backbone(
     Raises:
         UserError: As `load_backbone`.
     """
+    require_source("score_model_from_backbone", path, dtype)
+    require_kind("score_model_from_backbone", kind, *KINDS, None)
     backbone = load_backbone(
         path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
@@ -337,6 +355,7 @@ def load_score_model(
         UserError: As `load_backbone`; and for a plain language model without `new_head`. A folder that says
             that it is a score model and has no head is refused in any case: no head is ever drawn silently.
     """
+    require_source("load_score_model", path, dtype)
     require("load_score_model", "train", *LOADERS)
     folder = local_copy(path, allow_pickle)
     head = read_head(folder, path, may_lack=new_head)

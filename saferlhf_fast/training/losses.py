@@ -35,6 +35,7 @@ def reward_loss(better: torch.Tensor, worse: torch.Tensor, *, regularization: fl
         implementation.
     """
     _check_scores("reward_loss", ("better", "worse"), better, worse)
+    regularization = checks.not_negative("reward_loss", "regularization", regularization)
     if not len(better):
         return (better + worse).sum()
     return (
@@ -78,6 +79,7 @@ def cost_loss(
         implementation.
     """
     _check_scores("cost_loss", ("safer", "unsafer"), safer, unsafer)
+    regularization = checks.not_negative("cost_loss", "regularization", regularization)
     for name, sign in (("safer_sign", safer_sign), ("unsafer_sign", unsafer_sign)):
         _check_signs(name, sign, safer)
     if not len(safer):
@@ -89,6 +91,7 @@ def cost_loss(
 
 def _check_scores(op: str, names: tuple[str, str], first_B: torch.Tensor, second_B: torch.Tensor) -> None:
     """Raises ValueError unless both are scores [B] of one dtype class on one device."""
+    checks.tensor_argument(op, names[0], first_B)
     if first_B.dim() != 1:
         raise ValueError(
             f"{op}: {names[0]}: expected [B], one score for each pair, got shape {tuple(first_B.shape)}"
@@ -101,6 +104,7 @@ def _check_signs(name: str, sign_B: torch.Tensor, like_B: torch.Tensor) -> None:
 
     Torch would broadcast other shapes, and would take False for the number 0, which drops the sign term.
     """
+    checks.tensor_argument("cost_loss", name, sign_B)
     if (
         sign_B.shape != like_B.shape
         or sign_B.device != like_B.device

@@ -193,3 +193,22 @@ def test_every_binding_is_replaced_and_restored():
         assert actor.compute_entropy is utils.compute_entropy
         assert len(report.replaced) >= 5
     same(before, snapshot(actor, loss, utils))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_results_in_the_librarys_own_dtype(kind):
+    def results(functions, losses):
+        logits, ids = torch.randn(2, 3, 7).to(kind), torch.arange(6).reshape(2, 3)
+        logp, mask = torch.randn(2, 3).to(kind), torch.ones(2, 3, dtype=torch.int64)
+        made = [
+            functions.log_probs_from_logits(logits, ids, 0.7),
+            functions.compute_entropy(logits),
+            *losses.PolicyLoss()(logp, logp, logp, mask)[:3],
+            losses.ValueLoss(0.2)(logp, logp, logp, mask),
+        ]
+        return [result.dtype for result in made]
+
+    with torch.compiler.set_stance("force_eager"):
+        expected = results(THEIRS, LOSS)
+        with integrations.patch("openrlhf", quiet=True, dtype="input"):
+            assert results(utils, loss) == expected

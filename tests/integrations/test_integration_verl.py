@@ -359,3 +359,31 @@ def test_the_environment_patches_every_process_that_imports_verl():
         check=True,
         env={**os.environ, "VERL_USE_EXTERNAL_MODULES": "saferlhf_fast.integrations.verl_worker"},
     )
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32])
+def test_results_in_the_librarys_own_dtype(kind):
+    def results(of, functions):
+        logits, ids = torch.randn(2, 3, 7).to(kind), torch.arange(6).reshape(2, 3)
+        logp, mask = torch.randn(2, 3).to(kind), torch.ones(2, 3, dtype=torch.int64)
+        loss, _ = of.compute_policy_loss_vanilla(
+            logp, logp, logp, mask, config=_config(next(iter(Batches(1))))
+        )
+        return [
+            functions.logprobs_from_logits(logits, ids),
+            functions.entropy_from_logits(logits),
+            functions.entropy_from_logits_with_chunking(logits[0]),
+            functions.masked_whiten(logp, mask.float()),
+            *of.compute_gae_advantage_return(logp, logp, mask, 0.9, 0.9),
+            *of.compute_value_loss(logp, logp, logp, mask, 0.2),
+            loss,
+        ]
+
+    expected = [result.dtype for result in results(CORE, THEIRS)]
+    with integrations.patch("verl", quiet=True, dtype="input"):
+        assert [result.dtype for result in results(core, functional)] == expected
+        # its own fused head has no such transform
+        made = torch.vmap(lambda h, i: fused.FusedLinearForPPO()(h, torch.ones(7, 5), i))(
+            torch.randn(2, 1, 3, 5), torch.zeros(2, 1, 3, dtype=torch.int64)
+        )
+        assert made[0].shape == (2, 1, 3) and torch.allclose(made[1], torch.tensor(7.0).log().expand(2, 1, 3))

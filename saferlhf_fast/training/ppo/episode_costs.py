@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import torch
 
+from ...kernels.kinds import shown
+
 LARGEST_VALID_SCORE = 1e6
 
 
@@ -18,7 +20,7 @@ class CostWindow:
 
     def __init__(self, window: int, device: torch.device | str) -> None:
         if isinstance(window, bool) or not (isinstance(window, int) and window >= 1):
-            raise ValueError(f"window: expected a number of episodes >= 1, got {window!r}")
+            raise ValueError(f"window: expected a number of episodes >= 1, got {shown(window)}")
         self.costs = torch.zeros(window, device=device)
         self.kept = torch.zeros((), device=device)  # how many of `costs` are filled, from the end
 

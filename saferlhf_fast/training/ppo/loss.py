@@ -162,7 +162,7 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
             ):
                 raise ValueError(
                     f"PPOLagLoss: {name}: expected {'None or ' * optional}a {'finite ' * coefficient}number, "
-                    f"got {value!r}"
+                    f"got {checks.shown(value)}"
                 )
     checks.clip("PPOLagLoss", settings["clip_ratio"], settings.get("clip_high"), settings.get("dual_clip"))
     for name, allowed in (("reduction", REDUCTIONS), ("kl_estimator", KL_ESTIMATORS), ("impl", NAMES)):

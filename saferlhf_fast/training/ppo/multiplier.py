@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...kernels.kinds import shown
 from .episode_costs import CostWindow
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class LagrangeMultiplier:
             ValueError: If a setting is not of its kind or outside its bounds.
         """
         max = _number("max", max, above=0.0, finite=False)
+        device = _device(device)
         self.log_value = torch.tensor(_number("init", init, above=0.0, most=max), device=device).log()
         self.log_max = torch.tensor(max, device=device).log()
         self.lr = _number("lr", lr, least=0.0)
@@ -169,6 +171,7 @@ class PIDMultiplier:
             ValueError: If a setting is not of its kind or outside its bounds.
         """
         self.max = _number("max", max, above=0.0, finite=False)
+        device = _device(device)
         self.integral = torch.tensor(_number("init", init, least=0.0, most=self.max), device=device)
         self.value = self.integral.clone()
         self.last_error: torch.Tensor | None = None
@@ -246,14 +249,26 @@ def _number(
             for word, bound in (("at least", least), ("above", above), ("at most", most))
             if math.isfinite(bound)
         ]
-        raise ValueError(f"{name}: expected a {'finite ' * finite}number{' and'.join(bounds)}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a {'finite ' * finite}number{' and'.join(bounds)}, got {shown(value)}"
+        )
     return number
+
+
+def _device(device: object) -> torch.device:
+    """A device as torch has it; ValueError for one that torch does not know."""
+    try:
+        if isinstance(device, (str, torch.device)):
+            return torch.device(device)
+    except RuntimeError:
+        pass  # torch's message lists every kind of device
+    raise ValueError(f"device: expected a device or its name, as 'cpu' or 'cuda:0', got {shown(device)}")
 
 
 def _steps(delay: int) -> int:
     """A number of steps as it is; ValueError for anything else."""
     if isinstance(delay, bool) or not (isinstance(delay, int) and delay >= 0):
-        raise ValueError(f"delay: expected a number of steps >= 0, got {delay!r}")
+        raise ValueError(f"delay: expected a number of steps >= 0, got {shown(delay)}")
     return delay
 
 
