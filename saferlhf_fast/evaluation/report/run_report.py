@@ -9,6 +9,7 @@ from ...config.stage_table import stages_of
 from ...runtime.console import clock, number
 from ..statistics import interval_text, summarise
 from . import page
+from .alarms import section_of_alarms
 from .curves import ppo_plots, supervised_plots
 from .read import read_run
 from .scatter import counts, scatter, scored
@@ -42,6 +43,7 @@ def write_report(folder: str | Path) -> Path:
         plot.png(run.folder / "plots")
     parts = [
         page.cards(headline(run)),
+        section_of_alarms(run),
         section_of_numbers(run),
         section_of_data(run),
         page.section("Curves", *(page.figure(plot) for plot in plots)),
