@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
 GAP_LIMIT, GAP_LIMIT_ROUNDED = 0.01, 0.1
-"""Largest mean |log π_trainer − log π_engine| of a sound engine (nats): with the trainer's weights in fp32, and
-otherwise, where bfloat16 and other kernels round differently (0.01 to 0.05 are usual)."""
+"""Largest mean |log π_trainer − log π_engine| of a sound engine (nats): with the trainer's weights in fp32,
+and otherwise, where bfloat16 and other kernels round differently (0.01 to 0.05 are usual)."""
 SPARE_LIMIT = 0.01
 """Largest share of the policy's probability on rows without a token that needs no warning."""
 ENGINE_GAP_ALARM, SPARE_MASS_ALARM = "engine_gap_alarm", "spare_mass_alarm"
