@@ -203,11 +203,12 @@ class EngineGapAlarm:
         return {ENGINE_GAP_ALARM: float(self.above)}
 
 
-def engine_gap_text(gap: float) -> str:
-    """What an alarm says of a gap: the mean difference of log-probs, in nats."""
+def engine_gap_text(gap: float | None) -> str:
+    """What an alarm says of a gap: the mean difference of log-probs, in nats; None: it is not known."""
+    by = "" if gap is None else f" by {gap:.3g} nats a token"
     return (
-        f"the log-probs of the rollout engine differ from the trainer's by {gap:.3g} nats a token: it "
-        "samples from another policy than the one that is trained"
+        f"the log-probs of the rollout engine differ from the trainer's{by}: it samples from another policy "
+        "than the one that is trained"
     )
 
 
@@ -236,10 +237,11 @@ class SpareMassAlarm:
         return {SPARE_MASS_ALARM: float(self.above)}
 
 
-def spare_mass_text(mass: float) -> str:
-    """What an alarm says of a share of probability, 0 to 1."""
+def spare_mass_text(mass: float | None) -> str:
+    """What an alarm says of a share of probability, 0 to 1; None: it is not known."""
+    share = "much" if mass is None else f"{100 * mass:.3g} %"
     return (
-        f"{100 * mass:.3g} % of the policy's probability is on rows of its head without a token; they are "
+        f"{share} of the policy's probability is on rows of its head without a token; they are "
         "never sampled here, and log-probs are those of the other tokens alone"
     )
 

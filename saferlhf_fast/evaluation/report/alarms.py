@@ -29,7 +29,7 @@ def section_of_alarms(run: "Run") -> page.Raw:
         rows = [row for row in run.metrics if row.get(alarm)]
         if rows:
             values = [row[measure] for row in rows if isinstance(row.get(measure), (int, float))]
-            what = text(max(values)) if values else f"{alarm} was raised"
+            what = text(max(values, default=None))
             first = rows[0]["step"]
             lines.append(
                 f"In {len(rows)} of the logged steps, first in step {first}: {what} (docs/rollouts.md)."
