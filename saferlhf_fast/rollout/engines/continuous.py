@@ -87,7 +87,6 @@ class Continuous:
         self.actor, self.sampling = actor, sampling
         self.ends, marks = split_ends(ends)
         self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])
-        self.spare_U = spare_rows(tokenizer, actor.module.lm)
         if actor.sharded and not sampling.gather:
             raise UserError(
                 "sampling.engine: continuous needs the weights whole; expected sampling.gather=true or "
@@ -99,6 +98,7 @@ class Continuous:
                 f"sampling.engine: continuous cannot run a {type(unwrapped(actor.module.lm)).__name__} "
                 f"({why}); expected sampling.engine=generate"
             )
+        self.spare_U = spare_rows(tokenizer, actor.module.lm)
 
     @torch.no_grad()
     def generate(
