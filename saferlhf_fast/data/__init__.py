@@ -23,6 +23,7 @@ from typing import Any
 
 _PUBLIC = {
     "Template": "templates",
+    "load_sources": "sources",
     "preference_examples": "examples",
     "prompt_examples": "examples",
     "retokenize": "examples",

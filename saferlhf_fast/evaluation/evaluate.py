@@ -12,15 +12,16 @@ from ..data.examples import prompt_examples
 from ..models.causal_lm import load_causal_lm
 from ..models.folders import refuse_short_context
 from ..models.policy import Policy
-from ..models.tokenizer import load_tokenizer
+from ..models.tokenizer import load_tokenizer, spare_rows
 from ..rollout.batch import end_tokens
 from ..rollout.engines import open_generator
 from ..rollout.roles import Roles
-from ..rollout.sample_and_score import sample_and_score
+from ..rollout.sample_and_score import sample_and_score, summary_of
 from ..rollout.scorers import load_scorer
 from ..runtime import console, disk, engine
 from ..runtime.run_folder import finish_run, open_run
 from ..runtime.run_state import is_ours, read_settings
+from ..training.anomalies import SPARE_LIMIT, warn_spare_mass
 from .statistics import interval_text, summarise
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ def evaluate(cfg: "EvaluateConfig", restart: bool = False) -> dict[str, Any]:
         restart: As in `run_folder.open_run`.
 
     Returns:
-        95 % intervals of what was measured, as `statistics.summarise` gives them, and `data`, counts of the
-        prompts.
+        95 % intervals of what was measured, as `statistics.summarise` gives them, `data`, counts of the
+        prompts, and where rows of the head have no token `spare_mass`, the probability that sampling cut.
 
     Raises:
         UserError: If settings, models or data do not fit together.
@@ -56,6 +57,11 @@ def evaluate(cfg: "EvaluateConfig", restart: bool = False) -> dict[str, Any]:
         [row[name] for row in rows] if rows[0][name] is not None else None for name in (*PAIR, "kl", "length")
     )
     summary = {**summarise(*columns), "data": report.as_dict()}
+    mass = summary_of(rows).get("spare_mass")
+    if mass is not None:
+        summary["spare_mass"] = mass
+        if mass > SPARE_LIMIT:
+            warn_spare_mass(f"{cfg.model}: ", mass)
     if engine.rank() == 0:
         _show(summary, rows[: cfg.show])
         if folder is not None:
@@ -80,7 +86,7 @@ def load_evaluation_roles(cfg: "EvaluateConfig", tokenizer: "PreTrainedTokenizer
             path, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
         )
         refuse_short_context(path, lm.config, cfg.max_length, "max_length")
-        return engine.Frozen(Policy(lm, cfg.engine.packing), cfg.engine)
+        return engine.Frozen(Policy(lm, cfg.engine.packing, spare_rows(tokenizer, lm)), cfg.engine)
 
     actor, reference = policy(cfg.model), cfg.reference or start_of(cfg.model)
     if reference is None:

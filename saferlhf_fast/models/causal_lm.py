@@ -6,8 +6,10 @@
 Dropout stays as the config has it; the PPO stages switch it off (`without_dropout`).
 """
 
+import contextlib
 import copy
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -27,6 +29,7 @@ from .folders import (
     write_card,
 )
 from .lora import has_lora, plain, plain_state
+from .tokenizer import logit_count
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +82,8 @@ def load_causal_lm(
         )
     refuse_missing(path, info, "causal language model")
     if tokenizer is not None:
-        refuse_large_vocabulary(path, tokenizer, lm.get_input_embeddings().weight.shape[0])
+        rows = lm.get_input_embeddings().weight.shape[0]
+        refuse_large_vocabulary(path, tokenizer, min(rows, logit_count(lm)))
     train_every_row(lm)
     lm.config.use_cache = True  # for `generate`; training passes use_cache=False itself
     return lm
@@ -101,22 +105,43 @@ def train_every_row(model: "PreTrainedModel") -> None:
         embedding.padding_idx = None
 
 
-def savable_generation(
-    generation: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
-) -> "GenerationConfig":
-    """A copy of a generation config that transformers can save; missing ids are the tokenizer's."""
+def write_generation_config(
+    folder: str | Path, generation: "GenerationConfig", tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    """Writes generation_config.json with every field as it is; missing ids are the tokenizer's.
+
+    transformers loads configs whose fields contradict each other, as a temperature without sampling, which
+    many published models have, but refuses to save such a config once it was changed. What a model does must
+    not depend on who saved it last, so the fields are written without its check.
+
+    Args:
+        folder: An existing folder.
+        generation: The generation config of a model; it is not changed.
+        tokenizer: Its tokenizer.
+    """
     generation = copy.deepcopy(generation)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(generation, name, None) is None:
             setattr(generation, name, getattr(tokenizer, name))
-    # Some published configs give a temperature without sampling, which transformers loads but refuses to
-    # save.
-    if any(
-        getattr(generation, name, None) not in (None, default)
-        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 50))
-    ):
-        generation.do_sample = True
-    return generation
+    fields = json.loads(generation.to_json_string(use_diff=True))
+    fields.pop("compile_config", None)  # of a compiled model in memory; save_pretrained leaves it out too
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    (Path(folder) / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def without_own_generation(lm: "PreTrainedModel") -> "Iterator[GenerationConfig]":
+    """Context in which a model has transformers' default generation config; yields its own.
+
+    `generate` then follows nothing but its arguments, and `save_pretrained` has nothing to refuse.
+    """
+    from transformers import GenerationConfig
+
+    own, lm.generation_config = lm.generation_config, GenerationConfig()
+    try:
+        yield own
+    finally:
+        lm.generation_config = own
 
 
 def save_causal_lm(
@@ -143,9 +168,9 @@ def save_causal_lm(
     assert state_dict is None or not has_lora(model), "a state dict of a model with adapters cannot be merged"
     lm = plain(model)
     state = plain_state(model) if state_dict is None else dict(state_dict)
-    lm.generation_config = savable_generation(lm.generation_config, tokenizer)
-    with replacing(folder) as new, quiet():
+    with replacing(folder) as new, quiet(), without_own_generation(lm) as generation:
         lm.save_pretrained(new, state_dict=state)
+        write_generation_config(new, generation, tokenizer)
         tokenizer.save_pretrained(new)
         write_card(new, "policy", card)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .causal_lm import savable_generation
+from .causal_lm import write_generation_config
 from .lora import plain
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def export_metadata_writer(
         config.architectures = [type(inner).__name__]
         config.save_pretrained(folder)
         if lm is not None:
-            savable_generation(inner.generation_config, tokenizer).save_pretrained(folder)
+            write_generation_config(folder, inner.generation_config, tokenizer)
         else:
             (Path(folder) / SCORE).write_text(json.dumps(_head(module)), encoding="utf-8")
         tokenizer.save_pretrained(folder)

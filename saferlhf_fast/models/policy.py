@@ -56,15 +56,26 @@ class Policy(nn.Module):
     `forward` gives log-probs, or a loss where an objective or a chunk loss says which.
     """
 
-    def __init__(self, lm: "PreTrainedModel | PeftModel", packing: bool = True) -> None:
+    spare_U: torch.Tensor | None
+
+    def __init__(
+        self,
+        lm: "PreTrainedModel | PeftModel",
+        packing: bool = True,
+        spare_U: torch.Tensor | None = None,
+    ) -> None:
         """Wraps a model.
 
         Args:
             lm: A causal LM, which peft may wrap.
             packing: False runs the backbone on padded rows, whatever the architecture can.
+            spare_U: Ids of the head's rows without a token (`tokenizer.spare_rows`): no sampling
+                distribution has them.
         """
         super().__init__()
         self.lm = lm
+        # no part of a checkpoint: it follows from model and tokenizer
+        self.register_buffer("spare_U", None if spare_U is None else spare_U.to(lm.device), persistent=False)
         inner = plain(lm)
         self.packs = backbone.packs(inner.base_model) and packing
         self.logit_form = logit_form(inner)
@@ -80,7 +91,8 @@ class Policy(nn.Module):
 
         Args:
             packed: The tokens of one pass.
-            sampling: The settings of the distribution that the log-probs belong to; None: the model's own.
+            sampling: The settings of the distribution that the log-probs belong to; None: the model's own,
+                in which rows without a token have their probability, as in transformers' losses.
             objective: A loss that `linear_ppo_loss` computes: three products of the head instead of four.
             chunk_loss: A loss for `on_policy_loss`, whose advantages depend on these log-probs.
 
@@ -97,7 +109,7 @@ class Policy(nn.Module):
         def use(
             hidden_NH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None
         ) -> torch.Tensor | LossAndStatistics:
-            head = _Head(hidden_NH, weight_VH, bias_V, form)
+            head = _Head(hidden_NH, weight_VH, bias_V, form, None if sampling is None else self.spare_U)
             return _fused(head, packed, sampling, objective, chunk_loss)
 
         return inner.get_output_embeddings()(hidden_NH, use)
@@ -114,13 +126,15 @@ class Policy(nn.Module):
             logits_SLV = lm(**backbone.padded_inputs(lm, rows)).logits
             logits_NV = logits_SLV.flatten(0, 1).index_select(0, rows.flat_M.index_select(0, packed.rows_N))
         if sampling is None or is_plain(sampling):
+            if sampling is not None and self.spare_U is not None:
+                logits_NV = logits_NV.index_fill(1, self.spare_U, -torch.inf)
             return token_logprob(
                 logits_NV, packed.targets_N, temperature=_temperature(sampling), inplace_backward=True
             )
         context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
         seen_NL = context.seen(slice(None))
         scores_NV = sampling_distribution.sampling_logits(
-            logits_NV.float(), sampling, seen_NL, packed.targets_N
+            logits_NV.float(), sampling, seen_NL, packed.targets_N, self.spare_U
         )
         return scores_NV.log_softmax(-1).gather(1, packed.targets_N[:, None]).squeeze(1)
 
@@ -148,6 +162,7 @@ class _Head(NamedTuple):
     weight_VH: torch.Tensor
     bias_V: torch.Tensor | None
     form: LogitForm
+    spare_U: torch.Tensor | None  # ids of the rows without a token, where the distribution has none of them
 
 
 def _fused(
@@ -158,19 +173,31 @@ def _fused(
     chunk_loss: ChunkLoss | None,
 ) -> torch.Tensor | LossAndStatistics:
     """What `Policy.forward` returns, through the ops that never hold all logits."""
-    hidden_NH, weight_VH, bias_V, form = head
+    hidden_NH, weight_VH, bias_V, form, spare_U = head
     if sampling is not None and not is_plain(sampling):
         context = sampling_distribution.context_of(packed.ids_M, packed.lengths, packed.rows_N)
         logp_N = sampling_distribution.sampling_logprob(
-            hidden_NH, weight_VH, bias_V, form.softcap, form.scale, packed.targets_N, sampling, context
+            hidden_NH,
+            weight_VH,
+            bias_V,
+            form.softcap,
+            form.scale,
+            packed.targets_N,
+            sampling,
+            context,
+            spare_U=spare_U,
         )
         return _result_from_logp(logp_N, packed, objective, chunk_loss)
-    temperature = _temperature(sampling) / form.scale
+    temperature, targets_N = _temperature(sampling) / form.scale, packed.targets_N
+    if spare_U is not None:
+        weight_VH, bias_V, targets_N = sampling_distribution.head_of_tokens(
+            weight_VH, bias_V, targets_N, spare_U, form.softcap
+        )
     if objective is not None:
         return linear_ppo_loss(
             hidden_NH,
             weight_VH,
-            packed.targets_N,
+            targets_N,
             objective.old_logp_N,
             objective.advantages_N,
             cu_seqlens=packed.cu_seqlens,
@@ -184,14 +211,14 @@ def _fused(
             hidden_NH,
             weight_VH,
             bias_V,
-            packed.targets_N,
+            targets_N,
             packed.counts,
             chunk_loss,
             temperature,
             form.softcap,
         )
     return linear_logprob(
-        hidden_NH, weight_VH, packed.targets_N, bias=bias_V, temperature=temperature, softcap=form.softcap
+        hidden_NH, weight_VH, targets_N, bias=bias_V, temperature=temperature, softcap=form.softcap
     )
 
 

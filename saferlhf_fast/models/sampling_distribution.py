@@ -1,11 +1,13 @@
 """The distribution that responses are sampled from: one definition for sampling and for scoring.
 
-A repetition penalty, then temperature, top-k and top-p, on fp32 logits, in the order of transformers and
-vLLM. A nucleus is defined by its smallest logit, so that of equally likely tokens all belong to it or none,
-whatever the order of a sort. Where a temperature is all there is (`plain`), the fused ops of
-saferlhf_fast.kernels score, and of this file only `pick` is needed.
+Rows of the head without a token (models/tokenizer.py: spare_rows) have no probability in it. Then come a
+repetition penalty, temperature, top-k and top-p, on fp32 logits, in the order of transformers and vLLM. A
+nucleus is defined by its smallest logit, so that of equally likely tokens all belong to it or none, whatever
+the order of a sort. Where a temperature is all there is (`plain`), the fused ops of saferlhf_fast.kernels
+score, from a head that `head_of_tokens` has changed where rows have no token.
 
-Shapes: legend in rollout/types.py; N counts one row per token to sample or to score, L the tokens before it.
+Shapes: legend in rollout/types.py; N counts one row per token to sample or to score, L the tokens before it,
+U the rows of the head without a token.
 """
 
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,7 @@ def sampling_logits(
     sampling: "Sampling",
     seen_NL: torch.Tensor | None = None,
     targets_N: torch.Tensor | None = None,
+    spare_U: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The logits whose softmax is the sampling distribution. Differentiable.
 
@@ -41,11 +44,14 @@ def sampling_logits(
         seen_NL: Ids of the tokens before each row's, repeats allowed; read for a repetition penalty only.
         targets_N: Tokens that stay possible even outside the nucleus, so that their log-prob is finite: the
             trainer's logits differ from the sampler's in the last bits, and a token at the nucleus's edge may
-            now be outside.
+            now be outside. A row without a token stays impossible.
+        spare_U: Ids of the rows without a token; None where there are none.
 
     Returns:
         Logits [N, V], −inf at tokens that cannot be sampled.
     """
+    if spare_U is not None:
+        logits_NV = logits_NV.index_fill(1, spare_U, -torch.inf)
     if sampling.repetition_penalty != 1.0:
         assert seen_NL is not None, "a repetition penalty needs the tokens before each row"
         logits_NV = logits_NV * _penalties(logits_NV.detach(), seen_NL, sampling.repetition_penalty)
@@ -58,6 +64,64 @@ def sampling_logits(
     if targets_N is not None:
         excluded_NV.scatter_(1, targets_N[:, None], False)
     return logits_NV.masked_fill(excluded_NV, -torch.inf)
+
+
+def spare_mass(
+    logits_NV: torch.Tensor, spare_U: torch.Tensor | None, temperature: float
+) -> torch.Tensor | None:
+    """The probability that the model gives to rows without a token, which sampling cuts away.
+
+    Args:
+        logits_NV: A model's logits, fp32.
+        spare_U: Ids of the rows without a token.
+        temperature: Divides the logits first.
+
+    Returns:
+        [N], 0 to 1; None without such rows.
+    """
+    if spare_U is None:
+        return None
+    if temperature != 1.0:
+        logits_NV = logits_NV / temperature
+    return (logits_NV.index_select(1, spare_U).logsumexp(-1) - logits_NV.logsumexp(-1)).exp()
+
+
+def head_of_tokens(
+    weight_VH: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    targets_N: torch.Tensor,
+    spare_U: torch.Tensor,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """A head whose softmax gives rows without a token no probability, as the fused ops take it.
+
+    A bias of −inf keeps the number of logits, which models pad so that matrix products are fast. Under a
+    softcap it would become a finite logit, so the head loses the rows there.
+
+    Args:
+        weight_VH: The head's weight.
+        bias_V: The head's bias, or None.
+        targets_N: int64.
+        spare_U: Ids of the rows without a token, ascending.
+        softcap: The model's cap on logits, or None.
+
+    Returns:
+        Weight, bias and targets. A target without a token has the log-prob −inf, or is outside of the head.
+    """
+    size = len(weight_VH)
+    if softcap is None:
+        if bias_V is None:
+            return weight_VH, weight_VH.new_zeros(size).index_fill_(0, spare_U, -torch.inf), targets_N
+        return weight_VH, bias_V.index_fill(0, spare_U, -torch.inf), targets_N
+    kept_V = torch.ones(size, dtype=torch.bool, device=spare_U.device).index_fill_(0, spare_U, False)
+    # a stable sort, because masked_select would wait for the device to know its length
+    ids_K = kept_V.sort(descending=True, stable=True).indices[: size - len(spare_U)]
+    place_V = torch.where(kept_V, kept_V.cumsum(0) - 1, size)
+    return (
+        weight_VH.index_select(0, ids_K),
+        None if bias_V is None else bias_V.index_select(0, ids_K),
+        place_V[targets_N],
+    )
 
 
 def _penalties(logits_NV: torch.Tensor, seen_NL: torch.Tensor, penalty: float) -> torch.Tensor:
@@ -187,6 +251,7 @@ def sampling_logprob(
     sampling: "Sampling",
     context: Context | None,
     chunk_tokens: int | None = None,
+    spare_U: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-prob of targets under the sampling distribution.
 
@@ -194,7 +259,8 @@ def sampling_logprob(
 
         logits_NV = scale * (hidden_NH.float() @ weight_VH.float().T + bias_V)
         logits_NV = softcap * torch.tanh(logits_NV / softcap)
-        sampling_logits(logits_NV, sampling, seen, targets_N).log_softmax(-1).gather(1, targets_N[:, None])
+        scores_NV = sampling_logits(logits_NV, sampling, seen, targets_N, spare_U)
+        scores_NV.log_softmax(-1).gather(1, targets_N[:, None])
 
     with logits in chunks of rows, fp32 whatever the inputs are, computed again in the backward.
     Differentiable in hidden, weight and bias; the gradient of the weight is summed in fp32. No gradient
@@ -210,6 +276,7 @@ def sampling_logprob(
         sampling: Repetition penalty, temperature, top-k and top-p.
         context: The tokens before each target; None without a repetition penalty.
         chunk_tokens: Rows whose logits exist at once; None: as many as the workspace holds.
+        spare_U: Ids of the rows without a token; None where there are none.
 
     Returns:
         logp_N, fp32, nats.
@@ -220,7 +287,7 @@ def sampling_logprob(
     if sampling.repetition_penalty != 1.0 and context is None:
         raise ValueError("context: expected the tokens before each row, for a repetition penalty, got None")
     return _SamplingLogprob.apply(
-        hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens
+        hidden_NH, weight_VH, bias_V, softcap, scale, targets_N, sampling, context, chunk_tokens, spare_U
     )
 
 
@@ -239,18 +306,19 @@ class _SamplingLogprob(torch.autograd.Function):
         sampling: "Sampling",
         context: Context | None,
         chunk_tokens: int | None,
+        spare_U: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, *(context or ()))
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, spare_U, *(context or ()))
         ctx.settings = softcap, scale, sampling, chunk_tokens
         logp_N = hidden_NH.new_empty(len(targets_N), dtype=torch.float32)
         for at, logits_CV in _logits(hidden_NH, weight_VH, bias_V, chunk_tokens)[1]:
-            logp_N[at] = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at)
+            logp_N[at] = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at, spare_U)
         return logp_N
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        hidden_NH, weight_VH, bias_V, targets_N, *fields = ctx.saved_tensors
+        hidden_NH, weight_VH, bias_V, targets_N, spare_U, *fields = ctx.saved_tensors
         softcap, scale, sampling, chunk_tokens = ctx.settings
         context = Context(*fields) if fields else None
         head, chunks = _logits(hidden_NH, weight_VH, bias_V, chunk_tokens)
@@ -258,14 +326,14 @@ class _SamplingLogprob(torch.autograd.Function):
         for at, logits_CV in chunks:
             logits_CV = logits_CV.detach().requires_grad_()
             with torch.enable_grad():
-                logp_C = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at)
+                logp_C = _rows(logits_CV, softcap, scale, targets_N, sampling, context, at, spare_U)
             (d_CV,) = torch.autograd.grad(logp_C, logits_CV, grad_N[at])
             gradients.add(at, d_CV.to(head.gradient_dtype))
         rounded = [
             None if gradient is None else gradient.to(source.dtype)
             for gradient, source in zip(gradients.done(), (hidden_NH, weight_VH, bias_V))
         ]
-        return *rounded, *[None] * 6
+        return *rounded, *[None] * 7
 
 
 def _logits(
@@ -286,6 +354,7 @@ def _rows(
     sampling: "Sampling",
     context: Context | None,
     at: slice,
+    spare_U: torch.Tensor | None,
 ) -> torch.Tensor:
     """logp_C from the logits of the chunk `at`, which the head gives before scale and softcap."""
     if scale != 1.0:
@@ -293,5 +362,5 @@ def _rows(
     if softcap is not None:
         logits_CV = softcap * torch.tanh(logits_CV / softcap)
     seen_CL = context.seen(at) if context is not None and sampling.repetition_penalty != 1.0 else None
-    scores_CV = sampling_logits(logits_CV, sampling, seen_CL, targets_N[at])
+    scores_CV = sampling_logits(logits_CV, sampling, seen_CL, targets_N[at], spare_U)
     return scores_CV.gather(1, targets_N[at][:, None])[:, 0] - scores_CV.logsumexp(-1)

@@ -34,15 +34,23 @@ class SharedBase:
 
     lm: "PeftModel"  # set by the first `add`
 
-    def __init__(self, lm: "PreTrainedModel", lora: "Lora", packing: bool = True) -> None:
+    def __init__(
+        self,
+        lm: "PreTrainedModel",
+        lora: "Lora",
+        packing: bool = True,
+        spare_U: torch.Tensor | None = None,
+    ) -> None:
         """Freezes a causal LM.
 
         Args:
             lm: On its device, in its dtype.
             lora: The form of new adapters.
             packing: False runs the backbone on padded rows, whatever the architecture can.
+            spare_U: As in `Policy`.
         """
         lm.requires_grad_(False)
+        self.spare_U = spare_U
         self.lora, self.lm = lora, None
         self.base = lm
         self.packs = backbone.packs(lm.base_model) and packing
@@ -100,7 +108,7 @@ class PolicyOnSharedBase(OnSharedBase):
 
     def __init__(self, shared_base: SharedBase, role: str | None) -> None:
         super().__init__(shared_base, role)
-        object.__setattr__(self, "policy", Policy(shared_base.lm, shared_base.packing))
+        object.__setattr__(self, "policy", Policy(shared_base.lm, shared_base.packing, shared_base.spare_U))
 
     @property
     def lm(self) -> "PeftModel":

@@ -2,14 +2,16 @@
 
 import copy
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config.paths import TOKENIZER_FILES
 from ..errors import UserError, require
 from .folders import checked, quiet, readable
+from .lora import plain
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # Text that no vocabulary covers: it shows whether a text can give `unk`.
 _STRANGE = "\u2603 \ua728 \U00013080 zqxj \u0416"
@@ -112,6 +114,33 @@ def with_distinct_pad(tokenizer: "PreTrainedTokenizerBase") -> "PreTrainedTokeni
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.pad_token = token
     return tokenizer
+
+
+def spare_rows(tokenizer: "PreTrainedTokenizerBase", lm: "PreTrainedModel") -> "Tensor | None":
+    """The ids that a causal LM has logits for and the tokenizer has no token for.
+
+    Many published models have them: their embeddings are padded to a multiple of 64 or 128.
+
+    Args:
+        tokenizer: The tokenizer of the model.
+        lm: The causal LM, which peft may wrap and ZeRO-3 may have sharded.
+
+    Returns:
+        The ids, ascending, int64 on the CPU; None where every row has a token.
+    """
+    import torch
+
+    spare = sorted(set(range(logit_count(lm))).difference(tokenizer.get_vocab().values()))
+    return torch.tensor(spare) if spare else None
+
+
+def logit_count(lm: "PreTrainedModel") -> int:
+    """The number of logits of a causal LM: the rows of its head, also where ZeRO-3 has sharded it."""
+    head: Any = plain(lm).get_output_embeddings()
+    weight = getattr(head, "weight", None)
+    if weight is None:
+        return int(lm.config.get_text_config(decoder=True).vocab_size)
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def same_tokenizer(a: "PreTrainedTokenizerBase", b: "PreTrainedTokenizerBase") -> bool:

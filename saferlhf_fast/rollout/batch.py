@@ -5,6 +5,7 @@ that scoring and update will run.
 """
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -178,6 +179,10 @@ def arrange(
         version=version,
         size=len(batch),
         frozen_scores=[row.frozen_scores for row in own_rows],
+        # of the global batch, so that all ranks agree on whether it was measured
+        spare_mass=None
+        if any(row.response.spare_mass is None for row in batch)
+        else [fmean(row.response.spare_mass or [0.0]) for row in own_rows],
     )
 
 

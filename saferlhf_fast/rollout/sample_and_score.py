@@ -40,7 +40,8 @@ def sample_and_score(
     Returns:
         One dict for each prompt, in order, on every rank: prompt, response, reward, cost (of several costs
         cost/<name> each), kl (summed over the response, nats) and length (tokens). The value is None
-        where there is no model for a number.
+        where there is no model for a number. Where sampling cut the rows of the head without a token away,
+        spare_mass is their mean probability.
     """
     world = engine.world_size()
     own_prompts = [prompts[i] for i in share(range(len(prompts)), engine.rank(), world)]
@@ -92,6 +93,7 @@ def _rows(roles: "Roles", rollout: "Rollout", cfg: "PPOConfig | EvaluateConfig")
         "response": rollout.texts,
         **scores,
         "length": rollout.lengths,
+        **({} if rollout.spare_mass is None else {"spare_mass": rollout.spare_mass}),
     }
     return [dict(zip(columns, row)) for row in zip(*columns.values())]
 
@@ -100,8 +102,8 @@ def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over the rows of `sample_and_score`.
 
     Returns:
-        Those of "reward", "cost", "unsafe_share" (cost > 0), "kl" and "length" that the rows have; of several
-        costs cost/<name> and unsafe_share/<name>.
+        Those of "reward", "cost", "unsafe_share" (cost > 0), "kl", "length" and "spare_mass" that the rows
+        have; of several costs cost/<name> and unsafe_share/<name>.
     """
     names = [name for name in (rows[0] if rows else ()) if name not in ("prompt", "response")]
     columns = {name: [row[name] for row in rows if row[name] is not None] for name in names}

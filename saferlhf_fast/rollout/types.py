@@ -71,6 +71,8 @@ class Rollout:
     size: int = 0  # sequences of the global batch
     # of each row, computed while other rows were sampled; None, or (): not computed yet
     frozen_scores: Sequence[FrozenScores | None] = ()
+    # of each row, the mean probability of rows without a token, which sampling cut away; None: as in Response
+    spare_mass: list[float] | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -144,6 +146,9 @@ class Response:
     ids: list[int]  # up to and including the end token; no padding
     logp: list[float] | None  # of each id under the sampling settings, nats; None: the engine reports none
     ended: bool  # stopped by itself (end token or stop string), not at its limit
+    # of each id, the probability of the rows without a token, which sampling cut away; None: there are no
+    # such rows, or the engine does not measure it
+    spare_mass: list[float] | None = None
 
 
 def per_constraint(stem: str, name: str, names: Collection[str]) -> str:

@@ -11,8 +11,10 @@ compared. Means are over sequences; `*_with_kl_penalty` and `kl_divergence` are 
 values, advantages and returns are means over a response's tokens; lengths are in tokens. The reference lacks
 these: eval/loss, */grad_norm, train/clip_fraction, train/approx_kl, train/tokens, train/unsafe_share,
 train/engine_gap_mean and _max (|log π_trainer − log π_engine| of a token, nats), train/engine_gap_share (of
-tokens whose probabilities differ by more than 1 %), train/importance_weight (mean), train/staleness (PPO
-steps), eval/kl, eval/length, eval/unsafe_share, eval/threshold, gold/*.
+tokens whose probabilities differ by more than 1 %), train/engine_gap_alarm (1 in a step above the limit),
+train/spare_mass and eval/spare_mass (probability of rows without a token, which sampling cuts),
+train/spare_mass_alarm, train/importance_weight (mean), train/staleness (PPO steps), eval/kl, eval/length,
+eval/unsafe_share, eval/threshold, gold/*.
 """
 
 import contextlib

@@ -1,7 +1,10 @@
 """Steps that go wrong: a number that is not finite, a loss that jumps, a λ that stays at its upper bound.
 
+And samples that are not the policy's: a rollout engine whose log-probs are not those of the trainer, and a
+policy with much probability on rows that have no token.
+
 `NonFiniteGuard` counts the steps that were skipped because a number in them was not finite on some rank, and
-ends the run after too many. The other two only warn. A spike is a loss above twice the median of the last
+ends the run after too many. The others only warn. A spike is a loss above twice the median of the last
 `WINDOW` steps, for `PATIENCE` steps in a row; it is reported once until it is over. The rule is like that of
 composer's KillLossSpike (outliers of factor 2, four in a row), which by default does not stop a run either.
 """
@@ -11,11 +14,24 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 from ..errors import DiskError, NonFinite
 from ..runtime import console
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..config.sections import Sampling
+
 FACTOR, PATIENCE, WINDOW, LEAST = 2.0, 4, 100, 20
+GAP_LIMIT, GAP_LIMIT_ROUNDED = 0.01, 0.1
+"""Largest mean |log π_trainer − log π_engine| of a sound engine (nats): with the trainer's weights in fp32,
+and otherwise, where bfloat16 and other kernels round differently (0.01 to 0.05 are usual)."""
+SPARE_LIMIT = 0.01
+"""Largest share of the policy's probability on rows without a token that needs no warning."""
+ENGINE_GAP_ALARM, SPARE_MASS_ALARM = "engine_gap_alarm", "spare_mass_alarm"
+"""Names of the metrics that are 1 in a step above its limit, else 0."""
 
 
 class NonFiniteGuard:
@@ -141,3 +157,103 @@ class MultiplierSaturation:
                 f"{self.threshold:.3g}: the policy cannot get there; a higher multiplier.max, a higher "
                 "threshold or a lower ppo.kl_coeff may help (docs/lambda.md)"
             )
+
+
+class EngineGapAlarm:
+    """Warns when the rollout engine's log-probs are far from those of the trainer, for the same tokens.
+
+    They differ in the last bits in a sound run. If they do not, the samples come from another policy than the
+    one that learns: PPO's ratio and its KL are wrong then, and nothing else in a run shows it.
+    """
+
+    def __init__(self, sampling: "Sampling", precision: "torch.dtype", from_kl: bool = False) -> None:
+        """Takes what the limit depends on.
+
+        Args:
+            sampling: The engine; and the temperature, below 1 of which rounding counts for more.
+            precision: Of the trainer's weights.
+            from_kl: With the engine's log-probs as the old ones, in one pass, the gap is not measured by
+                itself: KL = mean(ρ − 1 − log ρ) ≈ gap²/2 is taken for it.
+        """
+        exact = "float32" in str(precision) and not sampling.engine.startswith("vllm")
+        self.limit = (GAP_LIMIT if exact else GAP_LIMIT_ROUNDED) / min(1.0, sampling.temperature)
+        self.engine, self.from_kl, self.above = sampling.engine, from_kl, False
+
+    def look(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Looks at the numbers of a step, by name, and warns at the first of those above the limit.
+
+        A batch of older weights (staleness) is not looked at: the policy itself has changed since.
+
+        Args:
+            step: The step, for the warning.
+            values: The step's numbers by name.
+
+        Returns:
+            {"engine_gap_alarm": 1 or 0}; empty where the gap was not measured.
+        """
+        gap = values.get("engine_gap_mean")
+        if gap is None and self.from_kl and "approx_kl" in values:
+            gap = math.sqrt(2.0 * max(0.0, values["approx_kl"]))
+        if gap is None or not math.isfinite(gap) or values.get("staleness", 0.0) > 0:
+            return {}
+        before, self.above = self.above, gap > self.limit
+        if self.above and not before:
+            console.warn(
+                f"step {step}: {engine_gap_text(gap)} (engine {self.engine}; up to {self.limit:.2g} is "
+                "rounding); expected equal ones: try sampling.engine=generate with sampling.batch_size=1, "
+                "which pads nothing, check that a server serves this model, or correct the loss by "
+                "ppo.importance_cap (docs/rollouts.md)"
+            )
+        return {ENGINE_GAP_ALARM: float(self.above)}
+
+
+def engine_gap_text(gap: float | None) -> str:
+    """What an alarm says of a gap: the mean difference of log-probs, in nats; None: it is not known."""
+    by = "" if gap is None else f" by {gap:.3g} nats a token"
+    return (
+        f"the log-probs of the rollout engine differ from the trainer's{by}: it samples from another policy "
+        "than the one that is trained"
+    )
+
+
+class SpareMassAlarm:
+    """Warns when much of the policy's probability is on rows of its head that have no token."""
+
+    def __init__(self) -> None:
+        self.above = False
+
+    def look(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+        """Looks at the numbers of a step, by name, and warns at the first of those above the limit.
+
+        Args:
+            step: The step, for the warning.
+            values: The step's numbers by name.
+
+        Returns:
+            {"spare_mass_alarm": 1 or 0}; empty where there are no such rows.
+        """
+        mass = values.get("spare_mass")
+        if mass is None or not math.isfinite(mass):
+            return {}
+        before, self.above = self.above, mass > SPARE_LIMIT
+        if self.above and not before:
+            warn_spare_mass(f"step {step}: ", mass)
+        return {SPARE_MASS_ALARM: float(self.above)}
+
+
+def spare_mass_text(mass: float | None) -> str:
+    """What an alarm says of a share of probability, 0 to 1; None: it is not known."""
+    share = "much" if mass is None else f"{100 * mass:.3g} %"
+    return (
+        f"{share} of the policy's probability is on rows of its head without a token; they are "
+        "never sampled here, and log-probs are those of the other tokens alone"
+    )
+
+
+def warn_spare_mass(place: str, mass: float) -> None:
+    """Warns of a share of probability above the limit; `place` says where it was measured."""
+    console.warn(
+        f"{place}{spare_mass_text(mass)}; other programs may sample them: expected a model whose embedding "
+        "has as many rows as the tokenizer has tokens (resize_token_embeddings), or more training by the "
+        "stage sft (docs/rollouts.md)"
+    )

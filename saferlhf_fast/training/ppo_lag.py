@@ -38,7 +38,13 @@ from ..runtime.checkpoint.checkpointer import Checkpoints
 from ..runtime.checkpoint.state import ResumableDict
 from ..runtime.metrics import Metrics
 from ..runtime.run_folder import finish_run, open_run
-from .anomalies import LossSpikeMonitor, MultiplierSaturation, NonFiniteGuard
+from .anomalies import (
+    EngineGapAlarm,
+    LossSpikeMonitor,
+    MultiplierSaturation,
+    NonFiniteGuard,
+    SpareMassAlarm,
+)
 from .ppo.advantage import advantages
 from .ppo.after_step import AfterStep
 from .ppo.constraints import (
@@ -211,7 +217,11 @@ def _train(cfg: "PPOConfig", stage: str, observe: Observer | None, restart: bool
         losses = [per_stream("critic_loss", name, multipliers) for name in (REWARD, *multipliers)]
         monitors: list[LossSpikeMonitor | MultiplierSaturation] = [LossSpikeMonitor((*losses, "ptx_loss"))]
         monitors += saturation_monitors(cfg, multipliers)
-        after_step = AfterStep(cfg, stage, steps, metrics, bar, guard, monitors, selection, checkpoints)
+        by_engine = cfg.ppo.old_logp == "engine" and in_one_pass(cfg, roles)
+        alarms = EngineGapAlarm(cfg.sampling, engine.precision(cfg.engine), by_engine), SpareMassAlarm()
+        after_step = AfterStep(
+            cfg, stage, steps, metrics, bar, guard, monitors, alarms, selection, checkpoints
+        )
         rollouts = rollouts_of(roles, prompts, cfg, steps, start, prefetcher)
         loop(roles, rollouts, ptx_batches(ptx, cfg, start), multipliers, cfg, steps, after_step)
         checkpoints.finish()

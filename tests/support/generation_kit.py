@@ -45,7 +45,7 @@ def prompts(count=7, vocabulary=VOCABULARY, longest=12, seed=0):
 
 
 @torch.no_grad()
-def naive(lm, prompt, seed, limit, ends, sampling):
+def naive(lm, prompt, seed, limit, ends, sampling, spare=None):
     """(ids, log-probs, ended) of one sequence by full forward passes and a sum over the vocabulary."""
     from saferlhf_fast.models.sampling_distribution import sampling_logits
 
@@ -53,7 +53,9 @@ def naive(lm, prompt, seed, limit, ends, sampling):
     ids, logp = list(prompt), []
     for number in numbers:
         logits = lm(input_ids=torch.tensor([ids])).logits[0, -1:].float()
-        scores = sampling_logits(logits, sampling, torch.tensor([ids]))[0].double().log_softmax(-1)
+        scores = (
+            sampling_logits(logits, sampling, torch.tensor([ids]), spare_U=spare)[0].double().log_softmax(-1)
+        )
         token = int((scores.exp().cumsum(-1) <= number).sum())
         ids.append(token)
         logp.append(float(scores[token]))

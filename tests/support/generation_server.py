@@ -18,7 +18,7 @@ class FakeServer(ThreadingHTTPServer):
     def __init__(self, lm, mode="processed_logprobs"):
         super().__init__(("127.0.0.1", 0), Handler)
         self.lm, self.mode, self.requests, self.failing, self.lock = lm, mode, [], 0, threading.Lock()
-        self.development = True
+        self.development = self.follows_requests = True
 
     @property
     def address(self):
@@ -75,6 +75,9 @@ class Handler(BaseHTTPRequestHandler):
             top_k=body["top_k"],
             repetition_penalty=body["repetition_penalty"],
         )
+        allowed, spare = body.get("allowed_token_ids"), [int(i) for i in body.get("logit_bias", ())]
+        if allowed is not None:
+            spare = sorted(set(range(self.server.lm.config.vocab_size)).difference(allowed))
         with torch.no_grad():
             ids, logp, ended = generation_kit.naive(
                 self.server.lm,
@@ -83,6 +86,7 @@ class Handler(BaseHTTPRequestHandler):
                 body["max_tokens"],
                 body["stop_token_ids"],
                 sampling,
+                torch.tensor(spare) if spare and self.server.follows_requests else None,
             )
         choice = {
             "token_ids": ids,

@@ -10,6 +10,7 @@ from ...runtime.console import clock, number
 from ...runtime.disk import write_text
 from ..statistics import interval_text, summarise
 from . import page
+from .alarms import section_of_alarms
 from .curves import ppo_plots, supervised_plots
 from .read import read_run
 from .scatter import counts, scatter, scored
@@ -43,6 +44,7 @@ def write_report(folder: str | Path) -> Path:
         plot.png(run.folder / "plots")
     parts = [
         page.cards(headline(run)),
+        section_of_alarms(run),
         section_of_numbers(run),
         section_of_data(run),
         page.section("Curves", *(page.figure(plot) for plot in plots)),

@@ -31,7 +31,8 @@ from transformers.generation.logits_process import LogitsProcessorList
 from ...errors import UserError
 from ...models import attention
 from ...models.lora import plain as unwrapped
-from ...models.sampling_distribution import pick, sampling_logits, uniforms
+from ...models.sampling_distribution import pick, sampling_logits, spare_mass, uniforms
+from ...models.tokenizer import spare_rows
 from ..types import Response
 from .gathered_weights import gathered_lm
 from .stop_strings import StopStrings, split_ends
@@ -97,6 +98,7 @@ class Continuous:
                 f"sampling.engine: continuous cannot run a {type(unwrapped(actor.module.lm)).__name__} "
                 f"({why}); expected sampling.engine=generate"
             )
+        self.spare_U = spare_rows(tokenizer, actor.module.lm)
 
     @torch.no_grad()
     def generate(
@@ -118,7 +120,8 @@ class Continuous:
         seeds: Sequence[int],
         limits: Sequence[int],
     ) -> list[Response]:
-        sampler = Sampler(self.sampling, prompts, seeds, limits, lm.device)
+        spare_U = None if self.spare_U is None else self.spare_U.to(lm.device)
+        sampler = Sampler(self.sampling, prompts, seeds, limits, lm.device, spare_U)
         # On a CPU transformers' own share of memory applies where the recipe gives none.
         memory = (
             self.sampling.memory_share("continuous") if lm.device.type == "cuda" else self.sampling.memory
@@ -154,13 +157,14 @@ class Continuous:
                 if count is not None and not done:
                     manager.cancel_request(result.request_id)
         logp_ST = sampler.logp_ST.cpu()
+        mass_ST = None if sampler.mass_ST is None else sampler.mass_ST.cpu()
         responses = []
         for slot in range(len(prompts)):
             ids, count = sampled[slot]
             ids = ids[:count]
-            responses.append(
-                Response(ids, logp_ST[slot, : len(ids)].tolist(), count is not None or ids[-1] in self.ends)
-            )
+            ended = count is not None or ids[-1] in self.ends
+            mass = None if mass_ST is None else mass_ST[slot, : len(ids)].tolist()
+            responses.append(Response(ids, logp_ST[slot, : len(ids)].tolist(), ended, mass))
         return responses
 
     def refresh(self) -> None:
@@ -188,6 +192,7 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         seeds: Sequence[int],
         limits: Sequence[int],
         device: torch.device,
+        spare_U: torch.Tensor | None = None,
     ) -> None:
         """Fills the tables.
 
@@ -197,14 +202,17 @@ class Sampler(ContinuousBatchingLogitsProcessor):
             seeds: Of each sequence.
             limits: Most steps of each sequence.
             device: Where the tables are.
+            spare_U: Ids of the rows without a token, on the device.
         """
         self.sampling, self.starts = sampling, [len(prompt) for prompt in prompts]
+        self.spare_U = spare_U
         numbers_ST = uniforms(seeds, limits)
         # A finished sequence may run further steps until the host notices.
         self.numbers_ST = torch.nn.functional.pad(numbers_ST, (0, 4, 0, 1)).to(device)
         self.steps = self.numbers_ST.shape[1]
         self.nowhere = self.numbers_ST.numel() - 1
         self.logp_ST = torch.zeros(self.numbers_ST.shape, device=device)
+        self.mass_ST = None if spare_U is None else torch.zeros_like(self.logp_ST)
         self.seen_SL: torch.Tensor | None = None
         if sampling.repetition_penalty != 1.0:
             longest = max(self.starts)
@@ -233,9 +241,11 @@ class Sampler(ContinuousBatchingLogitsProcessor):
         """Chooses the tokens of a step; the scores [N, V] that it returns leave no other choice."""
         place_N = tensor_arg[: len(scores)].long()
         seen_NL = None if self.seen_SL is None else self.seen_SL[place_N // self.steps]
-        ids_N, logp_N = pick(
-            sampling_logits(scores, self.sampling, seen_NL), self.numbers_ST.view(-1)[place_N]
-        )
+        mass_N = spare_mass(scores, self.spare_U, self.sampling.temperature)
+        if self.mass_ST is not None and mass_N is not None:
+            self.mass_ST.view(-1).scatter_(0, place_N, mass_N)
+        scores_NV = sampling_logits(scores, self.sampling, seen_NL, spare_U=self.spare_U)
+        ids_N, logp_N = pick(scores_NV, self.numbers_ST.view(-1)[place_N])
         self.logp_ST.view(-1).scatter_(0, place_N, logp_N)
         if self.seen_SL is not None:
             seen_place_N = place_N // self.steps * self.seen_SL.shape[1] + self.longest + place_N % self.steps

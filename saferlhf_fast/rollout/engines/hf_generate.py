@@ -9,17 +9,18 @@ Leaves out: beams, and weights of its own (those of the trained model are used).
 Shapes: legend in rollout/types.py; rows are padded on the left.
 """
 
-import contextlib
 import inspect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...data.batches import collate_left
+from ...models.causal_lm import without_own_generation
 from ...models.lora import plain as unwrapped
-from ...models.sampling_distribution import pick, sampling_logits, uniforms
+from ...models.sampling_distribution import pick, sampling_logits, spare_mass, uniforms
+from ...models.tokenizer import spare_rows
 from ...runtime import engine
 from ..types import Response
 from .gathered_weights import gathered_lm
@@ -56,6 +57,7 @@ class Generate:
         self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
         self.ends, marks = split_ends(ends)
         self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])
+        self.spare_U = spare_rows(tokenizer, actor.module.lm)
 
     @torch.no_grad()
     def generate(
@@ -72,7 +74,9 @@ class Generate:
             most = max(engine.gather_objects(len(batches)))
             batches += [[]] * (most - len(batches))
         done: dict[int, Row] = {}
-        with gathered_lm(self.actor, self.sampling.gather) as lm, without_own_settings(unwrapped(lm)):
+        # Published chat models have a repetition penalty, min_p, beams … there: samples would then come from
+        # another distribution than the one that is scored and trained.
+        with gathered_lm(self.actor, self.sampling.gather) as lm, without_own_generation(unwrapped(lm)):
             for batch in batches:
                 rows = [Row(prompts[i], seeds[i], limits[i]) for i in batch]
                 rows = rows or [Row([*self.ends[:1]] or [0], 0, 1)]
@@ -130,11 +134,12 @@ class Row:
         self.prompt, self.seed, self.limit = prompt, seed, limit
         self.ids: list[int] = []
         self.logp: list[float] = []
+        self.spare_mass: list[float] = []
         self.ended = False
 
     def response(self) -> Response:
         """What was sampled so far."""
-        return Response(self.ids, self.logp, self.ended)
+        return Response(self.ids, self.logp, self.ended, self.spare_mass or None)
 
 
 class Call:
@@ -158,6 +163,7 @@ class Call:
         self.rows, self.numbers_BT, self.step, self.share = rows, numbers_BT, step, share
         self.sampling, self.stop = generator.sampling, generator.stop
         device = numbers_BT.device
+        self.spare_U = None if generator.spare_U is None else generator.spare_U.to(device)
         self.ends = torch.tensor(generator.ends, dtype=torch.long, device=device)
         self.limit_B = torch.tensor([row.limit for row in rows], device=device)
         self.over_B = torch.zeros(len(rows), dtype=torch.bool, device=device)
@@ -166,6 +172,7 @@ class Call:
         # [B] of each step
         self.ids: list[torch.Tensor] = []
         self.logp: list[torch.Tensor] = []
+        self.spare_mass: list[torch.Tensor] = []
         self.stopped: list[torch.Tensor] = []
         self.over: list[torch.Tensor] = []
 
@@ -177,7 +184,11 @@ class Call:
             from_end_L = torch.arange(input_ids.shape[1], 0, -1, device=input_ids.device)
             # padding on the left was not seen
             seen_BL = torch.where(from_end_L <= known, input_ids, input_ids[:, -1:])
-        ids_B, logp_B = pick(sampling_logits(scores, self.sampling, seen_BL), self.numbers_BT[:, self.step])
+        mass_B = spare_mass(scores, self.spare_U, self.sampling.temperature)
+        if mass_B is not None:
+            self.spare_mass.append(mass_B)
+        scores_BV = sampling_logits(scores, self.sampling, seen_BL, spare_U=self.spare_U)
+        ids_B, logp_B = pick(scores_BV, self.numbers_BT[:, self.step])
         self.step += 1
         self.ids.append(ids_B)
         self.logp.append(logp_B)
@@ -205,11 +216,13 @@ class Call:
         ids, logp, over, stopped = (
             torch.stack(steps, 1).tolist() for steps in (self.ids, self.logp, self.over, self.stopped)
         )
+        mass = torch.stack(self.spare_mass, 1).tolist() if self.spare_mass else None
         live = []
         for i, row in enumerate(self.rows):
             count = over[i].index(True) + 1 if over[i][-1] else len(over[i])
             row.ids += ids[i][:count]
             row.logp += logp[i][:count]
+            row.spare_mass += [] if mass is None else mass[i][:count]
             row.ended = stopped[i][count - 1]
             if not over[i][-1]:
                 live.append(i)
@@ -224,19 +237,3 @@ def selectable_cache(lm: "PreTrainedModel") -> "DynamicCache | None":
     if not accepts or not lm._supports_default_dynamic_cache():
         return None
     return DynamicCache(config=lm.config.get_text_config(decoder=True))
-
-
-@contextlib.contextmanager
-def without_own_settings(lm: "PreTrainedModel") -> Iterator[None]:
-    """Context in which `generate` ignores the model's generation_config.
-
-    Published chat models have a repetition penalty, min_p, beams … there: samples would then come from
-    another distribution than the one that is scored and trained.
-    """
-    from transformers import GenerationConfig
-
-    own, lm.generation_config = lm.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        lm.generation_config = own

@@ -25,6 +25,7 @@ from ...runtime import engine
 from ..types import Response
 from .gathered_weights import gathered_lm
 from .stop_strings import split_ends
+from .vllm_tokens import refuse_spare, request_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ class LocalVLLM:
             sampling: The distribution and its limits.
 
         Raises:
-            UserError: vLLM cannot be imported.
+            UserError: vLLM cannot be imported, or cannot exclude all rows without a token.
         """
         # In this process, not in a child: it gets the weights as tensors. Read when vllm is imported.
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -66,6 +67,7 @@ class LocalVLLM:
         self.actor, self.sampling, self.vllm = actor, sampling, vllm
         self.ends, marks = split_ends(ends)
         self.stop = [*sampling.stop, *marks]
+        self.token_fields = request_fields(tokenizer, actor.module.lm, "vllm")
         self.folder = tempfile.TemporaryDirectory(prefix="saferlhf-fast-vllm-")
         lm = unwrapped(actor.module.lm)
         config = copy.deepcopy(lm.config)  # with the model's current vocabulary
@@ -131,10 +133,12 @@ class LocalVLLM:
             skip_special_tokens=False,
             detokenize=bool(self.stop),
             logprobs=0,
+            **self.token_fields,
         )
 
     def _response(self, output: "CompletionOutput") -> Response:
         ids = list(output.token_ids)
+        refuse_spare(ids, self.token_fields, "vllm")
         logp = [by_token[token].logprob for token, by_token in zip(ids, output.logprobs)]
         return Response(ids, logp, output.finish_reason == "stop")
 

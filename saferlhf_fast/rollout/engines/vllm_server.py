@@ -29,6 +29,7 @@ from ...runtime import engine
 from ..types import Response
 from .gathered_weights import gathered_lm
 from .stop_strings import split_ends
+from .vllm_tokens import refuse_spare, request_fields
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -65,20 +66,22 @@ class ServedVLLM:
             sampling: The distribution and its limits.
 
         Raises:
-            UserError: The server does not answer, or reports log-probs of another distribution.
+            UserError: The server does not answer, reports log-probs of another distribution, or cannot
+                exclude all rows without a token.
         """
         self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
         self.ends, marks = split_ends(ends)
         self.stop = [*sampling.stop, *marks]
         self.server = Server(sampling.server, getattr(actor.module.lm.config, "_name_or_path", "") or "MODEL")
         self.model = self.server.request("/v1/models")["data"][0]["id"]
+        self.token_fields = request_fields(tokenizer, actor.module.lm, "vllm-server")
         self._check_log_probs()
         self.folder, self.pushed = sampling.server_weights, False
         self.own_folder: tempfile.TemporaryDirectory[str] | None = None
 
     def _check_log_probs(self) -> None:
         """The server must report log-probs of the distribution it samples, not of the model's plain one."""
-        if plain(self.sampling) and self.sampling.temperature == 1.0:
+        if plain(self.sampling) and self.sampling.temperature == 1.0 and not self.token_fields:
             return
         config = self.server.request("/server_info?config_format=json")["vllm_config"]
         mode = config.get("model_config", {}).get("logprobs_mode") if isinstance(config, dict) else None
@@ -119,6 +122,7 @@ class ServedVLLM:
                 "add_special_tokens": False,
                 "logprobs": 0,
                 "return_token_ids": True,
+                **self.token_fields,
             },
         )
         choice = response["choices"][0]
@@ -128,6 +132,7 @@ class ServedVLLM:
                 f"sampling.server: expected token_ids and as many token_logprobs, got {_short(choice)}; "
                 f"{self.server.advice}"
             )
+        refuse_spare(ids, self.token_fields, "vllm-server")
         return Response(ids, logp, choice["finish_reason"] == "stop")
 
     def refresh(self) -> None:

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from ...runtime import console
 from ...runtime.checkpoint.checkpointer import Checkpoints
 from ...runtime.metrics import Metrics
-from ..anomalies import LossSpikeMonitor, MultiplierSaturation, NonFiniteGuard
+from ..anomalies import (
+    EngineGapAlarm,
+    LossSpikeMonitor,
+    MultiplierSaturation,
+    NonFiniteGuard,
+    SpareMassAlarm,
+)
 from ..stage_helpers import go_on_without
 from .selection import PolicySelection
 from .step_metrics import sample_rows, save_batch
@@ -28,6 +34,7 @@ class AfterStep:
     bar: console.Track
     guard: NonFiniteGuard
     monitors: Sequence[LossSpikeMonitor | MultiplierSaturation]
+    alarms: Sequence[EngineGapAlarm | SpareMassAlarm]  # whose results are metrics too
     selection: PolicySelection
     checkpoints: Checkpoints
 
@@ -44,6 +51,8 @@ class AfterStep:
             bad: Names of what was not finite; the step was then skipped.
         """
         log, is_last = self.cfg.log, step == self.steps
+        for alarm in self.alarms:
+            values = {**values, **alarm.look(step, values)}
         self.guard.note(step, bad, lambda: save_batch(self.cfg, step, rollout, scored))
         if step % log.interval == 0 or is_last:
             self.metrics.log(step, {f"train/{name}": value for name, value in values.items()})

@@ -14,7 +14,7 @@ from ...models.folders import refuse_short_context
 from ...models.policy import Policy
 from ...models.score_model import load_score_model
 from ...models.shared_base import PolicyOnSharedBase, ScoreOnSharedBase, SharedBase
-from ...models.tokenizer import load_tokenizer, same_tokenizer
+from ...models.tokenizer import load_tokenizer, same_tokenizer, spare_rows
 from ...rollout.batch import end_tokens
 from ...rollout.engines import open_generator
 from ...rollout.roles import Critic, Roles
@@ -81,10 +81,10 @@ def separate_roles(
     Returns:
         The roles, still without ends of responses and without a rollout engine.
     """
-    packing = cfg.engine.packing
-    reference = engine.Frozen(Policy(copy.deepcopy(lm), packing), cfg.engine)
+    packing, spare_U = cfg.engine.packing, spare_rows(tokenizer, lm)
+    reference = engine.Frozen(Policy(copy.deepcopy(lm), packing, spare_U), cfg.engine)
     loaded = {name: load_scorer(spec, tokenizer, cfg) for name, spec in cfg.scorers().items()}
-    actor = engine.Engine(Policy(without_dropout(lm), packing), cfg.optim, cfg.engine, steps)
+    actor = engine.Engine(Policy(without_dropout(lm), packing, spare_U), cfg.optim, cfg.engine, steps)
     critics = []
     for streams in cfg.streams_of_critics(constrained):
         scorer, score = loaded[streams[0]]
@@ -176,7 +176,10 @@ def roles_on_shared_base(
         The roles, still without ends of responses and without a rollout engine.
     """
     shared_base = SharedBase(
-        without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)), cfg.lora, cfg.engine.packing
+        without_dropout(lm).to(engine.device(), engine.precision(cfg.engine)),
+        cfg.lora,
+        cfg.engine.packing,
+        spare_rows(tokenizer, lm),
     )
     shared_base.add("actor")
     specs = cfg.scorers()

@@ -92,7 +92,7 @@ def averages(
         sum(getattr(m, name) for m in rollout.minibatches) for name in ("sequences", "tokens")
     )
     sums, largest, shared = _read(
-        _sums(scored, step_metrics, sequences),
+        {**_sums(scored, step_metrics, sequences), **_spare_mass(rollout, tokens)},
         {"max_generated_length": float(max(rollout.lengths, default=0)), **step_metrics.maxima},
         _shared(step_metrics, multipliers),
     )
@@ -132,6 +132,14 @@ def _sums(scored: "Scored", step_metrics: StepMetrics, sequences: int) -> dict[s
             if key in stats:
                 sums[name] = sums.get(name, 0.0) + stats[key] * stats["sequences"]
     return {name: value / max(1, sequences) for name, value in sums.items()} | step_metrics.sums
+
+
+def _spare_mass(rollout: "Rollout", tokens: int) -> dict[str, torch.Tensor]:
+    """This rank's share of the mean over response tokens, where the engine measures it."""
+    if rollout.spare_mass is None:
+        return {}
+    total = sum(mass * length for mass, length in zip(rollout.spare_mass, rollout.lengths))
+    return {"spare_mass": torch.tensor(total / max(1, tokens))}
 
 
 def _shared(
