@@ -194,7 +194,7 @@ class _Trial:
 
 
 def _positions(trial: _Trial) -> RowForm:
-    """A form with the position ids that give what the model gives without any; `first` is None without such."""
+    """A form with the position ids that give what the model gives without any; None where none do."""
     row, expected = trial.ids([trial.rows[-1]]), trial.alone[-1]
     pad = getattr(trial.model.config, "pad_token_id", None)
 
