@@ -126,7 +126,7 @@ def _probed(backbone: "PreTrainedModel") -> RowForm:
         if form is None:
             continue
         if form.packs and not on_meta:
-            own = _compare(backbone, (4, 5), form.first)
+            own = _compare(backbone, (4, 5))
             if own is None or not own.packs:
                 return replace(form, packs=False, why="its sequences see each other when packed")
         return form
@@ -142,7 +142,7 @@ def _probed(backbone: "PreTrainedModel") -> RowForm:
     return form
 
 
-def _compare(model: "PreTrainedModel", lengths: Sequence[int], first: int | None = 0) -> RowForm | None:
+def _compare(model: "PreTrainedModel", lengths: Sequence[int]) -> RowForm | None:
     """The form of one model, by its hidden states; None where a sequence alone does not run."""
     training, current = model.training, model.config._attn_implementation
     model.eval()

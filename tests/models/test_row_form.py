@@ -11,6 +11,7 @@ import pytest
 import torch
 from tolerance import assert_near_in_another_batch
 
+from saferlhf_fast.errors import UserError
 from saferlhf_fast.models import attention, row_form, shrunken
 from saferlhf_fast.models.packing import pack_sequences
 from saferlhf_fast.models.policy import Policy
@@ -139,6 +140,22 @@ def test_a_model_without_a_copy_is_padded_where_it_names_a_length(monkeypatch):
         assert form.packs is packs and bool(form.why) is not packs
     lm = architectures.build(AutoModelForCausalLM, "phi3", **LONGROPE)
     assert shrunken.changes_with_length(lm.config)["rope_parameters"] == 32
+
+
+def test_rows_by_length_are_refused_where_each_rank_would_make_other_passes(monkeypatch):
+    """ZeRO-3 on several ranks: a pass gathers weights, so all ranks need the same number of them."""
+    from transformers import AutoModel
+
+    from saferlhf_fast.runtime import engine
+
+    model = ScoreModel(architectures.build(AutoModel, "fnet")).eval()
+    packed = pack_sequences([[3, 4, 5], [6, 7]], [range(3), range(2)], torch.device("cpu"))
+    monkeypatch.setattr(engine, "world_size", lambda: 2)
+    assert len(model(packed)) == 5
+    for parameter in model.parameters():
+        parameter.ds_id = 0
+    with pytest.raises(UserError, match="engine.zero_stage: expected 0, 1 or 2 for a FNetModel .* got 3"):
+        model(packed)
 
 
 def test_a_probe_does_not_depend_on_the_size_of_the_model():
