@@ -11,7 +11,6 @@ Shapes: legend in rollout/types.py.
 """
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +20,12 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..kernels import checks
-from .backbone import hidden_states, packs
+from .backbone import form_of, hidden_states
 from .causal_lm import LOADERS, allowed_files, train_every_row
 from .folders import has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing
 from .lora import plain
-from .packing import Packed
+from .packing import Packed, pack_sequences
+from .row_form import fixed_inputs, row_inputs
 from .score_checkpoint import read_head
 from .score_head import Normalizer as Normalizer
 from .score_head import ScoreHead as ScoreHead
@@ -86,15 +86,18 @@ class ScoreModel(nn.Module):
         require_backbone(backbone)
         require_kind("ScoreModel", kind, *KINDS, None)
         self.backbone = backbone
-        self.packs = packs(plain(self.backbone)) and packing
+        form = form_of(plain(self.backbone))
+        self.form = form if packing else form.unpacked()
         self.config = self.backbone.config
         self.score = ScoreHead(hidden_size(self.config), bias, self.backbone.dtype)
         self.normalizer = normalizer
         self.kind = kind
-        accepted = inspect.signature(backbone.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        self.fixed_inputs = {"use_cache": False} if "use_cache" in accepted else {}
         self.init_head()
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed sequences run without padding."""
+        return self.form.packs
 
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
@@ -177,15 +180,33 @@ class ScoreModel(nn.Module):
     def _padded_scores(
         self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
-        if self.takes_positions:
-            inputs["position_ids"] = (
-                (mask_BL.cumsum(-1) - 1).clamp(min=0) if position_ids is None else position_ids
+        inner = plain(self.backbone)
+        if not self.form.pads:
+            return self._scores_of_each_row(ids_BL, mask_BL, position_ids)
+        counted_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        inputs = row_inputs(inner, self.form, ids_BL, mask_BL, counted_BL)
+        if position_ids is not None and "position_ids" in inputs:
+            inputs["position_ids"] = position_ids
+        return self._scores(self.backbone(**inputs, **fixed_inputs(inner)).last_hidden_state)
+
+    def _scores_of_each_row(
+        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, position_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Scores of an architecture whose rows see their padding: each row's tokens by themselves."""
+        if position_ids is not None:
+            raise ValueError(
+                f"ScoreModel: position_ids: expected None for a {type(plain(self.backbone)).__name__}, whose "
+                "rows run without their padding, got a tensor"
             )
-        return self._scores(self.backbone(**inputs).last_hidden_state)
+        real_BL = mask_BL.bool()
+        rows = [ids[real].tolist() for ids, real in zip(ids_BL, real_BL)]
+        packed = pack_sequences(rows, [range(len(row)) for row in rows], ids_BL.device)
+        scores_M = self._packed_scores(packed)
+        scores_BL = scores_M.new_zeros(*ids_BL.shape, *scores_M.shape[1:])
+        return scores_BL.index_put((real_BL,), scores_M)
 
     def _packed_scores(self, packed: Packed) -> torch.Tensor:
-        hidden_MH = hidden_states(plain(self.backbone), packed, self.packs)
+        hidden_MH = hidden_states(plain(self.backbone), packed, self.form)
         return self._scores(hidden_MH.index_select(0, packed.rows_N))
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -148,7 +148,8 @@ def load_critic(
         score = with_new_head(cfg.model)
     if cfg.gradient_checkpointing:
         backbone.recompute_activations(score.backbone)
-    score.packs &= cfg.engine.packing
+    if not cfg.engine.packing:
+        score.form = score.form.unpacked()
     for _ in streams[1:]:
         score.add_head()
     return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
