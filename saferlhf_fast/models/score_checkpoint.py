@@ -198,7 +198,8 @@ def check_score_export(
     Raises:
         UserError: There is a bias or a normaliser and neither is allowed, or no token can be the padding.
     """
-    with_distinct_pad(tokenizer)
+    if not model.pairs:
+        with_distinct_pad(tokenizer)
     bias, normalizer = _bias(model), model.normalizer
     if (bias is not None or normalizer is not None) and not (drop_bias or keep_bias):
         extras = " and ".join(
@@ -250,7 +251,7 @@ def save_score_model(
     """
     assert state_dict is None or not has_lora(model.backbone), "a state dict of adapters cannot be merged"
     check_score_export(model, tokenizer, drop_bias, keep_bias)
-    tokenizer = with_distinct_pad(tokenizer)
+    tokenizer = tokenizer if model.pairs else with_distinct_pad(tokenizer)
     backbone = plain(model.backbone)
     entry: dict[str, Any] = {"kind": kind, "pooling": model.pooling, "pairs": model.pairs or None}
     notes = []
