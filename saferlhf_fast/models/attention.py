@@ -222,11 +222,21 @@ def _torch_varlen(
 
 
 def install(model: "PreTrainedModel") -> bool:
-    """Exchanges a transformers model's attention for `attention`, in place.
+    """Exchanges a transformers model's attention for `attention`, in place, where that changes no number.
 
     Returns:
-        False where the model's architecture does not allow the exchange.
+        False, with the model as it was, where the architecture does not allow the exchange, or computes
+        something else under another name (models with an index of keys ask what their attention is called).
     """
+    from .row_form import architecture_form
+
+    if model.config._attn_implementation in NAMES.values():
+        return True
+    return architecture_form(model).exchanges and exchange(model)
+
+
+def exchange(model: "PreTrainedModel") -> bool:
+    """`install` without the question what the exchange changes; row_form.py asks it."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask, sdpa_mask
 

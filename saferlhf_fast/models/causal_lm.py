@@ -24,9 +24,9 @@ from .folders import (
     refuse_large_vocabulary,
     refuse_missing,
     replacing,
-    write_card,
 )
 from .lora import has_lora, plain, plain_state
+from .model_card import write_card
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase

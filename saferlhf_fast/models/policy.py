@@ -22,6 +22,7 @@ from . import backbone, sampling_distribution
 from .lora import plain
 from .on_policy_loss import ChunkLoss, loss_of, on_policy_loss
 from .packing import Packed, pack_sequences
+from .row_form import fixed_inputs, packed_inputs
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -66,8 +67,14 @@ class Policy(nn.Module):
         super().__init__()
         self.lm = lm
         inner = plain(lm)
-        self.packs = backbone.packs(inner.base_model) and packing
+        form = backbone.form_of(inner.base_model)
+        self.form = form if packing else form.unpacked()
         self.logit_form = logit_form(inner)
+
+    @property
+    def packs(self) -> bool:
+        """Whether the backbone runs packed, without padding."""
+        return self.form.packs
 
     def forward(
         self,
@@ -91,7 +98,7 @@ class Policy(nn.Module):
         if form is None:
             logp_N = self._logp_from_logits(inner, packed, sampling)
             return _result_from_logp(logp_N, packed, objective, chunk_loss)
-        hidden_MH = backbone.hidden_states(inner.base_model, packed, self.packs)
+        hidden_MH = backbone.hidden_states(inner.base_model, packed, self.form)
         hidden_NH = hidden_MH.index_select(0, packed.rows_N)
 
         def use(
@@ -107,12 +114,13 @@ class Policy(nn.Module):
     ) -> torch.Tensor:
         """logp_N through the model's own logits, which are computed for all positions where they must be."""
         if self.packs:
-            inputs = backbone.packed_inputs(packed)
+            inputs = packed_inputs(packed, self.form)
             logits_NV = lm(**inputs, use_cache=False, logits_to_keep=packed.rows_N).logits[0]
         else:
-            rows = backbone.padded(packed)
-            logits_SLV = lm(**backbone.padded_inputs(lm, rows)).logits
-            logits_NV = logits_SLV.flatten(0, 1).index_select(0, rows.flat_M.index_select(0, packed.rows_N))
+            logits_MV = backbone.of_each_token(
+                packed, self.form, lm, lambda inputs: lm(**inputs, **fixed_inputs(lm)).logits
+            )
+            logits_NV = logits_MV.index_select(0, packed.rows_N)
         if sampling is None or is_plain(sampling):
             return token_logprob(
                 logits_NV, packed.targets_N, temperature=_temperature(sampling), inplace_backward=True

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .folders import quiet, readable, replacing, write_card
+from .folders import quiet, readable, replacing
 from .lora import has_lora, plain, plain_state
+from .model_card import write_card
 from .tokenizer import with_distinct_pad
 
 if TYPE_CHECKING:

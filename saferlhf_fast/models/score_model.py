@@ -5,14 +5,12 @@
     score_B = score.end_scores(scores_BL, mask_BL)
 
 Dropout stays as the config has it; the PPO stages switch it off. The head is in score_head.py, the
-reading of files in score_checkpoint.py, the checks of masks in score_inputs.py.
+reading of files in score_checkpoint.py, the checks of masks in score_inputs.py, encoders in encoders.py.
 
 Shapes: legend in rollout/types.py.
 """
 
-import contextlib
-import inspect
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,8 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..kernels import checks
-from .backbone import hidden_states, packs, takes_types
-from .causal_lm import LOADERS, allowed_files, train_every_row
+from .backbone import form_of, hidden_states, token_types
+from .causal_lm import LOADERS
 from .encoders import (
     EncoderHead,
     default_pooling,
@@ -34,16 +32,20 @@ from .encoders import (
     refuse_pooling,
     score_files,
 )
-from .folders import has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing
+from .folders import local_copy, refuse_large_vocabulary
 from .lora import plain
-from .packing import Packed
+from .packing import Packed, pack_sequences
+from .row_form import fixed_inputs, row_inputs
+from .score_backbone import hidden_size as hidden_size
+from .score_backbone import load_backbone as load_backbone
+from .score_backbone import written
 from .score_checkpoint import Head, read_head
 from .score_head import Normalizer as Normalizer
 from .score_head import ScoreHead as ScoreHead
-from .score_inputs import checks_values, real_tokens, refuse_positions
+from .score_inputs import last_scores, real_tokens, refuse_positions
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ScoreModel(nn.Module):
@@ -94,7 +96,8 @@ class ScoreModel(nn.Module):
         refuse_pooling(pooling, backbone.config)
         self.pooling = pooling
         self.backbone = backbone
-        self.packs = packs(plain(self.backbone)) and packing
+        form = form_of(plain(self.backbone))
+        self.form = form if packing else form.unpacked()
         self.config = self.backbone.config
         if head is None and pooling != "last":
             head = new_encoder_head(plain(self.backbone), pooling)
@@ -104,11 +107,13 @@ class ScoreModel(nn.Module):
         self.kind = kind
         # whether it is trained on prompt and response as a pair of texts; the loaders know better
         self.pairs = pooling != "last" and is_encoder(self.config)
-        accepted = inspect.signature(backbone.forward).parameters
-        self.takes_positions = "position_ids" in accepted
-        self.fixed_inputs = {"use_cache": False} if "use_cache" in accepted else {}
         if head is None:
             self.init_head()
+
+    @property
+    def packs(self) -> bool:
+        """Whether packed sequences run without padding."""
+        return self.form.packs
 
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
@@ -205,20 +210,43 @@ class ScoreModel(nn.Module):
         position_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
-        if self.takes_positions:
-            inputs["position_ids"] = (
-                (mask_BL.cumsum(-1) - 1).clamp(min=0) if position_ids is None else position_ids
-            )
-        if token_type_ids is not None and takes_types(plain(self.backbone)):
-            inputs["token_type_ids"] = token_type_ids
+        inner = plain(self.backbone)
+        if not self.form.pads:
+            return self._scores_of_each_row(ids_BL, mask_BL, position_ids, token_type_ids)
+        counted_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
+        inputs = row_inputs(inner, self.form, ids_BL, mask_BL, counted_BL)
+        if position_ids is not None and "position_ids" in inputs:
+            inputs["position_ids"] = position_ids
+        inputs |= token_types(inner, token_type_ids) | fixed_inputs(inner)
         hidden_BLH = self.backbone(**inputs).last_hidden_state
         if self.pooling == "last":
             return self._scores(hidden_BLH)
         return self._scores(pool_rows(hidden_BLH, mask_BL, self.pooling))[:, None].expand(ids_BL.shape)
 
+    def _scores_of_each_row(
+        self,
+        ids_BL: torch.Tensor,
+        mask_BL: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Scores of an architecture whose rows see their padding: each row's tokens by themselves."""
+        if position_ids is not None:
+            raise ValueError(
+                f"ScoreModel: position_ids: expected None for a {type(plain(self.backbone)).__name__}, whose "
+                "rows run without their padding, got a tensor"
+            )
+        real_BL = mask_BL.bool()
+        rows = [ids[real].tolist() for ids, real in zip(ids_BL, real_BL)]
+        packed = pack_sequences(rows, [range(len(row)) for row in rows], ids_BL.device)
+        if token_type_ids is not None:
+            packed = dataclasses.replace(packed, types_M=token_type_ids[real_BL])
+        scores_M = self._packed_scores(packed)
+        scores_BL = scores_M.new_zeros(*ids_BL.shape, *scores_M.shape[1:])
+        return scores_BL.index_put((real_BL,), scores_M)
+
     def _packed_scores(self, packed: Packed) -> torch.Tensor:
-        hidden_MH = hidden_states(plain(self.backbone), packed, self.packs)
+        hidden_MH = hidden_states(plain(self.backbone), packed, self.form)
         if self.pooling == "last":
             return self._scores(hidden_MH.index_select(0, packed.rows_N))
         score_S = self._scores(pool(hidden_MH, packed.layout, self.pooling))
@@ -242,91 +270,7 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: Shapes, types or devices do not agree, or (on the CPU) a row has no token.
         """
-        if scores_BL.dim() != 2 or not checks.is_floating(scores_BL):
-            raise ValueError(
-                f"end_scores: scores: expected floating point [B, L], got {scores_BL.dtype} "
-                f"{list(scores_BL.shape)}"
-            )
-        if attention_mask_BL is None:
-            raise ValueError("end_scores: attention_mask: expected a mask [B, L], got None")
-        mask_BL = real_tokens("end_scores", attention_mask_BL, scores_BL)
-        if not scores_BL.shape[0]:
-            return scores_BL.flatten()
-        some_B = mask_BL.any(1)
-        if not mask_BL.shape[1] or checks_values(mask_BL) and not some_B.all():
-            raise ValueError(
-                f"end_scores: attention_mask: expected a real token in each row, got none in row "
-                f"{some_B.tolist().index(False)}"
-            )
-        last_B = mask_BL.shape[1] - 1 - mask_BL.flip(1).argmax(1)
-        return scores_BL.gather(1, last_B[:, None]).squeeze(1).where(some_B, float("nan"))
-
-
-@contextlib.contextmanager
-def written(module: nn.Module) -> Iterator[None]:
-    """Context in which weights are complete and may be written; ZeRO-3 broadcasts rank 0's at the end."""
-    sharded = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not sharded:
-        yield
-        return
-    from ..runtime import engine
-
-    with engine.written(sharded):
-        yield
-
-
-def hidden_size(config: "PretrainedConfig") -> int:
-    """H of a backbone's output; a multimodal config has it in its text config, OPT may project its output."""
-    text = config.get_text_config()
-    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-
-
-def load_backbone(
-    path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> "PreTrainedModel":
-    """Loads an architecture's base model, without a head; of a multimodal model the language model.
-
-    Args:
-        path: A model folder or a name on the Hub.
-        dtype: The type of the weights.
-        trust_remote_code: Whether code beside the model may run.
-        allow_pickle: Whether weights that exist in pickles alone are read.
-
-    Returns:
-        The backbone.
-
-    Raises:
-        UserError: The model does not exist, weights are missing, or it is an encoder-decoder.
-    """
-    require("loading a score model", "train", *LOADERS)
-    folder = local_copy(path, allow_pickle)
-    if not has_weights(folder):
-        raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
-    from transformers import AutoModel
-
-    with readable(path, "backbone"), quiet():
-        backbone, info = AutoModel.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **allowed_files(allow_pickle),
-        )
-    # Encoders' poolers are not used: the head reads the hidden states.
-    refuse_missing(path, info, "backbone", ignore=("pooler",))
-    if backbone.config.is_encoder_decoder:
-        raise UserError(
-            f"{path}: expected a decoder or an encoder as backbone of a score model, got the "
-            f"encoder-decoder {type(backbone).__name__}"
-        )
-    if backbone.config.get_text_config() is not backbone.config:
-        backbone = getattr(backbone, "language_model", backbone)
-    train_every_row(backbone)
-    return backbone
+        return last_scores(scores_BL, attention_mask_BL)
 
 
 def score_model_from_backbone(

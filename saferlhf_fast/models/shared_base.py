@@ -45,7 +45,8 @@ class SharedBase:
         lm.requires_grad_(False)
         self.lora, self.lm = lora, None
         self.base = lm
-        self.packs = backbone.packs(lm.base_model) and packing
+        form = backbone.form_of(lm.base_model)
+        self.form = form if packing else form.unpacked()
         self.packing = packing
         self.layers: list[BaseTunerLayer] = []
 
@@ -139,6 +140,6 @@ class ScoreOnSharedBase(OnSharedBase):
         """Scores [N], or [N, heads] where there are several, fp32."""
         self.shared_base.use(self.role)
         hidden_MH = backbone.hidden_states(
-            plain(self.shared_base.lm).base_model, packed, self.shared_base.packs
+            plain(self.shared_base.lm).base_model, packed, self.shared_base.form
         )
         return self.score(hidden_MH.index_select(0, packed.rows_N))

@@ -73,7 +73,8 @@ def load_score_model_scorer(
     differs = pairs or not same_tokenizer(tokenizer, own)
     if not differs:  # else texts are cut to the model's context
         refuse_short_context(spec.path, score.config, cfg.max_length, "max_length")
-    score.packs &= cfg.engine.packing
+    if not cfg.engine.packing:
+        score.form = score.form.unpacked()
     frozen = engine.Frozen(copy.deepcopy(score), cfg.engine)
     policy_template = Template(tokenizer, cfg.template) if differs else None
     return ScoreModelScorer(frozen, own, pair_name(cfg.template, pairs), differs, policy_template), score

@@ -71,7 +71,8 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
     check_score_export(score, tokenizer, drop_bias=cfg.drop_bias, keep_bias=not cfg.drop_bias)
     if cfg.train.gradient_checkpointing:
         backbone.recompute_activations(score.backbone)
-    score.packs &= cfg.engine.packing
+    if not cfg.engine.packing:
+        score.form = score.form.unpacked()
     if cfg.lora.rank:
         score = add_lora(score, cfg.lora)
     folder = open_run(kind, cfg, restart)

@@ -185,20 +185,21 @@ def _adapted(model: "PreTrainedModel | torch.nn.Module", blueprint: Blueprint) -
 
 @contextlib.contextmanager
 def _without_probes() -> Iterator[None]:
-    """Context in which wrapping a model compares no numbers, since the meta device has none.
+    """Context in which wrapping a model compares no numbers of its own, since the meta device has none.
 
-    An architecture that cannot run packed is then planned as if it could.
+    Whether it runs packed is decided on the CPU, by a tiny copy; one that has none is planned as packed, and
+    rows of one length at a time are planned as one pass. What was decided without a model is not kept.
     """
-    from ...models import backbone, policy
+    from ...models import policy, row_form
 
-    alike, holds, probes = backbone._packed_equals_alone, policy._gives_the_logits, dict(backbone.PROBES)
-    backbone._packed_equals_alone, policy._gives_the_logits = (lambda *_: True), (lambda *_: True)
+    holds, forms = policy._gives_the_logits, dict(row_form.FORMS)
+    policy._gives_the_logits = lambda *_: True
     try:
         yield
     finally:
-        backbone._packed_equals_alone, policy._gives_the_logits = alike, holds
-        backbone.PROBES.clear()
-        backbone.PROBES.update(probes)
+        policy._gives_the_logits = holds
+        row_form.FORMS.clear()
+        row_form.FORMS.update(forms)
 
 
 @functools.lru_cache(maxsize=64)

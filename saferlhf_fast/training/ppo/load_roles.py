@@ -135,8 +135,8 @@ def load_critic(
     if path is not None:
         if reads_pairs(path, cfg.trust_remote_code):
             raise UserError(
-                f"{setting}: expected a causal language model or a score model on one, got the encoder {path}, "
-                "whose tokens see the tokens after them: a critic predicts before each token"
+                f"{setting}: expected a causal language model or a score model on one, got the encoder "
+                f"{path}, whose tokens see the tokens after them: a critic predicts before each token"
             )
         own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
         if not same_tokenizer(tokenizer, own):
@@ -154,7 +154,8 @@ def load_critic(
     assert score is not None, "without a score model the critic starts from the actor's model"
     if cfg.gradient_checkpointing:
         backbone.recompute_activations(score.backbone)
-    score.packs &= cfg.engine.packing
+    if not cfg.engine.packing:
+        score.form = score.form.unpacked()
     for _ in streams[1:]:
         score.add_head()
     return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
@@ -221,8 +222,8 @@ def roles_on_shared_base(
     for name, adapter in saved.items():
         if adapter is None and reads_pairs(specs[name].path, cfg.trust_remote_code):
             console.say(
-                f"{name}: an encoder, which cannot be an adapter of {cfg.model}: a whole model beside the shared "
-                "base, whose critic starts without it"
+                f"{name}: an encoder, which cannot be an adapter of {cfg.model}: a whole model beside the "
+                "shared base, whose critic starts without it"
             )
         elif adapter is None:
             console.say(
