@@ -314,9 +314,11 @@ def new_encoder_head(backbone: "PreTrainedModel", pooling: str) -> EncoderHead |
     config.num_labels = 1
     with torch.device("meta"):
         model: Any = cls(config).to(backbone.dtype)
-    prefix = cls.base_model_prefix
+    drawn = getattr(model, cls.base_model_prefix)
     if getattr(backbone, "pooler", None) is not None:
-        setattr(model, prefix, backbone)
+        if getattr(drawn, "pooler", None) is not None:
+            drawn.pooler = backbone.pooler
+        backbone.pooler = None  # RoBERTa's class, for one, has a dense layer of its own and no pooler
     head = EncoderHead(model)
     for module in head.modules():
         if any(weight.is_meta for weight in module.parameters(recurse=False)):

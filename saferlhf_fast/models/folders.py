@@ -206,7 +206,20 @@ def refuse_large_vocabulary(path: str | Path, tokenizer: "PreTrainedTokenizerBas
         )
 
 
-def refuse_short_context(path: str | Path, config: "PretrainedConfig", length: int, what: str) -> None:
+def context_length(config: "PretrainedConfig", first: int | None = 0) -> int | None:
+    """The most tokens that a model has positions for; None where its config does not say.
+
+    Args:
+        config: The model's config.
+        first: Its first position id, where it counts them: RoBERTa and its kin begin at 2.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions - (first or 0) if isinstance(positions, int) and positions > 0 else None
+
+
+def refuse_short_context(
+    path: str | Path, config: "PretrainedConfig", length: int, what: str, first: int | None = 0
+) -> None:
     """Refuses texts that are longer than a model's positions.
 
     Some architectures would crash on them, others give numbers that mean nothing.
@@ -216,12 +229,13 @@ def refuse_short_context(path: str | Path, config: "PretrainedConfig", length: i
         config: The model's config.
         length: Tokens of the longest text.
         what: The setting that allows such a length, for the message.
+        first: As in `context_length`.
 
     Raises:
         UserError: The model has fewer positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < length:
+    positions = context_length(config, first)
+    if positions is not None and positions < length:
         raise UserError(f"{what}: expected at most {positions} tokens, the context of {path}; got {length}")
 
 

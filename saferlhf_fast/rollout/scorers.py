@@ -8,13 +8,13 @@ leaves that score out.
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..data.examples import retokenize_split
 from ..data.pair_template import pair_name, template_of
 from ..data.templates import Template
 from ..models.encoders import reads_pairs
-from ..models.folders import refuse_short_context
+from ..models.folders import context_length, refuse_short_context
 from ..models.packing import end_row, pack_sequences
 from ..models.score_model import ScoreModel, load_score_model
 from ..models.tokenizer import load_tokenizer, same_tokenizer
@@ -46,7 +46,6 @@ class ScoreModelScorer:
         """scores_b of some rows of a rollout, fp32."""
         if not self.retokenizes or rows.start == rows.stop:
             return self.model(rollout.packed(rows, at_end=True))
-        backbone: Any = self.model.module.backbone
         texts = rollout.texts[rows]
         template = template_of(self.tokenizer, self.template)
         split = retokenize_split(
@@ -54,7 +53,7 @@ class ScoreModelScorer:
             texts if self.policy_template is None else [self.policy_template.answer_text(t) for t in texts],
             template,
             ended=rollout.ended[rows],
-            max_length=getattr(backbone.config, "max_position_embeddings", None),
+            max_length=context_length(self.model.module.config, self.model.module.form.first),
         )
         ids = [head + tail for head, tail in split]
         seconds = [len(head) if template.marks_second else None for head, _ in split]

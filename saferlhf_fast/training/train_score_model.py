@@ -64,9 +64,8 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
             f"loss: expected sequence with pooling {score.pooling}, which gives one score for each sequence; "
             "got token"
         )
-    refuse_long(
-        cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
-    )
+    longest = max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
+    refuse_long(cfg, score.config, longest, score.form.first)
     # before training: a model that cannot be saved must not cost hours
     check_score_export(score, tokenizer, drop_bias=cfg.drop_bias, keep_bias=not cfg.drop_bias)
     if cfg.train.gradient_checkpointing:

@@ -109,7 +109,7 @@ def test_the_export_scores_as_transformers_own_class(folder, tmp_path, family, h
 
 
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
-@pytest.mark.parametrize("family", ["bert", "modernbert", "deberta-v3"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "roberta"])
 def test_pooling_by_setting(folder, tmp_path, family, pooling):
     """The head reads the state that the setting names; where the class cannot, transformers finds no head."""
     path = folder(family)
