@@ -19,16 +19,16 @@ from torch import nn
 from ..errors import UserError
 from .causal_lm import allowed_files, train_every_row
 from .folders import local_copy, quiet, readable, refuse_missing
+from .pooling import POOLINGS, pool_rows
 from .score_checkpoint import ENTRY
 from .score_head import ScoreHead
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-    from .packing import Layout
 
-POOLINGS = ("last", "cls", "mean")
-"""Where a score is read: at the last token, at the first, or from the mean of all tokens' hidden states."""
+ERRORS = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError, NotImplementedError)
+"""What an architecture raises that does not take what it is given."""
 # What architectures that can pool in several ways call them in `classifier_pooling`.
 _OWN_NAMES = {"cls": "cls", "bos": "cls", "mean": "mean"}
 
@@ -91,6 +91,11 @@ def score_files(
         raise UserError(f"pooling: expected {saved}, as the head of {path} was trained, got {pooling}")
     pooling = pooling or saved
     refuse_pooling(pooling, config)
+    stated = getattr(config, "classifier_pooling", "cls")
+    if has_head and entry is None and stated not in _OWN_NAMES:
+        raise UserError(
+            f"{path}: config.json: classifier_pooling: expected {', '.join(_OWN_NAMES)}, got {stated}"
+        )
     own = is_encoder(config) and classifier_class(config) is not None and own_pooling(config, pooling)
     pairs = is_encoder(config) and (entry is None or bool(entry.get("pairs")))
     return ScoreFiles(config, pooling, own, has_head, (entry or {}).get("kind"), pairs)
@@ -123,35 +128,6 @@ def reads_pairs(path: str | Path, trust_remote_code: bool = False) -> bool:
     return is_encoder(config) and (entry is None or bool(entry.get("pairs")))
 
 
-def pool(hidden_MH: torch.Tensor, layout: "Layout", pooling: str) -> torch.Tensor:
-    """The state of each packed sequence that its score is computed from.
-
-    Args:
-        hidden_MH: Hidden states of packed tokens.
-        layout: Where the sequences begin and end; none is empty.
-        pooling: "cls" or "mean".
-
-    Returns:
-        pooled_SH in the dtype of the hidden states.
-    """
-    bounds = layout.cu_seqlens.long()
-    if pooling == "cls":
-        return hidden_MH.index_select(0, bounds[:-1])
-    # One sum for each segment, in a fixed order; in fp32, since long sequences lose digits in half precision.
-    means_SH = torch.segment_reduce(hidden_MH.float(), "mean", lengths=bounds.diff(), axis=0, unsafe=True)
-    return means_SH.to(hidden_MH.dtype)
-
-
-def pool_rows(hidden_BLH: torch.Tensor, mask_BL: torch.Tensor, pooling: str) -> torch.Tensor:
-    """As `pool`, of rows with padding on either side: pooled_BH; a row without a token is finite."""
-    if pooling == "cls":
-        first_B = mask_BL.argmax(1)
-        return hidden_BLH[torch.arange(len(hidden_BLH), device=hidden_BLH.device), first_B]
-    real_BL1 = mask_BL[..., None] != 0
-    sums_BH = hidden_BLH.float().where(real_BL1, 0.0).sum(1)
-    return (sums_BH / real_BL1.sum(1).clamp(min=1)).to(hidden_BLH.dtype)
-
-
 class PooledStates(nn.Module):
     """Stands where a classification class has its base model, and hands over states that are pooled already.
 
@@ -163,7 +139,7 @@ class PooledStates(nn.Module):
         super().__init__()
         if getattr(base, "pooler", None) is not None:
             self.pooler = base.pooler
-            base.pooler = None
+            _take_pooler(base)
         # ALBERT's pooler is the linear layer alone
         self.activation = getattr(base, "pooler_activation", None)
 
@@ -179,6 +155,11 @@ class PooledStates(nn.Module):
         if pooled is not None and self.activation is not None:
             pooled = self.activation(pooled)
         return BaseModelOutputWithPooling(last_hidden_state=inputs_embeds, pooler_output=pooled)
+
+
+def _take_pooler(base: Any) -> None:
+    """Leaves nothing to compute in a pooler's place; not None, which some architectures would call."""
+    base.pooler = nn.Identity()
 
 
 class EncoderHead(nn.Module):
@@ -284,7 +265,63 @@ def load_encoder(
     missing = [name for name in info["missing_keys"] if name not in ignored]
     refuse_missing(path, {"missing_keys": missing}, "score model")
     train_every_row(backbone)
-    return backbone, EncoderHead(model)
+    own_score = _score_of_probe(model)
+    head = EncoderHead(model)
+    _refuse_other_score(path, own_score, backbone, head, files.pooling)
+    return backbone, head
+
+
+@torch.no_grad()
+def _score_of_probe(model: "PreTrainedModel") -> torch.Tensor | None:
+    """A classification model's score of a few tokens; None where it cannot run on tokens alone."""
+    ids, training = _probe(model), model.training
+    try:
+        return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.view(-1)
+    except ERRORS:
+        return None
+    finally:
+        model.train(training)
+
+
+@torch.no_grad()
+def _refuse_other_score(
+    path: str | Path,
+    expected: torch.Tensor | None,
+    backbone: "PreTrainedModel",
+    head: EncoderHead,
+    pooling: str,
+) -> None:
+    """Raises a UserError where backbone and head do not give the class's own score.
+
+    Some classes give their base model more than tokens (Longformer's global attention), or have another one
+    than the architecture's (Funnel).
+    """
+    ids, modes = _probe(backbone), (backbone.training, head.training)
+    try:
+        hidden_BLH = backbone.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        got = head.eval()(pool_rows(hidden_BLH, torch.ones_like(ids), pooling))
+        tolerance = 1e-4 if got.dtype == backbone.dtype else 5e-2
+        same = expected is not None and torch.allclose(got, expected.float(), rtol=tolerance, atol=tolerance)
+    except ERRORS:
+        same = False
+    finally:
+        backbone.train(modes[0]), head.train(modes[1])
+    if not same:
+        name = type(head.classifier).__name__
+        raise UserError(
+            f"{path}: expected an encoder whose classification class computes its score from the state of "
+            f"{pooling} alone, got {name}, which does not; pooling=mean trains a linear head on its backbone"
+        )
+
+
+def _probe(model: "PreTrainedModel") -> torch.Tensor:
+    """A few token ids [1, 8] that are no padding."""
+    embedding = model.get_input_embeddings()
+    rows, pad = embedding.weight.shape[0], getattr(model.config, "pad_token_id", None)
+    usable = [i for i in range(rows) if i != pad]
+    return torch.tensor(
+        [[usable[(7 * i + 3) % len(usable)] for i in range(8)]], device=embedding.weight.device
+    )
 
 
 def _head_names(model: "PreTrainedModel") -> list[str]:
@@ -318,7 +355,7 @@ def new_encoder_head(backbone: "PreTrainedModel", pooling: str) -> EncoderHead |
     if getattr(backbone, "pooler", None) is not None:
         if getattr(drawn, "pooler", None) is not None:
             drawn.pooler = backbone.pooler
-        backbone.pooler = None  # RoBERTa's class, for one, has a dense layer of its own and no pooler
+        _take_pooler(backbone)  # RoBERTa's class, for one, has a dense layer of its own and no pooler
     head = EncoderHead(model)
     for module in head.modules():
         if any(weight.is_meta for weight in module.parameters(recurse=False)):

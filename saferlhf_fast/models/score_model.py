@@ -27,14 +27,13 @@ from .encoders import (
     is_encoder,
     load_encoder,
     new_encoder_head,
-    pool,
-    pool_rows,
     refuse_pooling,
     score_files,
 )
 from .folders import local_copy, refuse_large_vocabulary
 from .lora import plain
 from .packing import Packed, pack_sequences
+from .pooling import pool, pool_rows
 from .row_form import fixed_inputs, row_inputs
 from .score_backbone import hidden_size as hidden_size
 from .score_backbone import load_backbone as load_backbone

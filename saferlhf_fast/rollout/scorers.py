@@ -47,13 +47,14 @@ class ScoreModelScorer:
         if not self.retokenizes or rows.start == rows.stop:
             return self.model(rollout.packed(rows, at_end=True))
         texts = rollout.texts[rows]
-        template = template_of(self.tokenizer, self.template)
+        template, score = template_of(self.tokenizer, self.template), self.model.module
+        assert isinstance(score, ScoreModel), "a score model on a shared base has the actor's tokenizer"
         split = retokenize_split(
             [p.messages for p in rollout.prompts[rows]],
             texts if self.policy_template is None else [self.policy_template.answer_text(t) for t in texts],
             template,
             ended=rollout.ended[rows],
-            max_length=context_length(self.model.module.config, self.model.module.form.first),
+            max_length=context_length(score.config, score.form.first),
         )
         ids = [head + tail for head, tail in split]
         seconds = [len(head) if template.marks_second else None for head, _ in split]

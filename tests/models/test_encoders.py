@@ -108,6 +108,58 @@ def test_the_export_scores_as_transformers_own_class(folder, tmp_path, family, h
         torch.testing.assert_close(again.end_scores(scores_BL, rows["attention_mask"]), expected, **NEAR)
 
 
+OTHERS = {
+    "Albert": {"embedding_size": 16},
+    "DistilBert": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64},
+    "Electra": {"embedding_size": 16},
+    "MPNet": {},
+    "SqueezeBert": {"embedding_size": 32},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_families_with_heads_of_other_forms(tmp_path, name):
+    """A pooler that is a linear layer, one that is always called, none; activations; other positions."""
+    import transformers
+
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"intermediate_size": 64, "max_position_embeddings": 66, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**common, **OTHERS[name]}, num_labels=1)
+    published = getattr(transformers, f"{name}ForSequenceClassification")(config).eval()
+    published.save_pretrained(tmp_path / "rm")
+    rows = [list(range(5, 5 + n)) for n in (9, 4, 12)]
+    with torch.no_grad():
+        expected = torch.cat([published(input_ids=torch.tensor([ids])).logits.view(-1) for ids in rows])
+    model = load_score_model(tmp_path / "rm").eval()
+    packed = pack_sequences(rows, [end_row(len(ids)) for ids in rows], torch.device("cpu"))
+    torch.testing.assert_close(model(packed).detach(), expected, **NEAR)
+    save_score_model(tmp_path / "again", model, encoder_kit.encoder_tokenizer("bert"), kind="reward")
+    again = type(published).from_pretrained(tmp_path / "again")
+    for weight, saved in zip(published.state_dict().values(), again.state_dict().values()):
+        assert torch.equal(weight, saved)
+
+
+def test_classes_that_compute_more_are_refused(tmp_path):
+    """Longformer's class gives the first token attention to all; EuroBERT's may average scores."""
+    import transformers
+
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"intermediate_size": 64, "max_position_embeddings": 66, "num_labels": 1}
+    for name, own, message in (
+        ("Longformer", {"attention_window": 8}, "computes its score from the state of cls alone"),
+        (
+            "EuroBert",
+            {"num_key_value_heads": 4, "pad_token_id": 0},
+            "classifier_pooling: expected cls, bos, mean, got late",
+        ),
+    ):
+        config = getattr(transformers, f"{name}Config")(**common, **own)
+        getattr(transformers, f"{name}ForSequenceClassification")(config).save_pretrained(tmp_path / name)
+        with pytest.raises(UserError, match=message):
+            load_score_model(tmp_path / name)
+
+
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "roberta"])
 def test_pooling_by_setting(folder, tmp_path, family, pooling):
