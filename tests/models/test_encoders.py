@@ -97,6 +97,7 @@ def test_the_export_scores_as_transformers_own_class(folder, tmp_path, family, h
     assert expected.std() > 0.01, "scores that are all alike would show nothing"
     again = load_score_model(tmp_path / "cm").eval()
     assert (again.kind, again.pooling, again.pairs) == ("cost", "cls", True)
+    assert again.packs == (family != "deberta-v3"), "its attention is code of its own"
     for scores in (scores_of(again, tokenizer), scores_of(again, tokenizer, each_alone=True)):
         torch.testing.assert_close(scores, expected, **NEAR)
     for side in ("left", "right"):
