@@ -232,7 +232,7 @@ def install(model: "PreTrainedModel") -> bool:
 
     if model.config._attn_implementation in NAMES.values():
         return True
-    return architecture_form(model).exchanges and exchange(model)
+    return architecture_form(model.base_model).exchanges and exchange(model)
 
 
 def exchange(model: "PreTrainedModel") -> bool:

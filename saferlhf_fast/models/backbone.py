@@ -2,8 +2,8 @@
 
 There are four ways; row_form.py chooses one when a model is wrapped: packed with our attention; padded, for
 architectures whose sequences would see each other when packed (recurrent layers, attention that cannot be
-exchanged, alibi), or because the recipe says so (`engine.packing=false`); and rows of one length at a time, for
-those whose rows see their padding.
+exchanged, alibi); padded because the recipe says so (`engine.packing=false`); and rows of one length at a
+time, for architectures whose rows see their padding.
 """
 
 import inspect

@@ -3,17 +3,28 @@
 With the kinds longrope and dynamic (NTK), transformers chooses the factors of a whole pass from its largest
 position: a long sequence changes its short neighbours, packed and padded alike. A hook on the rotary module
 computes the factors again, for each length that needs factors of its own. These modules have no weights and
-return cos and sin of [B, L] positions, so it costs nothing beside a layer, but it reads positions on the host.
+return cos and sin of [B, L] positions: next to a layer the hook costs nothing, but it reads positions on the
+host.
 
 A sequence is a run of ascending positions in a row. Padding is a sequence of its own and nothing reads it.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from .shrunken import rope_kinds
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 KINDS = ("dynamic", "longrope")
 """Kinds of rotary factors that follow the longest sequence of a pass."""
+
+
+def follows_length(config: "PretrainedConfig") -> bool:
+    """Whether a configuration has such factors."""
+    return any(kind in str(rope_kinds(config)) for kind in KINDS)
 
 
 def separate(model: torch.nn.Module) -> bool:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LENGTHS = (7, 9, 24, 41, 64)
-"""Tokens of the probe's sequences, ascending: rotary factors that grow with the length remember the longest."""
+"""Tokens of the probe's sequences. They ascend: rotary factors that grow remember the longest so far."""
 ERRORS = (
     TypeError,
     ValueError,
@@ -126,7 +126,7 @@ def _probed(backbone: "PreTrainedModel") -> RowForm:
         if form is None:
             continue
         if form.packs and not on_meta:
-            own = _compare(backbone, (4, 5), form.first)
+            own = _compare(backbone, (4, 5))
             if own is None or not own.packs:
                 return replace(form, packs=False, why="its sequences see each other when packed")
         return form
@@ -142,7 +142,7 @@ def _probed(backbone: "PreTrainedModel") -> RowForm:
     return form
 
 
-def _compare(model: "PreTrainedModel", lengths: Sequence[int], first: int | None = 0) -> RowForm | None:
+def _compare(model: "PreTrainedModel", lengths: Sequence[int]) -> RowForm | None:
     """The form of one model, by its hidden states; None where a sequence alone does not run."""
     training, current = model.training, model.config._attn_implementation
     model.eval()
@@ -193,20 +193,28 @@ class _Trial:
             return False
 
 
+def _positions(trial: _Trial) -> RowForm:
+    """A form with the position ids that give what the model gives without any; None where none do."""
+    row, expected = trial.ids([trial.rows[-1]]), trial.alone[-1]
+    pad = getattr(trial.model.config, "pad_token_id", None)
+
+    def starts_at(first: int) -> bool:
+        positions = torch.arange(row.shape[1], device=trial.device)[None] + first
+        return trial.agrees(lambda: trial.run(input_ids=row, position_ids=positions)[0], expected)
+
+    if "position_ids" in inspect.signature(trial.model.forward).parameters:
+        for first in dict.fromkeys([0, 0 if pad is None else pad + 1, 2]):
+            if starts_at(first):
+                skipped = pad if first and pad is not None and first == pad + 1 else None
+                return RowForm(first=first, skipped=skipped)
+    return RowForm(first=None)
+
+
 def _form(trial: _Trial) -> RowForm:
     model, alone = trial.model, torch.cat(trial.alone)
     packed = pack_sequences(trial.rows, [range(0)] * len(trial.rows), trial.device)
-    form = RowForm(first=None)
-    pad = getattr(model.config, "pad_token_id", None)
+    form = _positions(trial)
     last = len(trial.rows) - 1
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        for first in dict.fromkeys([0, 0 if pad is None else pad + 1, 2]):
-            positions = torch.arange(len(trial.rows[last]), device=trial.device)[None] + first
-            ids = trial.ids([trial.rows[last]])
-            if trial.agrees(lambda: trial.run(input_ids=ids, position_ids=positions)[0], trial.alone[last]):
-                skipped = pad if first and pad is not None and first == pad + 1 else None
-                form = replace(form, first=first, skipped=skipped)
-                break
     form = replace(form, pads=trial.agrees(lambda: _padded_rows(trial, form, packed), alone))
     if form.first is None:
         return replace(form, why="it counts positions by itself")

@@ -39,7 +39,15 @@ _NO_LENGTH = re.compile(
 )
 _CONTEXT = ("original_max_position_embeddings", "model_max_length", "rope_original_max_position_embeddings")
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
-_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks")
+_LAYERS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "decoder_layers",
+    "encoder_layers",
+    "num_blocks",
+)
 _KINDS = ("layer_types", "layers_block_type", "layer_block_types", "block_types")
 _INDICES = re.compile(r"layer|idx|indices|_ids$|_blocks$")
 _PERIOD = re.compile(r"period|interval|every|pattern|freq|sparse_step|_step$")
@@ -51,7 +59,7 @@ _ROUTED = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "experts_
 _GROUPS = ("n_group", "topk_group")
 
 
-def shrunken(model_class: type, config: "PretrainedConfig") -> "Iterator[PreTrainedModel]":
+def shrunken(model_class: "type[PreTrainedModel]", config: "PretrainedConfig") -> "Iterator[PreTrainedModel]":
     """Tiny models of an architecture, the smallest first; the caller takes the first one that runs.
 
     Args:
@@ -118,7 +126,7 @@ def rope_tables(config: "PretrainedConfig") -> list[dict[str, Any]]:
 
 
 def rope_kinds(config: "PretrainedConfig") -> set[str]:
-    """The kinds of rotary factors: default, linear, yarn, dynamic, longrope …"""
+    """The kinds of rotary factors: default, linear, yarn, dynamic, longrope and others."""
     return {str(t.get("rope_type", t.get("type", "default"))) for t in rope_tables(config)}
 
 
@@ -154,7 +162,8 @@ def _least(value: Any, most: int) -> Any:
 
 
 def _shorten(config: "PretrainedConfig") -> None:
-    """Reduces lengths."""
+    """Reduces lengths; a window as wide as the model's context is none, and stays wider than the probe."""
+    context = _read(config, "max_position_embeddings")
     dynamic = any("dynamic" in kind for kind in rope_kinds(config))
     for name, value in _settings(config).items():
         if _CHOSEN.search(name):
@@ -164,7 +173,8 @@ def _shorten(config: "PretrainedConfig") -> None:
         elif name in _POSITIONS:
             _set(config, name, _least(value, CONTEXT if dynamic else POSITIONS))
         elif _is_length(name):
-            _set(config, name, _least(value, WINDOW))
+            beyond = context and isinstance(value, int) and value >= context
+            _set(config, name, _least(value, POSITIONS if beyond else WINDOW))
     for table in rope_tables(config):
         if "original_max_position_embeddings" in table:
             table["original_max_position_embeddings"] = CONTEXT
@@ -209,14 +219,15 @@ def _has_indices(name: str, values: Any, count: int) -> bool:
 
 
 def _kept_layers(config: "PretrainedConfig", count: int) -> list[int]:
-    """Indices of the first two layers and of the first of each other kind; of the first layers, as many as a
-    pattern takes, where a rule gives the kinds.
+    """Indices of the first two layers and of the first of each other kind.
+
+    Where a rule gives the kinds they are the first layers, as many as its pattern takes.
     """
     settings = {n: v for n, v in _settings(config).items() if isinstance(v, (list, tuple))}
     lists = [v for v in settings.values() if len(v) == count]
     lists += [[i in v for i in range(count)] for n, v in settings.items() if _has_indices(n, v, count)]
-    by_rule = [getattr(config, n, None) for n in _KINDS if n not in settings]
-    by_rule = [v for v in by_rule if isinstance(v, (list, tuple)) and len(v) == count]
+    ruled = (getattr(config, n, None) for n in _KINDS if n not in settings)
+    by_rule = [v for v in ruled if isinstance(v, (list, tuple)) and len(v) == count]
     seen, kept = set(), []
     for i in range(count):
         kind = str([values[i] for values in lists + by_rule])
@@ -265,7 +276,7 @@ def _read(config: "PretrainedConfig", name: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def _parameters(model_class: type, config: "PretrainedConfig") -> int:
+def _parameters(model_class: "type[PreTrainedModel]", config: "PretrainedConfig") -> int:
     with torch.device("meta"):
         return sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
 

@@ -22,11 +22,27 @@ AGREE = 1e-3
 """Largest difference, in nats or relative to the largest score."""
 
 
-def causal_row(kind):
+DYNAMIC = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {
+        "rope_type": "dynamic",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "partial_rotary_factor": 1.0,
+    },
+}
+
+
+def dynamic_row(kind):
+    """`causal_row` with rotary factors that follow the length beyond 32 tokens."""
+    return causal_row(kind, **DYNAMIC)
+
+
+def causal_row(kind, **changes):
     """(class, form, largest difference of the packed and of the padded form) of a causal LM."""
     from transformers import AutoModelForCausalLM
 
-    lm = architectures.build(AutoModelForCausalLM, kind)
+    lm = architectures.build(AutoModelForCausalLM, kind, **changes)
     rows = architectures.sequences(lm.get_input_embeddings().weight.shape[0])
     expected = architectures.logp_alone(lm, rows)
     policy = Policy(lm).eval()
@@ -84,16 +100,34 @@ def causal_kinds():
     return list(causal)
 
 
+def rotary_kinds():
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    flat = []
+    for kind in causal_kinds():
+        try:
+            table = getattr(CONFIG_MAPPING[kind]().get_text_config(), "rope_parameters", None) or {}
+        except Exception:  # a configuration without defaults
+            continue
+        if table and not any(isinstance(value, dict) for value in table.values()):
+            flat.append(kind)
+    return flat
+
+
 def encoder_kinds():
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES as masked
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as scored
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as scored,
+    )
 
     decoders = set(causal_kinds()) - {"bert", "roberta", "xlm-roberta", "camembert", "electra"}
     return sorted((set(masked) | set(scored)) - decoders | {"bert", "roberta", "xlm-roberta", "camembert"})
 
 
 @pytest.mark.parametrize(
-    "kinds, row, least", [(causal_kinds, causal_row, 130), (encoder_kinds, encoder_row, 20)], ids=["causal", "encoders"]
+    "kinds, row, least",
+    [(causal_kinds, causal_row, 160), (rotary_kinds, dynamic_row, 60), (encoder_kinds, encoder_row, 28)],
+    ids=["causal", "dynamic", "encoders"],
 )
 def test_every_architecture_gives_the_same_in_every_form(kinds, row, least):
     rows = table(kinds(), row)

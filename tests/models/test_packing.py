@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerance import assert_near, assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
-from saferlhf_fast.models import attention, backbone, sampling_distribution
+from saferlhf_fast.models import attention, row_form, sampling_distribution
 from saferlhf_fast.models.packing import (
     end_row,
     pack_into_microbatches,
@@ -353,5 +353,5 @@ def test_a_wrapped_model_is_still_itself(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert type(again.lm_head) is torch.nn.Linear and again.config._attn_implementation == "sdpa"
     assert sorted(again.state_dict()) == names
-    backbone.PROBES.clear()
+    row_form.FORMS.clear()
     assert Policy(again).packs

@@ -60,33 +60,62 @@ SMALL = dict(
     max_position_embeddings=512,
     n_positions=512,
 )
-WITHOUT = ({"head_dim", "rotary_dim"}, set())
-"""Settings left out in the first and second attempt to build a model."""
+ATTEMPTS = ({"head_dim", "rotary_dim"}, {"rotary_dim"}, set())
+"""Settings left out in each attempt to build a model."""
+CHANGES = {
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "jamba": {"num_hidden_layers": 8},
+    "bamba": {
+        "attn_layer_indices": [1],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"],
+        "mamba_n_heads": 4,
+        "mamba_d_head": 16,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+    },
+    "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 16},
+    "hunyuan_v1_dense": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "dots1": {"first_k_dense_replace": 1, "n_shared_experts": 1, "n_routed_experts": 4},
+    "gemma3n_text": {"num_kv_shared_layers": 0, "num_hidden_layers": 5, "vocab_size_per_layer_input": 96},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "gptj": {"head_dim": 8, "rotary_dim": 4},
+    "reformer": {"is_decoder": True},
+    "xlstm": {"num_heads": 4},
+    "helium": {"head_dim": 8},
+}
+"""What some model types need to be tiny."""
+MOST_PARAMETERS = 20_000_000
 LENGTHS = (40, 7, 23, 64, 8)
 """Tokens of the sequences: beyond the windows, chunks and indices above, and below them."""
 
 
-def config_of(kind, **changes):
+def config_of(kind, left_out=frozenset(), **changes):
     """A tiny configuration of a model type, with all its kinds of layers."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    failures = []
-    for left_out in WITHOUT:
-        try:
-            text = CONFIG_MAPPING[kind]().get_text_config()
-            known = text.to_dict() | {name: 0 for name in getattr(text, "attribute_map", {})}
-            settings = {k: v for k, v in SMALL.items() if k in known and k not in left_out}
-            if left_out and "num_key_value_heads" in settings:
-                settings["num_key_value_heads"] = 4
-            if isinstance(known.get("layer_types"), list):
-                kinds = list(dict.fromkeys(known["layer_types"]))
-                count = max(2, len(kinds))
-                settings.update({k: count for k in settings if k in ("num_hidden_layers", "n_layer", "num_layers")})
-                settings["layer_types"] = (kinds * count)[:count]
-            return type(text)(**settings | changes)
-        except Exception as error:  # whatever a configuration refuses
-            failures.append(error)
-    raise failures[0]
+    text = CONFIG_MAPPING[kind]().get_text_config()
+    known = text.to_dict() | {name: 0 for name in getattr(text, "attribute_map", {})}
+    settings = {k: v for k, v in SMALL.items() if k in known and k not in left_out}
+    if left_out and "num_key_value_heads" in settings:
+        settings["num_key_value_heads"] = 4
+    if isinstance(known.get("layer_types"), list):
+        kinds = list(dict.fromkeys(known["layer_types"]))
+        count = max(2, len(kinds))
+        layers = [k for k in settings if k in ("num_hidden_layers", "n_layer", "num_layers")]
+        settings.update(dict.fromkeys(layers, count), layer_types=(kinds * count)[:count])
+    changes = CHANGES.get(kind, {}) | changes
+    if "num_hidden_layers" in changes and "layer_types" not in changes:
+        settings.pop("layer_types", None)
+    return type(text)(**settings | changes)
 
 
 def randomize(model):
@@ -99,8 +128,23 @@ def randomize(model):
 
 
 def build(auto, kind, **changes):
-    torch.manual_seed(0)
-    return randomize(auto.from_config(config_of(kind, **changes)))
+    """A tiny model that runs; the first failure where none does."""
+    failures = []
+    for left_out in ATTEMPTS:
+        try:
+            config = config_of(kind, left_out, **changes)
+            with torch.device("meta"):
+                count = sum(p.numel() for p in auto.from_config(config).parameters())
+            if count > MOST_PARAMETERS:  # parts with configurations of their own
+                raise ValueError(f"{count} parameters are not tiny")
+            torch.manual_seed(0)
+            model = randomize(auto.from_config(config))
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[3, 4, 5]]))
+            return model
+        except Exception as error:  # whatever an architecture raises at sizes that it cannot have
+            failures.append(error)
+    raise failures[0]
 
 
 def sequences(vocabulary, lengths=LENGTHS, seed=1):
@@ -125,7 +169,9 @@ def logp_alone(lm, rows):
 
 @torch.no_grad()
 def hidden_alone(backbone, rows):
-    made = {i: backbone(input_ids=torch.tensor([rows[i]])).last_hidden_state[0].float() for i in in_order(rows)}
+    made = {
+        i: backbone(input_ids=torch.tensor([rows[i]])).last_hidden_state[0].float() for i in in_order(rows)
+    }
     return torch.cat([made[i] for i in range(len(rows))])
 
 

@@ -29,8 +29,9 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.logits_process import LogitsProcessorList
 
 from ...errors import UserError
-from ...models import attention
+from ...models import attention, rotary
 from ...models.lora import plain as unwrapped
+from ...models.row_form import architecture_form
 from ...models.sampling_distribution import pick, sampling_logits, uniforms
 from ..types import Response
 from .gathered_weights import gathered_lm
@@ -59,7 +60,10 @@ def refusal(lm: "PreTrainedModel") -> str | None:
         return f"layers of the kind {other[0]}"
     if not hasattr(lm, "init_continuous_batching") or not lm._supports_attention_backend:
         return "attention of its own"
-    return None
+    if rotary.follows_length(config):
+        return "rotary factors that follow the longest sequence of a batch"
+    form = architecture_form(lm.base_model)
+    return None if form.packs else form.why
 
 
 class Continuous:

@@ -11,6 +11,7 @@ Shapes: legend in rollout/types.py; rows are padded on the left.
 
 import contextlib
 import inspect
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,9 +21,10 @@ import torch
 from ...data.batches import collate_left
 from ...models.lora import plain as unwrapped
 from ...models.sampling_distribution import pick, sampling_logits, uniforms
-from ...runtime import engine
+from ...runtime import console, engine
 from ..types import Response
 from .gathered_weights import gathered_lm
+from .row_lengths import Batching, batching_of
 from .stop_strings import StopStrings, split_ends
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ class Generate:
         tokenizer: "PreTrainedTokenizerBase",
         ends: Sequence[int | str],
         sampling: "Sampling",
+        batching: Batching | None = None,
     ) -> None:
         """Takes what the engine samples with.
 
@@ -52,7 +55,15 @@ class Generate:
             tokenizer: Its tokenizer.
             ends: Ids that end a response, and end marks of several tokens.
             sampling: The distribution and its limits.
+            batching: Which rows are sampled together; None: a probe decides, and a line tells what is done
+                where not every batch would be right.
         """
+        if batching is None:
+            lm = unwrapped(actor.module.lm)
+            batching = batching_of(lm)
+            if batching.in_words():
+                console.say(f"rollout: {type(lm).__name__}: {batching.in_words()}")
+        self.batching = batching
         self.actor, self.tokenizer, self.sampling = actor, tokenizer, sampling
         self.ends, marks = split_ends(ends)
         self.stop = StopStrings(tokenizer, [*sampling.stop, *marks])
@@ -65,9 +76,7 @@ class Generate:
         # Without gathered weights every token's forward pass is a collective: ranks that have ended continue
         # until the last one has, so all must run the same number of calls.
         together = self.actor.sharded and not self.sampling.gather and engine.world_size() > 1
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # so that there is little padding
-        size = self.sampling.batch_size or max(1, len(prompts))
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
+        batches = self._batches(prompts)
         if together:
             most = max(engine.gather_objects(len(batches)))
             batches += [[]] * (most - len(batches))
@@ -80,13 +89,22 @@ class Generate:
                 done.update(zip(batch, rows))
         return [done[i].response() for i in range(len(prompts))]
 
+    def _batches(self, prompts: Sequence[list[int]]) -> list[list[int]]:
+        """Indices of the prompts that are sampled together, the longest first: there is little padding."""
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        size = 1 if self.batching.rows == "single" else self.sampling.batch_size or max(1, len(prompts))
+        alike = [order]
+        if self.batching.rows == "equal":
+            alike = [list(same) for _, same in itertools.groupby(order, lambda i: len(prompts[i]))]
+        return [part[start : start + size] for part in alike for start in range(0, len(part), size)]
+
     def _batch(self, lm: "PreTrainedModel", rows: "list[Row]", together: bool) -> None:
         """Samples the responses of rows, which come with the longest prompt first."""
         ids_BL, mask_BL = collate_left([row.prompt for row in rows], self.tokenizer.pad_token_id or 0)
         device = engine.device() if self.actor.sharded else lm.device
         ids_BL, mask_BL = ids_BL.to(device), mask_BL.to(device).long()
         numbers_BT = uniforms([row.seed for row in rows], [row.limit for row in rows]).to(device)
-        cache = None if together else selectable_cache(lm)
+        cache = selectable_cache(lm) if self.batching.drops and not together else None
         share = LIVE_SHARE if cache is not None else 0.0
         step = 0
         while rows:
