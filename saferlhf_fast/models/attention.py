@@ -94,7 +94,7 @@ def _mask(
 ) -> torch.Tensor | None:
     """Mask of one sequence, or None where SDPA's own causal form does the same."""
     narrow = window is not None and window < length
-    if own is _sdpa and not (narrow and causal):
+    if own is _sdpa and not narrow:
         return None
     return _cached_mask(
         length, window if narrow else None, causal, query.device, None if own is _sdpa else query.dtype
@@ -109,8 +109,8 @@ def _cached_mask(
     position_L = torch.arange(length, device=device)
     distance_LL = position_L[:, None] - position_L[None]  # how many places a key is before its query
     visible_LL = distance_LL >= 0 if causal else torch.ones_like(distance_LL, dtype=torch.bool)
-    if window is not None:
-        visible_LL &= distance_LL < window
+    if window is not None:  # an encoder's window reaches as far to both sides
+        visible_LL &= distance_LL.abs() < window
     if dtype is None:
         return visible_LL[None, None]
     return torch.where(visible_LL, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]

@@ -6,6 +6,7 @@ exchanged, alibi); padded because the recipe says so (`engine.packing=false`); a
 time, for architectures whose rows see their padding.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +58,12 @@ def of_each_token(
         UserError: The rows need passes of their own, of which ZeRO-3 would run another number on each rank.
     """
     if form.packs:
-        return run(packed_inputs(packed, form))[0]
+        inputs = packed_inputs(packed, form)
+        return run(inputs | token_types(model, None if packed.types_M is None else packed.types_M[None]))[0]
     if form.pads:
         rows = padded(packed)
-        outputs_SLX = run(row_inputs(model, form, rows.ids_SL, rows.mask_SL, rows.positions_SL))
+        inputs = row_inputs(model, form, rows.ids_SL, rows.mask_SL, rows.positions_SL)
+        outputs_SLX = run(inputs | token_types(model, rows.types_SL))
         return outputs_SLX.flatten(0, 1).index_select(0, rows.flat_M)
     _refuse_uneven_passes(model)
     outputs, places = [], []
@@ -68,9 +71,19 @@ def of_each_token(
         place_SL = torch.tensor(starts)[:, None] + torch.arange(length)
         place_SL = place_SL.to(packed.ids_M.device)
         inputs = row_inputs(model, form, packed.ids_M[place_SL], None, packed.positions_M[place_SL])
-        outputs.append(run(inputs).flatten(0, 1))
+        types_SL = None if packed.types_M is None else packed.types_M[place_SL]
+        outputs.append(run(inputs | token_types(model, types_SL)).flatten(0, 1))
         places.append(place_SL.flatten())
     return torch.cat(outputs).index_select(0, torch.cat(places).argsort())
+
+
+def token_types(model: "PreTrainedModel", types: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The argument that tells the two texts of a pair apart, for a model that does."""
+    takes = (
+        getattr(model.config, "type_vocab_size", 0) > 1
+        and "token_type_ids" in inspect.signature(model.forward).parameters
+    )
+    return {"token_type_ids": types} if takes and types is not None else {}
 
 
 def _by_length(packed: Packed) -> dict[int, list[int]]:

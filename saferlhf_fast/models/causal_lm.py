@@ -26,9 +26,9 @@ from .folders import (
     refuse_large_vocabulary,
     refuse_missing,
     replacing,
-    write_card,
 )
 from .lora import has_lora, plain, plain_state
+from .model_card import write_card
 from .tokenizer import logit_count
 
 if TYPE_CHECKING:

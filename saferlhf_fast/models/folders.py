@@ -1,6 +1,6 @@
 """Folders that hold a model: checked before they are read, replaced as one when they are written.
 
-They are written with a model card. Nothing here depends on the kind of the model.
+Nothing here depends on the kind of the model.
 """
 
 import contextlib
@@ -208,7 +208,20 @@ def refuse_large_vocabulary(path: str | Path, tokenizer: "PreTrainedTokenizerBas
         )
 
 
-def refuse_short_context(path: str | Path, config: "PretrainedConfig", length: int, what: str) -> None:
+def context_length(config: "PretrainedConfig", first: int | None = 0) -> int | None:
+    """The most tokens that a model has positions for; None where its config does not say.
+
+    Args:
+        config: The model's config.
+        first: Its first position id, where it counts them: RoBERTa and its kin begin at 2.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return positions - (first or 0) if isinstance(positions, int) and positions > 0 else None
+
+
+def refuse_short_context(
+    path: str | Path, config: "PretrainedConfig", length: int, what: str, first: int | None = 0
+) -> None:
     """Refuses texts that are longer than a model's positions.
 
     Some architectures would crash on them, others give numbers that mean nothing.
@@ -218,12 +231,13 @@ def refuse_short_context(path: str | Path, config: "PretrainedConfig", length: i
         config: The model's config.
         length: Tokens of the longest text.
         what: The setting that allows such a length, for the message.
+        first: As in `context_length`.
 
     Raises:
         UserError: The model has fewer positions.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if isinstance(positions, int) and 0 < positions < length:
+    positions = context_length(config, first)
+    if positions is not None and positions < length:
         raise UserError(f"{what}: expected at most {positions} tokens, the context of {path}; got {length}")
 
 
@@ -271,121 +285,3 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         with contextlib.suppress(OSError):  # the folder is whole
             disk.sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-# ---------------------------------------------------------------- model cards
-
-_MEANING = {
-    "reward": "A reward model: one score for a prompt and its response; higher is more helpful.",
-    "cost": "A cost model: one score for a prompt and its response; C > 0 means unsafe, C < 0 safe, and "
-    "higher is more harmful.",
-    "policy": "A causal language model.",
-}
-
-
-def write_card(
-    folder: str | Path, kind: str, card: Mapping[str, Any] | None, notes: Sequence[str] = ()
-) -> None:
-    """Writes README.md: what the model is, what it was trained from, its figures, how to load it.
-
-    Cards are published: of a local path they show the last name alone.
-
-    Args:
-        folder: The model's folder.
-        kind: reward, cost or policy.
-        card: {name: value}; values may be dicts and lists.
-        notes: Further sentences.
-    """
-    card = dict(card or {})
-    tags = ["saferlhf-fast", "rlhf", *([f"{kind}-model"] if kind != "policy" else [])]
-    base = card.get("model")
-    head = [
-        "---",
-        *([f"base_model: {base}"] if isinstance(base, str) and not is_local(base) else []),
-        "library_name: transformers",
-        f"pipeline_tag: text-{'generation' if kind == 'policy' else 'classification'}",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-        "---",
-        "",
-        f"# {_title(Path(folder).resolve())}",
-        "",
-        _MEANING.get(kind, "A score model: one score for a prompt and its response."),
-    ]
-    sections = ["", *notes] if notes else []
-    if card:
-        sections += ["", "## Training", "", *_lines(card)]
-    (Path(folder) / "README.md").write_text(
-        "\n".join([*head, *sections, "", *_usage(kind)]) + "\n", encoding="utf-8"
-    )
-
-
-def _title(folder: Path) -> str:
-    """The folder's name; the run's where the folder is just called model."""
-    name = folder.name.removesuffix(".tmp")
-    return folder.parent.name if name in ("model", "best") else name
-
-
-def _lines(card: Mapping[str, Any], depth: int = 0) -> list[str]:
-    out: list[str] = []
-    for name, value in card.items():
-        if value is None:
-            continue
-        if isinstance(value, dict):
-            out += [f"{'  ' * depth}- {name}:", *_lines(value, depth + 1)]
-        elif isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            out.append(f"{'  ' * depth}- {name}:")
-            for i, item in enumerate(value):  # two sources may have the same last name
-                title = item.get("name", item.get("path", i)) if isinstance(item, dict) else i
-                out += _lines({_public(title): item}, depth + 1)
-        else:
-            value = [_public(item) for item in value] if isinstance(value, list) else _public(value)
-            shown = (
-                f"{value:.6g}"
-                if isinstance(value, float)
-                else value
-                if isinstance(value, str)
-                else json.dumps(value, default=str)
-            )
-            out.append(f"{'  ' * depth}- {name}: {shown}")
-    return out
-
-
-def _public(value: Any) -> Any:
-    """A local path's last name; anything else unchanged."""
-    return Path(value).name if isinstance(value, str) and "/" in value and is_local(value) else value
-
-
-def _usage(kind: str) -> list[str]:
-    folder = 'folder = "path/to/this/folder"'
-    if kind == "policy":
-        return [
-            "## Use",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            folder,
-            "model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), "
-            "AutoTokenizer.from_pretrained(folder)",
-            "```",
-        ]
-    return [
-        "## Use",
-        "",
-        "The score is read at the last token that is not padding; end the text with the end-of-sequence "
-        "token, as in training.",
-        "",
-        "```python",
-        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
-        folder,
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        "model = AutoModelForSequenceClassification.from_pretrained(folder)",
-        'tokens = tokenizer("a prompt and its response" + tokenizer.eos_token, return_tensors="pt")',
-        "score = model(**tokens).logits[0, 0]",
-        "",
-        "from saferlhf_fast.models.score_model import load_score_model",
-        "model = load_score_model(folder)",
-        'scores_BL = model(tokens["input_ids"], tokens["attention_mask"])      # one score per token',
-        'score_B = model.end_scores(scores_BL, tokens["attention_mask"])',
-        "```",
-    ]

@@ -121,3 +121,26 @@ def refuse_positions(position_ids: torch.Tensor, ids_BL: torch.Tensor) -> None:
             f"ScoreModel: position_ids: expected integers {expected[0]} on {ids_BL.device}, got "
             f"{position_ids.dtype} {list(position_ids.shape)} on {position_ids.device}"
         )
+
+
+def last_scores(scores_BL: torch.Tensor, attention_mask_BL: torch.Tensor) -> torch.Tensor:
+    """`ScoreModel.end_scores`."""
+    checks.tensor_argument("end_scores", "scores", scores_BL)
+    if scores_BL.dim() != 2 or not checks.is_floating(scores_BL):
+        raise ValueError(
+            f"end_scores: scores: expected floating point [B, L], got {scores_BL.dtype} "
+            f"{list(scores_BL.shape)}"
+        )
+    if attention_mask_BL is None:
+        raise ValueError("end_scores: attention_mask: expected a mask [B, L], got None")
+    mask_BL = real_tokens("end_scores", attention_mask_BL, scores_BL)
+    if not scores_BL.shape[0]:
+        return scores_BL.flatten()
+    some_B = mask_BL.any(1)
+    if not mask_BL.shape[1] or checks_values(mask_BL) and not some_B.all():
+        raise ValueError(
+            f"end_scores: attention_mask: expected a real token in each row, got none in row "
+            f"{some_B.tolist().index(False)}"
+        )
+    last_B = mask_BL.shape[1] - 1 - mask_BL.flip(1).argmax(1)
+    return scores_BL.gather(1, last_B[:, None]).squeeze(1).where(some_B, float("nan"))

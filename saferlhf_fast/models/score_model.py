@@ -5,33 +5,45 @@
     score_B = score.end_scores(scores_BL, mask_BL)
 
 Dropout stays as the config has it; the PPO stages switch it off. The head is in score_head.py, the
-reading of files in score_checkpoint.py, the checks of masks in score_inputs.py.
+reading of files in score_checkpoint.py, the checks of masks in score_inputs.py, encoders in encoders.py.
 
 Shapes: legend in rollout/types.py.
 """
 
-import contextlib
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import UserError, require
 from ..kernels import checks
-from .backbone import form_of, hidden_states
-from .causal_lm import LOADERS, allowed_files, train_every_row
-from .folders import has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing
+from .backbone import form_of, hidden_states, token_types
+from .causal_lm import LOADERS
+from .encoders import (
+    EncoderHead,
+    default_pooling,
+    is_encoder,
+    load_encoder,
+    new_encoder_head,
+    refuse_pooling,
+    score_files,
+)
+from .folders import local_copy, refuse_large_vocabulary
 from .lora import plain
 from .packing import Packed, pack_sequences
+from .pooling import pool, pool_rows
 from .row_form import fixed_inputs, row_inputs
-from .score_checkpoint import read_head
+from .score_backbone import hidden_size as hidden_size
+from .score_backbone import load_backbone as load_backbone
+from .score_backbone import written
+from .score_checkpoint import Head, read_head
 from .score_head import Normalizer as Normalizer
 from .score_head import ScoreHead as ScoreHead
 from .score_inputs import (
     KINDS,
-    checks_values,
+    last_scores,
     real_tokens,
     refuse_positions,
     require_backbone,
@@ -40,11 +52,11 @@ from .score_inputs import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class ScoreModel(nn.Module):
-    """A backbone and a linear head: one score per token. Reward model, cost model and critic are all this.
+    """A backbone and a head: one score per token. Reward model, cost model and critic are all this.
 
     In code of your own::
 
@@ -56,7 +68,8 @@ class ScoreModel(nn.Module):
 
     The head has no bias, so that export as AutoModelForSequenceClassification is exact; a checkpoint of
     safe-rlhf may bring a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None
-    when the files do not say.
+    when the files do not say. With `pooling` cls or mean each token has the score of its whole sequence; an
+    encoder then has the head of its architecture's own classification class (encoders.py).
     """
 
     backbone: "PreTrainedModel"  # peft may wrap it
@@ -69,6 +82,8 @@ class ScoreModel(nn.Module):
         normalizer: Normalizer | None = None,
         kind: str | None = None,
         packing: bool = True,
+        pooling: str = "last",
+        head: EncoderHead | None = None,
     ) -> None:
         """Adds a new head to a backbone.
 
@@ -78,21 +93,32 @@ class ScoreModel(nn.Module):
             normalizer: What is applied to the scores; None for nothing.
             kind: reward, cost, critic, or None where it is not known.
             packing: Whether packed sequences run without padding, where the architecture can do that.
+            pooling: Where the score is read: last (every token has its own), cls, or mean.
+            head: An encoder's head; None: a new one.
 
         Raises:
             ValueError: The backbone is no transformers model or has a head, or `kind` is another word.
+            UserError: The pooling is unknown, or cls for a decoder, whose first token sees no other.
         """
         super().__init__()
         require_backbone(backbone)
         require_kind("ScoreModel", kind, *KINDS, None)
+        refuse_pooling(pooling, backbone.config)
+        self.pooling = pooling
         self.backbone = backbone
         form = form_of(plain(self.backbone))
         self.form = form if packing else form.unpacked()
         self.config = self.backbone.config
-        self.score = ScoreHead(hidden_size(self.config), bias, self.backbone.dtype)
+        if head is None and pooling != "last":
+            head = new_encoder_head(plain(self.backbone), pooling)
+        self.score: ScoreHead | EncoderHead
+        self.score = head or ScoreHead(hidden_size(self.config), bias, self.backbone.dtype)
         self.normalizer = normalizer
         self.kind = kind
-        self.init_head()
+        # whether it is trained on prompt and response as a pair of texts; the loaders know better
+        self.pairs = pooling != "last" and is_encoder(self.config)
+        if head is None:
+            self.init_head()
 
     @property
     def packs(self) -> bool:
@@ -107,13 +133,20 @@ class ScoreModel(nn.Module):
         without that each rank would write into an empty tensor and the head would stay uninitialised.
         """
         std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
+        assert isinstance(self.score, ScoreHead), "an encoder's own head is drawn when it is made"
         with torch.no_grad(), written(self.score):
             self.score.weight.normal_(0.0, std)
             if self.score.bias is not None:
                 self.score.bias.zero_()
 
     def add_head(self) -> None:
-        """Adds a second head, newly drawn, for a critic of two streams; scores are then [..., 2]."""
+        """Adds a second head, newly drawn, for a critic of two streams; scores are then [..., 2].
+
+        Raises:
+            UserError: The model has one score for each sequence, and a critic needs one before each token.
+        """
+        if self.pooling != "last" or not isinstance(self.score, ScoreHead):
+            raise UserError(f"pooling: expected last, as a critic needs, got {self.pooling}")
         first = self.score.weight.detach().clone()
         self.score = ScoreHead(first.shape[1], outputs=2, dtype=first.dtype)
         self.init_head()
@@ -126,6 +159,7 @@ class ScoreModel(nn.Module):
         input_ids_BL: torch.Tensor | Packed,
         attention_mask_BL: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One score for each token.
 
@@ -134,6 +168,8 @@ class ScoreModel(nn.Module):
             attention_mask_BL: 1 at real tokens (bool or numbers 0 and 1), padding on either side; None: all
                 tokens are real.
             position_ids: Integers [B, L] or [1, L]; None: counted from each row's first real token.
+            token_type_ids: Integers [B, L], as the tokenizer gives them for pairs; None: all 0. A model
+                without token types ignores them.
 
         Returns:
             scores_BL, fp32; entries at padding are finite and mean nothing. Of a `Packed` scores_N of the
@@ -144,7 +180,7 @@ class ScoreModel(nn.Module):
                 or a mask holds other numbers.
         """
         if isinstance(input_ids_BL, Packed):
-            if attention_mask_BL is not None or position_ids is not None:
+            if any(given is not None for given in (attention_mask_BL, position_ids, token_type_ids)):
                 raise ValueError(
                     "ScoreModel: expected a Packed alone, got a mask or position ids with it: it has its own"
                 )
@@ -154,11 +190,12 @@ class ScoreModel(nn.Module):
         if position_ids is not None:
             refuse_positions(position_ids, input_ids_BL)
         if input_ids_BL.numel():
-            return self._padded_scores(checks.as_int32_or_int64(input_ids_BL), mask_BL, position_ids)
+            ids_BL = checks.as_int32_or_int64(input_ids_BL)
+            return self._padded_scores(ids_BL, mask_BL, position_ids, token_type_ids)
         # An empty batch runs one token: under ZeRO-3 every rank has to gather the weights, and gradients
         # must be zeros.
         one = torch.zeros(1, 1, dtype=torch.long, device=input_ids_BL.device)
-        scores, (rows, columns) = self._padded_scores(one, one + 1, None), input_ids_BL.shape
+        scores, (rows, columns) = self._padded_scores(one, one + 1), input_ids_BL.shape
         return scores.expand(max(rows, 1), max(columns, 1), *scores.shape[2:])[:rows, :columns]
 
     def _refuse_ids(self, ids_BL: torch.Tensor) -> None:
@@ -178,19 +215,31 @@ class ScoreModel(nn.Module):
             checks.known_ids("ScoreModel", ids_BL, vocabulary)
 
     def _padded_scores(
-        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, position_ids: torch.Tensor | None
+        self,
+        ids_BL: torch.Tensor,
+        mask_BL: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         inner = plain(self.backbone)
         if not self.form.pads:
-            return self._scores_of_each_row(ids_BL, mask_BL, position_ids)
+            return self._scores_of_each_row(ids_BL, mask_BL, position_ids, token_type_ids)
         counted_BL = (mask_BL.cumsum(-1) - 1).clamp(min=0)
         inputs = row_inputs(inner, self.form, ids_BL, mask_BL, counted_BL)
         if position_ids is not None and "position_ids" in inputs:
             inputs["position_ids"] = position_ids
-        return self._scores(self.backbone(**inputs, **fixed_inputs(inner)).last_hidden_state)
+        inputs |= token_types(inner, token_type_ids) | fixed_inputs(inner)
+        hidden_BLH = self.backbone(**inputs).last_hidden_state
+        if self.pooling == "last":
+            return self._scores(hidden_BLH)
+        return self._scores(pool_rows(hidden_BLH, mask_BL, self.pooling))[:, None].expand(ids_BL.shape)
 
     def _scores_of_each_row(
-        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, position_ids: torch.Tensor | None
+        self,
+        ids_BL: torch.Tensor,
+        mask_BL: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         """Scores of an architecture whose rows see their padding: each row's tokens by themselves."""
         if position_ids is not None:
@@ -201,13 +250,18 @@ class ScoreModel(nn.Module):
         real_BL = mask_BL.bool()
         rows = [ids[real].tolist() for ids, real in zip(ids_BL, real_BL)]
         packed = pack_sequences(rows, [range(len(row)) for row in rows], ids_BL.device)
+        if token_type_ids is not None:
+            packed = dataclasses.replace(packed, types_M=token_type_ids[real_BL])
         scores_M = self._packed_scores(packed)
         scores_BL = scores_M.new_zeros(*ids_BL.shape, *scores_M.shape[1:])
         return scores_BL.index_put((real_BL,), scores_M)
 
     def _packed_scores(self, packed: Packed) -> torch.Tensor:
         hidden_MH = hidden_states(plain(self.backbone), packed, self.form)
-        return self._scores(hidden_MH.index_select(0, packed.rows_N))
+        if self.pooling == "last":
+            return self._scores(hidden_MH.index_select(0, packed.rows_N))
+        score_S = self._scores(pool(hidden_MH, packed.layout, self.pooling))
+        return score_S.index_select(0, packed.sequence_N)
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden)
@@ -227,93 +281,7 @@ class ScoreModel(nn.Module):
         Raises:
             ValueError: Shapes, types or devices do not agree, or (on the CPU) a row has no token.
         """
-        checks.tensor_argument("end_scores", "scores", scores_BL)
-        if scores_BL.dim() != 2 or not checks.is_floating(scores_BL):
-            raise ValueError(
-                f"end_scores: scores: expected floating point [B, L], got {scores_BL.dtype} "
-                f"{list(scores_BL.shape)}"
-            )
-        if attention_mask_BL is None:
-            raise ValueError("end_scores: attention_mask: expected a mask [B, L], got None")
-        mask_BL = real_tokens("end_scores", attention_mask_BL, scores_BL)
-        if not scores_BL.shape[0]:
-            return scores_BL.flatten()
-        some_B = mask_BL.any(1)
-        if not mask_BL.shape[1] or checks_values(mask_BL) and not some_B.all():
-            raise ValueError(
-                f"end_scores: attention_mask: expected a real token in each row, got none in row "
-                f"{some_B.tolist().index(False)}"
-            )
-        last_B = mask_BL.shape[1] - 1 - mask_BL.flip(1).argmax(1)
-        return scores_BL.gather(1, last_B[:, None]).squeeze(1).where(some_B, float("nan"))
-
-
-@contextlib.contextmanager
-def written(module: nn.Module) -> Iterator[None]:
-    """Context in which weights are complete and may be written; ZeRO-3 broadcasts rank 0's at the end."""
-    sharded = [p for p in module.parameters() if hasattr(p, "ds_id")]
-    if not sharded:
-        yield
-        return
-    from ..runtime import engine
-
-    with engine.written(sharded):
-        yield
-
-
-def hidden_size(config: "PretrainedConfig") -> int:
-    """H of a backbone's output; a multimodal config has it in its text config, OPT may project its output."""
-    text = config.get_text_config()
-    return getattr(text, "word_embed_proj_dim", None) or text.hidden_size
-
-
-def load_backbone(
-    path: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> "PreTrainedModel":
-    """Loads an architecture's base model, without a head; of a multimodal model the language model.
-
-    Args:
-        path: A model folder or a name on the Hub.
-        dtype: The type of the weights.
-        trust_remote_code: Whether code beside the model may run.
-        allow_pickle: Whether weights that exist in pickles alone are read.
-
-    Returns:
-        The backbone.
-
-    Raises:
-        UserError: The model does not exist, weights are missing, or it is an encoder-decoder.
-    """
-    require_source("load_backbone", path, dtype)
-    require("loading a score model", "train", *LOADERS)
-    folder = local_copy(path, allow_pickle)
-    if not has_weights(folder):
-        raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
-    from transformers import AutoModel
-
-    with readable(path, "backbone"), quiet():
-        backbone, info = AutoModel.from_pretrained(
-            str(folder),
-            dtype=dtype,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **allowed_files(allow_pickle),
-        )
-    # Encoders' poolers are not used: the head reads the hidden states.
-    refuse_missing(path, info, "backbone", ignore=("pooler",))
-    if backbone.config.is_encoder_decoder:
-        raise UserError(
-            f"{path}: expected a decoder or an encoder as backbone of a score model, got the "
-            f"encoder-decoder {type(backbone).__name__}"
-        )
-    if backbone.config.get_text_config() is not backbone.config:
-        backbone = getattr(backbone, "language_model", backbone)
-    train_every_row(backbone)
-    return backbone
+        return last_scores(scores_BL, attention_mask_BL)
 
 
 def score_model_from_backbone(
@@ -321,15 +289,17 @@ def score_model_from_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     kind: str | None = None,
+    pooling: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
-    """A ScoreModel with a new head on the backbone of another model, usually a causal LM.
+    """A ScoreModel with a new head on the backbone of another model, a causal LM or an encoder.
 
     Args:
         path: A model folder or a name on the Hub.
         dtype: The type of the weights.
         kind: reward, cost, critic or None.
+        pooling: Where the score is read; None: the architecture's own (last; cls or mean of an encoder).
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
 
@@ -344,7 +314,9 @@ def score_model_from_backbone(
     backbone = load_backbone(
         path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
-    return ScoreModel(backbone, kind=kind)
+    model = ScoreModel(backbone, kind=kind, pooling=pooling or default_pooling(backbone.config))
+    model.pairs = is_encoder(backbone.config)
+    return model
 
 
 def load_score_model(
@@ -352,19 +324,21 @@ def load_score_model(
     *,
     dtype: torch.dtype = torch.float32,
     new_head: bool = False,
+    pooling: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
     """Loads a ScoreModel with its head.
 
-    Both layouts are read: AutoModelForSequenceClassification(num_labels=1), which we write too, and
-    safe-rlhf's with its bias and normaliser.
+    Read are AutoModelForSequenceClassification(num_labels=1), of decoders and of encoders, which we write
+    too, and safe-rlhf's layout with its bias and normaliser.
 
     Args:
         path: A model folder or a name on the Hub.
         dtype: The type of the weights.
         new_head: Whether a plain language model gets a new head; a model that has a head keeps it.
+        pooling: Where a new head reads the score; None: as the files or the architecture say.
         tokenizer: When given, its vocabulary must fit the embedding.
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
@@ -373,27 +347,45 @@ def load_score_model(
         The model.
 
     Raises:
-        UserError: As `load_backbone`; and for a plain language model without `new_head`. A folder that says
-            that it is a score model and has no head is refused in any case: no head is ever drawn silently.
+        UserError: As `load_backbone`; for a plain language model without `new_head`; and for a pooling that
+            is not the one of the head in the files. A folder that says that it is a score model and has no
+            head is refused in any case: no head is ever drawn silently.
     """
     require_source("load_score_model", path, dtype)
     require("load_score_model", "train", *LOADERS)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
     folder = local_copy(path, allow_pickle)
-    head = read_head(folder, path, may_lack=new_head)
-    backbone = load_backbone(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    found = score_files(folder, path, pooling, trust_remote_code)
+    if found.has_own_head:
+        backbone, own_head = load_encoder(path, found, new_head, **options)
+        model = ScoreModel(backbone, kind=found.kind, pooling=found.pooling, head=own_head)
+    else:
+        head = read_head(folder, path, may_lack=new_head)
+        model = _with_head(path, load_backbone(path, **options), head, found.pooling)
+    model.pairs = found.pairs
     if tokenizer is not None:
-        refuse_large_vocabulary(path, tokenizer, backbone.get_input_embeddings().weight.shape[0])
+        refuse_large_vocabulary(path, tokenizer, model.backbone.get_input_embeddings().weight.shape[0])
+    return model
+
+
+def _with_head(path: str | Path, backbone: "PreTrainedModel", head: Head | None, pooling: str) -> ScoreModel:
+    """A backbone with a linear head, as it was read or (None) newly drawn."""
     if head is None:
-        return ScoreModel(backbone)
+        return ScoreModel(backbone, pooling=pooling)
     normalizer = None if head.normalizer is None else Normalizer(**head.normalizer)
-    model = ScoreModel(backbone, bias=head.bias is not None, normalizer=normalizer, kind=head.kind)
+    model = ScoreModel(
+        backbone, bias=head.bias is not None, normalizer=normalizer, kind=head.kind, pooling=pooling
+    )
     expected = hidden_size(backbone.config)
     if head.weight.shape != (1, expected):
         raise UserError(
             f"{path}: expected a score head of shape [1, {expected}], got {list(head.weight.shape)}"
         )
+    assert isinstance(model.score, ScoreHead), "an encoder's own head is read with its classification class"
     with torch.no_grad(), written(model.score):
         model.score.weight.copy_(head.weight)
         if model.score.bias is not None and head.bias is not None:

@@ -23,7 +23,10 @@ Example = TypeVar("Example", "SFTExample", "PairExample")
 
 
 def refuse_long(
-    cfg: "SFTConfig | PreferenceConfig | DPOConfig", config: "PretrainedConfig", longest: int
+    cfg: "SFTConfig | PreferenceConfig | DPOConfig",
+    config: "PretrainedConfig",
+    longest: int,
+    first: int | None = 0,
 ) -> None:
     """Raises UserError when the longest example does not fit into the model's context.
 
@@ -31,8 +34,9 @@ def refuse_long(
         cfg: Settings of the stage, which name the model.
         config: The loaded model's own configuration.
         longest: Length of the longest example, in tokens.
+        first: The model's first position id.
     """
-    refuse_short_context(cfg.model, config, longest, "train.max_length: the longest example")
+    refuse_short_context(cfg.model, config, longest, "train.max_length: the longest example", first)
 
 
 def held_out_split(

@@ -168,7 +168,7 @@ def test_a_family_without_the_class_is_kept_for_our_loader(tmp_path):
             intermediate_size=64,
         )
     ).save_pretrained(tmp_path / "lm")
-    model = score_model_from_backbone(tmp_path / "lm").eval()
+    model = score_model_from_backbone(tmp_path / "lm", pooling="last").eval()
     save_score_model(tmp_path / "rm", model, tokenizer, kind="reward")
     ids_BL, mask_BL = right_padded(tokenizer)
     again = load_score_model(tmp_path / "rm")

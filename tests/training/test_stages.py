@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from saferlhf_fast.models.folders import write_card
+from saferlhf_fast.models.model_card import write_card
 
 STAGES = ("sft", "reward", "cost", "dpo", "ppo", "ppo-lag", "evaluate")
 SECRET = "not-to-be-written-anywhere"

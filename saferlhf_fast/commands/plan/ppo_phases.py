@@ -92,7 +92,10 @@ def _separate(stage: "StageModels[PPOConfig]") -> _PPOModels:
     critics = []
     for role, (name, *_) in _critics(stage):
         setting, path = cfg.critic_settings()[name]
-        start = cfg.scorer_settings()[name] if path is None else setting
+        start = setting
+        if path is None:  # an encoder predicts nothing before its tokens: its critic starts from the actor
+            scorer = scorers[list(cfg.scorer_settings()).index(name)]
+            start = "model" if sizes.of_encoder(scorer.blueprint) else cfg.scorer_settings()[name]
         critics.append(
             stage.add(role, start, "score", cfg.critic_optim, checkpointing=cfg.gradient_checkpointing)
         )

@@ -122,6 +122,13 @@ def _config(blueprint: Blueprint) -> "PretrainedConfig":
     return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
+def of_encoder(blueprint: Blueprint) -> bool:
+    """Whether a blueprint is that of an encoder."""
+    from ...models.encoders import is_encoder
+
+    return is_encoder(_config(blueprint))
+
+
 # ---------------------------------------------------------------- modules
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ...errors import UserError
 from ...models import backbone, multi_adapter
 from ...models.causal_lm import load_causal_lm, without_dropout
+from ...models.encoders import reads_pairs
 from ...models.export_files import export_metadata_writer
 from ...models.folders import refuse_short_context
 from ...models.policy import Policy
@@ -132,6 +133,11 @@ def load_critic(
 
     setting, path = cfg.critic_settings()[streams[0]]
     if path is not None:
+        if reads_pairs(path, cfg.trust_remote_code):
+            raise UserError(
+                f"{setting}: expected a causal language model or a score model on one, got the encoder "
+                f"{path}, whose tokens see the tokens after them: a critic predicts before each token"
+            )
         own = load_tokenizer(path, trust_remote_code=cfg.trust_remote_code)
         if not same_tokenizer(tokenizer, own):
             raise UserError(
@@ -139,13 +145,13 @@ def load_critic(
                 "expected a model with the same one"
             )
         score = with_new_head(path)
-    elif score is None or (isinstance(scorer, ScoreModelScorer) and scorer.retokenizes):
-        why = "no score model" if score is None else "another tokenizer than the actor's"
+    elif (why := _why_no_critic(scorer, score)) is not None:
         console.say(
             f"{streams[0]}: {why}, so the critic starts from {cfg.model} with a new head; {setting} names "
             "another start"
         )
         score = with_new_head(cfg.model)
+    assert score is not None, "without a score model the critic starts from the actor's model"
     if cfg.gradient_checkpointing:
         backbone.recompute_activations(score.backbone)
     if not cfg.engine.packing:
@@ -153,6 +159,19 @@ def load_critic(
     for _ in streams[1:]:
         score.add_head()
     return engine.Engine(without_dropout(score), cfg.critic_optim, cfg.engine, steps)
+
+
+def _why_no_critic(scorer: Scorer, score: "ScoreModel | None") -> str | None:
+    """Why a critic cannot start from a scorer's model; None where it can."""
+    if score is None:
+        return "no score model"
+    if score.pairs:
+        return "an encoder"
+    if score.pooling != "last":
+        return f"one score for each sequence (pooling {score.pooling})"
+    if isinstance(scorer, ScoreModelScorer) and scorer.retokenizes:
+        return "another tokenizer than the actor's"
+    return None
 
 
 def roles_on_shared_base(
@@ -204,7 +223,12 @@ def roles_on_shared_base(
 
     scorers = {name: scorer(name, spec) for name, spec in specs.items()}
     for name, adapter in saved.items():
-        if adapter is None:
+        if adapter is None and reads_pairs(specs[name].path, cfg.trust_remote_code):
+            console.say(
+                f"{name}: an encoder, which cannot be an adapter of {cfg.model}: a whole model beside the "
+                "shared base, whose critic starts without it"
+            )
+        elif adapter is None:
             console.say(
                 f"{name}: a whole model beside the shared base, whose critic starts without it; trained with "
                 f"lora.rank on {cfg.model} it would be an adapter"
