@@ -18,7 +18,7 @@ from ..kernels.linear_logprob import linear_logprob
 from ..kernels.linear_ppo_loss import linear_ppo_loss
 from ..kernels.ppo_loss import ppo_loss
 from ..kernels.token_logprob import token_logprob
-from . import backbone, sampling_distribution
+from . import backbone, quantized, sampling_distribution
 from .lora import plain
 from .on_policy_loss import ChunkLoss, loss_of, on_policy_loss
 from .packing import Packed, pack_sequences
@@ -68,6 +68,10 @@ class Policy(nn.Module):
         inner = plain(lm)
         self.packs = backbone.packs(inner.base_model) and packing
         self.logit_form = logit_form(inner)
+
+    def base_hash(self) -> str | None:
+        """The sha256 of a base in 4 bits, which checkpoints compare; None for another one."""
+        return quantized.base_hash(plain(self.lm))
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..kernels import checks
+from . import quantized
 from .backbone import hidden_states, packs
 from .causal_lm import LOADERS, allowed_files, train_every_row
 from .folders import has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing
@@ -82,6 +83,10 @@ class ScoreModel(nn.Module):
         self.takes_positions = "position_ids" in accepted
         self.fixed_inputs = {"use_cache": False} if "use_cache" in accepted else {}
         self.init_head()
+
+    def base_hash(self) -> str | None:
+        """The sha256 of a backbone in 4 bits, which checkpoints compare; None for another one."""
+        return quantized.base_hash(plain(self.backbone))
 
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
@@ -237,6 +242,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    bits: int | None = None,
 ) -> "PreTrainedModel":
     """Loads an architecture's base model, without a head; of a multimodal model the language model.
 
@@ -245,6 +251,7 @@ def load_backbone(
         dtype: The type of the weights.
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
+        bits: 4 quantises the linear layers, as in `load_causal_lm`.
 
     Returns:
         The backbone.
@@ -265,6 +272,7 @@ def load_backbone(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             **allowed_files(allow_pickle),
+            **quantized.loading_arguments(bits, dtype, headless=True),
         )
     # Encoders' poolers are not used: the head reads the hidden states.
     refuse_missing(path, info, "backbone", ignore=("pooler",))
@@ -273,6 +281,8 @@ def load_backbone(
             f"{path}: expected a decoder or an encoder as backbone of a score model, got the "
             f"encoder-decoder {type(backbone).__name__}"
         )
+    if bits is not None:
+        quantized.prepare(backbone, path, dtype)
     if backbone.config.get_text_config() is not backbone.config:
         backbone = getattr(backbone, "language_model", backbone)
     train_every_row(backbone)
@@ -316,6 +326,7 @@ def load_score_model(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    bits: int | None = None,
 ) -> ScoreModel:
     """Loads a ScoreModel with its head.
 
@@ -329,6 +340,7 @@ def load_score_model(
         tokenizer: When given, its vocabulary must fit the embedding.
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
+        bits: 4 quantises the backbone's linear layers, as in `load_causal_lm`.
 
     Returns:
         The model.
@@ -341,7 +353,7 @@ def load_score_model(
     folder = local_copy(path, allow_pickle)
     head = read_head(folder, path, may_lack=new_head)
     backbone = load_backbone(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+        path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle, bits=bits
     )
     if tokenizer is not None:
         refuse_large_vocabulary(path, tokenizer, backbone.get_input_embeddings().weight.shape[0])

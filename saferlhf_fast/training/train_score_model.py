@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import preference_examples
-from ..models import backbone, multi_adapter
+from ..models import backbone, multi_adapter, quantized
 from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
 from ..models.score_checkpoint import check_score_export, save_score_model
@@ -52,6 +52,7 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
         tokenizer=tokenizer,
         trust_remote_code=cfg.trust_remote_code,
         allow_pickle=cfg.allow_pickle,
+        **quantized.options_of_base(cfg.lora, cfg.engine),
     )
     refuse_long(
         cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
