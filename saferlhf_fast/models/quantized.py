@@ -14,6 +14,8 @@ would be another function of the weights than the update's.
 Source: Dettmers et al. (2023), QLoRA, arXiv 2305.14314.
 """
 
+import copy
+import functools
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,6 +98,8 @@ def prepare(model: "PreTrainedModel", path: str | Path, dtype: torch.dtype) -> N
         # In evaluation bitsandbytes would repack the weights for this instruction set, in place: with scales
         # rounded to bf16, only for some shapes, and without a gradient afterwards.
         layer.support_avx512bf16_for_cpu = False
+        if layer.in_features % layer.weight.blocksize:
+            layer.forward = functools.partial(_forward_of_uneven, layer)
         layer.register_state_dict_post_hook(_leave_out_weight)
         layer.register_load_state_dict_pre_hook(_keep_weight)
     # transformers refuses to cast a model that it knows to be quantised, and saves it quantised.
@@ -123,10 +127,30 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def weight_of(layer: Any) -> torch.Tensor:
-    """The weight of a 4-bit layer, dequantised, in the layout of the layer that it replaces."""
+    """The weight of a 4-bit layer, dequantised: [out, in].
+
+    It is read as one row: blocks cross the ends of rows where a row is no multiple of a block, and there
+    bitsandbytes' kernel for the CPU (0.50) takes the scales of other blocks.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    state = copy.copy(layer.weight.quant_state)
+    shape, state.shape = state.shape, torch.Size((1, state.shape.numel()))
+    return dequantize_4bit(layer.weight.data, state).view(shape)
+
+
+def _forward_of_uneven(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The forward of a layer whose rows are no multiple of a block; the backward dequantises again."""
+    from torch.utils.checkpoint import checkpoint
+
+    def linear(x: torch.Tensor) -> torch.Tensor:
+        bias = None if layer.bias is None else layer.bias.to(x.dtype)
+        return nn.functional.linear(x, weight_of(layer).to(x.dtype), bias)
+
+    inside = x.to(layer.compute_dtype)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return checkpoint(linear, inside, use_reentrant=False, preserve_rng_state=False).to(x.dtype)
+    return linear(inside).to(x.dtype)
 
 
 def in_file_layout(layer: Any, weight_OI: torch.Tensor) -> torch.Tensor:

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.batches import split_by_prompt
+from ..models import multi_adapter, quantized
 from ..models.causal_lm import save_causal_lm
 from ..models.folders import refuse_short_context
-from ..models.lora import has_lora
+from ..models.lora import has_lora, plain
 from ..runtime import engine
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def save_policy(
 ) -> None:
     """Writes the causal language model of an engine to a folder; every rank must call it.
 
-    LoRA weights are merged, for which each device gathers the full model.
+    LoRA weights are merged, for which each device gathers the full model. Where the base has 4 bits, the
+    adapter is saved too, in <folder>/adapter.
 
     Args:
         policy: The engine of a Policy.
@@ -76,4 +78,7 @@ def save_policy(
         if engine.rank() == 0:
             state = state and {name.removeprefix("lm."): tensor for name, tensor in state.items()}
             save_causal_lm(folder, lm, tokenizer, state, card)
+            if quantized.layers(lm):
+                base = card.get("model") or plain(lm).name_or_path
+                multi_adapter.save_policy(Path(folder) / "adapter", lm, base)
     engine.barrier()
