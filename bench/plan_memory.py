@@ -216,6 +216,10 @@ def _child(folder, case):
         import_module(f"saferlhf_fast.{module}")
     import peft  # noqa: F401
 
+    if getattr(getattr(cfg, "lora", None), "bits", None):
+        import bitsandbytes  # noqa: F401
+        import transformers.integrations.bitsandbytes  # noqa: F401
+
     toy = engine.Engine(torch.nn.Linear(8, 8), Optimizer(), dataclasses.replace(cfg.engine, config=None), 10)
     for _ in range(2):
         toy.backward(toy(torch.ones(2, 8, dtype=engine.precision(cfg.engine))).float().sum())

@@ -88,8 +88,13 @@ def prepare(model: "PreTrainedModel", path: str | Path, dtype: torch.dtype) -> N
         dtype: The type in which the layers compute.
 
     Raises:
-        UserError: It has no linear layers to quantise.
+        UserError: Its files are quantised already, or it has no linear layers to quantise.
     """
+    if model.hf_quantizer.pre_quantized:
+        raise UserError(
+            f"{path}: expected a model whose files are not quantised, since lora.bits=4 quantises it; got "
+            f"files quantised by {model.config.quantization_config.quant_method.value}"
+        )
     quantized = layers(model)
     if not quantized:
         raise UserError(f"{path}: expected linear layers, which lora.bits=4 quantises; got none")

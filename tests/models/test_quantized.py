@@ -9,6 +9,7 @@ import torch
 
 from saferlhf_fast.config import fingerprint
 from saferlhf_fast.config.sections import Lora
+from saferlhf_fast.errors import UserError
 from saferlhf_fast.models import quantized
 from saferlhf_fast.models.causal_lm import load_causal_lm, without_dropout
 from saferlhf_fast.models.lora import add_lora, plain_state
@@ -22,8 +23,8 @@ pytest.importorskip(
 pytestmark = pytest.mark.numeric
 
 SEQUENCES = [[5, 6, 7, 8, 9], [9, 8, 7], [6, 6, 5, 4]]
-# widths that 64, the size of a block, does not divide; GPT-2's layers keep their weights transposed
-MODELS = [("llama", 80), ("gpt2", 48)]
+# 64, the size of a block, divides all widths of the first and some of the second, whose layers are transposed
+MODELS = [("llama", 64), ("gpt2", 48)]
 STAGE = {"lora__rank": 4, "lora__bits": 4, "train__max_length": 32, "optim__learning_rate": 1e-2}
 
 
@@ -83,6 +84,17 @@ def test_a_state_dict_leaves_the_base_out_and_loads_without_it(path):
     assert quantized.base_hash(load_causal_lm(path, bits=4)) == before
     object.__delattr__(other, "_base_hash")
     assert quantized.base_hash(other) != before
+
+
+def test_files_that_are_quantised_already_are_refused(path, tmp_path):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(path, quantization_config=config).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match="expected a model whose files are not quantised.*got files quantised"
+    ):
+        load_causal_lm(tmp_path, bits=4)
 
 
 def test_a_run_that_is_older_than_the_setting_has_the_same_hash():

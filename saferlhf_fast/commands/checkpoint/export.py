@@ -55,7 +55,7 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
     module, tokenizer = _module(folder, name, state, settings, getattr(torch, kind["precision"]))
     if module.base_hash() != kind.get("base"):
         console.warn(
-            f"{name}: the base in 4 bits is not bit for bit the run's, which was quantised on another kind of "
+            f"{name}: the base in 4 bits is not exactly the run's, which was quantised on another kind of "
             "device or by another bitsandbytes; the weights may differ in their last bits"
         )
     module.to(next(module.parameters()).device, target)
