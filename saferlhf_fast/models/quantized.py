@@ -112,6 +112,10 @@ def prepare(model: "PreTrainedModel", path: str | Path, dtype: torch.dtype) -> N
     for module in model.modules():
         if hasattr(module, "base_model_prefix"):  # a transformers model, also inside of another
             module.is_loaded_in_4bit = True  # peft chooses its adapter layers by this
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and parameter.device.type == "cpu":
+            # Copied out of the file: while one tensor is in it, all pages that were read stay resident.
+            parameter.data = parameter.data.clone()
     weights = sum(layer.in_features * layer.out_features for layer in quantized.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(quantized))
     console.say(
