@@ -42,6 +42,7 @@ CASES = {
     "sft one pass": ("sft", {"train": {**TRAIN, "accumulation": 1}}),
     "sft checkpointing": ("sft", {"train": {**TRAIN, "gradient_checkpointing": True}}),
     "sft lora": ("sft", {"train": TRAIN, "lora": {"rank": 8}}),
+    "sft qlora": ("sft", {"train": TRAIN, "lora": {"rank": 8, "bits": 4}}),
     "sft bf16": ("sft", {"train": TRAIN, "engine": {"precision": "bf16"}}),
     "sft zero-2": ("sft", {"train": TRAIN, "engine": {"zero_stage": 2}}),
     "sft zero-3 bf16": ("sft", {"train": TRAIN, "engine": {"zero_stage": 3, "precision": "bf16"}}),
@@ -60,6 +61,7 @@ CASES = {
     "ppo-lag": ("ppo-lag", PPO),
     "ppo-lag two passes": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "single_pass": False}}),
     "ppo-lag lora": ("ppo-lag", {**PPO, "lora": {"rank": 8}}),
+    "ppo-lag qlora": ("ppo-lag", {**PPO, "lora": {"rank": 8, "bits": 4}}),
     "ppo-lag shared critic": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "shared_critic": True}}),
     "ppo-lag overlap": ("ppo-lag", {**PPO, "ppo": {**PPO["ppo"], "overlap": True, "importance_cap": 2.0}}),
     "ppo-lag rollout": (
@@ -213,6 +215,10 @@ def _child(folder, case):
     ):
         import_module(f"saferlhf_fast.{module}")
     import peft  # noqa: F401
+
+    if getattr(getattr(cfg, "lora", None), "bits", None):
+        import bitsandbytes  # noqa: F401
+        import transformers.integrations.bitsandbytes  # noqa: F401
 
     toy = engine.Engine(torch.nn.Linear(8, 8), Optimizer(), dataclasses.replace(cfg.engine, config=None), 10)
     for _ in range(2):

@@ -124,6 +124,26 @@ LORA = (
         lambda cfg: cfg.lora.rank and not cfg.lora.target_modules,
         "expected all-linear or at least one module, got none",
     ),
+    Row(
+        "lora.bits",
+        lambda cfg: cfg.lora.bits and not cfg.lora.rank,
+        "needs lora.rank above 0, since weights of 4 bits are not trained, only adapters on them; got 0",
+    ),
+    Row(
+        "lora.bits",
+        lambda cfg: cfg.lora.bits and cfg.engine.zero_stage == 3,
+        "needs engine.zero_stage 0, 1 or 2, got 3, which cannot divide weights of 4 bits",
+    ),
+    Row(
+        "lora.bits",
+        lambda cfg: cfg.lora.bits and cfg.engine.frozen == "sharded",
+        "needs engine.frozen auto or replicated, got sharded, which cannot divide weights of 4 bits",
+    ),
+    Row(
+        "lora.bits",
+        lambda cfg: cfg.lora.bits and importlib.util.find_spec("bitsandbytes") is None,
+        "needs bitsandbytes, which is not installed: pip install 'saferlhf-fast[qlora]'",
+    ),
 )
 TRAIN = (
     Row(

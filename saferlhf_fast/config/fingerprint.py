@@ -9,7 +9,7 @@ from typing import Any
 
 from .paths import is_local
 
-LATER: list[tuple[str, Any]] = [("constraints", None), ("pooling", None)]
+LATER: list[tuple[str, Any]] = [("constraints", None), ("pooling", None), ("lora.bits", None)]
 """Settings that are younger than some run folders, with their default: then they are left out of the hash."""
 
 Input = tuple[str, str, str]
@@ -46,7 +46,13 @@ def recipe_hash(stage: str, settings: dict[str, Any], sources: Iterable[Input]) 
     values = copy.deepcopy(settings)
     for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
         values.pop(key, None)
-    values = {key: value for key, value in values.items() if (key, value) not in LATER}
+    for key, default in LATER:
+        *groups, name = key.split(".")
+        inner = values
+        for group in groups:
+            inner = inner.get(group, {})
+        if name in inner and inner[name] == default:
+            del inner[name]
     for key, value, _ in sources:
         if is_local(value):
             _replace(values, key.split("."), "local")

@@ -155,6 +155,9 @@ class Lora:
     """Dropout on the adapter's input."""
     target_modules: str | list[str] = "all-linear"
     """Modules that get an adapter; all-linear means every linear layer but the head."""
+    bits: Literal[4] | None = None
+    """4 keeps the frozen base's linear layers in 4 bits (QLoRA: NF4 with double quantisation; pip install
+    'saferlhf-fast[qlora]'); None keeps them in the engine's precision."""
 
 
 @settings_class(frozen=True)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
+from . import quantized
 from .folders import (
     checked,
     has_weights,
@@ -46,6 +47,7 @@ def load_causal_lm(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    bits: int | None = None,
 ) -> "PreTrainedModel":
     """Loads a causal LM from a folder or the Hub, with attention by SDPA where the architecture has it.
 
@@ -56,6 +58,8 @@ def load_causal_lm(
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read. Only tensors are taken from them;
             nothing in them is run.
+        bits: 4 quantises the backbone's linear layers, for adapters on them; the model is then on this
+            process's device.
 
     Returns:
         The model, every row of its embedding trainable.
@@ -79,11 +83,14 @@ def load_causal_lm(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             **allowed_files(allow_pickle),
+            **quantized.loading_arguments(bits, dtype, headless=False),
         )
     refuse_missing(path, info, "causal language model")
     if tokenizer is not None:
         rows = lm.get_input_embeddings().weight.shape[0]
         refuse_large_vocabulary(path, tokenizer, min(rows, logit_count(lm)))
+    if bits is not None:
+        quantized.prepare(lm, path, dtype)
     train_every_row(lm)
     lm.config.use_cache = True  # for `generate`; training passes use_cache=False itself
     return lm

@@ -5,13 +5,13 @@ They are in a checkpoint's folder <model>/hf.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
-from .causal_lm import write_generation_config
+from .causal_lm import load_causal_lm, write_generation_config
 from .lora import plain
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def _head(module: Any) -> dict[str, Any]:
 
 
 def build_from_export_metadata(
-    folder: Path, lora: "Lora", trust_remote_code: bool = False
+    folder: Path, lora: "Lora", trust_remote_code: bool = False, base: Mapping[str, Any] | None = None
 ) -> "tuple[Policy | ScoreModel, PreTrainedTokenizerBase]":
     """Builds a module from a folder of export metadata; its weights mean nothing until they are loaded.
 
@@ -72,6 +72,8 @@ def build_from_export_metadata(
         folder: Written by the function of `export_metadata_writer`.
         lora: The run's adapters, which the module gets too.
         trust_remote_code: Whether code in the folder may run.
+        base: Arguments of `load_causal_lm` and `load_backbone` for a base in 4 bits, which no checkpoint has;
+            None builds the base from its config.
 
     Returns:
         The module and its tokenizer.
@@ -84,7 +86,7 @@ def build_from_export_metadata(
 
     from .lora import add_lora
     from .policy import Policy
-    from .score_model import Normalizer, ScoreModel
+    from .score_model import Normalizer, ScoreModel, load_backbone
 
     if not (folder / "config.json").is_file():
         raise UserError(
@@ -94,7 +96,7 @@ def build_from_export_metadata(
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     if not (folder / SCORE).is_file():
-        lm = AutoModelForCausalLM.from_config(config, **options)
+        lm = AutoModelForCausalLM.from_config(config, **options) if base is None else load_causal_lm(**base)
         lm.generation_config = GenerationConfig.from_pretrained(folder)
         return Policy(add_lora(lm, lora) if lora.rank else lm), tokenizer
     head = json.loads((folder / SCORE).read_text(encoding="utf-8"))
@@ -104,7 +106,7 @@ def build_from_export_metadata(
             "with it"
         )
     model = ScoreModel(
-        AutoModel.from_config(config, **options),
+        AutoModel.from_config(config, **options) if base is None else load_backbone(**base),
         bias=head["bias"],
         kind=head["kind"],
         pooling=head.get("pooling", "last"),

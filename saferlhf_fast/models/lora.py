@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from . import quantized
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -93,25 +95,49 @@ def plain(model: "PreTrainedModel | PeftModel") -> "PreTrainedModel":
 
 
 def plain_state(model: "PreTrainedModel | PeftModel") -> "dict[str, Tensor]":
-    """{name: tensor} of the plain model, with adapters merged; the model itself does not change."""
+    """{name: tensor} of the plain model, with adapters merged; the model itself does not change.
+
+    4-bit weights are dequantised and get their adapters in float32, before they take the model's dtype.
+    """
     if not has_lora(model):
-        return dict(model.state_dict())
+        return {**model.state_dict(), **_dequantized(model)}
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
     state, adapted = base.state_dict(), set()
-    merged = {}
+    merged = _dequantized(base)
     for name, module in base.named_modules():
         if not isinstance(module, BaseTunerLayer):
             continue
         adapted.add(name + ".")
-        weight = module.get_base_layer().weight.detach()
-        for adapter in module.active_adapters:
-            weight = weight + module.get_delta_weight(adapter).to(weight.dtype)
         for key, value in state.items():
             if key.startswith(name + ".base_layer."):
                 merged[name + "." + key.removeprefix(name + ".base_layer.")] = value
-        merged[name + ".weight"] = weight
+        merged.pop(name + ".base_layer.weight", None)
+        merged[name + ".weight"] = _merged_weight(module)
     prefixes = tuple(adapted)
     merged.update({key: value for key, value in state.items() if not key.startswith(prefixes)})
     return merged
+
+
+def _dequantized(model: "PreTrainedModel") -> "dict[str, Tensor]":
+    """{name: tensor} of a model's 4-bit weights, which its state dict leaves out."""
+    return {
+        f"{name}.weight": quantized.in_file_layout(layer, quantized.weight_of(layer))
+        for name, layer in quantized.layers(model).items()
+    }
+
+
+def _merged_weight(layer: "BaseTunerLayer") -> "Tensor":
+    """The weight of an adapted layer with its active adapters added."""
+    inner = layer.get_base_layer()
+    if not quantized.is_quantized(inner):
+        weight = inner.weight.detach()
+        for adapter in layer.active_adapters:
+            weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+        return weight
+    weight = quantized.weight_of(inner)
+    total = weight.float()
+    for adapter in layer.active_adapters:
+        total = total + layer.get_delta_weight(adapter).detach().float()
+    return quantized.in_file_layout(inner, total.to(weight.dtype))

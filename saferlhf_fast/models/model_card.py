@@ -150,3 +150,22 @@ def _usage_of_pairs(folder: str) -> list[str]:
         'score = model(tokens["input_ids"], tokens["attention_mask"], token_type_ids=types)[0, 0]',
         "```",
     ]
+
+
+def say_dropped(bias: float | None, normalizer: "Normalizer | None") -> str:
+    """Prints what the written files leave out, and returns it as a sentence.
+
+    Args:
+        bias: The bias that is left out; None where there is none.
+        normalizer: The normaliser that is left out; None where there is none.
+    """
+    from ..runtime import console
+
+    changes = (
+        [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
+    )
+    if normalizer is not None:
+        changes.append(f"scores are no longer normalised ({normalizer})")
+    line = "drop_bias: " + "; ".join(changes)
+    console.say(line)
+    return line[0].upper() + line[1:] + "."

@@ -1,8 +1,9 @@
-"""Several low-rank adapters (peft) on one base, one of them on at a time; and the files of a score model's.
+"""Several low-rank adapters (peft) on one base, one of them on at a time; and the files of adapters.
 
 A score model that was trained with LoRA is saved with merged weights, and its adapter alone is saved in
 <model>/adapter, in peft's own form (AutoPeftModelForSequenceClassification reads it). A shared base loads
-that adapter and so needs no second base.
+that adapter and so needs no second base. A policy's adapter is saved beside it where its base has 4 bits,
+since the merged weights are then not the trained function (see quantized.py).
 """
 
 import os
@@ -123,7 +124,6 @@ def save_score(folder: str | Path, score: "ScoreModel", base: str | Path) -> Non
     import copy
 
     import peft
-    from safetensors.torch import save_file
 
     wrapped = score.backbone
     prefix = plain(wrapped).base_model_prefix or "model"
@@ -137,7 +137,34 @@ def save_score(folder: str | Path, score: "ScoreModel", base: str | Path) -> Non
     state[HEAD] = score.score.weight.detach().cpu().contiguous()
     config = copy.copy(wrapped.peft_config["default"])
     config.base_model_name_or_path, config.task_type = _name(base), peft.TaskType.SEQ_CLS
-    config.modules_to_save, config.inference_mode = ["score"], True
+    config.modules_to_save = ["score"]
+    _write(folder, config, state)
+
+
+def save_policy(folder: str | Path, lm: "PeftModel", base: str | Path) -> None:
+    """Writes the adapter of a causal LM that is on, as peft's AutoPeftModelForCausalLM reads it.
+
+    Args:
+        folder: Where to write.
+        lm: peft's wrapper.
+        base: The model that it was trained on, as a path or Hub name.
+    """
+    import copy
+
+    import peft
+
+    (role,) = layers(lm)[0].active_adapters
+    state = peft.get_peft_model_state_dict(lm, adapter_name=role)
+    config = copy.copy(lm.peft_config[role])
+    config.base_model_name_or_path, config.task_type = _name(base), peft.TaskType.CAUSAL_LM
+    _write(folder, config, {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()})
+
+
+def _write(folder: str | Path, config: "LoraConfig", state: dict[str, torch.Tensor]) -> None:
+    """Writes an adapter's two files."""
+    from safetensors.torch import save_file
+
+    config.inference_mode = True
     with replacing(folder) as new:
         config.save_pretrained(new)
         save_file(state, new / "adapter_model.safetensors", metadata={"format": "pt"})

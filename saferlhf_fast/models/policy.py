@@ -18,7 +18,7 @@ from ..kernels.linear_logprob import linear_logprob
 from ..kernels.linear_ppo_loss import linear_ppo_loss
 from ..kernels.ppo_loss import ppo_loss
 from ..kernels.token_logprob import token_logprob
-from . import backbone, sampling_distribution
+from . import backbone, quantized, sampling_distribution
 from .lora import plain
 from .on_policy_loss import ChunkLoss, loss_of, on_policy_loss
 from .packing import Packed, pack_sequences
@@ -86,6 +86,10 @@ class Policy(nn.Module):
     def packs(self) -> bool:
         """Whether the backbone runs packed, without padding."""
         return self.form.packs
+
+    def base_hash(self) -> str | None:
+        """The sha256 of a base in 4 bits, which checkpoints compare; None for another one."""
+        return quantized.base_hash(plain(self.lm))
 
     def forward(
         self,

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
+from . import quantized
 from .causal_lm import LOADERS, allowed_files, train_every_row
 from .folders import has_weights, local_copy, quiet, readable, refuse_missing
 from .score_inputs import require_source
@@ -42,6 +43,7 @@ def load_backbone(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    bits: int | None = None,
 ) -> "PreTrainedModel":
     """Loads an architecture's base model, without a head; of a multimodal model the language model.
 
@@ -50,6 +52,7 @@ def load_backbone(
         dtype: The type of the weights.
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
+        bits: 4 quantises the linear layers, as in `load_causal_lm`.
 
     Returns:
         The backbone.
@@ -71,6 +74,7 @@ def load_backbone(
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
             **allowed_files(allow_pickle),
+            **quantized.loading_arguments(bits, dtype, headless=True),
         )
     # Encoders' poolers are not used: the head reads the hidden states.
     refuse_missing(path, info, "backbone", ignore=("pooler",))
@@ -79,6 +83,8 @@ def load_backbone(
             f"{path}: expected a decoder or an encoder as backbone of a score model, got the "
             f"encoder-decoder {type(backbone).__name__}"
         )
+    if bits is not None:
+        quantized.prepare(backbone, path, dtype)
     if backbone.config.get_text_config() is not backbone.config:
         backbone = getattr(backbone, "language_model", backbone)
     train_every_row(backbone)

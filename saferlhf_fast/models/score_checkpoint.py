@@ -9,21 +9,21 @@ at import.
 import copy
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
 from .folders import quiet, readable, replacing
 from .lora import has_lora, plain, plain_state
-from .model_card import write_card
+from .model_card import say_dropped, write_card
 from .tokenizer import with_distinct_pad
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from .score_model import Normalizer, ScoreModel
+    from .score_model import ScoreModel
 
 ENTRY = "saferlhf_fast"
 """Our entry in config.json."""
@@ -275,13 +275,13 @@ def save_score_model(
     notes = []
     bias, normalizer = _bias(model), model.normalizer
     if keep_bias and (bias is not None or normalizer is not None):
-        entry |= {"score_bias": bias, "normalizer": normalizer and _normalizer_fields(normalizer)}
+        entry |= {"score_bias": bias, "normalizer": normalizer and normalizer.fields()}
         notes.append(
             f"Its scores include a bias ({bias}) and a normaliser ({normalizer}), which only saferlhf-fast's "
             "loader applies: through AutoModelForSequenceClassification the scores differ."
         )
     elif bias is not None or normalizer is not None:
-        notes.append(_say_dropped(bias, normalizer))
+        notes.append(say_dropped(bias, normalizer))
     backbone_state, head_state = _weights(model, state_dict)
     exported = _export_class(model, tokenizer, {*backbone_state}, {*head_state})
     config = copy.deepcopy(backbone.config)
@@ -308,24 +308,6 @@ def save_score_model(
 
 def _bias(model: "ScoreModel") -> float | None:
     return None if model.score.bias is None else float(model.score.bias.detach().float()[0])
-
-
-def _normalizer_fields(normalizer: "Normalizer") -> dict[str, Any]:
-    return {name: value for name, value in asdict(normalizer).items() if name != "eps"}
-
-
-def _say_dropped(bias: float | None, normalizer: "Normalizer | None") -> str:
-    """Prints what the written files leave out, and returns it as a sentence."""
-    from ..runtime import console
-
-    changes = (
-        [f"scores shift by {-bias:+.6f} (the bias, {bias:+.6f}, is left out)"] if bias is not None else []
-    )
-    if normalizer is not None:
-        changes.append(f"scores are no longer normalised ({normalizer})")
-    line = "drop_bias: " + "; ".join(changes)
-    console.say(line)
-    return line[0].upper() + line[1:] + "."
 
 
 def _weights(

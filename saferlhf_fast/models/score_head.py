@@ -27,6 +27,10 @@ class Normalizer:
             return scores / std
         return scores - self.mean if self.function == "translate" else scores
 
+    def fields(self) -> dict[str, Any]:
+        """What a saved config keeps of it."""
+        return {"function": self.function, "mean": self.mean, "var": self.var}
+
 
 class ScoreHead(nn.Module):
     """Linear(H, outputs) in fp32, whatever the weights' dtype.

@@ -19,6 +19,7 @@ from torch import nn
 
 from ..errors import UserError, require
 from ..kernels import checks
+from . import quantized
 from .backbone import form_of, hidden_states, token_types
 from .causal_lm import LOADERS
 from .encoders import (
@@ -124,6 +125,10 @@ class ScoreModel(nn.Module):
     def packs(self) -> bool:
         """Whether packed sequences run without padding."""
         return self.form.packs
+
+    def base_hash(self) -> str | None:
+        """The sha256 of a backbone in 4 bits, which checkpoints compare; None for another one."""
+        return quantized.base_hash(plain(self.backbone))
 
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
@@ -328,6 +333,7 @@ def load_score_model(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    bits: int | None = None,
 ) -> ScoreModel:
     """Loads a ScoreModel with its head.
 
@@ -342,6 +348,7 @@ def load_score_model(
         tokenizer: When given, its vocabulary must fit the embedding.
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
+        bits: 4 quantises the backbone's linear layers, as in `load_causal_lm`.
 
     Returns:
         The model.
@@ -353,19 +360,17 @@ def load_score_model(
     """
     require_source("load_score_model", path, dtype)
     require("load_score_model", "train", *LOADERS)
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "trust_remote_code": trust_remote_code,
-        "allow_pickle": allow_pickle,
-    }
+    files: dict[str, Any] = {"trust_remote_code": trust_remote_code, "allow_pickle": allow_pickle}
     folder = local_copy(path, allow_pickle)
     found = score_files(folder, path, pooling, trust_remote_code)
     if found.has_own_head:
-        backbone, own_head = load_encoder(path, found, new_head, **options)
+        if bits is not None:
+            raise UserError(f"lora.bits: expected a decoder to quantise, got the encoder {path}")
+        backbone, own_head = load_encoder(path, found, new_head, dtype=dtype, **files)
         model = ScoreModel(backbone, kind=found.kind, pooling=found.pooling, head=own_head)
     else:
         head = read_head(folder, path, may_lack=new_head)
-        model = _with_head(path, load_backbone(path, **options), head, found.pooling)
+        model = _with_head(path, load_backbone(path, dtype=dtype, bits=bits, **files), head, found.pooling)
     model.pairs = found.pairs
     if tokenizer is not None:
         refuse_large_vocabulary(path, tokenizer, model.backbone.get_input_embeddings().weight.shape[0])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from . import backbone, multi_adapter
+from . import backbone, multi_adapter, quantized
 from .lora import plain
 from .policy import Policy
 from .score_model import ScoreHead, hidden_size
@@ -96,6 +96,10 @@ class OnSharedBase(nn.Module):
         """Sets training mode here and on the base."""
         self.shared_base.lm.train(mode)
         return super().train(mode)
+
+    def base_hash(self) -> str | None:
+        """The sha256 of a base in 4 bits, which checkpoints compare; None for another one."""
+        return quantized.base_hash(plain(self.shared_base.lm))
 
     def before_backward(self) -> None:
         """Switches this adapter on, for what the backward runs again."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import preference_examples
-from ..models import backbone
+from ..models import backbone, quantized
 from ..models.causal_lm import load_causal_lm
 from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
@@ -98,7 +98,11 @@ def train(cfg: "DPOConfig", restart: bool = False) -> dict[str, Any]:
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
     lm = load_causal_lm(
-        cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
+        cfg.model,
+        tokenizer=tokenizer,
+        trust_remote_code=cfg.trust_remote_code,
+        allow_pickle=cfg.allow_pickle,
+        **quantized.options_of_base(cfg.lora, cfg.engine),
     )
     refuse_long(
         cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import sft_examples
-from ..models import backbone
+from ..models import backbone, quantized
 from ..models.causal_lm import load_causal_lm
 from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
@@ -70,7 +70,11 @@ def train(cfg: "SFTConfig", restart: bool = False) -> dict[str, Any]:
         lambda source: sft_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed),
     )
     lm = load_causal_lm(
-        cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
+        cfg.model,
+        tokenizer=tokenizer,
+        trust_remote_code=cfg.trust_remote_code,
+        allow_pickle=cfg.allow_pickle,
+        **quantized.options_of_base(cfg.lora, cfg.engine),
     )
     refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
     if cfg.train.gradient_checkpointing:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.batches import split_by_prompt
 from ..errors import DiskError
+from ..models import multi_adapter, quantized
 from ..models.causal_lm import save_causal_lm
 from ..models.folders import refuse_short_context
-from ..models.lora import has_lora
+from ..models.lora import has_lora, plain
 from ..runtime import console, engine
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ def save_policy(
 ) -> None:
     """Writes the causal language model of an engine to a folder; every rank must call it.
 
-    LoRA weights are merged, for which each device gathers the full model.
+    LoRA weights are merged, for which each device gathers the full model. Where the base has 4 bits, the
+    adapter is saved too, in <folder>/adapter.
 
     Args:
         policy: The engine of a Policy.
@@ -81,6 +83,9 @@ def save_policy(
     def write() -> None:
         weights = state and {name.removeprefix("lm."): tensor for name, tensor in state.items()}
         save_causal_lm(folder, lm, tokenizer, weights, card)
+        if quantized.layers(lm):
+            base = card.get("model") or plain(lm).name_or_path
+            multi_adapter.save_policy(Path(folder) / "adapter", lm, base)
 
     with policy.gathered() if has_lora(lm) else contextlib.nullcontext():
         error = written_by_rank_0(write)

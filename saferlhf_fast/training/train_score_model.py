@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..data.examples import preference_examples
 from ..data.pair_template import pair_name
 from ..errors import UserError
-from ..models import backbone, multi_adapter
+from ..models import backbone, multi_adapter, quantized
 from ..models.encoders import reads_pairs
 from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
@@ -58,6 +58,7 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
         tokenizer=tokenizer,
         trust_remote_code=cfg.trust_remote_code,
         allow_pickle=cfg.allow_pickle,
+        **quantized.options_of_base(cfg.lora, cfg.engine),
     )
     if cfg.loss == "token" and score.pooling != "last":
         raise UserError(

@@ -104,6 +104,22 @@ def test_adapters_are_the_trained_part():
     )
 
 
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "ppo-lag"])
+def test_a_base_in_4_bits_is_counted_once_for_each_model_that_has_it(model, kind):
+    pytest.importorskip("bitsandbytes", reason="lora.bits needs bitsandbytes")
+    size = {"max_length": 128} if kind == "ppo-lag" else {"train": {"max_length": 128}}
+    whole, packed = (stage(kind, model, **size, lora={"rank": 4, "bits": b}).models for b in (None, 4))
+    width, inner, kv, layers = 256, 688, 128, 4
+    linear = layers * (2 * width * width + 2 * width * kv + 3 * width * inner)
+    # a scale of 8 bits for 64 weights and one of 32 bits for 256 scales
+    saved = linear * (4 - 0.5 - 1 / 64 - 1 / 4096)
+    bases = {"sft": 1, "reward": 1, "dpo": 2, "ppo-lag": 1}[kind]  # a whole score model keeps its precision
+    less = [old.states.weights - new.states.weights for old, new in zip(whole, packed, strict=True)]
+    assert sorted(less)[-bases:] == pytest.approx([saved] * bases, rel=1e-4)
+    assert not any(sorted(less)[:-bases])
+    assert packed[0].states.unpacking == 4 * width * inner
+
+
 def test_a_model_of_an_earlier_stage_is_the_one_it_started_from(model, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"""

@@ -280,7 +280,7 @@ def test_an_engine_whose_left_padded_batches_are_wrong_is_reported(
     world, tmp_path, capsys, monkeypatch, old_logp
 ):
     """The engine reads padding as text. The run warns once, in its metrics and in its report."""
-    from saferlhf_fast.rollout.engines import hf_generate
+    from saferlhf_fast.rollout.engines import hf_generate, row_lengths
 
     right = hf_generate.collate_left
 
@@ -289,6 +289,8 @@ def test_an_engine_whose_left_padded_batches_are_wrong_is_reported(
         return ids_BL, torch.ones_like(mask_BL)
 
     monkeypatch.setattr(hf_generate, "collate_left", without_mask)
+    # the probe at loading would find it, and sample prompts of equal length together
+    monkeypatch.setattr(hf_generate, "batching_of", lambda lm: row_lengths.Batching())
     out = run(world, tmp_path / "run", ppo__old_logp=old_logp)
     assert kit.losses(out, "train/engine_gap_alarm") == [1.0, 1.0]
     text = " ".join("".join(capsys.readouterr()).split())

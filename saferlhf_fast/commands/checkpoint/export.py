@@ -13,7 +13,7 @@ import torch
 from ...config.stages import Lora
 from ...errors import UserError
 from ...models.export_files import build_from_export_metadata
-from ...runtime import run_folder, run_lock
+from ...runtime import console, run_folder, run_lock
 from ...runtime.checkpoint import safe_pickle
 from .convert import quiet
 from .verify import whole
@@ -55,8 +55,13 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
     kind, settings = values["models"][name], values["config"]
     target = DTYPES[dtype] if dtype else getattr(torch, kind["precision"])
     state = weights(folder, name, kind["zero_stage"])
-    module, tokenizer = _module(folder, name, state, settings)
-    module.to(target)
+    module, tokenizer = _module(folder, name, state, settings, getattr(torch, kind["precision"]))
+    if module.base_hash() != kind.get("base"):
+        console.warn(
+            f"{name}: the base in 4 bits is not exactly the run's, which was quantised on another kind of "
+            "device or by another bitsandbytes; the weights may differ in their last bits"
+        )
+    module.to(next(module.parameters()).device, target)
     card = {"stage": values["stage"], "step": values["step"], "model": settings.get("model")}
     if hasattr(module, "lm"):
         save_causal_lm(output, module.lm, tokenizer, card=card)
@@ -93,14 +98,26 @@ def weights(folder: Path, name: str, zero_stage: int) -> dict[str, torch.Tensor]
 
 
 def _module(
-    folder: Path, name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any]
+    folder: Path,
+    name: str,
+    state: Mapping[str, torch.Tensor],
+    settings: Mapping[str, Any],
+    precision: torch.dtype,
 ) -> tuple[Any, Any]:
-    """Returns a Policy or ScoreModel with these weights, and its tokenizer."""
+    """Returns a Policy or ScoreModel with these weights, and its tokenizer. precision: that of the run."""
     lora = Lora(**settings.get("lora", {}))
     trust = settings.get("trust_remote_code", False)
+    base = {
+        "path": settings.get("model"),
+        "trust_remote_code": trust,
+        "allow_pickle": settings.get("allow_pickle", False),
+        **({} if lora.bits is None else {"bits": lora.bits, "dtype": precision}),
+    }
     if any(key.startswith("adapter.") for key in state):
-        return _on_shared_base(name, state, settings, lora, trust)
-    module, tokenizer = build_from_export_metadata(folder / name / "hf", lora, trust)
+        return _on_shared_base(name, state, base, lora)
+    module, tokenizer = build_from_export_metadata(
+        folder / name / "hf", lora, trust, None if lora.bits is None else base
+    )
     missing, unexpected = module.load_state_dict(state, strict=False)
     tied = set(getattr(getattr(module, "lm", module), "all_tied_weights_keys", None) or ())
     missing = [key for key in missing if key.removeprefix("lm.") not in tied]
@@ -113,11 +130,12 @@ def _module(
 
 
 def _on_shared_base(
-    name: str, state: Mapping[str, torch.Tensor], settings: Mapping[str, Any], lora: Lora, trust: bool
+    name: str, state: Mapping[str, torch.Tensor], base: Mapping[str, Any], lora: Lora
 ) -> tuple[Any, Any]:
     """Returns an actor that is an adapter, on the base that the run started from, and its tokenizer.
 
-    The base must still exist where the run's settings say.
+    The base, of which `base` has the arguments of `load_causal_lm`, must still be where the run's settings
+    say.
     """
     from ...models.causal_lm import load_causal_lm
     from ...models.shared_base import PolicyOnSharedBase, SharedBase
@@ -127,20 +145,12 @@ def _on_shared_base(
         raise UserError(
             f"--model: {name} is an adapter on the actor's base, no model by itself; expected actor"
         )
-    tokenizer = load_tokenizer(settings["model"], trust_remote_code=trust)
-    shared_base = SharedBase(
-        load_causal_lm(
-            settings["model"],
-            tokenizer=tokenizer,
-            trust_remote_code=trust,
-            allow_pickle=settings.get("allow_pickle", False),
-        ),
-        lora,
-    )
+    tokenizer = load_tokenizer(base["path"], trust_remote_code=base["trust_remote_code"])
+    shared_base = SharedBase(load_causal_lm(tokenizer=tokenizer, **base), lora)
     shared_base.add("actor")
     module = PolicyOnSharedBase(shared_base, "actor")
     module.load_state_dict(state)
-    shared_base.lm.to(next(iter(state.values())).dtype)
+    shared_base.lm.to(shared_base.lm.device, next(iter(state.values())).dtype)
     return module, tokenizer
 
 

@@ -200,6 +200,8 @@ def choices(kind: str, cfg: Any, hardware: Hardware) -> Iterator[Choice]:
         yield Choice("ppo.shared_critic", True, "one critic with two heads")
     if optimizers and cfg.lora.rank == 0:
         yield Choice("lora.rank", LORA_RANK, f"adapters alone are trained{', on one base' if ppo else ''}")
+    if optimizers and cfg.lora.bits is None:
+        yield Choice("lora.bits", 4, "the base in 4 bits, dequantised in every pass")
     if not cfg.engine.offload_parameters and hardware.gpus > 1:
         yield Choice("engine.offload_parameters", True, "weights cross the bus in every pass")
 

@@ -136,11 +136,14 @@ class StageModels(Generic[ConfigT]):
             adapter_of(lora),
             self.cfg.engine.packing,
             self.spec.family != "ppo",
+            self._bits() if key == "model" else None,  # a whole score model keeps its precision
         )
         count = sizes.count(blueprint)
         if shared:
             own = count.trained if blueprint.lora else 0
-            count = count._replace(all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0)
+            count = count._replace(
+                all=own, trained=own, largest=min(own, count.largest), small=0, buffers=0, quantized=0
+            )
         zero = self._zero(optim)
         if optim is None:
             states = zero_memory.frozen(count, self.width, zero, self.hardware.gpus, self.device == "cpu")
@@ -151,6 +154,11 @@ class StageModels(Generic[ConfigT]):
         self.models.append(Model(role, start, blueprint, count, states, optim is not None, optim))
         self.use[role] = dict.fromkeys(("activations", "logits", "cache"), 0)
         return self.models[-1]
+
+    def _bits(self) -> int | None:
+        """Returns the bits of the linear layers of the base; None where the stage quantises none."""
+        lora = getattr(self.cfg, "lora", None)
+        return None if lora is None else lora.bits
 
     def _zero(self, optim: "Optimizer | None") -> dict[str, int]:
         settings = dataclasses.replace(self.cfg.engine, precision=self.precision)
@@ -259,7 +267,7 @@ def forward(model: Model, footprint: "Footprint") -> Parts:
     return {
         "activations": footprint.forward - footprint.head,
         "logits": footprint.head,
-        "buffers": model.states.gathered + model.states.fetching,
+        "buffers": model.states.gathered + model.states.fetching + model.states.unpacking,
     }
 
 
@@ -284,7 +292,7 @@ def backward(model: Model, footprint: "Footprint") -> Iterator[Parts]:
         "activations": footprint.backward - footprint.head - footprint.gradients,
         "logits": footprint.head,
         "gradients": footprint.gradients,
-        "buffers": model.states.gathered + model.states.backward,
+        "buffers": model.states.gathered + model.states.backward + model.states.unpacking,
     }
     yield {"buffers": model.states.epilogue}
 

@@ -34,6 +34,7 @@ class Blueprint(NamedTuple):
         lora: (rank, target modules) of adapters; () when all weights are trained.
         packing: Whether sequences run without padding.
         dropout: False where dropout is switched off, as in policy optimisation.
+        bits: 4 where the base's linear layers are quantised. They are built as plain ones; `count` knows.
     """
 
     config: str
@@ -44,6 +45,7 @@ class Blueprint(NamedTuple):
     lora: tuple[()] | tuple[int, str | tuple[str, ...]] = ()
     packing: bool = True
     dropout: bool = True
+    bits: int | None = None
 
 
 class Count(NamedTuple):
@@ -54,6 +56,8 @@ class Count(NamedTuple):
     largest: int  # of the largest single weight
     small: int  # of weights so small that ZeRO-3 never shards them
     buffers: int  # bytes of tensors that are not parameters
+    quantized: int = 0  # weights of 4 bits among `all`
+    unpacked: int = 0  # the largest of them that a layer dequantises at once
 
 
 # ---------------------------------------------------------------- configurations
@@ -210,7 +214,29 @@ def count(blueprint: Blueprint) -> Count:
     trained = [p.numel() for p in parameters if p.requires_grad]
     buffers = sum(b.numel() * b.element_size() for b in module.buffers())
     sizes = [p.numel() for p in parameters]
-    return Count(sum(sizes), sum(trained), max(sizes), sum(n for n in sizes if n <= PERSISTENT), buffers)
+    packed = _quantized(module) if blueprint.bits else []
+    return Count(
+        sum(sizes),
+        sum(trained),
+        max(sizes),
+        sum(n for n in sizes if n <= PERSISTENT),
+        buffers,
+        sum(packed),
+        max(packed, default=0),
+    )
+
+
+def _quantized(module: torch.nn.Module) -> list[int]:
+    """Returns the sizes of the weights that lora.bits quantises: all linear layers but head and adapters."""
+    from transformers.pytorch_utils import Conv1D
+
+    lm = getattr(module, "lm", None)
+    head = None if lm is None else lm.get_output_embeddings()
+    return [
+        layer.weight.numel()
+        for name, layer in module.named_modules()
+        if isinstance(layer, (torch.nn.Linear, Conv1D)) and layer is not head and "lora_" not in name
+    ]
 
 
 # ---------------------------------------------------------------- key-value cache

@@ -30,6 +30,8 @@ SUB_GROUP = 10**9  # sub_group_size: weights that ZeRO-3 updates at once
 MOMENTS = {"adamw": 8.0, "adamw-8bit": 2.03, "adafactor": 0.02}
 """Bytes per trained parameter that an optimiser keeps (runtime/optimizers.py); Adafactor keeps sums of rows
 and columns."""
+QUANTIZED = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""Bytes of a weight of 4 bits: NF4, a scale of 8 bits for 64 weights, and one of 32 bits for 256 scales."""
 
 
 class States(NamedTuple):
@@ -48,6 +50,7 @@ class States(NamedTuple):
         step: Only during the optimiser's step.
         load: The complete model while DeepSpeed takes it over.
         host: Host memory of one process that replaces device memory.
+        unpacking: Only while a layer runs: its weight of 4 bits, dequantised.
         unpartitioned_gradients: Whether each weight's gradient stays as it is until the step (ZeRO 0 and 1).
     """
 
@@ -63,6 +66,7 @@ class States(NamedTuple):
     step: int = 0
     load: int = 0
     host: int = 0
+    unpacking: int = 0
     unpartitioned_gradients: bool = False
 
     @property
@@ -113,7 +117,8 @@ def frozen(count: "Count", width: int, zero: Mapping[str, int], gpus: int, on_cp
         on_cpu: Whether the device is a CPU.
     """
     if zero["stage"] < 3:
-        return States(width * count.all + count.buffers, load=width * count.all)
+        weights = _weights(count, width)
+        return States(weights + count.buffers, load=weights, unpacking=width * count.unpacked)
     small, live, fetching = _gathering(count, width, zero, gpus)
     shard = _share(width * count.all, gpus)
     on_host = shard if zero["offload_parameters"] else 0
@@ -158,7 +163,17 @@ def trained(
     working = {"adamw": 0, "adamw-8bit": 8 * piece if on_cpu else 0, "adafactor": 12 * piece}[kind]
     # gradients in float32, which the step works on
     in_turn = 4 * count.trained if zero["stage"] == 0 and width < 4 else 0
-    return states._replace(step=max(states.step, in_turn + working))
+    return states._replace(step=max(states.step, in_turn + working), unpacking=width * count.unpacked)
+
+
+def _weights(count: "Count", width: int) -> int:
+    """Returns the bytes of a model's weights. width: bytes of a weight that is not quantised."""
+    return width * (count.all - count.quantized) + int(QUANTIZED * count.quantized)
+
+
+def _loaded(count: "Count", width: int) -> int:
+    """Returns the bytes of a model before DeepSpeed takes it: float32, but for a quantised base."""
+    return _weights(count, width) if count.quantized else 4 * count.all
 
 
 def _share(size: float, gpus: int) -> int:
@@ -168,7 +183,7 @@ def _share(size: float, gpus: int) -> int:
 
 def _zero_0(count: "Count", width: int, zero: Mapping[str, int], gpus: int, moments: float) -> States:
     """States without sharding. moments: bytes per trained parameter that the optimiser keeps."""
-    weights, parameters = width * count.all + count.buffers, count.trained
+    weights, parameters = _weights(count, width) + count.buffers, count.trained
     if width == 4:
         moment_bytes = int(moments * parameters)
         return States(
@@ -177,7 +192,7 @@ def _zero_0(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mome
             moment_bytes,
             moment_bytes,
             step=4 * min(parameters, FLATTENED),
-            load=4 * count.all,
+            load=_loaded(count, width),
             unpartitioned_gradients=True,
         )
     master = int((4 + moments) * parameters)
@@ -187,14 +202,14 @@ def _zero_0(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mome
         master,
         int(moments * parameters),
         step=4 * parameters,
-        load=max(4 * count.all, weights + master + (4 + width) * parameters),
+        load=max(_loaded(count, width), weights + master + (4 + width) * parameters),
         unpartitioned_gradients=True,
     )
 
 
 def _zero_1_2(count: "Count", width: int, zero: Mapping[str, int], gpus: int, moments: float) -> States:
     """States under ZeRO 1 and 2."""
-    weights, all_gradients = width * count.all + count.buffers, width * count.trained
+    weights, all_gradients = _weights(count, width) + count.buffers, width * count.trained
     gradient_shard, flattened = _share(all_gradients, gpus), min(zero["bucket"], all_gradients)
     master, moment_shard = _share(4 * count.trained, gpus), _share(moments * count.trained, gpus)
     first = zero["stage"] == 1
@@ -203,7 +218,7 @@ def _zero_1_2(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mo
     filling = 0 if zero["lazy"] else zero["bucket"]  # a CPU gives the bucket memory as activations are freed
     reducing = max(flattened, gradient_shard)  # at the end of backward, or in the step of ZeRO-1
     copies = master + (gradient_shard if width < 4 else 0)  # gradients as the optimiser takes them
-    load = max(4 * count.all, 2 * weights + master, weights + 2 * master)
+    load = max(_loaded(count, width), 2 * weights + master, weights + 2 * master)
     if zero["offload_optimizer"]:
         host = 2 * master + gradient_shard + moment_shard + (0 if first else gradient_shard)
         gathering = all_gradients if zero["lazy"] and gpus > 1 else 0  # gloo gathers weights into a copy
@@ -214,7 +229,7 @@ def _zero_1_2(count: "Count", width: int, zero: Mapping[str, int], gpus: int, mo
             backward=0 if first else filling,
             epilogue=0 if first else zero["bucket"] + flattened,
             step=max(gathering, width * count.largest),
-            load=max(4 * count.all, 2 * weights),
+            load=max(_loaded(count, width), 2 * weights),
             host=host,
             unpartitioned_gradients=first,
         )

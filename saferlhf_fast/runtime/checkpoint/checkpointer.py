@@ -386,8 +386,11 @@ def started_inputs(folder: str | Path) -> dict[str, str]:
 
 def _kind(model: engine.Engine) -> dict[str, Any]:
     """What must be the same when a model's shards are read again."""
-    return {
+    kind = {
         "zero_stage": model.zero_stage,
         "precision": model.precision,
         "weights": sum(getattr(p, "ds_numel", p.numel()) for p in model.module.parameters()),
     }
+    # Weights of 4 bits are in no checkpoint: they are quantised anew, and must be the same.
+    base = getattr(model.module, "base_hash", lambda: None)()
+    return kind if base is None else {**kind, "base": base}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UserError
-from ...models import backbone, multi_adapter
+from ...models import backbone, multi_adapter, quantized
 from ...models.causal_lm import load_causal_lm, without_dropout
 from ...models.encoders import reads_pairs
 from ...models.export_files import export_metadata_writer
@@ -49,7 +49,11 @@ def load_roles(
         UserError: If a model cannot be loaded, has another tokenizer, or too short a context.
     """
     lm = load_causal_lm(
-        cfg.model, tokenizer=tokenizer, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
+        cfg.model,
+        tokenizer=tokenizer,
+        trust_remote_code=cfg.trust_remote_code,
+        allow_pickle=cfg.allow_pickle,
+        **quantized.options_of_base(cfg.lora, cfg.engine),
     )
     refuse_short_context(cfg.model, lm.config, cfg.max_length, "max_length")
     if cfg.gradient_checkpointing:
