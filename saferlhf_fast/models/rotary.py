@@ -57,24 +57,26 @@ def _by_sequence(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out
     one_kind = next((k for k in KINDS if k in str(kind)), None)
     if one_kind is None or positions_BL is None or positions_BL.dim() != 2 or positions_BL.is_meta:
         return None
-    if not isinstance(output, tuple) or len(output) != 2:  # factors in a form of its own: the probe decides
-        return None
+    whole = output if isinstance(output, tuple) else (output,)  # cos and sin, or complex numbers
+    if any(getattr(part, "shape", ())[:2] != positions_BL.shape for part in whole):
+        return None  # factors in a form of its own: the probe decides
     first = table.get("original_max_position_embeddings") if one_kind == "longrope" else None
     first = first or module.original_max_seq_len
     lengths_BL = _lengths(positions_BL).clamp(min=first)
     if one_kind == "longrope":
         lengths_BL = lengths_BL.clamp(max=first + 1)  # two sets of factors, whatever the length
     lengths = lengths_BL.unique().tolist()
-    parts = [output[i].new_empty(*positions_BL.shape, output[i].shape[-1]) for i in range(2)]
+    parts = [torch.empty_like(part) for part in whole]
     extra = {} if layer is None else {"layer_type": layer}
     for length in lengths:
         rows, columns = (lengths_BL == length).nonzero(as_tuple=True)
         module.forward(x, positions_BL.new_zeros(1, 1), **extra)  # forgets the longest so far
         # The largest position decides: it is put behind, and its factors are dropped.
         positions_1m = torch.cat([positions_BL[rows, columns], positions_BL.new_tensor([length - 1])])[None]
-        for part, factors in zip(parts, module.forward(x, positions_1m, **extra)):
-            part[rows, columns] = factors[0, :-1]
-    return tuple(parts)
+        factors = module.forward(x, positions_1m, **extra)
+        for part, values in zip(parts, factors if isinstance(factors, tuple) else (factors,)):
+            part[rows, columns] = values[0, :-1]
+    return tuple(parts) if isinstance(output, tuple) else parts[0]
 
 
 def _lengths(positions_BL: torch.Tensor) -> torch.Tensor:

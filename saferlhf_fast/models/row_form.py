@@ -176,7 +176,9 @@ class _Trial:
         return torch.tensor(rows, device=self.device)
 
     def run(self, **inputs: Any) -> torch.Tensor:
-        return self.model(**inputs, **fixed_inputs(self.model)).last_hidden_state
+        output = self.model(**inputs, **fixed_inputs(self.model))
+        # A causal LM whose backbone transformers does not tell apart is its own base model.
+        return output.last_hidden_state if hasattr(output, "last_hidden_state") else output.logits
 
     def same(self, got: torch.Tensor, expected: torch.Tensor) -> bool:
         if got.shape != expected.shape or not torch.isfinite(expected).all():

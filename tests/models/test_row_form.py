@@ -34,9 +34,23 @@ DYNAMIC = {
     "max_position_embeddings": 32,
     "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
 }
+BY_LAYER = {
+    "max_position_embeddings": 32,
+    "rope_parameters": {
+        "full_attention": DYNAMIC["rope_parameters"],
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+    },
+}
+MSCALE = {
+    "sliding_window": 512,
+    "rope_parameters": LONGROPE["rope_parameters"] | {"short_mscale": 1.1, "long_mscale": 1.3},
+}
 CAUSAL = {
     "longrope": ("phi3", LONGROPE, "packed"),
+    "longrope with scales of its own": ("phimoe", LONGROPE | MSCALE, "packed"),
     "dynamic NTK": ("llama", DYNAMIC, "packed"),
+    "dynamic NTK of one kind of layer": ("gemma3_text", BY_LAYER, "packed"),
+    "dynamic NTK of complex numbers": ("llama4_text", DYNAMIC, "padded"),
     "a window": ("mistral", {}, "packed"),
     "a window that is only a mask": ("phimoe", {}, "padded"),
     "a window as wide as the context": ("phimoe", {"sliding_window": 512}, "packed"),
