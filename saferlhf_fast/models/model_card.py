@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..config.paths import is_local
+
+if TYPE_CHECKING:
+    from .score_head import Normalizer
 
 _MEANING = {
     "reward": "A reward model: one score for a prompt and its response; higher is more helpful.",
