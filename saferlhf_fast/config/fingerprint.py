@@ -9,7 +9,7 @@ from typing import Any
 
 from .paths import is_local
 
-LATER: list[tuple[str, Any]] = [("constraints", None)]
+LATER: list[tuple[str, Any]] = [("constraints", None), ("pooling", None)]
 """Settings that are younger than some run folders, with their default: then they are left out of the hash."""
 
 Input = tuple[str, str, str]

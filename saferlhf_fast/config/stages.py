@@ -129,6 +129,9 @@ class PreferenceConfig(StageConfig):
     """c: weight of the mean squared score in the loss."""
     loss: Literal["sequence", "token"] = "sequence"
     """sequence: last-token scores; token: mean over positions from where the two responses first differ."""
+    pooling: Literal["last", "cls", "mean"] | None = None
+    """Where the score is read: last, cls (the first token) or mean (of all tokens); when not given as the
+    architecture does: last for decoders, cls (or what its config says) for encoders."""
     drop_bias: bool = False
     """Leave out a bias or normaliser of `model`, so that transformers' own class gives the saved model's
     scores; the shift is printed. Otherwise both are kept in the saved config and applied by saferlhf-fast's

@@ -28,6 +28,7 @@ from saferlhf_fast.data.counted_records import (
     records_of,
     require_record,
 )
+from saferlhf_fast.data.pair_template import PairTemplate, template_of
 from saferlhf_fast.data.pairs import KINDS as KINDS
 from saferlhf_fast.data.pairs import PairExample as PairExample
 from saferlhf_fast.data.pairs import preference_examples as preference_examples
@@ -218,20 +219,31 @@ def retokenize(
         prompts: The messages of each prompt.
         texts: The response to each.
         tokenizer: The tokenizer of the score model.
-        template_name: One of templates.NAMES.
+        template_name: One of templates.NAMES, or what `pair_template.pair_name` makes of it.
         max_length: Longest prompt + response (tokens): a longer one loses the beginning of its prompt, and
             the end of its response only where that alone is too long.
         ended: Whether each response has the end of its turn; all have it when not given.
     """
-    template = Template(tokenizer, template_name)
-    joined = []
+    template = template_of(tokenizer, template_name)
+    return [head + tail for head, tail in retokenize_split(prompts, texts, template, max_length, ended)]
+
+
+def retokenize_split(
+    prompts: Sequence[Sequence[Message]],
+    texts: Sequence[str],
+    template: Template | PairTemplate,
+    max_length: int | None = None,
+    ended: Sequence[bool] | None = None,
+) -> list[tuple[list[int], list[int]]]:
+    """As `retokenize`, with a template that exists: (ids of the prompt, ids of the response) of each."""
+    split = []
     for head, tail in template.encode_scored(prompts, texts, [True] * len(texts) if ended is None else ended):
         if max_length is not None and len(head) + len(tail) > max_length:
             least = min(len(head), template.tag_length + 2)
-            tail = tail[: max_length - least]
+            tail = template.cut_response(tail, max_length - least)
             head = template.truncate_prompt(head, max_length - len(tail)) or head[-least:]
-        joined.append(head + tail)
-    return joined
+        split.append((head, tail))
+    return split
 
 
 def _encoded(

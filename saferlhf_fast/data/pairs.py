@@ -17,9 +17,9 @@ from saferlhf_fast.data.counted_records import (
     records_of,
     require_record,
 )
+from saferlhf_fast.data.pair_template import template_of
 from saferlhf_fast.data.records import SAFE, UNKNOWN, UNSAFE, HarmLabel, Preference, prompt_text
 from saferlhf_fast.data.report import Report, SourceReport
-from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,6 +55,8 @@ class PairExample:
     """Other labels contradict those of this pair."""
     labels: tuple[HarmLabel, ...] = ()
     """(HarmLabel of the first response, HarmLabel of the second); () when labels were not requested."""
+    second_at: int | None = None
+    """Where tokens begin to have the type 1, as an encoder's tokenizer gives the second text of a pair."""
 
 
 def preference_examples(
@@ -71,7 +73,7 @@ def preference_examples(
     Args:
         data: A recipe's `data`.
         tokenizer: The tokenizer of the model.
-        template_name: One of templates.NAMES.
+        template_name: One of templates.NAMES, or what `pair_template.pair_name` makes of it.
         max_length: Longest prompt + response (tokens).
         seed: Seed of the rows that sources with a count or a proportion draw.
         kind: A key of KINDS. The first response is the more helpful one (reward, better) or the safer one
@@ -87,7 +89,7 @@ def preference_examples(
     """
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    template, report = Template(tokenizer, template_name), Report()
+    template, report = template_of(tokenizer, template_name), Report()
     examples: list[tuple[PairExample, SourceReport, str]] = []
     for counts, records in records_of(data, seed, report, labels):
         require_record(counts, Preference, "preferences (two responses with labels, or chosen and rejected)")
@@ -111,7 +113,10 @@ def preference_examples(
                 counts.flag(SHORTENED, record.where)
             counts.kept += 1
             flag_disagreeing(counts, record)
-            examples.append((_pair(record, first, fitting, responses), counts, record.where))
+            pair = _pair(record, first, fitting, responses)
+            if template.marks_second:
+                pair = replace(pair, second_at=len(fitting))
+            examples.append((pair, counts, record.where))
     report.require("preference")
     return _flag_contradictions(examples, KINDS[kind] == "safer"), report
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from saferlhf_fast.data.chat_template import Answer, ChatTemplate, Rendered
 from saferlhf_fast.data.records import Message, assistant
+from saferlhf_fast.data.text_pieces import TAG, fit_prompt, text_pieces
 from saferlhf_fast.data.token_places import place_of, tokenize, tokenize_with_places
 from saferlhf_fast.errors import UserError
 
@@ -28,7 +29,6 @@ Pieces = list[tuple[str, bool]] | Rendered
 
 NAMES = ("auto", "tokenizer", "safe-rlhf", "none")
 
-_BEGIN, _USER, _TAG = "BEGINNING OF CONVERSATION: ", "USER: {} ", "ASSISTANT:"
 _ANCHOR = "\n"  # see Template._continuations
 
 
@@ -50,7 +50,10 @@ class Template:
         stop_ids: The tokens that end a response; generation must stop at any of them.
         stop_texts: End marks that are no single token; generation must stop where a response completes one.
         tag_length: How many tokens at the end of a prompt are the assistant tag.
+        marks_second: False: prompt and response are one text (see pair_template.py).
     """
+
+    marks_second = False
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", name: str = "auto") -> None:
         if name not in NAMES:
@@ -142,7 +145,7 @@ class Template:
                 raise UserError("a conversation without an assistant turn")
             messages = messages[: last + 1]
         if self._chat is None:
-            return self._text_pieces(messages, generate)
+            return text_pieces(messages, generate, self.name)
         return Rendered(self._chat.render(messages, True)) if generate else self._chat.dialogue(messages)
 
     def answers(self, messages: Sequence[Message], responses: Sequence[str]) -> Answers:
@@ -291,38 +294,16 @@ class Template:
         Returns:
             None when the response leaves the prompt less than half of max_length, and the prompt needs more.
         """
-        if len(prompt) + response_length <= max_length:
-            return prompt
-        room = max_length - response_length
-        return self.truncate_prompt(prompt, room) if room >= max_length // 2 else None
+        return fit_prompt(self.truncate_prompt, prompt, response_length, max_length)
 
-    def _text_pieces(self, messages: Sequence[Message], generate: bool) -> list[tuple[str, bool]]:
-        """Splits a dialogue for safe-rlhf and none.
-
-        A system message becomes the beginning of the user's text: safe-rlhf's format has no place for it.
-        """
-        if any(item["role"] == "tool" or item.get("tool_calls") or item.get("tools") for item in messages):
-            raise UserError(f"the template {self.name} has no place for tools, their calls and their results")
-        tagged = self.name == "safe-rlhf"
-        pieces: list[tuple[str, bool]] = []
-        text, system = _BEGIN if tagged else "", ""
-        for item in messages:
-            if item["role"] == "assistant":
-                pieces += [(text + (_TAG if tagged else ""), False), (item["content"], True)]
-                text = "" if tagged else "\n"
-            elif item["role"] == "system":
-                system += item["content"] + "\n\n"
-            else:
-                text += _USER.format(system + item["content"]) if tagged else system + item["content"]
-                system = ""
-        if generate:
-            pieces.append((text + system + (_TAG if tagged else ""), False))
-        return pieces
+    def cut_response(self, ids: list[int], limit: int) -> list[int]:
+        """Returns the first `limit` ids of a response."""
+        return ids[:limit]
 
     def _tag(self) -> str:
         if self._chat is not None:
             return self._chat.tag
-        return _TAG if self.name == "safe-rlhf" else ""
+        return TAG if self.name == "safe-rlhf" else ""
 
     def encode_pieces(self, dialogues: Sequence[Pieces]) -> list[tuple[list[int], list[bool]]]:
         """Tokenises many dialogues; all texts at once, which is several times faster.

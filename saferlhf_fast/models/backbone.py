@@ -34,7 +34,18 @@ def hidden_states(backbone: "PreTrainedModel", packed: Packed, packs: bool) -> t
     """
     if not packs:
         return _padded_states(backbone, packed)
-    return backbone(**packed_inputs(packed), **_fixed_inputs(backbone)).last_hidden_state[0]
+    inputs = {**packed_inputs(packed), **_fixed_inputs(backbone)}
+    if packed.types_M is not None and takes_types(backbone):
+        inputs["token_type_ids"] = packed.types_M[None]
+    return backbone(**inputs).last_hidden_state[0]
+
+
+def takes_types(backbone: "PreTrainedModel") -> bool:
+    """Whether a model tells the two texts of a pair apart by token types."""
+    return (
+        getattr(backbone.config, "type_vocab_size", 0) > 1
+        and "token_type_ids" in inspect.signature(backbone.forward).parameters
+    )
 
 
 def recompute_activations(model: "PreTrainedModel") -> None:
@@ -58,6 +69,8 @@ def padded_inputs(model: "PreTrainedModel", rows: Padded) -> dict[str, Any]:
     inputs = {"input_ids": rows.ids_SL, "attention_mask": rows.mask_SL, **_fixed_inputs(model)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = rows.positions_SL
+    if rows.types_SL is not None and takes_types(model):
+        inputs["token_type_ids"] = rows.types_SL
     return inputs
 
 

@@ -57,6 +57,8 @@ def _head(module: Any) -> dict[str, Any]:
         "kind": module.kind,
         "bias": module.score.bias is not None,
         "outputs": module.score.outputs,
+        "pooling": module.pooling,
+        "pairs": module.pairs,
         "normalizer": module.normalizer and asdict(module.normalizer),
     }
 
@@ -105,6 +107,8 @@ def build_from_export_metadata(
         AutoModel.from_config(config, **options),
         bias=head["bias"],
         kind=head["kind"],
+        pooling=head.get("pooling", "last"),
         normalizer=head["normalizer"] and Normalizer(**head["normalizer"]),
     )
+    model.pairs = head.get("pairs", False)
     return add_lora(model, lora) if lora.rank else model, tokenizer

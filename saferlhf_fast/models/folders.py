@@ -268,7 +268,11 @@ _MEANING = {
 
 
 def write_card(
-    folder: str | Path, kind: str, card: Mapping[str, Any] | None, notes: Sequence[str] = ()
+    folder: str | Path,
+    kind: str,
+    card: Mapping[str, Any] | None,
+    notes: Sequence[str] = (),
+    is_pair: bool = False,
 ) -> None:
     """Writes README.md: what the model is, what it was trained from, its figures, how to load it.
 
@@ -279,6 +283,7 @@ def write_card(
         kind: reward, cost or policy.
         card: {name: value}; values may be dicts and lists.
         notes: Further sentences.
+        is_pair: Whether the model reads prompt and response as a pair of texts.
     """
     card = dict(card or {})
     tags = ["saferlhf-fast", "rlhf", *([f"{kind}-model"] if kind != "policy" else [])]
@@ -300,7 +305,7 @@ def write_card(
     if card:
         sections += ["", "## Training", "", *_lines(card)]
     (Path(folder) / "README.md").write_text(
-        "\n".join([*head, *sections, "", *_usage(kind)]) + "\n", encoding="utf-8"
+        "\n".join([*head, *sections, "", *_usage(kind, is_pair)]) + "\n", encoding="utf-8"
     )
 
 
@@ -340,7 +345,7 @@ def _public(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and "/" in value and is_local(value) else value
 
 
-def _usage(kind: str) -> list[str]:
+def _usage(kind: str, is_pair: bool) -> list[str]:
     folder = 'folder = "path/to/this/folder"'
     if kind == "policy":
         return [
@@ -353,6 +358,8 @@ def _usage(kind: str) -> list[str]:
             "AutoTokenizer.from_pretrained(folder)",
             "```",
         ]
+    if is_pair:
+        return _usage_of_pairs(folder)
     return [
         "## Use",
         "",
@@ -371,5 +378,27 @@ def _usage(kind: str) -> list[str]:
         "model = load_score_model(folder)",
         'scores_BL = model(tokens["input_ids"], tokens["attention_mask"])      # one score per token',
         'score_B = model.end_scores(scores_BL, tokens["attention_mask"])',
+        "```",
+    ]
+
+
+def _usage_of_pairs(folder: str) -> list[str]:
+    return [
+        "## Use",
+        "",
+        "Prompt and response are the two texts of a pair.",
+        "",
+        "```python",
+        "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
+        folder,
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        "model = AutoModelForSequenceClassification.from_pretrained(folder).eval()",
+        'tokens = tokenizer("a prompt", "its response", return_tensors="pt")',
+        "score = model(**tokens).logits[0, 0]",
+        "",
+        "from saferlhf_fast.models.score_model import load_score_model",
+        "model = load_score_model(folder).eval()",
+        'types = tokens.get("token_type_ids")',
+        'score = model(tokens["input_ids"], tokens["attention_mask"], token_type_ids=types)[0, 0]',
         "```",
     ]

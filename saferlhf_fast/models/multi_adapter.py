@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .lora import lora_config, plain, quiet_peft
+from .score_head import ScoreHead
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -104,6 +105,12 @@ def load(model: "PeftModel", role: str, state: Mapping[str, torch.Tensor]) -> No
         )
 
 
+def can_be_adapter(score: "ScoreModel") -> bool:
+    """Whether an adapter on a shared base can give a model's scores: a plain linear head at each token."""
+    plain_head = score.score.bias is None and score.normalizer is None
+    return plain_head and score.pooling == "last" and not score.pairs
+
+
 def save_score(folder: str | Path, score: "ScoreModel", base: str | Path) -> None:
     """Writes the adapter and head of a ScoreModel.
 
@@ -125,6 +132,7 @@ def save_score(folder: str | Path, score: "ScoreModel", base: str | Path) -> Non
         .contiguous()
         for name, tensor in peft.get_peft_model_state_dict(wrapped).items()
     }
+    assert isinstance(score.score, ScoreHead), "`can_be_adapter` refuses other heads"
     state[HEAD] = score.score.weight.detach().cpu().contiguous()
     config = copy.copy(wrapped.peft_config["default"])
     config.base_model_name_or_path, config.task_type = _name(base), peft.TaskType.SEQ_CLS

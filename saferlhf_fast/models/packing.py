@@ -51,6 +51,7 @@ class Packed:
     rows_N: torch.Tensor  # int64: places in M of the hidden states that are wanted
     targets_N: torch.Tensor  # int64: the token that follows each of them, -1 at the end of a sequence
     counts: tuple[int, ...]  # requested tokens of each sequence, host integers
+    types_M: torch.Tensor | None = None  # int64: token types, 1 in the second text of a pair; None: all 0
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -64,9 +65,18 @@ class Packed:
             [0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=self.ids_M.device
         )
 
+    @property
+    def sequence_N(self) -> torch.Tensor:
+        """int64 [N]: the sequence of each requested token."""
+        numbers = [row for row, count in enumerate(self.counts) for _ in range(count)]
+        return torch.tensor(numbers, dtype=torch.long).to(self.ids_M.device, non_blocking=True)
+
 
 def pack_sequences(
-    sequences: Sequence[Sequence[int]], positions: Sequence[Sequence[int]], device: torch.device
+    sequences: Sequence[Sequence[int]],
+    positions: Sequence[Sequence[int]],
+    device: torch.device,
+    seconds: Sequence[int | None] | None = None,
 ) -> Packed:
     """Packs sequences for one forward pass.
 
@@ -76,6 +86,8 @@ def pack_sequences(
         sequences: Token ids of each sequence.
         positions: For each sequence the positions, ascending, whose hidden state is wanted.
         device: Where the tensors go.
+        seconds: For each sequence the place from which tokens have the type 1, as the second text of a pair
+            has in some encoders; None where there is none.
 
     Returns:
         The packed tokens.
@@ -105,7 +117,22 @@ def pack_sequences(
         rows_N,
         columns[1].index_select(0, rows_N),
         tuple(len(wanted) for wanted in positions),
+        _token_types(lengths, seconds, device),
     )
+
+
+def _token_types(
+    lengths: Sequence[int], seconds: Sequence[int | None] | None, device: torch.device
+) -> torch.Tensor | None:
+    """types_M, or None where every type is 0."""
+    if seconds is None or all(second is None for second in seconds):
+        return None
+    types = [
+        int(second is not None and p >= second)
+        for length, second in zip(lengths, seconds)
+        for p in range(length)
+    ]
+    return torch.tensor(types, dtype=torch.long).to(device, non_blocking=True)
 
 
 def response_rows(prompt_length: int, length: int) -> range:
@@ -126,6 +153,7 @@ class Padded:
     mask_SL: torch.Tensor  # int64, 1 at real tokens
     positions_SL: torch.Tensor  # int64
     flat_M: torch.Tensor  # int64: the place of each packed token in [S·L]
+    types_SL: torch.Tensor | None = None  # int64: token types
 
 
 def padded(packed: Packed) -> Padded:
@@ -134,13 +162,18 @@ def padded(packed: Packed) -> Padded:
     flat = [row * longest + p for row, length in enumerate(packed.lengths) for p in range(length)]
     flat_M = torch.tensor(flat, dtype=torch.long, device=device)
     shape = (len(packed.lengths), longest)
-    ids_SL, mask_SL, positions_SL = (
-        torch.zeros(shape[0] * shape[1], dtype=torch.long, device=device)
-        .index_copy_(0, flat_M, values)
-        .view(shape)
-        for values in (packed.ids_M, torch.ones_like(packed.ids_M), packed.positions_M)
+
+    def in_rows(values_M: torch.Tensor) -> torch.Tensor:
+        zeros = torch.zeros(shape[0] * shape[1], dtype=torch.long, device=device)
+        return zeros.index_copy_(0, flat_M, values_M).view(shape)
+
+    return Padded(
+        in_rows(packed.ids_M),
+        in_rows(torch.ones_like(packed.ids_M)),
+        in_rows(packed.positions_M),
+        flat_M,
+        None if packed.types_M is None else in_rows(packed.types_M),
     )
-    return Padded(ids_SL, mask_SL, positions_SL, flat_M)
 
 
 def pack_into_microbatches(lengths: Sequence[int], budget: int, world: int = 1) -> list[list[list[int]]]:

@@ -26,11 +26,14 @@ if TYPE_CHECKING:
 
 ENTRY = "saferlhf_fast"
 """Our entry in config.json."""
+POOLED = "pooled_score.weight"
+"""A linear head that reads pooled states. transformers' classes would read score.weight elsewhere."""
 _HEAD_NAMES = (
     "score.weight",
     "score.bias",
     "score_head.weight",
     "score_head.bias",
+    POOLED,
     "normalizer.mean",
     "normalizer.var",
 )
@@ -82,7 +85,7 @@ def read_head(folder: str | Path, path: str | Path, may_lack: bool = False) -> H
     )
     with readable(path, "score model"):
         tensors = read_tensors(folder, _HEAD_NAMES)
-    weight = tensors.get("score.weight", tensors.get("score_head.weight"))
+    weight = next((tensors[n] for n in ("score.weight", "score_head.weight", POOLED) if n in tensors), None)
     if weight is None and claims_head:
         raise UserError(
             f"{path}: expected the head of a score model (score.weight or score_head.weight), got weights "
@@ -249,7 +252,7 @@ def save_score_model(
     check_score_export(model, tokenizer, drop_bias, keep_bias)
     tokenizer = with_distinct_pad(tokenizer)
     backbone = plain(model.backbone)
-    entry: dict[str, Any] = {"kind": kind}
+    entry: dict[str, Any] = {"kind": kind, "pooling": model.pooling, "pairs": model.pairs or None}
     notes = []
     bias, normalizer = _bias(model), model.normalizer
     if keep_bias and (bias is not None or normalizer is not None):
@@ -260,27 +263,28 @@ def save_score_model(
         )
     elif bias is not None or normalizer is not None:
         notes.append(_say_dropped(bias, normalizer))
-    backbone_state, weight = _weights(model, state_dict)
-    exported = _export_class(backbone, tokenizer, backbone_state)
+    backbone_state, head_state = _weights(model, state_dict)
+    exported = _export_class(model, tokenizer, {*backbone_state}, {*head_state})
     config = copy.deepcopy(backbone.config)
     _set_labels(config, tokenizer, entry)
     prefix = (exported or type(backbone)).base_model_prefix
     state = {
         **{f"{prefix}.{name}" if prefix else name: tensor for name, tensor in backbone_state.items()},
-        "score.weight": weight,
+        **head_state,
     }
     with replacing(folder) as new, quiet():
         if exported is None:
             notes.append(
-                f"transformers has no sequence-classification class with a plain linear head for "
-                f"{type(backbone).__name__}: load it with saferlhf-fast."
+                f"transformers has no sequence-classification class that reads the score of "
+                f"{type(backbone).__name__} like this (pooling: {model.pooling}, a linear head): load it "
+                "with saferlhf-fast."
             )
             _save_without_class(new, backbone, config, state)
         else:
-            shell = _shell(exported, config, weight.dtype)
+            shell = _shell(exported, config, backbone.dtype)
             shell.save_pretrained(new, state_dict=state)
         tokenizer.save_pretrained(new)
-        write_card(new, kind, card, notes)
+        write_card(new, kind, card, notes, is_pair=model.pairs)
 
 
 def _bias(model: "ScoreModel") -> float | None:
@@ -307,34 +311,44 @@ def _say_dropped(bias: float | None, normalizer: "Normalizer | None") -> str:
 
 def _weights(
     model: "ScoreModel", state_dict: "Mapping[str, torch.Tensor] | None"
-) -> "tuple[dict[str, torch.Tensor], torch.Tensor]":
-    """({backbone's name: tensor}, head's weight)."""
+) -> "tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]":
+    """({backbone's name: tensor}, {name in the file: tensor of the head})."""
     if state_dict is None:
-        return plain_state(model.backbone), model.score.weight.detach()
-    backbone_state = {
-        name.removeprefix("backbone."): tensor
-        for name, tensor in state_dict.items()
-        if name.startswith("backbone.")
-    }
-    return backbone_state, state_dict["score.weight"]
+        backbone_state = plain_state(model.backbone)
+        head = {name: tensor.detach() for name, tensor in model.score.state_dict().items()}
+    else:
+        backbone_state, head = (
+            {n.removeprefix(start): tensor for n, tensor in state_dict.items() if n.startswith(start)}
+            for start in ("backbone.", "score.")
+        )
+    if has_own_head(model):
+        return backbone_state, {n.removeprefix("classifier."): tensor for n, tensor in head.items()}
+    return backbone_state, {"score.weight" if model.pooling == "last" else POOLED: head["weight"]}
+
+
+def has_own_head(model: "ScoreModel") -> bool:
+    """Whether the head is that of an encoder's own classification class."""
+    return hasattr(model.score, "classifier")
 
 
 def _export_class(
-    backbone: "PreTrainedModel",
+    model: "ScoreModel",
     tokenizer: "PreTrainedTokenizerBase",
-    backbone_state: "Mapping[str, torch.Tensor]",
+    backbone_names: Collection[str],
+    head_names: Collection[str],
 ) -> "type[PreTrainedModel] | None":
     """The transformers class that gives our scores from our weights under its own names, or None."""
     from transformers import AutoModelForSequenceClassification
 
+    backbone = plain(model.backbone)
     mapping = AutoModelForSequenceClassification._model_mapping
-    if type(backbone.config) not in mapping:
+    if type(backbone.config) not in mapping or POOLED in head_names:
         return None
     cls = mapping[type(backbone.config)]
     config = copy.deepcopy(backbone.config)
     _set_labels(config, tokenizer, {})
     shell = _shell(cls, config, backbone.dtype)
-    names = {f"{cls.base_model_prefix}.{name}" for name in backbone_state} | {"score.weight"}
+    names = {f"{cls.base_model_prefix}.{name}" for name in backbone_names} | {*head_names}
     # Encoder classes have another head, multimodal ones other names; the names of the weights show it.
     return cls if set(shell.state_dict()) == names else None
 

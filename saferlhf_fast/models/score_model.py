@@ -14,19 +14,30 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import UserError, require
 from ..kernels import checks
-from .backbone import hidden_states, packs
+from .backbone import hidden_states, packs, takes_types
 from .causal_lm import LOADERS, allowed_files, train_every_row
+from .encoders import (
+    EncoderHead,
+    default_pooling,
+    is_encoder,
+    load_encoder,
+    new_encoder_head,
+    pool,
+    pool_rows,
+    refuse_pooling,
+    score_files,
+)
 from .folders import has_weights, local_copy, quiet, readable, refuse_large_vocabulary, refuse_missing
 from .lora import plain
 from .packing import Packed
-from .score_checkpoint import read_head
+from .score_checkpoint import Head, read_head
 from .score_head import Normalizer as Normalizer
 from .score_head import ScoreHead as ScoreHead
 from .score_inputs import checks_values, real_tokens, refuse_positions
@@ -36,7 +47,7 @@ if TYPE_CHECKING:
 
 
 class ScoreModel(nn.Module):
-    """A backbone and a linear head: one score per token. Reward model, cost model and critic are all this.
+    """A backbone and a head: one score per token. Reward model, cost model and critic are all this.
 
     In code of your own::
 
@@ -48,7 +59,8 @@ class ScoreModel(nn.Module):
 
     The head has no bias, so that export as AutoModelForSequenceClassification is exact; a checkpoint of
     safe-rlhf may bring a bias and a normaliser, which are applied. `kind` is reward, cost, critic or None
-    when the files do not say.
+    when the files do not say. With `pooling` cls or mean each token has the score of its whole sequence; an
+    encoder then has the head of its architecture's own classification class (encoders.py).
     """
 
     backbone: "PreTrainedModel"  # peft may wrap it
@@ -61,6 +73,8 @@ class ScoreModel(nn.Module):
         normalizer: Normalizer | None = None,
         kind: str | None = None,
         packing: bool = True,
+        pooling: str = "last",
+        head: EncoderHead | None = None,
     ) -> None:
         """Adds a new head to a backbone.
 
@@ -70,18 +84,31 @@ class ScoreModel(nn.Module):
             normalizer: What is applied to the scores; None for nothing.
             kind: reward, cost, critic, or None where it is not known.
             packing: Whether packed sequences run without padding, where the architecture can do that.
+            pooling: Where the score is read: last (every token has its own), cls, or mean.
+            head: An encoder's head; None: a new one.
+
+        Raises:
+            UserError: The pooling is unknown, or cls for a decoder, whose first token sees no other.
         """
         super().__init__()
+        refuse_pooling(pooling, backbone.config)
+        self.pooling = pooling
         self.backbone = backbone
         self.packs = packs(plain(self.backbone)) and packing
         self.config = self.backbone.config
-        self.score = ScoreHead(hidden_size(self.config), bias, self.backbone.dtype)
+        if head is None and pooling != "last":
+            head = new_encoder_head(plain(self.backbone), pooling)
+        self.score: ScoreHead | EncoderHead
+        self.score = head or ScoreHead(hidden_size(self.config), bias, self.backbone.dtype)
         self.normalizer = normalizer
         self.kind = kind
+        # whether it is trained on prompt and response as a pair of texts; the loaders know better
+        self.pairs = pooling != "last" and is_encoder(self.config)
         accepted = inspect.signature(backbone.forward).parameters
         self.takes_positions = "position_ids" in accepted
         self.fixed_inputs = {"use_cache": False} if "use_cache" in accepted else {}
-        self.init_head()
+        if head is None:
+            self.init_head()
 
     def init_head(self) -> None:
         """Draws a new head: normal with the config's initializer_range (0.02 where it has none), bias 0.
@@ -91,13 +118,20 @@ class ScoreModel(nn.Module):
         without that each rank would write into an empty tensor and the head would stay uninitialised.
         """
         std = getattr(self.config.get_text_config(), "initializer_range", None) or 0.02
+        assert isinstance(self.score, ScoreHead), "an encoder's own head is drawn when it is made"
         with torch.no_grad(), written(self.score):
             self.score.weight.normal_(0.0, std)
             if self.score.bias is not None:
                 self.score.bias.zero_()
 
     def add_head(self) -> None:
-        """Adds a second head, newly drawn, for a critic of two streams; scores are then [..., 2]."""
+        """Adds a second head, newly drawn, for a critic of two streams; scores are then [..., 2].
+
+        Raises:
+            UserError: The model has one score for each sequence, and a critic needs one before each token.
+        """
+        if self.pooling != "last" or not isinstance(self.score, ScoreHead):
+            raise UserError(f"pooling: expected last, as a critic needs, got {self.pooling}")
         first = self.score.weight.detach().clone()
         self.score = ScoreHead(first.shape[1], outputs=2, dtype=first.dtype)
         self.init_head()
@@ -110,6 +144,7 @@ class ScoreModel(nn.Module):
         input_ids_BL: torch.Tensor | Packed,
         attention_mask_BL: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """One score for each token.
 
@@ -118,6 +153,8 @@ class ScoreModel(nn.Module):
             attention_mask_BL: 1 at real tokens (bool or numbers 0 and 1), padding on either side; None: all
                 tokens are real.
             position_ids: Integers [B, L] or [1, L]; None: counted from each row's first real token.
+            token_type_ids: Integers [B, L], as the tokenizer gives them for pairs; None: all 0. A model
+                without token types ignores them.
 
         Returns:
             scores_BL, fp32; entries at padding are finite and mean nothing. Of a `Packed` scores_N of the
@@ -128,7 +165,7 @@ class ScoreModel(nn.Module):
                 or a mask holds other numbers.
         """
         if isinstance(input_ids_BL, Packed):
-            if attention_mask_BL is not None or position_ids is not None:
+            if any(given is not None for given in (attention_mask_BL, position_ids, token_type_ids)):
                 raise ValueError(
                     "ScoreModel: expected a Packed alone, got a mask or position ids with it: it has its own"
                 )
@@ -138,11 +175,12 @@ class ScoreModel(nn.Module):
         if position_ids is not None:
             refuse_positions(position_ids, input_ids_BL)
         if input_ids_BL.numel():
-            return self._padded_scores(checks.as_int32_or_int64(input_ids_BL), mask_BL, position_ids)
+            ids_BL = checks.as_int32_or_int64(input_ids_BL)
+            return self._padded_scores(ids_BL, mask_BL, position_ids, token_type_ids)
         # An empty batch runs one token: under ZeRO-3 every rank has to gather the weights, and gradients
         # must be zeros.
         one = torch.zeros(1, 1, dtype=torch.long, device=input_ids_BL.device)
-        scores, (rows, columns) = self._padded_scores(one, one + 1, None), input_ids_BL.shape
+        scores, (rows, columns) = self._padded_scores(one, one + 1), input_ids_BL.shape
         return scores.expand(max(rows, 1), max(columns, 1), *scores.shape[2:])[:rows, :columns]
 
     def _refuse_ids(self, ids_BL: torch.Tensor) -> None:
@@ -161,18 +199,30 @@ class ScoreModel(nn.Module):
             checks.known_ids("ScoreModel", ids_BL, vocabulary)
 
     def _padded_scores(
-        self, ids_BL: torch.Tensor, mask_BL: torch.Tensor, position_ids: torch.Tensor | None
+        self,
+        ids_BL: torch.Tensor,
+        mask_BL: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
     ) -> torch.Tensor:
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL, **self.fixed_inputs}
         if self.takes_positions:
             inputs["position_ids"] = (
                 (mask_BL.cumsum(-1) - 1).clamp(min=0) if position_ids is None else position_ids
             )
-        return self._scores(self.backbone(**inputs).last_hidden_state)
+        if token_type_ids is not None and takes_types(plain(self.backbone)):
+            inputs["token_type_ids"] = token_type_ids
+        hidden_BLH = self.backbone(**inputs).last_hidden_state
+        if self.pooling == "last":
+            return self._scores(hidden_BLH)
+        return self._scores(pool_rows(hidden_BLH, mask_BL, self.pooling))[:, None].expand(ids_BL.shape)
 
     def _packed_scores(self, packed: Packed) -> torch.Tensor:
         hidden_MH = hidden_states(plain(self.backbone), packed, self.packs)
-        return self._scores(hidden_MH.index_select(0, packed.rows_N))
+        if self.pooling == "last":
+            return self._scores(hidden_MH.index_select(0, packed.rows_N))
+        score_S = self._scores(pool(hidden_MH, packed.layout, self.pooling))
+        return score_S.index_select(0, packed.sequence_N)
 
     def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
         scores = self.score(hidden)
@@ -284,15 +334,17 @@ def score_model_from_backbone(
     *,
     dtype: torch.dtype = torch.float32,
     kind: str | None = None,
+    pooling: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
-    """A ScoreModel with a new head on the backbone of another model, usually a causal LM.
+    """A ScoreModel with a new head on the backbone of another model, a causal LM or an encoder.
 
     Args:
         path: A model folder or a name on the Hub.
         dtype: The type of the weights.
         kind: reward, cost, critic or None.
+        pooling: Where the score is read; None: the architecture's own (last; cls or mean of an encoder).
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
 
@@ -305,7 +357,9 @@ def score_model_from_backbone(
     backbone = load_backbone(
         path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
-    return ScoreModel(backbone, kind=kind)
+    model = ScoreModel(backbone, kind=kind, pooling=pooling or default_pooling(backbone.config))
+    model.pairs = is_encoder(backbone.config)
+    return model
 
 
 def load_score_model(
@@ -313,19 +367,21 @@ def load_score_model(
     *,
     dtype: torch.dtype = torch.float32,
     new_head: bool = False,
+    pooling: str | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
 ) -> ScoreModel:
     """Loads a ScoreModel with its head.
 
-    Both layouts are read: AutoModelForSequenceClassification(num_labels=1), which we write too, and
-    safe-rlhf's with its bias and normaliser.
+    Read are AutoModelForSequenceClassification(num_labels=1), of decoders and of encoders, which we write
+    too, and safe-rlhf's layout with its bias and normaliser.
 
     Args:
         path: A model folder or a name on the Hub.
         dtype: The type of the weights.
         new_head: Whether a plain language model gets a new head; a model that has a head keeps it.
+        pooling: Where a new head reads the score; None: as the files or the architecture say.
         tokenizer: When given, its vocabulary must fit the embedding.
         trust_remote_code: Whether code beside the model may run.
         allow_pickle: Whether weights that exist in pickles alone are read.
@@ -334,26 +390,44 @@ def load_score_model(
         The model.
 
     Raises:
-        UserError: As `load_backbone`; and for a plain language model without `new_head`. A folder that says
-            that it is a score model and has no head is refused in any case: no head is ever drawn silently.
+        UserError: As `load_backbone`; for a plain language model without `new_head`; and for a pooling that
+            is not the one of the head in the files. A folder that says that it is a score model and has no
+            head is refused in any case: no head is ever drawn silently.
     """
     require("load_score_model", "train", *LOADERS)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "allow_pickle": allow_pickle,
+    }
     folder = local_copy(path, allow_pickle)
-    head = read_head(folder, path, may_lack=new_head)
-    backbone = load_backbone(
-        path, dtype=dtype, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    found = score_files(folder, path, pooling, trust_remote_code)
+    if found.has_own_head:
+        backbone, own_head = load_encoder(path, found, new_head, **options)
+        model = ScoreModel(backbone, kind=found.kind, pooling=found.pooling, head=own_head)
+    else:
+        head = read_head(folder, path, may_lack=new_head)
+        model = _with_head(path, load_backbone(path, **options), head, found.pooling)
+    model.pairs = found.pairs
     if tokenizer is not None:
-        refuse_large_vocabulary(path, tokenizer, backbone.get_input_embeddings().weight.shape[0])
+        refuse_large_vocabulary(path, tokenizer, model.backbone.get_input_embeddings().weight.shape[0])
+    return model
+
+
+def _with_head(path: str | Path, backbone: "PreTrainedModel", head: Head | None, pooling: str) -> ScoreModel:
+    """A backbone with a linear head, as it was read or (None) newly drawn."""
     if head is None:
-        return ScoreModel(backbone)
+        return ScoreModel(backbone, pooling=pooling)
     normalizer = None if head.normalizer is None else Normalizer(**head.normalizer)
-    model = ScoreModel(backbone, bias=head.bias is not None, normalizer=normalizer, kind=head.kind)
+    model = ScoreModel(
+        backbone, bias=head.bias is not None, normalizer=normalizer, kind=head.kind, pooling=pooling
+    )
     expected = hidden_size(backbone.config)
     if head.weight.shape != (1, expected):
         raise UserError(
             f"{path}: expected a score head of shape [1, {expected}], got {list(head.weight.shape)}"
         )
+    assert isinstance(model.score, ScoreHead), "an encoder's own head is read with its classification class"
     with torch.no_grad(), written(model.score):
         model.score.weight.copy_(head.weight)
         if model.score.bias is not None and head.bias is not None:

@@ -21,7 +21,9 @@ _PROBES = (
 )
 
 
-def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTrainedTokenizerBase":
+def load_tokenizer(
+    path: str | Path, trust_remote_code: bool = False, pairs: bool = False
+) -> "PreTrainedTokenizerBase":
     """Loads a tokenizer that has an end-of-sequence and a padding token.
 
     Without a padding token it gets another special token's id (see `spare_special`), or the end token's:
@@ -30,6 +32,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTra
     Args:
         path: A folder or a name on the Hub.
         trust_remote_code: Whether code beside the tokenizer may run.
+        pairs: Whether it is for a model that reads pairs of texts: then it needs no end-of-sequence token.
 
     Returns:
         The tokenizer.
@@ -51,10 +54,11 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> "PreTra
             f"{path}: expected a tokenizer with a vocabulary, got one with {len(tokenizer)} special tokens "
             "alone"
         )
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and not pairs:
         raise UserError(f"{path}: expected a tokenizer with an end-of-sequence token (eos_token), got none")
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = spare_special(tokenizer) or tokenizer.unk_token or tokenizer.eos_token
+        spare = spare_special(tokenizer) or tokenizer.unk_token or tokenizer.eos_token
+        tokenizer.pad_token = spare or tokenizer.sep_token
     return tokenizer
 
 

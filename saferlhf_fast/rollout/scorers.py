@@ -10,8 +10,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..data.examples import retokenize
+from ..data.examples import retokenize_split
+from ..data.pair_template import pair_name, template_of
 from ..data.templates import Template
+from ..models.encoders import reads_pairs
 from ..models.folders import refuse_short_context
 from ..models.packing import end_row, pack_sequences
 from ..models.score_model import ScoreModel, load_score_model
@@ -37,7 +39,7 @@ class ScoreModelScorer:
     model: engine.Frozen  # of a ScoreModel, or of a ScoreOnSharedBase
     tokenizer: "PreTrainedTokenizerBase"
     template: str
-    retokenizes: bool
+    retokenizes: bool  # always, where it reads pairs of texts
     policy_template: Template | None = None  # of the policy, whose end marks may be in its texts
 
     def __call__(self, rollout: "Rollout", rows: slice) -> "Tensor":
@@ -46,32 +48,35 @@ class ScoreModelScorer:
             return self.model(rollout.packed(rows, at_end=True))
         backbone: Any = self.model.module.backbone
         texts = rollout.texts[rows]
-        ids = retokenize(
+        template = template_of(self.tokenizer, self.template)
+        split = retokenize_split(
             [p.messages for p in rollout.prompts[rows]],
             texts if self.policy_template is None else [self.policy_template.answer_text(t) for t in texts],
-            self.tokenizer,
-            self.template,
+            template,
             ended=rollout.ended[rows],
             max_length=getattr(backbone.config, "max_position_embeddings", None),
         )
-        return self.model(pack_sequences(ids, [end_row(len(row)) for row in ids], rollout.device))
+        ids = [head + tail for head, tail in split]
+        seconds = [len(head) if template.marks_second else None for head, _ in split]
+        return self.model(pack_sequences(ids, [end_row(len(row)) for row in ids], rollout.device, seconds))
 
 
 def load_score_model_scorer(
     spec: "ScorerSpec", tokenizer: "PreTrainedTokenizerBase", cfg: "PPOConfig | EvaluateConfig"
 ) -> tuple[ScoreModelScorer, ScoreModel]:
     """A ScoreModelScorer, and its ScoreModel in fp32, from which a critic may start."""
-    own = load_tokenizer(spec.path, trust_remote_code=cfg.trust_remote_code)
+    pairs = reads_pairs(spec.path, cfg.trust_remote_code)
+    own = load_tokenizer(spec.path, trust_remote_code=cfg.trust_remote_code, pairs=pairs)
     score = load_score_model(
         spec.path, tokenizer=own, trust_remote_code=cfg.trust_remote_code, allow_pickle=cfg.allow_pickle
     )
-    differs = not same_tokenizer(tokenizer, own)
+    differs = pairs or not same_tokenizer(tokenizer, own)
     if not differs:  # else texts are cut to the model's context
         refuse_short_context(spec.path, score.config, cfg.max_length, "max_length")
     score.packs &= cfg.engine.packing
     frozen = engine.Frozen(copy.deepcopy(score), cfg.engine)
     policy_template = Template(tokenizer, cfg.template) if differs else None
-    return ScoreModelScorer(frozen, own, cfg.template, differs, policy_template), score
+    return ScoreModelScorer(frozen, own, pair_name(cfg.template, pairs), differs, policy_template), score
 
 
 KINDS: Mapping[str, Callable[..., tuple[Scorer, ScoreModel | None]]] = {

@@ -40,7 +40,10 @@ def pair_loss(
     n = len(examples)
     rows = [e.first_ids for e in examples] + [e.second_ids for e in examples]
     packed = pack_sequences(
-        rows, [range(len(ids)) if per_token else end_row(len(ids)) for ids in rows], engine.device()
+        rows,
+        [range(len(ids)) if per_token else end_row(len(ids)) for ids in rows],
+        engine.device(),
+        [e.second_at for e in (*examples, *examples)],
     )
     scores_N = model(packed)
     ends_B = (packed.cu_seqlens[1:] - 1).long()

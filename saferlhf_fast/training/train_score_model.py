@@ -6,7 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data.examples import preference_examples
+from ..data.pair_template import pair_name
+from ..errors import UserError
 from ..models import backbone, multi_adapter
+from ..models.encoders import reads_pairs
 from ..models.export_files import export_metadata_writer
 from ..models.lora import add_lora
 from ..models.score_checkpoint import check_score_export, save_score_model
@@ -39,20 +42,28 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
         The summary of the run.
     """
     engine.start(cfg.engine, cfg.seed)
-    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
+    pairs = reads_pairs(cfg.model, cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code, pairs=pairs)
+    template = pair_name(cfg.template, pairs)
 
     def load(source: "Data") -> "tuple[list[PairExample], Report]":
-        return preference_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, kind)
+        return preference_examples(source, tokenizer, template, cfg.train.max_length, cfg.seed, kind)
 
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
     score = load_score_model(
         cfg.model,
         new_head=True,
+        pooling=cfg.pooling,
         tokenizer=tokenizer,
         trust_remote_code=cfg.trust_remote_code,
         allow_pickle=cfg.allow_pickle,
     )
+    if cfg.loss == "token" and score.pooling != "last":
+        raise UserError(
+            f"loss: expected sequence with pooling {score.pooling}, which gives one score for each sequence; "
+            "got token"
+        )
     refuse_long(
         cfg, score.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
     )
@@ -116,7 +127,7 @@ def _saver(
                     keep_bias=not cfg.drop_bias,
                     card=card,
                 )
-                if cfg.lora.rank and model.score.bias is None and model.normalizer is None:
+                if cfg.lora.rank and multi_adapter.can_be_adapter(model):
                     multi_adapter.save_score(path / "adapter", model, cfg.model)
         engine.barrier()
 
