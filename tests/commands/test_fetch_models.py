@@ -29,7 +29,10 @@ def wheels(tmp_path):
     return folder
 
 
-def packaged(sha256=hashlib.sha256(b"".join(WEIGHTS)).hexdigest(), parts=2):
+SHA256 = hashlib.sha256(b"".join(WEIGHTS)).hexdigest()
+
+
+def packaged(sha256=SHA256, parts=2):
     names = tuple(f"carrier{n}/model/weights.part0{n}" for n in range(parts))
     return PackagedModel("tiny", ("carrier==1.0",), names, sha256, gguf=False, note="two parts")
 
