@@ -15,7 +15,7 @@ MOST_BYTES = 16_000_000
 REPORTS = ("reward", "cost", "ppo-lag")
 AGAIN = "bash bench/pku_small.sh OUT again"
 SCORES = ("reward", "cost", "unsafe_share", "kl", "length")
-CURVES = ("reward", "cost", "unsafe_share", "lambda", "kl", "length")
+CURVES = ("reward", "cost", "unsafe_share", "lambda", "kl_divergence", "mean_generated_length")
 PACKAGES = ("torch", "triton", "transformers", "deepspeed", "peft")
 
 
