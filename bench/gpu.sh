@@ -14,49 +14,16 @@ set -uo pipefail
 mkdir -p "$1" && OUT=$(cd "$1" && pwd) || { echo "expected a folder that can be written, got $1" >&2; exit 2; }
 AGAIN=${2:-}
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-WORK=$(mktemp -d)
-trap 'rm -rf "$WORK"' EXIT
-EXTRA=$WORK/site
-mkdir "$EXTRA"
-export PYTHONPATH="$PWD:$EXTRA${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-export PATH="$EXTRA/bin:$PATH:/usr/local/cuda/bin"      # CUDA's tools may be only in its own folder
+. bench/gpu/common.sh
 export BENCH_COMMAND="bash bench/gpu.sh OUT${AGAIN:+ again}"
 
-"$PYTHON" - <<'PY' || exit 1
-import subprocess, sys
-try:
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout.strip()
-except OSError:
-    found = ""
-if not found:
-    sys.exit("no GPU: bench/gpu.sh is for machines with one; `make bench` measures a CPU, and "
-             "`python bench/gpu_window.py OUT --rehearse interpreter` tries the window without one")
-print(found)
-PY
+require_gpu "bench/gpu.sh is for machines with one; \`make bench\` measures a CPU, and \`python bench/gpu_window.py OUT --rehearse interpreter\` tries the window without one"
 
-if [ -n "${WHEELS:-}" ]; then
-  [ -d "$WHEELS" ] || { echo "WHEELS: expected a folder of wheels, got $WHEELS" >&2; exit 1; }
-  mapfile -t LACKING < <("$PYTHON" - "$WHEELS" <<'PY'
-import re, sys
-from importlib import metadata
-from pathlib import Path
-have = {re.sub(r"[-_.]+", "-", d.metadata["Name"] or "").lower() for d in metadata.distributions()}
-for wheel in sorted(Path(sys.argv[1]).glob("*.whl")):
-    if re.sub(r"[-_.]+", "-", wheel.name.split("-")[0]).lower() not in have:
-        print(wheel)
-PY
-)
-  for wheel in "${LACKING[@]}"; do
-    # one by one: a wheel for another Python must not prevent the installation of the others
-    "$PYTHON" -m pip install -q --no-index --no-deps --no-compile --target "$EXTRA" --upgrade "$wheel" 2>"$WORK/pip" \
-      && echo "$(basename "$wheel"): from WHEELS" || echo "$(basename "$wheel"): not installed: $(grep -m1 ERROR "$WORK/pip")"
-  done
-fi
+[ -z "${WHEELS:-}" ] || install_wheels "$WHEELS"
 
 if [ -n "${STEPS:-}" ]; then
   CODE=0
-  "$PYTHON" setup.py -q build_ext --inplace > "$OUT/build.log" 2>&1 || CODE=1
+  build_native "$OUT/build.log" || CODE=1
   for model in $STEPS; do
     echo "== a PPO-Lag step, $model (${SECONDS} s)"
     timeout -k 5 300 "$PYTHON" bench/bench_step.py --model "$model" --json "$OUT/step-$model-$(date +%F).json" || CODE=1

@@ -59,8 +59,9 @@ def load(command: str, recipe: str | Path | None = None, overrides: Mapping[str,
     leaf_of = leaves(SETTINGS[command])
     apply(raw, overrides, leaf_of, recipe)
     values = resolve(raw, recipe)
-    if "root" not in leaf_of:
-        values.pop("root", None)
+    for folder in ("root", "models"):  # a recipe of one stage may name them for its paths
+        if folder not in leaf_of:
+            values.pop(folder, None)
     stage = values.pop("stage", command)  # the config.yaml of a run folder can be used as a recipe
     if stage != command:
         raise UserError(f"{recipe}: stage: is of the stage {stage}, not {command}")

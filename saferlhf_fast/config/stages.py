@@ -348,6 +348,8 @@ class RunConfig:
     it."""
     root: str | None = None
     """Folder of data and models that the recipe calls ${root}."""
+    models: str | None = None
+    """Folder of models that the recipe calls ${models}; `make models` fills one."""
     seed: Seed = 42
     """Seed of every stage that does not set its own."""
     overwrite: bool = False

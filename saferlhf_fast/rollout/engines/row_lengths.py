@@ -14,6 +14,7 @@ from ...models import rotary
 from ...models.lora import plain as unwrapped
 from ...models.row_form import ERRORS
 from ...models.shrunken import changes_with_length, reproducible, shrunken
+from ...models.tokenizer import logit_count
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -107,7 +108,9 @@ def _sampled(
     from .hf_generate import Generate
 
     actor = SimpleNamespace(module=SimpleNamespace(lm=lm), sharded=False)
-    generator = Generate(actor, SimpleNamespace(pad_token_id=0), [], Sampling(), batching)
+    every_id = {str(i): i for i in range(logit_count(lm))}
+    tokenizer = SimpleNamespace(pad_token_id=0, get_vocab=lambda: every_id)
+    generator = Generate(actor, tokenizer, [], Sampling(), batching)
     return generator.generate(prompts, list(range(len(prompts))), list(limits))
 
 
