@@ -7,6 +7,7 @@ from tolerance import assert_near_in_another_batch
 
 from saferlhf_fast.config.stages import Sampling
 from saferlhf_fast.errors import UserError
+from saferlhf_fast.models.tokenizer import spare_rows
 from saferlhf_fast.rollout.engines import open_generator, row_lengths
 from saferlhf_fast.rollout.engines.continuous import refusal
 from saferlhf_fast.rollout.engines.row_lengths import Batching, batching_of
@@ -31,16 +32,16 @@ def lm_of(kind, **changes):
 def test_samples_do_not_depend_on_the_batch(kind, changes, batching, capsys):
     lm = lm_of(kind, **changes)
     assert batching_of(lm) == batching
-    generator = open_generator(
-        generation_kit.actor(lm), generation_kit.tokenizer(), [2], Sampling(engine="generate")
-    )
+    tokenizer = generation_kit.tokenizer()
+    generator = open_generator(generation_kit.actor(lm), tokenizer, [2], Sampling(engine="generate"))
+    spare = spare_rows(tokenizer, lm)
     said = "".join(capsys.readouterr())
     assert (type(lm).__name__ in said) is (batching != Batching())
     prompts = generation_kit.prompts(4)
     prompts += [prompts[0][::-1]]
     batch = generator.generate(prompts, range(5), [6, 3, 9, 4, 8])
     for response, prompt, seed, limit in zip(batch, prompts, range(5), [6, 3, 9, 4, 8]):
-        ids, logp, ended = generation_kit.naive(lm, prompt, seed, limit, [2], Sampling())
+        ids, logp, ended = generation_kit.naive(lm, prompt, seed, limit, [2], Sampling(), spare)
         assert (response.ids, response.ended) == (ids, ended)
         assert_near_in_another_batch(response.logp, logp)
 
