@@ -71,6 +71,10 @@ def run(cfg: DemoConfig, restart: bool = False) -> dict[str, Any]:
     if engine.rank() == 0:
         console.say(f"report: {write_demo_report(folder)}")
         console.say(f"figures: {folder / 'demo.json'}")
+        console.say(
+            "the same on pretrained weights and real data: make models && saferlhf-fast run pku_small "
+            "root=/where/data/is models=.models"
+        )
     return result
 
 
