@@ -101,6 +101,7 @@ def make_roles(work, cfg, steps):
     load_roles.load_causal_lm = lambda path, **ignored: step_work.causal_lm(work.shape, device=where)
     for room in (scorers, load_roles):
         room.load_score_model, room.load_tokenizer = score_model, lambda path, **ignored: tokenizer
+        room.reads_pairs = lambda path, trust_remote_code: False
     multi_adapter.of_score, multi_adapter.load = adapter, random_adapter
     roles = load_roles.load_roles(cfg, tokenizer, steps, constrained=True)
     # An end token that is never sampled: a random policy must not end where the other sides do not.

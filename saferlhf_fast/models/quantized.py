@@ -25,7 +25,6 @@ import torch
 from torch import nn
 
 from ..errors import UserError, require
-from ..runtime import console, engine
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +45,11 @@ def options_of_base(lora: "Lora", cfg: "EngineConfig") -> dict[str, Any]:
     Returns:
         bits and dtype of a quantised base; none for another one, which is loaded in fp32.
     """
-    return {} if lora.bits is None else {"bits": lora.bits, "dtype": engine.precision(cfg)}
+    if lora.bits is None:
+        return {}
+    from ..runtime import engine
+
+    return {"bits": lora.bits, "dtype": engine.precision(cfg)}
 
 
 def loading_arguments(bits: int | None, dtype: torch.dtype, headless: bool) -> dict[str, Any]:
@@ -67,6 +70,8 @@ def loading_arguments(bits: int | None, dtype: torch.dtype, headless: bool) -> d
         return {}
     require("lora.bits", "qlora", "bitsandbytes")
     from transformers import BitsAndBytesConfig
+
+    from ..runtime import engine
 
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -118,6 +123,8 @@ def prepare(model: "PreTrainedModel", path: str | Path, dtype: torch.dtype) -> N
             parameter.data = parameter.data.clone()
     weights = sum(layer.in_features * layer.out_features for layer in quantized.values())
     size = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(quantized))
+    from ..runtime import console
+
     console.say(
         f"lora.bits: {len(quantized)} linear layers of {path} in 4 bits: {weights:,} weights in "
         f"{size / 2**20:,.2f} MiB, {8 * size / weights:.2f} bits each"

@@ -1,5 +1,6 @@
 """The shipped recipes load, are valid and have the settings of the paper's table."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ import yaml
 
 from saferlhf_fast.commands import run
 from saferlhf_fast.config import load
+from saferlhf_fast.config.stages import Source
 
 RECIPES = sorted((Path(run.__file__).parents[1] / "recipes").glob("*.yaml"))
-STAND_INS = {"pku_tiny": ("root",), "multi-node": ("output",)}
+STAND_INS = {"pku_tiny": ("root",), "pku_small": ("root", "models"), "multi-node": ("output",)}
+PRETRAINED = "pku_small"  # it starts from a chat model: no SFT, and an encoder as cost model
 
 
 @pytest.fixture
@@ -19,8 +22,10 @@ def root(tmp_path):
     model.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         (model / name).write_text("{}")
-    text = (RECIPES[0].parent / "pku_tiny.yaml").read_text()
-    for word in text.split():
+    for name in ("SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"):
+        shutil.copytree(model, tmp_path / name)
+    texts = [(RECIPES[0].parent / f"{name}.yaml").read_text() for name in ("pku_tiny", "pku_small")]
+    for word in " ".join(texts).split():
         if word.startswith("${root}/data"):
             path = tmp_path / word.removeprefix("${root}/")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -29,11 +34,11 @@ def root(tmp_path):
 
 
 def plan(name, root, **overrides):
-    given = {"root": str(root), "output": str(root / "out")}
+    given = {"root": str(root), "models": str(root), "output": str(root / "out")}
     return run.plan(name, {**{k: given[k] for k in STAND_INS.get(name, ())}, **overrides})
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != PRETRAINED], ids=lambda p: p.stem)
 def test_every_recipe_has_all_stages_in_order(path, root):
     _, steps = plan(path.stem, root)
     assert [s.kind for s in steps][:4] == ["sft", "reward", "cost", "ppo-lag"]
@@ -45,8 +50,29 @@ def test_every_recipe_has_all_stages_in_order(path, root):
     assert path.read_text().startswith("# "), "a recipe begins with a comment on its purpose and its command"
 
 
+def test_the_recipe_of_pretrained_models_evaluates_before_and_after_on_the_same_unseen_prompts(root):
+    _, steps = plan(PRETRAINED, root)
+    assert [s.kind for s in steps] == ["reward", "cost", "evaluate", "ppo-lag", "evaluate"]
+    reward, cost, before, ppo, after = (s.cfg for s in steps)
+    assert reward.model == ppo.model == before.model == after.reference and cost.model != reward.model
+    for evaluation in (before, after):
+        scorers = (evaluation.reward, evaluation.cost)
+        assert scorers == (ppo.reward, ppo.cost) == (f"{reward.output}/model", f"{cost.output}/model")
+    assert before.prompts == after.prompts and after.model == f"{ppo.output}/model"
+    trained = {source.path for cfg in (reward, cost, ppo) for source in sources(cfg.data)}
+    assert trained.isdisjoint(source.path for source in sources(before.prompts))
+
+
+def sources(data):
+    """The sources of a setting that names data, each as a Source."""
+    listed = data if isinstance(data, list) else [data]
+    return [Source(path=source) if isinstance(source, str) else source for source in listed]
+
+
 def test_the_recipes_that_the_readme_names_exist():
-    assert {"paper", "pku_tiny", "quickstart", "single-gpu", "multi-node"} <= {p.stem for p in RECIPES}
+    assert {"paper", "pku_tiny", "pku_small", "quickstart", "single-gpu", "multi-node"} <= {
+        p.stem for p in RECIPES
+    }
 
 
 def test_pku_tiny_needs_a_root():

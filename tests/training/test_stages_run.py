@@ -57,7 +57,8 @@ REFERENCE = {
 }
 
 ADDED_PPO = (
-    "eval/kl eval/length train/actor_grad_norm train/approx_kl train/clip_fraction train/engine_gap_max "
+    "eval/kl eval/length train/actor_grad_norm train/approx_kl train/clip_fraction train/engine_gap_alarm "
+    "train/engine_gap_max "
     "train/engine_gap_mean train/engine_gap_share train/reward_critic_grad_norm train/staleness train/tokens"
 )
 ADDED_COST = "eval/unsafe_share train/unsafe_share"
