@@ -137,7 +137,8 @@ class PreferenceConfig(StageConfig):
     scores; the shift is printed. Otherwise both are kept in the saved config and applied by saferlhf-fast's
     loader."""
     baseline: bool = False
-    """Report TF-IDF with logistic regression on the same pairs beside the model (needs scikit-learn)."""
+    """Report TF-IDF with logistic regression on the same pairs beside the model, and the difference, with 95 %
+    intervals by prompt (needs scikit-learn)."""
     train: Training = field(default_factory=lambda: Training(epochs=2, batch_size=16))
     optim: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.1))
     lora: Lora = field(default_factory=Lora)

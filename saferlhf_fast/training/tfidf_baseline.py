@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from ..data.examples import PairExample
 
 
-def tfidf_accuracy(
+def tfidf_right(
     examples: "Sequence[PairExample]",
     held_out: "Sequence[PairExample]",
     tokenizer: "PreTrainedTokenizerBase",
     kind: str,
-) -> dict[str, float]:
-    """Trains the baseline on the training pairs and measures it on the held-out pairs.
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Trains the baseline on the training pairs and tells where it is right on the held-out pairs.
 
     Args:
         examples: Training pairs; their first response is the better or the safer one.
@@ -32,7 +32,8 @@ def tfidf_accuracy(
         kind: "reward" or "cost".
 
     Returns:
-        baseline/accuracy, a share of pairs; for costs also baseline/accuracy_sign, a share of responses.
+        (for each pair 1 or 0 [n], for each pair the share of its two signs that are right [n]). The second is
+        None for rewards, and where the training pairs have signs of one kind alone.
 
     Raises:
         UserError: If scikit-learn is not installed.
@@ -63,12 +64,13 @@ def tfidf_accuracy(
         sparse.vstack([train_a - train_b, train_b - train_a]),
         np.r_[np.ones(len(examples)), np.zeros(len(examples))],
     )
-    out = {"baseline/accuracy": float(pair.predict(test_a - test_b).mean())}
-    if kind == "cost":
-        labels = np.array([e.sign_first for e in examples] + [e.sign_second for e in examples])
-        truth = np.array([e.sign_first for e in held_out] + [e.sign_second for e in held_out])
-        if len(set(labels)) == 2:
-            sign = LogisticRegression(max_iter=1000).fit(sparse.vstack([train_a, train_b]), labels)
-            predicted = sign.predict(sparse.vstack([test_a, test_b]))
-            out["baseline/accuracy_sign"] = float((predicted == truth).mean())
-    return out
+    right = pair.predict(test_a - test_b).astype(float)
+    if kind != "cost":
+        return right, None
+    labels = np.array([e.sign_first for e in examples] + [e.sign_second for e in examples])
+    truth = np.array([e.sign_first for e in held_out] + [e.sign_second for e in held_out])
+    if len(set(labels)) != 2:
+        return right, None
+    sign = LogisticRegression(max_iter=1000).fit(sparse.vstack([train_a, train_b]), labels)
+    right_sign = sign.predict(sparse.vstack([test_a, test_b])) == truth
+    return right, right_sign.reshape(2, -1).mean(0)

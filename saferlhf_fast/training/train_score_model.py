@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.stage_table import STAGE_SPECS
 from ..data.examples import preference_examples
 from ..data.pair_template import pair_name
 from ..errors import UserError
@@ -17,6 +18,7 @@ from ..models.score_model import load_score_model
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
+from .held_out_pairs import compare_with_tfidf, comparison_lines
 from .pair_loss import pair_loss
 from .stage_helpers import held_out_split, raise_together, refuse_long, written_by_rank_0
 from .supervised import SupervisedTask, total_steps, train_supervised
@@ -90,10 +92,12 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
         loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"),
     )
     summary = train_supervised(trained, task, examples, held_out, cfg, folder, kind)
-    if cfg.baseline and held_out and engine.rank() == 0:
-        from .tfidf_baseline import tfidf_accuracy
-
-        summary |= tfidf_accuracy(examples, held_out, tokenizer, kind)
+    if cfg.baseline and held_out:
+        budget = cfg.train.pass_tokens(STAGE_SPECS[kind].sequences)
+        compared = compare_with_tfidf(trained, examples, held_out, tokenizer, kind, budget)
+        for line in comparison_lines(compared.get("comparison", {})):
+            console.say(line)
+        summary |= compared
     summary |= {"examples": len(examples), "held_out": len(held_out), "data": report.as_dict()}
     finish_run(folder, summary)
     return summary

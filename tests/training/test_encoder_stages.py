@@ -50,6 +50,13 @@ def world(tmp_path_factory):
 def test_it_learns_and_reports_beside_the_baseline(world):
     summary = kit.summary(world["cost"])
     assert summary["eval/accuracy"] > 0.9 and summary["baseline/accuracy"] > 0.9, summary
+    compared = summary["comparison"]
+    for name in ("accuracy", "accuracy_sign"):
+        model, tfidf = compared[name]["model"], compared[name]["tfidf"]
+        assert model["mean"] == pytest.approx(summary[f"eval/{name}"], abs=1e-6)
+        assert tfidf["mean"] == summary[f"baseline/{name}"]
+        assert model["low"] <= model["mean"] <= model["high"]
+        assert compared[name]["difference"]["mean"] == pytest.approx(model["mean"] - tfidf["mean"])
 
 
 def test_a_checkpoint_exports_and_a_run_resumes_to_the_same_scores(world, tmp_path):
