@@ -187,7 +187,7 @@ def resolve(
     if missing:
         raise UserError(
             f"{recipe or 'command line'}: missing: {', '.join(missing)} "
-            f"(give {'them' if len(missing) > 1 else 'it'} as {missing[0]}=…)"
+            f"(give {'them' if len(missing) > 1 else 'it'} as {' '.join(f'{key}=…' for key in missing)})"
         )
     try:
         return OmegaConf.to_container(raw, resolve=True)
@@ -253,7 +253,7 @@ def build(
         names = ", ".join(prefix + m for m in missing)
         raise UserError(
             f"{origin('')}: missing: {names} (give {'them' if len(missing) > 1 else 'it'} as "
-            f"{prefix}{missing[0]}=… or in the recipe)"
+            f"{' '.join(f'{prefix}{key}=…' for key in missing)} or in the recipe)"
         )
     merged = _merge(defaults(cls), values)
     odd_number = setting_errors.odd_number(cls, merged)

@@ -285,7 +285,7 @@ class Constraint:
     cost: Scorer
     """Cost model: a folder or a Hub name, or a scorer."""
     critic: ModelPath | None = None
-    """Critic to start from; the cost model when not given."""
+    """Critic to start from; when not given as `reward_critic`, from the cost model."""
     multiplier: Multiplier = field(default_factory=Multiplier)
     """Its λ and its threshold: the settings of multiplier.*."""
 

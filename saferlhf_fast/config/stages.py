@@ -137,7 +137,7 @@ class PreferenceConfig(StageConfig):
     scores; the shift is printed. Otherwise both are kept in the saved config and applied by saferlhf-fast's
     loader."""
     baseline: bool = False
-    """Report TF-IDF with logistic regression on the same pairs beside the model, and the difference, with 95 %
+    """Report TF-IDF with logistic regression on the same pairs beside the model, and the difference, with
     intervals by prompt (needs scikit-learn)."""
     train: Training = field(default_factory=lambda: Training(epochs=2, batch_size=16))
     optim: Optimizer = field(default_factory=lambda: Optimizer(weight_decay=0.1))
@@ -185,9 +185,10 @@ class PPOConfig(StageConfig):
     cost: Scorer | None = None
     """Cost model: a folder or a Hub name (ppo-lag; in ppo only with ppo.shaping, or to report costs)."""
     reward_critic: ModelPath | None = None
-    """Reward critic to start from; the reward model when not given."""
+    """Reward critic to start from. When not given, the reward model; where that is an encoder, the actor with a new
+    head; with lora.rank an adapter on the shared base."""
     cost_critic: ModelPath | None = None
-    """Cost critic to start from; the cost model when not given."""
+    """Cost critic to start from; when not given as `reward_critic`, from the cost model."""
     constraints: list[Constraint] | None = None
     """Long form of cost, cost_critic, multiplier (ppo-lag): [{name: …, cost: …, critic: …, multiplier:
     {…}}]."""

@@ -48,6 +48,16 @@ class Replace:
         """Name of the module that defines it."""
         return self.target.partition(":")[0]
 
+    def why_with(self, dtype: str) -> str:
+        """`why` for results of a dtype.
+
+        Args:
+            dtype: "float32", or "input" for the library's own dtype.
+        """
+        if dtype == "input" and self.dtype_of:
+            return self.why.replace("float32 results", "results in the dtype of the input")
+        return self.why
+
 
 @dataclass(frozen=True)
 class Library:

@@ -96,7 +96,7 @@ def _patch(library: Library, force: bool, dtype: str) -> Report:
     for entry in library.replace:
         if entry.target in active:
             report.replaced[entry.target] = [site.label for site in active[entry.target].places]
-            report.why[entry.target] = entry.why
+            report.why[entry.target] = entry.why_with(dtype)
     return report
 
 

@@ -80,6 +80,8 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
     folder = open_run(kind, cfg, restart)
     for line in report.lines():
         console.say(line)
+    if held_out:
+        console.say(f"held out: {len(held_out)} of {len(examples) + len(held_out)} pairs")
     trained = engine.Engine(
         score, cfg.optim, cfg.engine, total_steps(len(examples), cfg.train, engine.world_size())
     )
@@ -92,6 +94,9 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
         loss=lambda model, batch: pair_loss(model, batch, kind, cfg.regularization, cfg.loss == "token"),
     )
     summary = train_supervised(trained, task, examples, held_out, cfg, folder, kind)
+    if held_out:
+        shown = ("eval/loss", "eval/accuracy", "eval/accuracy_sign")
+        console.say("evaluation: " + ", ".join(f"{k[5:]} {summary[k]:.3f}" for k in shown if k in summary))
     if cfg.baseline and held_out:
         budget = cfg.train.pass_tokens(STAGE_SPECS[kind].sequences)
         compared = compare_with_tfidf(trained, examples, held_out, tokenizer, kind, budget)

@@ -133,7 +133,7 @@ def test_text_stays_text_even_if_it_looks_like_a_number():
 
 def test_interpolation_and_mandatory_keys(tmp_path):
     path = recipe(tmp_path, "root: ???\nmodel: ${root}/m\ndata: ???\noutput: o\n")
-    assert "recipe.yaml: missing: root, data (give them as root=…)" in error(recipe=path)
+    assert "recipe.yaml: missing: root, data (give them as root=… data=…)" in error(recipe=path)
     cfg = load(recipe=path, root="/r", data="${root}/d.json")
     assert (cfg.model, cfg.data) == ("/r/m", "/r/d.json")
     line = error(recipe=recipe(tmp_path, "model: ${nowhere}/m\ndata: d\noutput: o\n"))

@@ -85,9 +85,9 @@ def suggestion(costs_B: torch.Tensor, setting: str = "multiplier.threshold_quant
     ).tolist()
     unsafe = (costs_B > 0).float().mean().item()
     return (
-        f"costs of the starting policy: mean {costs_B.float().mean().item():.2f}, {unsafe:.0%} above 0; "
-        f"quantiles 10 % {quantiles[0]:.2f}, 25 % {quantiles[1]:.2f}, 50 % {quantiles[2]:.2f}. "
-        f"A threshold is within reach near the lower quantiles: {setting}=0.25 takes {quantiles[1]:.2f}"
+        f"costs of the starting policy: mean {costs_B.float().mean().item():.3g}, {unsafe:.0%} above 0; "
+        f"quantiles 10 % {quantiles[0]:.3g}, 25 % {quantiles[1]:.3g}, 50 % {quantiles[2]:.3g}. "
+        f"A threshold is within reach near the lower quantiles: {setting}=0.25 takes {quantiles[1]:.3g}"
     )
 
 
