@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from saferlhf_fast.config import dotted_keys, redact, setting_errors
+from saferlhf_fast.config import dotted_keys, redact, setting_errors, yaml_numbers
 from saferlhf_fast.config.schema import (
     REQUIRED,
     SETTINGS,
@@ -103,6 +103,9 @@ def read_recipe(recipe: str | Path) -> DictConfig:
     # OmegaConf reads `abc` as {abc: null}.
     if not isinstance(raw, DictConfig) or (text.strip() and ":" not in text):
         raise UserError(f"{recipe}: expected a mapping of keys to values, got {show(text.strip())}")
+    problem = yaml_numbers.misread(text)
+    if problem:
+        raise UserError(f"{recipe}: {problem}")
     try:
         return OmegaConf.create(dotted_keys.nested(OmegaConf.to_container(raw, resolve=False)))
     except UserError as e:
@@ -166,8 +169,12 @@ def parse(value: Any, annotation: Annotation = None, key: str = "value") -> Any:
         ) from e
     if get_origin(annotation) is list and parsed is not None and not isinstance(parsed, list):
         return [parsed]  # --seeds 0, log.trackers=wandb
-    plain_text = is_text(annotation) and isinstance(parsed, (str, bool, int, float)) and value[0] not in "'\""
-    return value if plain_text else parsed
+    if is_text(annotation) and isinstance(parsed, (str, bool, int, float)) and value[0] not in "'\"":
+        return value
+    problem = yaml_numbers.misread(f"{key}: {value}")
+    if problem:
+        raise UserError(f"command line: {problem}")
+    return parsed
 
 
 def resolve(

@@ -335,6 +335,7 @@ class _Places:
             UserError: It cannot be told.
         """
         full, item = self.full, self.messages[i]
+        bare: int | None = None  # end of the answer where no mark follows it
         if not item.get("tool_calls"):
             content = item["content"]
             if content and content == content.strip() and full.startswith(content, begin):
@@ -349,6 +350,7 @@ class _Places:
                         return stop, stop + len(mark)
                 if not self.template.ends:
                     return stop, stop
+                bare = stop
         alone = self.template.render(self.messages[: i + 1], False).rstrip()
         if full.startswith(alone):
             return len(alone), len(alone)
@@ -357,7 +359,9 @@ class _Places:
             for mark in self.template.ends:
                 if content != alone and full.startswith(content + mark):
                     return len(content), len(content) + len(mark)
-        raise UserError(UNPLACED)
+        if bare is None:
+            raise UserError(UNPLACED)
+        return bare, bare  # the template marks the end of a dialogue alone
 
     def _around(self, i: int) -> tuple[str, str]:
         """Returns the texts before and behind an answer that stands for answer i.

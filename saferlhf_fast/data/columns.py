@@ -12,7 +12,7 @@ from typing import Any
 
 from saferlhf_fast.data import messages
 from saferlhf_fast.data.files import Row, describe
-from saferlhf_fast.data.formats import Format, is_meta
+from saferlhf_fast.data.formats import FORMATS, Format, is_meta
 from saferlhf_fast.data.records import (
     Conversation,
     Dropped,
@@ -47,6 +47,8 @@ class ExtraColumns:
     """The column with earlier turns."""
     label: str | None = None
     """The column that is false where the answer is not wanted."""
+    tools: str | None = None
+    """The column with the tools that the template shows."""
     unread: tuple[str, ...] = ()
     """Columns that nothing reads; of messages also their keys ("messages[].mood")."""
 
@@ -62,7 +64,7 @@ class ExtraColumns:
             return Dropped(f"{UNWANTED} ({self.label})", record.where)
         before = _history(row, self.history) if self.history else ()
         system = self._system(row)
-        tools = tools_of(row)
+        tools = tools_of(row) if self.tools else []
         if not before and not system and not tools:
             return record
         own, rest = _split_system(record.messages)
@@ -77,7 +79,7 @@ class ExtraColumns:
         first = {**first, "tools": tools} if tools else first
         record = replace(record, messages=(first, *others))
         if isinstance(record, Prompt):
-            used = (*self.system, self.history, TOOLS)
+            used = (*self.system, self.history, self.tools)
             return replace(record, meta={k: v for k, v in record.meta.items() if k not in used})
         return record
 
@@ -105,26 +107,31 @@ def extra_columns(rows: Sequence[Row], form: Format, labels: bool = False) -> Ex
     """
     columns = dict.fromkeys(str(column) for row in rows for column in row.fields)
     read = {*form.columns, *form.read_columns(columns), *(form.label_columns if labels else ())}
-    system = tuple(name for name in SYSTEM if name in columns and name not in read)
-    history = HISTORY if HISTORY not in read and _has_turns(row.fields.get(HISTORY) for row in rows) else None
+    system: tuple[str, ...] = ()
+    history = tools = None
+    if form is not FORMATS["text"]:  # a document is no dialogue
+        tools = TOOLS
+        system = tuple(name for name in SYSTEM if name in columns and name not in read)
+        if HISTORY not in read and _has_turns(row.fields.get(HISTORY) for row in rows):
+            history = HISTORY
     label = None
     if form.record is Conversation:
         label = next((name for name in LABELS if name not in read and _are_flags(rows, name)), None)
-    read.add(TOOLS)
-    read.update(system, filter(None, (history, label)))
+    read.update(system, filter(None, (history, label, tools)))
     if form.record is Prompt:
         read.update(name for name in columns if any(is_meta(row.fields.get(name)) for row in rows))
     unread = [name for name in columns if name not in read and not _is_empty(rows, name)]
     for name in messages.COLUMNS:
         if name in read:
             unread += messages.unread_keys(name, (row.fields.get(name) for row in rows))
-    return ExtraColumns(system, history, label, tuple(unread))
+    return ExtraColumns(system, history, label, tools, tuple(unread))
 
 
 def _value(row: Row, name: str) -> Any:
-    """Returns a value; None where it is missing or, in CSV, empty."""
+    """Returns a value; None where it is missing, NaN (a gap of pandas) or, in CSV, empty."""
     value = row.fields.get(name)
-    return None if row.untyped and isinstance(value, str) and not value.strip() else value
+    is_gap = value != value or row.untyped and isinstance(value, str) and not value.strip()
+    return None if is_gap else value
 
 
 def _is_empty(rows: Iterable[Row], name: str) -> bool:

@@ -115,18 +115,18 @@ def _text(path: Path, content: bytes, line: int | None = None) -> str:
         raise UserError(f"{path} line {line}: expected UTF-8 text, got the byte 0x{byte:02x}") from error
 
 
-class _Repeating(dict[str, Any]):
-    """A JSON object that has one of its names twice."""
+class Repeating(dict[str, Any]):
+    """A JSON object that has one of its names twice; refused where something reads it."""
 
     repeated: str
 
 
 def _named_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Returns the object of a JSON object's pairs; a _Repeating where a name is there twice."""
+    """Returns the object of a JSON object's pairs; a Repeating where a name is there twice."""
     value = dict(pairs)
     if len(value) == len(pairs):
         return value
-    repeating = _Repeating(value)
+    repeating = Repeating(value)
     repeating.repeated = next(iter(_repeated(name for name, _ in pairs)))
     return repeating
 
@@ -161,7 +161,7 @@ def _integer(digits: str) -> int | Decimal:
 def _object(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object (a record), got {describe(value)}")
-    if isinstance(value, _Repeating):
+    if isinstance(value, Repeating):
         raise UserError(f"{where}: expected each column once, got '{shorten(value.repeated)}' twice")
     return value
 

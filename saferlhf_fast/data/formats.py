@@ -117,12 +117,15 @@ def is_meta(value: object) -> bool:
 def _prompts(row: Row) -> Iterator[Prompt | Dropped]:
     """A list of prompts; other short fields (category, label, type …) become their `meta`."""
     name = next((name for name in PROMPT_COLUMNS if name in row.fields), "prompt")
-    messages = (
-        messages_field(row, name)
-        if isinstance(row.fields.get(name), list)
-        else (user(text_field(row, name)),)
-    )
-    meta = {key: value for key, value in row.fields.items() if key != name and is_meta(value)}
+    read, texts = {name}, row.fields.get(name)
+    if isinstance(texts, list):
+        messages = messages_field(row, name)
+    elif name == "instruction":  # Alpaca's, whose input belongs to the prompt
+        messages = (user(instruction(row)),)
+        read.add("input")
+    else:
+        messages = (user(text_field(row, name)),)
+    meta = {key: value for key, value in row.fields.items() if key not in read and is_meta(value)}
     prompt = prompt_of(messages)
     yield Prompt(prompt, row.where, meta) if prompt else Dropped("no user turn", row.where)
 
@@ -146,7 +149,8 @@ class Format:
     def read_columns(self, columns: Collection[str]) -> tuple[str, ...]:
         """Returns the optional columns that are read where a source has `columns`."""
         if self.parse is _prompts:
-            return (next((name for name in PROMPT_COLUMNS if name in columns), "prompt"),)
+            name = next((name for name in PROMPT_COLUMNS if name in columns), "prompt")
+            return (name, "input") if name == "instruction" else (name,)
         if self.parse is preference and "prompt" in columns:
             return ("prompt",)
         if self.parse is alpaca_eval and "outputs" in columns:

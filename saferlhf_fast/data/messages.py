@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from saferlhf_fast.data.files import Row, describe, shorten
+from saferlhf_fast.data.files import Repeating, Row, describe, shorten
 from saferlhf_fast.data.records import Message, Messages, as_flag, checked_text, present
 from saferlhf_fast.data.tool_calls import KEPT, tool_calls_of
 from saferlhf_fast.errors import UserError
@@ -20,7 +20,7 @@ from saferlhf_fast.errors import UserError
 COLUMNS = ("messages", "conversations", "prompt", "chosen", "rejected", "completion")
 """Columns that may hold messages; all but the first two may hold a plain text too."""
 
-KEYS = ("role", "from", "content", "value", "weight", "train", "tool_calls", *KEPT)
+KEYS = ("role", "from", "content", "value", "weight", "train", "tool_calls", "function_call", *KEPT)
 """The keys of a message that are read."""
 
 ROLES = {
@@ -33,6 +33,9 @@ ROLES = {
     "tool": ("tool", "function", "observation", "ipython", "tool_response", "function_response"),
 }
 """Role -> its names, which may be written with capitals."""
+
+_NOT_TEXT = ("image", "image_url", "images", "audio", "input_audio", "video", "video_url", "file")
+"""Keys of a part that is more than text, whatever its type."""
 
 _ROLE_OF = {name: role for role, names in ROLES.items() for name in names}
 _CALLS = ("function_call", "tool_call")
@@ -135,6 +138,8 @@ def _message(row: Row, name: str, item: object) -> Message:
         raise UserError(
             f"{row.where}, field '{name}': expected a message (role and content), got {describe(item)}"
         )
+    if isinstance(item, Repeating):
+        raise UserError(f"{row.where}, field '{name}': expected each key once, got '{item.repeated}' twice")
     # A table has all keys in each message, some of them null.
     role_key = "from" if item.get("role") is None and "from" in item else "role"
     content_key = "value" if item.get("content") is None and "value" in item else "content"
@@ -150,6 +155,8 @@ def _message(row: Row, name: str, item: object) -> Message:
         calls, content = _called(row, f"{name}.{content_key}", content), ""
     else:
         calls = tool_calls_of(row, f"{name}.tool_calls", item.get("tool_calls"))
+        if not calls and item.get("function_call") is not None:  # OpenAI's older form has one call
+            calls = _called(row, f"{name}.function_call", item["function_call"])
     if calls and standard != "assistant":
         raise UserError(
             f"{row.where}, field '{name}': expected tool_calls of an assistant, got those of a {role}"
@@ -220,5 +227,11 @@ def _part(row: Row, name: str, part: object) -> str:
     if not isinstance(part, dict) or kind is None and "text" not in part:
         raise UserError(
             f"{row.where}, field '{name}': expected a part {{type: text, text: …}}, got {describe(part)}"
+        )
+    other = next((key for key in _NOT_TEXT if part.get(key) is not None), None)
+    if other is not None:
+        raise UserError(
+            f"{row.where}, field '{name}': expected a part with text alone, got one with '{other}'; images "
+            f"and other parts cannot be read yet"
         )
     return checked_text(row, f"{name}.text", part.get("text"))

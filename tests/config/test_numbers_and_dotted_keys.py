@@ -121,3 +121,29 @@ def test_a_run_s_setting_that_is_given_twice(tmp_path):
     )
     with pytest.raises(UserError, match=r"r.yaml: stages.0.sft.train.max_steps: is given twice"):
         run.steps_of(tmp_path / "r.yaml", {})
+
+
+@pytest.mark.parametrize(
+    "key, word, value",
+    [
+        ("train.max_steps", "010", 8),
+        ("train.max_steps", "-0_10", -8),
+        ("train.max_steps", "1:30", 90),
+        ("optim.learning_rate", "1:30.5", 90.5),
+        ("optim", "{betas: [0.9, 0:59.5]}", 59.5),
+        ("data", "[{path: a, count: 010}]", 8),
+    ],
+)
+def test_numbers_that_yaml_reads_otherwise_are_refused(tmp_path, key, word, value):
+    expected = rf"{key}[\w.]*: expected a number in decimal digits, got .*, which is {value} in YAML"
+    with pytest.raises(UserError, match=f"r.yaml: {expected}"):
+        sft(tmp_path, f"{key}: {word}")
+    with pytest.raises(UserError, match=f"command line: {expected}"):
+        load.load("sft", None, {"model": "m", "data": "d", "output": "o", key: word})
+
+
+def test_numbers_with_zeros_that_mean_what_they_say(tmp_path):
+    cfg = sft(tmp_path, "seed: 00\ntrain: {max_steps: 08}\noptim.learning_rate: 00.5\nlog.project: '1:30'")
+    assert (cfg.seed, cfg.train.max_steps, cfg.optim.learning_rate, cfg.log.project) == (0, 8, 0.5, "1:30")
+    cfg = load.load("sft", None, {"model": "010", "data": "1:30", "output": "007"})
+    assert (cfg.model, cfg.data, cfg.output) == ("010", "1:30", "007")

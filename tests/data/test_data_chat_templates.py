@@ -183,6 +183,8 @@ KINDS = {
         "<|end|>",
     ),
     "nothing behind an answer": (wrapped("\n", ""), ["one", "two</s>"], "</s>"),
+    "the end of the dialogue alone": (wrapped("\n", "</s>"), ["one", "two</s>"], "</s>"),
+    "several tokens at the end alone": (wrapped("\n", "\nEND"), ["one", "two\nEND"], "END"),
     "nothing behind the last answer": (wrapped("<|end|>\n", ""), ["one<|end|>", "two<|end|>"], "<|end|>"),
     "thoughts that the prompt opens": (
         wrapped("<|end|>\n", opens="<think>\n"),

@@ -91,6 +91,12 @@ def test_calls_of_tools_are_read():
         _, (record,) = parsed({name: [TALK[0], said, result, TALK[1]], "tools": "[]"})
         assert record.messages[1] == {"role": "assistant", "content": "", "tool_calls": calls}
         assert record.messages[2] == {"role": "tool", "content": "2", "tool_call_id": "x"}
+    # OpenAI's older form, with and without words
+    for words, older in ((None, call), ("", json.dumps(call)), ("I add.", call)):
+        said = {"role": "assistant", "content": words, "function_call": older}
+        unread, (record,) = parsed({"messages": [TALK[0], said, TALK[0], TALK[1]]})
+        assert record.messages[1]["content"] == (words or "") and unread == ()
+        assert record.messages[1]["tool_calls"] == calls
     with pytest.raises(UserError, match=r"conversations\[1\].value': expected a call"):
         parsed({"conversations": [SHARED[0], {"from": "function_call", "value": "add 1"}]})
 
@@ -150,14 +156,15 @@ def put(tmp_path):
     return write
 
 
+@pytest.mark.parametrize("gap", [None, float("nan")])
 @pytest.mark.parametrize("no, yes", [(False, True), (0, 1), (0.0, 1.0)])
 @pytest.mark.parametrize("column", ["label", "kto_tag"])
 @pytest.mark.parametrize(
     "row", [{"prompt": "Hi {}", "completion": "Yo"}, {"instruction": "Hi {}", "output": "Yo"}]
 )
-def test_answers_that_the_label_does_not_want_are_not_learned(put, row, column, no, yes):
+def test_answers_that_the_label_does_not_want_are_not_learned(put, row, column, no, yes, gap):
     first, *_ = row
-    rows = [{**row, first: f"Hi {i}", column: value} for i, value in enumerate((yes, no, None))]
+    rows = [{**row, first: f"Hi {i}", column: value} for i, value in enumerate((yes, no, gap))]
     examples, report = sft_examples(put(rows), byte_tokenizer())
     assert [example.prompt_text for example in examples] == ["Hi 0", "Hi 2"]
     assert report.dropped == {f"the label says that the answer is not wanted ({column})": 1}
@@ -206,6 +213,50 @@ def test_columns_that_nobody_reads_are_named_once(put):
     for name, form in FORMATS.items():
         read = {*form.columns, *form.optional}
         assert not {"system", "history"} & read, f"{name} must leave these to columns.py"
+
+
+def test_the_input_of_an_instruction_without_an_output_belongs_to_the_prompt(put):
+    rows = [{"instruction": "Add", "input": "1 2"}, {"instruction": "Hi", "input": "", "kind": "x"}]
+    examples, report = prompt_examples(put(rows), byte_tokenizer())
+    assert [example.text for example in examples] == ["Add 1 2", "Hi"]
+    assert [example.meta for example in examples] == [{}, {"kind": "x"}] and not report.sources[0].unread
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"system": PIRATE},
+        {"history": [["a", "b"]]},
+        {"tools": [{"type": "function"}]},
+        {"system_prompt": "x"},
+    ],
+)
+def test_a_document_is_no_dialogue(put, more):
+    (example,), report = sft_examples(put([{"text": "Once upon", **more}]), byte_tokenizer(bos=False))
+    assert byte_tokenizer(bos=False).decode(example.ids) == "Once upon</s>"
+    assert report.sources[0].unread == tuple(more)
+
+
+@pytest.mark.parametrize(
+    "part", [{"text": "Hi", "image": "x"}, {"type": "text", "text": "Hi", "image_url": {"url": "x"}}]
+)
+def test_a_part_that_is_more_than_text_is_refused(part):
+    with pytest.raises(UserError, match=r"content\[0\]': expected .* text alone, got one with 'image"):
+        parsed({"messages": [{"role": "user", "content": [part]}, TALK[1]]})
+    empty = {key: value if key in ("text", "type") else None for key, value in part.items()}
+    assert turns(parsed({"messages": [{"role": "user", "content": [empty]}, TALK[1]]})[1][0]) == BOTH
+
+
+@pytest.mark.parametrize("name, suffix", [("messages", "jsonl"), ("chosen", "json")])
+def test_a_message_with_a_key_twice_is_refused(tmp_path, name, suffix):
+    text = '{"%s": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a", "content": "b"}]'
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(
+        text % name + (', "rejected": [{"role": "user", "content": "Hi"}]}' if name == "chosen" else "}")
+    )
+    examples = sft_examples if name == "messages" else preference_examples
+    with pytest.raises(UserError, match=rf"field '{name}\[1\]': expected each key once, got 'content' twice"):
+        examples(str(path), byte_tokenizer())
 
 
 @pytest.mark.parametrize("bos", [True, False])
