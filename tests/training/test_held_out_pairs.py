@@ -34,7 +34,8 @@ def test_parts_and_lines():
     out = _compare(Right(np.ones(4), None), Right(np.zeros(4), None), list("aabb"), np.array([0, 1]))
     assert (out["pairs"], out["prompts"]) == (2, 1)
     assert comparison_lines({**out, "consistent": out}) == [
-        "held-out pairs (2 of 1 prompts), accuracy: model 1.000 (1.000 to 1.000), tfidf 0.000 (0.000 to 0.000), "
+        "held-out pairs (2 of 1 prompts), accuracy: model 1.000 (1.000 to 1.000), "
+        "tfidf 0.000 (0.000 to 0.000), "
         "difference 1.000 (1.000 to 1.000)",
         "consistent held-out pairs (2 of 1 prompts), accuracy: model 1.000 (1.000 to 1.000), "
         "tfidf 0.000 (0.000 to 0.000), difference 1.000 (1.000 to 1.000)",
