@@ -168,6 +168,25 @@ EVALUATE = (
     ),
 )
 
+MODERATION = (
+    Row(
+        "train_backbone",
+        lambda cfg: not cfg.train_backbone and cfg.lora.rank,
+        "expected true with lora.rank {cfg.lora.rank}, whose adapters are trained in the backbone; got false",
+    ),
+    Row(
+        "features",
+        lambda cfg: cfg.features == "ngrams" and importlib.util.find_spec("sklearn") is None,
+        "ngrams needs scikit-learn, which is not installed: pip install 'saferlhf-fast[eval]'",
+    ),
+    Row(
+        "thresholds.permissive_fpr",
+        lambda cfg: not cfg.thresholds.permissive_fpr < cfg.thresholds.strict_fpr,
+        "must be below thresholds.strict_fpr ({cfg.thresholds.strict_fpr}), got "
+        "{cfg.thresholds.permissive_fpr}",
+    ),
+)
+
 # --- optimisers, wherever one is chosen ---
 
 OPTIMIZER = (
@@ -189,6 +208,7 @@ TABLES = (
     Table("Engine", tuple(STAGES), ENGINE),
     Table("Training on examples", stages_of("supervised"), TRAIN),
     Table("Adapters", stages_of("supervised", "ppo"), LORA),
+    Table("Moderator", ("moderation",), MODERATION),
     Table("Lengths", stages_of("ppo", "evaluation"), SAMPLING),
     Table("Starting an evaluation again", stages_of("evaluation"), EVALUATE),
     Table("Constraint and costs", stages_of("ppo"), CONSTRAINT),
