@@ -11,9 +11,9 @@ from saferlhf_fast.config import deepspeed_keys
 from saferlhf_fast.config.contradiction_rows import Row, Table, first_of
 from saferlhf_fast.config.ppo_contradictions import CONSTRAINT, EVALUATION, OVERLAP, PPO, SHARED_BASE
 from saferlhf_fast.config.schema import show
-from saferlhf_fast.config.sections import Optimizer, Training
+from saferlhf_fast.config.sections import Optimizer, ScorerSpec, Training
 from saferlhf_fast.config.stage_table import STAGE_SPECS, stages_of
-from saferlhf_fast.config.stages import STAGES, StageConfig
+from saferlhf_fast.config.stages import STAGES, EvaluateConfig, PPOConfig, StageConfig
 
 BEST_METRICS = {stage: spec.best_by for stage, spec in STAGE_SPECS.items() if spec.best_by}
 """What train.best_metric can name, by stage."""
@@ -168,6 +168,25 @@ EVALUATE = (
     ),
 )
 
+
+def _moderator_setting_of_another_kind(cfg: PPOConfig | EvaluateConfig) -> dict[str, str] | None:
+    """Returns the first setting of a moderator that a scorer of another kind has."""
+    settings, plain = cfg.scorer_settings(), ScorerSpec(path="")
+    for name, spec in cfg.scorers().items():
+        for key in ("signal", "categories", "refusal", "source"):
+            if spec.kind != "moderator" and getattr(spec, key) != getattr(plain, key):
+                return {"key": f"{settings[name]}.{key}", "got": spec.kind}
+    return None
+
+
+SCORERS = (
+    Row(
+        "{key}",
+        _moderator_setting_of_another_kind,
+        "expected kind moderator beside it, got {got}, which has no such setting",
+    ),
+)
+
 MODERATION = (
     Row(
         "train_backbone",
@@ -211,6 +230,7 @@ TABLES = (
     Table("Moderator", ("moderation",), MODERATION),
     Table("Lengths", stages_of("ppo", "evaluation"), SAMPLING),
     Table("Starting an evaluation again", stages_of("evaluation"), EVALUATE),
+    Table("Scorers", stages_of("ppo", "evaluation"), SCORERS),
     Table("Constraint and costs", stages_of("ppo"), CONSTRAINT),
     Table("PPO step", stages_of("ppo"), PPO),
     Table("Overlap of sampling and learning", stages_of("ppo"), OVERLAP),

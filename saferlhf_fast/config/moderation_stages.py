@@ -58,8 +58,8 @@ class ModerationConfig(StageConfig):
     (needs scikit-learn)."""
     buckets: Annotated[int, Field(ge=1 << 8, le=1 << 24)] = 1 << 18
     """Buckets of the hashed n-grams."""
-    ngram_rate: Positive = 100.0
-    """The weights of n-grams move so many times as fast as the others."""
+    ngram_learning_rate: Positive = 0.03
+    """Peak learning rate of the n-grams' weights; it follows the schedule of optim.learning_rate."""
     weight_cap: Annotated[float, Field(ge=1)] = 10.0
     """A positive weighs negatives / positives in the loss, but at most this; probabilities are corrected for
     it."""

@@ -37,7 +37,7 @@ LONG_FORMS: dict[type, str] = {Source: "source", ScorerSpec: "scorer"}
 
 EXAMPLES: dict[type, str] = {
     Source: "a source, where data is more than a path, e.g. data='[{path: a.json, count: 100}, b.jsonl]':",
-    ScorerSpec: "a scorer, where it is more than a path, e.g. reward='{kind: score_model, path: DIR}':",
+    ScorerSpec: "a scorer, where it is more than a path, e.g. cost='{kind: moderator, path: DIR}':",
     Constraint: "a constraint, e.g. constraints='[{name: harm, cost: DIR, multiplier: {threshold: -0.5}}]':",
 }
 """Groups that are written inside a value, and how `--help` begins its list of their settings."""

@@ -4,6 +4,7 @@ A text that is longer than max_length is cut: a prompt of more than half of it l
 its middle, so that it is judged by head and tail. Labels that are unknown stay unknown.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,12 +12,16 @@ from typing import TYPE_CHECKING, NamedTuple
 from saferlhf_fast.config.setting_types import Data
 from saferlhf_fast.data.moderation_records import ModerationRecord, read_moderation_records
 from saferlhf_fast.data.pair_template import PairTemplate, template_of
-from saferlhf_fast.data.records import user
+from saferlhf_fast.data.records import Message, user
 from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+_WIDTHLESS = re.compile("[\u00ad\u200b-\u200f\u202a-\u202e\u2060-\u2064\ufeff]")
+_SPACES = re.compile(r"[^\S\n]+")
 
 
 class Encoded(NamedTuple):
@@ -132,9 +137,41 @@ def encode_pairs(
     Raises:
         UserError: max_length has no room for the template's own tokens.
     """
-    ended = [True] * len(responses)
-    encoded = template.encode_scored([[user(prompt)] for prompt in prompts], responses, ended)
+    return encode_dialogues(template, [[user(prompt)] for prompt in prompts], responses, max_length)
+
+
+def encode_dialogues(
+    template: Template | PairTemplate,
+    prompts: Sequence[Sequence[Message]],
+    responses: Sequence[str],
+    max_length: int,
+) -> list[Encoded]:
+    """As `encode_pairs`, of prompts that may have several turns.
+
+    Args:
+        template: The template of the model's tokenizer.
+        prompts: The messages of each prompt.
+        responses: The response to each.
+        max_length: Longest prompt + response (tokens).
+
+    Raises:
+        UserError: As in `encode_pairs`.
+    """
+    encoded = template.encode_scored(
+        [[{**item, "content": normal(item["content"])} for item in messages] for messages in prompts],
+        [normal(text) for text in responses],
+        [True] * len(responses),
+    )
     return [_fitted(template, head, tail, max_length) for head, tail in encoded]
+
+
+def normal(text: str) -> str:
+    """A text as a moderator reads it: without characters of no width, and with single spaces.
+
+    Both are invisible to people, and would change the tokens of a text that is otherwise the same. Line
+    breaks stay.
+    """
+    return _SPACES.sub(" ", _WIDTHLESS.sub("", text))
 
 
 def _fitted(template: Template | PairTemplate, head: list[int], tail: list[int], max_length: int) -> Encoded:

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..data.moderation_examples import normal
 from ..errors import UserError
 
 FIELDS = 4
@@ -76,7 +77,8 @@ def bags_of(prompts: Sequence[str], responses: Sequence[str], buckets: int) -> B
     import numpy as np
 
     matrices = []
-    for texts, shift in ((responses, 0), (prompts, _PROMPT_SHIFT)):
+    for raw, shift in ((responses, 0), (prompts, _PROMPT_SHIFT)):
+        texts = [normal(text) for text in raw]
         for number, vectorizer in enumerate(vectorizers(buckets)):
             matrix = vectorizer.transform(texts).tocsr()
             # characters go to other buckets than the words of the same spelling
@@ -110,9 +112,12 @@ class NgramLayer(nn.Module):
         rate: Outputs are multiplied by it, so that an optimiser that moves all weights alike moves these so
             many times as far: a bucket is seen in few texts, a backbone's weight in all.
         idf: Inverse document frequency of each bucket in the training texts [B].
+        scale: Of each bucket's weights, the root of its document frequency relative to the most frequent [B].
+            Adam moves the weights of rare n-grams as far as those of frequent ones, and learns them by heart.
     """
 
     idf: torch.Tensor
+    scale: torch.Tensor
 
     def __init__(self, buckets: int, outputs: int, rate: float = 1.0) -> None:
         """Allocates a layer of zeros; `count_documents` sets the document frequencies.
@@ -126,6 +131,7 @@ class NgramLayer(nn.Module):
         self.rate, self.buckets = rate, buckets
         self.weight = nn.Parameter(torch.zeros(buckets, outputs))
         self.register_buffer("idf", torch.ones(buckets))
+        self.register_buffer("scale", torch.ones(buckets))
 
     def count_documents(self, pairs: Iterable[tuple[str, str]], chunk: int = 512) -> None:
         """Sets the inverse document frequencies from the (prompt, response) of all training examples."""
@@ -141,6 +147,7 @@ class NgramLayer(nn.Module):
             # length of a new text's bag would be that of n-grams that no weight knows
             idf = ((1 + total) / (1 + frequency)).log() + 1
             self.idf.copy_(idf.where(frequency >= MIN_DOCUMENTS, 0.0))
+            self.scale.copy_((frequency / frequency.max().clamp(min=1)).sqrt())
 
     def forward(self, bags: Bags) -> torch.Tensor:
         """[S, O] in fp32."""
@@ -148,7 +155,7 @@ class NgramLayer(nn.Module):
         weights_E = bags.weights_E * self.idf.float()[bags.buckets_E]
         squares = torch.zeros(FIELDS * pairs, device=weights_E.device)
         norms = squares.index_add_(0, bags.field_E, weights_E.square()).sqrt().clamp(min=1e-12)
-        weights_E = weights_E / norms[bags.field_E]
+        weights_E = weights_E / norms[bags.field_E] * self.scale.float()[bags.buckets_E]
         return self.rate * F.embedding_bag(
             bags.buckets_E, self.weight.float(), bags.starts_S, mode="sum", per_sample_weights=weights_E
         )

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.moderation_examples import ModerationExample, moderation_examples
 from ..data.pair_template import pair_name
-from ..errors import UserError
+from ..errors import UserError, require
 from ..models.folders import context_length
 from ..runtime import console, disk
 from .labels import require_label_set
@@ -37,6 +37,7 @@ def evaluate(cfg: "ModerationEvaluateConfig") -> dict[str, Any]:
         UserError: The model is no moderator, the data cannot be read or have labels that it does not
             predict, or the output holds something already.
     """
+    require("moderation evaluate", "eval", "sklearn")
     folder = _folder(cfg)
     moderator = Moderator.from_pretrained(
         cfg.model,

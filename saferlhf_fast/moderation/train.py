@@ -17,7 +17,7 @@ import torch
 
 from ..data.moderation_examples import ModerationExample, moderation_examples
 from ..data.pair_template import pair_name
-from ..errors import UserError
+from ..errors import UserError, require
 from ..models import backbone, quantized
 from ..models.encoders import is_encoder
 from ..models.export_files import export_metadata_writer
@@ -78,6 +78,7 @@ def train(cfg: "ModerationConfig", restart: bool = False) -> dict[str, Any]:
         held_out = without_overlap(examples, held_out, cfg.overlap)
     spec = spec_of(cfg, config, examples, pairs)
     if held_out:
+        require("thresholds", "eval", "sklearn")
         require_label_set(held_out, spec, "train.eval_data")
     labels = labels_of(examples, spec)
     model = _model(cfg, spec, tokenizer, labels, examples)
@@ -135,7 +136,7 @@ def spec_of(
         template=cfg.template,
         max_length=cfg.train.max_length,
         buckets=cfg.buckets if cfg.features == "ngrams" else 0,
-        rate=cfg.ngram_rate,
+        rate=cfg.ngram_learning_rate / cfg.optim.learning_rate,
     )
 
 

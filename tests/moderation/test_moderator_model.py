@@ -1,5 +1,6 @@
 """The moderator's heads and losses: monotone severities, masked labels, weights, n-grams, files, batches."""
 
+import json
 import math
 
 import encoder_kit
@@ -124,7 +125,8 @@ def test_ngrams_are_tf_idf_of_each_field():
             chosen = bags.field_E == FIELDS * row + field
             if chosen.any():
                 weights = bags.weights_E[chosen] * layer.idf[bags.buckets_E[chosen]]
-                expected += (weights / weights.norm().clamp(min=1e-9)) @ layer.weight[bags.buckets_E[chosen]]
+                weights = weights / weights.norm().clamp(min=1e-9) * layer.scale[bags.buckets_E[chosen]]
+                expected += weights @ layer.weight[bags.buckets_E[chosen]]
         assert torch.allclose(got[row], 2 * expected, atol=1e-5)
     # the same words in another case are the same; in the other field they are not
     assert torch.equal(bags.buckets_E, bags_of([p.upper() for p in prompts], responses, 1 << 12).buckets_E)
@@ -265,3 +267,64 @@ def test_a_model_needs_texts_or_states(tmp_path):
         model(None, pooled_SH=torch.zeros(1, 32))
     with pytest.raises(UserError, match="pooling: expected last or mean"):
         ModeratorModel(model.backbone, ModeratorSpec(pooling="cls"))
+
+
+def test_what_people_cannot_see_changes_nothing(tmp_path):
+    moderator = Moderator.from_pretrained(saved(tmp_path, "llama", buckets=256)[0])
+    plain, odd = "yes  no maybe", "y\u200bes no\u00a0\t maybe\ufeff"
+    assert moderator("a", plain)[0] == moderator("a", odd)[0]
+
+
+SIGNALS = {
+    "severity": {"signal": "expected_severity"},
+    "severity of b": {"categories": ["b"]},
+    "logit": {"signal": "unsafe_logit"},
+    "logit of a, refusal": {"signal": "unsafe_logit", "categories": ["a"], "refusal": 2.0},
+}
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_a_moderator_stands_where_a_cost_model_stands(tmp_path, signal):
+    """The costs of `evaluate` are the moderator's own numbers of the sampled texts."""
+    folder, _ = saved(tmp_path, "bert" if "logit" in signal else "llama", buckets=256)
+    policy, data = kit.make_model(tmp_path / "policy", seed=3), kit.make_data(tmp_path / "data", n=6)
+    spec = json.dumps({"kind": "moderator", "path": folder, **SIGNALS[signal]})
+    run = kit.run(
+        "evaluate",
+        tmp_path / "evaluation",
+        model=policy,
+        prompts=data["prompts"],
+        sampling__max_new_tokens=8,
+        max_length=64,
+        cost=spec,
+    )
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    moderator = Moderator.from_pretrained(folder)
+    verdicts = moderator([row["prompt"] for row in rows], [row["response"] for row in rows])
+    for row, verdict in zip(rows, verdicts):
+        logit = {name: math.log(p / (1 - p)) for name, p in verdict.categories.items()}
+        unsafe = math.log(verdict.unsafe / (1 - verdict.unsafe))
+        expected = {
+            "severity": verdict.expected_severity,
+            "severity of b": verdict.expected_severity * verdict.categories["b"],
+            "logit": unsafe,
+            "logit of a, refusal": min(unsafe, logit["a"] - math.log(0.3 / 0.7)) + 2 * verdict.refusal,
+        }[signal]
+        assert row["cost"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_scorer_that_cannot_be_is_named(tmp_path, capsys):
+    folder, _ = saved(tmp_path, "llama")
+    policy, data = kit.make_model(tmp_path / "policy"), kit.make_data(tmp_path / "data", n=6)
+
+    def line(cost):
+        words = [f"model={policy}", f"prompts={data['prompts']}", f"cost={json.dumps(cost)}", "max_length=64"]
+        assert kit.main("evaluate", *words) == 2
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    moderator = {"kind": "moderator", "path": folder}
+    assert "expected those of the label set toy" in line({**moderator, "categories": ["Violence"]})
+    assert "expected a score model, got a moderator" in line(folder)
+    assert "expected a moderator" in line({**moderator, "path": policy})
+    assert "cost.signal: expected kind moderator" in line({"path": folder, "signal": "unsafe_logit"})
+    assert "cost.signal: expected one of" in line({**moderator, "signal": "mood"})
