@@ -109,7 +109,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(f, marks=[pytest.mark.slow] if f == "ZeRO-3" else []) for f in FORMS]
+)
 def test_forms_of_training_end_where_the_plain_one_does(world, tmp_path, form):
     model = world["encoder" if "encoder" in form else "decoder"]
     data = f"[{world['data']},{world['test']}]" if "sources" in form else world["data"]
