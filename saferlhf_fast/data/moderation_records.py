@@ -1,8 +1,6 @@
 """Records for a moderator: a prompt, a response, and what is known about the response.
 
-Read by their columns: answers with `is_safe`, categories and a severity (PKU-SafeRLHF-QA, BeaverTails), the
-two answers of a dual preference (PKU-SafeRLHF), answers with `label` Safe or Unsafe (CS_RLHF), and texts with
-OpenAI's letters (S, H, V …). A label that is missing or null is unknown, never "no".
+Read from every form of labelled.py. A label that is missing or null is unknown, never "no".
 """
 
 from collections.abc import Iterator
@@ -10,14 +8,20 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 
 from saferlhf_fast.config.setting_types import Data
-from saferlhf_fast.data.files import Row, describe
-from saferlhf_fast.data.harm_taxonomy import TAXONOMIES
-from saferlhf_fast.data.records import UNKNOWN, UNSAFE, HarmLabel, LabelFault, as_flag, harm_label, text_field
+from saferlhf_fast.data.files import Row
+from saferlhf_fast.data.labelled import (
+    LABEL_SETS,
+    LABELLED_FORMS,
+    OPENAI_LETTERS,
+    Answer,
+    LabelledRow,
+    form_of_columns,
+    read_labelled,
+)
 from saferlhf_fast.data.sources import load_sources
 from saferlhf_fast.errors import UserError
 
-OPENAI_LETTERS = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
-"""The labels of OpenAI's moderation data set."""
+__all__ = ["OPENAI_LETTERS", "ModerationRecord", "moderation_records", "read_moderation_records"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,67 +53,53 @@ def read_moderation_records(sources: Data, seed: int = 0) -> list[ModerationReco
     Raises:
         UserError: A source cannot be read, or a row is in none of the forms.
     """
-    records = []
+    records: list[ModerationRecord] = []
     for item in load_sources(sources, seed):
         name = PurePath(item.source.path).name.split(".")[0]
+        # a source may hold rows of several forms, as a mixture of files in a folder does
+        forms: dict[tuple[str, ...], str | None] = {}
         for row in item.rows:
-            try:
-                records += list(_records(row, name))
-            except LabelFault as error:
-                raise UserError(f"{row.where}: {error}") from error
+            columns = tuple(row.fields)
+            if columns not in forms:
+                forms[columns] = form_of_columns(columns)
+            form = forms[columns]
+            if form is None or form == "single":
+                raise _unlabelled(row)
+            found = list(moderation_records(read_labelled(row, form), name))
+            if not found:
+                raise _unlabelled(row)
+            records += found
     return records
 
 
-def _records(row: Row, source: str) -> Iterator[ModerationRecord]:
-    fields = row.fields
-    if "response_0" in fields:
-        for i in ("0", "1"):
-            names = (f"is_response_{i}_safe", f"response_{i}_harm_category", f"response_{i}_severity_level")
-            yield _judged(row, f"response_{i}", harm_label(row, *names, "pku"), source)
-    elif "is_safe" in fields and "category" in fields:
-        yield _judged(
-            row, "response", harm_label(row, "is_safe", "category", "severity", "beavertails"), source
-        )
-    elif "is_safe" in fields:
-        label = harm_label(row, "is_safe", "harm_category", "severity_level", "pku")
-        yield _judged(row, "response", label, source)
-    elif "label" in fields:
-        yield _safe_or_unsafe(row, source)
-    elif set(OPENAI_LETTERS) & set(fields):
-        yield _openai(row, source)
-    else:
-        raise UserError(
-            f"{row.where}: expected a labelled answer (is_safe, label, response_0 or OpenAI's letters), got "
-            f"the columns {', '.join(map(str, fields)) or '(none)'}"
-        )
+def moderation_records(row: LabelledRow, source: str) -> Iterator[ModerationRecord]:
+    """Yields a record for each answer of a row, or one for its prompt where that alone is labelled.
+
+    Args:
+        row: The row.
+        source: The name of its source.
+    """
+    for answer in row.answers:
+        yield _record(row, answer, source)
+    if not row.answers and row.prompt_label and row.prompt_label.label_set == "openai-letters":
+        yield _record(row, row.prompt_label, source)
 
 
-def _judged(row: Row, response: str, label: HarmLabel, source: str) -> ModerationRecord:
-    names = TAXONOMIES[label.taxonomy] if label.taxonomy else ()
+def _record(row: LabelledRow, answer: Answer, source: str) -> ModerationRecord:
     return ModerationRecord(
-        text_field(row, "prompt"),
-        text_field(row, response),
-        None if label.sign == UNKNOWN else label.sign == UNSAFE,
-        dict(zip(names, label.categories)),
-        label.severity,
-        None,
+        row.prompt,
+        answer.text,
+        answer.unsafe,
+        dict(zip(LABEL_SETS.get(answer.label_set, ()), answer.categories)),
+        answer.severity,
+        answer.refusal,
         source,
-        label.taxonomy or "",
+        answer.label_set,
     )
 
 
-def _safe_or_unsafe(row: Row, source: str) -> ModerationRecord:
-    word = row.fields["label"]
-    known = {"safe": False, "unsafe": True}.get(str(word).strip().lower())
-    if known is None and word is not None:
-        raise UserError(f"{row.where}, field 'label': expected Safe or Unsafe, got {describe(word)}")
-    texts = text_field(row, "prompt"), text_field(row, "response")
-    return ModerationRecord(*texts, unsafe=known, source=source)
-
-
-def _openai(row: Row, source: str) -> ModerationRecord:
-    flags = {name: as_flag(row, row.fields[name]) for name in OPENAI_LETTERS if name in row.fields}
-    categories = {name: flags.get(name) for name in OPENAI_LETTERS}
-    return ModerationRecord(
-        text_field(row, "prompt"), "", categories=categories, source=source, label_set="openai-letters"
+def _unlabelled(row: Row) -> UserError:
+    return UserError(
+        f"{row.where}: expected a labelled answer in one of the forms {', '.join(LABELLED_FORMS)}, got "
+        f"the columns {', '.join(map(str, row.fields)) or '(none)'}"
     )
