@@ -26,6 +26,7 @@ COMMANDS = {
     **{name: spec.help for name, spec in STAGE_SPECS.items()},
     **{name: spec.help for name, spec in MODERATION.items()},
     "run": RUN.help,
+    "data": "inspect data sets, convert them to other forms, split them by prompt",
     "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is "
     "loaded",
     "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their "
@@ -227,6 +228,11 @@ def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -
         from saferlhf_fast.commands.checkpoint import cli
 
         print(cli.HELP) if wants_help else cli.main(words)
+        return 0
+    if command == "data":
+        from saferlhf_fast.commands.data import cli as data_cli
+
+        print(data_cli.help_text()) if wants_help else data_cli.main(words)
         return 0
     if command == "plan":
         from saferlhf_fast.commands import plan

@@ -123,6 +123,20 @@ class RowReader:
             counts.kept += 1
             yield row, found
 
+    def skip(self, row: Row, reason: str) -> None:
+        """Counts a row that was yielded last as skipped.
+
+        Args:
+            row: The row.
+            reason: Why it cannot be used; equal for equal reasons.
+
+        Raises:
+            UserError: strict.
+        """
+        counts = self.counts[-1]
+        counts.kept -= 1
+        self._skip(counts, _bad(counts.file, row, f"{row.where}: {reason}"))
+
     def _skip(self, counts: RowCounts, bad: BadRow) -> None:
         if self.strict:
             raise UserError(bad.message)
@@ -151,6 +165,8 @@ def _parser(rows: list[Row], form: str, name: str) -> tuple[str, Callable[[Row],
 
 
 def _checked(row: Row, found: list[LabelledRow]) -> list[LabelledRow]:
+    if not found:
+        raise UserError(f"{row.where}: the row has no record")
     if not all(item.prompt and not item.prompt.isspace() for item in found):
         raise UserError(f"{row.where}: the prompt is empty")
     return found
@@ -212,7 +228,7 @@ def _json_lines(path: Path, is_gzip: bool) -> "Iterator[Row | BadRow]":
         try:
             for number, line in enumerate(lines, 1):
                 try:
-                    fields = loads(line)
+                    fields = loads(line.decode())
                 except (ValueError, RecursionError) as error:
                     if line.isspace():
                         continue

@@ -78,7 +78,16 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
     places = [text.index(f"\n  {command} ") for command in cli.COMMANDS]
     assert places == sorted(places) and "examples:" in text
     assert list(cli.COMMANDS)[:5] == ["sft", "reward", "cost", "ppo", "ppo-lag"]
-    assert set(cli.COMMANDS) == {*run.ENTRIES, *MODERATION, "run", "plan", "checkpoint", "bench", "info"}
+    assert set(cli.COMMANDS) == {
+        *run.ENTRIES,
+        *MODERATION,
+        "run",
+        "data",
+        "plan",
+        "checkpoint",
+        "bench",
+        "info",
+    }
 
 
 @pytest.mark.parametrize("command", [*run.ENTRIES, *MODERATION])
