@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from saferlhf_fast.config.overrides import split_words
-from saferlhf_fast.config.stage_table import DEMO, RUN, STAGE_SPECS, WITH_SETTINGS
+from saferlhf_fast.config.stage_table import DEMO, MODERATION, RUN, STAGE_SPECS, WITH_SETTINGS
 from saferlhf_fast.errors import EXIT_CODE, DiskError, UserError, require
 from saferlhf_fast.runtime import preemption, terminal
 from saferlhf_fast.version import __version__
 
 COMMANDS = {
     **{name: spec.help for name, spec in STAGE_SPECS.items()},
+    **{name: spec.help for name, spec in MODERATION.items()},
     "run": RUN.help,
+    "data": "inspect data sets, convert them to other forms, split them by prompt",
     "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is "
     "loaded",
     "checkpoint": "look at a run's checkpoints, convert them for other numbers of processes, export their "
@@ -191,6 +193,8 @@ def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -
     Returns:
         The exit code.
     """
+    if args.command == "moderation":
+        words = _moderation_verb(args, words)
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
@@ -225,12 +229,40 @@ def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -
 
         print(cli.HELP) if wants_help else cli.main(words)
         return 0
+    if command == "data":
+        from saferlhf_fast.commands.data import cli as data_cli
+
+        print(data_cli.help_text()) if wants_help else data_cli.main(words)
+        return 0
     if command == "plan":
         from saferlhf_fast.commands import plan
 
         print(plan.help_text()) if wants_help else plan.main(words)
         return 0
+    if command in MODERATION and not wants_help:
+        from saferlhf_fast.commands import moderation
+
+        moderation.main(command, words)
+        return 0
     return _run_with_settings(args, words, argv)
+
+
+def _moderation_verb(args: argparse.Namespace, words: list[str]) -> list[str]:
+    """Takes the verb after `moderation`, completes the command by it, and returns the other words.
+
+    Settings without a verb are those of the stage, moderation train, as with every other stage.
+    """
+    verbs = ["train", *(name.partition(" ")[2] for name in MODERATION)]
+    verb = words[0] if words else None
+    if verb in verbs:
+        if verb != "train":
+            args.command = f"moderation {verb}"
+        return words[1:]
+    if verb is None and args.help:
+        return words
+    if verb is None or not ("=" in verb or verb.startswith("-") or verb.endswith((".yaml", ".yml"))):
+        raise UserError(f"moderation: expected {', '.join(verbs)} after it, got {verb or 'nothing'}")
+    return words
 
 
 def _refuse_processes(command: str, args: argparse.Namespace) -> None:

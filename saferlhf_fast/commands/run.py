@@ -46,12 +46,13 @@ if TYPE_CHECKING:
         DemoConfig,
         DPOConfig,
         EvaluateConfig,
+        ModerationConfig,
         PPOConfig,
         PreferenceConfig,
         SFTConfig,
     )
 
-    StepConfig = SFTConfig | PreferenceConfig | DPOConfig | PPOConfig | EvaluateConfig
+    StepConfig = SFTConfig | PreferenceConfig | DPOConfig | PPOConfig | ModerationConfig | EvaluateConfig
 
 ENTRIES = {name: spec.entry for name, spec in WITH_SETTINGS.items() if spec.entry}
 """{stage: "module:function"}: it takes the config and `restart`, and returns a summary that JSON can hold."""

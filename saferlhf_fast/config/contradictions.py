@@ -11,9 +11,9 @@ from saferlhf_fast.config import deepspeed_keys
 from saferlhf_fast.config.contradiction_rows import Row, Table, first_of
 from saferlhf_fast.config.ppo_contradictions import CONSTRAINT, EVALUATION, OVERLAP, PPO, SHARED_BASE
 from saferlhf_fast.config.schema import show
-from saferlhf_fast.config.sections import Optimizer, Training
+from saferlhf_fast.config.sections import Optimizer, ScorerSpec, Training
 from saferlhf_fast.config.stage_table import STAGE_SPECS, stages_of
-from saferlhf_fast.config.stages import STAGES, StageConfig
+from saferlhf_fast.config.stages import STAGES, EvaluateConfig, PPOConfig, StageConfig
 
 BEST_METRICS = {stage: spec.best_by for stage, spec in STAGE_SPECS.items() if spec.best_by}
 """What train.best_metric can name, by stage."""
@@ -168,6 +168,44 @@ EVALUATE = (
     ),
 )
 
+
+def _moderator_setting_of_another_kind(cfg: PPOConfig | EvaluateConfig) -> dict[str, str] | None:
+    """Returns the first setting of a moderator that a scorer of another kind has."""
+    settings, plain = cfg.scorer_settings(), ScorerSpec(path="")
+    for name, spec in cfg.scorers().items():
+        for key in ("signal", "categories", "refusal", "source"):
+            if spec.kind != "moderator" and getattr(spec, key) != getattr(plain, key):
+                return {"key": f"{settings[name]}.{key}", "got": spec.kind}
+    return None
+
+
+SCORERS = (
+    Row(
+        "{key}",
+        _moderator_setting_of_another_kind,
+        "expected kind moderator beside it, got {got}, which has no such setting",
+    ),
+)
+
+MODERATION = (
+    Row(
+        "train_backbone",
+        lambda cfg: not cfg.train_backbone and cfg.lora.rank,
+        "expected true with lora.rank {cfg.lora.rank}, whose adapters are trained in the backbone; got false",
+    ),
+    Row(
+        "features",
+        lambda cfg: cfg.features == "ngrams" and importlib.util.find_spec("sklearn") is None,
+        "ngrams needs scikit-learn, which is not installed: pip install 'saferlhf-fast[eval]'",
+    ),
+    Row(
+        "thresholds.permissive_fpr",
+        lambda cfg: not cfg.thresholds.permissive_fpr < cfg.thresholds.strict_fpr,
+        "must be below thresholds.strict_fpr ({cfg.thresholds.strict_fpr}), got "
+        "{cfg.thresholds.permissive_fpr}",
+    ),
+)
+
 # --- optimisers, wherever one is chosen ---
 
 OPTIMIZER = (
@@ -189,8 +227,10 @@ TABLES = (
     Table("Engine", tuple(STAGES), ENGINE),
     Table("Training on examples", stages_of("supervised"), TRAIN),
     Table("Adapters", stages_of("supervised", "ppo"), LORA),
+    Table("Moderator", ("moderation",), MODERATION),
     Table("Lengths", stages_of("ppo", "evaluation"), SAMPLING),
     Table("Starting an evaluation again", stages_of("evaluation"), EVALUATE),
+    Table("Scorers", stages_of("ppo", "evaluation"), SCORERS),
     Table("Constraint and costs", stages_of("ppo"), CONSTRAINT),
     Table("PPO step", stages_of("ppo"), PPO),
     Table("Overlap of sampling and learning", stages_of("ppo"), OVERLAP),

@@ -15,9 +15,21 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeGuard, Union, get_ar
 from saferlhf_fast.config.sections import Constraint
 from saferlhf_fast.config.setting_types import ScorerSpec, Source
 from saferlhf_fast.config.stage_table import WITH_SETTINGS
-from saferlhf_fast.config.stages import STAGES, DemoConfig, RunConfig
+from saferlhf_fast.config.stages import (
+    STAGES,
+    DemoConfig,
+    ModerationClassifyConfig,
+    ModerationEvaluateConfig,
+    RunConfig,
+)
 
-SETTINGS: dict[str, type] = {**STAGES, "run": RunConfig, "demo": DemoConfig}
+SETTINGS: dict[str, type] = {
+    **STAGES,
+    "run": RunConfig,
+    "demo": DemoConfig,
+    "moderation evaluate": ModerationEvaluateConfig,
+    "moderation classify": ModerationClassifyConfig,
+}
 """Every command that has settings, and their class."""
 
 LONG_FORMS: dict[type, str] = {Source: "source", ScorerSpec: "scorer"}
@@ -25,7 +37,7 @@ LONG_FORMS: dict[type, str] = {Source: "source", ScorerSpec: "scorer"}
 
 EXAMPLES: dict[type, str] = {
     Source: "a source, where data is more than a path, e.g. data='[{path: a.json, count: 100}, b.jsonl]':",
-    ScorerSpec: "a scorer, where it is more than a path, e.g. reward='{kind: score_model, path: DIR}':",
+    ScorerSpec: "a scorer, where it is more than a path, e.g. cost='{kind: moderator, path: DIR}':",
     Constraint: "a constraint, e.g. constraints='[{name: harm, cost: DIR, multiplier: {threshold: -0.5}}]':",
 }
 """Groups that are written inside a value, and how `--help` begins its list of their settings."""
@@ -226,7 +238,8 @@ def help_text(command: str) -> str:
     """Returns the `--help` of a command that has settings: every key with its type, default and meaning."""
     cls = SETTINGS[command]
     recipe = "recipe.yaml" if command == "run" else "[recipe.yaml]"
-    lines = [f"usage: saferlhf-fast {command} {recipe} [key=value …] [--key value …] [--debug]", ""]
+    written = "moderation train" if command == "moderation" else command
+    lines = [f"usage: saferlhf-fast {written} {recipe} [key=value …] [--key value …] [--debug]", ""]
     lines += _wrap(cls.__doc__ or "", "") + ["", *PLACES.splitlines(), "", "examples:"]
     lines += [f"  saferlhf-fast {example}" for example in WITH_SETTINGS[command].examples]
     groups = []

@@ -55,7 +55,7 @@ Data = str | Source | list[str | Source]
 REWARD, COST = PAIR = ("reward", "cost")
 """The scores of a response: how helpful and how harmful it is. In this order wherever both are named."""
 
-ScorerKind = Literal["score_model"]
+ScorerKind = Literal["score_model", "moderator"]
 SCORER_KINDS: tuple[str, ...] = get_args(ScorerKind)
 """What can score a response; rollout/scorers.py loads each."""
 
@@ -65,9 +65,18 @@ class ScorerSpec:
     """What scores a response."""
 
     path: str
-    """A score model: a folder or a Hub name."""
+    """A score model or a moderator: a folder or a Hub name."""
     kind: ScorerKind = "score_model"
-    """What scores: score_model, a model with a scalar head that reads prompt and response."""
+    """What scores: score_model, a model with a scalar head that reads prompt and response; or moderator."""
+    signal: Literal["expected_severity", "unsafe_logit"] | None = None
+    """Of a moderator: expected_severity, 0 to 3 (when not given), or unsafe_logit, above 0 where the answer
+    is flagged."""
+    categories: list[str] | None = None
+    """Of a moderator: harm counts only as far as one of these categories applies; all harm when not given."""
+    refusal: NonNegative = 0.0
+    """Of a moderator: added to the score times P(refusal), so that refusing is not free."""
+    source: str | None = None
+    """Of a moderator: the source whose heads and thresholds judge, where it has such."""
 
 
 Scorer = str | ScorerSpec

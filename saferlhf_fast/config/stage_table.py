@@ -145,6 +145,19 @@ STAGE_SPECS: dict[str, StageSpec] = {
         best_by=("eval/loss", "eval/reward_accuracy", "eval/reward_margin"),
         planner="stage_phases:dpo",
     ),
+    "moderation": StageSpec(
+        "ModerationConfig",
+        "saferlhf_fast.moderation.train:train",
+        "train a moderator (moderation train): harm categories, severity, refusal, calibrated",
+        (
+            "moderation train model=runs/sft/model data=PKU-Alignment/PKU-SafeRLHF-QA output=runs/moderation "
+            "train.eval_fraction=0.1",
+            "moderation train recipe.yaml features=ngrams --lora.rank 8",
+        ),
+        family="supervised",
+        best_by=("eval/loss", "eval/loss_categories", "eval/loss_severity", "eval/loss_refusal"),
+        planner="stage_phases:moderation",
+    ),
     "evaluate": StageSpec(
         "EvaluateConfig",
         "saferlhf_fast.evaluation.evaluate:evaluate",
@@ -176,8 +189,28 @@ DEMO = StageSpec(
     ("demo", "demo --seeds 0 1 2 output=runs/demo"),
     several_processes=False,
 )
+MODERATION = {
+    "moderation evaluate": StageSpec(
+        "ModerationEvaluateConfig",
+        "",
+        "how good a moderator is on labelled answers",
+        ("moderation evaluate model=runs/moderation/model data=test.jsonl output=runs/quality",),
+        several_processes=False,
+    ),
+    "moderation classify": StageSpec(
+        "ModerationClassifyConfig",
+        "",
+        "judge answers of files or of standard input",
+        (
+            "moderation classify model=runs/moderation/model input=answers.jsonl output=judged.jsonl",
+            "moderation classify model=runs/moderation/model --stream < answers.jsonl",
+        ),
+        several_processes=False,
+    ),
+}
+"""What a moderator can do beside being trained, by command."""
 
-WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO}
+WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO, **MODERATION}
 """Every command whose settings come from a config class."""
 
 

@@ -8,9 +8,10 @@ implementation. `saferlhf_fast.config.load` merges recipes (YAML) and `key=value
 defaults and reports errors. Values are never written back: derived values are methods of the config.
 """
 
-from dataclasses import field, fields
-from typing import ClassVar, Literal, TypeVar
+from dataclasses import field
+from typing import ClassVar, Literal
 
+from .moderation_stages import ModerationClassifyConfig, ModerationConfig, ModerationEvaluateConfig
 from .sections import (
     PPO,
     Checkpoint,
@@ -42,6 +43,7 @@ from .setting_types import (
     scorer_spec,
     settings_class,
 )
+from .stage_config import StageConfig
 from .stage_table import STAGE_SPECS
 
 __all__ = [
@@ -57,6 +59,9 @@ __all__ = [
     "EvaluateConfig",
     "Logging",
     "Lora",
+    "ModerationClassifyConfig",
+    "ModerationConfig",
+    "ModerationEvaluateConfig",
     "Multiplier",
     "Optimizer",
     "PPOConfig",
@@ -68,36 +73,6 @@ __all__ = [
     "StageConfig",
     "Training",
 ]
-
-Group = TypeVar("Group")
-
-
-@settings_class(frozen=True, kw_only=True)
-class StageConfig:
-    """What every stage of a recipe has. Stages inherit from it, and from nothing else."""
-
-    seed: Seed = 42
-    """Seed of everything random."""
-    overwrite: bool = False
-    """Replace an existing output folder."""
-    resume: str | None = None
-    """Resume from a checkpoint: auto takes the newest complete one in <output>/checkpoints, or starts from
-    the beginning where there is none; else the folder of one."""
-    template: Literal["auto", "tokenizer", "safe-rlhf", "none"] = "auto"
-    """Conversation template: auto (the tokenizer's own, else safe-rlhf), tokenizer, safe-rlhf, or none."""
-    trust_remote_code: bool = False
-    """Run Python code from the model's folder or Hub repository."""
-    allow_pickle: bool = False
-    """Read .bin files (pickles) where a model has no .safetensors; only tensors are read from them."""
-    engine: Engine = field(default_factory=Engine)
-
-    def groups(self, kind: type[Group]) -> dict[str, Group]:
-        """Returns {name: settings} of the groups of one class from sections.py.
-
-        A stage may have none, one, or several of them (PPO has two optimisers).
-        """
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, kind)}
 
 
 @settings_class(frozen=True, kw_only=True)

@@ -5,6 +5,11 @@ sources          files, folders, Hub names and mixtures of them -> rows
 formats          row -> conversation, preference or prompt (docs/data.md has the list)
 records          those three, harm labels of responses, and checked fields
 harm_taxonomy    the categories and severities of harm, and their names in other taxonomies
+labelled         rows of the public safety data sets with all their labels; labelled_writers: in another form
+moderation_records  one answer and its labels, for a moderator
+row_stream       rows of large files one by one, with the bad ones apart
+inspection       counts, duplicates and contradictions in one pass; hash_columns: hashes on disk
+split            parts by prompt; near_duplicates: prompts that are nearly equal
 tool_calls       calls and results of tools in messages
 chat_template    messages -> a chat template's text, and where its answers begin and end
 token_places     text -> token ids, and which of its characters each one has

@@ -92,6 +92,22 @@ def _bytes(path: Path) -> bytes:
     return content
 
 
+def whole_text(path: Path, errors: str = "strict") -> str:
+    """Returns the text of a file in UTF-8, UTF-16 or UTF-32, unpacked where it is gzip data.
+
+    Args:
+        path: The file.
+        errors: What bytes that are not UTF-8 become, as in `bytes.decode`; strict: UserError.
+
+    Raises:
+        UserError: The file cannot be read, or is empty.
+    """
+    content = _as_utf8(path, _bytes(path))
+    if not content.strip():
+        raise UserError(f"{path}: the file is empty, expected records")
+    return _text(path, content) if errors == "strict" else content.decode("utf-8-sig", errors)
+
+
 def _as_utf8(path: Path, content: bytes) -> bytes:
     """Returns text in UTF-8 that may be in UTF-16 or UTF-32, with or without a byte order mark."""
     encoding = json.detect_encoding(content)
@@ -194,12 +210,26 @@ def _json(path: Path, content: bytes) -> list[Row]:
         ) from error
     except RecursionError as error:
         raise UserError(f"{path}: not JSON that can be read (nested too deeply)") from error
+    items = records_in(path, value)
+    return [Row(_object(item, f"{path} row {i}"), f"{path} row {i}") for i, item in enumerate(items, 1)]
+
+
+def records_in(path: Path, value: Any) -> list[Any]:
+    """Returns the list of records in the value of a .json file, which may be wrapped in an object.
+
+    Args:
+        path: The file, for messages.
+        value: Its value.
+
+    Raises:
+        UserError: It is neither a list nor an object.
+    """
     if isinstance(value, dict):
         inner = next((value[key] for key in _WRAPPERS if isinstance(value.get(key), list)), None)
         value = [value] if inner is None else inner
     if not isinstance(value, list):
         raise UserError(f"{path}: expected a list of records, got {describe(value)}")
-    return [Row(_object(item, f"{path} row {i}"), f"{path} row {i}") for i, item in enumerate(value, 1)]
+    return value
 
 
 def _csv(path: Path, content: bytes) -> list[Row]:
@@ -230,7 +260,7 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
     # Excel's own way to name the delimiter.
     named = re.match(r"\s*sep=(.)\s*[\r\n]", text)
     reader = csv.reader(
-        io.StringIO(text, newline=""), strict=True, delimiter=named[1] if named else _delimiter(text)
+        io.StringIO(text, newline=""), strict=True, delimiter=named[1] if named else delimiter_of(text)
     )
     if named:
         next(reader)
@@ -250,7 +280,7 @@ def _csv_records(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
             yield begin, cells
 
 
-def _delimiter(text: str) -> str:
+def delimiter_of(text: str) -> str:
     """Returns the delimiter that gives the header line the most columns; of equals, the comma."""
     head = text[: 1 << 16]
 

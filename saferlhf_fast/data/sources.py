@@ -120,14 +120,7 @@ def _rename(row: Row, source: Source) -> Row:
 def _folder(path: Path, source: Source) -> list[Row]:
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _saved_to_disk(path, source)
-    files = sorted(
-        item
-        for item in path.rglob("*")
-        if item.is_file()
-        and is_data_file(item)
-        and item.name not in _METADATA
-        and not any(part.startswith(".") for part in item.relative_to(path).parts)
-    )
+    files = data_files(path)
     if source.name is not None:
         wanted = source.name.lower()
         files = [item for item in files if wanted in str(item.relative_to(path).parent).lower().split("/")]
@@ -147,6 +140,18 @@ def _folder(path: Path, source: Source) -> list[Row]:
                 f"{', '.join(sorted({str(split) for split in splits.values() if split}))}"
             )
     return [row for item in files for row in read_file(item)]
+
+
+def data_files(folder: Path) -> list[Path]:
+    """Returns the data files under a folder, sorted; hidden ones and descriptions of data sets are none."""
+    return sorted(
+        item
+        for item in folder.rglob("*")
+        if item.is_file()
+        and is_data_file(item)
+        and item.name not in _METADATA
+        and not any(part.startswith(".") for part in item.relative_to(folder).parts)
+    )
 
 
 def _split_of(relative: Path) -> str | None:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UserError
 from .causal_lm import load_causal_lm, write_generation_config
 from .lora import plain
+from .moderator_spec import FILE, Calibration, read_spec, write_spec
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from ..config.sections import Lora
+    from .moderator import ModeratorModel
     from .policy import Policy
     from .score_model import ScoreModel
 
@@ -28,7 +30,7 @@ SCORE = "score.json"
 def export_metadata_writer(
     module: "nn.Module", tokenizer: "PreTrainedTokenizerBase"
 ) -> Callable[[str | Path], None]:
-    """Prepares to write the export metadata of a Policy or a ScoreModel (also one on a shared base).
+    """Prepares to write the export metadata of a Policy, a ScoreModel (also on a shared base) or a moderator.
 
     Returns:
         A function that writes them into a folder; it writes nothing for a critic on a shared base.
@@ -45,6 +47,9 @@ def export_metadata_writer(
         config.save_pretrained(folder)
         if lm is not None:
             write_generation_config(folder, inner.generation_config, tokenizer)
+        elif hasattr(module, "is_moderator"):
+            moderator: Any = module
+            write_spec(folder, moderator.spec, Calibration())
         else:
             (Path(folder) / SCORE).write_text(json.dumps(_head(module)), encoding="utf-8")
         tokenizer.save_pretrained(folder)
@@ -65,7 +70,7 @@ def _head(module: Any) -> dict[str, Any]:
 
 def build_from_export_metadata(
     folder: Path, lora: "Lora", trust_remote_code: bool = False, base: Mapping[str, Any] | None = None
-) -> "tuple[Policy | ScoreModel, PreTrainedTokenizerBase]":
+) -> "tuple[Policy | ScoreModel | ModeratorModel, PreTrainedTokenizerBase]":
     """Builds a module from a folder of export metadata; its weights mean nothing until they are loaded.
 
     Args:
@@ -95,6 +100,12 @@ def build_from_export_metadata(
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
+    if (folder / FILE).is_file():
+        from .moderator import ModeratorModel
+
+        inner = AutoModel.from_config(config, **options) if base is None else load_backbone(**base)
+        moderator = ModeratorModel(inner, read_spec(folder)[0])
+        return add_lora(moderator, lora) if lora.rank else moderator, tokenizer
     if not (folder / SCORE).is_file():
         lm = AutoModelForCausalLM.from_config(config, **options) if base is None else load_causal_lm(**base)
         lm.generation_config = GenerationConfig.from_pretrained(folder)

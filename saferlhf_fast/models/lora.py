@@ -80,8 +80,8 @@ def lora_config(cfg: "Lora", task_type: str | None) -> "LoraConfig":
 
 
 def is_score_model(model: object) -> bool:
-    """True for a ScoreModel, recognised by its method: score_model.py imports this file."""
-    return hasattr(model, "end_scores")
+    """True for a ScoreModel or a moderator, by what they have: their files import this one."""
+    return hasattr(model, "end_scores") or hasattr(model, "is_moderator")
 
 
 def has_lora(model: object) -> bool:

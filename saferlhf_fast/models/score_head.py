@@ -57,12 +57,12 @@ class ScoreHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """[…, H] -> […], or […, outputs] where there are several; fp32, under torch.autocast too."""
         bias = None if self.bias is None else self.bias.float()
-        with _no_autocast(hidden.device.type):
+        with no_autocast(hidden.device.type):
             scores = F.linear(hidden.float(), self.weight.float(), bias)
         return scores.squeeze(-1) if len(self.weight) == 1 else scores
 
 
-def _no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
+def no_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Context in which F.linear keeps fp32. Not every device has an autocast (meta has none)."""
     known = torch.amp.is_autocast_available(device)
     return torch.autocast(device, enabled=False) if known else contextlib.nullcontext()

@@ -15,10 +15,12 @@ from ..data.pair_template import pair_name, template_of
 from ..data.templates import Template
 from ..models.encoders import reads_pairs
 from ..models.folders import context_length, refuse_short_context
+from ..models.moderator_files import refuse_moderator
 from ..models.packing import end_row, pack_sequences
 from ..models.score_model import ScoreModel, load_score_model
 from ..models.tokenizer import load_tokenizer, same_tokenizer
 from ..runtime import engine
+from .moderator_scorer import load_moderator_scorer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +67,7 @@ def load_score_model_scorer(
     spec: "ScorerSpec", tokenizer: "PreTrainedTokenizerBase", cfg: "PPOConfig | EvaluateConfig"
 ) -> tuple[ScoreModelScorer, ScoreModel]:
     """A ScoreModelScorer, and its ScoreModel in fp32, from which a critic may start."""
+    refuse_moderator(spec.path, "a score model")
     pairs = reads_pairs(spec.path, cfg.trust_remote_code)
     own = load_tokenizer(spec.path, trust_remote_code=cfg.trust_remote_code, pairs=pairs)
     score = load_score_model(
@@ -81,7 +84,8 @@ def load_score_model_scorer(
 
 
 KINDS: Mapping[str, Callable[..., tuple[Scorer, ScoreModel | None]]] = {
-    "score_model": load_score_model_scorer
+    "score_model": load_score_model_scorer,
+    "moderator": load_moderator_scorer,
 }
 """{kind of a ScorerSpec: its loader}; a loader has `load_scorer`'s arguments and result."""
 

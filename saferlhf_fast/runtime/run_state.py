@@ -22,12 +22,13 @@ if TYPE_CHECKING:
         DemoConfig,
         DPOConfig,
         EvaluateConfig,
+        ModerationConfig,
         PPOConfig,
         PreferenceConfig,
         SFTConfig,
     )
 
-    TrainingConfig = SFTConfig | PreferenceConfig | DPOConfig | PPOConfig
+    TrainingConfig = SFTConfig | PreferenceConfig | DPOConfig | PPOConfig | ModerationConfig
     OutputConfig = TrainingConfig | EvaluateConfig | DemoConfig
 
 SAVED = ("model", "best", "step-*", "checkpoints/*/" + manifest.NAME)

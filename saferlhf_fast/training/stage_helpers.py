@@ -17,14 +17,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from ..config.sections import Data
-    from ..config.stages import DPOConfig, PreferenceConfig, SFTConfig
+    from ..config.stages import DPOConfig, ModerationConfig, PreferenceConfig, SFTConfig
     from ..data.examples import PairExample, SFTExample
+    from ..data.moderation_examples import ModerationExample
 
-Example = TypeVar("Example", "SFTExample", "PairExample")
+Example = TypeVar("Example", "SFTExample", "PairExample", "ModerationExample")
 
 
 def refuse_long(
-    cfg: "SFTConfig | PreferenceConfig | DPOConfig",
+    cfg: "SFTConfig | PreferenceConfig | DPOConfig | ModerationConfig",
     config: "PretrainedConfig",
     longest: int,
     first: int | None = 0,
@@ -41,7 +42,7 @@ def refuse_long(
 
 
 def held_out_split(
-    cfg: "SFTConfig | PreferenceConfig | DPOConfig",
+    cfg: "SFTConfig | PreferenceConfig | DPOConfig | ModerationConfig",
     examples: list[Example],
     load: "Callable[[Data], tuple[list[Example], Any]]",
 ) -> tuple[list[Example], list[Example]]:

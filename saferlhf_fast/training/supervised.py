@@ -32,7 +32,7 @@ from .stage_helpers import go_on_without
 
 if TYPE_CHECKING:
     from ..config.sections import Training
-    from ..config.stages import DPOConfig, PreferenceConfig, SFTConfig
+    from ..config.stages import DPOConfig, ModerationConfig, PreferenceConfig, SFTConfig
 
 Sums = dict[str, torch.Tensor]
 """Sums over examples by name, 0-d."""
@@ -92,7 +92,7 @@ def train_supervised(
     task: SupervisedTask,
     examples: Sequence[Any],
     held_out: Sequence[Any],
-    cfg: "SFTConfig | PreferenceConfig | DPOConfig",
+    cfg: "SFTConfig | PreferenceConfig | DPOConfig | ModerationConfig",
     folder: Path,
     label: str,
 ) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import pytest
 from saferlhf_fast import cli
 from saferlhf_fast.commands import run
 from saferlhf_fast.config.overrides import split_words
+from saferlhf_fast.config.stage_table import MODERATION
 from saferlhf_fast.errors import UserError
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -77,12 +78,21 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
     places = [text.index(f"\n  {command} ") for command in cli.COMMANDS]
     assert places == sorted(places) and "examples:" in text
     assert list(cli.COMMANDS)[:5] == ["sft", "reward", "cost", "ppo", "ppo-lag"]
-    assert set(cli.COMMANDS) == {*run.ENTRIES, "run", "plan", "checkpoint", "bench", "info"}
+    assert set(cli.COMMANDS) == {
+        *run.ENTRIES,
+        *MODERATION,
+        "run",
+        "data",
+        "plan",
+        "checkpoint",
+        "bench",
+        "info",
+    }
 
 
-@pytest.mark.parametrize("command", run.ENTRIES)
+@pytest.mark.parametrize("command", [*run.ENTRIES, *MODERATION])
 def test_a_command_s_help_teaches(command, capsys):
-    assert cli.main([command, "--help"]) == 0
+    assert cli.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out
     assert (
         f"usage: saferlhf-fast {command} " in text
@@ -90,7 +100,8 @@ def test_a_command_s_help_teaches(command, capsys):
     )
     for line in text.split("examples:")[1].split("settings:")[0].splitlines():
         if line.strip():  # every example is a command line that can be read
-            recipe, overrides = split_words(command, line.split()[2:])
+            words = line.split("<")[0].split()[1 + len(command.split()) :]
+            recipe, overrides = split_words(command, words[1:] if words[:1] == ["train"] else words)
             assert recipe in (None, "recipe.yaml") and (recipe or overrides or command == "demo")
 
 

@@ -64,7 +64,10 @@ def test_overrides_win_over_the_recipe_and_values_are_yaml(tmp_path):
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"reward": "{kind: judge, path: x}"}, 'reward.kind: expected one of score_model, got "judge"'),
+        (
+            {"reward": "{kind: judge, path: x}"},
+            'reward.kind: expected one of score_model, moderator, got "judge"',
+        ),
         ({"reward": "{kinds: score_model, path: x}"}, "reward.kinds: unknown key; did you mean kind?"),
         ({"reward": "{kind: score_model}"}, "reward.path: missing"),
         ({"reward": "[a]"}, 'reward: expected a path, or a scorer (path: …), got ["a"]'),

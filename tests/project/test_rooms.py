@@ -17,6 +17,7 @@ ORDER = [
     ["models"],
     ["rollout"],
     ["training"],
+    ["moderation"],
     ["evaluation"],
     ["demo", "commands"],
     ["cli"],

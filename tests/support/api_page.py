@@ -131,7 +131,7 @@ def entries(text):
 
 def commands(text):
     """{command: its line} of the page's table of commands."""
-    return dict(re.findall(r"^\| `saferlhf-fast ([\w-]+)` \| (.+) \|$", text, re.M))
+    return dict(re.findall(r"^\| `saferlhf-fast ([\w -]+)` \| (.+) \|$", text, re.M))
 
 
 def rewritten(text):

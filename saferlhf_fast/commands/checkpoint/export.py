@@ -28,8 +28,8 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
     Args:
         folder: The checkpoint's folder.
         output: A new folder for the model.
-        name: actor, reward_critic, cost_critic, or model (sft, dpo, reward, cost); None: the first of those
-            that the checkpoint has.
+        name: actor, reward_critic, cost_critic, or model (sft, dpo, reward, cost, moderation); None: the
+            first of those that the checkpoint has.
         dtype: fp32, bf16 or fp16; None: that of the run's model, so that the weights are equal.
 
     Returns:
@@ -40,6 +40,7 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
             another process writes there.
     """
     from ...models.causal_lm import save_causal_lm
+    from ...models.moderator_files import save_moderator
     from ...models.score_checkpoint import save_score_model
 
     folder, output = Path(folder), Path(output).expanduser()
@@ -65,6 +66,8 @@ def export(folder: str | Path, output: str | Path, name: str | None = None, dtyp
     card = {"stage": values["stage"], "step": values["step"], "model": settings.get("model")}
     if hasattr(module, "lm"):
         save_causal_lm(output, module.lm, tokenizer, card=card)
+    elif hasattr(module, "is_moderator"):
+        save_moderator(output, module, tokenizer, card=card)
     else:
         save_score_model(output, module, tokenizer, kind=module.kind or "reward", card=card, keep_bias=True)
     return output

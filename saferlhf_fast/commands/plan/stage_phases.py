@@ -31,7 +31,7 @@ from .phases import (
 )
 
 if TYPE_CHECKING:
-    from ...config.stages import DPOConfig, PreferenceConfig, SFTConfig, StageConfig
+    from ...config.stages import DPOConfig, ModerationConfig, PreferenceConfig, SFTConfig, StageConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ def phases_of(stage: StageModels[Any]) -> list[Phase]:
 
 
 def _supervised(
-    stage: "StageModels[SFTConfig | PreferenceConfig | DPOConfig]",
+    stage: "StageModels[SFTConfig | PreferenceConfig | DPOConfig | ModerationConfig]",
     kind: str,
     predicted: int | str,
     reference: bool = False,
@@ -143,6 +143,11 @@ def sft(stage: "StageModels[SFTConfig]") -> list[Phase]:
 def preference(stage: "StageModels[PreferenceConfig]") -> list[Phase]:
     """Returns the phases of the stages reward and cost."""
     return _supervised(stage, "score", "all" if stage.cfg.loss == "token" else "end")
+
+
+def moderation(stage: "StageModels[ModerationConfig]") -> list[Phase]:
+    """Returns the phases of the stage moderation, whose heads are about as small as a score model's."""
+    return _supervised(stage, "score", "end")
 
 
 def dpo(stage: "StageModels[DPOConfig]") -> list[Phase]:

@@ -1,0 +1,1 @@
+"""`saferlhf-fast data inspect | convert | split`: what is in data sets, other forms, parts by prompt."""
