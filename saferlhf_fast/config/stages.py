@@ -160,8 +160,8 @@ class PPOConfig(StageConfig):
     cost: Scorer | None = None
     """Cost model: a folder or a Hub name (ppo-lag; in ppo only with ppo.shaping, or to report costs)."""
     reward_critic: ModelPath | None = None
-    """Reward critic to start from. When not given, the reward model; where that is an encoder, the actor with a
-    new head; with lora.rank an adapter on the shared base."""
+    """Reward critic to start from. When not given, the reward model; where that is an encoder, the actor with
+    a new head; with lora.rank an adapter on the shared base."""
     cost_critic: ModelPath | None = None
     """Cost critic to start from; when not given as `reward_critic`, from the cost model."""
     constraints: list[Constraint] | None = None

@@ -20,7 +20,10 @@ def misread(text: str) -> str | None:
         if is_octal or ":" in digits:
             value = yaml.safe_load(number.value)
             hint = "leave out the zeros in front" if is_octal else "quote it where it is a text"
-            return f"{key}: expected a number in decimal digits, got {number.value}, which is {value} in YAML; {hint}"
+            return (
+                f"{key}: expected a number in decimal digits, got {number.value}, which is {value} in YAML; "
+                f"{hint}"
+            )
     return None
 
 
