@@ -29,7 +29,7 @@ from starlette.exceptions import HTTPException
 from ...errors import UserError
 from ...runtime import console
 from ..moderator import Moderator
-from .bodies import RequestGuard, error_body
+from .bodies import Message, Receive, RequestGuard, Scope, Send, error_body
 from .queue import QueueFull, ScoringQueue, WorkerDead
 from .schemas import BadRequest, moderations, pair_of, parse_json, texts_of, verdict_fields
 
@@ -70,7 +70,9 @@ class Metrics:
         self.batches.observe(seconds)
 
 
-def create_app(moderator: Moderator, cfg: "ModerationServeConfig", token: str | None = None) -> RequestGuard:
+def create_app(
+    moderator: Moderator, cfg: "ModerationServeConfig", token: str | None = None
+) -> "CountedRequests":
     """The whole ASGI application; its queue starts and ends with the server.
 
     Args:
@@ -107,7 +109,7 @@ def create_app(moderator: Moderator, cfg: "ModerationServeConfig", token: str | 
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, {"/moderate": moderate, "/v1/moderations": v1_moderations})
     _add_state(app, queue, metrics, {**about, "threshold_version": moderator.calibration.version})
-    return RequestGuard(_Counted(app, metrics), cfg.max_body, token)
+    return CountedRequests(RequestGuard(app, cfg.max_body, token), metrics)
 
 
 def _add_routes(app: FastAPI, handlers: dict[str, Handler]) -> None:
@@ -134,6 +136,11 @@ def _add_routes(app: FastAPI, handlers: dict[str, Handler]) -> None:
     @app.exception_handler(WorkerDead)
     async def worker_dead(_: Request, error: WorkerDead) -> Response:
         return _error(503, str(error), None, "worker_dead")
+
+    @app.exception_handler(Exception)
+    async def failure(_: Request, error: Exception) -> Response:
+        message = f"the server failed on this request ({type(error).__name__})"
+        return _error(500, message, None, "internal_error")
 
     @app.exception_handler(HTTPException)
     async def http_error(_: Request, error: HTTPException) -> Response:
@@ -163,20 +170,22 @@ def _error(
     return Response(body, status, headers, media_type="application/json")
 
 
-class _Counted:
+class CountedRequests:
     """ASGI middleware: counts and times what the application answers."""
 
-    def __init__(self, app: Any, metrics: Metrics) -> None:
+    def __init__(self, app: RequestGuard, metrics: Metrics) -> None:
+        """Wraps an application."""
         self.app, self.metrics = app, metrics
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection event of the server."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in PATHS else "other"
         started, status = time.monotonic(), 500
 
-        async def watched(message: Any) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
@@ -235,7 +244,7 @@ def listening(host: str, port: int) -> socket.socket:
     return opened
 
 
-def server_of(app: RequestGuard, drain_seconds: int) -> uvicorn.Server:
+def server_of(app: CountedRequests, drain_seconds: int) -> uvicorn.Server:
     """The HTTP server of an application; `run(sockets=[…])` blocks until it is told to end."""
     return uvicorn.Server(
         uvicorn.Config(
