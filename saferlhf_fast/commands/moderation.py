@@ -1,4 +1,4 @@
-"""The commands `moderation evaluate` and `moderation classify`; `moderation train` is a stage of run.py."""
+"""The commands `moderation evaluate`, `classify` and `serve`; `moderation train` is a stage of run.py."""
 
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -9,17 +9,18 @@ from saferlhf_fast.config import load
 from saferlhf_fast.config.inputs import check_data, check_home, check_model, listed
 from saferlhf_fast.config.overrides import split_words
 from saferlhf_fast.config.paths import is_local
-from saferlhf_fast.errors import UserError
+from saferlhf_fast.errors import UserError, require
 from saferlhf_fast.runtime.quiet_libraries import quiet_libraries
 
 ENTRIES = {
     "moderation evaluate": "saferlhf_fast.moderation.evaluate:evaluate",
     "moderation classify": "saferlhf_fast.moderation.classify:classify",
+    "moderation serve": "saferlhf_fast.moderation.serve.app:serve",
 }
 
 
 def main(command: str, words: Sequence[str]) -> None:
-    """Runs one of the two commands.
+    """Runs one of the commands.
 
     Args:
         command: A key of ENTRIES.
@@ -31,6 +32,8 @@ def main(command: str, words: Sequence[str]) -> None:
     recipe, overrides = split_words(command, words)
     cfg = load.load(command, recipe, overrides)
     check(cfg)
+    if command == "moderation serve":
+        require(command, "serve", "fastapi", "uvicorn", "prometheus_client")
     quiet_libraries()
     module, name = ENTRIES[command].split(":")
     run: Callable[[Any], Any] = getattr(import_module(module), name)
@@ -41,12 +44,13 @@ def check(cfg: Any) -> None:
     """Refuses models, data and outputs that cannot be read or written, before torch is imported.
 
     Args:
-        cfg: The settings of one of the two commands.
+        cfg: The settings of one of the commands.
 
     Raises:
         UserError: The first problem.
     """
-    check_home(cfg.output, "output")
+    if hasattr(cfg, "output"):
+        check_home(cfg.output, "output")
     for key, value, kind in listed(cfg):
         check_home(value, key)
         if not is_local(value):

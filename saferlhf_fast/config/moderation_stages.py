@@ -10,6 +10,7 @@ from .setting_types import (
     Data,
     Fraction,
     ModelPath,
+    NonNegative,
     NonNegativeInt,
     OpenFraction,
     Output,
@@ -130,6 +131,38 @@ class ModerationClassifyConfig:
     """Write prompt and response beside the scores."""
     batch_tokens: PositiveInt = 8192
     """Most tokens of a forward pass."""
+    trust_remote_code: bool = False
+    """Run Python code from the model's folder or Hub repository."""
+    allow_pickle: bool = False
+    """Read .bin files (pickles) where a model has no .safetensors; only tensors are read from them."""
+
+
+@settings_class(frozen=True, kw_only=True)
+class ModerationServeConfig:
+    """moderation serve: a moderator behind HTTP, as OpenAI's moderations endpoint and for pairs."""
+
+    model: ModelPath
+    """Moderator: a folder that `moderation train` wrote, or a Hub name."""
+    host: str = "127.0.0.1"
+    """Address to listen on; others than 127.0.0.1 can be reached from elsewhere."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one, which is printed."""
+    token_file: str | None = None
+    """File with a bearer token that every request but /health needs."""
+    preset: Preset = "balanced"
+    """Thresholds: strict, balanced or permissive."""
+    max_body: PositiveInt = 2_097_152
+    """Most bytes of a request; more get a 413."""
+    max_inputs: PositiveInt = 256
+    """Most texts of a request to /v1/moderations."""
+    queue_size: PositiveInt = 1024
+    """Most texts that wait; more get a 429."""
+    batch_tokens: PositiveInt = 8192
+    """Most tokens of a forward pass, and those with which a batch is full."""
+    wait_ms: NonNegative = 5.0
+    """How long a text waits for others to be judged with it."""
+    drain_seconds: PositiveInt = 30
+    """How long requests may still take after SIGTERM."""
     trust_remote_code: bool = False
     """Run Python code from the model's folder or Hub repository."""
     allow_pickle: bool = False

@@ -20,6 +20,7 @@ from saferlhf_fast.config.stages import (
     DemoConfig,
     ModerationClassifyConfig,
     ModerationEvaluateConfig,
+    ModerationServeConfig,
     RunConfig,
 )
 
@@ -29,6 +30,7 @@ SETTINGS: dict[str, type] = {
     "demo": DemoConfig,
     "moderation evaluate": ModerationEvaluateConfig,
     "moderation classify": ModerationClassifyConfig,
+    "moderation serve": ModerationServeConfig,
 }
 """Every command that has settings, and their class."""
 

@@ -207,6 +207,16 @@ MODERATION = {
         ),
         several_processes=False,
     ),
+    "moderation serve": StageSpec(
+        "ModerationServeConfig",
+        "",
+        "a moderator behind HTTP, as OpenAI's moderations endpoint and for pairs",
+        (
+            "moderation serve model=runs/moderation/model",
+            "moderation serve model=runs/moderation/model port=9000 token_file=token preset=strict",
+        ),
+        several_processes=False,
+    ),
 }
 """What a moderator can do beside being trained, by command."""
 

@@ -11,7 +11,12 @@ defaults and reports errors. Values are never written back: derived values are m
 from dataclasses import field
 from typing import ClassVar, Literal
 
-from .moderation_stages import ModerationClassifyConfig, ModerationConfig, ModerationEvaluateConfig
+from .moderation_stages import (
+    ModerationClassifyConfig,
+    ModerationConfig,
+    ModerationEvaluateConfig,
+    ModerationServeConfig,
+)
 from .sections import (
     PPO,
     Checkpoint,
@@ -62,6 +67,7 @@ __all__ = [
     "ModerationClassifyConfig",
     "ModerationConfig",
     "ModerationEvaluateConfig",
+    "ModerationServeConfig",
     "Multiplier",
     "Optimizer",
     "PPOConfig",
