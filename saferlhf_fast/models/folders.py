@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ..config.paths import is_local, pickle_problem
 from ..errors import UserError
 from ..runtime import disk
+from ..runtime.folder_claims import PROBE
 from ..runtime.run_lock import require_held
 
 if TYPE_CHECKING:
@@ -264,7 +265,8 @@ def replacing(folder: str | Path) -> Iterator[Path]:
         raise UserError(
             f"{folder} is there and is not a model folder; expected a new or a model's folder to write to"
         )
-    new, old = folder.with_name(folder.name + ".tmp"), folder.with_name(folder.name + ".old")
+    # names that nobody else gives: `model.old` is where people keep another model
+    new, old = (folder.with_name(f"{PROBE}{folder.name}.{word}") for word in ("tmp", "old"))
     if old.exists() and not folder.exists():  # a process was killed between the two renames below
         old.rename(folder)
     for leftover in (new, old):

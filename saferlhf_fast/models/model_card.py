@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.paths import is_local
+from ..runtime.folder_claims import PROBE
 
 if TYPE_CHECKING:
     from .score_head import Normalizer
@@ -62,7 +63,9 @@ def write_card(
 
 def _title(folder: Path) -> str:
     """The folder's name; the run's where the folder is just called model."""
-    name = folder.name.removesuffix(".tmp")
+    name = folder.name  # while it is written, that of folders.replacing
+    if name.startswith(PROBE):
+        name = name.removeprefix(PROBE).removesuffix(".tmp")
     return folder.parent.name if name in ("model", "best") else name
 
 

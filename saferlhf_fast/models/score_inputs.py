@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels import checks
+from ..kernels import checks, kinds
 from ..kernels.kinds import shown
 from .lora import plain
 
@@ -35,6 +35,12 @@ def require_backbone(backbone: Any) -> None:
     config = getattr(inner, "config", None)
     if not isinstance(inner, nn.Module) or not hasattr(config, "get_text_config"):
         raise ValueError(f"{expected}, got {_described(backbone)}")
+    if isinstance(inner, torch._dynamo.OptimizedModule):
+        raise ValueError(f"{expected}, got a compiled model; compile the ScoreModel instead")
+    if not hasattr(inner, "get_input_embeddings"):
+        raise ValueError(f"{expected}, got {type(inner).__name__}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{expected}, got {type(inner).__name__}, which is an encoder and a decoder")
     head = getattr(inner, "get_output_embeddings", lambda: None)()
     base = getattr(inner, "base_model", inner)
     if head is not None or base is not inner:
@@ -42,18 +48,31 @@ def require_backbone(backbone: Any) -> None:
         raise ValueError(f"{expected}, got {type(inner).__name__}, which has a head{instead}")
 
 
+def require_parts(*, bias: Any, packing: Any, normalizer: Any, head: Any) -> None:
+    """Checks the other parts of a ScoreModel.
+
+    Raises:
+        ValueError: A flag is no flag, or a part is no module.
+    """
+    for name, value in (("bias", bias), ("packing", packing)):
+        kinds.flag("ScoreModel", name, value)
+    for name, value in (("normalizer", normalizer), ("head", head)):
+        if value is not None and not isinstance(value, nn.Module):
+            raise kinds.wrong("ScoreModel", name, "a module or None", value)
+
+
 def _described(value: object) -> str:
     return f"{type(value).__name__} without a config" if isinstance(value, nn.Module) else shown(value)
 
 
-def require_kind(op: str, kind: Any, *kinds: str | None) -> None:
+def require_kind(op: str, kind: Any, *known: str | None) -> None:
     """Checks what a score model is for.
 
     Raises:
-        ValueError: It is none of `kinds`.
+        ValueError: It is none of `known`.
     """
-    if not (kind is None or isinstance(kind, str)) or kind not in kinds:
-        expected = " or ".join(map(str, kinds))
+    if not (kind is None or isinstance(kind, str)) or kind not in known:
+        expected = " or ".join(map(str, known))
         raise ValueError(f"{op}: kind: expected {expected}, got {shown(kind)}")
 
 

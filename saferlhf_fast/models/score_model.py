@@ -49,6 +49,7 @@ from .score_inputs import (
     refuse_positions,
     require_backbone,
     require_kind,
+    require_parts,
     require_source,
 )
 
@@ -98,11 +99,12 @@ class ScoreModel(nn.Module):
             head: An encoder's head; None: a new one.
 
         Raises:
-            ValueError: The backbone is no transformers model or has a head, or `kind` is another word.
+            ValueError: The backbone is no transformers model or has a head, or another argument is wrong.
             UserError: The pooling is unknown, or cls for a decoder, whose first token sees no other.
         """
         super().__init__()
         require_backbone(backbone)
+        require_parts(bias=bias, packing=packing, normalizer=normalizer, head=head)
         require_kind("ScoreModel", kind, *KINDS, None)
         refuse_pooling(pooling, backbone.config)
         self.pooling = pooling

@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
-from saferlhf_fast.errors import DiskError, UserError
-from saferlhf_fast.runtime import run_lock
+from saferlhf_fast.errors import UserError
+from saferlhf_fast.runtime import disk, run_lock
 from saferlhf_fast.runtime.checkpoint import manifest
 from saferlhf_fast.runtime.folder_claims import PREFIX, PROBE
 from saferlhf_fast.runtime.provenance import now, read_json, versions, write_json, write_text
@@ -197,7 +197,8 @@ def open_run(stage: str, cfg: "OutputConfig", restart: bool = False) -> Path:
 def _opened(state: RunState, action: Action) -> Path:
     """Carries out an action on a folder that this process holds; returns the folder."""
     if action is Action.RESUME:
-        with open(state.folder / "resumed.jsonl", "a", encoding="utf-8") as file:
+        path = state.folder / "resumed.jsonl"
+        with disk.writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"time": now(), **versions(state.cfg)}) + "\n")
         if not state.started:  # the file is damaged; the settings are known to be the same
             _write_started(state, None)
@@ -225,7 +226,7 @@ def _opened(state: RunState, action: Action) -> Path:
         raise UserError(f"{error}{before}") from error
     try:
         _write_start(state, aside)
-    except DiskError:
+    except BaseException:
         # half of these files would be a run that can neither be resumed nor started again
         for name in ("config.yaml", "versions.json", "started.json"):
             (state.folder / name).unlink(missing_ok=True)
@@ -233,8 +234,16 @@ def _opened(state: RunState, action: Action) -> Path:
         _move_back(old, state.folder)
         raise
     if old:
-        shutil.rmtree(old)
+        _delete(old)
     return state.folder
+
+
+def _delete(old: Path) -> None:
+    """Deletes a run that was replaced; what cannot be deleted is no reason to end the new run."""
+    try:
+        shutil.rmtree(old)
+    except OSError as error:
+        print(f"{old}: the run that was replaced could not be deleted whole: {error.strerror}", flush=True)
 
 
 def _write_start(state: RunState, aside: Path | None) -> None:
@@ -262,7 +271,11 @@ def _write_started(state: RunState, aside: Path | None) -> None:
 def _move_away(folder: Path) -> Path:
     """Moves a run that is to be deleted into a new folder, and returns that folder."""
     around = Path(tempfile.mkdtemp(prefix=f".{folder.name}-replaced-", dir=folder.absolute().parent))
-    _rename(folder, around / folder.name)
+    try:
+        _rename(folder, around / folder.name)
+    except OSError:
+        around.rmdir()
+        raise
     return around
 
 

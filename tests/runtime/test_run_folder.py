@@ -465,3 +465,53 @@ def test_settings_that_contradict_each_other_are_refused(world, stage, changes, 
 def test_ppo_needs_no_cost_model(world):
     checks.check("ppo", world("ppo", **PPO))
     checks.check("ppo", world("ppo", **PPO, cost="org/c", **{"ppo.shaping": "1"}))
+
+
+def test_a_start_that_is_interrupted_leaves_the_run_that_was_there(world, monkeypatch):
+    folder = run_folder.open_run("sft", world())
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    run_folder.finish_run(folder, {})
+    before = files(folder)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder, "write_json", interrupted)
+        run_folder.open_run("sft", world(seed="2", overwrite="true"))
+    assert files(folder) == before and os.listdir(folder.parent) == ["sft"]
+
+
+def test_a_replaced_run_that_cannot_be_deleted_does_not_end_the_new_one(world, monkeypatch, capsys):
+    folder = run_folder.open_run("sft", world())
+    (folder / "model").mkdir()
+    run_folder.finish_run(folder, {})
+
+    def busy(path):
+        raise OSError(39, "Directory not empty", path)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    assert run_folder.open_run("sft", world(seed="2", overwrite="true")) == folder
+    assert yaml.safe_load((folder / "config.yaml").read_text())["seed"] == 2
+    (old,) = [path for path in folder.parent.iterdir() if path != folder]
+    assert f"{old}: the run that was replaced could not be deleted whole: Directory not empty" in (
+        capsys.readouterr().out
+    )
+
+
+def test_a_run_that_cannot_be_moved_stays_and_leaves_nothing_beside_it(world, monkeypatch):
+    folder = run_folder.open_run("sft", world())
+    (folder / "model").mkdir()
+    run_folder.finish_run(folder, {})
+
+    def mounted(source, target):
+        raise OSError(16, "Device or resource busy")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(UserError, match="cannot be moved: Device or resource"),
+    ):
+        patch.setattr(os, "rename", mounted)
+        run_folder.open_run("sft", world(seed="2", overwrite="true"))
+    assert is_done("sft", world()) and os.listdir(folder.parent) == ["sft"]

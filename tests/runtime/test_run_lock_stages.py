@@ -208,3 +208,35 @@ def test_a_process_that_ends_at_once_releases_its_folders(process, tmp_path, mon
         run_lock.hold(tmp_path)
         watchdog.leave(1)
     assert not claims(tmp_path)
+
+
+def test_a_conversion_touches_nothing_beside_its_output(process, tmp_path, monkeypatch):
+    """Neither a folder that is called like its temporary one, nor an output that a live process claims."""
+    monkeypatch.setattr(
+        convert, "whole", lambda path: {"universal": False, "models": {"m": {"zero_stage": 2}}}
+    )
+    monkeypatch.setattr(
+        convert, "_write", lambda folder, output, values: (output / "manifest").write_text("x")
+    )
+    output, beside = tmp_path / "out", tmp_path / "out.tmp"
+    beside.mkdir()
+    (beside / "thesis.tex").write_text("precious")
+    owner, dead = process(), process(pid=2**22)
+    with owner.acting():
+        run_lock.hold(output)
+    with process().acting(), pytest.raises(UserError, match="checkpoint convert: .*out is in use by"):
+        convert.convert(tmp_path / "step", output)
+    with owner.acting():
+        run_lock.release_all()
+    with dead.acting():
+        run_lock.hold(output)
+    dead.die()
+    assert claims(output)
+    with process().acting():
+        convert.convert(tmp_path / "step", output)
+    assert [path.name for path in output.iterdir()] == ["manifest"]
+    assert {path.name for path in tmp_path.iterdir() if not path.name.startswith("out.in_use")} >= {
+        "out",
+        "out.tmp",
+    }
+    assert (beside / "thesis.tex").read_text() == "precious"

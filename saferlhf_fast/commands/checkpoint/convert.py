@@ -19,7 +19,7 @@ from typing import Any
 from ...errors import UserError
 from ...runtime import console, disk, run_folder, run_lock
 from ...runtime.checkpoint import manifest, safe_pickle
-from ...runtime.folder_claims import PROBE, is_bookkeeping
+from ...runtime.folder_claims import PREFIX, PROBE, is_bookkeeping
 from .verify import whole
 
 
@@ -56,7 +56,9 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
     if output.exists() and (not output.is_dir() or any(not is_bookkeeping(p.name) for p in output.iterdir())):
         raise UserError(f"--output: {output} is not empty; expected a new folder")
     mounted = output.is_dir() and not os.access(output.parent, os.W_OK)  # a folder that cannot be replaced
-    new = output / f"{PROBE}.tmp" if mounted else output.with_name(f"{output.name}.tmp")
+    if output.is_dir():
+        run_lock.refuse_if_in_use(output, "checkpoint convert", None)
+    new = output / f"{PROBE}.tmp" if mounted else output.with_name(f"{PROBE}{output.name}.tmp")
     shutil.rmtree(new, ignore_errors=True)
     try:
         with disk.writing(output):
@@ -67,6 +69,8 @@ def convert(folder: str | Path, output: str | Path | None = None) -> Path:
                     path.replace(output / path.name)  # the manifest last: it says that the rest is complete
                 new.rmdir()
             else:
+                for claim in output.glob(f"{PREFIX}.*") if output.is_dir() else ():  # of dead processes
+                    claim.unlink()
                 new.replace(output)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
