@@ -194,6 +194,7 @@ def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -
         The exit code.
     """
     if args.command == "moderation":
+        require("moderation", "train", *NEEDED)
         words = _moderation_verb(args, words)
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
