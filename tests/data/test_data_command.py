@@ -39,10 +39,11 @@ def dual(i=0, **changes):
 QA = {"prompt": "P?", "response": "R.", "is_safe": False, "sha256": "0"}
 EARLY = {"prompt": "P?", "response": "R.", "severity_category": 2, "sha256": "0"}
 DNA = {"question": "Q?", "types_of_harm": DO_NOT_ANSWER[0], "m_response": "R.", "m_harmful": 0, "m_action": 0}
+NOT_IN_V0 = ("category", "level", "source", "sha256")
 FORMS = {
     "dual": (dual(), [(False, (), 0), (True, ("Drugs", "Cybercrime"), 2)]),
     "v0": (
-        {key: value for key, value in dual().items() if "harm" not in key and "severity" not in key},
+        {key: value for key, value in dual().items() if not key.endswith(NOT_IN_V0)},
         [(False, (), None), (True, (), None)],
     ),
     "qa": (QA | {"harm_category": flags("Drugs"), "severity_level": 2}, [(True, ("Drugs",), 2)]),
