@@ -15,6 +15,7 @@ from torch import nn
 from ..kernels import checks, kinds
 from ..kernels.kinds import shown
 from .lora import plain
+from .score_head import Normalizer
 
 KINDS = ("reward", "cost", "critic")
 
@@ -52,13 +53,14 @@ def require_parts(*, bias: Any, packing: Any, normalizer: Any, head: Any) -> Non
     """Checks the other parts of a ScoreModel.
 
     Raises:
-        ValueError: A flag is no flag, or a part is no module.
+        ValueError: A flag is no flag, or a part is none.
     """
     for name, value in (("bias", bias), ("packing", packing)):
         kinds.flag("ScoreModel", name, value)
-    for name, value in (("normalizer", normalizer), ("head", head)):
-        if value is not None and not isinstance(value, nn.Module):
-            raise kinds.wrong("ScoreModel", name, "a module or None", value)
+    if normalizer is not None and not isinstance(normalizer, Normalizer):
+        raise kinds.wrong("ScoreModel", "normalizer", "a Normalizer or None", normalizer)
+    if head is not None and not isinstance(head, nn.Module):
+        raise kinds.wrong("ScoreModel", "head", "a module or None", head)
 
 
 def _described(value: object) -> str:

@@ -15,6 +15,7 @@ import resume_kit
 from saferlhf_fast.commands.checkpoint import convert as converting
 from saferlhf_fast.runtime import disk
 from saferlhf_fast.runtime.checkpoint import manifest
+from saferlhf_fast.runtime.folder_claims import PROBE
 
 PPO = {"ppo.max_steps": 2, "checkpoint.interval": 1}
 SFT = {
@@ -45,11 +46,11 @@ def report_without_charts():
 
 @contextlib.contextmanager
 def full_at(name, number=errno.ENOSPC, times=99):
-    """The disk is full when a file or folder of this name is to become whole, so many times."""
+    """The disk is full when a file or folder that has a temporary name of this one is to become whole."""
     sync, left = disk.sync, [times]
 
     def fail(path):
-        if left[0] and f"/{name}." in str(path).replace("/.", "/"):  # a temporary name of it
+        if left[0] and f"/{name}." in str(path).replace(f"/{PROBE}", "/").replace("/.", "/"):
             left[0] -= 1
             raise OSError(number, os.strerror(number))
         sync(path)

@@ -262,8 +262,8 @@ def test_what_cannot_be_used_is_named_in_one_line(world, tmp_path, capsys):
         ("classify", model, "input=nowhere.jsonl"): "does not exist",
         ("classify", model, f"input={world['test']}", f"output={world['test']}"): "is an input too",
         ("classify", decoder, f"input={world['test']}"): "expected a moderator",
-        ("judge", model): "moderation: expected train, evaluate, classify after it, got judge",
-        (): "moderation: expected train, evaluate, classify after it, got nothing",
+        ("judge", model): "moderation: expected train, evaluate, classify, serve after it, got judge",
+        (): "moderation: expected train, evaluate, classify, serve after it, got nothing",
     }
     for words, message in cases.items():
         line = refused(capsys, "moderation", *words)
