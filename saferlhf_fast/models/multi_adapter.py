@@ -50,7 +50,7 @@ def add(model: "PreTrainedModel | PeftModel", config: "Lora | LoraConfig", role:
     """
     import peft
 
-    config = config if isinstance(config, peft.LoraConfig) else lora_config(config, "CAUSAL_LM")
+    config = config if isinstance(config, peft.LoraConfig) else lora_config(config, "CAUSAL_LM", model)
     with quiet_peft():
         if hasattr(model, "peft_config"):
             model.add_adapter(role, config)
