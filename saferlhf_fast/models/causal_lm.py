@@ -66,14 +66,15 @@ def load_causal_lm(
 
     Raises:
         UserError: There is no folder, no config.json or no weights; weights are missing (a score model has no
-            language-model head); the vocabulary is larger than the embedding; or the weights are pickles and
-            `allow_pickle` is False.
+            language-model head); generation_config.json is damaged; the vocabulary is larger than the
+            embedding; or the weights are pickles and `allow_pickle` is False.
     """
     require("load_causal_lm", "train", *LOADERS)
     folder = checked(path)
     if folder is not None and not has_weights(folder):
         raise UserError(f"{path} has no weights; expected a file that ends in .safetensors or .bin")
     folder = local_copy(path, allow_pickle)
+    _refuse_damaged_generation_config(path, folder)
     from transformers import AutoModelForCausalLM
 
     with readable(path, "causal language model"), quiet():
@@ -86,6 +87,7 @@ def load_causal_lm(
             **quantized.loading_arguments(bits, dtype, headless=False),
         )
     refuse_missing(path, info, "causal language model")
+    _require_ids(f"{path}/config.json", vars(lm.generation_config))
     if tokenizer is not None:
         rows = lm.get_input_embeddings().weight.shape[0]
         refuse_large_vocabulary(path, tokenizer, min(rows, logit_count(lm)))
@@ -94,6 +96,40 @@ def load_causal_lm(
     train_every_row(lm)
     lm.config.use_cache = True  # for `generate`; training passes use_cache=False itself
     return lm
+
+
+def _refuse_damaged_generation_config(path: str | Path, folder: Path) -> None:
+    """Raises a UserError for a generation_config.json that is no JSON object, or has ids that are none.
+
+    transformers passes over a file that it cannot read: the model would lose its end tokens, and the next
+    save would replace the file.
+    """
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return
+    try:
+        fields = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path}/generation_config.json: expected a JSON object in UTF-8, got {error}"
+        ) from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path}/generation_config.json: expected a JSON object, got {type(fields).__name__}")
+    _require_ids(f"{path}/generation_config.json", fields)
+
+
+def _require_ids(file: str, fields: Mapping[str, Any]) -> None:
+    """Raises a UserError where a generation config's special tokens are not ids."""
+    for name, kind in (
+        ("bos_token_id", "a token id"),
+        ("eos_token_id", "a token id or a list of them"),
+        ("pad_token_id", "a token id"),
+    ):
+        value = fields.get(name)
+        is_list = name == "eos_token_id" and isinstance(value, (list, tuple))
+        ids = [] if value is None else value if is_list else [value]
+        if not all(type(i) is int for i in ids):
+            raise UserError(f"{file}: {name}: expected {kind}, got {value!r}")
 
 
 def allowed_files(allow_pickle: bool) -> dict[str, bool | None]:

@@ -83,6 +83,41 @@ def test_ids_that_are_missing_are_the_tokenizer_s(base, tmp_path):
     assert read(tmp_path / "out") == {"top_p": 0.9, **ids}
 
 
+@pytest.mark.parametrize("text, message", [
+    ("", "JSON object in UTF-8"), ("{", "JSON object in UTF-8"), ('\ufeff{"top_p": 0.9}', "UTF-8 BOM"),
+    ("[]", "got list"), ("null", "got NoneType"),
+    ('{"eos_token_id": "2"}', "eos_token_id: expected a token id or a list of them, got '2'"),
+    ('{"eos_token_id": [2, null]}', r"eos_token_id: .* got \[2, None\]"),
+    ('{"eos_token_id": NaN}', "eos_token_id: .* got nan"),
+    ('{"eos_token_id": true}', "eos_token_id: .* got True"),
+    ('{"pad_token_id": [3]}', r"pad_token_id: expected a token id, got \[3\]"),
+])  # fmt: skip
+def test_a_damaged_file_is_refused_and_stays(base, text, message):
+    """transformers passes over some of them without a word: the model would have lost its end tokens."""
+    from saferlhf_fast.errors import UserError
+
+    file = Path(base) / "generation_config.json"
+    file.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=f"generation_config.json: .*{message}"):
+        load_causal_lm(base)
+    assert file.read_text(encoding="utf-8") == text
+
+
+def test_ids_of_an_older_config_are_checked_too(base):
+    """Without the file, transformers takes these fields from config.json."""
+    from saferlhf_fast.errors import UserError
+
+    (Path(base) / "generation_config.json").unlink(missing_ok=True)
+    file = Path(base) / "config.json"
+    before = file.read_text()
+    file.write_text(json.dumps({**json.loads(before), "eos_token_id": [2, 5]}))
+    assert load_causal_lm(base).generation_config.eos_token_id == [2, 5]
+    file.write_text(json.dumps({**json.loads(before), "eos_token_id": ["2"]}))
+    with pytest.raises(UserError, match="eos_token_id"):
+        load_causal_lm(base)
+    file.write_text(before)
+
+
 def test_a_head_smaller_than_the_tokenizer_is_refused(base, tmp_path):
     """The embedding may be as large as the tokenizer where the head is not."""
     from unittest import mock
