@@ -103,10 +103,22 @@ def form_of(backbone: torch.nn.Module) -> RowForm:
     if transformers is None or not isinstance(backbone, transformers.PreTrainedModel):
         return RowForm(why="not a model of transformers")
     rotary.separate(backbone)
+    _attend_fully(backbone)
     form = architecture_form(backbone)
     if form.packs and not attention.exchange(backbone):
         return replace(form, packs=False, why="its attention cannot be exchanged")
     return form
+
+
+def _attend_fully(backbone: Any) -> None:
+    """Gives BigBird full attention, in place and in its configuration, so that an export has it too.
+
+    Its block-sparse attention switches itself off for good at the first pass of short sequences, chooses
+    blocks by the width of a pass, and draws some at random: a score would depend on what was scored before.
+    """
+    if getattr(backbone, "attention_type", None) == "block_sparse":
+        backbone.set_attention_type("original_full")
+        backbone.config.attention_type = "original_full"
 
 
 @torch.no_grad()

@@ -131,6 +131,24 @@ def test_factors_of_rotary_embeddings_forget_the_longest_sequence():
         assert_near_in_another_batch(got, alone[i])
 
 
+def test_a_score_does_not_depend_on_what_was_scored_before(tmp_path):
+    """BigBird's block-sparse attention ends for good at the first short pass, if it is left to it."""
+    from transformers import AutoModel
+
+    sizes = {"max_position_embeddings": 512, "block_size": 16, "num_random_blocks": 3}
+    backbone = architectures.build(AutoModel, "big_bird", attention_type="block_sparse", **sizes)
+    backbone.set_attention_type("block_sparse")  # `build` has run a short pass
+    model = ScoreModel(backbone).eval()
+    draw = torch.Generator().manual_seed(0)
+    long_BL = torch.randint(3, 96, (1, 320), generator=draw)  # beyond (5 + 2·3)·16 tokens
+    short_BL = long_BL[:, :24]
+    with torch.no_grad():
+        first, _, again = (model(ids, torch.ones_like(ids)) for ids in (long_BL, short_BL, long_BL))
+    torch.testing.assert_close(again, first)
+    backbone.save_pretrained(tmp_path)
+    assert AutoModel.from_pretrained(tmp_path).attention_type == "original_full"
+
+
 def test_our_attention_is_not_put_where_its_name_changes_a_number():
     from transformers import AutoModelForCausalLM
 
