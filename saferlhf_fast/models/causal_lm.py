@@ -66,8 +66,8 @@ def load_causal_lm(
 
     Raises:
         UserError: There is no folder, no config.json or no weights; weights are missing (a score model has no
-            language-model head); the vocabulary is larger than the embedding; or the weights are pickles and
-            `allow_pickle` is False.
+            language-model head); it is an encoder; the vocabulary is larger than the embedding; or the
+            weights are pickles and `allow_pickle` is False.
     """
     require("load_causal_lm", "train", *LOADERS)
     folder = checked(path)
@@ -86,6 +86,13 @@ def load_causal_lm(
             **quantized.loading_arguments(bits, dtype, headless=False),
         )
     refuse_missing(path, info, "causal language model")
+    from .encoders import is_encoder  # which imports this file
+
+    if is_encoder(lm.config):  # transformers loads these too, and the model would copy what it has to predict
+        raise UserError(
+            f"{path}: expected a causal language model, got the encoder {type(lm).__name__}, whose tokens "
+            "see the tokens after them (config.json: is_decoder is false)"
+        )
     if tokenizer is not None:
         rows = lm.get_input_embeddings().weight.shape[0]
         refuse_large_vocabulary(path, tokenizer, min(rows, logit_count(lm)))

@@ -42,6 +42,7 @@ def is_encoder(config: "PretrainedConfig") -> bool:
         type(config) in MODEL_FOR_MASKED_LM_MAPPING
         and not config.is_encoder_decoder
         and not getattr(config, "is_decoder", False)
+        and not getattr(config, "causal", False)  # XLM's and FlauBERT's word for it
     )
 
 

@@ -363,3 +363,22 @@ def test_refusals(folder, tmp_path):
     )
     with pytest.raises(UserError, match="lacks weights of a score model"):
         load_score_model(headless, new_head=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_an_encoder_is_no_policy(folder, tmp_path, family):
+    """transformers has a causal class for these, which sees the tokens that it has to predict."""
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+
+    with pytest.raises(
+        UserError, match="expected a causal language model, got the encoder .*, whose tokens see"
+    ):
+        load_causal_lm(folder(family))
+    path = encoder_kit.make_encoder(tmp_path / "decoder", family, is_decoder=True)
+    lm = load_causal_lm(path).eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        before, after = (
+            lm(input_ids=x).logits[:, :4] for x in (ids, ids.index_fill(1, torch.tensor([6]), 9))
+        )
+    assert torch.equal(before, after)
