@@ -66,8 +66,8 @@ def load_causal_lm(
 
     Raises:
         UserError: There is no folder, no config.json or no weights; weights are missing (a score model has no
-            language-model head); generation_config.json is damaged; the vocabulary is larger than the
-            embedding; or the weights are pickles and `allow_pickle` is False.
+            language-model head); it is an encoder; generation_config.json is damaged; the vocabulary is
+            larger than the embedding; or the weights are pickles and `allow_pickle` is False.
     """
     require("load_causal_lm", "train", *LOADERS)
     folder = checked(path)
@@ -87,6 +87,7 @@ def load_causal_lm(
             **quantized.loading_arguments(bits, dtype, headless=False),
         )
     refuse_missing(path, info, "causal language model")
+    _refuse_encoder(path, lm)
     _require_ids(f"{path}/config.json", vars(lm.generation_config))
     if tokenizer is not None:
         rows = lm.get_input_embeddings().weight.shape[0]
@@ -96,6 +97,17 @@ def load_causal_lm(
     train_every_row(lm)
     lm.config.use_cache = True  # for `generate`; training passes use_cache=False itself
     return lm
+
+
+def _refuse_encoder(path: str | Path, lm: "PreTrainedModel") -> None:
+    """Raises a UserError for an encoder: transformers loads it, and it would copy what it has to predict."""
+    from .encoders import is_encoder  # which imports this file
+
+    if is_encoder(lm.config):
+        raise UserError(
+            f"{path}: expected a causal language model, got the encoder {type(lm).__name__}, whose tokens "
+            "see the tokens after them (config.json: is_decoder is false)"
+        )
 
 
 def _refuse_damaged_generation_config(path: str | Path, folder: Path) -> None:

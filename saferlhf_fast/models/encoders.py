@@ -20,6 +20,7 @@ from ..errors import UserError
 from .causal_lm import allowed_files, train_every_row
 from .folders import local_copy, quiet, readable, refuse_missing
 from .pooling import POOLINGS, pool_rows
+from .score_backbone import hidden_size
 from .score_checkpoint import ENTRY
 from .score_head import ScoreHead
 
@@ -41,6 +42,7 @@ def is_encoder(config: "PretrainedConfig") -> bool:
         type(config) in MODEL_FOR_MASKED_LM_MAPPING
         and not config.is_encoder_decoder
         and not getattr(config, "is_decoder", False)
+        and not getattr(config, "causal", False)  # XLM's and FlauBERT's word for it
     )
 
 
@@ -302,16 +304,22 @@ def _refuse_other_score(
         got = head.eval()(pool_rows(hidden_BLH, torch.ones_like(ids), pooling))
         tolerance = 1e-4 if got.dtype == backbone.dtype else 5e-2
         same = expected is not None and torch.allclose(got, expected.float(), rtol=tolerance, atol=tolerance)
+        same = same and hidden_BLH.shape[1] == ids.shape[1]  # Funnel's class has fewer states than tokens
     except ERRORS:
         same = False
     finally:
         backbone.train(modes[0]), head.train(modes[1])
     if not same:
-        name = type(head.classifier).__name__
-        raise UserError(
-            f"{path}: expected an encoder whose classification class computes its score from the state of "
-            f"{pooling} alone, got {name}, which does not; pooling=mean trains a linear head on its backbone"
-        )
+        raise UserError(f"{path}: {_other_score(head, pooling)}")
+
+
+def _other_score(head: EncoderHead, pooling: str) -> str:
+    """The sentence about a classification class that reads more than the pooled state."""
+    return (
+        f"expected an encoder whose classification class computes its score from the state of {pooling} "
+        f"alone, got {type(head.classifier).__name__}, which does not; pooling=mean trains a linear head on "
+        "its backbone"
+    )
 
 
 def _probe(model: "PreTrainedModel") -> torch.Tensor:
@@ -343,6 +351,9 @@ def new_encoder_head(backbone: "PreTrainedModel", pooling: str) -> EncoderHead |
 
     Returns:
         The head; None where the model is no encoder, or its class cannot read the score there.
+
+    Raises:
+        UserError: The class reads more than the pooled state.
     """
     cls = classifier_class(backbone.config) if is_encoder(backbone.config) else None
     if cls is None or not own_pooling(backbone.config, pooling):
@@ -361,6 +372,11 @@ def new_encoder_head(backbone: "PreTrainedModel", pooling: str) -> EncoderHead |
         if any(weight.is_meta for weight in module.parameters(recurse=False)):
             module.to_empty(device=backbone.device, recurse=False)
             _draw(module, config)
+    try:
+        with torch.no_grad():
+            head(torch.zeros(1, hidden_size(config), dtype=backbone.dtype, device=backbone.device))
+    except (TypeError, AttributeError) as error:  # Longformer's wants tokens, LUKE's entities
+        raise UserError(_other_score(head, pooling)) from error
     return head
 
 

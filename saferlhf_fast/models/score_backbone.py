@@ -87,5 +87,10 @@ def load_backbone(
         quantized.prepare(backbone, path, dtype)
     if backbone.config.get_text_config() is not backbone.config:
         backbone = getattr(backbone, "language_model", backbone)
-    train_every_row(backbone)
+    try:
+        train_every_row(backbone)
+    except NotImplementedError as error:  # CANINE reads characters, by several tables of hashes
+        raise UserError(
+            f"{path}: expected a backbone with one embedding of tokens, got {type(backbone).__name__}"
+        ) from error
     return backbone

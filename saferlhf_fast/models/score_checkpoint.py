@@ -285,7 +285,9 @@ def save_score_model(
     backbone_state, head_state = _weights(model, state_dict)
     exported = _export_class(model, tokenizer, {*backbone_state}, {*head_state})
     config = copy.deepcopy(backbone.config)
-    _set_labels(config, tokenizer, entry)
+    # RoBERTa and its kin count positions from the padding id on
+    counts_from_pad = model.form.skipped is not None or bool(model.form.first)
+    _set_labels(config, None if counts_from_pad else tokenizer.pad_token_id, entry)
     prefix = (exported or type(backbone)).base_model_prefix
     state = {
         **{f"{prefix}.{name}" if prefix else name: tensor for name, tensor in backbone_state.items()},
@@ -347,7 +349,7 @@ def _export_class(
         return None
     cls = mapping[type(backbone.config)]
     config = copy.deepcopy(backbone.config)
-    _set_labels(config, tokenizer, {})
+    _set_labels(config, tokenizer.pad_token_id, {})
     shell = _shell(cls, config, backbone.dtype)
     names = {f"{cls.base_model_prefix}.{name}" for name in backbone_names} | {*head_names}
     # Encoder classes have another head, multimodal ones other names; the names of the weights show it.
@@ -364,9 +366,7 @@ def _shell(
         return cls(config).to(dtype)
 
 
-def _set_labels(
-    config: "PretrainedConfig", tokenizer: "PreTrainedTokenizerBase", entry: Mapping[str, Any]
-) -> None:
+def _set_labels(config: "PretrainedConfig", pad: int | None, entry: Mapping[str, Any]) -> None:
     """Changes a config, in place, to that of a one-score model, with our entry and no safe-rlhf fields."""
     for field in _SAFE_RLHF_FIELDS:
         # `bias` and the like belong to safe-rlhf only where the architecture itself has no such field.
@@ -376,7 +376,7 @@ def _set_labels(
     config.num_labels = 1
     config.problem_type = "regression"
     for section in {id(c): c for c in (config, config.get_text_config())}.values():
-        section.pad_token_id = tokenizer.pad_token_id
+        section.pad_token_id = section.pad_token_id if pad is None else pad
     config.use_cache = True
     setattr(config, ENTRY, {name: value for name, value in entry.items() if value is not None})
 
@@ -392,4 +392,6 @@ def _save_without_class(
     config.architectures = [type(backbone).__name__]
     config.dtype = str(backbone.dtype).removeprefix("torch.")
     config.save_pretrained(folder)
+    # parts of a larger tensor, as architectures with one weight for q, k and v have them, are copied
+    state = {k: v if v.untyped_storage().nbytes() == v.nbytes else v.clone() for k, v in state.items()}
     save_torch_state_dict(state, folder, metadata={"format": "pt"})

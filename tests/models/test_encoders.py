@@ -161,6 +161,76 @@ def test_classes_that_compute_more_are_refused(tmp_path):
             load_score_model(tmp_path / name)
 
 
+def own_encoder(folder, name, model="Model", **settings):
+    """Writes a tiny random encoder of a class of transformers -> the folder."""
+    import transformers
+
+    common = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common |= {"intermediate_size": 64, "max_position_embeddings": 66, "initializer_range": 0.2}
+    torch.manual_seed(0)
+    if name == "Funnel":
+        common = {"vocab_size": 64, "d_model": 32, "n_head": 4}
+    config = getattr(transformers, f"{name}Config")(**{**common, **settings})
+    getattr(transformers, name + model)(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
+@pytest.mark.parametrize(
+    "name, settings",
+    [
+        ("Camembert", {"pad_token_id": 7}),  # counts positions from its padding id, not the tokenizer's
+        ("XLMRoberta", {"pad_token_id": 1}),
+        ("Bert", {"pad_token_id": 7}),
+        ("NomicBert", {}),  # keeps q, k and v in one weight
+    ],
+)
+def test_a_saved_model_has_the_scores_that_it_had(tmp_path, name, settings, pooling):
+    import transformers
+
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    path = own_encoder(tmp_path / "base", name, **settings)
+    model = score_model_from_backbone(path, kind="cost", pooling=pooling).eval()
+    for weight in model.score.parameters():
+        torch.nn.init.normal_(weight, 0.0, 0.2)
+    rows = [list(range(8, 8 + n)) for n in (9, 4, 12)]
+    packed = pack_sequences(rows, [end_row(len(ids)) for ids in rows], torch.device("cpu"))
+    expected = model(packed).detach()
+    assert expected.std() > 0.01
+    save_score_model(tmp_path / "cm", model, encoder_kit.encoder_tokenizer("bert"), kind="cost")
+    again = load_score_model(tmp_path / "cm").eval()
+    torch.testing.assert_close(again(packed).detach(), expected, **NEAR)
+    if pooling == "cls":
+        published = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "cm").eval()
+        with torch.no_grad():
+            alone = torch.cat([published(input_ids=torch.tensor([ids])).logits.view(-1) for ids in rows])
+        torch.testing.assert_close(alone, expected, **NEAR)
+
+
+@pytest.mark.parametrize(
+    "name, model, settings, message",
+    [
+        ("Longformer", "Model", {"attention_window": 8}, "computes its score from the state of cls alone"),
+        ("Luke", "Model", {"entity_vocab_size": 8, "entity_emb_size": 8}, "from the state of cls alone"),
+        ("Canine", "Model", {}, "expected a backbone with one embedding of tokens, got CanineModel"),
+        (
+            "Funnel",
+            "ForSequenceClassification",
+            {"d_head": 8, "d_inner": 64, "block_sizes": [1, 1], "num_labels": 1},
+            "from the state of cls alone",
+        ),
+    ],
+)
+def test_encoders_that_read_more_than_tokens_are_refused_when_they_are_loaded(
+    tmp_path, name, model, settings, message
+):
+    path = own_encoder(tmp_path / name, name, model, **settings)
+    with pytest.raises(UserError, match=message) as caught:
+        load_score_model(path) if "num_labels" in settings else score_model_from_backbone(path)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("pooling", ["last", "cls", "mean"])
 @pytest.mark.parametrize("family", ["bert", "modernbert", "roberta"])
 def test_pooling_by_setting(folder, tmp_path, family, pooling):
@@ -293,3 +363,22 @@ def test_refusals(folder, tmp_path):
     )
     with pytest.raises(UserError, match="lacks weights of a score model"):
         load_score_model(headless, new_head=True)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "xlm-roberta"])
+def test_an_encoder_is_no_policy(folder, tmp_path, family):
+    """transformers has a causal class for these, which sees the tokens that it has to predict."""
+    from saferlhf_fast.models.causal_lm import load_causal_lm
+
+    with pytest.raises(
+        UserError, match="expected a causal language model, got the encoder .*, whose tokens see"
+    ):
+        load_causal_lm(folder(family))
+    path = encoder_kit.make_encoder(tmp_path / "decoder", family, is_decoder=True)
+    lm = load_causal_lm(path).eval()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        before, after = (
+            lm(input_ids=x).logits[:, :4] for x in (ids, ids.index_fill(1, torch.tensor([6]), 9))
+        )
+    assert torch.equal(before, after)
