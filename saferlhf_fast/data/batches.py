@@ -51,8 +51,7 @@ def split_by_prompt(
     for example in examples:
         key = " ".join(example.prompt_text.split())
         if key not in number_of:
-            digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
-            number_of[key] = int.from_bytes(digest[:8], "big") / 2**64
+            number_of[key] = prompt_number(key, seed)
     held_out = {key for key, number in number_of.items() if number < fraction}
     if len(number_of) > 1 and not held_out:
         held_out = {min(number_of, key=number_of.__getitem__)}
@@ -63,6 +62,18 @@ def split_by_prompt(
         [example for example, out in zip(examples, is_held_out) if not out],
         [example for example, out in zip(examples, is_held_out) if out],
     )
+
+
+def prompt_number(text: str, seed: int) -> float:
+    """Returns a number from 0 to 1 that looks random: a prompt is held out where it is small.
+
+    Args:
+        text: The prompt; it does not matter how its words are spaced.
+        seed: Another seed gives other numbers.
+    """
+    key = " ".join(text.split())
+    digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def global_batches(n: int, size: int, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
