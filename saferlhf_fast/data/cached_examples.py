@@ -14,8 +14,10 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from saferlhf_fast.data.files import shorten
 from saferlhf_fast.data.pairs import CONTRADICTED, PairExample
 from saferlhf_fast.data.report import SourceReport
+from saferlhf_fast.errors import UserError
 
 _OPEN = 128  # files that are mapped at the same time
 
@@ -103,12 +105,11 @@ class CachedExamples(Sequence[Any]):
         """
         numbers = self._numbers[self._places]
         is_out = numbers < fraction
-        distinct = np.unique(numbers)
-        if fraction and len(distinct) > 1:
+        if fraction and len(numbers) and numbers.min() < numbers.max():
             if not is_out.any():
-                is_out = numbers == distinct[0]
+                is_out = numbers == numbers.min()
             elif is_out.all():
-                is_out = numbers != distinct[-1]
+                is_out = numbers != numbers.max()
         return self._some(self._places[~is_out]), self._some(self._places[is_out])
 
     def report_contradictions(self, block: int, counts: SourceReport) -> None:
@@ -140,11 +141,15 @@ class CachedExamples(Sequence[Any]):
         if block in self._opened:
             self._opened.move_to_end(block)
             return self._opened[block]
-        reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(self._paths[block])))
-        if reader.num_record_batches:
-            batch = reader.get_batch(0)
-        else:
-            batch = pyarrow.RecordBatch.from_pylist([], schema=reader.schema)
+        path = self._paths[block]
+        try:
+            reader = pyarrow.ipc.open_file(pyarrow.memory_map(str(path)))
+            if reader.num_record_batches:
+                batch = reader.get_batch(0)
+            else:
+                batch = pyarrow.RecordBatch.from_pylist([], schema=reader.schema)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"train.cache: {path} is damaged ({shorten(error, 80)}); remove it") from error
         self._opened[block] = batch
         if len(self._opened) > _OPEN:
             self._opened.popitem(last=False)

@@ -26,7 +26,7 @@ from saferlhf_fast.data.records import SAFE, UNSAFE
 from saferlhf_fast.data.report import Report, SourceReport
 from saferlhf_fast.data.row_blocks import BlockSource, block_sources
 from saferlhf_fast.data.templates import Template
-from saferlhf_fast.errors import UserError
+from saferlhf_fast.errors import DiskError, UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,7 +74,10 @@ class TokenCache:
             (block, message) of the first mistake in the data, at which it stops; None without one. All
             processes have to end then, by the message of the first block.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            return 0, f"train.cache: {self.folder} cannot be made ({error.strerror or error})"
         for block, (i, begin, end) in enumerate(self.blocks):
             if block % world != rank or self.path(block).exists():
                 continue
@@ -133,6 +136,8 @@ class TokenCache:
                 with pyarrow.ipc.new_file(file, table.schema) as writer:
                     writer.write_table(table.combine_chunks(), max_chunksize=BLOCK_ROWS * 64)
             os.replace(temporary, self.path(block))
+        except OSError as error:
+            raise DiskError(f"{self.path(block)} was not written: {error.strerror or error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 

@@ -144,6 +144,9 @@ def test_a_mistake_has_its_line_and_a_repaired_file_is_built_again(tmp_path):
     write(Path(path), rows, blank=(2,))
     other = token_cache(tmp_path / "cache", SFT, path, tokenizer)
     assert other.folder != cache.folder and other.build() is None and len(other.open()[0]) == 28
+    other.path(1).write_bytes(other.path(1).read_bytes()[:300])
+    with pytest.raises(UserError, match="block-000001.arrow is damaged"):
+        other.open()
     for content, message in ((b"", "no records"), (b" \n\n", "no records"), (b"{", "line 1: not JSON")):
         Path(path).write_bytes(content)
         with pytest.raises(UserError, match=message):
@@ -178,12 +181,12 @@ def test_the_contradictions_that_memory_finds_are_found(tmp_path):
 
 
 SCRIPT = """
-import json, resource, sys, time
+import json, sys, time
 sys.path[:0] = ["tests/support"]
 from data_tokenizers import byte_tokenizer
 from saferlhf_fast.data.token_cache import token_cache
-from saferlhf_fast.data.batches import global_batches
-tokenizer, peak = byte_tokenizer(), lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+from saferlhf_fast.data.batches import batch_order
+tokenizer, peak = byte_tokenizer(), lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 tokenizer("warm up")
 import pyarrow.ipc
 before, began = peak(), time.process_time()
@@ -191,7 +194,7 @@ cache = token_cache(sys.argv[2], "sft", sys.argv[1], tokenizer, "none")
 assert cache.build() is None
 examples, report = cache.open()
 train, held_out = examples.split_by_prompt(0.01)
-batches = iter(global_batches(len(train), 32))
+batches = batch_order(len(train), 32)
 tokens = sum(len(train[i].ids) for _ in range(20) for i in next(batches))
 print(json.dumps({"rows": report.kept, "train": len(train), "tokens": tokens,
                   "MB above": (peak() - before) / 1024, "seconds": time.process_time() - began}))

@@ -5,7 +5,9 @@ import json
 import kit
 import pytest
 
+from saferlhf_fast.config import checks, load
 from saferlhf_fast.data import token_cache
+from saferlhf_fast.errors import UserError
 
 FAST = {"train__batch_size": 4, "train__max_length": 32, "optim__learning_rate": 3e-3, "train__max_steps": 3}
 
@@ -44,6 +46,15 @@ def test_a_mistake_in_the_data_is_one_line_and_no_block_of_it_stays(world, tmp_p
     error = capsys.readouterr().err.strip()
     assert error.startswith(f"error: {path} line 2") and "\n" not in error
     assert not list((tmp_path / "cache").rglob("block*"))
+    words[1:] = [f"data={world['sft']}", f"train.cache={path}"]  # the folder is a file
+    assert kit.main("sft", *words, f"output={tmp_path / 'run'}") == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith(f"error: train.cache: {path}") and "\n" not in error
+    with pytest.raises(UserError, match="train.cache: expected none"):
+        checks.check(
+            "moderation",
+            load.load("moderation", None, dict(word.split("=", 1) for word in [*words, "output=o"])),
+        )
 
 
 @pytest.mark.slow
