@@ -170,6 +170,22 @@ def _parsed(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_named_once, parse_int=_integer)
 
 
+def parsed_object(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Args:
+        text: The text.
+
+    Raises:
+        UserError: It is an object that has a column twice.
+        ValueError: It is not JSON.
+    """
+    value = _parsed(text)
+    if isinstance(value, Repeating):
+        raise UserError(f"expected each column once, got '{shorten(value.repeated)}' twice")
+    return value
+
+
 def _integer(digits: str) -> int | Decimal:
     return int(digits) if len(digits) < 640 else Decimal(digits)
 
