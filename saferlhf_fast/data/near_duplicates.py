@@ -5,6 +5,7 @@ of 99.98 %, by 50 % with 64 %. Prompts that share a band are compared by all 64 
 80 %). The hashes are in a temporary file, 256 bytes for each distinct prompt.
 """
 
+import os
 import re
 import tempfile
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ HASHES, BANDS = 64, 16
 _PIECE = 5
 _BATCH_BYTES = 1 << 15
 _PROMPTS_AT_ONCE = 100_000
-_PAIRS_AT_ONCE = 1 << 14  # each maps up to two pages of 4 KiB
+_PAIRS_AT_ONCE = 1 << 15
 _WORD = re.compile(r"\w+")
 _FACTORS = np.random.default_rng(20261201).integers(1, 1 << 63, HASHES, np.uint64) * np.uint64(2) + np.uint64(
     1
@@ -71,7 +72,7 @@ def groups_of(prompts: Iterable[str], similarity: float = 0.8) -> tuple[Hashes, 
 
 
 class Signatures:
-    """MinHashes in a file; what is read is mapped only meanwhile, so that it does not stay in memory."""
+    """MinHashes in a file, a row for each prompt."""
 
     def __init__(self, file: IO[bytes], count: int) -> None:
         self._file, self.count = file, count
@@ -92,8 +93,14 @@ class Signatures:
 
     def likeness(self, left: Indices, right: Indices) -> NDArray[np.float64]:
         """Returns the share of equal hashes of pairs of prompts."""
-        mapped = np.memmap(self._file, np.uint32, "r", shape=(self.count, HASHES))
-        return np.asarray((mapped[left] == mapped[right]).mean(1))
+        return np.asarray((self._rows(left) == self._rows(right)).mean(1))
+
+    def _rows(self, places: Indices) -> NDArray[np.uint32]:
+        rows = np.empty((len(places), HASHES), np.uint32)
+        # reads, and no map: the kernel maps 64 KiB around each row, which would count as memory
+        for row, place in zip(rows, places.tolist()):
+            os.preadv(self._file.fileno(), [row], place * row.nbytes)
+        return rows
 
 
 def _signatures(texts: list[str]) -> NDArray[np.uint32]:

@@ -186,7 +186,8 @@ sys.path[:0] = ["tests/support"]
 from data_tokenizers import byte_tokenizer
 from saferlhf_fast.data.token_cache import token_cache
 from saferlhf_fast.data.batches import batch_order
-tokenizer, peak = byte_tokenizer(), lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
+tokenizer = byte_tokenizer()
+peak = lambda: int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
 tokenizer("warm up")
 import pyarrow.ipc
 before, began = peak(), time.process_time()
