@@ -135,6 +135,8 @@ def test_what_a_quick_parser_would_change_is_as_it_was(tmp_path):
     """Quick parsers round large integers, refuse NaN and take the last of two names."""
     rows = [
         {"prompt": "P?", "id": 12345678901234567890123},
+        {"prompt": "P?", "id": 2**64},
+        {"prompt": "P?", "more": [{"n": -(10**30)}]},
         {"prompt": 'He said "prompt": "twice": really', "id": 2**64 - 1},
         {"prompt": "P?", "id": float("nan"), "more": [{"a": {"b": [1e300]}}, {"a": 1}]},
     ]
