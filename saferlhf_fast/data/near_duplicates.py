@@ -99,7 +99,7 @@ class Signatures:
         rows = np.empty((len(places), HASHES), np.uint32)
         # reads, and no map: the kernel maps 64 KiB around each row, which would count as memory
         for row, place in zip(rows, places.tolist()):
-            os.preadv(self._file.fileno(), [row], place * row.nbytes)
+            os.preadv(self._file.fileno(), [row.data], place * row.nbytes)
         return rows
 
 
