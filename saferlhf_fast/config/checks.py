@@ -13,7 +13,7 @@ from saferlhf_fast.config import contradictions
 from saferlhf_fast.config.inputs import check_data, check_home, check_model, is_inside, listed
 from saferlhf_fast.config.paths import is_local
 from saferlhf_fast.config.schema import show
-from saferlhf_fast.config.sections import Logging, Optimizer
+from saferlhf_fast.config.sections import Logging, Optimizer, Training
 from saferlhf_fast.config.stage_table import STAGE_SPECS
 from saferlhf_fast.config.stages import StageConfig
 from saferlhf_fast.errors import UserError
@@ -39,6 +39,8 @@ def check(stage: str, cfg: Any, produced: Collection[str | Path] = (), prefix: s
     check_settings(stage, cfg, prefix)
     for key, logging in cfg.groups(Logging).items():
         check_trackers(logging.trackers, f"{prefix}{key}.trackers")
+    for key, training in cfg.groups(Training).items():
+        check_home(training.cache, f"{prefix}{key}.cache")
     for key, value in (("output", cfg.output), ("resume", cfg.resume)):
         check_home(value, prefix + key)
     for key, value, kind in listed(cfg):

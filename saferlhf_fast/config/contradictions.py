@@ -189,6 +189,11 @@ SCORERS = (
 
 MODERATION = (
     Row(
+        "train.cache",
+        lambda cfg: cfg.train.cache is not None,
+        "expected none: a moderator's data are held in memory; got {cfg.train.cache}",
+    ),
+    Row(
         "train_backbone",
         lambda cfg: not cfg.train_backbone and cfg.lora.rank,
         "expected true with lora.rank {cfg.lora.rank}, whose adapters are trained in the backbone; got false",

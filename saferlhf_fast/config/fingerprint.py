@@ -34,9 +34,9 @@ def hashes(sources: Iterable[Input]) -> dict[str, str]:
 def recipe_hash(stage: str, settings: dict[str, Any], sources: Iterable[Input]) -> str:
     """Returns the sha256 of a stage's settings, without what does not change its result.
 
-    Left out are `overwrite`, `output`, `resume`, `checkpoint`, `log`, `progress`, and the paths of local
-    inputs: their contents have hashes of their own (see `hashes`), so a data folder that was moved is still
-    the same input.
+    Left out are `overwrite`, `output`, `resume`, `checkpoint`, `log`, `progress`, `train.cache`, and the
+    paths of local inputs: their contents have hashes of their own (see `hashes`), so a data folder that was
+    moved is still the same input.
 
     Args:
         stage: The name of the stage.
@@ -46,6 +46,7 @@ def recipe_hash(stage: str, settings: dict[str, Any], sources: Iterable[Input]) 
     values = copy.deepcopy(settings)
     for key in ("overwrite", "output", "resume", "checkpoint", "log", "progress"):
         values.pop(key, None)
+    values.get("train", {}).pop("cache", None)
     for key, default in LATER:
         *groups, name = key.split(".")
         inner = values

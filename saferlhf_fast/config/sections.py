@@ -48,6 +48,9 @@ class Training:
     twice that for pairs (tokens)."""
     max_length: PositiveInt = 512
     """Longest prompt + response (tokens); longer answers are dropped and counted, never cut."""
+    cache: str | None = None
+    """Folder for tokenised data: built once by all processes, then memory-mapped, for data that do not fit
+    into memory; keyed by content and settings (docs/data.md). Held in memory when not given."""
     eval_data: Data | None = None
     """Evaluation data; a split by prompt of the training data when not given."""
     eval_fraction: Annotated[float, Field(ge=0, lt=1)] = 0.0

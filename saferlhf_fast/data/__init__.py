@@ -18,6 +18,7 @@ counted_records  the records of all sources, with counts of those that are not u
 report           these counts
 examples         records -> dialogues and prompts of limited length
 pairs            records -> pairs of responses to one prompt
+token_cache      examples tokenised once, in memory-mapped blocks; row_blocks: rows of large files by place
 batches          split by prompt, the order of an epoch, shares of ranks, padded tensors, harm labels
 
 Needs neither transformers nor deepspeed; `datasets` is imported only for Hub names and saved data sets.

@@ -7,7 +7,8 @@ into which the step is divided (saferlhf_fast.models.packing). The last batch of
 
 import hashlib
 import random
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -51,8 +52,7 @@ def split_by_prompt(
     for example in examples:
         key = " ".join(example.prompt_text.split())
         if key not in number_of:
-            digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
-            number_of[key] = int.from_bytes(digest[:8], "big") / 2**64
+            number_of[key] = prompt_number(key, seed)
     held_out = {key for key, number in number_of.items() if number < fraction}
     if len(number_of) > 1 and not held_out:
         held_out = {min(number_of, key=number_of.__getitem__)}
@@ -63,6 +63,18 @@ def split_by_prompt(
         [example for example, out in zip(examples, is_held_out) if not out],
         [example for example, out in zip(examples, is_held_out) if out],
     )
+
+
+def prompt_number(text: str, seed: int) -> float:
+    """Returns a number from 0 to 1 that looks random: a prompt is held out where it is small.
+
+    Args:
+        text: The prompt; it does not matter how its words are spaced.
+        seed: Another seed gives other numbers.
+    """
+    key = " ".join(text.split())
+    digest = hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 def global_batches(n: int, size: int, seed: int = 0, epoch: int = 0, shuffle: bool = True) -> list[list[int]]:
@@ -78,12 +90,30 @@ def global_batches(n: int, size: int, seed: int = 0, epoch: int = 0, shuffle: bo
     Raises:
         ValueError: size is below 1.
     """
+    return list(batch_order(n, size, seed, epoch, shuffle))
+
+
+def batch_order(
+    n: int, size: int, seed: int = 0, epoch: int = 0, shuffle: bool = True
+) -> Iterator[list[int]]:
+    """As `global_batches`, one batch at a time: 8 bytes of memory for each example.
+
+    Args:
+        n: How many examples there are.
+        size: Examples of a step.
+        seed: Seed of the order.
+        epoch: Number of the epoch.
+        shuffle: False keeps the order 0 … n−1.
+
+    Raises:
+        ValueError: size is below 1.
+    """
     if size < 1:
         raise ValueError(f"size: expected at least 1, got {size}")
-    order = list(range(n))
+    order = array("q", range(n))
     if shuffle:
         random.Random(f"order/{seed}/{epoch}").shuffle(order)
-    return [order[start : start + size] for start in range(0, n, size)]
+    yield from (order[start : start + size].tolist() for start in range(0, n, size))
 
 
 def share(indices: Sequence[int], rank: int = 0, world: int = 1) -> Sequence[int]:

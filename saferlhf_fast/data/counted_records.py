@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from saferlhf_fast.config.setting_types import Data
-from saferlhf_fast.data.columns import extra_columns
-from saferlhf_fast.data.formats import FORMATS, format_of, with_labels
+from saferlhf_fast.data.columns import ExtraColumns, extra_columns
+from saferlhf_fast.data.files import Row
+from saferlhf_fast.data.formats import FORMATS, Format, format_of, with_labels
 from saferlhf_fast.data.messages import with_message_lists
 from saferlhf_fast.data.records import Conversation, Dropped, Preference, Prompt, Record
 from saferlhf_fast.data.report import Report, SourceReport
@@ -37,17 +38,32 @@ def records_of(
         extra = extra_columns(rows, form, labels)
         counts = SourceReport(item.source.path, name, item.available, len(rows), extra.unread)
         report.sources.append(counts)
-        records: list[Record] = []
-        for row in rows:
-            for parsed in form.parse(row):
-                record = extra.apply(row, parsed)
-                if labels and not isinstance(record, (Dropped, Prompt)):
-                    record = with_labels(form, row, record)
-                if isinstance(record, Dropped):
-                    counts.drop(record.reason, record.where)
-                else:
-                    records.append(record)
-        yield counts, records
+        yield counts, parsed_records(rows, form, extra, counts, labels)
+
+
+def parsed_records(
+    rows: Iterable[Row], form: Format, extra: ExtraColumns, counts: SourceReport, labels: bool = False
+) -> list[Any]:
+    """Returns the records in some rows of one source; what the format drops is counted.
+
+    Args:
+        rows: The rows, with messages as lists.
+        form: The format of the source.
+        extra: What other columns of the source mean.
+        counts: Gets the counts.
+        labels: Give the records harm labels.
+    """
+    records: list[Record] = []
+    for row in rows:
+        for parsed in form.parse(row):
+            record = extra.apply(row, parsed)
+            if labels and not isinstance(record, (Dropped, Prompt)):
+                record = with_labels(form, row, record)
+            if isinstance(record, Dropped):
+                counts.drop(record.reason, record.where)
+            else:
+                records.append(record)
+    return records
 
 
 def require_record(counts: SourceReport, record: type[Record], wanted: str) -> None:

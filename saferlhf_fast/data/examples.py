@@ -103,48 +103,66 @@ def sft_examples(
     template, report = Template(tokenizer, template_name), Report()
     examples: list[SFTExample] = []
     for counts, records in records_of(data, seed, report, labels):
-        require_record(
-            counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
-        )
-        answered = _with_answers(counts, template, records)
-        split = each_accepted(
-            counts,
-            answered,
-            lambda record: (
-                [(record.messages[0]["content"], True)]
-                if record.is_document
-                else template.pieces(record.messages)
-            ),
-        )
-        for record, pieces, ids, mask in _encoded(template, split):
-            if not record.is_document and template.has_no_token(pieces, mask):
-                counts.drop(EMPTY, record.where)
-                continue
-            start = mask.index(True)
-            prompt = template.fit_prompt(ids[:start], len(ids) - start, max_length)
-            if prompt is None:
-                counts.drop(f"prompt + response is longer than {max_length} tokens", record.where)
-                continue
-            if len(prompt) < start:
-                counts.flag(SHORTENED, record.where)
-            if not template.learns_end(pieces):
-                counts.flag(UNLEARNED_END, record.where)
-            learned = without_unlearned(record.messages, pieces, mask)
-            if learned is None:
-                counts.drop(UNMATCHED, record.where)
-                continue
-            counts.kept += 1
-            examples.append(
-                SFTExample(
-                    prompt + ids[start:],
-                    [False] * len(prompt) + learned[start:],
-                    prompt_text(_opening(record.messages)),
-                    record.labels,
-                )
-            )
-            flag_disagreeing(counts, record)
+        examples += [example for example, _ in encode_conversations(counts, records, template, max_length)]
     report.require("conversation")
     return examples, report
+
+
+def encode_conversations(
+    counts: SourceReport, records: Sequence[Conversation], template: Template, max_length: int
+) -> list[tuple[SFTExample, str]]:
+    """Returns [(example, its place)] of records of one source.
+
+    Args:
+        counts: Gets the counts of what is kept, dropped and flagged.
+        records: The records.
+        template: The template of the model's tokenizer.
+        max_length: Longest prompt + response (tokens).
+
+    Raises:
+        UserError: The source's format gives no conversations.
+    """
+    require_record(
+        counts, Conversation, "conversations (messages, prompt and completion, instruction and output …)"
+    )
+    answered = _with_answers(counts, template, records)
+    split = each_accepted(
+        counts,
+        answered,
+        lambda record: (
+            [(record.messages[0]["content"], True)]
+            if record.is_document
+            else template.pieces(record.messages)
+        ),
+    )
+    examples = []
+    for record, pieces, ids, mask in _encoded(template, split):
+        if not record.is_document and template.has_no_token(pieces, mask):
+            counts.drop(EMPTY, record.where)
+            continue
+        start = mask.index(True)
+        prompt = template.fit_prompt(ids[:start], len(ids) - start, max_length)
+        if prompt is None:
+            counts.drop(f"prompt + response is longer than {max_length} tokens", record.where)
+            continue
+        if len(prompt) < start:
+            counts.flag(SHORTENED, record.where)
+        if not template.learns_end(pieces):
+            counts.flag(UNLEARNED_END, record.where)
+        learned = without_unlearned(record.messages, pieces, mask)
+        if learned is None:
+            counts.drop(UNMATCHED, record.where)
+            continue
+        counts.kept += 1
+        example = SFTExample(
+            prompt + ids[start:],
+            [False] * len(prompt) + learned[start:],
+            prompt_text(_opening(record.messages)),
+            record.labels,
+        )
+        examples.append((example, record.where))
+        flag_disagreeing(counts, record)
+    return examples
 
 
 def prompt_examples(

@@ -170,6 +170,22 @@ def _parsed(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_named_once, parse_int=_integer)
 
 
+def parsed_object(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Args:
+        text: The text.
+
+    Raises:
+        UserError: It is an object that has a column twice.
+        ValueError: It is not JSON.
+    """
+    value = _parsed(text)
+    if isinstance(value, Repeating):
+        raise UserError(f"expected each column once, got '{shorten(value.repeated)}' twice")
+    return value
+
+
 def _integer(digits: str) -> int | Decimal:
     return int(digits) if len(digits) < 640 else Decimal(digits)
 
@@ -183,18 +199,30 @@ def _object(value: object, where: str) -> dict[str, Any]:
 
 
 def _json_lines(path: Path, content: bytes) -> list[Row]:
-    rows = []
-    for number, line in enumerate(content.split(b"\n"), 1):
-        text = _text(path, line, number).strip()
-        if not text:
-            continue
-        where = f"{path} line {number}"
-        try:
-            value = _parsed(text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where}: not JSON ({shorten(error)}): {shorten(text)}") from error
-        rows.append(Row(_object(value, where), where))
-    return rows
+    rows = (json_line(path, line, number) for number, line in enumerate(content.split(b"\n"), 1))
+    return [row for row in rows if row is not None]
+
+
+def json_line(path: Path, line: bytes, number: int) -> Row | None:
+    """Returns the record in one line of a file; None for a blank line.
+
+    Args:
+        path: The file, for messages.
+        line: The line, in UTF-8.
+        number: Its number, from 1.
+
+    Raises:
+        UserError: The line is not UTF-8, not JSON, or no object.
+    """
+    text = _text(path, line, number).strip()
+    if not text:
+        return None
+    where = f"{path} line {number}"
+    try:
+        value = _parsed(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({shorten(error)}): {shorten(text)}") from error
+    return Row(_object(value, where), where)
 
 
 def _json(path: Path, content: bytes) -> list[Row]:

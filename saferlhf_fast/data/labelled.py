@@ -7,7 +7,7 @@ unknown, never "no". Writing a form: labelled_writers.py. docs/data.md shows the
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from saferlhf_fast.data.files import Row, describe
 from saferlhf_fast.data.harm_taxonomy import BEAVERTAILS, DO_NOT_ANSWER, PKU, TAXONOMIES
@@ -30,8 +30,7 @@ LABEL_SETS = {**TAXONOMIES, "openai-letters": OPENAI_LETTERS}
 """Name of a label set -> its categories."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """A judged text and its labels; None: unknown."""
 
     text: str
@@ -52,8 +51,7 @@ class Answer:
         return tuple(name for name, flag in zip(LABEL_SETS.get(self.label_set, ()), self.categories) if flag)
 
 
-@dataclass(frozen=True, slots=True)
-class LabelledRow:
+class LabelledRow(NamedTuple):
     """What one row says about a prompt and its answers."""
 
     prompt: str
@@ -120,6 +118,8 @@ def _quick_label(row: Row, safe: str, categories: str, severity: str, taxonomy: 
     fields = row.fields
     flags, level, is_safe = fields.get(categories), fields.get(severity), fields.get(safe)
     names = TAXONOMIES[taxonomy]
+    if flags is None and level is None and type(is_safe) is bool:
+        return _UNGRADED[is_safe]
     if type(flags) is dict and len(flags) == len(names) and type(is_safe) is bool:
         try:
             values = tuple([flags[name] for name in names])
@@ -135,27 +135,44 @@ def _quick_label(row: Row, safe: str, categories: str, severity: str, taxonomy: 
     return harm_label(row, safe, categories, severity, taxonomy)
 
 
+_UNGRADED = {True: HarmLabel(-UNSAFE), False: HarmLabel(UNSAFE)}
+
+
+def _side(row: Row, name: str) -> int | None:
+    """Returns the optional label of which answer is better or safer."""
+    value = row.fields.get(name)
+    if value is None or (type(value) is int and value in (0, 1)):
+        return value
+    return choice_field(row, name, (0, 1))
+
+
+_PAIR_COLUMNS = tuple(
+    (
+        f"response_{i}",
+        f"is_response_{i}_safe",
+        f"response_{i}_harm_category",
+        f"response_{i}_severity_level",
+        f"response_{i}_source",
+        f"response_{i}_sha256",
+    )
+    for i in (0, 1)
+)
+
+
 def _pair(row: Row) -> LabelledRow:
     fields = row.fields
     answers = tuple(
-        _from_label(
-            text_field(row, f"response_{i}"),
-            _quick_label(
-                row,
-                f"is_response_{i}_safe",
-                f"response_{i}_harm_category",
-                f"response_{i}_severity_level",
-                "pku",
-            ),
-            _text(row, f"response_{i}_source"),
-            fields.get(f"response_{i}_sha256"),
-        )
-        for i in (0, 1)
+        [
+            _from_label(
+                text_field(row, text),
+                _quick_label(row, safe, categories, severity, "pku"),
+                _text(row, source),
+                fields.get(sha256),
+            )
+            for text, safe, categories, severity, source, sha256 in _PAIR_COLUMNS
+        ]
     )
-    better, safer = (
-        choice_field(row, name, (0, 1)) if fields.get(name) is not None else None
-        for name in ("better_response_id", "safer_response_id")
-    )
+    better, safer = _side(row, "better_response_id"), _side(row, "safer_response_id")
     return LabelledRow(text_field(row, "prompt"), answers, better, safer, _text(row, "prompt_source"))
 
 
@@ -203,6 +220,11 @@ def _derived(row: Row, flags: tuple[bool, ...] | None) -> HarmLabel:
     level = harm_label(row, "", "", "severity_category", "pku").severity
     sign = UNKNOWN if level is None else UNSAFE if level else -UNSAFE
     return HarmLabel(sign, level, "pku" if flags else None, flags or ())
+
+
+def is_cs_rlhf(row: Row) -> bool:
+    """Tells whether a row's label is CS_RLHF's, and not that of another data set with this column."""
+    return str(row.fields.get("label")).strip().lower() in ("safe", "unsafe")
 
 
 def _cs_rlhf(row: Row) -> LabelledRow:

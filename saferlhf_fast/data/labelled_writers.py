@@ -39,7 +39,8 @@ class FormWriter:
         """The same for the way back, of the labels that were written."""
         self._write, holds = WRITERS[form]
         self._holds = (holds - {"better"}) | {by} if form in PREFERENCES else holds
-        self._pending: list[tuple[Counter[str], str]] = []
+        self.pending: list[tuple[Counter[str], str]] = []
+        """What is counted when the row is written."""
 
     def rows(self, item: LabelledRow) -> list[Fields]:
         """Returns the rows of the form, often one.
@@ -50,9 +51,9 @@ class FormWriter:
         Raises:
             CannotHold: The form has no place for it.
         """
-        self._pending.clear()
+        self.pending.clear()
         rows = self._write(self, item)
-        for counts, fate in self._pending:  # of a row that is written, not of one that turned out not to fit
+        for counts, fate in self.pending:  # of a row that is written, not of one that turned out not to fit
             counts[fate] += 1
         for answer in item.answers:
             for name in ("severity", "refusal", "unsafe"):
@@ -92,7 +93,7 @@ class FormWriter:
         for name in given:
             back = round_trip(name, source, target)
             fate = "exact" if back == (name,) else "widened" if back else "without counterpart"
-            self._pending += [(counts, "labels"), (counts, fate)]
+            self.pending += [(counts, "labels"), (counts, fate)]
 
 
 def _two(item: LabelledRow) -> tuple[Answer, Answer]:
@@ -283,11 +284,18 @@ def _trl_preference(writer: FormWriter, item: LabelledRow) -> list[Fields]:
     ]
 
 
-def _trl_messages(writer: FormWriter, item: LabelledRow, answer: Answer) -> Fields:
-    return {"messages": [user(item.prompt), assistant(answer.text)]}
+def _trl_messages(writer: FormWriter, item: LabelledRow) -> list[Fields]:
+    """One dialogue to imitate: of two answers the preferred one."""
+    if not item.answers:
+        raise CannotHold("no answer")
+    answers = item.answers
+    if len(answers) == 2 and (item.better is not None or item.safer is not None):
+        answers = (answers[_preferred(writer, item)],)
+        writer.pending.append((writer.lost, "answers that are not preferred"))
+    return [{"messages": [user(item.prompt), assistant(answer.text)]} for answer in answers]
 
 
-PREFERENCES = ("single", "trl-preference")
+PREFERENCES = ("single", "trl-preference", "trl-messages")
 """Forms with one preference, which `by` chooses."""
 
 _HARM = {"answers", "unsafe", "categories", "severity"}
@@ -305,6 +313,6 @@ WRITERS: dict[str, tuple[Callable[[FormWriter, LabelledRow], list[Fields]], set[
     "beavertails-evaluation": (_evaluation, {"prompt_label"}),
     "prompts": (_prompt, set()),
     "trl-preference": (_trl_preference, {"answers", "better"}),
-    "trl-messages": (_each(_trl_messages), {"answers"}),
+    "trl-messages": (_trl_messages, {"answers"}),
 }
 """Form -> (its writer, what it holds)."""

@@ -4,7 +4,7 @@ Pairs that cannot be used are counted (ties, identical responses, empty response
 each other, too long). Pairs that other pairs contradict are used and flagged.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,10 @@ from saferlhf_fast.data.counted_records import (
     records_of,
     require_record,
 )
-from saferlhf_fast.data.pair_template import template_of
+from saferlhf_fast.data.pair_template import PairTemplate, template_of
 from saferlhf_fast.data.records import SAFE, UNKNOWN, UNSAFE, HarmLabel, Preference, prompt_text
 from saferlhf_fast.data.report import Report, SourceReport
+from saferlhf_fast.data.templates import Template
 from saferlhf_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -92,33 +93,56 @@ def preference_examples(
     template, report = template_of(tokenizer, template_name), Report()
     examples: list[tuple[PairExample, SourceReport, str]] = []
     for counts, records in records_of(data, seed, report, labels):
-        require_record(counts, Preference, "preferences (two responses with labels, or chosen and rejected)")
-        pairs = _labelled(counts, records, kind)
-        split = each_accepted(
-            counts, pairs, lambda pair: template.answers(pair[0].messages, pair[0].responses)
-        )
-        encoded = template.encode_answers([answers for _, answers in split])
-        for ((record, first), _), (prompt, responses) in zip(split, encoded):
-            if not all(responses):
-                counts.drop(EMPTY, record.where)
-                continue
-            if responses[0] == responses[1]:
-                counts.drop(IDENTICAL, record.where)
-                continue
-            fitting = template.fit_prompt(prompt, max(map(len, responses)), max_length)
-            if fitting is None:
-                counts.drop(f"prompt + response is longer than {max_length} tokens", record.where)
-                continue
-            if len(fitting) < len(prompt):
-                counts.flag(SHORTENED, record.where)
-            counts.kept += 1
-            flag_disagreeing(counts, record)
-            pair = _pair(record, first, fitting, responses)
-            if template.marks_second:
-                pair = replace(pair, second_at=len(fitting))
-            examples.append((pair, counts, record.where))
+        encoded = encode_preferences(counts, records, template, max_length, kind)
+        examples += [(pair, counts, where) for pair, where in encoded]
     report.require("preference")
     return _flag_contradictions(examples, KINDS[kind] == "safer"), report
+
+
+def encode_preferences(
+    counts: SourceReport,
+    records: Sequence[Preference],
+    template: Template | PairTemplate,
+    max_length: int,
+    kind: str,
+) -> list[tuple[PairExample, str]]:
+    """Returns [(pair, its place)] of records of one source; what others contradict is not flagged yet.
+
+    Args:
+        counts: Gets the counts of what is kept, dropped and flagged.
+        records: The records.
+        template: The template of the model's tokenizer.
+        max_length: Longest prompt + response (tokens).
+        kind: A key of KINDS.
+
+    Raises:
+        UserError: The source's format gives no preferences.
+    """
+    require_record(counts, Preference, "preferences (two responses with labels, or chosen and rejected)")
+    pairs = _labelled(counts, records, kind)
+    split = each_accepted(counts, pairs, lambda pair: template.answers(pair[0].messages, pair[0].responses))
+    encoded = template.encode_answers([answers for _, answers in split])
+    examples = []
+    for ((record, first), _), (prompt, responses) in zip(split, encoded):
+        if not all(responses):
+            counts.drop(EMPTY, record.where)
+            continue
+        if responses[0] == responses[1]:
+            counts.drop(IDENTICAL, record.where)
+            continue
+        fitting = template.fit_prompt(prompt, max(map(len, responses)), max_length)
+        if fitting is None:
+            counts.drop(f"prompt + response is longer than {max_length} tokens", record.where)
+            continue
+        if len(fitting) < len(prompt):
+            counts.flag(SHORTENED, record.where)
+        counts.kept += 1
+        flag_disagreeing(counts, record)
+        pair = _pair(record, first, fitting, responses)
+        if template.marks_second:
+            pair = replace(pair, second_at=len(fitting))
+        examples.append((pair, record.where))
+    return examples
 
 
 def _labelled(counts: SourceReport, records: Iterable[Preference], kind: str) -> list[tuple[Preference, int]]:

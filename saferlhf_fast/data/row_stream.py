@@ -6,6 +6,7 @@ their form asks for. files.py is the reader of recipes, which stops at the first
 
 import csv
 import gzip
+import importlib.util
 import io
 import json
 import zlib
@@ -21,7 +22,14 @@ from saferlhf_fast.config.setting_types import Source
 from saferlhf_fast.data import files
 from saferlhf_fast.data.files import Row, shorten
 from saferlhf_fast.data.formats import FORMATS, Format, format_of
-from saferlhf_fast.data.labelled import LABELLED_FORMS, Answer, LabelledRow, form_of_columns, read_labelled
+from saferlhf_fast.data.labelled import (
+    LABELLED_FORMS,
+    Answer,
+    LabelledRow,
+    form_of_columns,
+    is_cs_rlhf,
+    read_labelled,
+)
 from saferlhf_fast.data.messages import with_message_lists
 from saferlhf_fast.data.records import (
     UNKNOWN,
@@ -37,6 +45,16 @@ from saferlhf_fast.errors import UserError
 
 DETECTED_FROM = 1000
 """Rows whose columns decide the form of a file."""
+
+
+_QUICK_LOADS: Callable[[bytes], Any] = (
+    # several times as quick; it rounds integers above 64 bits and takes the last of two equal names
+    importlib.import_module("orjson").loads
+    if importlib.util.find_spec("orjson")
+    else lambda line: json.loads(line.decode())
+)
+_NESTED = {dict, list, float}
+_LARGE = 2.0**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +176,8 @@ def _parser(rows: list[Row], form: str, name: str) -> tuple[str, Callable[[Row],
     """Returns the form of a file, and the function that reads a row of it."""
     if form == "auto":
         form = form_of_columns({column for row in rows for column in row.fields}) or form
+        if form == "cs-rlhf" and not any(is_cs_rlhf(row) for row in rows):
+            form = "auto"  # a label of another kind, such as whether an answer is wanted
     if form in LABELLED_FORMS:
         return form, lambda row: _checked(row, [read_labelled(row, form)])
     known, unlabelled = format_of([with_message_lists(row) for row in rows], form, name)
@@ -223,16 +243,18 @@ def _rows(path: Path) -> "Iterator[Row | BadRow]":
 
 
 def _json_lines(path: Path, is_gzip: bool) -> "Iterator[Row | BadRow]":
-    name, number, loads = str(path), 0, json.loads
+    name, number = str(path), 0
     with gzip.open(path, "rb") if is_gzip else path.open("rb", buffering=1 << 20) as lines:
         try:
             for number, line in enumerate(lines, 1):
                 try:
-                    fields = loads(line.decode())
-                except (ValueError, RecursionError) as error:
+                    fields = _QUICK_LOADS(line)
+                    if type(fields) is dict and line.count(b'":') != _names_in(fields):
+                        fields = _exact(line)
+                except (ValueError, RecursionError):
                     if line.isspace():
                         continue
-                    fields = _salvaged(line, number, error)
+                    fields = _exact(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
                 if type(fields) is dict:
                     yield Row(fields, f"{name} line {number}")
                 else:
@@ -247,20 +269,39 @@ def _json_lines(path: Path, is_gzip: bool) -> "Iterator[Row | BadRow]":
             )
 
 
-def _salvaged(line: bytes, number: int, error: Exception) -> object:
-    """Returns the object of a first line with a byte order mark; otherwise the error."""
-    if number == 1 and line.startswith(b"\xef\xbb\xbf"):
-        try:
-            return json.loads(line[3:])
-        except (ValueError, RecursionError) as other:
-            return other
-    return error
+def _exact(line: bytes) -> object:
+    """Returns the value of a line, parsed as files.py does; the error where it cannot be used."""
+    try:
+        return files.parsed_object(line.decode())
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _names_in(value: Any) -> int:
+    """Counts the names of all objects in a value; −1 where it holds a number that may have been rounded.
+
+    A line with as many names has none of them twice.
+    """
+    kind, inner = type(value), 0
+    if kind is float:
+        return 0 if -_LARGE < value < _LARGE else -1
+    if kind is dict:
+        inner, value = len(value), value.values()
+    for item in value:
+        if type(item) in _NESTED:
+            names = _names_in(item)
+            if names < 0:
+                return -1
+            inner += names
+    return inner
 
 
 def _not_an_object(name: str, number: int, line: bytes, value: object) -> BadRow:
     text = line.rstrip(b"\r\n").decode("utf-8", "backslashreplace")
     if isinstance(value, UnicodeDecodeError):
         reason = "not UTF-8"
+    elif isinstance(value, UserError):
+        reason = "a column that is there twice"
     elif isinstance(value, Exception):
         reason = "not JSON"
     else:

@@ -7,7 +7,7 @@ source's place in the mixture.
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,36 @@ def load_sources(data: Data, seed: int = 0) -> list[Loaded]:
     """
     sources = as_sources(data)
     loaded = []
-    for place, source in enumerate(sources):
-        rows = [_rename(row, source) for row in load_rows(source)]
-        taken = _draw(rows, min(source.count or len(rows), len(rows)), f"count/{seed}/{place}")
-        loaded.append(Loaded(source, taken, len(rows)))
+    for source in sources:
+        rows = [renamed(row, source) for row in load_rows(source)]
+        loaded.append(Loaded(source, rows, len(rows)))
+    taken = drawn(sources, [len(item.rows) for item in loaded], seed)
+    return [
+        item if places is None else replace(item, rows=[item.rows[i] for i in places])
+        for item, places in zip(loaded, taken)
+    ]
+
+
+def drawn(sources: Sequence[Source], sizes: Sequence[int], seed: int) -> list[list[int] | None]:
+    """Returns for each source the places of the rows that `count` and `proportion` take; None for all.
+
+    Args:
+        sources: The sources.
+        sizes: The rows of each.
+        seed: Seed of the draws.
+    """
+    taken = [
+        _draw(range(size), source.count or size, f"count/{seed}/{place}")
+        for place, (source, size) in enumerate(zip(sources, sizes))
+    ]
     if any(source.proportion is not None for source in sources):
         weights = [1.0 if source.proportion is None else source.proportion for source in sources]
-        scale = min(len(item.rows) / weight for item, weight in zip(loaded, weights))
-        loaded = [
-            replace(item, rows=_draw(item.rows, max(1, round(scale * weight)), f"proportion/{seed}/{place}"))
-            for place, (item, weight) in enumerate(zip(loaded, weights))
+        scale = min(len(places) / weight for places, weight in zip(taken, weights))
+        taken = [
+            _draw(places, max(1, round(scale * weight)), f"proportion/{seed}/{place}")
+            for place, (places, weight) in enumerate(zip(taken, weights))
         ]
-    return loaded
+    return [None if isinstance(places, range) else list(places) for places in taken]
 
 
 def as_sources(data: Data) -> list[Source]:
@@ -89,13 +107,22 @@ def load_rows(source: Source) -> list[Row]:
     return _hub(source)
 
 
-def _draw(rows: list[Row], count: int, key: str) -> list[Row]:
-    if count >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(key).sample(range(len(rows)), count))]
+def _draw(places: Sequence[int], count: int, key: str) -> Sequence[int]:
+    if count >= len(places):
+        return places
+    return [places[i] for i in sorted(random.Random(key).sample(range(len(places)), count))]
 
 
-def _rename(row: Row, source: Source) -> Row:
+def renamed(row: Row, source: Source) -> Row:
+    """Returns a row with its columns renamed as the source says.
+
+    Args:
+        row: The row.
+        source: Its source.
+
+    Raises:
+        UserError: The row does not have such a column, or has two of one name then.
+    """
     columns = source.columns
     if not columns:
         return row
@@ -118,8 +145,26 @@ def _rename(row: Row, source: Source) -> Row:
 
 
 def _folder(path: Path, source: Source) -> list[Row]:
-    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+    if is_saved_to_disk(path):
         return _saved_to_disk(path, source)
+    return [row for item in chosen_files(path, source) for row in read_file(item)]
+
+
+def is_saved_to_disk(path: Path) -> bool:
+    """Tells whether a folder was written by `datasets`' save_to_disk."""
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def chosen_files(path: Path, source: Source) -> list[Path]:
+    """Returns the data files of a folder that a source's `name` and `split` choose, in their order.
+
+    Args:
+        path: The folder.
+        source: The source.
+
+    Raises:
+        UserError: There is no such file.
+    """
     files = data_files(path)
     if source.name is not None:
         wanted = source.name.lower()
@@ -139,7 +184,7 @@ def _folder(path: Path, source: Source) -> list[Row]:
                 f"{path}: no file of the split '{source.split}'; there is "
                 f"{', '.join(sorted({str(split) for split in splits.values() if split}))}"
             )
-    return [row for item in files for row in read_file(item)]
+    return files
 
 
 def data_files(folder: Path) -> list[Path]:

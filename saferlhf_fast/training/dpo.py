@@ -12,7 +12,6 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.examples import preference_examples
 from ..models import backbone, quantized
 from ..models.causal_lm import load_causal_lm
 from ..models.export_files import export_metadata_writer
@@ -22,6 +21,7 @@ from ..models.policy import Policy, sequence_sums
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
+from .example_loading import example_loader, longest_of
 from .losses import dpo_loss
 from .stage_helpers import held_out_split, refuse_long, save_policy
 from .supervised import SupervisedTask, total_steps, train_supervised
@@ -29,10 +29,8 @@ from .supervised import SupervisedTask, total_steps, train_supervised
 if TYPE_CHECKING:
     import torch
 
-    from ..config.sections import Data
     from ..config.stages import DPOConfig
     from ..data.examples import PairExample
-    from ..data.report import Report
 
 
 def batch_loss(
@@ -89,12 +87,7 @@ def train(cfg: "DPOConfig", restart: bool = False) -> dict[str, Any]:
     """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
-
-    def load(source: "Data") -> "tuple[list[PairExample], Report]":
-        return preference_examples(
-            source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed, cfg.preference
-        )
-
+    load = example_loader(cfg, cfg.preference, tokenizer, cfg.template)
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
     lm = load_causal_lm(
@@ -104,9 +97,7 @@ def train(cfg: "DPOConfig", restart: bool = False) -> dict[str, Any]:
         allow_pickle=cfg.allow_pickle,
         **quantized.options_of_base(cfg.lora, cfg.engine),
     )
-    refuse_long(
-        cfg, lm.config, max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
-    )
+    refuse_long(cfg, lm.config, longest_of(examples, held_out))
     reference = engine.Frozen(Policy(copy.deepcopy(lm), cfg.engine.packing), cfg.engine)
     if cfg.train.gradient_checkpointing:
         backbone.recompute_activations(lm)

@@ -8,7 +8,7 @@ The loss is −mean log π_θ(y_t | x, y_<t), averaged over all trained tokens o
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..data.examples import sft_examples
+from ..data.token_cache import SFT
 from ..models import backbone, quantized
 from ..models.causal_lm import load_causal_lm
 from ..models.export_files import export_metadata_writer
@@ -17,6 +17,7 @@ from ..models.policy import Policy, pack_trained
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
+from .example_loading import example_loader, longest_of
 from .stage_helpers import held_out_split, refuse_long, save_policy
 from .supervised import SupervisedTask, total_steps, train_supervised
 
@@ -63,12 +64,9 @@ def train(cfg: "SFTConfig", restart: bool = False) -> dict[str, Any]:
     """
     engine.start(cfg.engine, cfg.seed)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code)
-    examples, report = sft_examples(cfg.data, tokenizer, cfg.template, cfg.train.max_length, cfg.seed)
-    examples, held_out = held_out_split(
-        cfg,
-        examples,
-        lambda source: sft_examples(source, tokenizer, cfg.template, cfg.train.max_length, cfg.seed),
-    )
+    load = example_loader(cfg, SFT, tokenizer, cfg.template)
+    examples, report = load(cfg.data)
+    examples, held_out = held_out_split(cfg, examples, load)
     lm = load_causal_lm(
         cfg.model,
         tokenizer=tokenizer,
@@ -76,7 +74,7 @@ def train(cfg: "SFTConfig", restart: bool = False) -> dict[str, Any]:
         allow_pickle=cfg.allow_pickle,
         **quantized.options_of_base(cfg.lora, cfg.engine),
     )
-    refuse_long(cfg, lm.config, max(len(e.ids) for e in examples + held_out))
+    refuse_long(cfg, lm.config, longest_of(examples, held_out))
     if cfg.train.gradient_checkpointing:
         backbone.recompute_activations(lm)
     if cfg.lora.rank:

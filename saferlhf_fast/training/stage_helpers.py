@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..data.batches import split_by_prompt
+from ..data.cached_examples import CachedExamples
 from ..errors import DiskError
 from ..models import multi_adapter, quantized
 from ..models.causal_lm import save_causal_lm
@@ -61,6 +62,8 @@ def held_out_split(
         return examples, load(cfg.train.eval_data)[0]
     if not cfg.train.eval_fraction:
         return examples, []
+    if isinstance(examples, CachedExamples):
+        return examples.split_by_prompt(cfg.train.eval_fraction)
     return split_by_prompt(examples, cfg.train.eval_fraction, cfg.seed)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from ..config.load import to_dict
 from ..config.stage_table import STAGE_SPECS
-from ..data.batches import global_batches
+from ..data.batches import batch_order
 from ..errors import UserError
 from ..models.packing import pack_into_microbatches
 from ..runtime import console, disk, engine
@@ -337,7 +337,7 @@ def _endless_batches(n: int, size: int, seed: int) -> Iterator[list[int]]:
     """Yields the indices of each global batch, epoch after epoch."""
     epoch = 0
     while True:
-        yield from global_batches(n, size, seed, epoch)
+        yield from batch_order(n, size, seed, epoch)
         epoch += 1
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..config.stage_table import STAGE_SPECS
-from ..data.examples import preference_examples
 from ..data.pair_template import pair_name
 from ..errors import UserError
 from ..models import backbone, multi_adapter, quantized
@@ -18,6 +17,7 @@ from ..models.score_model import load_score_model
 from ..models.tokenizer import load_tokenizer
 from ..runtime import console, engine
 from ..runtime.run_folder import finish_run, open_run
+from .example_loading import example_loader, longest_of
 from .held_out_pairs import compare_with_tfidf, comparison_lines
 from .pair_loss import pair_loss
 from .stage_helpers import held_out_split, raise_together, refuse_long, written_by_rank_0
@@ -26,10 +26,7 @@ from .supervised import SupervisedTask, total_steps, train_supervised
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ..config.sections import Data
     from ..config.stages import PreferenceConfig
-    from ..data.examples import PairExample
-    from ..data.report import Report
 
 
 def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict[str, Any]:
@@ -47,10 +44,7 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
     pairs = reads_pairs(cfg.model, cfg.trust_remote_code)
     tokenizer = load_tokenizer(cfg.model, trust_remote_code=cfg.trust_remote_code, pairs=pairs)
     template = pair_name(cfg.template, pairs)
-
-    def load(source: "Data") -> "tuple[list[PairExample], Report]":
-        return preference_examples(source, tokenizer, template, cfg.train.max_length, cfg.seed, kind)
-
+    load = example_loader(cfg, kind, tokenizer, template)
     examples, report = load(cfg.data)
     examples, held_out = held_out_split(cfg, examples, load)
     score = load_score_model(
@@ -67,8 +61,7 @@ def train_score_model(cfg: "PreferenceConfig", kind: str, restart: bool) -> dict
             f"loss: expected sequence with pooling {score.pooling}, which gives one score for each sequence; "
             "got token"
         )
-    longest = max(len(ids) for e in examples + held_out for ids in (e.first_ids, e.second_ids))
-    refuse_long(cfg, score.config, longest, score.form.first)
+    refuse_long(cfg, score.config, longest_of(examples, held_out), score.form.first)
     # before training: a model that cannot be saved must not cost hours
     check_score_export(score, tokenizer, drop_bias=cfg.drop_bias, keep_bias=not cfg.drop_bias)
     if cfg.train.gradient_checkpointing:

@@ -106,6 +106,7 @@ BAD = [
     (b'{"prompt": "cut\n', "not JSON"),
     (b'\xff\xfe"\n', "not UTF-8"),
     (b"[1]\n", "not a JSON object"),
+    (json.dumps(dual()).encode()[:-1] + b', "prompt": "Q?"}\n', "a column that is there twice"),
     ({"prompt": "P?"}, "no field 'response_0'"),
     (dual(prompt=" "), "the prompt is empty"),
     (dual(response_1=3), "field 'response_1': expected text"),
@@ -128,6 +129,40 @@ def test_bad_rows_are_counted_written_with_their_lines_and_skipped(tmp_path, cap
     assert f"dual  {len(BAD) + 2}     2       {len(BAD)}" in capsys.readouterr().out
     assert main(["data", "convert", path, "to=qa", f"output={tmp_path / 's.jsonl'}", "strict=true"]) == 2
     assert "a.jsonl line 2: not JSON" in capsys.readouterr().err and not (tmp_path / "s.jsonl").exists()
+
+
+def test_what_a_quick_parser_would_change_is_as_it_was(tmp_path):
+    """Quick parsers round large integers, refuse NaN and take the last of two names."""
+    rows = [
+        {"prompt": "P?", "id": 12345678901234567890123},
+        {"prompt": "P?", "id": 2**64},
+        {"prompt": "P?", "more": [{"n": -(10**30)}]},
+        {"prompt": 'He said "prompt": "twice": really', "id": 2**64 - 1},
+        {"prompt": "P?", "id": float("nan"), "more": [{"a": {"b": [1e300]}}, {"a": 1}]},
+    ]
+    path = write(
+        tmp_path / "a.jsonl", [b"\xef\xbb\xbf" + json.dumps(rows[0]).encode() + b"\n", b"  \n", *rows[1:]]
+    )
+    found = [row.fields for row, _ in RowReader([path])]
+    assert repr(found) == repr(rows)
+
+
+def test_a_label_of_another_kind_is_not_cs_rlhf(tmp_path):
+    rows = [{"prompt": "P?", "response": "R.", "label": label} for label in (True, False)]
+    reader = RowReader([write(tmp_path / "a.jsonl", rows)])
+    assert len(list(reader)) == 2 and reader.counts[0].form == "qa"
+
+
+def test_messages_of_a_preference_are_the_preferred_answer(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", [dual(0), dual(1)])
+    for by, texts in (
+        ("better", ["Answer 0 of 0.", "Answer 1 of 1."]),
+        ("safer", ["Answer 0 of 0.", "Answer 0 of 1."]),
+    ):
+        words = ["to=trl-messages", f"by={by}", f"output={tmp_path / by}.jsonl"]
+        assert main(["data", "convert", path, *words]) == 0
+        assert [row["messages"][1]["content"] for row in read(tmp_path / f"{by}.jsonl")] == texts
+        assert "answers that are not preferred     2" in capsys.readouterr().out
 
 
 def test_inspect_counts(tmp_path):
