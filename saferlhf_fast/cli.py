@@ -9,6 +9,7 @@ stopped by SIGTERM or SIGUSR1 after a checkpoint.
 """
 
 import argparse
+import atexit
 import os
 import sys
 import time
@@ -82,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    is_program, argv = argv is None, sys.argv[1:] if argv is None else list(argv)
     with terminal.outliving_full_disks() as lost:
         terminal.make_readable(sys.stdout, sys.stderr)
         code = _main(argv)
@@ -90,7 +91,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         if lost() and code == 0 and (not {*WITH_SETTINGS} & {*argv} or {"-h", "--help"} & {*argv}):
             print("error: standard output was not written: its disk takes no files", file=sys.stderr)
             code = EXIT_CODE
+        return _end_rank(code) if is_program else code
+
+
+def _end_rank(code: int) -> int:
+    """Ends the process if it is a rank of several; else returns the exit code.
+
+    A regular exit takes apart the process group while its threads still run, which aborts a rank now and then
+    ("terminate called without an active exception") after all its work is done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return code
+    if distributed.get_world_size() == 1:
+        return code
+    from saferlhf_fast.runtime import watchdog
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    atexit._run_exitfuncs()  # trackers send what is left, folders are released
+    return watchdog.leave(code)
 
 
 def _main(argv: list[str]) -> int:
