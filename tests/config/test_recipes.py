@@ -13,6 +13,7 @@ from saferlhf_fast.config.stages import Source
 RECIPES = sorted((Path(run.__file__).parents[1] / "recipes").glob("*.yaml"))
 STAND_INS = {"pku_tiny": ("root",), "pku_small": ("root", "models"), "multi-node": ("output",)}
 PRETRAINED = "pku_small"  # it starts from a chat model: no SFT, and an encoder as cost model
+MODERATOR = "moderation"  # one stage
 
 
 @pytest.fixture
@@ -38,7 +39,9 @@ def plan(name, root, **overrides):
     return run.plan(name, {**{k: given[k] for k in STAND_INS.get(name, ())}, **overrides})
 
 
-@pytest.mark.parametrize("path", [p for p in RECIPES if p.stem != PRETRAINED], ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", [p for p in RECIPES if p.stem not in (PRETRAINED, MODERATOR)], ids=lambda p: p.stem
+)
 def test_every_recipe_has_all_stages_in_order(path, root):
     _, steps = plan(path.stem, root)
     assert [s.kind for s in steps][:4] == ["sft", "reward", "cost", "ppo-lag"]
@@ -63,6 +66,16 @@ def test_the_recipe_of_pretrained_models_evaluates_before_and_after_on_the_same_
     assert trained.isdisjoint(source.path for source in sources(before.prompts))
 
 
+def test_the_recipe_of_the_moderator_names_the_hub_sets_and_measures_on_their_test_splits(root):
+    _, steps = plan(MODERATOR, root)
+    assert [s.kind for s in steps] == ["moderation"]
+    cfg = steps[0].cfg
+    trained, measured = sources(cfg.data), sources(cfg.train.eval_data)
+    assert [s.path for s in trained] == [s.path for s in measured]
+    assert {s.path for s in trained} == {"PKU-Alignment/PKU-SafeRLHF-QA", "PKU-Alignment/BeaverTails"}
+    assert [s.split.replace("train", "test") for s in trained] == [s.split for s in measured]
+
+
 def sources(data):
     """The sources of a setting that names data, each as a Source."""
     listed = data if isinstance(data, list) else [data]
@@ -70,9 +83,8 @@ def sources(data):
 
 
 def test_the_recipes_that_the_readme_names_exist():
-    assert {"paper", "pku_tiny", "pku_small", "quickstart", "single-gpu", "multi-node"} <= {
-        p.stem for p in RECIPES
-    }
+    named = {"paper", "pku_tiny", "pku_small", "quickstart", "single-gpu", "multi-node", "moderation"}
+    assert named <= {p.stem for p in RECIPES}
 
 
 def test_pku_tiny_needs_a_root():
