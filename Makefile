@@ -120,7 +120,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml setup.py CMakeLists.txt $(wil
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(INSTALL) $(TORCH)
 	$(BIN)/python $(INSTALL) -c constraints.txt setuptools wheel cmake ninja pybind11
-	$(BIN)/python $(INSTALL) -c constraints.txt --no-build-isolation -e '.[train,eval,serve,dev]'
+	$(BIN)/python $(INSTALL) -c constraints.txt --no-build-isolation -e '.[train,eval,judge,serve,dev]'
 	$(BIN)/python -m compileall -q -j 0 $(VENV)/lib > /dev/null || true     # templates of other packages are no Python
 	touch $@
 

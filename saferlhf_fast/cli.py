@@ -18,14 +18,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from saferlhf_fast.config.overrides import split_words
-from saferlhf_fast.config.stage_table import DEMO, MODERATION, RUN, STAGE_SPECS, WITH_SETTINGS
+from saferlhf_fast.config.stage_table import DEMO, JUDGE, MODERATION, RUN, STAGE_SPECS, WITH_SETTINGS
 from saferlhf_fast.errors import EXIT_CODE, DiskError, UserError, require
 from saferlhf_fast.runtime import preemption, terminal
 from saferlhf_fast.version import __version__
 
 COMMANDS = {
     **{name: spec.help for name, spec in STAGE_SPECS.items()},
-    **{name: spec.help for name, spec in MODERATION.items()},
+    **{name: spec.help for name, spec in (MODERATION | JUDGE).items()},
     "run": RUN.help,
     "data": "inspect data sets, convert them to other forms, split them by prompt",
     "plan": "what a recipe needs in memory on each GPU, and which settings make it fit, before anything is "
@@ -216,6 +216,8 @@ def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -
     if args.command == "moderation":
         require("moderation", "train", *NEEDED)
         words = _moderation_verb(args, words)
+    if f"{args.command} {(words or [''])[0]}" in JUDGE:
+        args.command = f"{args.command} {words.pop(0)}"
     command, wants_help = args.command, args.help
     if command not in COMMANDS:
         raise UserError(f"unknown command {command!r}{_guess(command)}; saferlhf-fast --help lists them")
@@ -264,6 +266,11 @@ def _dispatch(args: argparse.Namespace, words: list[str], argv: Sequence[str]) -
         from saferlhf_fast.commands import moderation
 
         moderation.main(command, words)
+        return 0
+    if command in JUDGE and not wants_help:
+        from saferlhf_fast.commands import judge
+
+        judge.main(command, words)
         return 0
     return _run_with_settings(args, words, argv)
 

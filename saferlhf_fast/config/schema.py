@@ -18,6 +18,7 @@ from saferlhf_fast.config.stage_table import WITH_SETTINGS
 from saferlhf_fast.config.stages import (
     STAGES,
     DemoConfig,
+    JudgeCalibrationConfig,
     ModerationClassifyConfig,
     ModerationEvaluateConfig,
     ModerationServeConfig,
@@ -31,6 +32,7 @@ SETTINGS: dict[str, type] = {
     "moderation evaluate": ModerationEvaluateConfig,
     "moderation classify": ModerationClassifyConfig,
     "moderation serve": ModerationServeConfig,
+    "evaluate judge-calibration": JudgeCalibrationConfig,
 }
 """Every command that has settings, and their class."""
 
@@ -101,11 +103,12 @@ def leaves(cls: type, prefix: str = "", group: object = None) -> dict[str, Leaf]
     Args:
         cls: The settings class.
         prefix: Written before each key.
-        group: An instance of cls whose values are the defaults; those of cls when not given.
+        group: An instance of cls whose values are the defaults; those of cls when it is not given, or
+            REQUIRED: the group has no default, since one of its settings is required.
     """
     by_key: dict[str, Leaf] = {}
     for name, annotation, default, doc in own_fields(cls):
-        default = default if group is None else getattr(group, name)
+        default = default if group is None or group is REQUIRED else getattr(group, name)
         if is_group(annotation):
             by_key |= leaves(annotation, f"{prefix}{name}.", default)
         else:

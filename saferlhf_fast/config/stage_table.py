@@ -220,7 +220,22 @@ MODERATION = {
 }
 """What a moderator can do beside being trained, by command."""
 
-WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO, **MODERATION}
+JUDGE = {
+    "evaluate judge-calibration": StageSpec(
+        "JudgeCalibrationConfig",
+        "",
+        "how often an LLM judge agrees with people's labels of pairs",
+        (
+            "evaluate judge-calibration judge.base_url=http://127.0.0.1:8000/v1 judge.model=NAME "
+            "data=pairs.jsonl output=runs/judge",
+            "evaluate judge-calibration recipe.yaml judge.max_requests=500",
+        ),
+        several_processes=False,
+    ),
+}
+"""What an LLM judge can do beside judging models in `evaluate`, by command."""
+
+WITH_SETTINGS: dict[str, StageSpec] = {**STAGE_SPECS, "run": RUN, "demo": DEMO, **MODERATION, **JUDGE}
 """Every command whose settings come from a config class."""
 
 

@@ -11,6 +11,7 @@ defaults and reports errors. Values are never written back: derived values are m
 from dataclasses import field
 from typing import ClassVar, Literal
 
+from .judge_settings import JudgeCalibrationConfig
 from .moderation_stages import (
     ModerationClassifyConfig,
     ModerationConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "Constraint",
     "Data",
     "DemoConfig",
+    "JudgeCalibrationConfig",
     "DPOConfig",
     "Engine",
     "Evaluation",

@@ -10,7 +10,7 @@ import pytest
 from saferlhf_fast import cli
 from saferlhf_fast.commands import run
 from saferlhf_fast.config.overrides import split_words
-from saferlhf_fast.config.stage_table import MODERATION
+from saferlhf_fast.config.stage_table import JUDGE, MODERATION
 from saferlhf_fast.errors import UserError
 
 ROOT = Path(cli.__file__).resolve().parent.parent
@@ -81,6 +81,7 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
     assert set(cli.COMMANDS) == {
         *run.ENTRIES,
         *MODERATION,
+        *JUDGE,
         "run",
         "data",
         "plan",
@@ -90,7 +91,7 @@ def test_top_help_lists_every_command_in_the_order_of_the_pipeline(capsys):
     }
 
 
-@pytest.mark.parametrize("command", [*run.ENTRIES, *MODERATION])
+@pytest.mark.parametrize("command", [*run.ENTRIES, *MODERATION, *JUDGE])
 def test_a_command_s_help_teaches(command, capsys):
     assert cli.main([*command.split(), "--help"]) == 0
     text = capsys.readouterr().out

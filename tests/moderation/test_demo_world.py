@@ -3,7 +3,6 @@
 Its figures are in docs/experiments.md.
 """
 
-import json
 from dataclasses import replace
 
 import kit
