@@ -75,7 +75,7 @@ def test_macro_f1_and_kappa_on_prompts_not_in_training(folder):
 def test_lambda_rises_and_holds_with_the_moderator_as_cost(folder):
     train_reward(recipe.preference(folder, "reward", SEED, DEMO, recipe.FULL))
     given = recipe.ppo(folder, "ppo-lag", SEED, DEMO, recipe.FULL)
-    cost = ScorerSpec(path=str(folder / "moderator" / "model"), kind="moderator", refusal=0.1)
+    cost = ScorerSpec(path=str(folder / "moderator" / "model"), kind="moderator")
     multiplier = replace(given.multiplier, threshold=THRESHOLD, init=0.5)
     cfg = replace(
         given,
