@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -175,7 +176,7 @@ def read_items(name: str) -> Iterator[Item]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _of_line(f"{shown} line {number}", line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"input: {shown}: cannot be read: {error}") from error
 
 

@@ -1,9 +1,11 @@
 """`moderation train`, `evaluate` and `classify` on the command line: what they write, resume, and refuse."""
 
+import gzip
 import io
 import json
 import random
 import sys
+from pathlib import Path
 
 import encoder_kit
 import kit
@@ -249,6 +251,10 @@ def test_evaluation_rows_that_are_training_rows_are_refused_or_left_out(world, t
 def test_what_cannot_be_used_is_named_in_one_line(world, tmp_path, capsys):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
+    damaged = tmp_path / "damaged.jsonl.gz"
+    packed = bytearray(gzip.compress(Path(world["test"]).read_bytes()))
+    packed[20:40] = bytes(20)
+    damaged.write_bytes(packed)
     unlabelled = kit.write_rows(
         tmp_path / "u.jsonl", [{**rows(1)[0], "is_safe": None, "harm_category": None, "severity_level": None}]
     )
@@ -276,6 +282,7 @@ def test_what_cannot_be_used_is_named_in_one_line(world, tmp_path, capsys):
         ("evaluate", model, f"data={world['test']}", "preset=mild"): "preset",
         ("classify", model, f"input={empty}"): "empty",
         ("classify", model, "input=nowhere.jsonl"): "does not exist",
+        ("classify", model, f"input={damaged}"): "damaged.jsonl.gz: cannot be read: ",
         ("classify", model, f"input={world['test']}", f"output={world['test']}"): "is an input too",
         ("classify", decoder, f"input={world['test']}"): "expected a moderator",
         ("judge", model): "moderation: expected train, evaluate, classify, serve after it, got judge",
