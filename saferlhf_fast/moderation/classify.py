@@ -1,8 +1,10 @@
 """`moderation classify`: judges answers of files or of standard input, one JSON line for each, in order.
 
 Rows are read, judged and written in chunks, so memory does not grow with the input. An output file that is
-there already is continued: its whole lines are counted, a line that was cut off is removed, and the input is
-read from the next row on. A row that cannot be judged gets a line with `error` in its place.
+there already is continued: its whole lines are counted, a line that was cut off is removed, and the rows that
+follow are judged. The chunk that was interrupted is judged as a whole again, since the last bits of a score
+depend on its batch: so a continued file has the bytes of an uninterrupted one. A row that cannot be judged
+gets a line with `error` in its place.
 """
 
 import contextlib
@@ -10,6 +12,7 @@ import gzip
 import itertools
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 CHUNK = 256
 """Rows that are judged together."""
+LINE_START = b'{"where": '
+"""How each line of an output begins."""
 
 
 class Item(NamedTuple):
@@ -33,6 +38,13 @@ class Item(NamedTuple):
     response: str
     identity: Any
     error: str | None = None
+
+
+class Written(NamedTuple):
+    """What an output file has already: its number of lines, and the `where` of the last one."""
+
+    rows: int = 0
+    where: str | None = None
 
 
 def classify(cfg: "ModerationClassifyConfig") -> dict[str, int]:
@@ -58,11 +70,12 @@ def classify(cfg: "ModerationClassifyConfig") -> dict[str, int]:
     )
     moderator.model.spec.source_index(cfg.source)  # refuses an unknown one before anything is read
     counts = {"rows": 0, "skipped": 0, "errors": 0}
-    with _output(cfg, moderator.calibration.version) as (file, done):
+    with _output(cfg, moderator.calibration.version) as (file, written):
+        counts["skipped"] = written.rows
         rows = itertools.chain.from_iterable(map(read_items, inputs))
-        counts["skipped"] = sum(1 for _ in itertools.islice(rows, done))
-        while chunk := list(itertools.islice(rows, CHUNK)):
-            for item, line in zip(chunk, judged(moderator, chunk, cfg)):
+        for chunk, start in _chunks(rows, written, cfg.output):
+            lines = zip(chunk, judged(moderator, chunk, cfg))
+            for item, line in itertools.islice(lines, start, None):
                 counts["rows"] += 1
                 counts["errors"] += item.error is not None
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -79,6 +92,37 @@ def classify(cfg: "ModerationClassifyConfig") -> dict[str, int]:
     return counts
 
 
+def _chunks(rows: Iterator[Item], written: Written, output: str) -> Iterator[tuple[list[Item], int]]:
+    """Yields the chunks that have rows to write, and the index of the first such row in each.
+
+    Raises:
+        UserError: The last line of the output is not of the row in its place.
+    """
+    start = 0
+    if written.rows:
+        whole = (written.rows - 1) // CHUNK * CHUNK
+        start = written.rows - whole
+        next(itertools.islice(rows, whole, whole), None)
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        if start:
+            _require_row(chunk, start, written, output)
+        if len(chunk) > start:
+            yield chunk, start
+        start = 0
+    if start:
+        _require_row([], start, written, output)
+
+
+def _require_row(chunk: list[Item], start: int, written: Written, output: str) -> None:
+    """Raises UserError where the output's last line is not of row `start` (from 1) of the chunk."""
+    got = chunk[start - 1].where if len(chunk) >= start else "no row"
+    if got != written.where:
+        raise UserError(
+            f"output: {output}: line {written.rows} is of {written.where}, and the input has {got} there; "
+            "expected the same input, a new file, or overwrite=true"
+        )
+
+
 def judged(
     moderator: Moderator, items: list[Item], cfg: "ModerationClassifyConfig"
 ) -> Iterator[dict[str, Any]]:
@@ -91,7 +135,9 @@ def judged(
         if item.error is not None:
             yield {**head, "error": item.error}
             continue
-        line = {**head, **next(verdicts).as_dict()}
+        line = {**head, **next(verdicts).as_dict(), "preset": cfg.preset}
+        if cfg.source is not None:
+            line["source"] = cfg.source
         if cfg.text:
             line |= {"prompt": item.prompt, "response": item.response}
         if cfg.stream:
@@ -130,7 +176,7 @@ def read_items(name: str) -> Iterator[Item]:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _of_line(f"{shown} line {number}", line)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"input: {shown}: cannot be read: {error}") from error
 
 
@@ -194,54 +240,71 @@ def _refuse_inputs(inputs: list[str], output: str) -> None:
 
 
 @contextlib.contextmanager
-def _output(cfg: "ModerationClassifyConfig", version: str) -> Iterator[tuple[IO[str], int]]:
-    """Context of the output: (file, rows that it has already)."""
+def _output(cfg: "ModerationClassifyConfig", version: str) -> Iterator[tuple[IO[str], Written]]:
+    """Context of the output: (file, what it has already)."""
     if cfg.output == "-":
-        yield sys.stdout, 0
+        yield sys.stdout, Written()
         return
     path = Path(cfg.output).expanduser()
-    done = 0 if cfg.overwrite else _continued(path, version)
+    written = Written() if cfg.overwrite else _continued(path, cfg, version)
     with disk.writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a" if done else "w", encoding="utf-8") as file:
-            yield file, done
+        with open(path, "a" if written.rows else "w", encoding="utf-8") as file:
+            yield file, written
 
 
-def _continued(path: Path, version: str) -> int:
-    """How many rows an output file has; a last line that was cut off is removed.
+def _continued(path: Path, cfg: "ModerationClassifyConfig", version: str) -> Written:
+    """What an output file has; a last line that was cut off is removed.
 
     Raises:
-        UserError: It is no file of verdicts, or of other thresholds.
+        UserError: It is no file of verdicts, or of other thresholds or settings.
     """
     if not path.exists():
-        return 0
+        return Written()
     if not path.is_file():
         raise UserError(f"output: {path} is a folder; expected a file")
     rows = good = 0
+    last = b""
     with open(path, "rb") as file:
         for line in file:
             if not line.endswith(b"\n"):
+                if line[: len(LINE_START)] != LINE_START[: len(line)]:
+                    raise UserError(_no_verdicts(path))
                 break
             if rows == 0 or b'"threshold_version"' in line:
-                _require_version(path, line, version)
-            rows, good = rows + 1, good + len(line)
+                _require_settings(path, line, cfg, version)
+            rows, good, last = rows + 1, good + len(line), line
+    try:
+        where = json.loads(last)["where"] if rows else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(_no_verdicts(path)) from error
     with open(path, "r+b") as file:
         file.truncate(good)
-    return rows
+    return Written(rows, where)
 
 
-def _require_version(path: Path, line: bytes, version: str) -> None:
+def _no_verdicts(path: Path) -> str:
+    return f"output: {path} has other lines than verdicts; expected a new file, or overwrite=true"
+
+
+def _require_settings(path: Path, line: bytes, cfg: "ModerationClassifyConfig", version: str) -> None:
+    """Raises UserError for a line that other thresholds or settings gave."""
     try:
         found = json.loads(line)
         if "error" in found:
             return
-        got = found["threshold_version"]
+        cases = {
+            "thresholds": (found["threshold_version"], version),
+            "preset": (found.get("preset"), cfg.preset),
+            "source": (found.get("source"), cfg.source),
+            "stream": ("prefixes" in found, cfg.stream),
+            "text": ("response" in found, cfg.text),
+        }
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"output: {path} has other lines than verdicts; expected a new file, or overwrite=true"
-        ) from error
-    if got != version:
-        raise UserError(
-            f"output: {path} was judged with the thresholds {got}, and the model has {version}; expected a "
-            "new file, or overwrite=true"
-        )
+        raise UserError(_no_verdicts(path)) from error
+    for name, (got, expected) in cases.items():
+        if got != expected:
+            raise UserError(
+                f"output: {path} was judged with the {name} {got}, and this run has {expected}; expected a "
+                "new file, or overwrite=true"
+            )

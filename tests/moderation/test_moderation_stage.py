@@ -1,9 +1,11 @@
 """`moderation train`, `evaluate` and `classify` on the command line: what they write, resume, and refuse."""
 
+import gzip
 import io
 import json
 import random
 import sys
+from pathlib import Path
 
 import encoder_kit
 import kit
@@ -169,21 +171,37 @@ def test_evaluation_writes_numbers_that_its_predictions_give(world, tmp_path, ca
     assert json.loads((out / "quality.json").read_text())["outputs"]["unsafe"]["recall"] == 1.0
 
 
-def test_classify_continues_where_it_was_killed(world, tmp_path):
+def test_classify_continues_where_it_was_killed(world, tmp_path, monkeypatch, capsys):
+    """The bytes are those of an uninterrupted run, wherever it was cut."""
+    monkeypatch.setattr("saferlhf_fast.moderation.classify.CHUNK", 16)
     whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
-    words = ["moderation", "classify", f"model={world['model']}", f"input={world['test']}"]
-    assert kit.main(*words, f"output={whole}", "--text") == 0
+    words = ["moderation", "classify", f"model={world['model']}", f"input={world['test']}", "--text"]
+    assert kit.main(*words, f"output={whole}") == 0
     lines = whole.read_bytes().splitlines(keepends=True)
     assert len(lines) == 60 and [json.loads(a)["response"] for a in lines] == [
         r["response"] for r in rows(60, 1, 30)
     ]
-    cut.write_bytes(b"".join(lines[:23]) + lines[23][:40])
-    assert kit.main(*words, f"output={cut}", "--text") == 0
-    assert [json.loads(a)["where"] for a in cut.read_bytes().splitlines()] == [
-        json.loads(a)["where"] for a in lines
-    ]
-    before = cut.read_bytes()
-    assert kit.main(*words, f"output={cut}", "--text") == 0 and cut.read_bytes() == before
+    for rows_left, tail in ((0, 5), (1, 0), (16, 40), (23, 40), (60, 0)):
+        cut.write_bytes(b"".join(lines[:rows_left]) + (lines[rows_left][:tail] if tail else b""))
+        assert kit.main(*words, f"output={cut}") == 0
+        assert cut.read_bytes() == whole.read_bytes(), rows_left
+
+    shorter = kit.write_rows(tmp_path / "shorter.jsonl", rows(30, 1, 30))
+    other = tmp_path / "notes.txt"
+    other.write_text("no newline at its end")
+    capsys.readouterr()
+    for changed, message in (
+        ([f"output={cut}", "preset=strict"], "was judged with the preset balanced, and this run has strict"),
+        ([f"output={cut}", "stream=true"], "was judged with the stream False"),
+        ([f"output={cut}", f"input={shorter}"], "and the input has no row there"),
+        (
+            [f"output={cut}", f"input=[{shorter},{world['test']}]"],
+            f"and the input has {world['test']} line 30",
+        ),
+        ([f"output={other}"], "has other lines than verdicts"),
+    ):
+        assert message in refused(capsys, *words, *changed)
+    assert cut.read_bytes() == whole.read_bytes() and other.read_text() == "no newline at its end"
 
 
 def test_classify_reads_standard_input_and_answers_every_line(world, monkeypatch, capsys):
@@ -233,6 +251,10 @@ def test_evaluation_rows_that_are_training_rows_are_refused_or_left_out(world, t
 def test_what_cannot_be_used_is_named_in_one_line(world, tmp_path, capsys):
     empty = tmp_path / "empty.jsonl"
     empty.write_text("")
+    damaged = tmp_path / "damaged.jsonl.gz"
+    packed = bytearray(gzip.compress(Path(world["test"]).read_bytes()))
+    packed[20:40] = bytes(20)
+    damaged.write_bytes(packed)
     unlabelled = kit.write_rows(
         tmp_path / "u.jsonl", [{**rows(1)[0], "is_safe": None, "harm_category": None, "severity_level": None}]
     )
@@ -260,6 +282,7 @@ def test_what_cannot_be_used_is_named_in_one_line(world, tmp_path, capsys):
         ("evaluate", model, f"data={world['test']}", "preset=mild"): "preset",
         ("classify", model, f"input={empty}"): "empty",
         ("classify", model, "input=nowhere.jsonl"): "does not exist",
+        ("classify", model, f"input={damaged}"): "damaged.jsonl.gz: cannot be read: ",
         ("classify", model, f"input={world['test']}", f"output={world['test']}"): "is an input too",
         ("classify", decoder, f"input={world['test']}"): "expected a moderator",
         ("judge", model): "moderation: expected train, evaluate, classify, serve after it, got judge",

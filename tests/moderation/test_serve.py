@@ -140,22 +140,15 @@ def test_every_input_has_its_own_answer_in_order(port, moderator):
     same(joined[0]["moderator"], moderator([""], ["stop\nharm"])[0])
 
 
-def test_pairs_of_many_clients_get_the_answer_that_they_get_alone(port, moderator):
-    rng = random.Random(2)
-    pairs = [(text_of(rng), text_of(rng)) for _ in range(48)]
-    answers = [None] * len(pairs)
-
-    def client(i):
-        answers[i] = ask(port, "/moderate", {"prompt": pairs[i][0], "response": pairs[i][1]})
-
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(len(pairs))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for (prompt, response), (status, _, got) in zip(pairs, answers, strict=True):
-        assert status == 200 and got["preset"] == "balanced" and got["label_set"] == "pku"
-        same(got, moderator([prompt], [response])[0])
+def test_many_clients_among_bad_ones_get_the_answer_that_they_get_alone(moderator):
+    with serving(moderator) as (port, _, _):
+        results = under_load(port, 2, clients=32, each=2, bad=(0.2, 0.1))
+        assert ask(port, "/health")[2]["queued"] == 0
+    assert {kind for kind, *_ in results} == {"good", "malformed", "too large"}
+    for kind, body, status, answer, _ in results:
+        require_right(moderator, kind, body, status, answer)
+        assert status != 429
+        assert kind != "good" or (answer["preset"], answer["label_set"]) == ("balanced", "pku")
 
 
 PAIR = {"prompt": "stop", "response": "harm"}
@@ -318,12 +311,12 @@ def test_what_cannot_be_served_is_one_line(folder, tmp_path, capsys):
 CLIENTS, EACH = 200, int(os.environ.get("SERVE_REQUESTS", "5"))
 
 
-def load_of(rng):
-    """-> (kind, body) of one request: 5 % are malformed, 2 % are 10 MB in chunks."""
+def load_of(rng, malformed, large):
+    """-> (kind, body) of one request; the shares of malformed ones and of 10 MB in chunks are given."""
     draw = rng.random()
-    if draw < 0.05:
+    if draw < malformed:
         return "malformed", rng.choice([b"{", b"\xff", {"prompt": "a"}, {"prompt": 1, "response": "b"}, [1]])
-    if draw < 0.07:
+    if draw < malformed + large:
         return "too large", None
     return "good", {"prompt": text_of(rng), "response": text_of(rng)}
 
@@ -333,20 +326,31 @@ def memory_mb(pid):
     return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 
 
-def under_load(port, seed):
-    """-> [(kind, body, status, answer, seconds)] of 200 clients at once."""
+def require_right(moderator, kind, body, status, answer):
+    """A well-formed request has the answer that it gets alone or 429, a bad one its own status."""
+    if kind == "too large":
+        assert status == 413
+    elif kind == "malformed":
+        assert status in (400, 422)
+    elif status != 429:
+        assert status == 200
+        same(answer, moderator([body["prompt"]], [body["response"]])[0])
+
+
+def under_load(port, seed, clients=CLIENTS, each=EACH, bad=(0.05, 0.02)):
+    """-> [(kind, body, status, answer, seconds)] of many clients at once."""
     results = []
 
     def client(number):
         rng = random.Random(seed * 1000 + number)
-        for _ in range(EACH):
-            kind, body = load_of(rng)
+        for _ in range(each):
+            kind, body = load_of(rng, *bad)
             sent = (b"x" * 65536 for _ in range(160)) if kind == "too large" else body
             started = time.monotonic()
             status, _, answer = ask(port, "/moderate", sent, timeout=300)
             results.append((kind, body, status, answer, time.monotonic() - started))
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(CLIENTS)]
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(clients)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -366,12 +370,7 @@ def test_two_hundred_clients_get_right_answers_in_flat_memory_and_sigterm_drains
             results = under_load(port, seed)
             memory.append(memory_mb(process.pid))
             for kind, body, status, answer, _ in results:
-                if kind == "good":
-                    assert status in (200, 429)
-                    if status == 200:
-                        same(answer, moderator([body["prompt"]], [body["response"]])[0])
-                else:
-                    assert status == 413 if kind == "too large" else status in (400, 422)
+                require_right(moderator, kind, body, status, answer)
             seconds = sorted(r[4] for r in results if r[2] == 200)
             cuts = statistics.quantiles(seconds, n=100)
             counts = [sum(r[2] == status for r in results) for status in (200, 429, 413)]
@@ -393,5 +392,7 @@ def test_two_hundred_clients_get_right_answers_in_flat_memory_and_sigterm_drains
         for thread in threads:
             thread.join()
         assert late == [200] * 20 and process.wait(60) == 0
+        with pytest.raises(ConnectionRefusedError):
+            ask(port, "/health")
     finally:
         process.kill()
