@@ -3,10 +3,10 @@
     python bench/moderation_throughput.py BACKBONE FILE [--pairs 128] [--rounds 5]
 
 The moderator has untrained heads on the backbone, which costs what trained ones do. It is timed with all that
-a call does: tokenising, packing, backbone, heads, verdicts. The bare forward gets the same micro-batches,
-tokenised and padded beforehand, as transformers runs them. Both take turns; seconds are those of the
-processor (one thread), so other work on the machine counts little. It prints one line of a table: backbone,
-pairs, tokens, share of padding, pairs/s of the moderator and of the bare forward, their ratio and its range.
+a call does: tokenising, packing, backbone, heads, verdicts. The bare forward gets the same tokens in padded
+batches of rows of like length, made beforehand. Both take turns; seconds are those of the processor (one
+thread), so other work on the machine counts little. It prints one line of a table: backbone, pairs, tokens,
+share of padding, pairs/s of the moderator and of the bare forward, their ratio and its range.
 """
 
 import argparse
@@ -24,7 +24,6 @@ from saferlhf_fast.data.harm_taxonomy import PKU
 from saferlhf_fast.models.encoders import reads_pairs
 from saferlhf_fast.models.moderator_files import moderator_from_backbone
 from saferlhf_fast.models.moderator_spec import Calibration, ModeratorSpec
-from saferlhf_fast.models.packing import pack_into_microbatches
 from saferlhf_fast.models.tokenizer import load_tokenizer
 from saferlhf_fast.moderation import Moderator
 from saferlhf_fast.moderation.classify import read_items
@@ -43,16 +42,20 @@ def parsed():
     return parser.parse_args()
 
 
-def padded_batches(moderator, encoded):
-    """The moderator's micro-batches as padded tensors: [(ids_BT, mask_BT)]."""
+def padded_batches(encoded, batch_tokens):
+    """Padded batches of rows of like length, so that little is padding: [(ids_BT, mask_BT)]."""
+    groups = []
+    for item in sorted(encoded, key=lambda item: len(item.ids)):
+        if not groups or (len(groups[-1]) + 1) * len(item.ids) > batch_tokens:
+            groups.append([])
+        groups[-1].append(item.ids)
     batches = []
-    for rows in pack_into_microbatches([len(item.ids) for item in encoded], moderator.batch_tokens)[0]:
-        longest = max(len(encoded[i].ids) for i in rows)
-        ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        mask_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-        for b, i in enumerate(rows):
-            ids_BT[b, : len(encoded[i].ids)] = torch.tensor(encoded[i].ids)
-            mask_BT[b, : len(encoded[i].ids)] = 1
+    for group in groups:
+        ids_BT = torch.zeros(len(group), len(group[-1]), dtype=torch.long)
+        mask_BT = torch.zeros_like(ids_BT)
+        for b, ids in enumerate(group):
+            ids_BT[b, : len(ids)] = torch.tensor(ids)
+            mask_BT[b, : len(ids)] = 1
         batches.append((ids_BT, mask_BT))
     return batches
 
@@ -78,7 +81,7 @@ def main():
     items = [item for item, _ in zip(read_items(args.file), range(args.pairs)) if item.error is None]
     prompts, responses = [item.prompt for item in items], [item.response for item in items]
     encoded = moderator.encode(prompts, responses)
-    batches = padded_batches(moderator, encoded)
+    batches = padded_batches(encoded, args.batch_tokens)
     bare = AutoModel.from_pretrained(args.backbone, dtype=torch.float32).eval()
 
     def forward():
