@@ -280,11 +280,12 @@ def figures(out, name, resamples=RESAMPLES, seed=0):
     draws = [np.bincount(draw.integers(0, places.max() + 1, places.max() + 1), minlength=places.max() + 1)
              for _ in range(resamples)]  # fmt: skip
     for group, values in groups.items():
+        known = {row for rows_of_output, *_ in values for row in rows_of_output.tolist()}
         for label, measure in MEASURES.items():
             moderator, tfidf = macro(measure, values, np.ones(len(prompts), dtype=int))
             differences = [float(np.subtract(*macro(measure, values, times[places]))) for times in draws]
             low, high = np.quantile(differences, [0.025, 0.975])
-            rows.append((group, label, moderator, tfidf, moderator - tfidf, low, high, len(values[0][0])))
+            rows.append((group, label, moderator, tfidf, moderator - tfidf, low, high, len(known)))
     return rows
 
 
