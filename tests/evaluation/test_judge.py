@@ -19,11 +19,14 @@ from judge_server import Server, at_random, completion, longer, slow, texts_of, 
 from saferlhf_fast import cli
 from saferlhf_fast.config.judge_settings import Judge, Prices
 from saferlhf_fast.errors import UserError
-from saferlhf_fast.evaluation.judge.calibration import kappa
-from saferlhf_fast.evaluation.judge.compare import FAILURES_IN_A_ROW, judge_pairs
-from saferlhf_fast.evaluation.judge.protocol import Pair, chat_of, read_verdict
-from saferlhf_fast.evaluation.judge.summary import win_rate
-from saferlhf_fast.evaluation.judge.verdict_store import VerdictStore
+
+for package in ("httpx", "tenacity"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+from saferlhf_fast.evaluation.judge.calibration import kappa  # noqa: E402
+from saferlhf_fast.evaluation.judge.compare import FAILURES_IN_A_ROW, judge_pairs  # noqa: E402
+from saferlhf_fast.evaluation.judge.protocol import Pair, chat_of, read_verdict  # noqa: E402
+from saferlhf_fast.evaluation.judge.summary import win_rate  # noqa: E402
+from saferlhf_fast.evaluation.judge.verdict_store import VerdictStore  # noqa: E402
 
 QUESTION = ["helpfulness"]
 
