@@ -16,7 +16,7 @@ from saferlhf_fast.models.packing import pack_sequences
 from saferlhf_fast.models.policy import Policy
 from saferlhf_fast.models.score_model import ScoreModel
 
-pytestmark = [pytest.mark.slow, pytest.mark.numeric]
+pytestmark = [pytest.mark.slow, pytest.mark.numeric, pytest.mark.timeout(3600)]
 
 AGREE = 1e-3
 """Largest difference, in nats or relative to the largest score."""
